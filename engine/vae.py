@@ -1,0 +1,403 @@
+"""Wan's causal 3-D VAE as two pure functions: `first` (1 latent -> 1 frame) and `steady` (1 latent -> 4 frames).
+
+Inside, an activation is a batch of images x [T*B, C, H, W], time-major and channels-last: a slice in time is then a
+view, and a 3-tap causal convolution becomes one 2-D convolution over [x(t-2) | x(t-1) | x(t)] stacked along
+channels, several times quicker on a CPU than a small 3-D convolution. Parameter names are diffusers'
+`AutoencoderKLWan` names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Cache = tuple[
+    Tensor, ...
+]  # one [B, C, 2, h, w] for each causal convolution: the last two frames of its input
+
+# Above this many elements a stacked copy costs more memory than it saves time, and 3-D convolutions run at full rate.
+STACK_LIMIT = 1 << 20
+# Wan2.1's statistics (its 16 latent channels)
+WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
+WAN_MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
+WAN_STD += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The fields of a diffusers `vae/config.json`; the defaults are Wan2.1's."""
+
+    base_dim: int = 96
+    decoder_base_dim: int | None = None  # None: base_dim
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = WAN_MEAN
+    latents_std: tuple[float, ...] = WAN_STD
+    in_channels: int = 3
+    out_channels: int = 3
+    scale_factor_spatial: int = 8
+    scale_factor_temporal: int = 4
+
+    def __post_init__(self) -> None:
+        levels = len(self.dim_mult)
+        _expect(
+            "temperal_downsample",
+            len(self.temperal_downsample),
+            levels - 1,
+            "entries, one between two levels",
+        )
+        _expect("latents_mean", len(self.latents_mean), self.z_dim, "entries, one a latent channel")
+        _expect("latents_std", len(self.latents_std), self.z_dim, "entries, one a latent channel")
+        _expect("scale_factor_spatial", self.scale_factor_spatial, 2 ** (levels - 1), "from dim_mult")
+        _expect("scale_factor_temporal", self.scale_factor_temporal, 2 ** sum(self.temperal_downsample))
+        if min(self.latents_std) <= 0:
+            raise ValueError(f"latents_std: got {min(self.latents_std)}, expected positive numbers")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> VAEConfig:
+        """From the contents of config.json; keys starting with "_" are the library's own, `dropout` is for training."""
+        values = {k: v for k, v in values.items() if not k.startswith("_") and k != "dropout"}
+        # Wan2.2's VAE is another architecture under the same class name; no published VAE attends outside mid_block
+        for key, expected in (("is_residual", False), ("patch_size", None), ("attn_scales", [])):
+            if (got := values.pop(key, expected)) != expected:
+                raise ValueError(f"VAE config {key}: got {got}, expected {expected} (Wan2.1's VAE)")
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise ValueError(f"VAE config: got unknown keys {unknown}, expected some of {sorted(known)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _expect(name: str, got, expected, note: str = "") -> None:
+    if got != expected:
+        raise ValueError(f"{name}: got {got}, expected {expected} {note}".rstrip())
+
+
+class Past:
+    """The caches of one call, handed out in the order of the convolutions; `next` collects the ones that follow.
+
+    In a first call (`given` None) there is one frame and nothing before it.
+    """
+
+    def __init__(self, batch: int, given: Cache | None):
+        self.batch = batch
+        self.given = None if given is None else iter(given)
+        self.next: list[Tensor] = []
+
+    def extend(self, x: Tensor) -> Tensor | None:
+        """x [T*B, C, H, W] -> the same behind its two past frames, [(2+T)*B, C, H, W]; None in a first call."""
+        if self.given is None:
+            self.keep(torch.cat([torch.zeros_like(x), x]))
+            return None
+        past = next(self.given).permute(2, 0, 1, 3, 4).flatten(0, 1)
+        x = torch.cat([past, x])
+        self.keep(x[-2 * self.batch :].clone())  # a view would hold the whole of x in memory
+        return x
+
+    def keep(self, x: Tensor) -> None:
+        self.next.append(x.unflatten(0, (2, self.batch)).permute(1, 2, 0, 3, 4))
+
+
+class CausalConv3d(nn.Conv3d):
+    """Three taps in time (t-2, t-1, t), "same" in space; with one tap it is a 2-D convolution."""
+
+    def __init__(self, in_dim: int, out_dim: int, kernel: int | tuple[int, int, int]):
+        super().__init__(in_dim, out_dim, kernel)
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """x [T*B, C, H, W] -> [T*B, C', H, W]"""
+        taps, space = self.kernel_size[0], self.kernel_size[2] // 2
+        extended = past.extend(x) if taps > 1 else None
+        if extended is None:  # before the first frame lie zeros: only the last tap sees anything
+            return F.conv2d(x, self.weight[:, :, -1], self.bias, padding=space)
+        return causal_taps(extended, self.weight, self.bias, past.batch, space)
+
+
+def causal_taps(x: Tensor, weight: Tensor, bias: Tensor, batch: int, space: int, stride: int = 1) -> Tensor:
+    """x [(T+2)*B, C, H, W], weight [C', C, 3, kh, kw] -> [T*B, C', H, W], or every stride-th frame of it."""
+    frames = x.unflatten(0, (-1, batch))  # [T+2, B, C, H, W]
+    if x.numel() > STACK_LIMIT:
+        y = F.conv3d(frames.permute(1, 2, 0, 3, 4), weight, bias, (stride, 1, 1), (0, space, space))
+        return y.permute(2, 0, 1, 3, 4).flatten(0, 1)
+    last = frames.shape[0] - 2
+    stacked = torch.cat([frames[tap : tap + last : stride].flatten(0, 1) for tap in range(3)], dim=1)
+    return F.conv2d(stacked, weight.transpose(1, 2).flatten(1, 2), bias, padding=space)
+
+
+class RMSNorm(nn.Module):
+    """Over channels; gamma [C, 1, 1] or [C, 1, 1, 1] as published."""
+
+    def __init__(self, dim: int, dims: int = 3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same"""
+        # the library divides by max(|x|, 1e-12); the tiny eps does no more than that: 0 stays 0
+        y = F.rms_norm(x.permute(0, 2, 3, 1), (x.shape[1],), self.gamma.flatten(), eps=1e-24)
+        return y.permute(0, 3, 1, 2)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.norm1 = RMSNorm(in_dim)
+        self.conv1 = CausalConv3d(in_dim, out_dim, 3)
+        self.norm2 = RMSNorm(out_dim)
+        self.conv2 = CausalConv3d(out_dim, out_dim, 3)
+        self.conv_shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)), past)
+        h = self.conv2(F.silu(self.norm2(h)), past)
+        return h + self.conv_shortcut(x)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention inside each frame."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = RMSNorm(dim, dims=2)
+        self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)  # [N, H*W, 3C]
+        q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.proj(out)
+
+
+class Upsample(nn.Module):
+    """Twice the size, half the channels; with `temporal` also twice the frames (all but the very first)."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        if temporal:
+            self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1))
+        self.temporal = temporal
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        """[T*B, C, H, W] -> [T'*B, C/2, 2H, 2W]"""
+        if self.temporal:
+            if past.given is None:  # the first frame stays one, and this convolution never sees it
+                past.keep(torch.cat([torch.zeros_like(x)] * 2))
+            else:
+                y = self.time_conv(x, past)  # [T*B, 2C, H, W]: the two halves of the channels are two frames
+                y = y.permute(0, 2, 3, 1).unflatten(3, (2, -1)).unflatten(0, (-1, past.batch))
+                x = (
+                    y.permute(0, 4, 1, 2, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)
+                )  # [T*2*B, C, H, W], channels-last
+        return self.resample(F.interpolate(x, scale_factor=2.0, mode="nearest-exact"))
+
+
+class Downsample(nn.Module):
+    """Half the size; with `temporal` also half the frames (all but the very first)."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        if temporal:
+            self.time_conv = CausalConv3d(dim, dim, (3, 1, 1))
+        self.temporal = temporal
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        """[T*B, C, H, W] -> [T'*B, C, H/2, W/2]"""
+        x = self.resample(x)
+        if self.temporal and (extended := past.extend(x)) is not None:
+            # windows of three frames at stride 2, the first starting on the frame just before x
+            conv = self.time_conv
+            x = causal_taps(extended[past.batch :], conv.weight, conv.bias, past.batch, 0, stride=2)
+        return x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.attentions = nn.ModuleList([AttentionBlock(dim)])
+        self.resnets = nn.ModuleList([ResidualBlock(dim, dim), ResidualBlock(dim, dim)])
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, past), past), past)
+
+
+class UpBlock(nn.Module):
+    def __init__(self, in_dim: int, out_dim: int, count: int, upsample: Upsample | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(count)
+        )
+        self.upsamplers = nn.ModuleList([] if upsample is None else [upsample])
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x, past)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        dims = [config.base_dim * m for m in (1, *config.dim_mult)]
+        self.conv_in = CausalConv3d(config.in_channels, dims[0], 3)
+        blocks: list[nn.Module] = []
+        for level, (dim, out_dim) in enumerate(pairwise(dims)):
+            for i in range(config.num_res_blocks):
+                blocks.append(ResidualBlock(dim if i == 0 else out_dim, out_dim))
+            if level < len(config.temperal_downsample):
+                blocks.append(Downsample(out_dim, config.temperal_downsample[level]))
+        self.down_blocks = nn.ModuleList(blocks)
+        self.mid_block = MidBlock(dims[-1])
+        self.norm_out = RMSNorm(dims[-1])
+        self.conv_out = CausalConv3d(dims[-1], config.z_dim * 2, 3)
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        x = self.conv_in(x, past)
+        for block in self.down_blocks:
+            x = block(x, past)
+        return self.conv_out(F.silu(self.norm_out(self.mid_block(x, past))), past)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        mult = config.dim_mult[::-1]
+        dims = [(config.decoder_base_dim or config.base_dim) * m for m in (mult[0], *mult)]
+        temporal = config.temperal_downsample[::-1]
+        self.conv_in = CausalConv3d(config.z_dim, dims[0], 3)
+        self.mid_block = MidBlock(dims[0])
+        blocks = []
+        for level, (dim, out_dim) in enumerate(pairwise(dims)):
+            upsample = Upsample(out_dim, temporal[level]) if level < len(temporal) else None
+            # every level but the first comes out of an upsampling, which halved the channels
+            blocks.append(UpBlock(dim // 2 if level else dim, out_dim, config.num_res_blocks + 1, upsample))
+        self.up_blocks = nn.ModuleList(blocks)
+        self.norm_out = RMSNorm(dims[-1])
+        self.conv_out = CausalConv3d(dims[-1], config.out_channels, 3)
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        x = self.mid_block(self.conv_in(x, past), past)
+        for block in self.up_blocks:
+            x = block(x, past)
+        return self.conv_out(F.silu(self.norm_out(x)), past)
+
+
+class VAE(nn.Module):
+    """Latents here are normalised, (z - mean) / std; frames are in [-1, 1]."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = CausalConv3d(config.z_dim * 2, config.z_dim * 2, 1)
+        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder(config)
+        self._caches = sum(
+            isinstance(m, CausalConv3d) and m.kernel_size[0] > 1 for m in self.decoder.modules()
+        )
+        self._moments: tuple[Tensor, Tensor] | None = None
+
+    def first(self, latent: Tensor) -> tuple[Tensor, Cache]:
+        """The start of a video: latent [B, C, 1, h, w] -> frames [B, 3, 1, H, W], cache."""
+        self._check_latent(latent, "1 latent frame", lambda frames: frames == 1)
+        return self._decode(latent, None)
+
+    def steady(self, latent: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """What follows: latent [B, C, k, h, w] -> frames [B, 3, 4k, H, W], the next cache; k is usually 1.
+
+        The given cache is left as it was.
+        """
+        self._check_latent(latent, "1 or more latent frames", lambda frames: frames >= 1)
+        shape = (latent.shape[0], self.config.z_dim, 2, *latent.shape[3:])  # conv_in's cache is of latents
+        if len(cache) != self._caches or tuple(cache[0].shape) != shape:
+            got = f"{len(cache)} tensors, {[tuple(c.shape) for c in cache[:1]]} first"
+            raise ValueError(f"VAE cache: got {got}, expected {self._caches} tensors, [{shape}] first")
+        return self._decode(latent, cache)
+
+    def decode_chunk(self, latents: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+        """Any number of latents [B, C, k, h, w], from the start (cache None) or further on -> frames, cache."""
+        frames = []
+        for latent in latents.split(1, dim=2):
+            some, cache = self.first(latent) if cache is None else self.steady(latent, cache)
+            frames.append(some)
+        return torch.cat(frames, dim=2) if len(frames) > 1 else frames[0], cache
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """A whole video: latents [B, C, 1+k, h, w] -> frames [B, 3, 1+4k, H, W]."""
+        return self.decode_chunk(latents)[0]
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video [B, 3, 1+4k, H, W] in [-1, 1] -> the normalised mean [B, C, 1+k, h, w], float32."""
+        c, step, scale = self.config, self.config.scale_factor_temporal, self.config.scale_factor_spatial
+        if video.ndim != 5 or video.shape[1] != c.in_channels:
+            raise ValueError(f"video: got shape {tuple(video.shape)}, expected [B, {c.in_channels}, T, H, W]")
+        if (video.shape[2] - 1) % step or video.shape[2] < 1:
+            raise ValueError(f"video: got {video.shape[2]} frames, expected 1 + {step}k")
+        if video.shape[3] % scale or video.shape[4] % scale:
+            raise ValueError(
+                f"video: got {video.shape[3]}x{video.shape[4]} pixels, expected multiples of {scale}"
+            )
+        cache, moments = None, []
+        for frames in video.to(self.quant_conv.weight.dtype).split(
+            [1] + [step] * (video.shape[2] // step), dim=2
+        ):
+            past = Past(video.shape[0], cache)
+            x = self.quant_conv(self.encoder(_to_images(frames), past))
+            moments.append(_to_video(x[:, : c.z_dim], past.batch))
+            cache = tuple(past.next)
+        mean, std = self._statistics(video.device)
+        return (torch.cat(moments, dim=2).float() - mean) / std
+
+    def _decode(self, latent: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+        mean, std = self._statistics(latent.device)
+        z = (latent.float() * std + mean).to(self.post_quant_conv.weight.dtype)
+        past = Past(latent.shape[0], cache)
+        x = self.decoder(self.post_quant_conv(_to_images(z)), past)
+        return _to_video(x, past.batch).clamp(-1, 1), tuple(past.next)
+
+    def _check_latent(self, latent: Tensor, frames: str, accepts) -> None:
+        if latent.ndim != 5 or latent.shape[1] != self.config.z_dim or not accepts(latent.shape[2]):
+            expected = f"[B, {self.config.z_dim}, T, h, w] with {frames}"
+            raise ValueError(f"latent: got shape {tuple(latent.shape)}, expected {expected}")
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """mean and std [C, 1, 1, 1], float32. No buffers: those would follow the weights to meta and to bfloat16."""
+        if self._moments is None or self._moments[0].device != device:
+            with torch.inference_mode(False):
+                c = self.config
+                self._moments = tuple(
+                    torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
+                    for v in (c.latents_mean, c.latents_std)
+                )
+        return self._moments
+
+
+def _to_images(video: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [T*B, C, H, W], channels-last"""
+    return video.permute(2, 0, 1, 3, 4).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def _to_video(images: Tensor, batch: int) -> Tensor:
+    """[T*B, C, H, W] -> [B, C, T, H, W]"""
+    return images.unflatten(0, (-1, batch)).permute(1, 2, 0, 3, 4)
+
+
+def frames_to_uint8(frames: Tensor) -> Tensor:
+    """[B, 3, T, H, W] in [-1, 1] -> [B, T, H, W, 3], rounded to nearest"""
+    pixels = frames.permute(0, 2, 3, 4, 1).float().add(1).mul(127.5).round().clamp(0, 255)
+    return pixels.to(torch.uint8).contiguous()
+
+
+def uint8_to_frames(pixels: Tensor) -> Tensor:
+    """[B, T, H, W, 3] -> [B, 3, T, H, W] in [-1, 1], float32"""
+    if pixels.dtype != torch.uint8 or pixels.ndim != 5:
+        raise ValueError(f"pixels: got {pixels.dtype} {tuple(pixels.shape)}, expected uint8 [B, T, H, W, 3]")
+    return pixels.permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
