@@ -1,0 +1,1 @@
+"""Data, teacher, student training and evaluation. Imports `engine`; never forks its model."""
