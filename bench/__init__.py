@@ -1,0 +1,1 @@
+"""Measurements around the same iterator that users call."""

@@ -1,0 +1,221 @@
+"""The loop: noise -> denoising steps -> VAE decode -> commit, chunk after chunk, for as long as frames are asked for."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.config import Preset, TransformerConfig
+from engine.generators import Generator, Geometry, Stages
+from engine.noise import NoiseSource, PhiloxNoise
+from engine.schedule import Schedule, make_solver
+from engine.text import Tokenizer
+from engine.vae import frames_to_uint8, uint8_to_frames
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Weights, backend and preset, shared by all its streams; a stream owns everything that changes."""
+
+    stages: Stages
+    generator: Generator
+    tokenizer: Tokenizer | None
+    config: TransformerConfig
+    preset: Preset
+    preset_name: str
+    dtype: torch.dtype
+    device: torch.device
+    height: int
+    width: int
+    fps: float
+    spatial: int  # pixels a latent pixel, each way
+    temporal: int  # frames a latent frame, after the first
+
+    @torch.inference_mode()
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """text_emb [1, rows, text_dim] of a prompt."""
+        if self.tokenizer is None:
+            raise ValueError("got a pipeline without a tokenizer, expected one")
+        ids, mask = self.tokenizer(prompt)
+        return self.stages.encode_text(ids.to(self.device), mask.to(self.device)).to(self.dtype)
+
+    @torch.inference_mode()
+    def encode_clip(self, clip: np.ndarray) -> Tensor:
+        """Latents [1, C, F, h, w] of uint8 frames [T, H, W, 3]; F is what the preset's chunks can take.
+
+        A clip longer than 1 + 4 (F - 1) frames loses its beginning, one shorter than a chunk (an image)
+        is held still.
+        """
+        expected = (self.height, self.width, 3)
+        if clip.ndim != 4 or clip.shape[1:] != expected or clip.dtype != np.uint8 or not len(clip):
+            raise ValueError(f"clip: got {clip.dtype} {list(clip.shape)}, expected uint8 [T, {self.height}, {self.width}, 3]")
+        latents = 1 + (len(clip) - 1) // self.temporal
+        if self.preset.family == "greedy":
+            latents = max(latents // self.preset.chunk, 1) * self.preset.chunk
+        frames = 1 + self.temporal * (latents - 1)
+        clip = clip[-frames:]
+        if len(clip) < frames:
+            clip = np.concatenate([clip, np.repeat(clip[-1:], frames - len(clip), axis=0)])
+        video = uint8_to_frames(torch.from_numpy(np.ascontiguousarray(clip))[None]).to(self.device, self.dtype)
+        return self.stages.vae_encode(video)
+
+    def stream(
+        self, prompt: str | Tensor, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
+        latents: Tensor | None = None, noise: NoiseSource | None = None,
+    ) -> "Stream":  # fmt: skip
+        """An iterator of uint8 frames [H, W, 3].
+
+        prompt  text, or a text embedding [B, rows, text_dim] (only stream 0 of a batch is shown)
+        frames  stop after so many; None streams for ever
+        clip    uint8 [T, H, W, 3] to start from: one frame is image-to-video, more are continued
+        latents the same, already encoded: [B, C, F, h, w]
+        noise   replaces the seeded source
+        """
+        if frames is not None and frames < 1:
+            raise ValueError(f"frames: got {frames}, expected at least 1")
+        if clip is not None:
+            latents = self.encode_clip(clip)
+        return Stream(self, prompt, noise or PhiloxNoise(seed), frames, latents)
+
+
+class Stream:
+    """One video in the making: iterate for frames, or call `next_chunk` for whole chunks.
+
+    A chunk that fails changes nothing: the next call makes the same chunk again. Not thread-safe; several
+    streams of one pipeline are independent.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, prompt: str | Tensor, noise: NoiseSource, frames: int | None, latents: Tensor | None
+    ) -> None:
+        self.pipeline, self.noise, self.limit = pipeline, noise, frames
+        self.schedule = Schedule(pipeline.preset)
+        text_emb = self._embed(prompt)
+        config = pipeline.config
+        geometry = Geometry.of(
+            config, len(text_emb), pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
+        )
+        with torch.inference_mode():
+            self.state = pipeline.generator.open(geometry, pipeline.stages.prepare_text(text_emb))
+        self.given = deque(self._split(latents, geometry)) if latents is not None else deque()
+        self.emitted = 0  # frames made so far
+        self._vae_cache: Any = None
+        self._uncommitted: tuple[Tensor, bool] | None = None  # the chunk shown last, and whether it was given
+        self._frames: deque[np.ndarray] = deque()
+        self._closed = False
+
+    def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> None:
+        """Switch the prompt from the next chunk on.
+
+        `recommit` also rewrites the window's keys and values under the new prompt, so that the past stops
+        pulling towards the old one.
+        """
+        with torch.inference_mode():
+            text_kv = self.pipeline.stages.prepare_text(self._embed(prompt))
+        self.pipeline.generator.set_text(text_kv, self.state, recommit)
+
+    @torch.inference_mode()
+    def next_chunk(self) -> np.ndarray:
+        """The next chunk's frames, uint8 [T, H, W, 3]: 1 + 4 (F - 1) of chunk 0, then 4 F."""
+        x = self._make()
+        frames, cache = self._decode(x)
+        shown = frames_to_uint8(frames[:1])[0].cpu().numpy()
+        self._accept(x)
+        self._vae_cache = cache
+        return shown
+
+    @torch.inference_mode()
+    def next_latent(self) -> Tensor:
+        """The next chunk's clean latent [B, C, F, h, w], for a caller that decodes elsewhere or not at all."""
+        x = self._make()
+        self._accept(x)
+        return x
+
+    def _make(self) -> Tensor:
+        """One chunk; publishes the one before, and nothing of its own."""
+        if self._closed:
+            raise ValueError("got a closed stream, expected an open one")
+        generator, state = self.pipeline.generator, self.state
+        # Committed only now: whoever watches has a chunk before its cache passes are paid for.
+        if self._uncommitted is not None:
+            generator.commit(self._uncommitted[0], state, given=self._uncommitted[1])
+            self._uncommitted = None
+        if self.given:
+            return self.given[0]
+        index, shape = state.index, self._shape()
+        draw = partial(self._draw, index, shape)
+        solver = make_solver(self.pipeline.preset.solver, self.schedule)
+        x = draw(0)
+        for number, (t, t_next) in enumerate(self.schedule.steps(index), start=1):
+            flow = generator.denoise(x, t, state)
+            x = solver.step(x, flow, t, t_next, partial(draw, number))
+        return x
+
+    def _accept(self, x: Tensor) -> None:
+        self._uncommitted = x, bool(self.given)
+        if self.given:
+            self.given.popleft()
+
+    def close(self) -> None:
+        """Drop caches and frames; further frames are refused. Closing twice is fine."""
+        self._closed = True
+        self._frames.clear()
+        self.given.clear()
+        self.state = self._uncommitted = self._vae_cache = None
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        if self._closed or (self.limit is not None and self.emitted >= self.limit):
+            raise StopIteration
+        if not self._frames:
+            self._frames.extend(self.next_chunk())
+        self.emitted += 1
+        return self._frames.popleft()
+
+    def _embed(self, prompt: str | Tensor) -> Tensor:
+        if isinstance(prompt, str):
+            return self.pipeline.encode_prompt(prompt)
+        if prompt.ndim != 3 or prompt.shape[-1] != self.pipeline.config.text_dim:
+            raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, "
+                             f"expected [B, rows, {self.pipeline.config.text_dim}]")  # fmt: skip
+        return prompt.to(self.pipeline.device, self.pipeline.dtype)
+
+    def _shape(self) -> tuple[int, ...]:
+        g = self.state.geometry
+        return g.batch, g.channels, self.pipeline.preset.chunk_frames(self.state.index), g.height, g.width
+
+    def _draw(self, index: int, shape: tuple[int, ...], number: int) -> Tensor:
+        return self.noise.draw(index, number, shape).to(self.pipeline.device, self.pipeline.dtype)
+
+    def _split(self, latents: Tensor, geometry: Geometry) -> list[Tensor]:
+        """Given latents as chunks; the first one may be shorter."""
+        expected = geometry.batch, geometry.channels, geometry.height, geometry.width
+        if latents.ndim != 5 or (*latents.shape[:2], *latents.shape[3:]) != expected:
+            raise ValueError(f"latents: got {list(latents.shape)}, expected "
+                             f"[{expected[0]}, {expected[1]}, F, {expected[2]}, {expected[3]}]")  # fmt: skip
+        preset = self.pipeline.preset
+        latents = latents.to(self.pipeline.device, self.pipeline.dtype)
+        head = preset.first_chunk or latents.shape[2] % preset.chunk
+        rest = latents[:, :, head:].split(preset.chunk, dim=2) if latents.shape[2] > head else ()
+        return [latents[:, :, :head], *rest] if head else list(rest)
+
+    def _decode(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Frames [B, 3, T, H, W] of a chunk, and the VAE's cache after it."""
+        stages, cache, parts = self.pipeline.stages, self._vae_cache, []
+        for latent in x.split(1, dim=2):
+            frames, cache = stages.vae_first(latent) if cache is None else stages.vae_steady(latent, cache)
+            parts.append(frames)
+        return torch.cat(parts, dim=2), cache
