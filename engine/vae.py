@@ -10,21 +10,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Cache = tuple[
-    Tensor, ...
-]  # one [B, C, 2, h, w] for each causal convolution: the last two frames of its input
+Cache = tuple[Tensor, ...]  # one [B, C, 2, h, w] for each causal convolution: the last two frames of its input
 
 # Above this many elements a stacked copy costs more memory than it saves time, and 3-D convolutions run at full rate.
 STACK_LIMIT = 1 << 20
 # Wan2.1's statistics (its 16 latent channels)
-WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
+WAN_MEAN: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
 WAN_MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
+WAN_STD: tuple[float, ...] = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
 WAN_STD += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 
 
@@ -61,17 +60,18 @@ class VAEConfig:
             raise ValueError(f"latents_std: got {min(self.latents_std)}, expected positive numbers")
 
     @classmethod
-    def from_dict(cls, values: dict) -> VAEConfig:
+    def from_dict(cls, values: dict[str, Any]) -> VAEConfig:
         """From the contents of config.json; keys starting with "_" are the library's own, `dropout` is for training."""
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         values = {k: v for k, v in values.items() if not k.startswith("_") and k != "dropout"}
         # Wan2.2's VAE is another architecture under the same class name; no published VAE attends outside mid_block
-        for key, expected in (("is_residual", False), ("patch_size", None), ("attn_scales", [])):
+        for key, expected in (("is_residual", False), ("patch_size", None), ("attn_scales", ())):
             if (got := values.pop(key, expected)) != expected:
                 raise ValueError(f"VAE config {key}: got {got}, expected {expected} (Wan2.1's VAE)")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise ValueError(f"VAE config: got unknown keys {unknown}, expected some of {sorted(known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**values)
 
 
 def _expect(name: str, got, expected, note: str = "") -> None:
@@ -105,29 +105,33 @@ class Past:
 
 
 class CausalConv3d(nn.Conv3d):
-    """Three taps in time (t-2, t-1, t), "same" in space; with one tap it is a 2-D convolution."""
+    """Three taps in time (t-2, t-1, t), "same" in space."""
 
-    def __init__(self, in_dim: int, out_dim: int, kernel: int | tuple[int, int, int]):
-        super().__init__(in_dim, out_dim, kernel)
-
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, past: Past) -> Tensor:  # type: ignore[override]
         """x [T*B, C, H, W] -> [T*B, C', H, W]"""
-        taps, space = self.kernel_size[0], self.kernel_size[2] // 2
-        extended = past.extend(x) if taps > 1 else None
+        extended, space = past.extend(x), self.kernel_size[2] // 2
         if extended is None:  # before the first frame lie zeros: only the last tap sees anything
             return F.conv2d(x, self.weight[:, :, -1], self.bias, padding=space)
-        return causal_taps(extended, self.weight, self.bias, past.batch, space)
+        return causal_taps(extended, self, past.batch, space)
 
 
-def causal_taps(x: Tensor, weight: Tensor, bias: Tensor, batch: int, space: int, stride: int = 1) -> Tensor:
-    """x [(T+2)*B, C, H, W], weight [C', C, 3, kh, kw] -> [T*B, C', H, W], or every stride-th frame of it."""
+class PointConv3d(nn.Conv3d):
+    """One tap in time and space."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, C, H, W] -> [N, C', H, W]"""
+        return F.conv2d(x, self.weight[:, :, 0], self.bias)
+
+
+def causal_taps(x: Tensor, conv: nn.Conv3d, batch: int, space: int, stride: int = 1) -> Tensor:
+    """x [(T+2)*B, C, H, W] -> [T*B, C', H, W], or every stride-th frame of it; conv's weight [C', C, 3, kh, kw]"""
     frames = x.unflatten(0, (-1, batch))  # [T+2, B, C, H, W]
     if x.numel() > STACK_LIMIT:
-        y = F.conv3d(frames.permute(1, 2, 0, 3, 4), weight, bias, (stride, 1, 1), (0, space, space))
+        y = F.conv3d(frames.permute(1, 2, 0, 3, 4), conv.weight, conv.bias, (stride, 1, 1), (0, space, space))
         return y.permute(2, 0, 1, 3, 4).flatten(0, 1)
     last = frames.shape[0] - 2
     stacked = torch.cat([frames[tap : tap + last : stride].flatten(0, 1) for tap in range(3)], dim=1)
-    return F.conv2d(stacked, weight.transpose(1, 2).flatten(1, 2), bias, padding=space)
+    return F.conv2d(stacked, conv.weight.transpose(1, 2).flatten(1, 2), conv.bias, padding=space)
 
 
 class RMSNorm(nn.Module):
@@ -151,7 +155,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = CausalConv3d(in_dim, out_dim, 3)
         self.norm2 = RMSNorm(out_dim)
         self.conv2 = CausalConv3d(out_dim, out_dim, 3)
-        self.conv_shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
+        self.conv_shortcut = PointConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)), past)
@@ -193,9 +197,7 @@ class Upsample(nn.Module):
             else:
                 y = self.time_conv(x, past)  # [T*B, 2C, H, W]: the two halves of the channels are two frames
                 y = y.permute(0, 2, 3, 1).unflatten(3, (2, -1)).unflatten(0, (-1, past.batch))
-                x = (
-                    y.permute(0, 4, 1, 2, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)
-                )  # [T*2*B, C, H, W], channels-last
+                x = y.permute(0, 4, 1, 2, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)  # [T*2*B, C, H, W], channels-last
         return self.resample(F.interpolate(x, scale_factor=2.0, mode="nearest-exact"))
 
 
@@ -214,8 +216,7 @@ class Downsample(nn.Module):
         x = self.resample(x)
         if self.temporal and (extended := past.extend(x)) is not None:
             # windows of three frames at stride 2, the first starting on the frame just before x
-            conv = self.time_conv
-            x = causal_taps(extended[past.batch :], conv.weight, conv.bias, past.batch, 0, stride=2)
+            x = causal_taps(extended[past.batch :], self.time_conv, past.batch, 0, stride=2)
         return x
 
 
@@ -232,9 +233,7 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, count: int, upsample: Upsample | None):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(count)
-        )
+        self.resnets = nn.ModuleList(ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(count))
         self.upsamplers = nn.ModuleList([] if upsample is None else [upsample])
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
@@ -297,17 +296,15 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.quant_conv = CausalConv3d(config.z_dim * 2, config.z_dim * 2, 1)
-        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, 1)
+        self.quant_conv = PointConv3d(config.z_dim * 2, config.z_dim * 2, 1)
+        self.post_quant_conv = PointConv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
-        self._caches = sum(
-            isinstance(m, CausalConv3d) and m.kernel_size[0] > 1 for m in self.decoder.modules()
-        )
-        self._moments: tuple[Tensor, Tensor] | None = None
+        self._caches = sum(isinstance(m, CausalConv3d) for m in self.decoder.modules())
+        self._moments = _column(config.latents_mean, "cpu"), _column(config.latents_std, "cpu")
 
     def first(self, latent: Tensor) -> tuple[Tensor, Cache]:
         """The start of a video: latent [B, C, 1, h, w] -> frames [B, 3, 1, H, W], cache."""
-        self._check_latent(latent, "1 latent frame", lambda frames: frames == 1)
+        self._check_latent(latent, single=True)
         return self._decode(latent, None)
 
     def steady(self, latent: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
@@ -315,7 +312,7 @@ class VAE(nn.Module):
 
         The given cache is left as it was.
         """
-        self._check_latent(latent, "1 or more latent frames", lambda frames: frames >= 1)
+        self._check_latent(latent)
         shape = (latent.shape[0], self.config.z_dim, 2, *latent.shape[3:])  # conv_in's cache is of latents
         if len(cache) != self._caches or tuple(cache[0].shape) != shape:
             got = f"{len(cache)} tensors, {[tuple(c.shape) for c in cache[:1]]} first"
@@ -324,11 +321,15 @@ class VAE(nn.Module):
 
     def decode_chunk(self, latents: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Any number of latents [B, C, k, h, w], from the start (cache None) or further on -> frames, cache."""
-        frames = []
-        for latent in latents.split(1, dim=2):
-            some, cache = self.first(latent) if cache is None else self.steady(latent, cache)
-            frames.append(some)
-        return torch.cat(frames, dim=2) if len(frames) > 1 else frames[0], cache
+        self._check_latent(latents)
+        frames, begin = [], 0
+        if cache is None:
+            start, cache = self.first(latents[:, :, :1])
+            frames, begin = [start], 1
+        for t in range(begin, latents.shape[2]):
+            following, cache = self.steady(latents[:, :, t : t + 1], cache)
+            frames.append(following)
+        return torch.cat(frames, dim=2), cache
 
     def decode(self, latents: Tensor) -> Tensor:
         """A whole video: latents [B, C, 1+k, h, w] -> frames [B, 3, 1+4k, H, W]."""
@@ -342,13 +343,10 @@ class VAE(nn.Module):
         if (video.shape[2] - 1) % step or video.shape[2] < 1:
             raise ValueError(f"video: got {video.shape[2]} frames, expected 1 + {step}k")
         if video.shape[3] % scale or video.shape[4] % scale:
-            raise ValueError(
-                f"video: got {video.shape[3]}x{video.shape[4]} pixels, expected multiples of {scale}"
-            )
-        cache, moments = None, []
-        for frames in video.to(self.quant_conv.weight.dtype).split(
-            [1] + [step] * (video.shape[2] // step), dim=2
-        ):
+            raise ValueError(f"video: got {video.shape[3]}x{video.shape[4]} pixels, expected multiples of {scale}")
+        cache: Cache | None = None
+        moments = []
+        for frames in video.to(self.quant_conv.weight.dtype).split([1] + [step] * (video.shape[2] // step), dim=2):
             past = Past(video.shape[0], cache)
             x = self.quant_conv(self.encoder(_to_images(frames), past))
             moments.append(_to_video(x[:, : c.z_dim], past.batch))
@@ -363,21 +361,24 @@ class VAE(nn.Module):
         x = self.decoder(self.post_quant_conv(_to_images(z)), past)
         return _to_video(x, past.batch).clamp(-1, 1), tuple(past.next)
 
-    def _check_latent(self, latent: Tensor, frames: str, accepts) -> None:
-        if latent.ndim != 5 or latent.shape[1] != self.config.z_dim or not accepts(latent.shape[2]):
-            expected = f"[B, {self.config.z_dim}, T, h, w] with {frames}"
-            raise ValueError(f"latent: got shape {tuple(latent.shape)}, expected {expected}")
+    def _check_latent(self, latent: Tensor, single: bool = False) -> None:
+        shape, channels = tuple(latent.shape), self.config.z_dim
+        if len(shape) != 5 or shape[1] != channels or shape[2] < 1 or (single and shape[2] > 1):
+            raise ValueError(f"latent: got {shape}, expected [B, {channels}, {'1' if single else 'T >= 1'}, h, w]")
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """mean and std [C, 1, 1, 1], float32. No buffers: those would follow the weights to meta and to bfloat16."""
-        if self._moments is None or self._moments[0].device != device:
-            with torch.inference_mode(False):
-                c = self.config
-                self._moments = tuple(
-                    torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
-                    for v in (c.latents_mean, c.latents_std)
-                )
-        return self._moments
+        if self._moments[0].device == device:
+            return self._moments
+        with torch.inference_mode(False):
+            moments = _column(self.config.latents_mean, device), _column(self.config.latents_std, device)
+        if not torch.compiler.is_compiling():  # where tensors are only stand-ins
+            self._moments = moments
+        return moments
+
+
+def _column(values: tuple[float, ...], device: torch.device | str) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
 
 
 def _to_images(video: Tensor) -> Tensor:

@@ -1,0 +1,383 @@
+"""Where frames go: files that appear whole, image sequences, stdout, a checksum, nowhere.
+
+    with open_sink("out/demo.mp4", fps=16, size=(480, 832)) as sink:
+        for frame in stream:        # uint8 [H, W, 3]
+            sink.write(frame)
+
+A file grows as `.<name>.part` beside its name and is renamed by `close`; `abort` leaves nothing behind.
+An mp4 is fragmented: the `.part` of a killed process plays up to its last whole frame.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import shutil
+import sys
+from contextlib import suppress
+from fractions import Fraction
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol, Self
+
+import numpy as np
+
+HELD_LIMIT = 1 << 30  # bytes of frames that gif and webp may hold: their writer wants all frames at once
+CRF = 18  # x264's quality: visually close to lossless
+
+
+class Sink(Protocol):
+    """Takes frames uint8 [H, W, 3] one by one. After the first `close` or `abort` the next ones do nothing."""
+
+    frames: int  # written so far
+
+    def write(self, frame: np.ndarray) -> None: ...
+    def close(self) -> None: ...
+    def abort(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, kind, error, trace) -> None: ...
+
+
+class OutputClosed(BrokenPipeError):
+    """The reader at the other end of stdout has gone: an ordinary way for a stream to end."""
+
+
+def open_sink(target: str | Path, fps: float, size: tuple[int, int], format: str | None = None) -> Sink:
+    """The sink for a target; size is (height, width).
+
+    `null` counts, `checksum` hashes, `-` is stdout in `format` (y4m, mp4 or rgb; y4m if None), a name ending
+    in "/" or an existing directory gets 00000.png ..., `name_%05d.png` a file for each frame; else the suffix
+    decides: .mp4, .y4m, .rgb (raw), .gif, .webp.
+    """
+    height, width = size
+    if fps <= 0 or min(size) < 1:
+        raise ValueError(f"got {fps} fps and {width}x{height} pixels, expected positive numbers")
+    name, rate = str(target), Fraction(fps).limit_denominator(1001)
+    if format is not None and name != "-":
+        raise ValueError(f"format: got {format} for {name}, expected it only for stdout (-); a file has a suffix")
+    if name == "null":
+        return NullSink(size)
+    if name == "checksum":
+        return ChecksumSink(size)
+    if name == "-":
+        format = format or "y4m"
+        if format not in STREAM_FORMATS:
+            raise ValueError(f"format: got {format}, expected one of {', '.join(STREAM_FORMATS)}")
+        return STREAM_FORMATS[format](size, rate, None)
+    path = Path(target)
+    if name.endswith("/") or path.is_dir():
+        _check_place(path)
+        return PngSink(size, path, None)
+    suffix = path.suffix.lower()
+    if suffix == ".png":
+        if not re.fullmatch(r"[^%]*%(0\d)?d[^%]*", path.name):
+            raise ValueError(f"output: got {path.name}, expected a pattern such as frame_%05d.png, or a directory/")
+        _check_place(path)
+        return PngSink(size, path.parent, path.name)
+    sinks = {f".{kind}": sink for kind, sink in {**STREAM_FORMATS, "gif": AnimationSink, "webp": AnimationSink}.items()}
+    if suffix not in sinks:
+        expected = f"{', '.join(sinks)}, name_%05d.png, a directory/, null, checksum or -"
+        raise ValueError(f"output: got {name}, expected {expected}")
+    _check_place(path)
+    return sinks[suffix](size, rate, path)
+
+
+def _check_place(path: Path) -> None:
+    """Found out before the first frame is made, not after the last."""
+    folder = path.parent
+    if not folder.exists():
+        raise FileNotFoundError(f"output: got {path}, expected an existing directory {folder}")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"output: got {path}, expected {folder} to be a directory")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"output: got {path}, expected a directory that can be written, {folder} cannot")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"output: got {path}, a device or pipe, expected a file name; use - for a pipe")
+
+
+def _need(module: str, what: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = {"av": "av", "PIL.Image": "pillow"}[module]
+        expected = f"it installed (extra `video`, or pip install {package}); .y4m and .rgb need no package"
+        raise ImportError(f"{what} output: got no package {package}, expected {expected}") from error
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+class BaseSink:
+    """Checks frames and holds the order write* -> close or abort; `_put`, `_finish`, `_discard` do the work."""
+
+    def __init__(self, size: tuple[int, int]):
+        self.shape = (*size, 3)
+        self.frames = 0
+        self.ended = False
+
+    def write(self, frame: np.ndarray) -> None:
+        if self.ended:
+            raise ValueError("sink: got a frame after close, expected none")
+        if frame.dtype != np.uint8 or frame.shape != self.shape:
+            raise ValueError(f"frame: got {frame.dtype} {frame.shape}, expected uint8 {self.shape}")
+        self._put(np.ascontiguousarray(frame))
+        self.frames += 1
+
+    def close(self) -> None:
+        if self.ended:
+            return
+        try:
+            if self.frames:
+                self._finish()
+            else:  # without a frame there is no video, so there is no file either
+                self._discard()
+        except BaseException:
+            self._discard()
+            raise
+        finally:
+            self.ended = True
+
+    def abort(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self._discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        # Ctrl-C ends a stream, it does not spoil it
+        if kind is None or issubclass(kind, KeyboardInterrupt):
+            self.close()
+        else:
+            self.abort()
+
+    def _put(self, frame: np.ndarray) -> None: ...
+    def _finish(self) -> None: ...
+    def _discard(self) -> None: ...
+
+
+class NullSink(BaseSink):
+    """Counts."""
+
+
+class ChecksumSink(BaseSink):
+    """sha256 over the bytes of all frames; `digest` is there after close."""
+
+    def __init__(self, size: tuple[int, int]):
+        super().__init__(size)
+        self.digest: str | None = None
+        self._hash = hashlib.sha256()
+
+    def _put(self, frame: np.ndarray) -> None:
+        self._hash.update(frame.data)
+
+    def _finish(self) -> None:
+        self.digest = self._hash.hexdigest()
+
+    _discard = _finish  # the checksum of nothing is one too
+
+
+class Output:
+    """Bytes to a file under its temporary name, or (path None) to stdout. A write is out when it returns."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.end = 0  # of the last whole write
+        if path is None:
+            sys.stdout.flush()
+            # our own descriptor: after a broken pipe nothing is left in sys.stdout to fail again at exit
+            file = io.FileIO(os.dup(sys.stdout.fileno()), "w")
+        else:
+            file = io.FileIO(_part(path), "w")
+        self.stream = io.BufferedWriter(file)
+
+    def write(self, data) -> int:
+        try:
+            count = self.stream.write(data)
+            self.stream.flush()
+        except BrokenPipeError as error:
+            raise OutputClosed(*error.args) from None
+        self.end += count
+        return count
+
+    def keep(self) -> None:
+        if self.path is not None and self.end:
+            self.stream.truncate(self.end)  # a write that Ctrl-C cut short is no part of the file
+        self.stream.close()
+        if self.path is not None:
+            os.replace(_part(self.path), self.path)
+
+    def drop(self) -> None:
+        with suppress(OSError):
+            self.stream.close()
+        if self.path is not None:
+            _part(self.path).unlink(missing_ok=True)
+
+
+class RawSink(BaseSink):
+    """RGB bytes, frame after frame, no header."""
+
+    def __init__(self, size: tuple[int, int], rate: Fraction, path: Path | None):
+        super().__init__(size)
+        self.output = Output(path)
+
+    def _put(self, frame: np.ndarray) -> None:
+        self.output.write(frame.data)
+
+    def _finish(self) -> None:
+        self.output.keep()
+
+    def _discard(self) -> None:
+        self.output.drop()
+
+
+# BT.601, limited range: what a reader assumes of a y4m, which has no field for it
+RGB_TO_YUV = np.array(
+    [
+        [65.481, 128.553, 24.966],
+        [-37.797, -74.203, 112.0],
+        [112.0, -93.786, -18.214],
+    ],
+    dtype=np.float32,
+) / np.float32(255)
+YUV_OFFSET = np.array([[16], [128], [128]], dtype=np.float32)
+
+
+class Y4mSink(RawSink):
+    """YUV4MPEG2, 4:4:4: every size, no package, read by every player."""
+
+    def __init__(self, size: tuple[int, int], rate: Fraction, path: Path | None):
+        super().__init__(size, rate, path)
+        height, width = size
+        shape = f"W{width} H{height} F{rate.numerator}:{rate.denominator} Ip A1:1"
+        self.header = f"YUV4MPEG2 {shape} C444 XCOLORRANGE=LIMITED\n".encode()
+
+    def _put(self, frame: np.ndarray) -> None:
+        planes = RGB_TO_YUV @ frame.reshape(-1, 3).T.astype(np.float32) + YUV_OFFSET  # [3, H*W]
+        self.output.write(self.header + b"FRAME\n" + np.rint(planes).astype(np.uint8).tobytes())
+        self.header = b""
+
+
+class Mp4Sink(BaseSink):
+    """H.264, a fragment for each frame, so that what has been written can be watched."""
+
+    def __init__(self, size: tuple[int, int], rate: Fraction, path: Path | None):
+        super().__init__(size)
+        height, width = size
+        if height % 2 or width % 2:
+            raise ValueError(f"mp4 output: got {width}x{height} pixels, expected even numbers; .y4m takes any size")
+        av = _need("av", "mp4")
+        self.output = Output(path)
+        flags = {"movflags": "frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
+        try:
+            # a file is written by the library itself, where Ctrl-C cannot cut a write short
+            file = self.output if path is None else str(_part(path))
+            self.container = av.open(file, "w", format="mp4", options=flags)
+            self.video = self.container.add_stream(_h264(av), rate=rate)
+        except BaseException:
+            self.output.drop()
+            raise
+        self.video.width, self.video.height, self.video.pix_fmt = width, height, "yuv420p"
+        # no look-ahead: a frame is out as soon as it is in. One thread: the model keeps the other cores
+        self.video.options = {"crf": str(CRF), "preset": "veryfast", "tune": "zerolatency"}
+        context = self.video.codec_context
+        context.thread_count, context.gop_size, context.time_base = 1, max(1, round(rate)), 1 / rate
+        # said in the file, or a player would guess another matrix for large pictures
+        context.colorspace, context.color_range = 6, 1  # BT.601 (SMPTE 170M), limited
+        self.new_frame = av.VideoFrame.from_ndarray
+        self.time_base = 1 / rate
+
+    def _put(self, frame: np.ndarray) -> None:
+        picture = self.new_frame(frame, format="rgb24")
+        picture.pts, picture.time_base = self.frames, self.time_base
+        self.container.mux(self.video.encode(picture))
+
+    def _finish(self) -> None:
+        self.container.mux(self.video.encode(None))
+        self.container.close()
+        self.output.keep()
+
+    def _discard(self) -> None:
+        with suppress(Exception):  # a container that has lost its reader cannot write its trailer
+            self.container.close()
+        self.output.drop()
+
+
+def _h264(av: ModuleType) -> str:
+    for name in ("libx264", "libopenh264", "mpeg4"):
+        with suppress(ValueError):
+            return av.codec.Codec(name, "w").name
+    raise ValueError("mp4 output: got a PyAV without an encoder, expected libx264; .y4m needs none")
+
+
+STREAM_FORMATS = {"y4m": Y4mSink, "mp4": Mp4Sink, "rgb": RawSink}
+
+
+class PngSink(BaseSink):
+    """A file for each frame, in a hidden directory until all are there.
+
+    With a pattern they go into `folder` under its names; without one `folder` itself is made.
+    """
+
+    def __init__(self, size: tuple[int, int], folder: Path, pattern: str | None):
+        super().__init__(size)
+        if pattern is None and folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"output: got {folder}, which holds files, expected a new or an empty directory")
+        self.image = _need("PIL.Image", "png")
+        self.folder, self.pattern = folder, pattern
+        self.part = _part(folder if pattern is None else folder / pattern)
+        shutil.rmtree(self.part, ignore_errors=True)  # of a killed run
+        self.part.mkdir()
+
+    def _put(self, frame: np.ndarray) -> None:
+        name = (self.pattern or "%05d.png") % self.frames
+        self.image.fromarray(frame).save(self.part / name, compress_level=1)
+
+    def _finish(self) -> None:
+        if self.pattern is None:
+            os.replace(self.part, self.folder)
+            return
+        for file in sorted(self.part.iterdir()):
+            os.replace(file, self.folder / file.name)
+        self.part.rmdir()
+
+    def _discard(self) -> None:
+        shutil.rmtree(self.part, ignore_errors=True)
+
+
+class AnimationSink(BaseSink):
+    """gif or webp, by the suffix: for short clips, as all frames stay in memory until close."""
+
+    def __init__(self, size: tuple[int, int], rate: Fraction, path: Path):
+        super().__init__(size)
+        self.kind = path.suffix.lower()[1:]
+        self.image = _need("PIL.Image", self.kind)
+        self.rate = rate
+        self.output = Output(path)
+        self.pictures: list = []
+
+    def _put(self, frame: np.ndarray) -> None:
+        if (self.frames + 1) * frame.nbytes > HELD_LIMIT:
+            raise ValueError(f"{self.kind} output: got more than {self.frames} frames, expected a short clip; use .mp4")
+        self.pictures.append(self.image.fromarray(frame.copy()))
+
+    def _finish(self) -> None:
+        # a gif counts hundredths of a second: rounding the times, not the durations, keeps the speed right
+        unit = 10 if self.kind == "gif" else 1
+        times = [unit * round(i * 1000 / (unit * self.rate)) for i in range(self.frames + 1)]
+        timing = {"duration": np.diff(times).tolist(), "loop": 0}
+        quality = {"quality": 90} if self.kind == "webp" else {}
+        data = io.BytesIO()
+        first, *rest = self.pictures
+        first.save(data, format=self.kind, save_all=True, append_images=rest, **timing, **quality)
+        self.output.write(data.getbuffer())
+        self.output.keep()
+
+    def _discard(self) -> None:
+        self.pictures.clear()
+        self.output.drop()
