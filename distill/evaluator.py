@@ -20,7 +20,7 @@ BACKGROUND_RADIUS = 0.35  # colour distance within which a pixel is background, 
 FOREGROUND_RADIUS = 0.55  # colour distance beyond which a pixel belongs to an object
 COLOUR_RADIUS = 0.6
 MIN_BACKGROUND = 0.4  # share of the frame
-MIN_AREA = 30  # pixels of an object
+MIN_AREA, MAX_AREA = 30, 400  # pixels of an object
 MIN_SECOND = 12  # pixels of a component that counts as another object
 MAX_FRAGMENTS = 0.15  # area of all other components against the object's
 MAX_STEP = 3.0  # pixels between two frames
@@ -82,9 +82,7 @@ def _circular_mean(weight: Tensor) -> Tensor:
     """Centre [T, 2] (x, y) on the torus of non-negative weights [T, 32, 32]."""
     angle = (torch.arange(SIZE) + 0.5) * 2 * math.pi / SIZE
     axes = torch.stack([weight.sum(1), weight.sum(2)], 1)  # [T, 2, 32]
-    return (
-        torch.atan2((axes * angle.sin()).sum(-1), (axes * angle.cos()).sum(-1)) * SIZE / (2 * math.pi) % SIZE
-    )
+    return torch.atan2((axes * angle.sin()).sum(-1), (axes * angle.cos()).sum(-1)) * SIZE / (2 * math.pi) % SIZE
 
 
 @cache
@@ -95,9 +93,7 @@ def _templates() -> Tensor:
     middle = torch.tensor(SIZE / 2)
     triangle = coverage(middle, middle, torch.tensor(8.0), torch.tensor(SHAPES.index("triangle")))
     rows = torch.arange(SIZE) + 0.5
-    lift = (
-        (triangle.sum(1) * rows).sum() / triangle.sum() - middle
-    ) / 8.0  # centroid below the centre, per radius
+    lift = ((triangle.sum(1) * rows).sum() / triangle.sum() - middle) / 8.0  # centroid below the centre, per radius
     offset = torch.where(shapes == SHAPES.index("triangle"), lift * radii, 0.0)
     return torch.stack([middle - offset, radii.expand_as(offset), shapes.expand_as(offset).float()])
 
@@ -131,7 +127,7 @@ def _objects(video: Tensor, background: int) -> _Objects:
     areas.scatter_add_(1, labels.flatten(1), torch.ones_like(labels.flatten(1)))
     areas[:, 0] = 0
     area, largest = areas.max(1)
-    found = area >= MIN_AREA
+    found = (area >= MIN_AREA) & (area <= MAX_AREA)
     others = areas.sum(1) - area
     single = found & ((areas >= MIN_SECOND).sum(1) == 1) & (others < MAX_FRAGMENTS * area)
 
@@ -196,9 +192,7 @@ def aggregate(scores: list[Scores]) -> dict[str, dict[str, float]]:
     if not scores:
         raise ValueError("scores: got an empty list, expected at least one clip")
     rows = torch.tensor([list(asdict(s).values()) for s in scores], dtype=torch.float64)
-    error = (
-        rows.std(0, correction=1) / math.sqrt(len(scores)) if len(scores) > 1 else torch.zeros(rows.shape[1])
-    )
+    error = rows.std(0, correction=1) / math.sqrt(len(scores)) if len(scores) > 1 else torch.zeros(rows.shape[1])
     return {
         field.name: {"mean": round(float(rows[:, i].mean()), 4), "se": round(float(error[i]), 4)}
         for i, field in enumerate(fields(Scores))

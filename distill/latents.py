@@ -32,9 +32,7 @@ class BankConfig:
 class Bank:
     """Captioned latents in memory; `draw` takes a random batch of images or of clip prefixes."""
 
-    def __init__(
-        self, images: Tensor, image_captions: list[str], clips: Tensor, clip_captions: list[str]
-    ) -> None:
+    def __init__(self, images: Tensor, image_captions: list[str], clips: Tensor, clip_captions: list[str]) -> None:
         for name, tensor, captions in (("images", images, image_captions), ("clips", clips, clip_captions)):
             if len(tensor) != len(captions):
                 raise ValueError(f"bank: got {len(captions)} captions, expected {len(tensor)} for the {name}")

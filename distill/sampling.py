@@ -1,6 +1,7 @@
 """Sampling from the bidirectional teacher, and pictures of what came out."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -31,9 +32,7 @@ def joint_flow(model: WanTransformer, latent: Tensor, t: Tensor, text: TextKV) -
     return model(latent, t * 1000, text, cos, sin, dense_attention())
 
 
-def guided_flow(
-    model: WanTransformer, latent: Tensor, t: Tensor, text: TextKV, empty: TextKV, scale: float
-) -> Tensor:
+def guided_flow(model: WanTransformer, latent: Tensor, t: Tensor, text: TextKV, empty: TextKV, scale: float) -> Tensor:
     """Classifier-free guidance: v_u + scale (v_c - v_u), in one call of twice the batch."""
     if scale == 1:
         return joint_flow(model, latent, t, text)
@@ -56,15 +55,13 @@ def sample_joint(
     """Denoise whole clips at once with Euler steps: noise [B, C, F, h, w] -> latent."""
     times = shifted(torch.linspace(1, 0, steps + 1), shift)
     latent = noise
-    for now, then in zip(times[:-1], times[1:], strict=True):
+    for now, then in pairwise(times):
         t = now.expand(latent.shape[0], latent.shape[2])
         latent = latent + (then - now) * guided_flow(model, latent, t, text, empty, scale)
     return latent
 
 
-def contact_sheet(
-    videos: Iterable[Tensor], path: Path, every: Sequence[int] | int = 4, zoom: int = 3
-) -> None:
+def contact_sheet(videos: Iterable[Tensor], path: Path, every: Sequence[int] | int = 4, zoom: int = 3) -> None:
     """One row a clip, one column a shown frame; clips float [3, T, H, W] in [-1, 1]."""
     rows = []
     for video in videos:

@@ -99,9 +99,7 @@ def sample(count: int, generator: torch.Generator, *, hidden: bool = False) -> l
         margin = radius + 0.5
         inside = [margin + (SIZE - 2 * margin) * place for place in (u, v)]
         x, y = (SIZE * u, inside[1]) if DIRECTIONS[facts.direction][0] else (inside[0], SIZE * v)
-        specs.append(
-            Spec(facts.colour, facts.shape, facts.direction, facts.speed, facts.background, radius, (x, y))
-        )
+        specs.append(Spec(facts.colour, facts.shape, facts.direction, facts.speed, facts.background, radius, (x, y)))
     return specs
 
 

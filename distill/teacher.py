@@ -8,6 +8,7 @@ follow the prompt, and it lets the same teacher judge a frame after a clean past
 Writes --out/teacher/{transformer,text_encoder,tokenizer} in the stock layouts.
 """
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from distill.training import (
     trapezoid,
 )
 from engine.config import TransformerConfig
-from engine.transformer import WanTransformer
+from engine.transformer import TextKV, WanTransformer
 
 SPRITES = TransformerConfig(
     patch_size=(1, 1, 1),
@@ -56,8 +57,9 @@ class TeacherConfig:
     image_steps: int = 1200
     steps: int = 10000  # all of them, images included
     images: int = 64
-    cycle: tuple[tuple[int, int], ...] = ((5, 8), (2, 20), (9, 5), (3, 13))  # latent frames, clips
-    late_cycle: tuple[tuple[int, int], ...] = ((9, 5), (5, 8), (9, 5), (3, 13))
+    # Latent frames and clips of successive steps, until the late share of the run and in it.
+    cycle: tuple[tuple[int, int], ...] = ((5, 8), (2, 20), (9, 5), (3, 13), (5, 8), (1, 40), (9, 5), (3, 13))
+    late_cycle: tuple[tuple[int, int], ...] = ((9, 5), (5, 8), (9, 5), (3, 13), (9, 5), (1, 40))
     late_share: float = 0.4
     lr: float = 2e-3
     warmup: int = 100
@@ -87,16 +89,20 @@ class Teacher(nn.Module):
         nn.init.zeros_(self.transformer.proj_out.weight)
         nn.init.zeros_(self.transformer.proj_out.bias)
 
-    def prepare(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+    def encode(self, captions: list[str]) -> Tensor:
+        """Captions -> text_emb [B, rows, text_dim]."""
+        return encode(self.tokenizer, self.text_encoder, captions)
+
+    def prepare(self, captions: list[str]) -> TextKV:
         """Captions -> cross-attention K, V."""
-        return self.transformer.prepare_text(encode(self.tokenizer, self.text_encoder, captions))
+        return self.transformer.prepare_text(self.encode(captions))
 
     def save(self, folder: Path) -> None:
-        """Write the stock diffusers and transformers layouts."""
+        """Write the stock diffusers and transformers layouts, in float16: a student is trained on what ships."""
         stock = WanTransformer3DModel(**asdict(self.transformer.config), rope_max_seq_len=1024)
         stock.load_state_dict(self.transformer.state_dict())
-        stock.save_pretrained(folder / "transformer")
-        self.text_encoder.save_pretrained(folder / "text_encoder")
+        stock.half().save_pretrained(folder / "transformer")
+        copy.deepcopy(self.text_encoder).half().save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
 
 
@@ -131,9 +137,7 @@ def batch_shape(step: int, config: TeacherConfig) -> tuple[int, int]:
     return frames, clips
 
 
-def loss_of(
-    teacher: Teacher, bank: Bank, step: int, config: TeacherConfig, generator: torch.Generator
-) -> Tensor:
+def loss_of(teacher: Teacher, bank: Bank, step: int, config: TeacherConfig, generator: torch.Generator) -> Tensor:
     """Flow matching (Eq. 3, 4) on one random batch."""
     frames, clips = batch_shape(step, config)
     latent, captions = bank.draw(clips, frames, generator)
@@ -183,9 +187,7 @@ def generate(
         part = captions[i : i + 16]
         noise = torch.randn(len(part), config.in_channels, frames, 8, 8, generator=generator)
         text, empty = teacher.prepare(part), teacher.prepare([""] * len(part))
-        videos.append(
-            codec.decode(sample_joint(teacher.transformer, text, empty, noise, scale=scale, steps=steps))
-        )
+        videos.append(codec.decode(sample_joint(teacher.transformer, text, empty, noise, scale=scale, steps=steps)))
     return torch.cat(videos)
 
 

@@ -1,6 +1,5 @@
 """The sprites text side: a word-level tokenizer and a one-layer UMT5, both in the stock transformers layout."""
 
-import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -52,10 +51,3 @@ def encode(tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, captio
     tokens = tokenizer(captions, padding="max_length", max_length=rows, truncation=True, return_tensors="pt")
     hidden = encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     return hidden * tokens.attention_mask[..., None].to(hidden.dtype)
-
-
-@torch.no_grad()
-def encode_frozen(
-    tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, captions: list[str]
-) -> Tensor:
-    return encode(tokenizer, encoder, captions)

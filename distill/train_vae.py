@@ -84,9 +84,7 @@ def validate(vae: AutoencoderKLWan, frames: int, count: int, seed: int = 999) ->
 
 
 @torch.no_grad()
-def latent_statistics(
-    vae: AutoencoderKLWan, clips: int = 96, frames: int = 33
-) -> tuple[list[float], list[float]]:
+def latent_statistics(vae: AutoencoderKLWan, clips: int = 96, frames: int = 33) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of every latent channel over training clips."""
     specs = sample(clips, torch.Generator().manual_seed(5))
     parts = [encode_moments(vae, render(specs[i : i + 8], frames)[0]) for i in range(0, clips, 8)]
@@ -94,15 +92,11 @@ def latent_statistics(
     return latent.mean((0, 2, 3, 4)).tolist(), latent.std((0, 2, 3, 4)).tolist()
 
 
-def train(
-    config: VaeConfig, out: Path, board: Path | None = None, stop_at: int | None = None
-) -> AutoencoderKLWan:
+def train(config: VaeConfig, out: Path, board: Path | None = None, stop_at: int | None = None) -> AutoencoderKLWan:
     """Run (or go on with) the training; `stop_at` ends it early, as a kill would."""
     torch.manual_seed(config.seed)
     vae = initialise(build_vae())
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
     data = torch.Generator().manual_seed(config.seed + 1)
     first = 0
     if state := load_state(out / "state.pt"):

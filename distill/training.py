@@ -20,9 +20,7 @@ def parse_arguments(doc: str, default_out: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("distill/configs/sprites.toml"), help="TOML file")
     parser.add_argument("--out", type=Path, default=Path(default_out), help="folder for checkpoints and logs")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads (two runs of one beat one of two)"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (two runs of one beat one of two)")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs to --out")
     return parser.parse_args()
 

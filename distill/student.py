@@ -1,0 +1,127 @@
+"""The student of the paper: ETM and SDD, both LoRA on one frozen teacher, and its parallel teacher-forced pass.
+
+`Student.flow` computes every frame of a clip at once under masks that equal the streaming path: the ETM looks back
+`window` frames (Eq. 1); a noisy frame sees itself, the clean chunk 0 and the clean frame before it; the clean frame
+i >= 1, standing in as "last", sees chunk 0 and itself. Chunks are one latent frame.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from torch import Tensor, nn
+
+from engine.layers import Attend
+from engine.rope import rope_tables
+from engine.stages import TorchStages
+from engine.transformer import TextKV, WanTransformer
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+
+def frame_attention(visible: Sequence[Sequence[int]]) -> Attend:
+    """Self-attention over whole frames: frame i of the sequence looks at the frames visible[i].
+
+    Frames that see equally many others share one attention call, so nothing is masked or padded.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    for frame, seen in enumerate(visible):
+        groups[len(seen)].append(frame)
+    order = torch.tensor([frame for frames in groups.values() for frame in frames]).argsort()
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(1, (len(visible), -1)) for x in (q, k, v))  # [B, F, n, heads, head_dim]
+        parts = []
+        for frames in groups.values():
+            index = torch.tensor([visible[frame] for frame in frames])
+            query = q[:, frames].flatten(0, 1).transpose(1, 2)
+            key, value = (x[:, index].flatten(2, 3).flatten(0, 1).transpose(1, 2) for x in (k, v))
+            out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+            parts.append(out.unflatten(0, (q.shape[0], len(frames))))
+        return torch.cat(parts, 1)[:, order].flatten(1, 2)
+
+    return attend
+
+
+def etm_visible(frames: int, window: int) -> list[list[int]]:
+    """Eq. 1 with chunks of one frame: frame i sees i - window .. i."""
+    return [list(range(max(0, i - window), i + 1)) for i in range(frames)]
+
+
+def sdd_visible(frames: int) -> list[list[int]]:
+    """The SDD's sequence: clean frames 0 .. frames - 2, then noisy frames 0 .. frames - 1."""
+    context = frames - 1
+    clean = [[0] if i == 0 else [0, i] for i in range(context)]
+    noisy = [[*sorted({0, f - 1} if f else set()), context + f] for f in range(frames)]
+    return clean + noisy
+
+
+def sdd_positions(frames: int, max_position: int) -> list[int]:
+    """Temporal positions of that sequence: the current frame at min(index, p_max), the last one before it."""
+    clean = [min(i, max_position - 1) for i in range(frames - 1)]
+    return clean + [min(f, max_position) for f in range(frames)]
+
+
+class Student(nn.Module):
+    """SDD and ETM as LoRA on copies of a teacher; with fresh adapters both compute what the teacher computes."""
+
+    def __init__(self, teacher: WanTransformer, rank: int = 64, window: int = 3, max_position: int = 4) -> None:
+        super().__init__()
+        if max_position < 2:
+            raise ValueError(f"max_position: got {max_position}, expected at least 2")
+        self.window, self.max_position = window, max_position
+        self.lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights=True)
+        self.sdd = WanTransformer(teacher.config, conditioned=True)
+        self.sdd.load_state_dict(teacher.state_dict(), strict=False)
+        self.etm = copy.deepcopy(teacher)
+        for model in (self.sdd, self.etm):
+            model.requires_grad_(False)
+            inject_adapter_in_model(self.lora, model)
+        self.sdd.condition_proj.requires_grad_(True)
+        self.stages = TorchStages({"sdd": self.sdd, "etm": self.etm}, vae=None, text_encoder=None)
+
+    def adapter(self, model: WanTransformer) -> dict[str, Tensor]:
+        """LoRA tensors of one of the two models under PEFT's file names."""
+        state = get_peft_model_state_dict(model)
+        return {f"base_model.model.{key}": value for key, value in state.items()}
+
+    def features(self, context: Tensor, text: dict[str, TextKV]) -> Tensor:
+        """Eq. 2 for all frames at once: clean context [B, C, K, h, w] -> c_0 .. c_K, [B, (K + 1) * n, dim]; c_0 = 0."""
+        batch, _, frames, height, width = context.shape
+        rope = rope_tables(range(frames), *self._tokens(height, width), self.etm.config.attention_head_dim)
+        hidden, _ = self.etm.encode(
+            context, torch.zeros(batch, frames), text["etm"], *rope, frame_attention(etm_visible(frames, self.window))
+        )
+        first = torch.zeros_like(hidden[:, : hidden.shape[1] // frames])
+        return torch.cat([first, hidden], 1)
+
+    def flow(self, context: Tensor, noisy: Tensor, t: Tensor, text: dict[str, TextKV]) -> Tensor:
+        """Eq. 4 for every frame given its clean past; `text` is what `stages.prepare_text` returned.
+
+        context [B, C, F - 1, h, w] holds clean frames 0 .. F - 2, noisy [B, C, F, h, w] frames 0 .. F - 1 at noise
+        levels t [B, F] in [0, 1]; returns the flow of every noisy frame, [B, C, F, h, w].
+        """
+        batch, _, frames, height, width = noisy.shape
+        if context.shape[2] != frames - 1 or t.shape != (batch, frames):
+            raise ValueError(
+                f"got {context.shape[2]} context frames and t {tuple(t.shape)}, "
+                f"expected {frames - 1} and {(batch, frames)}"
+            )
+        positions = sdd_positions(frames, self.max_position)
+        rope = rope_tables(positions, *self._tokens(height, width), self.sdd.config.attention_head_dim)
+        condition = None
+        if frames > 1:
+            features = self.features(context, text)
+            clean = torch.zeros_like(features[:, : features.shape[1] // frames * (frames - 1)])
+            condition = torch.cat([clean, features], 1)
+        levels = torch.cat([torch.zeros(batch, frames - 1), t], 1) * 1000
+        latent = torch.cat([context, noisy], 2)
+        attend = frame_attention(sdd_visible(frames))
+        return self.sdd(latent, levels, text["sdd"], *rope, attend, condition)[:, :, frames - 1 :]
+
+    def _tokens(self, height: int, width: int) -> tuple[int, int]:
+        _, ph, pw = self.sdd.config.patch_size
+        return height // ph, width // pw

@@ -1,0 +1,104 @@
+"""Teacher forcing computes exactly what streaming computes, for any clip length and past the position clamp."""
+
+import pytest
+import torch
+
+from distill.rollout import noise_levels, roll_out
+from distill.student import Student, etm_visible, frame_attention, sdd_positions, sdd_visible
+from engine.config import TransformerConfig, find_preset
+from engine.generators import Geometry, GreedyGenerator
+from engine.layers import dense_attention
+from engine.transformer import WanTransformer
+
+SMALL = TransformerConfig(
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=32,
+    ffn_dim=32,
+    num_layers=3,
+)
+
+
+def random_student(window: int, max_position: int) -> Student:
+    """A student whose adapters and W_c are far from zero."""
+    torch.manual_seed(0)
+    student = Student(WanTransformer(SMALL), rank=4, window=window, max_position=max_position).eval()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2)
+    return student
+
+
+@pytest.mark.parametrize(("frames", "window", "max_position"), [(1, 3, 4), (2, 1, 2), (7, 2, 3), (9, 3, 8)])
+@torch.no_grad()
+def test_teacher_forcing_equals_streaming(frames: int, window: int, max_position: int) -> None:
+    student = random_student(window, max_position)
+    clean, noisy = (torch.randn(2, 4, frames, 4, 6) for _ in range(2))
+    emb, level = torch.randn(2, 5, 16), 0.6
+    text = student.stages.prepare_text(emb)
+    parallel = student.flow(clean[:, :, :-1], noisy, torch.full((2, frames), level), text)
+
+    preset = find_preset("greedy", {"window": window, "max_position": max_position})
+    generator = GreedyGenerator(student.stages, SMALL, preset, torch.float32, torch.device("cpu"))
+    state = generator.open(Geometry.of(SMALL, 2, 4, 6), text)
+    for frame in range(frames):
+        one = slice(frame, frame + 1)
+        flow = generator.denoise(noisy[:, :, one], level * 1000, state)
+        assert (flow - parallel[:, :, one]).abs().max() <= 1e-5, frame
+        generator.commit(clean[:, :, one], state)
+
+
+@torch.no_grad()
+def test_fresh_student_is_its_teacher() -> None:
+    torch.manual_seed(0)
+    teacher = WanTransformer(SMALL)
+    student = Student(teacher, rank=4)
+    noisy, emb, t = torch.randn(2, 4, 1, 4, 4), torch.randn(2, 5, 16), torch.rand(2, 1)
+    from distill.sampling import joint_flow
+
+    expected = joint_flow(teacher, noisy, t, teacher.prepare_text(emb))
+    got = student.flow(noisy[:, :, :0], noisy, t, student.stages.prepare_text(emb))
+    assert (got - expected).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("visible", [etm_visible(6, 2), sdd_visible(4)])
+def test_frame_attention_is_masked_attention(visible: list[list[int]]) -> None:
+    torch.manual_seed(0)
+    tokens, frames = 3, len(visible)
+    q, k, v = torch.randn(3, 2, frames * tokens, 2, 8)
+    mask = torch.zeros(frames, frames, dtype=torch.bool)
+    for frame, seen in enumerate(visible):
+        mask[frame, seen] = True
+    mask = mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+    expected = dense_attention(mask)(0, q, k, v)
+    assert (frame_attention(visible)(0, q, k, v) - expected).abs().max() <= 1e-6
+
+
+def test_masks_and_positions_by_hand() -> None:
+    assert etm_visible(5, 2) == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]
+    assert sdd_visible(3) == [[0], [0, 1], [2], [0, 3], [0, 1, 4]]
+    assert sdd_positions(6, 3) == [0, 1, 2, 2, 2, 0, 1, 2, 3, 3, 3]
+
+
+def test_rollout_is_seeded_and_keeps_what_is_given() -> None:
+    student = random_student(3, 4)
+    preset = find_preset("greedy", {"shift": 2.0, "solver": "euler", "max_position": 4})
+    emb, start = torch.randn(2, 5, 16), torch.randn(2, 4, 2, 4, 4)
+    first, again = (roll_out(student, emb, 5, 7, preset, size=(4, 4), start=start) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(first[:, :, :2], start)
+    assert not torch.equal(first, roll_out(student, emb, 5, 8, preset, size=(4, 4), start=start))
+    assert noise_levels(preset).tolist() == pytest.approx([1, 6 / 7, 2 / 3, 2 / 5, 0])
+
+
+def test_bad_input() -> None:
+    student = random_student(3, 4)
+    with pytest.raises(ValueError, match="expected 1"):
+        student.flow(torch.zeros(1, 4, 2, 4, 4), torch.zeros(1, 4, 2, 4, 4), torch.zeros(1, 2), {})
+    with pytest.raises(ValueError, match="max_position"):
+        Student(WanTransformer(SMALL), rank=4, max_position=1)
