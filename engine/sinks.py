@@ -53,8 +53,10 @@ def open_sink(target: str | Path, fps: float, size: tuple[int, int], format: str
     decides: .mp4, .y4m, .rgb (raw), .gif, .webp.
     """
     height, width = size
-    if fps <= 0 or min(size) < 1:
-        raise ValueError(f"got {fps} fps and {width}x{height} pixels, expected positive numbers")
+    if not 0.01 <= fps <= 1000:
+        raise ValueError(f"fps: got {fps}, expected 0.01 to 1000")
+    if min(size) < 1:
+        raise ValueError(f"size: got {width}x{height} pixels, expected positive numbers")
     name, rate = str(target), Fraction(fps).limit_denominator(1001)
     if format is not None and name != "-":
         raise ValueError(f"format: got {format} for {name}, expected it only for stdout (-); a file has a suffix")
@@ -67,7 +69,7 @@ def open_sink(target: str | Path, fps: float, size: tuple[int, int], format: str
         if format not in STREAM_FORMATS:
             raise ValueError(f"format: got {format}, expected one of {', '.join(STREAM_FORMATS)}")
         return STREAM_FORMATS[format](size, rate, None)
-    path = Path(target)
+    path = Path(target).absolute()  # so that even . has a name
     if name.endswith("/") or path.is_dir():
         _check_place(path)
         return PngSink(size, path, None)
@@ -189,6 +191,8 @@ class Output:
         self.path = path
         self.end = 0  # of the last whole write
         if path is None:
+            if sys.stdout.isatty():
+                raise ValueError("output: got - on a terminal, expected a pipe or a redirection")
             sys.stdout.flush()
             # our own descriptor: after a broken pipe nothing is left in sys.stdout to fail again at exit
             file = io.FileIO(os.dup(sys.stdout.fileno()), "w")

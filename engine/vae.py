@@ -20,7 +20,6 @@ Cache = tuple[Tensor, ...]  # one [B, C, 2, h, w] for each causal convolution: t
 
 # Above this many elements a stacked copy costs more memory than it saves time, and 3-D convolutions run at full rate.
 STACK_LIMIT = 1 << 20
-# Wan2.1's statistics (its 16 latent channels)
 WAN_MEAN: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
 WAN_MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 WAN_STD: tuple[float, ...] = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
@@ -68,9 +67,8 @@ class VAEConfig:
         for key, expected in (("is_residual", False), ("patch_size", None), ("attn_scales", ())):
             if (got := values.pop(key, expected)) != expected:
                 raise ValueError(f"VAE config {key}: got {got}, expected {expected} (Wan2.1's VAE)")
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(values.keys() - known):
-            raise ValueError(f"VAE config: got unknown keys {unknown}, expected some of {sorted(known)}")
+        if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
+            raise ValueError(f"VAE config: got unknown keys {unknown}, expected {[f.name for f in fields(cls)]}")
         return cls(**values)
 
 
@@ -338,16 +336,15 @@ class VAE(nn.Module):
     def encode(self, video: Tensor) -> Tensor:
         """video [B, 3, 1+4k, H, W] in [-1, 1] -> the normalised mean [B, C, 1+k, h, w], float32."""
         c, step, scale = self.config, self.config.scale_factor_temporal, self.config.scale_factor_spatial
-        if video.ndim != 5 or video.shape[1] != c.in_channels:
-            raise ValueError(f"video: got shape {tuple(video.shape)}, expected [B, {c.in_channels}, T, H, W]")
-        if (video.shape[2] - 1) % step or video.shape[2] < 1:
-            raise ValueError(f"video: got {video.shape[2]} frames, expected 1 + {step}k")
-        if video.shape[3] % scale or video.shape[4] % scale:
-            raise ValueError(f"video: got {video.shape[3]}x{video.shape[4]} pixels, expected multiples of {scale}")
+        shape = tuple(video.shape)
+        fits = len(shape) == 5 and shape[1] == c.in_channels and shape[2] > 0 and (shape[2] - 1) % step == 0
+        if not fits or shape[3] % scale or shape[4] % scale:
+            raise ValueError(f"video: got {shape}, expected [B, {c.in_channels}, 1 + {step}k, {scale}i, {scale}j]")
         cache: Cache | None = None
         moments = []
-        for frames in video.to(self.quant_conv.weight.dtype).split([1] + [step] * (video.shape[2] // step), dim=2):
-            past = Past(video.shape[0], cache)
+        groups = [1] + [step] * ((shape[2] - 1) // step)
+        for frames in video.to(self.quant_conv.weight.dtype).split(groups, dim=2):
+            past = Past(shape[0], cache)
             x = self.quant_conv(self.encoder(_to_images(frames), past))
             moments.append(_to_video(x[:, : c.z_dim], past.batch))
             cache = tuple(past.next)
@@ -370,13 +367,13 @@ class VAE(nn.Module):
         """mean and std [C, 1, 1, 1], float32. No buffers: those would follow the weights to meta and to bfloat16."""
         if self._moments[0].device == device:
             return self._moments
-        with torch.inference_mode(False):
-            moments = _column(self.config.latents_mean, device), _column(self.config.latents_std, device)
+        moments = _column(self.config.latents_mean, device), _column(self.config.latents_std, device)
         if not torch.compiler.is_compiling():  # where tensors are only stand-ins
             self._moments = moments
         return moments
 
 
+@torch.inference_mode(False)  # or training could not use them after a first call under inference mode
 def _column(values: tuple[float, ...], device: torch.device | str) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
 

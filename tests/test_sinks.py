@@ -243,6 +243,12 @@ def test_stdout(tmp_path, options):
     assert abs(int(got[6][0, 0, 0]) - 60) <= 3
 
 
+def test_a_terminal_gets_no_bytes(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with pytest.raises(ValueError, match=r"got .*expected"):
+        open_sink("-", FPS, SIZE)
+
+
 @pytest.mark.parametrize("kind", ["y4m", "mp4"])
 def test_stdout_whose_reader_leaves(kind):
     process = start("-", 100_000, kind, stdout=subprocess.PIPE)
@@ -284,7 +290,9 @@ def test_bad_targets(tmp_path, target, size, error):
 
 
 def test_bad_options(tmp_path, monkeypatch):
-    for target, fps, format in (("clip.mp4", 0, None), ("clip.mp4", FPS, "mp4"), ("-", FPS, "gif")):
+    nan, inf = float("nan"), float("inf")
+    wrong = [("clip.mp4", fps, None) for fps in (0, -1, 1e-9, nan, inf)]
+    for target, fps, format in (*wrong, ("clip.mp4", FPS, "mp4"), ("-", FPS, "gif")):
         with pytest.raises(ValueError, match=r"got .*expected"):
             open_sink(target if target == "-" else tmp_path / target, fps, SIZE, format)
     monkeypatch.setattr(engine.sinks.os, "access", lambda *_: False)

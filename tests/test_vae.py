@@ -27,6 +27,16 @@ CONFIGS = {
         "latents_std": [0.8 + 0.2 * i for i in range(8)],
         "scale_factor_spatial": 4,
     },
+    "images": {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False],
+        "scale_factor_spatial": 2,
+        "scale_factor_temporal": 1,
+        **STATISTICS,
+    },
     "twice-in-time": {
         "base_dim": 8,
         "z_dim": 4,
