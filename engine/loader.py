@@ -11,7 +11,7 @@ from engine.checkpoint import (
     TensorSource, fill, load_transformer, merge_adapter, merge_lora_file, open_source, read_json, weight_files,
 )  # fmt: skip
 from engine.config import Preset, TransformerConfig, find_preset
-from engine.generators import Geometry, make_generator
+from engine.generators import Geometry
 from engine.stages import TorchStages
 from engine.stream import Pipeline
 from engine.text import Tokenizer, load_text_encoder
@@ -105,8 +105,8 @@ def assemble(
     """A pipeline of parts already in memory (tests, parity, random weights)."""
     scale = vae_config or VAEConfig()
     return Pipeline(
-        stages, make_generator(stages, config, preset, dtype, device), tokenizer, config, preset, name, dtype, device,
-        height, width, fps, scale.scale_factor_spatial, scale.scale_factor_temporal,
+        stages, tokenizer, config, preset, name, dtype, device, height, width, fps,
+        scale.scale_factor_spatial, scale.scale_factor_temporal,
     )  # fmt: skip
 
 

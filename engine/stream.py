@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.config import Preset, TransformerConfig
-from engine.generators import Generator, Geometry, Stages
+from engine.generators import Generator, Geometry, Stages, make_generator
 from engine.noise import NoiseSource, PhiloxNoise
 from engine.schedule import Schedule, make_solver
 from engine.text import Tokenizer
@@ -23,7 +23,6 @@ class Pipeline:
     """Weights, backend and preset, shared by all its streams; a stream owns everything that changes."""
 
     stages: Stages
-    generator: Generator
     tokenizer: Tokenizer | None
     config: TransformerConfig
     preset: Preset
@@ -35,6 +34,11 @@ class Pipeline:
     fps: float
     spatial: int  # pixels a latent pixel, each way
     temporal: int  # frames a latent frame, after the first
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The preset's generator on this pipeline's stages."""
+        return make_generator(self.stages, self.config, self.preset, self.dtype, self.device)
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: str) -> Tensor:

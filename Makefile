@@ -1,0 +1,44 @@
+# Every verb sets up what it needs. CI calls lint and test unchanged.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread each: the tests are many small operations, and two cores run two processes.
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test lint format bench clean
+
+help:  ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.done  ## create .venv with the pinned versions
+
+$(VENV)/.done: constraints.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[distill,test]'
+	touch $@
+
+demo: setup  ## stream 6 seconds of the embedded model to out/demo.mp4
+	@mkdir -p out
+	$(BIN)/python -m engine.run --prompt "a red circle moving right slowly on a gray background" \
+		--prompt-at 3.0s "a blue square moving down quickly on a white background" --seconds 6 --seed 1 --out out/demo.mp4
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## check against the recorded cases, then measure how a stream scales
+	$(BIN)/python -m bench parity --cases tests/data/causal
+	$(BIN)/python -m bench scaling --chunks 400
+
+clean:  ## remove what was built
+	rm -rf $(VENV) out build *.egg-info

@@ -1,0 +1,77 @@
+"""python -m bench parity | scaling: check against recorded cases, measure."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import parity
+from bench.scaling import scaling
+from engine.loader import load
+
+
+def _parity(args: argparse.Namespace) -> int:
+    results = parity.run(args.cases, args.device)
+    if not args.json:
+        print(f"{'case':32} {'dtype':10} {'max error':>10} {'rms error':>10}")
+        for r in results:
+            verdict = "" if r.passed else "  FAILED"
+            print(f"{r.name:32} {r.dtype:10} {r.max_abs_error:10.2e} {r.rms_error:10.2e}{verdict}")
+    summary = parity.report(results)
+    print(json.dumps(summary) if args.json else f"{sum(r.passed for r in results)} of {len(results)} within tolerance")
+    return 0 if results and summary["passed"] else 1
+
+
+def _scaling(args: argparse.Namespace) -> int:
+    torch.set_num_threads(args.threads)
+    pipeline = load(args.model, preset=args.preset, device=args.device)
+    result: dict = {}
+    for result in scaling(pipeline, args.prompt, args.chunks, args.seed):
+        if "chunk" in result and sys.stderr.isatty():
+            print(f"\rchunk {result['chunk']} of {args.chunks}", end="", file=sys.stderr)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    if not args.json:
+        for key, value in result.items():
+            print(f"{key:20} {value:.4g}" if isinstance(value, float) else f"{key:20} {value}")
+    else:
+        print(json.dumps(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("parity", help="replay recorded cases of public streaming code; exit 1 beyond tolerance")
+    command.add_argument("--cases", type=Path, required=True, metavar="DIR", help="directory with cases.json and its tensors")
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--json", action="store_true", help="print the result as one JSON line")
+    command.set_defaults(run=_parity)
+
+    command = commands.add_parser("scaling", help="time and memory a chunk, early and late in one stream")
+    command.add_argument("--chunks", type=int, default=400, metavar="N")
+    command.add_argument("--model", metavar="DIR", help="pipeline directory (default: the embedded model)")
+    command.add_argument("--preset")
+    command.add_argument("--prompt", default="a red circle moving right slowly on a gray background")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--threads", type=int, default=torch.get_num_threads())
+    command.add_argument("--device", default="auto")
+    command.add_argument("--json", action="store_true", help="print the result as one JSON line")
+    command.set_defaults(run=_scaling)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""python -m engine.run: a prompt in, a video out, written while it is made."""
+
+import argparse
+import json
+import resource
+import signal
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from engine.config import PRESETS, Preset
+from engine.loader import DTYPES, is_untrained, load
+from engine.media import read_clip, read_image
+from engine.sinks import Sink, OutputClosed, open_sink
+from engine.stream import Pipeline, Stream
+
+EXAMPLES = """\
+examples:
+  python -m engine.run --prompt "a red circle moving right slowly on a gray background" --seconds 10 --out red.mp4
+  python -m engine.run --prompt "..." --prompt-at 3.0s "a blue square moving up quickly on a white background"
+  python -m engine.run --model Wan2.1-T2V-1.3B --checkpoint self_forcing_dmd.pt --preset self-forcing --prompt "..."
+  python -m engine.run --prompt "..." --out - | ffplay -
+
+presets: """ + ", ".join(PRESETS)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of argparse's usage and message."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m engine.run", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    what = parser.add_argument_group("what to generate")
+    what.add_argument("--prompt", required=True, metavar="TEXT")
+    what.add_argument(
+        "--prompt-at", nargs=2, action="append", default=[], metavar=("TIME", "TEXT"),
+        help="switch the prompt while streaming, at 3.0s or frame 48f; may be repeated",
+    )  # fmt: skip
+    what.add_argument("--no-recommit", action="store_true", help="leave the past as it is when the prompt switches")
+    source = what.add_mutually_exclusive_group()
+    source.add_argument("--image", type=Path, metavar="FILE", help="start from a picture (image-to-video)")
+    source.add_argument("--video", type=Path, metavar="FILE", help="continue a clip; its end is re-encoded and comes first")
+    what.add_argument("--video-frames", type=int, default=81, metavar="N", help="how much of the clip's end to take (81)")
+    length = what.add_mutually_exclusive_group()
+    length.add_argument("--frames", type=int, metavar="N", help="stop after N frames")
+    length.add_argument("--seconds", type=float, metavar="S", help="stop after S seconds; default: until Ctrl-C")
+    what.add_argument("--seed", type=int, default=0, help="the same seed gives the same video (0)")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", type=Path, metavar="DIR", help="diffusers pipeline directory; default: the embedded sprites model")
+    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="transformer weights: Self-Forcing-family .pt, or .safetensors")
+    model.add_argument("--checkpoint-state", metavar="NAME", help="state of a .pt to take: generator_ema, generator")
+    model.add_argument("--adapter", type=Path, action="append", default=[], metavar="PATH", help="PEFT LoRA folder to merge; may be repeated")
+    model.add_argument("--height", type=int)
+    model.add_argument("--width", type=int)
+    model.add_argument("--fps", type=float, help="frame rate of the output")
+
+    preset = parser.add_argument_group("preset", "any field of the preset can be replaced")
+    preset.add_argument("--preset", metavar="NAME|FILE.toml", help="default: the model's own")
+    for name, kind in ((f.name, f.type) for f in fields(Preset) if f.name != "family"):
+        option = "--" + name.replace("_", "-")
+        if kind is bool:
+            preset.add_argument(option, action=argparse.BooleanOptionalAction)
+        elif name == "steps":
+            preset.add_argument(option, metavar="T,T,..[/T,..]", help="timesteps of chunk 0 / chunk 1 / ... / the rest")
+        else:
+            preset.add_argument(option, type=kind, metavar=kind.__name__.upper())
+
+    run = parser.add_argument_group("output and machine")
+    run.add_argument(
+        "--out", default="video.mp4", metavar="TARGET",
+        help="FILE.mp4, .y4m, .gif, .webp, DIR/ (png sequence), - (stdout), null, checksum (video.mp4)",
+    )  # fmt: skip
+    run.add_argument("--format", choices=("y4m", "mp4", "rgb"), help="what --out - writes (y4m)")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    run.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
+    run.add_argument("--backend", choices=("torch",), default="torch")
+    run.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    run.add_argument("--json", action="store_true", help="print a report as the last line of stdout")
+    run.add_argument("--quiet", action="store_true", help="no progress, no warnings")
+    run.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _frame_of(when: str, fps: float) -> int:
+    """'3.0s' or '3.0' in seconds, '48f' in frames -> frame number."""
+    try:
+        value = int(when[:-1]) if when.endswith("f") else round(float(when.removesuffix("s")) * fps)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise ValueError(f"--prompt-at: got {when!r}, expected a time such as 3.0s or a frame such as 48f")
+    return value
+
+
+def _limit(args: argparse.Namespace, fps: float) -> int | None:
+    for name in ("frames", "seconds"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{name}: got {value}, expected a positive number")
+    if args.seconds is not None:
+        return max(1, round(args.seconds * fps))
+    return args.frames
+
+
+class _Interrupt:
+    """Ctrl-C and SIGTERM stop the stream; one that comes while a frame is written waits until it is."""
+
+    def __init__(self) -> None:
+        self.writing = self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if not self.writing:
+            raise KeyboardInterrupt
+
+    def write(self, sink: Sink, frame: np.ndarray) -> None:
+        self.writing = True
+        try:
+            sink.write(frame)
+        finally:
+            self.writing = False
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+def _generate(
+    stream: Stream, sink: Sink, limit: int | None, switches: list[tuple[int, str]], args: argparse.Namespace,
+    interrupt: _Interrupt, console: Console, fps: float, start: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Pull chunks into the sink until the limit, Ctrl-C or a reader that left; returns what was measured."""
+    frames, chunks, ttff, stopped = 0, [], 0.0, False
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} frames"),
+        TextColumn("{task.fields[rate]:.1f} fps  first frame {task.fields[ttff]:.0f} ms"), TimeElapsedColumn(),
+    )  # fmt: skip
+    hidden = args.quiet or not console.is_terminal
+    begun = time.perf_counter()
+    with Progress(*columns, console=console, disable=hidden) as progress:
+        task = progress.add_task("streaming", total=limit, rate=0.0, ttff=0.0)
+        try:
+            while limit is None or frames < limit:
+                while switches and switches[0][0] <= frames:
+                    stream.set_prompt(switches.pop(0)[1], recommit=not args.no_recommit)
+                chunk_start = time.perf_counter()
+                chunk = stream.next_chunk()
+                now = time.perf_counter()
+                chunks.append(now - chunk_start)
+                ttff = ttff or now - start
+                for frame in chunk[: None if limit is None else limit - frames]:
+                    interrupt.write(sink, frame)
+                    frames += 1
+                rate = frames / (time.perf_counter() - begun)
+                progress.update(task, completed=frames, rate=rate, ttff=1e3 * ttff)
+        except KeyboardInterrupt:
+            stopped = True
+    spent = time.perf_counter() - begun
+    steady = [1e3 * seconds for seconds in chunks[1:] or chunks] or [0.0]
+    return {
+        "frames": frames,
+        "fps": frames / spent,
+        "ttff_ms": 1e3 * ttff,
+        "ms_per_chunk": {"p50": float(np.percentile(steady, 50)), "p99": float(np.percentile(steady, 99))},
+        "chunks": len(chunks),
+        "seconds": spent,
+        "realtime": frames / spent / fps,
+        "stopped": stopped,
+    }
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    given = {field.name: getattr(args, field.name, None) for field in fields(Preset)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _clip(args: argparse.Namespace, pipeline: Pipeline) -> np.ndarray | None:
+    if args.image is not None:
+        return read_image(args.image, pipeline.height, pipeline.width)
+    if args.video is not None:
+        return read_clip(args.video, pipeline.height, pipeline.width, pipeline.fps, args.video_frames)
+    return None
+
+
+def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
+    console = Console(stderr=True)
+    if not args.prompt.strip():
+        raise ValueError("--prompt: got an empty text, expected words")
+    if args.json and args.out == "-":
+        raise ValueError("--json: got --out -, expected a file (both write to stdout)")
+    if args.video_frames < 1:
+        raise ValueError(f"--video-frames: got {args.video_frames}, expected at least 1")
+    if not 0 <= args.seed < 2**64:
+        raise ValueError(f"--seed: got {args.seed}, expected 0 to 2^64 - 1")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads: got {args.threads}, expected at least 1")
+        torch.set_num_threads(args.threads)
+    begun = time.perf_counter()
+    pipeline = load(
+        args.model, preset=args.preset, overrides=_overrides(args), checkpoint=args.checkpoint,
+        checkpoint_state=args.checkpoint_state, adapters=args.adapter, device=args.device, dtype=args.precision,
+        height=args.height, width=args.width, fps=args.fps,
+    )  # fmt: skip
+    loaded = time.perf_counter()
+    if is_untrained(args.model, pipeline.preset, args.checkpoint, args.adapter) and not args.quiet:
+        print(f"note: no weights trained for preset {pipeline.preset_name} were given; "
+              "the bidirectional model streams untrained", file=sys.stderr)  # fmt: skip
+    limit = _limit(args, pipeline.fps)
+    switches = sorted((_frame_of(when, pipeline.fps), text) for when, text in args.prompt_at)
+    clip = _clip(args, pipeline)
+    sink = open_sink(args.out, pipeline.fps, (pipeline.height, pipeline.width), format=args.format)
+    try:
+        start = time.perf_counter()
+        with pipeline.stream(args.prompt, seed=args.seed, clip=clip) as stream:
+            report = _generate(
+                stream, sink, limit, switches, args, interrupt, console, pipeline.fps, start
+            )  # fmt: skip
+        sink.close()
+    except OutputClosed:
+        sink.abort()  # the reader has seen enough: nothing went wrong, and nobody is there to be told
+        return 0
+    except BaseException:
+        sink.abort()
+        raise
+    report |= {
+        "load_ms": 1e3 * (loaded - begun),
+        "peak_memory_mb": _peak_memory_mb(pipeline.device),
+        "preset": pipeline.preset_name,
+        "backend": args.backend,
+        "device": str(pipeline.device),
+        "precision": str(pipeline.dtype).removeprefix("torch."),
+        "seed": args.seed,
+        "height": pipeline.height,
+        "width": pipeline.width,
+        "out": args.out,
+    }
+    if getattr(sink, "digest", None):
+        report["sha256"] = sink.digest
+    if not args.quiet:
+        print(f"{report['frames']} frames at {report['fps']:.1f} fps, first after {report['ttff_ms']:.0f} ms, "
+              f"{report['ms_per_chunk']['p50']:.1f} ms a chunk -> {report.get('sha256', args.out)}",
+              file=sys.stderr)  # fmt: skip
+    if args.json:
+        print(json.dumps(report), flush=True)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done or stopped by Ctrl-C, 2 bad input, 1 a failure."""
+    args = _parser().parse_args(argv)
+    interrupt = _Interrupt()
+    try:
+        return _run(args, interrupt)
+    except KeyboardInterrupt:
+        print("stopped before the first frame", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        print(f"error: {lines[0]}", file=sys.stderr)
+        return 2 if isinstance(error, (ValueError, FileNotFoundError, PermissionError, ImportError)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
