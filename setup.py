@@ -16,7 +16,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["engine", "engine.*", "kernels", "kernels.*", "distill", "distill.*", "bench", "bench.*"]),
+    packages=find_packages(
+        include=["engine", "engine.*", "kernels", "kernels.*", "distill", "distill.*", "bench", "bench.*"]
+    ),
     package_data={"engine": ["assets/**/*"], "distill": ["configs/*.toml"]},
     install_requires=[
         "torch>=2.11",

@@ -45,8 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("parity", help="replay recorded cases of public streaming code; exit 1 beyond tolerance")
-    command.add_argument("--cases", type=Path, required=True, metavar="DIR", help="directory with cases.json and its tensors")
+    command = commands.add_parser(
+        "parity", help="replay recorded cases of public streaming code; exit 1 beyond tolerance"
+    )
+    command.add_argument(
+        "--cases", type=Path, required=True, metavar="DIR", help="directory with cases.json and its tensors"
+    )
     command.add_argument("--device", default="cpu")
     command.add_argument("--json", action="store_true", help="print the result as one JSON line")
     command.set_defaults(run=_parity)

@@ -76,9 +76,7 @@ def main() -> None:
         parser.error(f"got {arguments.prompts} prompts and {arguments.frames} frames, expected at least 1 of each")
     torch.set_num_threads(arguments.threads)
     try:
-        specs = sample(
-            arguments.prompts, torch.Generator().manual_seed(arguments.seed), hidden=not arguments.trained
-        )
+        specs = sample(arguments.prompts, torch.Generator().manual_seed(arguments.seed), hidden=not arguments.trained)
         if arguments.teacher:
             videos = teacher_videos(
                 arguments.model, specs, arguments.frames, arguments.seed, arguments.steps, arguments.guidance

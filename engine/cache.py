@@ -52,9 +52,7 @@ class RingCache:
         """
         frames = k.shape[1] // self.tokens
         if frames * self.tokens != k.shape[1] or frames > self.slots:
-            raise ValueError(
-                f"got {k.shape[1]} rows, expected whole frames of {self.tokens}, at most {self.slots}"
-            )
+            raise ValueError(f"got {k.shape[1]} rows, expected whole frames of {self.tokens}, at most {self.slots}")
         done = 0
         while done < frames:
             run = min(frames - done, self.slots - slot)

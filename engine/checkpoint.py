@@ -129,9 +129,7 @@ class PickleSource:
         if state and not isinstance(loaded.get(state), Mapping):
             raise ValueError(f"{file}: got keys {', '.join(map(str, loaded))}, expected {state!r} among them")
         chosen = loaded[names[0]] if names else loaded
-        self._tensors = {
-            diffusers_name(name): tensor for name, tensor in chosen.items() if isinstance(tensor, Tensor)
-        }
+        self._tensors = {diffusers_name(name): tensor for name, tensor in chosen.items() if isinstance(tensor, Tensor)}
         if not self._tensors:
             raise ValueError(f"{file}: got keys {', '.join(map(str, loaded))}, expected generator or generator_ema")
 
@@ -264,7 +262,9 @@ def merge_adapter(model: nn.Module, folder: Path, base_files: list[Path] | None 
         merged = PeftModel.from_pretrained(model, folder, is_trainable=False, low_cpu_mem_usage=True)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"adapter {folder}: got weights that do not fit, expected LoRA of this model ({reason})") from None
+        raise ValueError(
+            f"adapter {folder}: got weights that do not fit, expected LoRA of this model ({reason})"
+        ) from None
     merged.merge_and_unload(safe_merge=True)  # a new tensor: the base may be mapped to its file
     model.requires_grad_(False)
     condition = folder / "condition.safetensors"
@@ -290,7 +290,9 @@ def merge_lora_file(model: nn.Module, file: Path) -> None:
     known = dict(model.named_modules())
     unknown = [name for name in modules if name not in known]
     if unknown or not modules:
-        raise ValueError(f"{file}: got LoRA weights for {_shorten(unknown) or 'nothing'}, expected Linear layers of blocks")
+        raise ValueError(
+            f"{file}: got LoRA weights for {_shorten(unknown) or 'nothing'}, expected Linear layers of blocks"
+        )
     rank = next(t.shape[0] for name, t in tensors.items() if "lora_A" in name)
     # A list is matched by suffix, and names of whole paths are suffixes of nothing else.
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=modules), model)

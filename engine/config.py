@@ -155,9 +155,7 @@ def parse_steps(text: str) -> tuple[tuple[float, ...], ...]:
     try:
         return tuple(tuple(float(step) for step in part.split(",")) for part in text.split("/"))
     except ValueError:
-        raise ValueError(
-            f"steps: got {text!r}, expected numbers as in 1000,500 or 1000,750,500,250/1000"
-        ) from None
+        raise ValueError(f"steps: got {text!r}, expected numbers as in 1000,500 or 1000,750,500,250/1000") from None
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:

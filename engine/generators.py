@@ -176,9 +176,7 @@ class CausalGenerator:
         cache, frames = state.cache, x.shape[2]
         timestep = torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
         cos, sin = state.rope.at(position, frames)
-        return self.stages.dit(
-            x, timestep, cos, sin, cache.next_slot, cache.valid(frames), cache, state.text_kv
-        )
+        return self.stages.dit(x, timestep, cos, sin, cache.next_slot, cache.valid(frames), cache, state.text_kv)
 
     def _refresh(self, state: CausalState) -> None:
         """After a prompt switch: one clean pass over the latents still cached, at their own positions.

@@ -21,9 +21,7 @@ def dense_attention(mask: Tensor | None = None) -> Attend:
     """Self-attention within the given tokens; mask bool [tokens, tokens], True where a query may look."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
-        )
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
         return out.transpose(1, 2)
 
     return attend
@@ -131,9 +129,7 @@ class Block(nn.Module):
         x = x + gate(self.attn1.output(attend(query, apply_rope(key, cos, sin), value)), gate_sa)
 
         query = self.attn2.query(self.norm2(x))
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2), text_k.transpose(1, 2), text_v.transpose(1, 2)
-        )
+        out = F.scaled_dot_product_attention(query.transpose(1, 2), text_k.transpose(1, 2), text_v.transpose(1, 2))
         x = x + self.attn2.output(out.transpose(1, 2))
         return x + gate(self.ffn(modulate(self.norm3(x), shift_ff, scale_ff)), gate_ff)
 

@@ -80,7 +80,9 @@ def load(
     source = open_source(chosen or folder / "transformer", checkpoint_state)
     vae_source = open_source(folder / "vae")
     roles = ("etm", "sdd") if style.family == "greedy" else ("dit",)
-    geometry = Geometry.of(config, 1, height // vae_config.scale_factor_spatial, width // vae_config.scale_factor_spatial)
+    geometry = Geometry.of(
+        config, 1, height // vae_config.scale_factor_spatial, width // vae_config.scale_factor_spatial
+    )
     text_bytes = sum(file.stat().st_size for file in weight_files(folder / "text_encoder"))
     needed = len(roles) * source.bytes_at(kind) + vae_source.bytes_at(kind) + text_bytes
     _check_memory(needed, cache_bytes(config, style, geometry.tokens, kind), place)
@@ -146,7 +148,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: got {name!r}, expected cpu or a usable accelerator ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"device: got {name!r}, expected cpu or a usable accelerator ({str(error).splitlines()[0]})"
+        ) from None
     return device
 
 

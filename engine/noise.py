@@ -12,15 +12,15 @@ from torch import Tensor
 class NoiseSource(Protocol):
     """Where a stream's Gaussian noise comes from."""
 
-    def draw(self, chunk: int, number: int, shape: tuple[int, ...]) -> Tensor:
-        """Draw `number` of a chunk (0 is its initial latent): float32 of the given shape, on the CPU."""
+    def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
+        """The first `count` draws of a chunk (0 is its initial latent): float32 [count, *shape], on the CPU."""
         ...
 
 
 class PhiloxNoise:
     """Philox4x64-10 with key (seed, 0) and counter (block + 1, draw, chunk, 0), then Box-Muller in float64.
 
-    Block b gives four 64-bit words; words 2i and 2i + 1 become values 2i and 2i + 1 through
+    Block b gives four 64-bit words; words 2i and 2i + 1 of a draw become its values 2i and 2i + 1 through
     u = ((word >> 11) + 1) * 2^-53, radius = sqrt(-2 ln u0), angle = 2 pi u1, (r cos, r sin).
     numpy's generator advances its counter before the first block, hence block + 1.
     """
@@ -28,18 +28,21 @@ class PhiloxNoise:
     def __init__(self, seed: int) -> None:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed: got {seed}, expected 0 to 2^64 - 1")
-        self.seed = seed
+        self.key = np.array([seed, 0], dtype=np.uint64)
 
-    def draw(self, chunk: int, number: int, shape: tuple[int, ...]) -> Tensor:
-        count = prod(shape)
-        words = np.array([0, number, chunk, 0], dtype=np.uint64)
-        key = np.array([self.seed, 0], dtype=np.uint64)
-        raw = np.random.Philox(key=key, counter=words).random_raw(count + count % 2)
-        uniform = ((raw >> np.uint64(11)) + np.uint64(1)).astype(np.float64) * 2.0**-53
-        radius = np.sqrt(-2.0 * np.log(uniform[0::2]))
-        angle = 2.0 * np.pi * uniform[1::2]
-        values = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(-1)
-        return torch.from_numpy(values[:count].astype(np.float32)).reshape(shape)
+    def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
+        size = prod(shape)
+        raw = np.stack([self._words(chunk, number, size + size % 2) for number in range(count)])
+        uniform = ((raw >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
+        radius, angle = np.sqrt(-2.0 * np.log(uniform[:, 0::2])), (2.0 * np.pi) * uniform[:, 1::2]
+        values = np.empty(raw.shape, dtype=np.float32)
+        values[:, 0::2] = radius * np.cos(angle)
+        values[:, 1::2] = radius * np.sin(angle)
+        return torch.from_numpy(values[:, :size]).reshape(count, *shape)
+
+    def _words(self, chunk: int, number: int, size: int) -> np.ndarray:
+        counter = np.array([0, number, chunk, 0], dtype=np.uint64)
+        return np.random.Philox(key=self.key, counter=counter).random_raw(size)
 
 
 class ReplayNoise:
@@ -48,11 +51,12 @@ class ReplayNoise:
     def __init__(self, draws: Mapping[tuple[int, int], Tensor]) -> None:
         self.draws = draws
 
-    def draw(self, chunk: int, number: int, shape: tuple[int, ...]) -> Tensor:
-        if (chunk, number) not in self.draws:
-            raise ValueError(f"noise: got a request for draw {number} of chunk {chunk}, "
+    def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
+        missing = [number for number in range(count) if (chunk, number) not in self.draws]
+        if missing:
+            raise ValueError(f"noise: got a request for draw {missing[0]} of chunk {chunk}, "
                              f"expected one of {len(self.draws)} recorded draws")  # fmt: skip
-        found = self.draws[chunk, number]
-        if tuple(found.shape) != tuple(shape):
-            raise ValueError(f"noise: got a recorded draw of shape {list(found.shape)}, expected {list(shape)}")
+        found = torch.stack([self.draws[chunk, number] for number in range(count)])
+        if tuple(found.shape[1:]) != tuple(shape):
+            raise ValueError(f"noise: got recorded draws of shape {list(found.shape[1:])}, expected {list(shape)}")
         return found

@@ -12,18 +12,24 @@ from torch import Tensor
 THETA = 10000.0
 
 
-def _angles(positions: Tensor, dim: int) -> Tensor:
-    """positions [n] -> angles [n, dim / 2], float64."""
-    frequencies = THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    return positions.to(torch.float64)[:, None] * frequencies
+@lru_cache(maxsize=16)
+def _frequencies(dim: int) -> Tensor:
+    """[dim / 2], float64"""
+    return THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+
+def _cos_sin(positions: Tensor, dim: int) -> Tensor:
+    """positions [n] -> cos and sin, [2, n, dim / 2], float32 from float64 angles."""
+    angles = positions[:, None] * _frequencies(dim)
+    return torch.stack([angles.cos(), angles.sin()]).float()
 
 
 @lru_cache(maxsize=16)
-def _spatial_angles(height: int, width: int, dim: int) -> Tensor:
-    """Angles of one frame's height and width parts: [height * width, dim], float64."""
-    rows = _angles(torch.arange(height), dim)[:, None].expand(-1, width, -1)
-    columns = _angles(torch.arange(width), dim)[None].expand(height, -1, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+def _spatial(height: int, width: int, dim: int) -> Tensor:
+    """cos and sin of one frame's height and width parts: [2, height * width, dim], float32."""
+    rows = _cos_sin(torch.arange(height, dtype=torch.float64), dim)[:, :, None].expand(-1, -1, width, -1)
+    columns = _cos_sin(torch.arange(width, dtype=torch.float64), dim)[:, None].expand(-1, height, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(1, 2)
 
 
 def rope_tables(positions: Sequence[int], height: int, width: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -35,12 +41,13 @@ def rope_tables(positions: Sequence[int], height: int, width: int, head_dim: int
     if head_dim % 2 or head_dim < 2:
         raise ValueError(f"got head_dim {head_dim}, expected an even number")
     spatial_dim = 2 * (head_dim // 6)
-    time = _angles(torch.tensor(list(positions), dtype=torch.float64), head_dim - 2 * spatial_dim)
-    space = _spatial_angles(height, width, spatial_dim)
-    angles = torch.cat(
-        [time[:, None].expand(-1, len(space), -1), space[None].expand(len(time), -1, -1)], dim=-1
-    ).flatten(0, 1)
-    return angles.cos().float(), angles.sin().float()
+    # Only the temporal part changes from chunk to chunk.
+    space = _spatial(height, width, spatial_dim)[:, None]
+    time = _cos_sin(torch.tensor(list(positions), dtype=torch.float64), head_dim - 2 * spatial_dim)[:, :, None]
+    tables = torch.cat(
+        [time.expand(-1, -1, space.shape[2], -1), space.expand(-1, time.shape[1], -1, -1)], dim=-1
+    ).flatten(1, 2)
+    return tables[0], tables[1]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -52,18 +52,33 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--no-recommit", action="store_true", help="leave the past as it is when the prompt switches")
     source = what.add_mutually_exclusive_group()
     source.add_argument("--image", type=Path, metavar="FILE", help="start from a picture (image-to-video)")
-    source.add_argument("--video", type=Path, metavar="FILE", help="continue a clip; its end is re-encoded and comes first")
-    what.add_argument("--video-frames", type=int, default=81, metavar="N", help="how much of the clip's end to take (81)")
+    source.add_argument(
+        "--video", type=Path, metavar="FILE", help="continue a clip; its end is re-encoded and comes first"
+    )
+    what.add_argument(
+        "--video-frames", type=int, default=81, metavar="N", help="how much of the clip's end to take (81)"
+    )
     length = what.add_mutually_exclusive_group()
     length.add_argument("--frames", type=int, metavar="N", help="stop after N frames")
     length.add_argument("--seconds", type=float, metavar="S", help="stop after S seconds; default: until Ctrl-C")
     what.add_argument("--seed", type=int, default=0, help="the same seed gives the same video (0)")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", type=Path, metavar="DIR", help="diffusers pipeline directory; default: the embedded sprites model")
-    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="transformer weights: Self-Forcing-family .pt, or .safetensors")
+    model.add_argument(
+        "--model", type=Path, metavar="DIR", help="diffusers pipeline directory; default: the embedded sprites model"
+    )
+    model.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="transformer weights: Self-Forcing-family .pt, or .safetensors"
+    )
     model.add_argument("--checkpoint-state", metavar="NAME", help="state of a .pt to take: generator_ema, generator")
-    model.add_argument("--adapter", type=Path, action="append", default=[], metavar="PATH", help="PEFT LoRA folder to merge; may be repeated")
+    model.add_argument(
+        "--adapter",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="PEFT LoRA folder to merge; may be repeated",
+    )
     model.add_argument("--height", type=int)
     model.add_argument("--width", type=int)
     model.add_argument("--fps", type=float, help="frame rate of the output")

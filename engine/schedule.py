@@ -1,7 +1,6 @@
 """Noise schedules and solvers. A schedule is data: timesteps for chunk 0, chunk 1, ..., the rest."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,29 +55,33 @@ def denoised(x: Tensor, flow: Tensor, sigma: float) -> Tensor:
 class Solver(ABC):
     """One chunk's integration from noise to a clean latent; `step` is called once per denoising step."""
 
+    renoises = False  # whether every step but the last wants fresh noise
+
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
 
     @abstractmethod
-    def step(self, x: Tensor, flow: Tensor, t: float, t_next: float | None, fresh: Callable[[], Tensor]) -> Tensor:
-        """From x at t to x at t_next, both [B, C, F, h, w]; `fresh` draws new noise of that shape."""
+    def step(self, x: Tensor, flow: Tensor, t: float, t_next: float | None, fresh: Tensor | None) -> Tensor:
+        """From x at t to x at t_next, both [B, C, F, h, w]; `fresh` is new noise of that shape."""
 
 
 class Renoise(Solver):
     """Predict x0, then noise it afresh to the next level: the sampler that few-step students are trained for."""
 
-    def step(self, x: Tensor, flow: Tensor, t: float, t_next: float | None, fresh: Callable[[], Tensor]) -> Tensor:
+    renoises = True
+
+    def step(self, x: Tensor, flow: Tensor, t: float, t_next: float | None, fresh: Tensor | None) -> Tensor:
         x0 = denoised(x, flow, self.schedule.sigma(t))
-        if t_next is None:
+        if t_next is None or fresh is None:
             return x0
         sigma = torch.tensor(self.schedule.sigma(t_next), dtype=torch.float32)
-        return ((1 - sigma) * x0.float() + sigma * fresh().float()).to(x.dtype)
+        return ((1 - sigma) * x0.float() + sigma * fresh.float()).to(x.dtype)
 
 
 class Euler(Solver):
     """x + (sigma' - sigma) flow, Eq. 4 of Greedy Distill discretised."""
 
-    def step(self, x: Tensor, flow: Tensor, t: float, t_next: float | None, fresh: Callable[[], Tensor]) -> Tensor:
+    def step(self, x: Tensor, flow: Tensor, t: float, t_next: float | None, fresh: Tensor | None) -> Tensor:
         delta = self.schedule.sigma(t_next) - self.schedule.sigma(t)
         return (x.double() + delta * flow.double()).to(x.dtype)
 
@@ -121,7 +124,7 @@ class UniPC(Solver):
             correction = weights[0] * slope + weights[1] * (newest - x0)
         return base - (1 - sigma) * phi1 * correction
 
-    def step(self, x: Tensor, flow: Tensor, t: float, t_next: float | None, fresh: Callable[[], Tensor]) -> Tensor:
+    def step(self, x: Tensor, flow: Tensor, t: float, t_next: float | None, fresh: Tensor | None) -> Tensor:
         # At sigma = 1 the signal is zero and its logarithm infinite.
         sigma = torch.tensor(min(self.schedule.sigma(t), 1 - 1e-6), dtype=torch.float64)
         x0 = x.double() - sigma * flow.double()

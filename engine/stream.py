@@ -3,7 +3,8 @@
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,9 @@ class Pipeline:
         """
         expected = (self.height, self.width, 3)
         if clip.ndim != 4 or clip.shape[1:] != expected or clip.dtype != np.uint8 or not len(clip):
-            raise ValueError(f"clip: got {clip.dtype} {list(clip.shape)}, expected uint8 [T, {self.height}, {self.width}, 3]")
+            raise ValueError(
+                f"clip: got {clip.dtype} {list(clip.shape)}, expected uint8 [T, {self.height}, {self.width}, 3]"
+            )
         latents = 1 + (len(clip) - 1) // self.temporal
         if self.preset.family == "greedy":
             latents = max(latents // self.preset.chunk, 1) * self.preset.chunk
@@ -152,12 +155,13 @@ class Stream:
         if self.given:
             return self.given[0]
         index, shape = state.index, self._shape()
-        draw = partial(self._draw, index, shape)
+        steps = self.schedule.steps(index)
         solver = make_solver(self.pipeline.preset.solver, self.schedule)
-        x = draw(0)
-        for number, (t, t_next) in enumerate(self.schedule.steps(index), start=1):
+        noise = self.noise.draw(index, len(steps) if solver.renoises else 1, shape)
+        x, *fresh = noise.to(self.pipeline.device, self.pipeline.dtype)
+        for (t, t_next), new in zip_longest(steps, fresh):
             flow = generator.denoise(x, t, state)
-            x = solver.step(x, flow, t, t_next, partial(draw, number))
+            x = solver.step(x, flow, t, t_next, new)
         return x
 
     def _accept(self, x: Tensor) -> None:
@@ -200,9 +204,6 @@ class Stream:
     def _shape(self) -> tuple[int, ...]:
         g = self.state.geometry
         return g.batch, g.channels, self.pipeline.preset.chunk_frames(self.state.index), g.height, g.width
-
-    def _draw(self, index: int, shape: tuple[int, ...], number: int) -> Tensor:
-        return self.noise.draw(index, number, shape).to(self.pipeline.device, self.pipeline.dtype)
 
     def _split(self, latents: Tensor, geometry: Geometry) -> list[Tensor]:
         """Given latents as chunks; the first one may be shorter."""
