@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -66,7 +67,7 @@ def contact_sheet(videos: Iterable[Tensor], path: Path, every: Sequence[int] | i
     rows = []
     for video in videos:
         shown = range(0, video.shape[1], every) if isinstance(every, int) else every
-        rows.append(torch.cat([video[:, t] for t in shown], 2))
+        rows.append(torch.cat([F.pad(video[:, t].cpu(), (1, 1, 1, 1), value=-0.3) for t in shown], 2))
     sheet = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     image = Image.fromarray(sheet)
     path.parent.mkdir(parents=True, exist_ok=True)
