@@ -1,15 +1,18 @@
-"""python -m bench parity | scaling: check against recorded cases, measure."""
+"""python -m bench parity | scaling | fullsize: check against recorded cases, measure."""
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import parity
+from bench.fullsize import make, measure_load
 from bench.scaling import scaling
-from engine.loader import load
+from engine.loader import DTYPES, load
 
 
 def _parity(args: argparse.Namespace) -> int:
@@ -33,12 +36,30 @@ def _scaling(args: argparse.Namespace) -> int:
             print(f"\rchunk {result['chunk']} of {args.chunks}", end="", file=sys.stderr)
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    if not args.json:
-        for key, value in result.items():
-            print(f"{key:20} {value:.4g}" if isinstance(value, float) else f"{key:20} {value}")
-    else:
+    if args.json:
         print(json.dumps(result))
+    else:
+        _print_table(result)
     return 0
+
+
+def _fullsize(args: argparse.Namespace) -> int:
+    if not args.dir.exists():
+        print(f"writing random weights to {args.dir}", file=sys.stderr)
+        make(args.dir, args.layers, args.stored)
+        # Loading is measured in a process that has not just held the weights.
+        return subprocess.run([sys.executable, "-m", "bench", *sys.argv[1:]], check=False).returncode
+    result = measure_load(args.dir, args.precision, args.preset, (args.height, args.width), args.chunks)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        _print_table(result)
+    return 0
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    for key, value in result.items():
+        print(f"{key:20} {value:.4g}" if isinstance(value, float) else f"{key:20} {value}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +86,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="auto")
     command.add_argument("--json", action="store_true", help="print the result as one JSON line")
     command.set_defaults(run=_scaling)
+
+    command = commands.add_parser("fullsize", help="Wan2.1-1.3B's shape with random weights: load, stream, memory")
+    command.add_argument("--dir", type=Path, required=True, help="where the weights are; written if it does not exist")
+    command.add_argument("--layers", type=int, default=30)
+    command.add_argument("--stored", choices=tuple(DTYPES), default="bf16", help="precision on disk")
+    command.add_argument("--precision", choices=tuple(DTYPES), default="bf16", help="precision in memory")
+    command.add_argument("--preset", default="self-forcing-framewise")
+    command.add_argument("--height", type=int, default=96)
+    command.add_argument("--width", type=int, default=160)
+    command.add_argument("--chunks", type=int, default=2)
+    command.add_argument("--json", action="store_true", help="print the result as one JSON line")
+    command.set_defaults(run=_fullsize)
     return parser
 
 
@@ -72,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -169,7 +169,8 @@ def replay(case: Case, recording: Recording, device: torch.device) -> Tensor:
     noise = case.tensors["noise"].transpose(1, 2)  # [B, C, F, h, w]
     stream = Stream(pipeline, text, ReplayNoise({}), None, given)
     chunks = [*stream.given]
-    sizes, generated = [], noise.shape[2]
+    sizes: list[int] = []
+    generated = noise.shape[2]
     while generated:
         sizes.append(min(preset.chunk_frames(len(chunks) + len(sizes)), generated))
         generated -= sizes[-1]

@@ -75,9 +75,9 @@ def _bytes_at(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
 
 
 class SafetensorsSource:
-    """One or more safetensors files. `read` maps each file anew every 256 MB, so what was converted is unmapped."""
+    """One or more safetensors files. `read` maps each file anew every 32 MB, so what was converted is unmapped."""
 
-    _SPAN = 256 << 20
+    _SPAN = 32 << 20
 
     def __init__(self, files: list[Path], label: str) -> None:
         self.files, self.label = files, label
@@ -244,7 +244,7 @@ def base_hash(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def merge_adapter(model: nn.Module, folder: Path, base_files: list[Path] | None = None) -> None:
+def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path] | None = None) -> None:
     """Merge a PEFT LoRA folder into `model`, in place; condition.safetensors beside it becomes W_c.
 
     base.json in the folder names the base that the adapter was trained on (`base_sha256`); another base is refused.
@@ -269,13 +269,13 @@ def merge_adapter(model: nn.Module, folder: Path, base_files: list[Path] | None 
     model.requires_grad_(False)
     condition = folder / "condition.safetensors"
     if condition.is_file():
-        source = SafetensorsSource([condition], str(condition))
-        weight = model.condition_proj
-        if weight is None:
+        if model.condition_proj is None:
             raise ValueError(f"{condition}: got condition weights, expected none for this model")
-        check_tensors(source, {"condition_proj.weight": weight.weight})
+        source = SafetensorsSource([condition], str(condition))
+        weight = model.condition_proj.weight
+        check_tensors(source, {"condition_proj.weight": weight})
         for name, tensor in source.read():
-            model.load_state_dict({name: tensor.to(weight.weight)}, strict=False)
+            model.load_state_dict({name: tensor.to(weight)}, strict=False)
 
 
 def merge_lora_file(model: nn.Module, file: Path) -> None:
@@ -296,9 +296,9 @@ def merge_lora_file(model: nn.Module, file: Path) -> None:
     rank = next(t.shape[0] for name, t in tensors.items() if "lora_A" in name)
     # A list is matched by suffix, and names of whole paths are suffixes of nothing else.
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=modules), model)
-    result = set_peft_model_state_dict(model, tensors)
-    if result.unexpected_keys:
-        raise ValueError(f"{file}: got extra tensors {_shorten(result.unexpected_keys)}, expected lora_A and lora_B")
+    unexpected = list(set_peft_model_state_dict(model, tensors).unexpected_keys)  # type: ignore[attr-defined]
+    if unexpected:
+        raise ValueError(f"{file}: got extra tensors {_shorten(unexpected)}, expected lora_A and lora_B")
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLayer):
             layer.merge(safe_merge=True)

@@ -1,8 +1,8 @@
 """Everything that can be chosen, as frozen dataclasses: the transformer's shape and the streaming preset."""
 
-import json
 import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,8 @@ class Preset:
         check("context_timestep", 0 <= self.context_timestep <= 1000, "0 to 1000")
         check("steps", bool(self.steps) and all(self.steps), "at least one timestep for every chunk")
         for steps in self.steps:
-            falling = all(a > b for a, b in zip(steps, steps[1:], strict=False))
-            check("steps", falling and 0 < steps[-1] and steps[0] <= 1000, "falling numbers in (0, 1000]")
+            falling = all(a > b for a, b in pairwise(steps))
+            check("steps", falling and steps[-1] > 0 and steps[0] <= 1000, "falling numbers in (0, 1000]")
             whole = all(float(step).is_integer() for step in steps)
             check("steps", whole or not self.warped, "whole numbers where warped")
         if self.family == "greedy":
@@ -199,8 +199,3 @@ def find_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
         raise ValueError(f"{name}: got base {base!r}, expected one of {', '.join(PRESETS)}")
     # All at once: a window may only be valid together with the sink given beside it.
     return override(PRESETS[base], given | overrides)
-
-
-def describe(preset: Preset) -> str:
-    """One line of JSON with every field."""
-    return json.dumps(asdict(preset))

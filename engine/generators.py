@@ -23,9 +23,11 @@ TextKV = Any  # whatever the backend's prepare_text returns; generators only han
 class Stages(Protocol):
     """What a backend runs; the loop cannot tell which backend it is.
 
-    latent [B, C, F, h, w]; t [B]; cos, sin [tokens, head_dim / 2]; slot is the first slot to write, valid
-    the number of slots to attend to once it is written; c_f and the ETM's result [B, tokens, dim].
+    latent [B, C, F, h, w]; t [B]; cos, sin [tokens, head_dim / 2]; slot is the first slot to write, valid the
+    number of slots to attend to once it is written; c_f and the ETM's result [B, tokens, dim].
     """
+
+    name: str
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor: ...
     def prepare_text(self, text_emb: Tensor) -> TextKV: ...

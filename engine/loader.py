@@ -8,8 +8,15 @@ import psutil
 import torch
 
 from engine.checkpoint import (
-    TensorSource, fill, load_transformer, merge_adapter, merge_lora_file, open_source, read_json, weight_files,
-)  # fmt: skip
+    TensorSource,
+    fill,
+    load_transformer,
+    merge_adapter,
+    merge_lora_file,
+    open_source,
+    read_json,
+    weight_files,
+)
 from engine.config import Preset, TransformerConfig, find_preset
 from engine.generators import Geometry
 from engine.stages import TorchStages
@@ -173,5 +180,7 @@ def _check_memory(weights: int, caches: int, device: torch.device) -> None:
     free = psutil.virtual_memory().available if device.type != "cuda" else torch.cuda.mem_get_info(device)[0]
     if weights + caches > free:
         giga = 1 << 30
-        raise MemoryError(f"memory: got {free / giga:.1f} GB free on {device}, expected at least "
-                          f"{(weights + caches) / giga:.1f} (weights {weights / giga:.1f}, caches {caches / giga:.1f})")  # fmt: skip
+        parts = f"weights {weights / giga:.1f}, caches {caches / giga:.1f}"
+        raise MemoryError(
+            f"memory: got {free / giga:.1f} GB free on {device}, expected {(weights + caches) / giga:.1f} ({parts})"
+        )

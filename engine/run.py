@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from engine.config import PRESETS, Preset
 from engine.loader import DTYPES, is_untrained, load
 from engine.media import read_clip, read_image
-from engine.sinks import Sink, OutputClosed, open_sink
+from engine.sinks import ChecksumSink, OutputClosed, Sink, open_sink
 from engine.stream import Pipeline, Stream
 
 EXAMPLES = """\
@@ -85,11 +85,11 @@ def _parser() -> argparse.ArgumentParser:
 
     preset = parser.add_argument_group("preset", "any field of the preset can be replaced")
     preset.add_argument("--preset", metavar="NAME|FILE.toml", help="default: the model's own")
-    for name, kind in ((f.name, f.type) for f in fields(Preset) if f.name != "family"):
-        option = "--" + name.replace("_", "-")
+    for field in fields(Preset)[1:]:  # all but the family
+        option, kind = "--" + field.name.replace("_", "-"), type(field.default)
         if kind is bool:
             preset.add_argument(option, action=argparse.BooleanOptionalAction)
-        elif name == "steps":
+        elif field.name == "steps":
             preset.add_argument(option, metavar="T,T,..[/T,..]", help="timesteps of chunk 0 / chunk 1 / ... / the rest")
         else:
             preset.add_argument(option, type=kind, metavar=kind.__name__.upper())
@@ -270,7 +270,7 @@ def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
         "width": pipeline.width,
         "out": args.out,
     }
-    if getattr(sink, "digest", None):
+    if isinstance(sink, ChecksumSink):
         report["sha256"] = sink.digest
     if not args.quiet:
         print(f"{report['frames']} frames at {report['fps']:.1f} fps, first after {report['ttff_ms']:.0f} ms, "

@@ -1,4 +1,4 @@
-"""The loop: noise -> denoising steps -> VAE decode -> commit, chunk after chunk, for as long as frames are asked for."""
+"""The loop: noise -> denoising steps -> VAE decode -> commit, chunk after chunk, as long as frames are asked for."""
 
 from collections import deque
 from collections.abc import Iterator

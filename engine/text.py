@@ -41,7 +41,7 @@ def load_text_encoder(path: Path, dtype: torch.dtype, device: torch.device) -> n
 
     logging.disable_progress_bar()
     model = UMT5EncoderModel.from_pretrained(path, dtype=dtype, local_files_only=True)
-    return model.to(device).eval().requires_grad_(False)
+    return nn.Module.to(model, device).eval().requires_grad_(False)
 
 
 def encode_text(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ What differs between them is passed in: `attend` says which keys a query sees, c
 stand, t carries one timestep a frame, and `condition` is the ETM's feature c_f.
 """
 
+from typing import cast
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -42,7 +44,7 @@ class WanTransformer(nn.Module):
     def prepare_text(self, text_emb: Tensor) -> TextKV:
         """text_emb [B, rows, text_dim], zero-padded to the model's rows -> K, V of every cross-attention."""
         text = self.condition_embedder.text_embedder(text_emb)
-        pairs = [block.attn2.key_value(text) for block in self.blocks]
+        pairs = [cast(Block, block).attn2.key_value(text) for block in self.blocks]
         return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
     def encode(
