@@ -3,7 +3,7 @@
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -11,6 +11,7 @@ import torch
 from bench.random_weights import write_random_pipeline
 from engine.config import TransformerConfig
 from engine.loader import DTYPES, load
+from engine.stages import TorchStages
 from engine.vae import VAEConfig
 
 
@@ -29,7 +30,8 @@ def measure_load(folder: Path, precision: str, preset: str, size: tuple[int, int
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
     pipeline = load(folder, preset=preset, dtype=precision, height=size[0], width=size[1])
     seconds, peak = time.perf_counter() - start, _peak_bytes()
-    modules = [*pipeline.stages.models.values(), pipeline.stages.vae, pipeline.stages.text_encoder]
+    stages = cast(TorchStages, pipeline.stages)
+    modules = [m for m in (*stages.models.values(), stages.vae, stages.text_encoder) if m is not None]
     weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
     result = {
         "parameters": sum(p.numel() for module in modules for p in module.parameters()),

@@ -59,7 +59,8 @@ def _write(folder: Path, kind: str, config: dict[str, Any], shapes: Mapping[str,
             size = 0
         groups[-1].append(name)
         size += shape.numel() * dtype.itemsize
-    stem, where = "diffusion_pytorch_model", {}
+    stem = "diffusion_pytorch_model"
+    where: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file = f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors = {name: _random(name, shapes[name].shape).to(dtype) for name in names}

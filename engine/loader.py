@@ -15,7 +15,6 @@ from engine.checkpoint import (
     merge_lora_file,
     open_source,
     read_json,
-    weight_files,
 )
 from engine.config import Preset, TransformerConfig, find_preset
 from engine.generators import Geometry
@@ -90,8 +89,8 @@ def load(
     geometry = Geometry.of(
         config, 1, height // vae_config.scale_factor_spatial, width // vae_config.scale_factor_spatial
     )
-    text_bytes = sum(file.stat().st_size for file in weight_files(folder / "text_encoder"))
-    needed = len(roles) * source.bytes_at(kind) + vae_source.bytes_at(kind) + text_bytes
+    text_source = open_source(folder / "text_encoder")
+    needed = len(roles) * source.bytes_at(kind) + vae_source.bytes_at(kind) + text_source.bytes_at(kind)
     _check_memory(needed, cache_bytes(config, style, geometry.tokens, kind), place)
 
     models = {role: _transformer(folder, config, source, role, adapters, kind, place) for role in roles}

@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         help="FILE.mp4, .y4m, .gif, .webp, DIR/ (png sequence), - (stdout), null, checksum (video.mp4)",
     )  # fmt: skip
     run.add_argument("--format", choices=("y4m", "mp4", "rgb"), help="what --out - writes (y4m)")
+    run.add_argument("--scale", type=int, default=1, metavar="N", help="enlarge every pixel N times each way (1)")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     run.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
     run.add_argument("--backend", choices=("torch",), default="torch")
@@ -145,6 +147,7 @@ class _Interrupt:
             raise KeyboardInterrupt
 
     def write(self, sink: Sink, frame: np.ndarray) -> None:
+        """One frame, whole or not at all."""
         self.writing = True
         try:
             sink.write(frame)
@@ -178,7 +181,7 @@ def _generate(
                 chunks.append(now - chunk_start)
                 ttff = ttff or now - start
                 for frame in chunk[: None if limit is None else limit - frames]:
-                    interrupt.write(sink, frame)
+                    interrupt.write(sink, frame.repeat(args.scale, axis=0).repeat(args.scale, axis=1))
                     frames += 1
                 rate = frames / (time.perf_counter() - begun)
                 progress.update(task, completed=frames, rate=rate, ttff=1e3 * ttff)
@@ -196,6 +199,11 @@ def _generate(
         "realtime": frames / spent / fps,
         "stopped": stopped,
     }
+
+
+def _loading(console: Console, quiet: bool) -> AbstractContextManager[object]:
+    """A spinner while weights are read, where somebody is watching."""
+    return nullcontext() if quiet or not console.is_terminal else console.status("loading the model")
 
 
 def _peak_memory_mb(device: torch.device) -> float:
@@ -223,20 +231,21 @@ def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
         raise ValueError("--prompt: got an empty text, expected words")
     if args.json and args.out == "-":
         raise ValueError("--json: got --out -, expected a file (both write to stdout)")
-    if args.video_frames < 1:
-        raise ValueError(f"--video-frames: got {args.video_frames}, expected at least 1")
+    for name in ("video_frames", "scale", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
     if not 0 <= args.seed < 2**64:
         raise ValueError(f"--seed: got {args.seed}, expected 0 to 2^64 - 1")
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads: got {args.threads}, expected at least 1")
         torch.set_num_threads(args.threads)
     begun = time.perf_counter()
-    pipeline = load(
-        args.model, preset=args.preset, overrides=_overrides(args), checkpoint=args.checkpoint,
-        checkpoint_state=args.checkpoint_state, adapters=args.adapter, device=args.device, dtype=args.precision,
-        height=args.height, width=args.width, fps=args.fps,
-    )  # fmt: skip
+    with _loading(console, args.quiet):
+        pipeline = load(
+            args.model, preset=args.preset, overrides=_overrides(args), checkpoint=args.checkpoint,
+            checkpoint_state=args.checkpoint_state, adapters=args.adapter, device=args.device, dtype=args.precision,
+            height=args.height, width=args.width, fps=args.fps,
+        )  # fmt: skip
     loaded = time.perf_counter()
     if is_untrained(args.model, pipeline.preset, args.checkpoint, args.adapter) and not args.quiet:
         print(f"note: no weights trained for preset {pipeline.preset_name} were given; "
@@ -244,7 +253,8 @@ def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
     limit = _limit(args, pipeline.fps)
     switches = sorted((_frame_of(when, pipeline.fps), text) for when, text in args.prompt_at)
     clip = _clip(args, pipeline)
-    sink = open_sink(args.out, pipeline.fps, (pipeline.height, pipeline.width), format=args.format)
+    size = pipeline.height * args.scale, pipeline.width * args.scale
+    sink = open_sink(args.out, pipeline.fps, size, format=args.format)
     try:
         start = time.perf_counter()
         with pipeline.stream(args.prompt, seed=args.seed, clip=clip) as stream:
