@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from engine.config import TransformerConfig
@@ -43,7 +43,9 @@ def write_random_pipeline(
         vocab_size=len(words), d_model=config.text_dim, d_kv=16, d_ff=64, num_layers=1, num_heads=4, pad_token_id=0,
         eos_token_id=1, decoder_start_token_id=0,
     )  # fmt: skip
-    UMT5EncoderModel(encoder).to(dtype).save_pretrained(folder / "text_encoder")
+    text_encoder = UMT5EncoderModel(encoder)
+    nn.Module.to(text_encoder, dtype)
+    text_encoder.save_pretrained(folder / "text_encoder")
     return written
 
 
