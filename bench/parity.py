@@ -157,6 +157,7 @@ def replay(case: Case, recording: Recording, device: torch.device) -> Tensor:
     preset = preset_of(case, recording.shift)
     source = SafetensorsSource([recording.weights], str(recording.weights))
     model = load_transformer(recording.config, source, case.dtype, device)
+    model.fuse()
     # No VAE takes part, so pixels are whatever makes the latent's size come out.
     height, width = recording.latent_hw
     pipeline = assemble(

@@ -57,6 +57,27 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
+        self._fused: tuple[Tensor, Tensor] | None = None  # weight and bias of q, k, v as one product
+
+    def fuse(self) -> None:
+        """Make q, k, v one product from now on; the three parameters become views of it, so it costs no memory.
+
+        For weights that stay where they are: later moves or assignments are not followed.
+        """
+        projections = (self.to_q, self.to_k, self.to_v)
+        weight = torch.cat([p.weight for p in projections])
+        bias = torch.cat([p.bias for p in projections])
+        for p, w, b in zip(projections, weight.chunk(3), bias.chunk(3), strict=True):
+            p.weight, p.bias = nn.Parameter(w, requires_grad=False), nn.Parameter(b, requires_grad=False)
+        self._fused = weight, bias
+
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, n, dim] -> three of [B, n, heads, head_dim]"""
+        if self._fused is None:
+            return self.query(x), *self.key_value(x)
+        q, k, v = F.linear(x, *self._fused).chunk(3, dim=-1)
+        heads = (self.heads, -1)
+        return self.norm_q(q).unflatten(-1, heads), self.norm_k(k).unflatten(-1, heads), v.unflatten(-1, heads)
 
     def query(self, x: Tensor) -> Tensor:
         """[B, n, dim] -> [B, n, heads, head_dim]"""
@@ -124,9 +145,9 @@ class Block(nn.Module):
             (self.scale_shift_table[:, None] + modulation).unsqueeze(3).unbind(2)
         )
         h = modulate(self.norm1(x), shift, scale)
-        key, value = self.attn1.key_value(h)
-        query = apply_rope(self.attn1.query(h), cos, sin)
-        x = x + gate(self.attn1.output(attend(query, apply_rope(key, cos, sin), value)), gate_sa)
+        query, key, value = self.attn1.query_key_value(h)
+        query, key = apply_rope(torch.cat([query, key], dim=2), cos, sin).chunk(2, dim=2)
+        x = x + gate(self.attn1.output(attend(query, key, value)), gate_sa)
 
         query = self.attn2.query(self.norm2(x))
         out = F.scaled_dot_product_attention(query.transpose(1, 2), text_k.transpose(1, 2), text_v.transpose(1, 2))

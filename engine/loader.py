@@ -144,6 +144,7 @@ def _transformer(
             merge_lora_file(model, adapter)
         else:
             raise FileNotFoundError(f"adapter: got {adapter}, expected a PEFT folder or a .pt file with generator_lora")
+    model.fuse()
     return model
 
 

@@ -47,6 +47,11 @@ class WanTransformer(nn.Module):
         pairs = [cast(Block, block).attn2.key_value(text) for block in self.blocks]
         return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
+    def fuse(self) -> None:
+        """Fuse what inference can compute as one product; for weights that are in place for good."""
+        for block in self.blocks:
+            cast(Block, block).attn1.fuse()
+
     def encode(
         self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: Attend,
         condition: Tensor | None = None,
