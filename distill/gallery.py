@@ -1,0 +1,54 @@
+"""Several prompts streamed side by side into one picture that moves: the README's.
+
+python -m distill.gallery --out docs/gallery.gif
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import engine
+from distill.sprites import sample
+from engine.sinks import open_sink
+
+LABEL = 14  # pixels of text under a clip
+
+
+def labelled(frame: np.ndarray, text: str, scale: int) -> np.ndarray:
+    """frame [H, W, 3] enlarged `scale` times over two lines of its prompt."""
+    large = frame.repeat(scale, axis=0).repeat(scale, axis=1)
+    strip = Image.new("RGB", (large.shape[1], 2 * LABEL), "white")
+    first, _, second = text.partition(" on ")
+    ImageDraw.Draw(strip).multiline_text((4, 1), f"{first}\non {second}", fill="black", font_size=10, spacing=2)
+    return np.concatenate([large, np.asarray(strip)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="docs/gallery.gif", help="FILE.gif, .webp, .mp4 or DIR/")
+    parser.add_argument("--model", type=Path, help="pipeline directory (default: the embedded model)")
+    parser.add_argument("--columns", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--frames", type=int, default=65)
+    parser.add_argument("--scale", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    pipeline = engine.load(args.model)
+    specs = sample(args.columns * args.rows, torch.Generator().manual_seed(args.seed), hidden=True)
+    clips = []
+    for number, spec in enumerate(specs):
+        with pipeline.stream(spec.caption, seed=args.seed + number, frames=args.frames) as stream:
+            clips.append([labelled(frame, spec.caption, args.scale) for frame in stream])
+    rows = [clips[i : i + args.columns] for i in range(0, len(clips), args.columns)]
+    height, width = clips[0][0].shape[0] * args.rows, clips[0][0].shape[1] * args.columns
+    with open_sink(args.out, pipeline.fps, (height, width)) as sink:
+        for number in range(args.frames):
+            sink.write(np.concatenate([np.concatenate([clip[number] for clip in row], axis=1) for row in rows]))
+
+
+if __name__ == "__main__":
+    main()
