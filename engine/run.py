@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from engine.config import PRESETS, Preset
-from engine.loader import DTYPES, is_untrained, load
+from engine.loader import DTYPES, EMBEDDED, is_untrained, load, settings_of
 from engine.media import read_clip, read_image
 from engine.sinks import ChecksumSink, OutputClosed, Sink, open_sink
-from engine.stream import Pipeline, Stream
+from engine.stream import Stream
 
 EXAMPLES = """\
 examples:
@@ -138,8 +138,14 @@ class _Interrupt:
 
     def __init__(self) -> None:
         self.writing = self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+
+    def __enter__(self) -> "_Interrupt":
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
@@ -217,11 +223,11 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _clip(args: argparse.Namespace, pipeline: Pipeline) -> np.ndarray | None:
+def _clip(args: argparse.Namespace, height: int, width: int, fps: float) -> np.ndarray | None:
     if args.image is not None:
-        return read_image(args.image, pipeline.height, pipeline.width)
+        return read_image(args.image, height, width)
     if args.video is not None:
-        return read_clip(args.video, pipeline.height, pipeline.width, pipeline.fps, args.video_frames)
+        return read_clip(args.video, height, width, fps, args.video_frames)
     return None
 
 
@@ -239,28 +245,28 @@ def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
         raise ValueError(f"--seed: got {args.seed}, expected 0 to 2^64 - 1")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    # Everything that can be wrong with what was asked is found before weights are read.
+    settings = settings_of(args.model or EMBEDDED)
+    height, width = args.height or settings["height"], args.width or settings["width"]
+    fps = args.fps or settings["fps"]
+    limit = _limit(args, fps)
+    switches = sorted((_frame_of(when, fps), text) for when, text in args.prompt_at)
+    clip = _clip(args, height, width, fps)
+    sink = open_sink(args.out, fps, (height * args.scale, width * args.scale), format=args.format)
     begun = time.perf_counter()
-    with _loading(console, args.quiet):
-        pipeline = load(
-            args.model, preset=args.preset, overrides=_overrides(args), checkpoint=args.checkpoint,
-            checkpoint_state=args.checkpoint_state, adapters=args.adapter, device=args.device, dtype=args.precision,
-            height=args.height, width=args.width, fps=args.fps,
-        )  # fmt: skip
-    loaded = time.perf_counter()
-    if is_untrained(args.model, pipeline.preset, args.checkpoint, args.adapter) and not args.quiet:
-        print(f"note: no weights trained for preset {pipeline.preset_name} were given; "
-              "the bidirectional model streams untrained", file=sys.stderr)  # fmt: skip
-    limit = _limit(args, pipeline.fps)
-    switches = sorted((_frame_of(when, pipeline.fps), text) for when, text in args.prompt_at)
-    clip = _clip(args, pipeline)
-    size = pipeline.height * args.scale, pipeline.width * args.scale
-    sink = open_sink(args.out, pipeline.fps, size, format=args.format)
     try:
-        start = time.perf_counter()
-        with pipeline.stream(args.prompt, seed=args.seed, clip=clip) as stream:
-            report = _generate(
-                stream, sink, limit, switches, args, interrupt, console, pipeline.fps, start
+        with _loading(console, args.quiet):
+            pipeline = load(
+                args.model, preset=args.preset, overrides=_overrides(args), checkpoint=args.checkpoint,
+                checkpoint_state=args.checkpoint_state, adapters=args.adapter, device=args.device,
+                dtype=args.precision, height=height, width=width, fps=fps,
             )  # fmt: skip
+        start = time.perf_counter()
+        if is_untrained(args.model, pipeline.preset, args.checkpoint, args.adapter) and not args.quiet:
+            print(f"note: no weights trained for preset {pipeline.preset_name} were given; "
+                  "the bidirectional model streams untrained", file=sys.stderr)  # fmt: skip
+        with pipeline.stream(args.prompt, seed=args.seed, clip=clip) as stream:
+            report = _generate(stream, sink, limit, switches, args, interrupt, console, fps, start)
         sink.close()
     except OutputClosed:
         sink.abort()  # the reader has seen enough: nothing went wrong, and nobody is there to be told
@@ -269,7 +275,7 @@ def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
         sink.abort()
         raise
     report |= {
-        "load_ms": 1e3 * (loaded - begun),
+        "load_ms": 1e3 * (start - begun),
         "peak_memory_mb": _peak_memory_mb(pipeline.device),
         "preset": pipeline.preset_name,
         "backend": args.backend,
@@ -294,9 +300,9 @@ def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done or stopped by Ctrl-C, 2 bad input, 1 a failure."""
     args = _parser().parse_args(argv)
-    interrupt = _Interrupt()
     try:
-        return _run(args, interrupt)
+        with _Interrupt() as interrupt:
+            return _run(args, interrupt)
     except KeyboardInterrupt:
         print("stopped before the first frame", file=sys.stderr)
         return 130

@@ -122,6 +122,7 @@ class Stream:
         `recommit` also rewrites the window's keys and values under the new prompt, so that the past stops
         pulling towards the old one.
         """
+        self._check_open()
         with torch.inference_mode():
             text_kv = self.pipeline.stages.prepare_text(self._embed(prompt))
         self.pipeline.generator.set_text(text_kv, self.state, recommit)
@@ -145,8 +146,7 @@ class Stream:
 
     def _make(self) -> Tensor:
         """One chunk; publishes the one before, and nothing of its own."""
-        if self._closed:
-            raise ValueError("got a closed stream, expected an open one")
+        self._check_open()
         generator, state = self.pipeline.generator, self.state
         # Committed only now: whoever watches has a chunk before its cache passes are paid for.
         if self._uncommitted is not None:
@@ -192,6 +192,10 @@ class Stream:
             self._frames.extend(self.next_chunk())
         self.emitted += 1
         return self._frames.popleft()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("stream: got a closed one, expected an open one")
 
     def _embed(self, prompt: str | Tensor) -> Tensor:
         if isinstance(prompt, str):
