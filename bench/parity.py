@@ -145,8 +145,8 @@ def _steps_of(entry: dict[str, Any], context: float) -> tuple[tuple[tuple[float,
         return ((tuple(map(float, first)), rest) if first else (rest,)), True, entry.get("warped", True)
     # The calls say exactly what ran, also where a pipeline has step lists of its own for the first chunks.
     chunks = [[c["timestep"] for c in group] for _, group in groupby(calls, key=lambda c: c["current_start"])]
-    generated = [ts for ts in chunks if len(ts) > 1 or ts[0] != context]
-    given = [ts for ts in chunks if ts not in generated]
+    given = [ts for ts in chunks if ts == [0.0]]  # initial latents: one clean pass each
+    generated = chunks[len(given) :]
     clean = all(ts[-1] == context and len(ts) > 1 for ts in generated)
     rows = [tuple(ts[:-1] if clean else ts) for ts in generated]
     return (*[rows[0]] * len(given), *rows), clean, False

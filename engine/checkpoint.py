@@ -64,6 +64,8 @@ class TensorSource(Protocol):
     """Named tensors whose shapes are known before their data is read."""
 
     label: str
+    files: list[Path]
+    lora: Path | None  # a file whose LoRA weights belong on top
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
     def read(self) -> Iterator[tuple[str, Tensor]]: ...
@@ -78,6 +80,7 @@ class SafetensorsSource:
     """One or more safetensors files. `read` maps each file anew every 32 MB, so what was converted is unmapped."""
 
     _SPAN = 32 << 20
+    lora = None
 
     def __init__(self, files: list[Path], label: str) -> None:
         self.files, self.label = files, label
@@ -117,7 +120,7 @@ class PickleSource:
     _STATES = ("generator_ema", "generator", "model", "state_dict")
 
     def __init__(self, file: Path, state: str | None = None) -> None:
-        self.label = str(file)
+        self.label, self.files = str(file), [file]
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:
@@ -129,6 +132,7 @@ class PickleSource:
         if state and not isinstance(loaded.get(state), Mapping):
             raise ValueError(f"{file}: got keys {', '.join(map(str, loaded))}, expected {state!r} among them")
         chosen = loaded[names[0]] if names else loaded
+        self.lora = file if state is None and isinstance(loaded.get("generator_lora"), Mapping) else None
         self._tensors = {diffusers_name(name): tensor for name, tensor in chosen.items() if isinstance(tensor, Tensor)}
         if not self._tensors:
             raise ValueError(f"{file}: got keys {', '.join(map(str, loaded))}, expected generator or generator_ema")
@@ -244,7 +248,7 @@ def base_hash(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path] | None = None) -> None:
+def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path]) -> None:
     """Merge a PEFT LoRA folder into `model`, in place; condition.safetensors beside it becomes W_c.
 
     base.json in the folder names the base that the adapter was trained on (`base_sha256`); another base is refused.
@@ -254,7 +258,7 @@ def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path] | 
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"adapter: got {folder} without {name}, expected a PEFT folder")
-    if (folder / "base.json").is_file() and base_files is not None:
+    if (folder / "base.json").is_file():
         expected, got = read_json(folder / "base.json").get("base_sha256"), base_hash(base_files)
         if got != expected:
             raise ValueError(f"adapter {folder}: got a base with sha256 {got[:12]}, expected {str(expected)[:12]}")

@@ -161,7 +161,8 @@ class CausalGenerator:
         self._refresh(state)
         frames = x.shape[2]
         if given or self.preset.commit == "clean":
-            self._run(x, self.preset.context_timestep, state.position, state)
+            # What was given is clean whatever noise level the preset pretends for its own chunks.
+            self._run(x, 0.0 if given else self.preset.context_timestep, state.position, state)
         if given or self.preset.commit != "none":
             state.cache.commit(frames)
             for offset in range(frames):

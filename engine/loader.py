@@ -137,9 +137,10 @@ def _transformer(
 ) -> WanTransformer:  # fmt: skip
     model = load_transformer(config, source, dtype, device, conditioned=role == "sdd")
     own = folder / "adapters" / role
-    for adapter in ([own] if own.is_dir() else []) + [Path(adapter) for adapter in adapters]:
+    belonging = ([source.lora] if source.lora else []) + ([own] if own.is_dir() else [])
+    for adapter in belonging + [Path(adapter) for adapter in adapters]:
         if adapter.is_dir():
-            merge_adapter(model, adapter, getattr(source, "files", None))
+            merge_adapter(model, adapter, source.files)
         elif adapter.suffix == ".pt" and adapter.is_file():
             merge_lora_file(model, adapter)
         else:
