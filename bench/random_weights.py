@@ -5,7 +5,7 @@ parameters are not what is measured here.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,12 @@ def write_random_pipeline(
         transformer, autoencoder = WanTransformer(config), VAE(vae)
     written = _write(folder / "transformer", "WanTransformer3DModel", asdict(config), transformer.state_dict(), dtype)
     _write(folder / "vae", "AutoencoderKLWan", asdict(vae), autoencoder.state_dict(), dtype)
+    write_text_encoder(folder, config.text_dim, dtype)
+    return written
+
+
+def write_text_encoder(folder: Path, width: int, dtype: torch.dtype) -> None:
+    """tokenizer/ and text_encoder/: a small stand-in of Wan's, of the same width."""
     words = ["<pad>", "</s>", "<unk>", "a", "of"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -40,13 +46,31 @@ def write_random_pipeline(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
     ).save_pretrained(folder / "tokenizer")
     encoder = UMT5Config(
-        vocab_size=len(words), d_model=config.text_dim, d_kv=16, d_ff=64, num_layers=1, num_heads=4, pad_token_id=0,
+        vocab_size=len(words), d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=4, pad_token_id=0,
         eos_token_id=1, decoder_start_token_id=0,
     )  # fmt: skip
     text_encoder = UMT5EncoderModel(encoder)
     nn.Module.to(text_encoder, dtype)
     text_encoder.save_pretrained(folder / "text_encoder")
-    return written
+
+
+class RandomSource:
+    """Random tensors of a module's names and shapes, for the loader to fill it with."""
+
+    def __init__(self, module: nn.Module, label: str, seed: int = 0) -> None:
+        self.label, self._seed = label, seed
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        torch.manual_seed(self._seed)
+        for name, shape in self._shapes.items():
+            yield name, _random(name, torch.Size(shape))
+
+    def bytes_at(self, dtype: torch.dtype) -> int:
+        return sum(torch.Size(shape).numel() for shape in self._shapes.values()) * dtype.itemsize
 
 
 def _write(folder: Path, kind: str, config: dict[str, Any], shapes: Mapping[str, Tensor], dtype: torch.dtype) -> int:

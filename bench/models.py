@@ -1,0 +1,142 @@
+"""Which weights a measurement runs on: the embedded model, a directory, or random ones of a known shape."""
+
+import argparse
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from bench.random_weights import RandomSource, write_text_encoder
+from engine.checkpoint import fill
+from engine.config import TransformerConfig, find_preset
+from engine.loader import DTYPES, EMBEDDED, assemble, load
+from engine.stages import TorchStages
+from engine.stream import Pipeline
+from engine.text import Tokenizer, load_text_encoder
+from engine.transformer import WanTransformer
+from engine.vae import VAE, VAEConfig
+
+PROMPT = "a red circle moving right slowly on a gray background"
+# Shapes for --random: transformer, VAE, (height, width), whether a processor can stream it at that size.
+SHAPES = {
+    "wan2.1-1.3b": (TransformerConfig(), VAEConfig(), (480, 832), False),
+    "tiny": (
+        TransformerConfig(num_attention_heads=2, attention_head_dim=32, text_dim=64, ffn_dim=128, num_layers=2),
+        VAEConfig(base_dim=16, num_res_blocks=1), (32, 48), True,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where pipelines come from; `pipeline` can be asked for several presets of the same weights."""
+
+    model: Path | None
+    random: str | None
+    device: str
+    precision: str
+    height: int | None
+    width: int | None
+
+    @property
+    def label(self) -> str:
+        if self.random:
+            return f"random weights of {self.random}"
+        return self.model.name if self.model else "embedded sprites"
+
+    def pipeline(self, preset: str | None = None) -> Pipeline:
+        if self.random is None:
+            return load(
+                self.model, preset=preset, device=self.device, dtype=self.precision, height=self.height,
+                width=self.width,
+            )  # fmt: skip
+        return random_pipeline(self.random, preset or "greedy", self.device, self.precision, self.height, self.width)
+
+    def directory(self) -> Path:
+        """The weights on disk, for engines in other processes."""
+        if self.random:
+            raise ValueError(f"adapter: got --random {self.random}, expected weights on disk (--model)")
+        return self.model or EMBEDDED
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What every measurement of a stream takes."""
+    model = command.add_mutually_exclusive_group()
+    model.add_argument("--model", type=Path, metavar="DIR", help="pipeline directory (default: the embedded model)")
+    model.add_argument(
+        "--random", choices=tuple(SHAPES),
+        help="random weights of this shape; wan2.1-1.3b on a processor only with a small --height and --width",
+    )  # fmt: skip
+    command.add_argument("--height", type=int)
+    command.add_argument("--width", type=int)
+    command.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
+    command.add_argument("--backend", choices=("torch",), default="torch")
+    command.add_argument("--device", default="auto")
+    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    command.add_argument("--prompt", default=PROMPT)
+    command.add_argument("--seed", type=int, default=0)
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """The weights that were asked for; sets the number of threads."""
+    if args.threads < 1:
+        raise ValueError(f"--threads: got {args.threads}, expected at least 1")
+    torch.set_num_threads(args.threads)
+    return Source(args.model, args.random, args.device, args.precision, args.height, args.width)
+
+
+def random_pipeline(
+    shape: str, preset: str, device: str = "auto", precision: str = "auto", height: int | None = None,
+    width: int | None = None,
+) -> Pipeline:  # fmt: skip
+    """A pipeline of random weights, made in memory. The text encoder is a small stand-in of the right width."""
+    config, vae_config, (high, wide), anywhere = SHAPES[shape]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    if place.type == "cpu" and not anywhere and not (height and width):
+        raise ValueError(f"random {shape} on {device}: got {wide}x{high}, expected a small --height and --width, "
+                         "such as 64 96: a full-size chunk takes minutes there")  # fmt: skip
+    if precision == "auto":
+        precision = "fp32" if place.type == "cpu" else "bf16"
+    dtype, style = DTYPES[precision], find_preset(preset)
+    height, width = height or high, width or wide
+    for what, pixels, patch in (("height", height, config.patch_size[1]), ("width", width, config.patch_size[2])):
+        unit = vae_config.scale_factor_spatial * patch
+        if pixels < unit or pixels % unit:
+            raise ValueError(f"{what}: got {pixels}, expected a positive multiple of {unit}")
+    with torch.device("meta"):
+        roles = ("etm", "sdd") if style.family == "greedy" else ("dit",)
+        models = {role: WanTransformer(config, role == "sdd") for role in roles}
+        vae = VAE(vae_config)
+    for seed, module in enumerate((*models.values(), vae)):
+        fill(module, RandomSource(module, f"random {shape}", seed), dtype, place)
+    with tempfile.TemporaryDirectory() as folder:
+        write_text_encoder(Path(folder), config.text_dim, dtype)
+        tokenizer = Tokenizer(Path(folder) / "tokenizer")
+        encoder = load_text_encoder(Path(folder) / "text_encoder", dtype, place)
+    return assemble(
+        TorchStages(models, vae, encoder), config, style, dtype, place, tokenizer=tokenizer, name=preset,
+        height=height, width=width, vae_config=vae_config,
+    )  # fmt: skip
+
+
+def with_preset(pipeline: Pipeline, name: str, **changes: object) -> Pipeline:
+    """The same weights under another preset of the same family, or with some of its fields replaced."""
+    return replace(pipeline, preset=find_preset(name, changes), preset_name=name)
+
+
+def torch_parts(pipeline: Pipeline) -> TorchStages:
+    """The torch backend's modules."""
+    if pipeline.stages.name != "torch":
+        raise ValueError(f"backend: got {pipeline.stages.name}, expected torch")
+    return cast(TorchStages, pipeline.stages)
+
+
+def weight_bytes(*modules: nn.Module | None) -> int:
+    """Bytes of parameters and buffers; shared tensors count once."""
+    tensors = {t.data_ptr(): t.nbytes for m in modules if m is not None for t in (*m.parameters(), *m.buffers())}
+    return sum(tensors.values())
