@@ -80,7 +80,7 @@ class SafetensorsSource:
     """One or more safetensors files. `read` maps each file anew every 32 MB, so what was converted is unmapped."""
 
     _SPAN = 32 << 20
-    lora = None
+    lora: Path | None = None
 
     def __init__(self, files: list[Path], label: str) -> None:
         self.files, self.label = files, label
