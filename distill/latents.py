@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.codec import Codec
 from distill.sprites import render, sample
-from distill.training import load_config, parse_arguments
+from distill.training import load_config, parse_arguments, run_stage
 
 
 @dataclass(frozen=True)
@@ -87,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

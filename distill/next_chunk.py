@@ -34,6 +34,7 @@ from distill.training import (
     load_config,
     load_state,
     parse_arguments,
+    run_stage,
     save_state,
     set_lr,
     trapezoid,
@@ -293,4 +294,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.codec import LATENT_CHANNELS, build_vae, decode_raw, encode_moments, initialise
 from distill.evaluator import aggregate, evaluate
 from distill.sprites import render, sample
-from distill.training import Progress, load_config, load_state, parse_arguments, save_state, set_lr
+from distill.training import Progress, load_config, load_state, parse_arguments, run_stage, save_state, set_lr
 
 
 @dataclass(frozen=True)
@@ -145,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -2,9 +2,10 @@
 
 import argparse
 import os
+import sys
 import time
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,21 +23,39 @@ def parse_arguments(doc: str, default_out: str) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(default_out), help="folder for checkpoints and logs")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (two runs of one beat one of two)")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs to --out")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 
 
+def run_stage(main: Callable[[], None]) -> None:
+    """Call a stage's main; bad input is one line and exit status 2, with --debug the whole traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+
+
 def load_config(path: Path, section: str, kind: type[Config]) -> Config:
-    """Read one table of a TOML file into a dataclass; unknown keys are refused."""
+    """Read one table of a TOML file into a dataclass; unknown keys and wrong types are refused."""
     if not path.is_file():
         raise FileNotFoundError(f"config: got {path}, expected a TOML file")
     tables = tomllib.loads(path.read_text())
     if section not in tables:
         raise ValueError(f"{path}: got tables {sorted(tables)}, expected [{section}]")
-    known = {field.name for field in fields(kind)}
-    unknown = sorted(set(tables[section]) - known)
+    known = {field.name: type(field.default) for field in fields(kind)}
+    unknown = sorted(set(tables[section]) - set(known))
     if unknown:
         raise ValueError(f"{path} [{section}]: got unknown keys {unknown}, expected some of {sorted(known)}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in tables[section].items()}
+    values = {}
+    for name, value in tables[section].items():
+        value = tuple(value) if isinstance(value, list) else value
+        value = float(value) if known[name] is float and type(value) is int else value
+        if type(value) is not known[name]:
+            raise ValueError(f"{path} [{section}]: got {name} = {value!r}, expected {known[name].__name__}")
+        values[name] = value
     return kind(**values)
 
 

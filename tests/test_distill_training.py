@@ -136,6 +136,9 @@ def test_config_is_strict(tmp_path: Path) -> None:
         load_config(path, "vae", Example)
     with pytest.raises(ValueError, match="expected \\[teacher\\]"):
         load_config(path, "teacher", Example)
+    path.write_text("[vae]\nsteps = 'three'\n")
+    with pytest.raises(ValueError, match="expected int"):
+        load_config(path, "vae", Example)
     with pytest.raises(FileNotFoundError):
         load_config(tmp_path / "none.toml", "vae", Example)
     path.write_text("[vae]\nsteps = 3\n")
