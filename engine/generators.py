@@ -131,6 +131,7 @@ class CausalState(State):
     cache: RingCache = field(kw_only=True)
     pinned: list[tuple[int, Tensor]] = field(default_factory=list)  # (position, latent frame) still cached
     window: deque[tuple[int, Tensor]] = field(default_factory=deque)
+    staged: bool = False  # the last denoising call's keys and values are in place for the next commit
 
 
 class CausalGenerator:
@@ -155,12 +156,16 @@ class CausalGenerator:
 
     def denoise(self, x: Tensor, t: float, state: CausalState) -> Tensor:
         self._refresh(state)
-        return self._run(x, t, state.position, state)
+        flow = self._run(x, t, state.position, state)
+        state.staged = True
+        return flow
 
     def commit(self, x: Tensor, state: CausalState, given: bool = False) -> None:
         self._refresh(state)
         frames = x.shape[2]
-        if given or self.preset.commit == "clean":
+        # After a prompt switch the keys of the last denoising call are the old prompt's, or overwritten.
+        lost = self.preset.commit == "noisy" and not state.staged
+        if given or lost or self.preset.commit == "clean":
             # What was given is clean whatever noise level the preset pretends for its own chunks.
             self._run(x, 0.0 if given else self.preset.context_timestep, state.position, state)
         if given or self.preset.commit != "none":
@@ -168,12 +173,14 @@ class CausalGenerator:
             for offset in range(frames):
                 frame = state.position + offset, x[:, :, offset : offset + 1]
                 (state.pinned if len(state.pinned) < self.preset.attn_sink else state.window).append(frame)
+        state.staged = False
         state.position += frames
         state.index += 1
 
     def set_text(self, text_kv: TextKV, state: CausalState, recommit: bool = True) -> None:
         state.text_kv = text_kv
-        state.stale = recommit and state.index > 0
+        if recommit:  # one that is still due stays due
+            state.stale, state.staged = state.index > 0, False
 
     def _run(self, x: Tensor, t: float, position: int, state: CausalState) -> Tensor:
         cache, frames = state.cache, x.shape[2]
@@ -265,7 +272,8 @@ class GreedyGenerator:
 
     def set_text(self, text_kv: TextKV, state: GreedyState, recommit: bool = True) -> None:
         state.text_kv = text_kv
-        state.stale = recommit and state.index > 0
+        if recommit and state.index > 0:  # one that is still due stays due
+            state.stale = True
 
     def _temporal(self, x: Tensor, position: int, state: GreedyState) -> Tensor:
         """c_f = ETM(finished chunk), keys of the w chunks before it and its own (Eq. 1, 2)."""
