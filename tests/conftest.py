@@ -1,0 +1,31 @@
+"""What several test files share: a pipeline directory of tiny random models."""
+
+import os
+from pathlib import Path
+
+# Many small operations: more threads only wait for each other. Before torch is imported, and for child processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+from tiny import write_pipeline
+
+import engine
+from engine.stream import Pipeline
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers pipeline directory, 24 x 16 pixels at 8 frames a second, preset greedy. Not to be changed."""
+    return write_pipeline(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def pipeline(model_dir: Path) -> Pipeline:
+    """The same, loaded: greedy."""
+    return engine.load(model_dir)
+
+
+@pytest.fixture(scope="session")
+def causal(model_dir: Path) -> Pipeline:
+    """The same, loaded: self-forcing in chunks of 3, window 6."""
+    return engine.load(model_dir, preset="self-forcing", overrides={"window": 6})
