@@ -66,8 +66,21 @@ class Recording:
     cases: list[Case]
 
 
+_MODEL_KEYS = (
+    "patch_size", "num_heads", "dim", "in_dim", "out_dim", "text_dim", "freq_dim", "ffn_dim", "num_layers",
+    "cross_attn_norm", "eps",
+)  # fmt: skip
+
+
+def _require(given: dict[str, Any], names: tuple[str, ...], where: object) -> None:
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise ValueError(f"{where}: got keys {', '.join(given)}, expected also {', '.join(missing)}")
+
+
 def model_config(given: dict[str, Any]) -> TransformerConfig:
     """A transformer config from Wan's own key names."""
+    _require(given, _MODEL_KEYS, "model_config")
     return TransformerConfig(
         patch_size=tuple(given["patch_size"]), num_attention_heads=given["num_heads"],
         attention_head_dim=given["dim"] // given["num_heads"], in_channels=given["in_dim"],
@@ -80,6 +93,7 @@ def model_config(given: dict[str, Any]) -> TransformerConfig:
 def read_recording(folder: Path) -> Recording:
     """Every case of a directory."""
     main = read_json(folder / "cases.json")
+    _require(main, ("model_config", "latent_hw"), folder / "cases.json")
     weights = sorted(folder.glob("model*.safetensors"))
     if len(weights) != 1:
         raise ValueError(f"{folder}: got {len(weights)} files model*.safetensors, expected one")
@@ -108,6 +122,8 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _case(name: str, entry: dict[str, Any], held: dict[str, Tensor], texts: dict[str, Tensor]) -> Case:
+    stepped = any(entry.get(key) for key in ("calls", "warped_steps", "steps"))
+    _require(entry, ("local_attn_size",) if stepped else ("local_attn_size", "steps"), name)
     tensors = {key.removeprefix(name + "/"): t for key, t in held.items() if key.startswith(name + "/")}
     for need in ("noise", "output"):
         if need not in tensors:
