@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench import parity
+from bench import compare, parity, stream
 from bench.fullsize import make, measure_load
 from bench.scaling import scaling
 from engine.loader import DTYPES, load
@@ -98,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chunks", type=int, default=2)
     command.add_argument("--json", action="store_true", help="print the result as one JSON line")
     command.set_defaults(run=_fullsize)
+    for add_parser in (stream.add_parser, compare.add_parser):
+        add_parser(commands)
     return parser
 
 

@@ -124,6 +124,11 @@ def random_pipeline(
     )  # fmt: skip
 
 
+def family(preset: str) -> str:
+    """Presets of a family run on the same weights."""
+    return find_preset(preset).family
+
+
 def with_preset(pipeline: Pipeline, name: str, **changes: object) -> Pipeline:
     """The same weights under another preset of the same family, or with some of its fields replaced."""
     return replace(pipeline, preset=find_preset(name, changes), preset_name=name)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers.utils import logging
 
 from engine.config import TransformerConfig
 from engine.transformer import WanTransformer
@@ -38,6 +39,7 @@ def write_random_pipeline(
 
 def write_text_encoder(folder: Path, width: int, dtype: torch.dtype) -> None:
     """tokenizer/ and text_encoder/: a small stand-in of Wan's, of the same width."""
+    logging.disable_progress_bar()
     words = ["<pad>", "</s>", "<unk>", "a", "of"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -59,6 +61,8 @@ class RandomSource:
 
     def __init__(self, module: nn.Module, label: str, seed: int = 0) -> None:
         self.label, self._seed = label, seed
+        self.files: list[Path] = []
+        self.lora: Path | None = None
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,125 @@
+"""Is what is about to be measured right? A red check means no numbers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench import parity
+from bench.header import ROOT
+from bench.meter import Meter, MeteredPipeline
+from bench.models import torch_parts
+from engine.generators import Geometry
+from engine.layers import dense_attention
+from engine.rope import rope_tables
+from engine.stream import Pipeline
+
+CASES = ROOT / "tests" / "data" / "causal"
+# Largest rms error of a flow over its rms, against the dense pass in the same dtype: order of summation only.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    passed: bool
+    detail: str
+
+
+def run(pipeline: Pipeline, prompt: str, seed: int = 0) -> list[Check]:
+    """Every check that fits this pipeline: a recorded case, metered against plain, streaming against dense."""
+    checks = [recorded(CASES)] if CASES.is_dir() else []
+    checks.append(metered_equals_plain(pipeline, prompt, seed))
+    if pipeline.stages.name == "torch":
+        checks.append(streaming_equals_dense(pipeline))
+    return checks
+
+
+def recorded(folder: Path) -> Check:
+    """The longest recorded float32 case of public streaming code, through the engine."""
+    recording = parity.read_recording(folder)
+    exact = [case for case in recording.cases if case.dtype == torch.float32]
+    case = max(exact, key=lambda case: (case.tensors["output"].numel(), case.name))
+    error = parity.replay(case, recording, torch.device("cpu")) - case.tensors["output"].float()
+    largest, limit = float(error.abs().max()), parity.TOLERANCE[torch.float32][0]
+    return Check(f"recorded case {case.name}", largest <= limit, f"largest error {largest:.1e}, limit {limit:.0e}")
+
+
+def metered_equals_plain(pipeline: Pipeline, prompt: str, seed: int, chunks: int = 3) -> Check:
+    """The frames that are timed are, bit for bit, the frames that a user gets."""
+    metered = MeteredPipeline.of(pipeline, Meter(pipeline.device))
+    with pipeline.stream(prompt, seed=seed) as plain, metered.stream(prompt, seed=seed) as timed:
+        pairs = [(plain.next_chunk(), timed.next_chunk()) for _ in range(chunks)]
+    same = all(np.array_equal(a, b) for a, b in pairs)
+    alive = len({a[-1].tobytes() for a, _ in pairs}) == chunks  # a picture that stands still would pass for equal
+    return Check("metered frames are the plain ones", same and alive, f"{chunks} chunks compared, all different")
+
+
+@torch.inference_mode()
+def streaming_equals_dense(pipeline: Pipeline) -> Check:
+    """One denoising call after two finished chunks: cached, against a masked pass over all frames without a cache."""
+    preset, config = pipeline.preset, pipeline.config
+    geometry = Geometry.of(
+        config, 1, pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
+    )  # fmt: skip
+    past = 2 if preset.family == "greedy" else min(2, preset.window // preset.chunk - 1)
+    random = torch.Generator().manual_seed(0)
+    shape = (1, geometry.channels, preset.chunk, geometry.height, geometry.width)
+    chunks = [torch.randn(shape, generator=random).to(pipeline.device, pipeline.dtype) for _ in range(past + 1)]
+    text = torch.randn(1, 8, config.text_dim, generator=random).to(pipeline.device, pipeline.dtype)
+    text_kv, t = pipeline.stages.prepare_text(text), 750.0
+    state = pipeline.generator.open(geometry, text_kv)
+    for chunk in chunks[:-1]:
+        pipeline.generator.commit(chunk, state, given=True)
+    flow = pipeline.generator.denoise(chunks[-1], t, state)
+    expected = (_dense_greedy if preset.family == "greedy" else _dense_causal)(pipeline, chunks, t, text_kv)
+    error = float((flow - expected).float().square().mean().sqrt() / expected.float().square().mean().sqrt())
+    limit = TOLERANCE[pipeline.dtype]
+    return Check("streaming equals a dense masked pass", error <= limit, f"rms error {error:.1e}, limit {limit:.0e}")
+
+
+def _mask(sees: list[list[bool]], tokens: int, device: torch.device) -> Tensor:
+    """sees[query chunk][key chunk] -> bool [tokens of all chunks] squared."""
+    return torch.tensor(sees, device=device).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+
+
+def _pass(
+    pipeline: Pipeline, role: str, chunks: list[Tensor], positions: list[int], ts: list[float],
+    sees: list[list[bool]], text_kv: Any, condition: Tensor | None = None, hidden: bool = False,
+) -> Tensor:  # fmt: skip
+    """All chunks at once, each at its own position and timestep; returns the newest one's flow or hidden state."""
+    model, frames = torch_parts(pipeline).models[role], chunks[0].shape[2]
+    latent = torch.cat(chunks, dim=2)
+    _, ph, pw = pipeline.config.patch_size
+    high, wide = latent.shape[3] // ph, latent.shape[4] // pw
+    where = [p + i for p in positions for i in range(frames)]
+    cos, sin = (table.to(latent.device) for table in rope_tables(where, high, wide, pipeline.config.attention_head_dim))
+    t = torch.tensor([t for t in ts for _ in range(frames)], dtype=torch.float32, device=latent.device)[None]
+    tokens = frames * high * wide
+    if condition is not None:  # zero for the chunks before the newest: the context passes have none
+        condition = torch.cat([condition.new_zeros(1, (len(chunks) - 1) * tokens, condition.shape[2]), condition], 1)
+    attend = dense_attention(_mask(sees, tokens, latent.device))
+    if hidden:
+        return model.encode(latent, t, text_kv[role], cos, sin, attend)[0][:, -tokens:]
+    return model(latent, t, text_kv[role], cos, sin, attend, condition)[:, :, -frames:]
+
+
+def _dense_causal(pipeline: Pipeline, chunks: list[Tensor], t: float, text_kv: Any) -> Tensor:
+    count, preset = len(chunks), pipeline.preset
+    sees = [[key <= query for key in range(count)] for query in range(count)]
+    positions = [i * preset.chunk for i in range(count)]
+    return _pass(pipeline, "dit", chunks, positions, [preset.context_timestep] * (count - 1) + [t], sees, text_kv)
+
+
+def _dense_greedy(pipeline: Pipeline, chunks: list[Tensor], t: float, text_kv: Any) -> Tensor:
+    preset, past = pipeline.preset, chunks[:-1]
+    positions = [i * preset.chunk for i in range(len(chunks))]
+    window = [[0 <= query - key <= preset.window for key in range(len(past))] for query in range(len(past))]
+    c_f = _pass(pipeline, "etm", past, positions[:-1], [0.0] * len(past), window, text_kv, hidden=True)
+    current = min(positions[-1], preset.max_position)
+    clamped = [*(min(p, preset.max_position - preset.chunk) for p in positions[:-1]), current]
+    sees = [[key <= query for key in range(len(chunks))] for query in range(len(chunks))]
+    return _pass(pipeline, "sdd", chunks, clamped, [0.0] * len(past) + [t], sees, text_kv, condition=c_f)

@@ -1,0 +1,71 @@
+"""Peak memory, and what it is made of."""
+
+import resource
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from bench.models import weight_bytes
+from engine.cache import RingCache
+from engine.stream import Pipeline
+
+MB = 2**20
+
+
+def resident_mb() -> float:
+    return psutil.Process().memory_info().rss / MB
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far (loading's), where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb(device: torch.device) -> float:
+    """Largest memory since `reset_peak`: allocated on a GPU, resident on a processor."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MB
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(float(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors inside a state: caches, prompt keys and values, kept latents."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, RingCache):
+        return value.k.nbytes + value.v.nbytes
+    if is_dataclass(value) and not isinstance(value, type):
+        return sum(tensor_bytes(getattr(value, f.name)) for f in fields(value))
+    if isinstance(value, Mapping):
+        return sum(tensor_bytes(v) for v in value.values())
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return sum(tensor_bytes(v) for v in value)
+    return 0
+
+
+def breakdown(
+    pipeline: Pipeline, state_bytes: int, vae_cache_bytes: int, before_mb: float, peak: float
+) -> dict[str, float]:
+    """MB by purpose; `activations` is what the peak leaves over, allocator slack included."""
+    stages: Any = pipeline.stages
+    parts = {
+        "weights": weight_bytes(*getattr(stages, "models", {}).values(), getattr(stages, "text_encoder", None)) / MB,
+        "caches": state_bytes / MB,
+        "vae": (weight_bytes(getattr(stages, "vae", None)) + vae_cache_bytes) / MB,
+    }
+    process = before_mb if pipeline.device.type != "cuda" else 0.0
+    return parts | {"activations": max(0.0, peak - process - sum(parts.values())), "process": process}
