@@ -191,9 +191,10 @@ def _shorten(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def check_tensors(source: TensorSource, wanted: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> None:
-    """Raise one ValueError that names what is missing, extra or misshapen."""
-    given = source.shapes()
+def check_tensors(
+    label: object, given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Tensor], optional: tuple[str, ...] = ()
+) -> None:
+    """Raise one ValueError that names what is missing, extra or misshapen among the given shapes."""
     missing = [name for name in wanted if name not in given and name not in optional]
     extra = [name for name in given if name not in wanted]
     wrong = [
@@ -204,7 +205,7 @@ def check_tensors(source: TensorSource, wanted: Mapping[str, Tensor], optional: 
     parts = [f"{what} {_shorten(names)}" for what, names in
              (("missing", missing), ("extra", extra), ("misshapen", wrong)) if names]  # fmt: skip
     if parts:
-        raise ValueError(f"{source.label}: got {len(given)} tensors with {'; '.join(parts)}, expected {len(wanted)}")
+        raise ValueError(f"{label}: got {len(given)} tensors with {'; '.join(parts)}, expected {len(wanted)}")
 
 
 def fill(
@@ -216,7 +217,7 @@ def fill(
     Tensors already in that dtype stay mapped to the file. `optional` ones may be missing: they become zero.
     """
     wanted = module.state_dict()
-    check_tensors(source, wanted, optional)
+    check_tensors(source.label, source.shapes(), wanted, optional)
     for name, tensor in source.read():
         if name in wanted:
             module.load_state_dict({name: tensor.to(device=device, dtype=dtype)}, strict=False, assign=True)
@@ -253,7 +254,7 @@ def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path]) -
 
     base.json in the folder names the base that the adapter was trained on (`base_sha256`); another base is refused.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
@@ -269,6 +270,9 @@ def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path]) -
         raise ValueError(
             f"adapter {folder}: got weights that do not fit, expected LoRA of this model ({reason})"
         ) from None
+    # PEFT fills what is missing with its initial values and drops what it does not know.
+    weights = folder / "adapter_model.safetensors"
+    check_tensors(weights, SafetensorsSource([weights], str(weights)).shapes(), get_peft_model_state_dict(merged))
     merged.merge_and_unload(safe_merge=True)  # a new tensor: the base may be mapped to its file
     model.requires_grad_(False)
     condition = folder / "condition.safetensors"
@@ -277,14 +281,14 @@ def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path]) -
             raise ValueError(f"{condition}: got condition weights, expected none for this model")
         source = SafetensorsSource([condition], str(condition))
         weight = model.condition_proj.weight
-        check_tensors(source, {"condition_proj.weight": weight})
+        check_tensors(condition, source.shapes(), {"condition_proj.weight": weight})
         for name, tensor in source.read():
             model.load_state_dict({name: tensor.to(weight)}, strict=False)
 
 
 def merge_lora_file(model: nn.Module, file: Path) -> None:
     """Merge the `generator_lora` of a LongLive checkpoint (PEFT keys in Wan's names; alpha equals the rank)."""
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
     source = PickleSource(file, "generator_lora")
@@ -300,9 +304,8 @@ def merge_lora_file(model: nn.Module, file: Path) -> None:
     rank = next(t.shape[0] for name, t in tensors.items() if "lora_A" in name)
     # A list is matched by suffix, and names of whole paths are suffixes of nothing else.
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=modules), model)
-    unexpected = list(set_peft_model_state_dict(model, tensors).unexpected_keys)  # type: ignore[attr-defined]
-    if unexpected:
-        raise ValueError(f"{file}: got extra tensors {_shorten(unexpected)}, expected lora_A and lora_B")
+    check_tensors(file, {name: tuple(t.shape) for name, t in tensors.items()}, get_peft_model_state_dict(model))
+    set_peft_model_state_dict(model, tensors)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLayer):
             layer.merge(safe_merge=True)
