@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(
-        include=["engine", "engine.*", "kernels", "kernels.*", "distill", "distill.*", "bench", "bench.*"]
+        include=[f"{name}{rest}" for name in ("engine", "kernels", "export", "distill", "bench") for rest in ("", ".*")]
     ),
     package_data={"engine": ["assets/**/*"], "distill": ["configs/*.toml"]},
     install_requires=[
@@ -28,11 +28,14 @@ setup(
         "peft>=0.17",
         "pillow>=10",
         "psutil>=5.9",
+        "pydantic>=2.7",
         "rich>=13",
         "av>=14",
     ],
     extras_require={
+        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
+        "bench": ["matplotlib>=3.8"],
         "distill": ["diffusers>=0.35", "tensorboard>=2.17"],
-        "test": ["diffusers>=0.35", "pytest>=8", "pytest-benchmark>=4", "ruff>=0.9", "mypy>=1.14"],
+        "test": ["diffusers>=0.35", "hypothesis>=6", "pytest>=8", "pytest-benchmark>=4", "ruff>=0.9", "mypy>=1.14"],
     },
 )

@@ -44,6 +44,9 @@ class TransformerConfig:
             raise ValueError(f"transformer: got patch_size {self.patch_size}, expected (1, height, width)")
         if self.qk_norm != "rms_norm_across_heads":
             raise ValueError(f"transformer: got qk_norm {self.qk_norm!r}, expected 'rms_norm_across_heads'")
+        sizes = (*self.patch_size, self.num_attention_heads, self.in_channels, self.out_channels, self.text_dim)
+        if min(*sizes, self.freq_dim, self.ffn_dim, self.num_layers) < 1 or not self.eps > 0:
+            raise ValueError(f"transformer: got {self}, expected positive sizes")
         if self.attention_head_dim % 2 or self.attention_head_dim < 8:
             raise ValueError(f"transformer: got attention_head_dim {self.attention_head_dim}, "
                              "expected an even number of at least 8")  # fmt: skip
@@ -57,9 +60,7 @@ class TransformerConfig:
                 raise ValueError(f"transformer: got {key}, expected a text-to-video model without it")
         given.pop("rope_max_seq_len", None)  # positions are computed, not looked up
         _known(cls, given, "transformer")
-        if "patch_size" in given:
-            given["patch_size"] = tuple(given["patch_size"])
-        return cls(**given)
+        return cls(**{name: _typed(name, value, getattr(cls, name)) for name, value in given.items()})
 
 
 @dataclass(frozen=True)
@@ -158,18 +159,26 @@ def parse_steps(text: str) -> tuple[tuple[float, ...], ...]:
         raise ValueError(f"steps: got {text!r}, expected numbers as in 1000,500 or 1000,750,500,250/1000") from None
 
 
+def _numbers(name: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list | tuple) or not all(type(item) in (int, float) for item in value):
+        raise ValueError(f"{name}: got {value!r}, expected numbers")
+    return tuple(float(item) for item in value)
+
+
 def _typed(name: str, value: Any, default: Any) -> Any:
-    """A TOML, JSON or command-line value as the field's own type."""
+    """A TOML, JSON or command-line value as its field's own type."""
     if name == "steps":
         if isinstance(value, str):
             return parse_steps(value)
-        rows = value if value and isinstance(value[0], list | tuple) else [value]
-        return tuple(tuple(float(step) for step in row) for row in rows)
+        rows = value if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple) else [value]
+        return tuple(_numbers(name, row) for row in rows)
+    if name == "patch_size":
+        return tuple(int(item) for item in _numbers(name, value))
     kind = type(default)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f"preset: got {name} {value!r}, expected {kind.__name__}")
+        raise ValueError(f"{name}: got {value!r}, expected {kind.__name__}")
     return value
 
 

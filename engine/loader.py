@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 import torch
 
+from engine.bundle import read_manifest
 from engine.checkpoint import (
     TensorSource,
     fill,
@@ -18,6 +19,7 @@ from engine.checkpoint import (
 )
 from engine.config import Preset, TransformerConfig, find_preset
 from engine.generators import Geometry
+from engine.onnx_stages import OnnxStages
 from engine.stages import TorchStages
 from engine.stream import Pipeline
 from engine.text import Tokenizer, load_text_encoder
@@ -78,10 +80,13 @@ def load(
     place, kind = _device(device), _dtype(dtype, device)
     config = TransformerConfig.from_dict(read_json(folder / "transformer" / "config.json"))
     vae_config = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
-    height, width = height or settings["height"], width or settings["width"]
+    height, width, fps = (
+        settings[name] if value is None else value
+        for name, value in (("height", height), ("width", width), ("fps", fps))
+    )
     _check_size(config, vae_config, height, width)
-    if (fps or settings["fps"]) <= 0:
-        raise ValueError(f"fps: got {fps or settings['fps']}, expected a positive number")
+    if not fps > 0:
+        raise ValueError(f"fps: got {fps}, expected a positive number")
 
     source = open_source(chosen or folder / "transformer", checkpoint_state)
     vae_source = open_source(folder / "vae")
@@ -101,7 +106,7 @@ def load(
     stages = TorchStages(models, vae, encoder)
     return assemble(
         stages, config, style, kind, place, tokenizer=Tokenizer(folder / "tokenizer"), name=name, height=height,
-        width=width, fps=fps or settings["fps"], vae_config=vae_config,
+        width=width, fps=fps, vae_config=vae_config,
     )  # fmt: skip
 
 
@@ -115,6 +120,27 @@ def assemble(
     return Pipeline(
         stages, tokenizer, config, preset, name, dtype, device, height, width, fps,
         scale.scale_factor_spatial, scale.scale_factor_temporal,
+    )  # fmt: skip
+
+
+def load_bundle(folder: str | Path, backend: str = "onnx") -> Pipeline:
+    """A pipeline that runs on a bundle's compiled graphs; size, preset and precision are the bundle's.
+
+    Raises ValueError or FileNotFoundError (got and expected) where the bundle is not what its manifest says.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    found = [spec for spec in manifest.backends.values() if spec.backend == backend]
+    if not found:
+        raise ValueError(f"bundle: got backend {backend!r}, expected one of {', '.join(manifest.backends)}")
+    tokenizer = Tokenizer(folder / manifest.tokenizer)
+    if tokenizer.rows != manifest.text_rows:
+        raise ValueError(f"bundle: got a tokenizer of {tokenizer.rows} rows, expected {manifest.text_rows}")
+    stages = OnnxStages(folder, manifest, found[0], torch.get_num_threads())
+    return Pipeline(
+        stages, tokenizer, manifest.transformer_value(), manifest.preset_value(), manifest.preset_name,
+        DTYPES[manifest.precision], torch.device("cpu"), manifest.height, manifest.width, manifest.fps,
+        manifest.spatial, manifest.temporal,
     )  # fmt: skip
 
 

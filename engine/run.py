@@ -17,11 +17,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from engine.bundle import read_manifest
 from engine.config import PRESETS, Preset
-from engine.loader import DTYPES, EMBEDDED, is_untrained, load, settings_of
+from engine.loader import DTYPES, EMBEDDED, is_untrained, load, load_bundle, settings_of
 from engine.media import read_clip, read_image
 from engine.sinks import ChecksumSink, OutputClosed, Sink, open_sink
-from engine.stream import Stream
+from engine.stream import Pipeline, Stream
 
 EXAMPLES = """\
 examples:
@@ -31,6 +32,12 @@ examples:
   python -m engine.run --prompt "..." --out - | ffplay -
 
 presets: """ + ", ".join(PRESETS)
+
+
+# What a bundle fixes, so that it cannot be given beside one.
+_OF_MODELS = (
+    "model", "checkpoint", "checkpoint_state", "adapter", "preset", "height", "width", "device", "precision",
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="PEFT LoRA folder to merge; may be repeated",
     )
+    model.add_argument("--bundle", type=Path, metavar="DIR", help="stream from a bundle of python -m export instead")
     model.add_argument("--height", type=int)
     model.add_argument("--width", type=int)
     model.add_argument("--fps", type=float, help="frame rate of the output")
@@ -104,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--scale", type=int, default=1, metavar="N", help="enlarge every pixel N times each way (1)")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     run.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
-    run.add_argument("--backend", choices=("torch",), default="torch")
+    run.add_argument("--backend", choices=("torch", "onnx"), help="torch; with --bundle onnx")
     run.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     run.add_argument("--json", action="store_true", help="print a report as the last line of stdout")
     run.add_argument("--quiet", action="store_true", help="no progress, no warnings")
@@ -231,24 +239,52 @@ def _clip(args: argparse.Namespace, height: int, width: int, fps: float) -> np.n
     return None
 
 
+def _shape(args: argparse.Namespace) -> tuple[int, int, float]:
+    """Height, width and frame rate of what will be loaded; a bundle's size is fixed."""
+    if args.bundle is None:
+        settings = settings_of(args.model or EMBEDDED)
+        return args.height or settings["height"], args.width or settings["width"], args.fps or settings["fps"]
+    given = [name for name in _OF_MODELS if getattr(args, name) not in (None, [], "auto")] + list(_overrides(args))
+    if given:
+        raise ValueError(f"--bundle: got --{given[0].replace('_', '-')} as well, expected none: a bundle fixes it")
+    manifest = read_manifest(args.bundle)
+    return manifest.height, manifest.width, args.fps or manifest.fps
+
+
+def _load(args: argparse.Namespace, height: int, width: int, fps: float) -> Pipeline:
+    if args.bundle is not None:
+        return load_bundle(args.bundle, args.backend or "onnx")
+    if args.backend not in (None, "torch"):
+        raise ValueError(f"--backend: got {args.backend}, expected --bundle with it (python -m export writes one)")
+    pipeline = load(
+        args.model, preset=args.preset, overrides=_overrides(args), checkpoint=args.checkpoint,
+        checkpoint_state=args.checkpoint_state, adapters=args.adapter, device=args.device, dtype=args.precision,
+        height=height, width=width, fps=fps,
+    )  # fmt: skip
+    if is_untrained(args.model, pipeline.preset, args.checkpoint, args.adapter) and not args.quiet:
+        print(f"note: no weights trained for preset {pipeline.preset_name} were given; "
+              "the bidirectional model streams untrained", file=sys.stderr)  # fmt: skip
+    return pipeline
+
+
 def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
     console = Console(stderr=True)
     if not args.prompt.strip():
         raise ValueError("--prompt: got an empty text, expected words")
     if args.json and args.out == "-":
         raise ValueError("--json: got --out -, expected a file (both write to stdout)")
-    for name in ("video_frames", "scale", "threads"):
+    for name in ("video_frames", "scale", "threads", "height", "width"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
+    if args.fps is not None and not args.fps > 0:
+        raise ValueError(f"--fps: got {args.fps}, expected a positive number")
     if not 0 <= args.seed < 2**64:
         raise ValueError(f"--seed: got {args.seed}, expected 0 to 2^64 - 1")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     # Everything that can be wrong with what was asked is found before weights are read.
-    settings = settings_of(args.model or EMBEDDED)
-    height, width = args.height or settings["height"], args.width or settings["width"]
-    fps = args.fps or settings["fps"]
+    height, width, fps = _shape(args)
     limit = _limit(args, fps)
     switches = sorted((_frame_of(when, fps), text) for when, text in args.prompt_at)
     clip = _clip(args, height, width, fps)
@@ -256,15 +292,8 @@ def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
     begun = time.perf_counter()
     try:
         with _loading(console, args.quiet):
-            pipeline = load(
-                args.model, preset=args.preset, overrides=_overrides(args), checkpoint=args.checkpoint,
-                checkpoint_state=args.checkpoint_state, adapters=args.adapter, device=args.device,
-                dtype=args.precision, height=height, width=width, fps=fps,
-            )  # fmt: skip
+            pipeline = _load(args, height, width, fps)
         start = time.perf_counter()
-        if is_untrained(args.model, pipeline.preset, args.checkpoint, args.adapter) and not args.quiet:
-            print(f"note: no weights trained for preset {pipeline.preset_name} were given; "
-                  "the bidirectional model streams untrained", file=sys.stderr)  # fmt: skip
         with pipeline.stream(args.prompt, seed=args.seed, clip=clip) as stream:
             report = _generate(stream, sink, limit, switches, args, interrupt, console, fps, start)
         sink.close()
@@ -278,7 +307,7 @@ def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
         "load_ms": 1e3 * (start - begun),
         "peak_memory_mb": _peak_memory_mb(pipeline.device),
         "preset": pipeline.preset_name,
-        "backend": args.backend,
+        "backend": pipeline.stages.name,
         "device": str(pipeline.device),
         "precision": str(pipeline.dtype).removeprefix("torch."),
         "seed": args.seed,

@@ -124,7 +124,7 @@ class Stream:
         """
         self._check_open()
         with torch.inference_mode():
-            text_kv = self.pipeline.stages.prepare_text(self._embed(prompt))
+            text_kv = self.pipeline.stages.prepare_text(self._embed(prompt, self.state.geometry.batch))
         self.pipeline.generator.set_text(text_kv, self.state, recommit)
 
     @torch.inference_mode()
@@ -197,12 +197,13 @@ class Stream:
         if self._closed:
             raise ValueError("stream: got a closed one, expected an open one")
 
-    def _embed(self, prompt: str | Tensor) -> Tensor:
+    def _embed(self, prompt: str | Tensor, batch: int | None = None) -> Tensor:
         if isinstance(prompt, str):
-            return self.pipeline.encode_prompt(prompt)
-        if prompt.ndim != 3 or prompt.shape[-1] != self.pipeline.config.text_dim:
-            raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, "
-                             f"expected [B, rows, {self.pipeline.config.text_dim}]")  # fmt: skip
+            prompt = self.pipeline.encode_prompt(prompt)
+        width = self.pipeline.config.text_dim
+        fits = prompt.ndim == 3 and min(prompt.shape) > 0 and prompt.shape[-1] == width
+        if not fits or len(prompt) != (batch or len(prompt)):
+            raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, expected [{batch or 'B'}, rows, {width}]")
         return prompt.to(self.pipeline.device, self.pipeline.dtype)
 
     def _shape(self) -> tuple[int, ...]:
@@ -212,10 +213,13 @@ class Stream:
     def _split(self, latents: Tensor, geometry: Geometry) -> list[Tensor]:
         """Given latents as chunks; the first one may be shorter."""
         expected = geometry.batch, geometry.channels, geometry.height, geometry.width
-        if latents.ndim != 5 or (*latents.shape[:2], *latents.shape[3:]) != expected:
-            raise ValueError(f"latents: got {list(latents.shape)}, expected "
-                             f"[{expected[0]}, {expected[1]}, F, {expected[2]}, {expected[3]}]")  # fmt: skip
         preset = self.pipeline.preset
+        whole = preset.chunk if preset.family == "greedy" else 1
+        fits = latents.ndim == 5 and (*latents.shape[:2], *latents.shape[3:]) == expected
+        if not fits or latents.shape[2] < 1 or latents.shape[2] % whole:
+            frames = "F" if whole == 1 else f"{whole}k"
+            raise ValueError(f"latents: got {list(latents.shape)}, expected "
+                             f"[{expected[0]}, {expected[1]}, {frames}, {expected[2]}, {expected[3]}]")  # fmt: skip
         latents = latents.to(self.pipeline.device, self.pipeline.dtype)
         head = preset.first_chunk or latents.shape[2] % preset.chunk
         rest = latents[:, :, head:].split(preset.chunk, dim=2) if latents.shape[2] > head else ()

@@ -4,6 +4,7 @@ What differs between them is passed in: `attend` says which keys a query sees, c
 stand, t carries one timestep a frame, and `condition` is the ETM's feature c_f.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from engine.config import TransformerConfig
 from engine.layers import Attend, Block, ConditionEmbedder, modulate, rms_norm
 
-TextKV = tuple[Tensor, Tensor]  # cross-attention K and V, each [layers, B, rows, heads, head_dim]
+# Cross-attention K and V of every layer: [layers, B, rows, heads, head_dim], or as many tensors without the first axis.
+TextKV = tuple[Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor]
 
 
 class WanTransformer(nn.Module):
@@ -41,7 +43,7 @@ class WanTransformer(nn.Module):
         if self.condition_proj is not None:
             nn.init.zeros_(self.condition_proj.weight)
 
-    def prepare_text(self, text_emb: Tensor) -> TextKV:
+    def prepare_text(self, text_emb: Tensor) -> tuple[Tensor, Tensor]:
         """text_emb [B, rows, text_dim], zero-padded to the model's rows -> K, V of every cross-attention."""
         text = self.condition_embedder.text_embedder(text_emb)
         pairs = [cast(Block, block).attn2.key_value(text) for block in self.blocks]

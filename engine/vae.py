@@ -196,7 +196,7 @@ class Upsample(nn.Module):
                 y = self.time_conv(x, past)  # [T*B, 2C, H, W]: the two halves of the channels are two frames
                 y = y.permute(0, 2, 3, 1).unflatten(3, (2, -1)).unflatten(0, (-1, past.batch))
                 x = y.permute(0, 4, 1, 2, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)  # [T*2*B, C, H, W], channels-last
-        return self.resample(F.interpolate(x, scale_factor=2.0, mode="nearest-exact"))
+        return self.resample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Downsample(nn.Module):
@@ -341,15 +341,18 @@ class VAE(nn.Module):
         if not fits or shape[3] % scale or shape[4] % scale:
             raise ValueError(f"video: got {shape}, expected [B, {c.in_channels}, 1 + {step}k, {scale}i, {scale}j]")
         cache: Cache | None = None
-        moments = []
-        groups = [1] + [step] * ((shape[2] - 1) // step)
-        for frames in video.to(self.quant_conv.weight.dtype).split(groups, dim=2):
-            past = Past(shape[0], cache)
-            x = self.quant_conv(self.encoder(_to_images(frames), past))
-            moments.append(_to_video(x[:, : c.z_dim], past.batch))
-            cache = tuple(past.next)
-        mean, std = self._statistics(video.device)
-        return (torch.cat(moments, dim=2).float() - mean) / std
+        latents = []
+        for frames in video.split([1] + [step] * ((shape[2] - 1) // step), dim=2):
+            latent, cache = self.encode_step(frames, cache)
+            latents.append(latent)
+        return torch.cat(latents, dim=2)
+
+    def encode_step(self, frames: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+        """One latent frame [B, C, 1, h, w], float32: the first from 1 frame (cache None), the others from 4."""
+        past = Past(frames.shape[0], cache)
+        x = self.quant_conv(self.encoder(_to_images(frames.to(self.quant_conv.weight.dtype)), past))
+        mean, std = self._statistics(frames.device)
+        return (_to_video(x[:, : self.config.z_dim], past.batch).float() - mean) / std, tuple(past.next)
 
     def _decode(self, latent: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         mean, std = self._statistics(latent.device)

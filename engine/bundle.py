@@ -1,0 +1,175 @@
+"""A bundle: a directory that runs without the model it was made from. This file reads and checks one.
+
+    manifest.json          what is inside, with shapes, dtypes and the sha256 of every file
+    weights.safetensors    every large weight once, shared by the graphs
+    tokenizer/             Hugging Face tokenizer files
+    graphs/<backend>-<target>/...
+    golden.safetensors     frames that whoever loads the bundle must get again
+
+Nothing is inferred from file names and nothing is executed: a bundle is data.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from engine.config import Preset, TransformerConfig, override
+
+VERSION = 1
+_Size = Annotated[int, Field(ge=1, le=1 << 16)]
+_Dim = Annotated[int, Field(ge=0, le=1 << 32)]
+_Bytes = Annotated[int, Field(ge=0, le=1 << 44)]
+_Name = Annotated[str, Field(min_length=1, max_length=200)]
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _safe(path: str) -> str:
+    """A relative path that stays inside, in one spelling."""
+    parts = PurePosixPath(path).parts
+    inside = parts and not PurePosixPath(path).is_absolute() and not any(part in ("..", ".") for part in parts)
+    if not inside or "\\" in path or "\0" in path or str(PurePosixPath(path)) != path:
+        raise ValueError(f"got path {path!r}, expected one inside the bundle")
+    return path
+
+
+class TensorSpec(_Strict):
+    """Name, shape and dtype of one input or output of a graph."""
+
+    name: _Name
+    shape: Annotated[list[_Dim], Field(max_length=8)]
+    dtype: Literal["float32", "float16", "bfloat16", "int64"]
+
+
+class GraphSpec(_Strict):
+    """One compiled function.
+
+    weights maps the graph's own constant names to keys of weights.safetensors; aliases names the outputs that are
+    written over an input.
+    """
+
+    file: _Name
+    inputs: Annotated[list[TensorSpec], Field(max_length=4096)]
+    outputs: Annotated[list[TensorSpec], Field(max_length=4096)]
+    weights: dict[_Name, _Name]
+    aliases: dict[_Name, _Name]
+
+
+class BackendSpec(_Strict):
+    """The graphs of one backend and what they were made for and with."""
+
+    backend: Literal["onnx"]
+    target: Literal["cpu"]
+    versions: dict[_Name, _Name]
+    graphs: dict[_Name, GraphSpec]
+
+
+class FileSpec(_Strict):
+    bytes: _Bytes
+    sha256: _Hash
+
+
+class GoldenSpec(_Strict):
+    """A run to repeat: frames uint8 [T, H, W, 3] under `frames` in the file."""
+
+    file: _Name
+    prompt: Annotated[str, Field(max_length=10_000)]
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)]
+
+
+class Manifest(_Strict):
+    """manifest.json"""
+
+    format: Literal["greedy-bundle"]
+    version: Literal[1]
+    preset_name: _Name
+    preset: dict[str, object]
+    transformer: dict[str, object]
+    precision: Literal["fp32", "fp16", "bf16"]
+    height: _Size
+    width: _Size
+    fps: Annotated[float, Field(gt=0, le=1000)]
+    spatial: _Size
+    temporal: _Size
+    text_rows: _Size
+    weights: _Name
+    tokenizer: _Name
+    golden: GoldenSpec
+    files: Annotated[dict[_Name, FileSpec], Field(max_length=100_000)]
+    backends: Annotated[dict[_Name, BackendSpec], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Manifest":
+        for name in self.files:
+            _safe(name)
+        named = [self.weights, self.golden.file, *(g.file for b in self.backends.values() for g in b.graphs.values())]
+        missing = [name for name in named if name not in self.files]
+        if missing:
+            raise ValueError(f"got no entry in files for {missing[0]}, expected one")
+        self.preset_value(), self.transformer_value()
+        return self
+
+    def preset_value(self) -> Preset:
+        return (
+            override(Preset("greedy"), self.preset)
+            if self.preset.get("family") == "greedy"
+            else override(Preset("causal", window=1), self.preset)
+        )
+
+    def transformer_value(self) -> TransformerConfig:
+        return TransformerConfig.from_dict(dict(self.transformer))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """manifest.json, checked against the schema and against the files on disk (sizes, no links)."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"bundle: got {folder} without manifest.json, expected a bundle")
+    if path.stat().st_size > 1 << 26:
+        raise ValueError(f"{path}: got {path.stat().st_size} bytes, expected at most {1 << 26}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: got no JSON, expected a manifest ({error})") from None
+    if isinstance(content, dict) and content.get("version") != VERSION and content.get("format") == "greedy-bundle":
+        raise ValueError(f"{path}: got version {content.get('version')!r}, expected {VERSION}")
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "manifest"
+        got = str(first.get("input"))[:60]
+        raise ValueError(f"{path}: {where}: got {got}, expected: {first['msg']}") from None
+    for name, spec in manifest.files.items():
+        file = folder / name
+        if file.is_symlink() or not file.is_file() or not _inside(file, folder):
+            raise ValueError(f"{file}: got no plain file inside the bundle, expected one of {spec.bytes} bytes")
+        if file.stat().st_size != spec.bytes:
+            raise ValueError(f"{file}: got {file.stat().st_size} bytes, expected {spec.bytes}")
+    return manifest
+
+
+def check_hashes(folder: Path, manifest: Manifest) -> None:
+    """Every file's sha256; raises ValueError at the first that differs."""
+    for name, spec in manifest.files.items():
+        got = file_hash(folder / name)
+        if got != spec.sha256:
+            raise ValueError(f"{folder / name}: got sha256 {got[:12]}, expected {spec.sha256[:12]}")
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's content."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _inside(file: Path, folder: Path) -> bool:
+    return os.path.commonpath([file.resolve(), folder.resolve()]) == str(folder.resolve())

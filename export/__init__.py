@@ -1,0 +1,1 @@
+"""Engine modules -> a bundle that runs without them."""

@@ -1,0 +1,198 @@
+"""The engine's stages as pure functions of tensors: caches in, slot and length as tensors, updated caches out.
+
+A `Graph` is a module with named example inputs. Everything it needs is an argument, so that any tracer can take
+it; the two operations whose spelling depends on the target are custom operators of this file.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.layers import Attend
+from engine.stages import TorchStages
+from engine.stream import Pipeline
+from engine.text import encode_text
+from engine.transformer import WanTransformer
+
+
+@torch.library.custom_op("greedy::kv_write", mutates_args=())
+def kv_write(cache: Tensor, update: Tensor, index: Tensor) -> Tensor:
+    """cache [B, rows, dim] with update [B, n, dim] from row index[0] on."""
+    out = cache.clone()
+    out[:, int(index[0]) : int(index[0]) + update.shape[1]] = update
+    return out
+
+
+@torch.library.custom_op("greedy::ring_attention", mutates_args=())
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, length: Tensor, heads: int) -> Tensor:
+    """q [B, n, dim] attends to the first length[0] rows of k, v [B, rows, dim]."""
+    rows = int(length[0])
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k[:, :rows], v[:, :rows]))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).contiguous()
+
+
+@kv_write.register_fake
+def _(cache: Tensor, update: Tensor, index: Tensor) -> Tensor:
+    return torch.empty_like(cache)
+
+
+@ring_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, length: Tensor, heads: int) -> Tensor:
+    return torch.empty_like(q)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One stage: the module, its inputs in order with example values, its outputs' names, and who shares memory."""
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: list[str]
+    aliases: dict[str, str] = field(default_factory=dict)  # output -> input that it replaces
+
+
+class _Function(nn.Module):
+    """A function of tensors, with the modules whose weights it uses."""
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.function(*inputs)
+
+
+def stage_graphs(pipeline: Pipeline) -> list[Graph]:
+    """Every stage of a pipeline of the torch backend, batch 1, at the pipeline's size and preset."""
+    stages, preset = pipeline.stages, pipeline.preset
+    if not isinstance(stages, TorchStages) or stages.vae is None or stages.text_encoder is None:
+        raise ValueError("export: got a pipeline without its torch modules, expected one from engine.load")
+    if preset.family == "causal" and (preset.window - preset.attn_sink) % preset.chunk:
+        raise ValueError(f"export: got window {preset.window} with attn_sink {preset.attn_sink}, "
+                         f"expected the rest to be a multiple of chunk {preset.chunk}")  # fmt: skip
+    if preset.first_chunk or (preset.family == "causal" and preset.attn_sink % preset.chunk):
+        raise ValueError("export: got a chunk 0 or attention sink of another size, expected whole chunks")
+    rows = pipeline.tokenizer.rows if pipeline.tokenizer else 0
+    return [
+        _encode_text(stages.text_encoder, rows),
+        *(_prepare_text(name, model, rows) for name, model in stages.models.items()),
+        *_transformers(pipeline, stages.models),
+        *_vae(pipeline, stages),
+    ]
+
+
+def _encode_text(encoder: nn.Module, rows: int) -> Graph:
+    ids, mask = torch.ones(1, rows, dtype=torch.int64), torch.ones(1, rows, dtype=torch.int64)
+    module = _Function(lambda ids, mask: (encode_text(encoder, ids, mask),), encoder=encoder)
+    return Graph("encode_text", module, {"ids": ids, "mask": mask}, ["text_emb"])
+
+
+def _prepare_text(role: str, model: WanTransformer, rows: int) -> Graph:
+    text = torch.randn(1, rows, model.config.text_dim, dtype=model.proj_out.weight.dtype)
+    module = _Function(lambda text: model.prepare_text(text), model=model)
+    return Graph(f"prepare_text_{role}", module, {"text_emb": text}, ["text_k", "text_v"])
+
+
+def _transformers(pipeline: Pipeline, models: dict[str, WanTransformer]) -> list[Graph]:
+    preset = pipeline.preset
+    if preset.family == "greedy":
+        etm_slots, sdd_slots = (preset.window + 1) * preset.chunk, 3 * preset.chunk
+        return [
+            _transformer("etm", pipeline, models["etm"], etm_slots, hidden=True),
+            _transformer("sdd_context", pipeline, models["sdd"], sdd_slots, hidden=True),
+            _transformer("sdd", pipeline, models["sdd"], sdd_slots, timed=True, conditioned=True),
+        ]
+    return [_transformer("dit", pipeline, models["dit"], preset.window, timed=True)]
+
+
+def _transformer(
+    name: str, pipeline: Pipeline, model: WanTransformer, slots: int, *, hidden: bool = False, timed: bool = False,
+    conditioned: bool = False,
+) -> Graph:  # fmt: skip
+    """A pass over one chunk. hidden: the last hidden state instead of the flow; timed: t is an input, else 0."""
+    config, dtype, layers = model.config, model.proj_out.weight.dtype, model.config.num_layers
+    high, wide = pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
+    tokens = high // config.patch_size[1] * (wide // config.patch_size[2])
+    n, rows = tokens * pipeline.preset.chunk, slots * tokens
+    latent = torch.randn(1, config.in_channels, pipeline.preset.chunk, high, wide, dtype=dtype)
+    angles = torch.randn(n, config.attention_head_dim // 2)
+    inputs = {"latent": latent}
+    inputs |= {"t": torch.tensor([500.0])} if timed else {}
+    inputs |= {"c_f": torch.randn(1, n, config.dim, dtype=dtype)} if conditioned else {}
+    inputs |= {"rope_cos": angles.cos(), "rope_sin": angles.sin()}
+    inputs |= {"write_idx": torch.tensor([0]), "kv_len": torch.tensor([n])}
+    heads = (config.num_attention_heads, config.attention_head_dim)
+    text_rows = pipeline.tokenizer.rows if pipeline.tokenizer else 0
+    text = {f"text_{s}_{i}": torch.randn(1, text_rows, *heads, dtype=dtype) for s in "kv" for i in range(layers)}
+    caches = {f"{s}_{i}": torch.randn(1, rows, config.dim, dtype=dtype) for s in "kv" for i in range(layers)}
+    front = len(inputs)
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(inputs, given[:front], strict=True))
+        past = given[front + 2 * layers :]
+        attend, updated = _functional_attention(model, past, named["write_idx"], named["kv_len"])
+        t = named["t"] if timed else torch.zeros_like(named["latent"][:, 0, 0, 0, 0], dtype=torch.float32)
+        text_kv = given[front : front + layers], given[front + layers : front + 2 * layers]
+        if hidden:
+            out, _ = model.encode(named["latent"], t, text_kv, named["rope_cos"], named["rope_sin"], attend)
+        else:
+            out = model(named["latent"], t, text_kv, named["rope_cos"], named["rope_sin"], attend, named.get("c_f"))
+        return out, *updated
+
+    aliases = {f"{key}_out": key for key in caches}
+    first = "hidden" if hidden else "flow"
+    return Graph(name, _Function(run, model=model), inputs | text | caches, [first, *aliases], aliases)
+
+
+def _functional_attention(
+    model: WanTransformer, past: tuple[Tensor, ...], index: Tensor, length: Tensor
+) -> tuple[Attend, list[Tensor]]:
+    """Attention that writes to and reads from caches [B, rows, dim] functionally; and the list of updated ones."""
+    layers, heads = model.config.num_layers, model.config.num_attention_heads
+    updated = list(past)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for at, new in ((layer, k), (layers + layer, v)):
+            updated[at] = kv_write(updated[at], new.flatten(2), index)
+        out = ring_attention(q.flatten(2), updated[layer], updated[layers + layer], length, heads)
+        return out.unflatten(-1, (heads, -1))
+
+    return attend, updated
+
+
+def _vae(pipeline: Pipeline, stages: TorchStages) -> list[Graph]:
+    vae = stages.vae
+    assert vae is not None
+    dtype = next(vae.parameters()).dtype
+    high, wide = pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
+    latent = torch.randn(1, vae.config.z_dim, 1, high, wide, dtype=dtype)
+    frames = torch.rand(1, 3, pipeline.temporal, pipeline.height, pipeline.width, dtype=dtype) * 2 - 1
+    with torch.no_grad():
+        decoding, encoding = vae.first(latent)[1], vae.encode_step(frames[:, :, :1], None)[1]
+
+    def graph(name: str, what: str, result: str, x: Tensor, cache: tuple[Tensor, ...], steady: bool) -> Graph:
+        given = {f"cache_{i}": c.contiguous() for i, c in enumerate(cache)} if steady else {}
+        aliases = {f"cache_{i}_out": f"cache_{i}" for i in range(len(cache))}
+
+        def run(x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+            if what == "frames":
+                out, following = vae.encode_step(x, past if steady else None)
+            else:
+                out, following = vae.steady(x, past) if steady else vae.first(x)
+            return out, *(c.contiguous() for c in following)
+
+        # Not updated in place: a decode that fails must leave the stream's cache as it was.
+        return Graph(name, _Function(run, vae=vae), {what: x} | given, [result, *aliases])
+
+    return [
+        graph("vae_first", "latent", "frames", latent, decoding, False),
+        graph("vae_steady", "latent", "frames", latent, decoding, True),
+        graph("vae_encode_first", "frames", "latent", frames[:, :, :1], encoding, False),
+        graph("vae_encode_steady", "frames", "latent", frames, encoding, True),
+    ]
