@@ -7,12 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench import compare, parity, stream
+from bench import compare, diff, kernels, load, parity, scaling, stream
 from bench.fullsize import make, measure_load
-from bench.scaling import scaling
-from engine.loader import DTYPES, load
+from engine.loader import DTYPES
 
 
 def _parity(args: argparse.Namespace) -> int:
@@ -25,22 +22,6 @@ def _parity(args: argparse.Namespace) -> int:
     summary = parity.report(results)
     print(json.dumps(summary) if args.json else f"{sum(r.passed for r in results)} of {len(results)} within tolerance")
     return 0 if results and summary["passed"] else 1
-
-
-def _scaling(args: argparse.Namespace) -> int:
-    torch.set_num_threads(args.threads)
-    pipeline = load(args.model, preset=args.preset, device=args.device)
-    result: dict = {}
-    for result in scaling(pipeline, args.prompt, args.chunks, args.seed):
-        if "chunk" in result and sys.stderr.isatty():
-            print(f"\rchunk {result['chunk']} of {args.chunks}", end="", file=sys.stderr)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-    if args.json:
-        print(json.dumps(result))
-    else:
-        _print_table(result)
-    return 0
 
 
 def _fullsize(args: argparse.Namespace) -> int:
@@ -76,17 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print the result as one JSON line")
     command.set_defaults(run=_parity)
 
-    command = commands.add_parser("scaling", help="time and memory a chunk, early and late in one stream")
-    command.add_argument("--chunks", type=int, default=400, metavar="N")
-    command.add_argument("--model", metavar="DIR", help="pipeline directory (default: the embedded model)")
-    command.add_argument("--preset")
-    command.add_argument("--prompt", default="a red circle moving right slowly on a gray background")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--threads", type=int, default=torch.get_num_threads())
-    command.add_argument("--device", default="auto")
-    command.add_argument("--json", action="store_true", help="print the result as one JSON line")
-    command.set_defaults(run=_scaling)
-
     command = commands.add_parser("fullsize", help="Wan2.1-1.3B's shape with random weights: load, stream, memory")
     command.add_argument("--dir", type=Path, required=True, help="where the weights are; written if it does not exist")
     command.add_argument("--layers", type=int, default=30)
@@ -98,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chunks", type=int, default=2)
     command.add_argument("--json", action="store_true", help="print the result as one JSON line")
     command.set_defaults(run=_fullsize)
-    for add_parser in (stream.add_parser, compare.add_parser):
-        add_parser(commands)
+    for module in (stream, compare, scaling, load, kernels, diff):
+        module.add_parser(commands)
     return parser
 
 

@@ -207,7 +207,8 @@ def print_report(r: dict[str, Any]) -> None:
         {
             "engine": v["name"], "ms/frame": v["ms_per_frame"]["median"], "fps": v["fps"],
             "first frame ms": v["latency_ms"], "video s": v["video_seconds"], "GFLOP/frame": v.get("gflop_per_frame"),
-            "time ratio": "{median:.3f} [{low:.3f}, {high:.3f}]".format(**v["ratio"]), "FLOPs ratio": v.get("flops_ratio"),
+            "time ratio": "{median:.3f} [{low:.3f}, {high:.3f}]".format(**v["ratio"]),
+            "FLOPs ratio": v.get("flops_ratio"),
         }
         for v in r["variants"]
     ]  # fmt: skip

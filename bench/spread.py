@@ -1,10 +1,11 @@
 """Medians, percentiles and confidence intervals: what a noisy machine's samples say, and no more."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -44,7 +45,7 @@ def paired_ratio(ours: Sequence[float], base: Sequence[float]) -> dict[str, floa
     return {"median": float(np.median(ratios)), "low": low, "high": high, "pairs": len(ratios)}
 
 
-def interleaved(variants: dict[str, Callable[[], T]], rounds: int) -> Iterable[tuple[int, str, T]]:
+def interleaved(variants: Mapping[K, Callable[[], T]], rounds: int) -> Iterable[tuple[int, K, T]]:
     """(round, name, result) of every variant in every round; each round starts with another one.
 
     So a machine that slows down for a while slows all of them, and nobody always runs behind the same neighbour.

@@ -1,0 +1,174 @@
+"""Every operation of kernels/ against its float64 reference, then against the best library call, in turn."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import ceilings, results
+from bench.flops import Cost
+from bench.header import machine, print_header
+from bench.spread import interleaved, paired_ratio, quartiles, table
+from engine.loader import DTYPES
+from kernels.ring_attention import ring_attention, ring_attention_reference
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one shape: calls without arguments, all on the same inputs."""
+
+    op: str
+    shape: str
+    reference: Call  # in float64; the truth
+    ours: Call
+    library: dict[str, Call]  # plain PyTorch, best known first
+    cost: Cost
+
+
+def _ring_attention(
+    device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, queries: int, rows: int, slots_rows: int
+) -> Case:
+    """q of one chunk over `rows` valid of `slots_rows` ring rows; what is behind them is NaN and must not be read."""
+    made = torch.Generator().manual_seed(0)
+    q = torch.randn(1, queries, heads, head_dim, generator=made).to(device, dtype)
+    k, v = (torch.randn(1, slots_rows, heads, head_dim, generator=made).to(device, dtype) for _ in range(2))
+    for tensor in (k, v):
+        tensor[:, rows:] = float("nan")
+    # The library's best case: tensors already in its own layout, nothing left to skip.
+    qs, ks, vs = (t[:, :rows].transpose(1, 2).contiguous() for t in (q, k, v))
+    size = dtype.itemsize * heads * head_dim
+    work = 4.0 * queries * rows * heads * head_dim
+    return Case(
+        "ring_attention", f"{queries} x {rows} of {slots_rows}, {heads} heads of {head_dim}",
+        lambda: ring_attention_reference(q.double(), k.double(), v.double(), rows),
+        lambda: ring_attention(q, k, v, rows),
+        {"sdpa": lambda: F.scaled_dot_product_attention(qs, ks, vs).transpose(1, 2)},
+        Cost(work, size * 2.0 * (queries + rows), work),
+    )  # fmt: skip
+
+
+# op -> cases for a device; a later operation adds its row here.
+SHAPES: dict[str, tuple[Callable[..., Case], dict[str, list[tuple[int, ...]]]]] = {
+    "ring_attention": (
+        _ring_attention,
+        {
+            # heads, head_dim, queries, valid rows, rows: the sprites model, odd sizes, Wan 1.3B at 160x96 and 832x480.
+            "cpu": [(4, 32, 64, 192, 256), (4, 32, 64, 1344, 1344), (3, 16, 37, 100, 111), (12, 128, 60, 240, 240)],
+            "cuda": [(12, 128, 1560, 4680, 4680), (12, 128, 1560, 6240, 6240), (12, 128, 1560, 32760, 32760)],
+        },
+    ),
+}
+
+
+def cases(device: torch.device, dtype: torch.dtype, ops: list[str]) -> list[Case]:
+    """The cases of the chosen operations."""
+    unknown = sorted(set(ops) - set(SHAPES))
+    if unknown:
+        raise ValueError(f"--op: got {', '.join(unknown)}, expected one of {', '.join(SHAPES)}")
+    return [SHAPES[op][0](device, dtype, *shape) for op in ops for shape in SHAPES[op][1][device.type]]
+
+
+def errors(case: Case) -> dict[str, float]:
+    """rms error over rms of the truth, ours and the library's."""
+    truth = case.reference().double()
+    size = truth.square().mean().sqrt()
+    calls = {"ours": case.ours, **case.library}
+    return {name: float((call().double() - truth).square().mean().sqrt() / size) for name, call in calls.items()}
+
+
+def _seconds(call: Call, device: torch.device, repeats: int) -> float:
+    wait = torch.cuda.synchronize if device.type == "cuda" else None
+    if wait:
+        wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if wait:
+        wait()
+    return (time.perf_counter() - start) / repeats
+
+
+@torch.inference_mode()
+def measure(device: torch.device, dtype: torch.dtype, ops: list[str], rounds: int) -> dict[str, Any]:
+    """Errors first: ours may have twice the library's in the same precision, else there are no numbers for it."""
+    found = cases(device, dtype, ops)
+    limits = ceilings.measure(device, dtype)
+    rows, timings = [], {}
+    for case in found:
+        error = errors(case)
+        allowed = 2 * max(error[name] for name in case.library)
+        row: dict[str, Any] = {"op": case.op, "shape": case.shape, "errors": error, "passed": error["ours"] <= allowed}
+        if row["passed"]:
+            calls: dict[str, Call] = {"ours": case.ours, **case.library}
+            repeats = max(1, int(0.005 / _seconds(case.ours, device, 3)))
+            ms: dict[str, list[float]] = {name: [] for name in calls}
+            runs = {name: partial(_seconds, call, device, repeats) for name, call in calls.items()}
+            for _, name, seconds in interleaved(runs, rounds):
+                ms[name].append(1e3 * seconds)
+            best = min(case.library, key=lambda name: quartiles(ms[name])["median"])
+            took = quartiles(ms["ours"])["median"] / 1e3
+            row |= {
+                "ms": {name: quartiles(samples) for name, samples in ms.items()},
+                "best_library": best,
+                "time_ratio": paired_ratio(ms["ours"], ms[best]),
+                "gflops": case.cost.flops / took / 1e9,
+                "mfu": limits.mfu(case.cost, took),
+                "floor_ms": 1e3 * limits.floor(case.cost),
+            }
+            timings[f"{case.op} {case.shape}"] = row["ms"]["ours"]
+        rows.append(row)
+    return {"ceilings": limits.as_dict(), "cases": rows, "timings": timings}
+
+
+def run(args: argparse.Namespace) -> int:
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if args.threads < 1 or args.rounds < 1:
+        raise ValueError(f"got {args.threads} threads and {args.rounds} rounds, expected at least 1 of both")
+    torch.set_num_threads(args.threads)
+    kind = args.precision if args.precision != "auto" else "fp32" if device.type == "cpu" else "bf16"
+    where = machine(device)
+    result = {
+        "machine": where,
+        "precision": kind,
+        **measure(device, DTYPES[kind], args.op or list(SHAPES), args.rounds),
+    }
+    result |= {"device": where["device"], "commit": where["commit"]}
+    if not args.json:
+        print_header(where)
+        print("\n" + table([
+            {"op": row["op"], "shape": row["shape"], "error": row["errors"]["ours"], "ms": row["ms"]["ours"]["median"],
+             row["best_library"]: row["ms"][row["best_library"]]["median"], "ratio": row["time_ratio"]["median"],
+             "GFLOP/s": row["gflops"], "mfu": row["mfu"]}
+            for row in result["cases"] if row["passed"]
+        ], 3))  # fmt: skip
+    red = [row for row in result["cases"] if not row["passed"]]
+    for row in red:
+        print(f"error: {row['op']} {row['shape']}: got error {row['errors']['ours']:.1e}, "
+              f"expected at most twice the library's", file=sys.stderr)  # fmt: skip
+    if red:
+        return 1
+    results.emit(args, "kernels", result)
+    return 0
+
+
+def add_parser(commands: Any) -> None:
+    command = commands.add_parser("kernels", help="each operation against its reference and the best library call")
+    command.add_argument("--op", action="append", help="one of " + ", ".join(SHAPES) + "; default: all")
+    command.add_argument("--rounds", type=int, default=20)
+    command.add_argument("--device", default="auto")
+    command.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
+    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    results.add_arguments(command)
+    command.set_defaults(run=run)
