@@ -80,10 +80,9 @@ def load(
     place, kind = _device(device), _dtype(dtype, device)
     config = TransformerConfig.from_dict(read_json(folder / "transformer" / "config.json"))
     vae_config = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
-    height, width, fps = (
-        settings[name] if value is None else value
-        for name, value in (("height", height), ("width", width), ("fps", fps))
-    )
+    height = settings["height"] if height is None else height
+    width = settings["width"] if width is None else width
+    fps = settings["fps"] if fps is None else fps
     _check_size(config, vae_config, height, width)
     if not fps > 0:
         raise ValueError(f"fps: got {fps}, expected a positive number")
