@@ -1,7 +1,7 @@
 """The Python interface: what an iterator of frames promises."""
 
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_frames_are_rgb_bytes(pipeline):
         assert frame.dtype == np.uint8
     # The models are random, but not degenerate: otherwise the tests here could not fail.
     assert np.stack(frames).std() > 10
-    assert all((a != b).any() for a, b in zip(frames, frames[1:], strict=False))
+    assert all((a != b).any() for a, b in pairwise(frames))
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 7])
@@ -397,7 +397,7 @@ def test_bad_embeddings_are_refused_at_once(pipeline, prompt):
     ids=str,
 )
 def test_bad_pipelines_are_refused(model_dir, options):
-    with pytest.raises((ValueError, FileNotFoundError), match="got .*expected") as raised:
+    with pytest.raises((ValueError, FileNotFoundError), match=r"got .*expected") as raised:
         engine.load(**{"model": model_dir, **options})
     assert "\n" not in str(raised.value)
 
@@ -411,10 +411,10 @@ def test_presets_from_a_file(model_dir, tmp_path):
     )  # fmt: skip
     for text in ('base = "none"', "window = ", "windows = 3", "window = '3'", 'base = "greedy"\nchunk = 0'):
         path.write_text(text)
-        with pytest.raises(ValueError, match="got .*expected"):
+        with pytest.raises(ValueError, match=r"got .*expected"):
             engine.load(model_dir, preset=str(path))
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="got .*expected"):
+    with pytest.raises(ValueError, match=r"got .*expected"):
         engine.load(model_dir, preset=str(path))
 
 
