@@ -135,7 +135,7 @@ _FOUR = (1000.0, 750.0, 500.0, 250.0)
 _TRAINED = 21
 
 PRESETS: dict[str, Preset] = {
-    "greedy": Preset("greedy"),
+    "greedy": Preset("greedy", solver="unipc"),
     "self-forcing": Preset("causal", chunk=3, window=_TRAINED),
     "self-forcing-framewise": Preset("causal", chunk=1, window=_TRAINED),
     "causvid": Preset(

@@ -84,14 +84,15 @@ class RopeTables:
     def at(self, position: int, frames: int) -> tuple[Tensor, Tensor]:
         """Tables of `frames` frames from a temporal position on."""
         key = position, frames
-        if key not in self._recent:
-            if len(self._recent) >= 4:
-                del self._recent[next(iter(self._recent))]
-            cos, sin = rope_tables(
-                range(position, position + frames), self.geometry.tokens_high, self.geometry.tokens_wide, self.head_dim
-            )
-            self._recent[key] = cos.to(self.device), sin.to(self.device)
-        return self._recent[key]
+        found = self._recent.pop(key, None)
+        if found is None:
+            g = self.geometry
+            cos, sin = rope_tables(range(position, position + frames), g.tokens_high, g.tokens_wide, self.head_dim)
+            found = cos.to(self.device), sin.to(self.device)
+        self._recent[key] = found  # the newest last
+        if len(self._recent) > 4:
+            del self._recent[next(iter(self._recent))]
+        return found
 
 
 @dataclass
