@@ -1,13 +1,17 @@
-"""python -m bench parity | scaling | fullsize: check against recorded cases, measure."""
+"""python -m bench COMMAND: check against recorded cases, measure, compare, report.
+
+The last line of a measurement's stdout is its result as JSON. Exit status: 0, 1 where a check or a comparison is red,
+2 for bad input.
+"""
 
 import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from bench import compare, diff, kernels, load, parity, scaling, stream
+from bench import compare, diff, everything, kernels, load, parity, report, scaling, stream
 from bench.fullsize import make, measure_load
 from engine.loader import DTYPES
 
@@ -43,8 +47,14 @@ def _print_table(result: dict[str, Any]) -> None:
         print(f"{key:20} {value:.4g}" if isinstance(value, float) else f"{key:20} {value}")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of argparse's usage and message."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = _Parser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser(
@@ -68,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chunks", type=int, default=2)
     command.add_argument("--json", action="store_true", help="print the result as one JSON line")
     command.set_defaults(run=_fullsize)
-    for module in (stream, compare, scaling, load, kernels, diff):
+    for module in (stream, compare, scaling, load, kernels, diff, report, everything):
         module.add_parser(commands)
     return parser
 

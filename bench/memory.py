@@ -57,15 +57,23 @@ def tensor_bytes(value: Any) -> int:
     return 0
 
 
-def breakdown(
-    pipeline: Pipeline, state_bytes: int, vae_cache_bytes: int, before_mb: float, peak: float
-) -> dict[str, float]:
-    """MB by purpose; `activations` is what the peak leaves over, allocator slack included."""
+def weights_mb(pipeline: Pipeline) -> dict[str, float]:
+    """MB of weights: everything but the VAE, and the VAE."""
     stages: Any = pipeline.stages
+    rest = *getattr(stages, "models", {}).values(), getattr(stages, "text_encoder", None)
+    return {"weights": weight_bytes(*rest) / MB, "vae": weight_bytes(getattr(stages, "vae", None)) / MB}
+
+
+def breakdown(
+    pipeline: Pipeline, state_bytes: int, vae_cache_bytes: int, loaded_mb: float, peak: float
+) -> dict[str, float]:
+    """MB by purpose. `process` is what the process held after loading beside the weights: interpreter, libraries.
+
+    `activations` is what the peak leaves over, the allocator's slack included.
+    """
+    parts = weights_mb(pipeline)
+    process = max(0.0, loaded_mb - sum(parts.values())) if pipeline.device.type != "cuda" else 0.0
     parts = {
-        "weights": weight_bytes(*getattr(stages, "models", {}).values(), getattr(stages, "text_encoder", None)) / MB,
-        "caches": state_bytes / MB,
-        "vae": (weight_bytes(getattr(stages, "vae", None)) + vae_cache_bytes) / MB,
-    }
-    process = before_mb if pipeline.device.type != "cuda" else 0.0
+        "weights": parts["weights"], "caches": state_bytes / MB, "vae": parts["vae"] + vae_cache_bytes / MB
+    }  # fmt: skip
     return parts | {"activations": max(0.0, peak - process - sum(parts.values())), "process": process}

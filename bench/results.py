@@ -25,10 +25,20 @@ def device_slug(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def _arguments(given: list[str]) -> str:
+    """The command line without what is only about this machine's folders."""
+    kept, skip = [], False
+    for argument in given:
+        if not skip and argument not in ("--save", "--results"):
+            kept.append(Path(argument).name if "/" in argument else argument)
+        skip = argument == "--results"
+    return " ".join(kept)
+
+
 def emit(args: argparse.Namespace, name: str, result: dict[str, Any]) -> None:
     """Save where asked; the result is the last line of stdout."""
     if args.save:
-        result["arguments"] = " ".join(sys.argv[1:])
+        result["arguments"] = _arguments(sys.argv[1:])
         path = args.results / f"{name}-{device_slug(result['machine'])}-{result['machine']['date']}.json"
         write(path, result)
         print(f"saved {path.name}", file=sys.stderr)
