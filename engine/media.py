@@ -13,7 +13,7 @@ def _fit(image: Image.Image, height: int, width: int) -> np.ndarray:
     size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS) if image.size != size else image.convert("RGB")
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    return np.asarray(image.crop((left, top, left + width, top + height)))
+    return np.array(image.crop((left, top, left + width, top + height)))  # a copy: torch wants it writable
 
 
 def read_image(path: Path, height: int, width: int) -> np.ndarray:

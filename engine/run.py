@@ -40,6 +40,9 @@ _OF_MODELS = (
 )  # fmt: skip
 
 
+_BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ImportError)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line instead of argparse's usage and message."""
@@ -124,7 +127,7 @@ def _frame_of(when: str, fps: float) -> int:
     """'3.0s' or '3.0' in seconds, '48f' in frames -> frame number."""
     try:
         value = int(when[:-1]) if when.endswith("f") else round(float(when.removesuffix("s")) * fps)
-    except ValueError:
+    except (ValueError, OverflowError):
         value = -1
     if value < 0:
         raise ValueError(f"--prompt-at: got {when!r}, expected a time such as 3.0s or a frame such as 48f")
@@ -340,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         lines = str(error).splitlines() or [type(error).__name__]
         print(f"error: {lines[0]}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, FileNotFoundError, PermissionError, ImportError)) else 1
+        return 2 if isinstance(error, _BAD_INPUT) else 1
 
 
 if __name__ == "__main__":
