@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from bench import parity
 from bench.header import ROOT
 from bench.meter import Meter, MeteredPipeline
 from bench.models import torch_parts
+from engine.bundle import read_manifest
 from engine.generators import Geometry
 from engine.layers import dense_attention
 from engine.rope import rope_tables
@@ -20,6 +22,8 @@ from engine.stream import Pipeline
 CASES = ROOT / "tests" / "data" / "causal"
 # Largest rms error of a flow over its rms, against the dense pass in the same dtype: order of summation only.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+GREY_LEVELS = 2  # of 255, for another runtime
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,16 @@ class Check:
 
 
 def run(pipeline: Pipeline, prompt: str, seed: int = 0) -> list[Check]:
-    """Every check that fits this pipeline: a recorded case, metered against plain, streaming against dense."""
+    """Every check that fits this pipeline: a recorded case, metered against plain, then streaming against dense.
+
+    Compiled graphs have no dense pass: they must give their bundle's golden frames again.
+    """
     checks = [recorded(CASES)] if CASES.is_dir() else []
     checks.append(metered_equals_plain(pipeline, prompt, seed))
     if pipeline.stages.name == "torch":
         checks.append(streaming_equals_dense(pipeline))
+    elif (folder := getattr(pipeline.stages, "folder", None)) is not None:
+        checks.append(golden(pipeline, folder))
     return checks
 
 
@@ -56,6 +65,17 @@ def metered_equals_plain(pipeline: Pipeline, prompt: str, seed: int, chunks: int
     same = all(np.array_equal(a, b) for a, b in pairs)
     alive = len({a[-1].tobytes() for a, _ in pairs}) == chunks  # a picture that stands still would pass for equal
     return Check("metered frames are the plain ones", same and alive, f"{chunks} chunks compared, all different")
+
+
+def golden(pipeline: Pipeline, folder: Path) -> Check:
+    """A bundle's recorded frames, at most GREY_LEVELS off."""
+    run = read_manifest(folder).golden
+    expected = load_file(folder / run.file)["frames"]
+    with pipeline.stream(run.prompt, seed=run.seed, frames=len(expected)) as stream:
+        got = np.stack(list(stream))
+    same = got.shape == expected.shape
+    worst = int(np.abs(got.astype(int) - expected.astype(int)).max()) if same else 255
+    return Check("golden frames", worst <= GREY_LEVELS, f"{len(expected)} frames, at most {worst} grey levels off")
 
 
 @torch.inference_mode()

@@ -88,8 +88,7 @@ def _open(name: str, source: models.Source, pipeline: Pipeline, args: argparse.N
 def _flops(pipeline: Pipeline) -> dict[str, float]:
     """GFLOP a frame, with and without the VAE: of this pipeline's steady chunk."""
     rows = pipeline.tokenizer.rows if pipeline.tokenizer else 0
-    vae = models.torch_parts(pipeline).vae
-    costs = chunk_cost(pipeline, rows, vae.config if vae else None)
+    costs = chunk_cost(pipeline, rows, models.vae_config(pipeline))
     per = pipeline.preset.chunk * pipeline.temporal * 1e9
     latent = total({name: cost for name, cost in costs.items() if name != "vae"})
     return {"gflop_per_frame": total(costs).flops / per, "latent_gflop_per_frame": latent.flops / per}
@@ -136,6 +135,12 @@ def measure(source: models.Source, args: argparse.Namespace) -> tuple[dict[str, 
         pipelines[name] = models.with_preset(made, name) if made else source.pipeline(name)
         families.setdefault(models.family(name), pipelines[name])
     one = pipelines[baseline]
+    for folder in args.with_bundle:
+        made = models.open_bundle(folder, "onnx")
+        if (made.height, made.width, made.dtype) != (one.height, one.width, one.dtype):
+            raise ValueError(f"bundle {folder.name}: got {made.width}x{made.height} {made.dtype}, "
+                             f"expected {one.width}x{one.height} {one.dtype}")  # fmt: skip
+        pipelines[f"{made.stages.name} {made.preset_name}"] = made
     report: dict[str, Any] = {"machine": machine(one.device), "stream": stream_header(one, source.label)}
     checks = [c for p in pipelines.values() for c in check.run(p, args.prompt, args.seed)]
     report["checks"] = [asdict(c) for c in checks]
@@ -168,7 +173,7 @@ def measure(source: models.Source, args: argparse.Namespace) -> tuple[dict[str, 
     for name, found in laps.items():
         row = _row(name, found, laps[baseline])
         if name in pipelines:
-            row |= {"about": f"this engine, {name}", **_flops(pipelines[name])}
+            row |= {"about": f"this engine, {name}", **_flops(models.on_torch(pipelines[name], one))}
         else:
             row |= {"about": about[name], "cumulative": lengths[name] + [[args.frames, row["video_seconds"]]]}
         rows[name] = row
@@ -191,13 +196,13 @@ def measure(source: models.Source, args: argparse.Namespace) -> tuple[dict[str, 
 
 def _teacher_flops(row: dict[str, Any] | None, pipeline: Pipeline, args: argparse.Namespace) -> None:
     """GFLOP a frame of the bidirectional video, counted as ours are."""
-    vae, rows = models.torch_parts(pipeline).vae, pipeline.tokenizer.rows if pipeline.tokenizer else 0
+    vae, rows = models.vae_config(pipeline), pipeline.tokenizer.rows if pipeline.tokenizer else 0
     if row is None or vae is None:
         return
     latents = 1 + (args.frames - 1) // pipeline.temporal
     height, width = pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
     model = bidirectional_cost(pipeline, latents, rows, args.teacher_steps, args.guidance > 1).flops
-    decode = [vae_cost(vae.config, height, width, 4, steady).flops for steady in (False, True)]
+    decode = [vae_cost(vae, height, width, 4, steady).flops for steady in (False, True)]
     row["latent_gflop_per_frame"] = model / args.frames / 1e9
     row["gflop_per_frame"] = (model + decode[0] + (latents - 1) * decode[1]) / args.frames / 1e9
 
@@ -225,6 +230,8 @@ def print_report(r: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     source = models.source_of(args)
+    if source.bundle:
+        raise ValueError("--bundle: got one, expected --with-bundle beside the torch model")
     if args.rounds < 1 or args.frames < 9 or args.frames % 4 != 1:
         raise ValueError(f"got {args.rounds} rounds of {args.frames} frames, expected at least 1 of 1 + 4k, k > 1")
     if args.adapter is None:
@@ -255,6 +262,9 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--baseline", default=BASELINE, metavar="PRESET")
     command.add_argument("--frames", type=int, default=129, help="frames a video, 1 + 4k")
     command.add_argument("--rounds", type=int, default=3)
+    command.add_argument(
+        "--with-bundle", type=Path, action="append", default=[], metavar="DIR", help="race a bundle's graphs too"
+    )
     command.add_argument("--pairs", type=int, default=30, help="chunks side by side, greedy against the baseline")
     command.add_argument(
         "--adapter", action="append", metavar="NAME[=COMMAND]", help="another engine; default: diffusers; none: nobody"

@@ -34,7 +34,11 @@ def run(args: argparse.Namespace) -> int:
             model += [f"--{name}", str(value)]
     where = ["--save", "--results", str(args.results)] if args.save else []
     start = time.perf_counter()
-    for command, full, quick in PLAN:
+    plan = list(PLAN)
+    if args.bundle:
+        plan = [(name, [*full, "--with-bundle", str(args.bundle)] if name == "compare" else full, quick)
+                for name, full, quick in PLAN]  # fmt: skip
+    for command, full, quick in plan:
         given = quick if args.quick else full
         if args.quick and not quick:
             continue
@@ -56,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
 def add_parser(commands: Any) -> None:
     command = commands.add_parser("all", help="stream, compare, scaling, load, kernels; with --save also the page")
     command.add_argument("--model", type=Path, metavar="DIR", help="pipeline directory (default: the embedded model)")
+    command.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of the model: its graphs race too")
     command.add_argument("--random", choices=tuple(SHAPES))
     command.add_argument("--height", type=int)
     command.add_argument("--width", type=int)

@@ -12,7 +12,7 @@ from torch import nn
 from bench.random_weights import RandomSource, write_text_encoder
 from engine.checkpoint import fill
 from engine.config import TransformerConfig, find_preset
-from engine.loader import DTYPES, EMBEDDED, assemble, load
+from engine.loader import DTYPES, EMBEDDED, assemble, load, load_bundle
 from engine.stages import TorchStages
 from engine.stream import Pipeline
 from engine.text import Tokenizer, load_text_encoder
@@ -36,6 +36,8 @@ class Source:
 
     model: Path | None
     random: str | None
+    bundle: Path | None
+    backend: str
     device: str
     precision: str
     height: int | None
@@ -45,9 +47,14 @@ class Source:
     def label(self) -> str:
         if self.random:
             return f"random weights of {self.random}"
+        if self.bundle:
+            return f"bundle {self.bundle.name}"
         return self.model.name if self.model else "embedded sprites"
 
     def pipeline(self, preset: str | None = None) -> Pipeline:
+        """Loaded weights under a preset (the model's own where None)."""
+        if self.bundle is not None:
+            return open_bundle(self.bundle, self.backend, preset)
         if self.random is None:
             return load(
                 self.model, preset=preset, device=self.device, dtype=self.precision, height=self.height,
@@ -57,8 +64,8 @@ class Source:
 
     def directory(self) -> Path:
         """The weights on disk, for engines in other processes."""
-        if self.random:
-            raise ValueError(f"adapter: got --random {self.random}, expected weights on disk (--model)")
+        if self.random or self.bundle:
+            raise ValueError(f"adapter: got {self.label}, expected weights on disk (--model)")
         return self.model or EMBEDDED
 
 
@@ -70,10 +77,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--random", choices=tuple(SHAPES),
         help="random weights of this shape; wan2.1-1.3b on a processor only with a small --height and --width",
     )  # fmt: skip
+    model.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle's compiled graphs instead of modules")
     command.add_argument("--height", type=int)
     command.add_argument("--width", type=int)
     command.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
-    command.add_argument("--backend", choices=("torch",), default="torch")
+    command.add_argument("--backend", choices=("torch", "onnx"), help="torch; onnx with --bundle")
     command.add_argument("--device", default="auto")
     command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     command.add_argument("--prompt", default=PROMPT)
@@ -84,8 +92,22 @@ def source_of(args: argparse.Namespace) -> Source:
     """The weights that were asked for; sets the number of threads."""
     if args.threads < 1:
         raise ValueError(f"--threads: got {args.threads}, expected at least 1")
+    backend = args.backend or ("onnx" if args.bundle else "torch")
+    if (backend == "torch") == bool(args.bundle):
+        raise ValueError(f"--backend: got {backend} {'with' if args.bundle else 'without'} --bundle, expected "
+                         "torch without one or onnx with one")  # fmt: skip
     torch.set_num_threads(args.threads)
-    return Source(args.model, args.random, args.device, args.precision, args.height, args.width)
+    return Source(
+        args.model, args.random, args.bundle, backend, args.device, args.precision, args.height, args.width
+    )  # fmt: skip
+
+
+def open_bundle(folder: Path, backend: str, preset: str | None = None) -> Pipeline:
+    """A bundle; its preset and its size are what it was exported with."""
+    pipeline = load_bundle(folder, backend)
+    if preset not in (None, pipeline.preset_name):
+        raise ValueError(f"bundle: got preset {preset!r}, expected {pipeline.preset_name!r}")
+    return pipeline
 
 
 def random_pipeline(
@@ -114,6 +136,8 @@ def random_pipeline(
         vae = VAE(vae_config)
     for seed, module in enumerate((*models.values(), vae)):
         fill(module, RandomSource(module, f"random {shape}", seed), dtype, place)
+    for model in models.values():
+        model.fuse()
     with tempfile.TemporaryDirectory() as folder:
         write_text_encoder(Path(folder), config.text_dim, dtype)
         tokenizer = Tokenizer(Path(folder) / "tokenizer")
@@ -139,6 +163,16 @@ def torch_parts(pipeline: Pipeline) -> TorchStages:
     if pipeline.stages.name != "torch":
         raise ValueError(f"backend: got {pipeline.stages.name}, expected torch")
     return cast(TorchStages, pipeline.stages)
+
+
+def on_torch(pipeline: Pipeline, other: Pipeline) -> Pipeline:
+    """The pipeline with another's stages, for counting: a bundle computes what its modules would."""
+    return pipeline if pipeline.stages.name == "torch" else replace(pipeline, stages=other.stages)
+
+
+def vae_config(pipeline: Pipeline) -> VAEConfig | None:
+    """The VAE's shape, where the backend has the module."""
+    return getattr(getattr(pipeline.stages, "vae", None), "config", None)
 
 
 def weight_bytes(*modules: nn.Module | None) -> int:

@@ -21,6 +21,16 @@ def _caption(result: dict[str, Any]) -> str:
     return f"{stream['model']}, {stream['width']}x{stream['height']}, {result['device']}, {result['machine']['date']}"
 
 
+def _plain_ticks(ax: Any) -> None:
+    """Numbers instead of powers of ten, few of them."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
 def _compare(result: dict[str, Any], plt: Any) -> dict[str, Any]:
     """Cumulative time against frames, and throughput against latency."""
     growth, ax = plt.subplots(figsize=(7, 4.5))
@@ -28,10 +38,11 @@ def _compare(result: dict[str, Any], plt: Any) -> dict[str, Any]:
         frames, seconds = zip(*v["cumulative"], strict=True)
         streamed = v["about"].startswith("this engine")
         ax.plot(frames, seconds, "-" if streamed else "o--", label=v["name"] if streamed else v["about"])
-    ax.set(xlabel="frames on the host", ylabel="seconds", title=_caption(result), yscale="log")
+    ax.set(xlabel="frames on the host", ylabel="seconds", title=_caption(result), xscale="log", yscale="log")
     ax.title.set_fontsize(9)
     ax.legend(fontsize=8)
-    ax.grid(alpha=0.3)
+    ax.grid(alpha=0.3, which="both")
+    _plain_ticks(ax)
     speed, ax = plt.subplots(figsize=(7, 4.5))
     for v in result["variants"]:
         ax.plot(v["latency_ms"], v["fps"], "o")
@@ -40,6 +51,7 @@ def _compare(result: dict[str, Any], plt: Any) -> dict[str, Any]:
     ax.title.set_fontsize(9)
     ax.margins(0.2)
     ax.grid(alpha=0.3, which="both")
+    _plain_ticks(ax)
     return {"compare-growth": growth, "compare-speed": speed}
 
 

@@ -51,11 +51,16 @@ def _where(r: dict[str, Any]) -> list[str]:
     return [", ".join(filter(None, parts)) + ".", *([f"`{command}`"] if command else []), ""]
 
 
+def _variant(r: dict[str, Any]) -> str:
+    s = r["stream"]
+    return s["preset"] if s["backend"] == "torch" else f"{s['preset']} ({s['backend']})"
+
+
 def _streams(found: list[dict[str, Any]]) -> list[str]:
     lines = ["## One stream", *_where(found[0])]
     lines += markdown([
         {
-            "preset": r["stream"]["preset"], "fps": r["fps"], "without VAE": r["fps_without_vae"],
+            "preset": _variant(r), "fps": r["fps"], "without VAE": r["fps_without_vae"],
             "without text": r["fps_without_text"], "first frame ms": r["ttff_ms"], "warm": r["ttff_warm_ms"],
             "chunk ms p50": r["ms_per_chunk"]["p50"], "p99": r["ms_per_chunk"]["p99"],
             "frames a chunk": r["frames_per_chunk"], "peak MB": r["peak_memory_mb"],
@@ -65,7 +70,7 @@ def _streams(found: list[dict[str, Any]]) -> list[str]:
     ])  # fmt: skip
     for r in found:
         c, whole = r["ceilings"], sum(r["stages_ms"].values())
-        lines += ["", f"Where the time of a `{r['stream']['preset']}` chunk goes ({whole:.2f} ms metered, "
+        lines += ["", f"Where the time of a `{_variant(r)}` chunk goes ({whole:.2f} ms metered, "
                   f"{r['unexplained']:.1%} of it without a name, counted as other). Ceilings in the same run: "
                   f"{c['flops'] / 1e9:.0f} GFLOP/s, {c['bytes'] / 1e9:.0f} GB/s. Memory: "
                   + ", ".join(f"{name} {mb:.0f} MB" for name, mb in r["memory_mb"].items()) + ".", ""]  # fmt: skip
@@ -120,8 +125,8 @@ def _scaling(r: dict[str, Any]) -> list[str]:
         flops, took = r["claim"]["flops"], r["claim"]["time"]
         says = "holds to the last operation" if flops["formula_exact"] else "does NOT hold"
         text = (
-            "The paper's complexity, (w + T) F L^2: self-attention of a chunk is 4 d layers L^2 (w + 3 T + 3) FLOPs, which "
-            f"{says} in every sweep below; linear layers and the VAE come on top, linear in L."
+            "The paper's complexity, (w + T) F L^2: self-attention of a chunk is 4 d layers L^2 (w + 3 T + 3) FLOPs, "
+            f"which {says} in every sweep below; linear layers and the VAE come on top, linear in L."
         )
         lines += ["", text, ""]
         lines += markdown([

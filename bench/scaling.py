@@ -128,10 +128,10 @@ def sweep_points(pipeline: Pipeline, sweep: str, prompt: str, seed: int, rounds:
         return points
     found = variants(pipeline, sweep)
     ms = turns(found, prompt, seed, rounds)
-    rows, vae = pipeline.tokenizer.rows if pipeline.tokenizer else 0, models.torch_parts(pipeline).vae
+    rows = pipeline.tokenizer.rows if pipeline.tokenizer else 0
     points = []
     for value, variant in found.items():
-        costs = chunk_cost(variant, rows, vae.config if vae else None)
+        costs = chunk_cost(variant, rows, models.vae_config(pipeline))
         latent = total({name: cost for name, cost in costs.items() if name != "vae"})
         points.append({
             "value": value, "ms_per_chunk": quartiles(ms[value]), "gflop": total(costs).flops / 1e9,
@@ -208,6 +208,8 @@ def print_claim(c: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     source = models.source_of(args)
+    if source.bundle and args.sweep:
+        raise ValueError("--sweep: got a bundle, whose shapes are fixed, expected a model")
     asked = SWEEPS if args.sweep == "all" else tuple(filter(None, args.sweep.split(",")))
     unknown = sorted(set(asked) - set(SWEEPS))
     if unknown:

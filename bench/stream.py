@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,9 +146,12 @@ def measure(
     metered_ms = 1e3 * float(np.mean([c.total for c in timed]))
     per_chunk = timed[-1].frames
     rows = pipeline.tokenizer.rows if pipeline.tokenizer else 0
-    parts = models.torch_parts(pipeline)
-    costs = chunk_cost(pipeline, rows, parts.vae.config if parts.vae else None, begin if begin > 1 else chunks - 1)
+    costs = chunk_cost(pipeline, rows, models.vae_config(pipeline), begin if begin > 1 else chunks - 1)
     cost, ms = total(costs), summary(steady_ms)
+    # Where the VAE is a compiled graph its work is not counted, so neither is its time.
+    busy = (ms["p50"] if "vae" in costs else sum(stages_ms[name] for name in costs)) / 1e3
+    encoder = getattr(pipeline.stages, "text_encoder", None)
+    prompt_cost = text_cost(pipeline.config, rows, 2 if pipeline.preset.family == "greedy" else 1, 1, encoder)
     whole = [run.opening + sum(run.chunks) for run in plain]
     # A share, because the metered stream of a round is another one than the plain stream.
     vae = sum(c.stages.get("vae", 0.0) for _, times in metered for c in times)
@@ -182,11 +186,11 @@ def measure(
         "memory_mb": memory.breakdown(pipeline, state_bytes, vae_cache, loaded_mb, peak),
         "ceilings": limits.as_dict(),
         "roofline": roofline(stages_ms, costs, limits),
-        "text_gflop": text_cost(pipeline.config, rows, len(parts.models), 1, parts.text_encoder).flops / 1e9,
+        "text_gflop": prompt_cost.flops / 1e9,
         "gflop_per_chunk": cost.flops / 1e9,
         "floor_ms": 1e3 * sum(limits.floor(c) for c in costs.values()),
-        "mfu": limits.mfu(cost, ms["p50"] / 1e3),
-        "mbu": limits.mbu(cost, ms["p50"] / 1e3),
+        "mfu": limits.mfu(cost, busy),
+        "mbu": limits.mbu(cost, busy),
         "timings": {"chunk": quartiles(steady_ms)} | {
             name: quartiles([1e3 * c.stages.get(name, 0.0) for c in timed]) for name in costs
         },
@@ -242,7 +246,9 @@ def run(args: argparse.Namespace) -> int:
         return 1
     if not args.json:
         print_report(report)
-    results.emit(args, f"stream-{report['stream']['preset'].removesuffix('.toml')}", report)
+    what = report["stream"]
+    backend = "" if what["backend"] == "torch" else f"-{what['backend']}"
+    results.emit(args, f"stream-{Path(what['preset']).stem}{backend}", report)
     return 0
 
 

@@ -1,14 +1,14 @@
-"""pytest-benchmark timings of single operations, layers, stages and whole chunks."""
+"""pytest-benchmark timings of single operations, layers, stages and whole chunks, on random weights."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from bench.flops import steady_index
-from bench.models import PROMPT, torch_parts
+from bench.models import PROMPT, random_pipeline, torch_parts
 from engine.config import PRESETS
 from engine.layers import Block, rms_norm
 from engine.noise import PhiloxNoise
@@ -18,6 +18,11 @@ from engine.stream import Pipeline
 from kernels.ring_attention import ring_attention
 
 TOKENS, HEADS, HEAD_DIM = 64, 4, 32
+
+
+@lru_cache
+def _pipeline(preset: str) -> Pipeline:
+    return random_pipeline("tiny", preset, "cpu")
 
 
 def _random(*shape: int) -> Tensor:
@@ -32,10 +37,17 @@ def _inference(call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-@pytest.mark.parametrize("slots", [3, 21])
-def test_ring_attention(benchmark, slots: int) -> None:
+def _attention(slots: int) -> Callable[[], Any]:
     q, k = _random(1, TOKENS, HEADS, HEAD_DIM), _random(1, slots * TOKENS, HEADS, HEAD_DIM)
-    benchmark(_inference(lambda: ring_attention(q, k, k, slots * TOKENS)))
+    return _inference(lambda: ring_attention(q, k, k, slots * TOKENS))
+
+
+def test_ring_attention_over_3_slots(benchmark) -> None:
+    benchmark(_attention(3))
+
+
+def test_ring_attention_over_21_slots(benchmark) -> None:
+    benchmark(_attention(21))
 
 
 def test_rms_norm(benchmark) -> None:
@@ -58,18 +70,28 @@ def test_noise_of_a_chunk(benchmark) -> None:
     benchmark(lambda: source.draw(next(chunks), 4, (1, 8, 1, 8, 8)))
 
 
-@pytest.mark.parametrize("name", ["renoise", "euler"])
-def test_solver_step(benchmark, name: str) -> None:
-    schedule = Schedule(PRESETS["greedy"])
-    solver, x = make_solver(name, schedule), _random(1, 16, 1, 8, 8)
-    (t, t_next), *_ = schedule.steps(1)
+def test_renoise_step(benchmark) -> None:
+    schedule, x = Schedule(PRESETS["self-forcing"]), _random(1, 16, 1, 8, 8)
+    solver, (t, t_next) = make_solver("renoise", schedule), schedule.steps(1)[0]
     benchmark(_inference(lambda: solver.step(x, x, t, t_next, x)))
+
+
+def test_unipc_chunk(benchmark) -> None:
+    schedule, x = Schedule(PRESETS["greedy"]), _random(1, 16, 1, 8, 8)
+
+    def chunk() -> None:
+        solver = make_solver("unipc", schedule)
+        for t, t_next in schedule.steps(1):
+            solver.step(x, x, t, t_next, None)
+
+    benchmark(_inference(chunk))
 
 
 def test_block(benchmark) -> None:
     dim = HEADS * HEAD_DIM
     torch.manual_seed(0)
     block = Block(dim, HEADS, 4 * dim, 1e-6, True).eval().requires_grad_(False)
+    block.attn1.fuse()
     x, modulation, text = _random(1, TOKENS, dim), _random(1, 1, 6, dim), _random(1, 12, HEADS, HEAD_DIM)
     cos, sin = rope_tables([5], 8, 8, HEAD_DIM)
     benchmark(
@@ -77,23 +99,31 @@ def test_block(benchmark) -> None:
     )
 
 
-def test_vae_steady(benchmark, greedy: Pipeline) -> None:
-    vae = torch_parts(greedy).vae
+def test_vae_steady(benchmark) -> None:
+    pipeline = _pipeline("greedy")
+    vae = torch_parts(pipeline).vae
     assert vae is not None
-    latent = _random(1, 16, 1, greedy.height // greedy.spatial, greedy.width // greedy.spatial)
+    latent = _random(1, 16, 1, pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial)
     with torch.inference_mode():
         cache = vae.first(latent)[1]
     benchmark(_inference(lambda: vae.steady(latent, cache)))
 
 
-@pytest.mark.parametrize("family", ["greedy", "causal"])
-def test_steady_chunk(benchmark, family: str, request: pytest.FixtureRequest) -> None:
-    pipeline: Pipeline = request.getfixturevalue(family)
+def _steady_chunk(benchmark: Any, preset: str) -> None:
+    pipeline = _pipeline(preset)
     with pipeline.stream(PROMPT) as stream:
         for _ in range(steady_index(pipeline.preset)):
             stream.next_chunk()
         benchmark(stream.next_chunk)
 
 
-def test_open_a_stream(benchmark, greedy: Pipeline) -> None:
-    benchmark(lambda: greedy.stream(PROMPT).close())
+def test_steady_greedy_chunk(benchmark) -> None:
+    _steady_chunk(benchmark, "greedy")
+
+
+def test_steady_framewise_chunk(benchmark) -> None:
+    _steady_chunk(benchmark, "self-forcing-framewise")
+
+
+def test_open_a_stream(benchmark) -> None:
+    benchmark(lambda: _pipeline("greedy").stream(PROMPT).close())
