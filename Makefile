@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format bench bench-results docs-performance clean
 
 help:  ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.done  ## create .venv with the pinned versions
 
@@ -36,9 +36,17 @@ format: setup  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## check against the recorded cases, then measure how a stream scales
+bench: setup  ## check against the recorded cases, then time the parts; `python -m bench diff OLD NEW` compares
+	@mkdir -p out/bench
 	$(BIN)/python -m bench parity --cases tests/data/causal
+	$(BIN)/python -m pytest bench/micro --benchmark-json=out/bench/micro.json
 	$(BIN)/python -m bench scaling --chunks 400
+
+bench-results: setup  ## measure everything on this machine into bench/results and docs/performance.md
+	$(BIN)/python -m bench all --save
+
+docs-performance: setup  ## docs/performance.md from bench/results
+	$(BIN)/python -m bench report
 
 clean:  ## remove what was built
 	rm -rf $(VENV) out build *.egg-info

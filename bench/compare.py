@@ -72,17 +72,22 @@ def _row(name: str, laps: list[Lap], base: list[Lap]) -> dict[str, Any]:
     }
 
 
-def _open(name: str, source: models.Source, pipeline: Pipeline, args: argparse.Namespace) -> Adapter:
+def _command(name: str) -> tuple[str, list[str]]:
+    """Name and command of an adapter as it was asked for."""
     label, equals, command = name.partition("=")
     if not equals and label not in BUILT_IN:
         raise ValueError(f"--adapter: got {name!r}, expected {', '.join(BUILT_IN)} or NAME=COMMAND")
+    return label, shlex.split(command) if equals else BUILT_IN[label]
+
+
+def _open(name: str, source: models.Source, pipeline: Pipeline, args: argparse.Namespace) -> Adapter:
     kind = next(key for key, value in DTYPES.items() if value == pipeline.dtype)
     settings = {
-        "model": str(source.directory()), "height": pipeline.height, "width": pipeline.width, "device":
-        str(pipeline.device), "dtype": kind, "threads": args.threads, "steps": args.teacher_steps,
+        "model": str(source.directory()), "height": pipeline.height, "width": pipeline.width,
+        "device": str(pipeline.device), "dtype": kind, "threads": args.threads, "steps": args.teacher_steps,
         "guidance": args.guidance,
     }  # fmt: skip
-    return Adapter(label, shlex.split(command) if equals else BUILT_IN[label], settings)
+    return Adapter(*_command(name), settings)
 
 
 def _flops(pipeline: Pipeline) -> dict[str, float]:
@@ -142,7 +147,7 @@ def measure(source: models.Source, args: argparse.Namespace) -> tuple[dict[str, 
                              f"expected {one.width}x{one.height} {one.dtype}")  # fmt: skip
         pipelines[f"{made.stages.name} {made.preset_name}"] = made
     report: dict[str, Any] = {"machine": machine(one.device), "stream": stream_header(one, source.label)}
-    checks = [c for p in pipelines.values() for c in check.run(p, args.prompt, args.seed)]
+    checks = [c for i, p in enumerate(pipelines.values()) for c in check.run(p, args.prompt, args.seed, i > 0)]
     report["checks"] = [asdict(c) for c in checks]
     if not all(c.passed for c in checks):
         return report, checks
@@ -237,6 +242,9 @@ def run(args: argparse.Namespace) -> int:
     if args.adapter is None:
         args.adapter = [] if source.random else ["diffusers"]
     args.adapter = [name for name in args.adapter if name != "none"]
+    for name in args.adapter:
+        _command(name)
+        source.directory()  # refuses weights that no other process can read
     report, checks = measure(source, args)
     if not args.json:
         print_header(report["machine"], report["stream"])

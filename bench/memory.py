@@ -61,7 +61,9 @@ def weights_mb(pipeline: Pipeline) -> dict[str, float]:
     """MB of weights: everything but the VAE, and the VAE."""
     stages: Any = pipeline.stages
     rest = *getattr(stages, "models", {}).values(), getattr(stages, "text_encoder", None)
-    return {"weights": weight_bytes(*rest) / MB, "vae": weight_bytes(getattr(stages, "vae", None)) / MB}
+    # A bundle's graphs share one file of weights, the VAE's among them.
+    mapped = tensor_bytes(getattr(getattr(stages, "weights", None), "tensors", {}))
+    return {"weights": (weight_bytes(*rest) + mapped) / MB, "vae": weight_bytes(getattr(stages, "vae", None)) / MB}
 
 
 def breakdown(

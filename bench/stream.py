@@ -114,6 +114,8 @@ def measure(
     start = time.perf_counter()
     pipeline = source.pipeline(preset)
     load, loaded_mb = time.perf_counter() - start, memory.resident_mb()
+    size = pipeline.height, pipeline.width
+    open_sink(sink, pipeline.fps, size).abort()  # refused now rather than after minutes
     # The very first chunk of the process, with whatever it has to set up.
     start = time.perf_counter()
     first, _, _ = metered_chunks(pipeline, prompt, 1, seed)
@@ -130,9 +132,9 @@ def measure(
     memory.reset_peak(pipeline.device)
     plain, metered, vae_cache, state_bytes = [], [], 0, 0
     for _ in range(rounds):  # side by side, so that both see the same machine
-        with open_sink(sink, pipeline.fps, (pipeline.height, pipeline.width)) as out:
+        with open_sink(sink, pipeline.fps, size) as out:
             plain.append(plain_run(pipeline, prompt, chunks, seed, out))
-        with open_sink(sink, pipeline.fps, (pipeline.height, pipeline.width)) as out:
+        with open_sink(sink, pipeline.fps, size) as out:
             times, opening, meter = metered_chunks(pipeline, prompt, chunks, seed, partial(write_all, out))
         metered.append((opening, times))
         vae_cache, state_bytes = meter.vae_cache_bytes, plain[-1].state_bytes
