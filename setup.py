@@ -19,7 +19,7 @@ setup(
     packages=find_packages(
         include=[f"{name}{rest}" for name in ("engine", "kernels", "export", "distill", "bench") for rest in ("", ".*")]
     ),
-    package_data={"engine": ["assets/**/*"], "distill": ["configs/*.toml"]},
+    package_data={"engine": ["assets/**/*"], "distill": ["configs/*.toml"], "bench": ["published.toml"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

@@ -1,5 +1,6 @@
 """Is what is about to be measured right? A red check means no numbers."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ def run(pipeline: Pipeline, prompt: str, seed: int = 0, replayed: bool = False) 
     elif (folder := getattr(pipeline.stages, "folder", None)) is not None:
         checks.append(golden(pipeline, folder))
     return checks
+
+
+def refused(checks: list[Check]) -> bool:
+    """Whether a check is red, said on stderr: whoever asked prints no numbers and exits with 1."""
+    red = [c for c in checks if not c.passed]
+    for c in red:
+        print(f"error: {c.name}: {c.detail}; so there are no numbers", file=sys.stderr)
+    return bool(red)
 
 
 def recorded(folder: Path) -> Check:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.results import read
 from bench.spread import table
+from engine.checkpoint import read_json
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def compare(old: dict[str, Timing], new: dict[str, Timing], threshold: float = 0
 
 
 def run(args: argparse.Namespace) -> int:
-    before, after = read(args.old), read(args.new)
+    before, after = read_json(args.old), read_json(args.new)
     old, new = timings(before, args.old), timings(after, args.new)
     changes = compare(old, new, args.threshold)
     if not changes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.header import ROOT
+from engine.checkpoint import read_json
 
 FOLDER = ROOT / "bench" / "results"
 
@@ -53,19 +54,6 @@ def write(path: Path, result: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """One result."""
-    if not path.is_file():
-        raise FileNotFoundError(f"result: got {path}, expected an existing file")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got no JSON, expected a result ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: got {type(found).__name__}, expected an object")
-    return found
-
-
 def newest(folder: Path) -> dict[str, dict[str, Any]]:
     """{"stream-greedy-cpu-2-cores": result}: the newest of every measurement, by the date in its name."""
     found: dict[str, tuple[str, Path]] = {}
@@ -73,4 +61,4 @@ def newest(folder: Path) -> dict[str, dict[str, Any]]:
         match = re.fullmatch(r"(.+)-(\d{4}-\d\d-\d\d)", path.stem)
         if match and (match[1] not in found or found[match[1]][0] < match[2]):
             found[match[1]] = match[2], path
-    return {name: read(path) for name, (_, path) in sorted(found.items())}
+    return {name: read_json(path) for name, (_, path) in sorted(found.items())}

@@ -215,9 +215,7 @@ def run(args: argparse.Namespace) -> int:
     if unknown:
         raise ValueError(f"--sweep: got {', '.join(unknown)}, expected all or some of {', '.join(SWEEPS)}")
     pipeline = source.pipeline(args.preset)
-    red = [c for c in check.run(pipeline, args.prompt, args.seed) if not c.passed]
-    if red:
-        print(f"error: {red[0].name}: {red[0].detail}; so there are no numbers", file=sys.stderr)
+    if check.refused(check.run(pipeline, args.prompt, args.seed)):
         return 1
     result: dict[str, Any] = {}
     for result in scaling(pipeline, args.prompt, args.chunks, args.seed):
