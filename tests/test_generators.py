@@ -153,9 +153,9 @@ def test_causal_commit_none_sees_the_chunk_alone():
         near(flow, expected)
 
 
-@pytest.mark.parametrize("commit", ["clean", "noisy", "none"])
-def test_causal_given_latents_are_seen_clean(commit):
-    preset = Preset("causal", chunk=2, window=6, steps=SHORT, commit=commit)
+@pytest.mark.parametrize(("commit", "context"), [("clean", 0.0), ("clean", 40.0), ("noisy", 0.0), ("none", 0.0)])
+def test_causal_given_latents_are_seen_clean(commit, context):
+    preset = Preset("causal", chunk=2, window=6, steps=SHORT, commit=commit, context_timestep=context)
     pipeline = pipeline_of(preset)
     spy = Spy(pipeline.stages.models)
     given = latents_of(1, 3, seed=8)
@@ -468,6 +468,38 @@ def test_greedy_prompt_switch_rebuilds_the_window(preset, at):
             spy.models["sdd"], preset, x, t, hidden[:, -chunk * TOKENS :], clean, at * chunk, OTHER
         )  # fmt: skip
         near(flow, expected)
+
+
+@pytest.mark.parametrize("preset", [greedy(), Preset("causal", chunk=1, window=4, attn_sink=1)], ids=lambda p: p.family)
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_a_switch_with_nothing_left_to_commit(preset, count):
+    """As after a step that failed: every chunk is committed already when the prompt changes."""
+    pipeline = pipeline_of(preset)
+    generator, models = pipeline.generator, pipeline.stages.models
+    clean, x = latents_of(1, count, seed=1), latents_of(1, 1, seed=2)
+    with torch.inference_mode():
+        state = generator.open(Geometry.of(pipeline.config, 1, 4, 6), pipeline.stages.prepare_text(TEXT))
+        for frame in clean.split(1, dim=2):
+            generator.commit(frame, state)
+        generator.set_text(pipeline.stages.prepare_text(OTHER), state)
+        poison(*([state.cache] if preset.family == "causal" else [state.etm, state.sdd]))
+        flow = generator.denoise(x, 500.0, state)
+    if preset.family == "greedy":
+        frames = list(range(max(0, count - 1 - preset.window), count))
+        sees = etm_sees(preset.window, 1, len(frames))
+        _, hidden = dense(models["etm"], clean[:, :, frames], [0.0] * len(frames), OTHER, frames, sees)
+        expected = sdd_flow(models["sdd"], preset, x, 500.0, hidden[:, -TOKENS:], clean, count, OTHER)
+        near(flow, expected)
+    else:
+        frames = kept(list(range(count)), preset.window, preset.attn_sink)
+        rows, seen = [], []
+        for frame in [*frames, count]:
+            seen.append(frame)
+            inside = kept(seen, preset.window, preset.attn_sink)
+            rows.append([other in inside for other in [*frames, count]])
+        both = torch.cat([clean[:, :, frames], x], dim=2)
+        expected, _ = dense(models["dit"], both, [0.0] * len(frames) + [500.0], OTHER, [*frames, count], rows)
+        near(flow, expected[:, :, -1:])
 
 
 def after_switch(pipeline, recommit, switch=OTHER, at=5):
