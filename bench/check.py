@@ -72,9 +72,12 @@ def metered_equals_plain(pipeline: Pipeline, prompt: str, seed: int, chunks: int
     metered = MeteredPipeline.of(pipeline, Meter(pipeline.device))
     with pipeline.stream(prompt, seed=seed) as plain, metered.stream(prompt, seed=seed) as timed:
         pairs = [(plain.next_chunk(), timed.next_chunk()) for _ in range(chunks)]
-    same = all(np.array_equal(a, b) for a, b in pairs)
+    worst = max(int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in pairs)
+    # Bit for bit on a processor; on a GPU libraries may choose another algorithm from one call to the next.
+    limit = 0 if pipeline.device.type == "cpu" else GREY_LEVELS
     alive = len({a[-1].tobytes() for a, _ in pairs}) == chunks  # a picture that stands still would pass for equal
-    return Check("metered frames are the plain ones", same and alive, f"{chunks} chunks compared, all different")
+    detail = f"{chunks} chunks, at most {worst} grey levels off, {'all' if alive else 'NOT all'} different"
+    return Check("metered frames are the plain ones", worst <= limit and alive, detail)
 
 
 def golden(pipeline: Pipeline, folder: Path) -> Check:

@@ -27,23 +27,24 @@ PLAN: list[tuple[str, list[str], list[str]]] = [
 
 
 def run(args: argparse.Namespace) -> int:
-    model: list[str] = []
-    for name in ("model", "random", "height", "width", "threads", "device"):
-        value = getattr(args, name)
-        if value is not None:
-            model += [f"--{name}", str(value)]
+    names = ("model", "random", "height", "width", "threads", "device")
+    model = {f"--{name}": str(getattr(args, name)) for name in names if getattr(args, name) is not None}
     where = ["--save", "--results", str(args.results)] if args.save else []
     start = time.perf_counter()
     plan = list(PLAN)
     if args.bundle:
-        plan = [(name, [*full, "--with-bundle", str(args.bundle)] if name == "compare" else full, quick)
-                for name, full, quick in PLAN]  # fmt: skip
+        graphs = ["--bundle", str(args.bundle)]
+        plan.insert(1, ("stream", graphs, [*graphs, "--frames", "20", "--rounds", "1"]))
+        race = ["--with-bundle", str(args.bundle)]
+        plan = [(c, [*full, *race], [*quick, *race]) if c == "compare" else (c, full, quick) for c, full, quick in plan]
     for command, full, quick in plan:
         given = quick if args.quick else full
         if args.quick and not quick:
             continue
-        own = [a for pair in zip(model[::2], model[1::2], strict=True) for a in pair
-               if command != "kernels" or pair[0] in ("--threads", "--device")]  # fmt: skip
+        # Operations have shapes of their own, and a bundle is its own model.
+        fixed = command == "kernels" or "--bundle" in given
+        own = [a for option, value in model.items() if not fixed or option in ("--threads", "--device")
+               for a in (option, value)]  # fmt: skip
         print(f"\n== bench {command} {' '.join(given)}", flush=True)
         begun = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", "bench", command, *given, *own, *where], check=False)

@@ -1,5 +1,7 @@
 """Peak memory, and what it is made of."""
 
+import ctypes
+import gc
 import resource
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -20,6 +22,14 @@ MB = 2**20
 
 def resident_mb() -> float:
     return psutil.Process().memory_info().rss / MB
+
+
+def settle() -> float:
+    """Resident MB once what loading left behind is given back, where the system can."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return resident_mb()
 
 
 def reset_peak(device: torch.device) -> None:

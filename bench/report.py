@@ -42,7 +42,7 @@ def _where(r: dict[str, Any]) -> list[str]:
     """One line of conditions under every heading."""
     m, s = r["machine"], r.get("stream")
     v = m["versions"]
-    parts = [f"{m['device']}, {m['cores']} cores, {m['threads']} threads", f"torch {v['torch']}", m["date"],
+    parts = [f"{m['device']}, {m['cores']} cores, threads: {m['threads']}", f"torch {v['torch']}", m["date"],
              f"commit {m['commit']}" if m["commit"] else "", f"load average {m['load_average']:.1f}"]  # fmt: skip
     if s:
         parts = [f"{s['model']} ({s['layers']} layers of {s['dim']})", f"{s['width']}x{s['height']}", s["precision"],
@@ -56,6 +56,11 @@ def _variant(r: dict[str, Any]) -> str:
     return s["preset"] if s["backend"] == "torch" else f"{s['preset']} ({s['backend']})"
 
 
+def _gflop(r: dict[str, Any]) -> str:
+    """A compiled VAE's work is not counted."""
+    return f"{r['gflop_per_chunk']:.3g}" + ("" if "vae" in r["roofline"] else " without VAE")
+
+
 def _streams(found: list[dict[str, Any]]) -> list[str]:
     lines = ["## One stream", *_where(found[0])]
     lines += markdown([
@@ -64,14 +69,14 @@ def _streams(found: list[dict[str, Any]]) -> list[str]:
             "without text": r["fps_without_text"], "first frame ms": r["ttff_ms"], "warm": r["ttff_warm_ms"],
             "chunk ms p50": r["ms_per_chunk"]["p50"], "p99": r["ms_per_chunk"]["p99"],
             "frames a chunk": r["frames_per_chunk"], "peak MB": r["peak_memory_mb"],
-            "GFLOP a chunk": r["gflop_per_chunk"], "MFU": f"{r['mfu']:.0%}", "floor ms": r["floor_ms"],
+            "GFLOP a chunk": _gflop(r), "MFU": f"{r['mfu']:.0%}", "floor ms": r["floor_ms"],
         }
         for r in found
     ])  # fmt: skip
     for r in found:
         c, whole = r["ceilings"], sum(r["stages_ms"].values())
         lines += ["", f"Where the time of a `{_variant(r)}` chunk goes ({whole:.2f} ms metered, "
-                  f"{r['unexplained']:.1%} of it without a name, counted as other). Ceilings in the same run: "
+                  f"{abs(r['unexplained']):.1%} of it without a name, counted as other). Ceilings in the same run: "
                   f"{c['flops'] / 1e9:.0f} GFLOP/s, {c['bytes'] / 1e9:.0f} GB/s. Memory: "
                   + ", ".join(f"{name} {mb:.0f} MB" for name, mb in r["memory_mb"].items()) + ".", ""]  # fmt: skip
         lines += markdown([

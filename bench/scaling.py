@@ -15,7 +15,7 @@ import torch
 
 from bench import check, load, models, results
 from bench.flops import bidirectional_cost, chunk_cost, steady_index, stream_costs, total
-from bench.header import machine, stream_header
+from bench.header import machine, print_header, stream_header
 from bench.memory import resident_mb
 from bench.meter import MODEL, Meter, MeteredPipeline
 from bench.spread import interleaved, line_fit, power_fit, quartiles, table
@@ -241,6 +241,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_report(result: dict[str, Any]) -> None:
+    print_header(result["machine"], result["stream"])
+    print()
     for key, value in result.items():
         if not isinstance(value, dict):
             print(f"{key:20} {value:.4g}" if isinstance(value, float) else f"{key:20} {value}")

@@ -113,7 +113,7 @@ def measure(
     """The report, and the checks that allow it; where one is red the report holds no numbers."""
     start = time.perf_counter()
     pipeline = source.pipeline(preset)
-    load, loaded_mb = time.perf_counter() - start, memory.resident_mb()
+    load, loaded_mb = time.perf_counter() - start, memory.settle()
     size = pipeline.height, pipeline.width
     open_sink(sink, pipeline.fps, size).abort()  # refused now rather than after minutes
     # The very first chunk of the process, with whatever it has to set up.

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from bench import ceilings, models
-from bench.__main__ import main
+from bench import ceilings, everything, models
+from bench.__main__ import _parser, main
 from bench.adapters.protocol import Adapter
 from bench.flops import Cost
 from bench.header import ROOT
@@ -199,6 +199,32 @@ def test_ceilings_are_measured():
     assert found.floor(Cost(2 * found.flops, found.bytes)) == 2
     assert found.floor(Cost(found.flops, 3 * found.bytes)) == 3
     assert found.mfu(Cost(found.flops), 4) == 0.25
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_everything_asks_for_what_exists(monkeypatch, tmp_path, quick):
+    asked = []
+
+    def note(command, check):
+        asked.append(command[3:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(everything.subprocess, "run", note)
+    given = ["--model", "m", "--threads", "2", "--bundle", "b", *["--quick"] * quick]
+    assert main(["all", *given, "--save", "--results", str(tmp_path), "--out", str(tmp_path / "p.md")]) == 0
+    assert {command[0] for command in asked} == {"stream", "compare", "scaling", "load", "kernels"}
+    for command in asked:
+        parsed = vars(_parser().parse_args(command))
+        assert (parsed["threads"], parsed["save"], parsed["results"]) == (2, True, tmp_path)
+        assert command[0] == "kernels" or parsed["bundle"] or str(parsed["model"]) == "m"
+        assert command[0] != "compare" or [str(b) for b in parsed["with_bundle"]] == ["b"]
+    assert (tmp_path / "p.md").is_file()
+
+
+def test_everything_stops_at_the_first_failure(monkeypatch, capsys):
+    monkeypatch.setattr(everything.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 1))
+    assert main(["all", "--quick"]) == 1
+    assert "bench stream ended with status 1" in capsys.readouterr().err
 
 
 def test_adapter_answers(toy):

@@ -114,7 +114,7 @@ def test_diff_of_something_else(tmp_path, capsys, content):
 
 
 def stream_result(preset="greedy", date="2026-01-02", **changes):
-    roofline = {"sdd": {"gflop": 1.0, "mb": 2.0, "floor_ms": 3.0, "mfu": 0.5}}
+    roofline = {"vae": {}, "sdd": {"gflop": 1.0, "mb": 2.0, "floor_ms": 3.0, "mfu": 0.5}}
     return {
         "machine": MACHINE | {"date": date},
         "stream": {"model": "embedded sprites", "layers": 4, "dim": 128, "preset": preset, "family": "greedy",
@@ -142,7 +142,7 @@ def test_page(tmp_path):
     assert main(["report", "--results", str(tmp_path / "r"), "--out", str(tmp_path / "docs" / "page.md")]) == 0
     text = (tmp_path / "docs" / "page.md").read_text()
     assert "| greedy | 100 | 150 | 101 | 30 | 20 | 40 | 50 | 4 | 400 | 2.5 | 50% | 20 |" in text
-    assert "cpu: Test, 2 cores, 1 threads" in text
+    assert "cpu: Test, 2 cores, threads: 1" in text
     assert "commit abc" in text
     assert "text" not in [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()]
     assert "Greedy Distill, Table 1" in text
