@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bench import report, results
 from bench.models import SHAPES
 
@@ -30,6 +32,11 @@ def run(args: argparse.Namespace) -> int:
     names = ("model", "random", "height", "width", "threads", "device")
     model = {f"--{name}": str(getattr(args, name)) for name in names if getattr(args, name) is not None}
     where = ["--save", "--results", str(args.results)] if args.save else []
+    busy = psutil.cpu_percent(0.5)
+    if busy > 20:
+        print(
+            f"note: other work keeps this machine {busy:.0f}% busy: times will be off, ratios less so", file=sys.stderr
+        )
     start = time.perf_counter()
     plan = list(PLAN)
     if args.bundle:
