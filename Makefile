@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread each: the tests are many small operations, and two cores run two processes.
-export OMP_NUM_THREADS ?= 2
+# The embedded model is many small operations: more threads only wait for each other.
+export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help setup demo test lint format bench bench-results docs-performance clean

@@ -90,7 +90,10 @@ class SafetensorsSource:
                 with safe_open(file, framework="pt") as opened:
                     for key in opened.keys():  # noqa: SIM118 - a safe_open handle is no mapping
                         shape = tuple(opened.get_slice(key).get_shape())
-                        self._where[diffusers_name(key)] = file, key, shape
+                        name = diffusers_name(key)
+                        if name in self._where:
+                            raise ValueError(f"{label}: got {name} twice ({file.name}), expected every tensor once")
+                        self._where[name] = file, key, shape
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file}: got an unreadable file, expected safetensors ({error})") from None
 

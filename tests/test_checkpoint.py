@@ -535,3 +535,13 @@ def test_full_width_loads_within_its_memory(tmp_path, stored):
     assert right == "True"
     assert int(weights) == sum(p.numel() for p in model.parameters()) * 2
     assert float(ratio) <= 1.3
+
+
+def test_a_tensor_given_twice_is_refused(model_dir, tmp_path):
+    """As where a folder holds the same weights in two precisions and no index."""
+    folder = tmp_path / "transformer"
+    shutil.copytree(model_dir / "transformer", folder)
+    file = next(folder.glob("*.safetensors"))
+    shutil.copy(file, folder / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(ValueError, match="twice"):
+        open_source(folder)
