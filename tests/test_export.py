@@ -13,11 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+import engine
 import engine.run
+from bench.random_weights import write_random_pipeline
 from engine.bundle import check_hashes, file_hash, read_manifest
+from engine.config import TransformerConfig
 from engine.generators import Geometry
 from engine.loader import load_bundle
 from engine.stream import Pipeline
+from engine.vae import VAEConfig
 from export.__main__ import main as export_main
 from export.graphs import stage_graphs
 from export.write import verify_bundle, write_bundle
@@ -282,3 +286,14 @@ def test_random_manifests_never_crash(
     except (ValueError, FileNotFoundError) as error:  # anything else fails the test
         message = str(error)
     assert not message or "got" in message
+
+
+def test_full_width(tmp_path: Path) -> None:
+    """Wan2.1-1.3B's widths, one layer: exported, streamed, and the same frames."""
+    vae = VAEConfig(base_dim=8, dim_mult=(1, 2, 2, 2), num_res_blocks=1)
+    write_random_pipeline(tmp_path / "model", TransformerConfig(num_layers=1), vae)
+    full = engine.load(
+        tmp_path / "model", preset="self-forcing-framewise", overrides={"window": 2}, height=32, width=32, dtype="fp32"
+    )
+    list(write_bundle(full, tmp_path / "bundle", tmp_path / "model" / "tokenizer", "a"))
+    assert grey_levels_apart(full, load_bundle(tmp_path / "bundle"), 3) <= 2
