@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test lint format bench bench-results docs-performance clean
+.PHONY: help setup demo test lint format bench bench-results docs-performance gpu-check clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,11 @@ bench-results: setup  ## measure everything on this machine into bench/results a
 
 docs-performance: setup  ## docs/performance.md from bench/results
 	$(BIN)/python -m bench report
+
+# A GPU machine often has its own torch and no network: .venv where there is one, else its python.
+gpu-check:  ## on a machine with a GPU: right first, then full-size speed; elsewhere the same way through, tiny
+	@py=$$([ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON)); \
+	$$py -m bench gpu-check $$($$py -c "import torch; print('' if torch.cuda.is_available() else '--smoke')")
 
 clean:  ## remove what was built
 	rm -rf $(VENV) out build *.egg-info

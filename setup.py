@@ -28,12 +28,11 @@ setup(
         "peft>=0.17",
         "pillow>=10",
         "psutil>=5.9",
-        "pydantic>=2.7",
         "rich>=13",
         "av>=14",
     ],
     extras_require={
-        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
+        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5", "pydantic>=2.7"],
         "bench": ["matplotlib>=3.8"],
         "distill": ["diffusers>=0.35", "tensorboard>=2.17"],
         "test": ["diffusers>=0.35", "hypothesis>=6", "pytest>=8", "pytest-benchmark>=4", "ruff>=0.9", "mypy>=1.14"],

@@ -14,7 +14,6 @@ from bench import parity
 from bench.header import ROOT
 from bench.meter import Meter, MeteredPipeline
 from bench.models import torch_parts
-from engine.bundle import read_manifest
 from engine.generators import Geometry
 from engine.layers import dense_attention
 from engine.rope import rope_tables
@@ -82,6 +81,8 @@ def metered_equals_plain(pipeline: Pipeline, prompt: str, seed: int, chunks: int
 
 def golden(pipeline: Pipeline, folder: Path) -> Check:
     """A bundle's recorded frames, at most GREY_LEVELS off."""
+    from engine.bundle import read_manifest  # extra packages that only bundles need
+
     run = read_manifest(folder).golden
     expected = load_file(folder / run.file)["frames"]
     with pipeline.stream(run.prompt, seed=run.seed, frames=len(expected)) as stream:

@@ -7,7 +7,6 @@ from typing import Any
 import psutil
 import torch
 
-from engine.bundle import read_manifest
 from engine.checkpoint import (
     TensorSource,
     fill,
@@ -19,7 +18,6 @@ from engine.checkpoint import (
 )
 from engine.config import Preset, TransformerConfig, find_preset
 from engine.generators import Geometry
-from engine.onnx_stages import OnnxStages
 from engine.stages import TorchStages
 from engine.stream import Pipeline
 from engine.text import Tokenizer, load_text_encoder
@@ -127,6 +125,9 @@ def load_bundle(folder: str | Path, backend: str = "onnx") -> Pipeline:
 
     Raises ValueError or FileNotFoundError (got and expected) where the bundle is not what its manifest says.
     """
+    from engine.bundle import read_manifest  # extra packages that only bundles need
+    from engine.onnx_stages import OnnxStages
+
     folder = Path(folder)
     manifest = read_manifest(folder)
     found = [spec for spec in manifest.backends.values() if spec.backend == backend]

@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from engine.bundle import read_manifest
 from engine.config import PRESETS, Preset
 from engine.loader import DTYPES, EMBEDDED, is_untrained, load, load_bundle, settings_of
 from engine.media import read_clip, read_image
@@ -250,6 +249,8 @@ def _shape(args: argparse.Namespace) -> tuple[int, int, float]:
     given = [name for name in _OF_MODELS if getattr(args, name) not in (None, [], "auto")] + list(_overrides(args))
     if given:
         raise ValueError(f"--bundle: got --{given[0].replace('_', '-')} as well, expected none: a bundle fixes it")
+    from engine.bundle import read_manifest  # extra packages that only bundles need
+
     manifest = read_manifest(args.bundle)
     return manifest.height, manifest.width, args.fps or manifest.fps
 
