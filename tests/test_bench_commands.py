@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from bench import ceilings, everything, models
+from bench import ceilings, everything, gpu_check, models
 from bench.__main__ import _parser, main
 from bench.adapters.protocol import Adapter
 from bench.flops import Cost
@@ -275,3 +275,16 @@ def test_diffusers_adapter(model_dir, tmp_path):
     with Adapter("diffusers", command, settings) as adapter:
         assert "WanPipeline, 2 steps, CFG 5" in adapter.about["about"]
         assert adapter.generate("a red circle", 0, 9).frames == 9
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there: gpu-check would run")
+def test_gpu_check_without_a_gpu(capsys):
+    assert main(["gpu-check"]) == 2
+    assert "got no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("smoke", [True, False])
+def test_gpu_check_asks_for_what_exists(smoke):
+    for command in gpu_check.plan(smoke, ["--save"]):
+        args = _parser().parse_args(command)
+        assert args.device == ("cpu" if smoke else "cuda")
