@@ -23,11 +23,12 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
 from distill.next_chunk import NextChunkConfig, load_teacher, load_trained
 from distill.sprites import SIZE
 from distill.student import Student
+from distill.text import build_tokenizer
 
 FPS = 8
 
@@ -50,7 +51,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_pipeline(teacher: Path, vae: Path, out: Path) -> None:
     """A stock WanPipeline directory with float16 weights."""
     pipeline = WanPipeline(
-        tokenizer=AutoTokenizer.from_pretrained(teacher / "tokenizer"),
+        tokenizer=build_tokenizer(),  # a fresh one: a used one remembers padding and where it came from
         text_encoder=UMT5EncoderModel.from_pretrained(teacher / "text_encoder").half(),
         vae=AutoencoderKLWan.from_pretrained(vae).half(),
         transformer=WanTransformer3DModel.from_pretrained(teacher / "transformer").half(),
@@ -73,6 +74,9 @@ def write_adapters(student: Student, out: Path) -> None:
         folder = out / "adapters" / name
         folder.mkdir(parents=True)
         student.lora.save_pretrained(folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["target_modules"].sort()  # PEFT keeps a set: the same student, the same file
+        write_json(folder / "adapter_config.json", config)
         tensors = {key: value.half().contiguous() for key, value in student.adapter(model).items()}
         save_file(tensors, folder / "adapter_model.safetensors")
         write_json(folder / "base.json", {"base_sha256": base})

@@ -104,7 +104,7 @@ class Teacher(nn.Module):
         stock.load_state_dict(self.transformer.state_dict())
         stock.half().save_pretrained(folder / "transformer")
         copy.deepcopy(self.text_encoder).half().save_pretrained(folder / "text_encoder")
-        self.tokenizer.save_pretrained(folder / "tokenizer")
+        build_tokenizer().save_pretrained(folder / "tokenizer")
 
 
 def draw_times(
