@@ -22,7 +22,7 @@ $(VENV)/.done: constraints.txt setup.py
 demo: setup  ## stream 6 seconds of the embedded model to out/demo.mp4
 	@mkdir -p out
 	$(BIN)/python -m engine.run --prompt "a red circle moving right slowly on a gray background" \
-		--prompt-at 3.0s "a blue square moving down quickly on a white background" --seconds 6 --seed 1 --scale 8 --out out/demo.mp4
+		--prompt-at 3.0s "a red square moving down quickly on a gray background" --seconds 6 --seed 1 --scale 8 --out out/demo.mp4
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest

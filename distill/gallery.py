@@ -1,6 +1,6 @@
 """Several prompts streamed side by side into one picture that moves: the README's.
 
-python -m distill.gallery --out docs/gallery.gif
+python -m distill.gallery --out docs/gallery.webp
 """
 
 import argparse
@@ -28,12 +28,12 @@ def labelled(frame: np.ndarray, text: str, scale: int) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="docs/gallery.gif", help="FILE.gif, .webp, .mp4 or DIR/")
+    parser.add_argument("--out", default="docs/gallery.webp", help="FILE.webp, .gif, .mp4 or DIR/")
     parser.add_argument("--model", type=Path, help="pipeline directory (default: the embedded model)")
     parser.add_argument("--columns", type=int, default=4)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--frames", type=int, default=65)
-    parser.add_argument("--scale", type=int, default=6)
+    parser.add_argument("--scale", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
