@@ -28,7 +28,8 @@ _DONE = (1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)
 def scaling(pipeline: Pipeline, prompt: str, chunks: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Yield {"chunk": i} for progress, then the report.
 
-    The first twentieth (at least 10 chunks) is warm-up; of the rest the first and the last quarter are compared.
+    The first twentieth (at least 10 chunks) is warm-up; of the rest the first and the last quarter are compared, by
+    their lower quartiles: another process on the machine only ever adds time.
     """
     if chunks < 40:
         raise ValueError(f"chunks: got {chunks}, expected at least 40")
@@ -50,19 +51,24 @@ def scaling(pipeline: Pipeline, prompt: str, chunks: int, seed: int = 0) -> Iter
             yield {"chunk": index + 1}
     early, late = seconds[warm : warm + quarter], seconds[-quarter:]
     ms = [1e3 * value for value in seconds[warm:]]
+    own = [1 - inside / whole for inside, whole in zip(model[warm:], seconds[warm:], strict=True)]
     yield {
-        "time_ratio": statistics.median(late) / statistics.median(early),
+        "time_ratio": _quick(late) / _quick(early),
         "memory_growth_mb": statistics.median(resident[-quarter:]) - statistics.median(resident[warm : warm + quarter]),
         "chunks": chunks,
         "ms_per_chunk_early": 1e3 * statistics.median(early),
         "ms_per_chunk_late": 1e3 * statistics.median(late),
         "ms_per_chunk_p50": statistics.median(ms),
-        "loop_overhead": 1 - sum(model[warm:]) / sum(seconds[warm:]),
+        "loop_overhead": statistics.median(own),
         "resident_mb": resident[-1],
         "preset": pipeline.preset_name,
         "backend": pipeline.stages.name,
         "device": str(pipeline.device),
     }
+
+
+def _quick(values: list[float]) -> float:
+    return statistics.quantiles(values, n=4)[0]
 
 
 def variants(pipeline: Pipeline, sweep: str) -> dict[int, Pipeline]:

@@ -28,21 +28,29 @@ class PhiloxNoise:
     def __init__(self, seed: int) -> None:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed: got {seed}, expected 0 to 2^64 - 1")
-        self.key = np.array([seed, 0], dtype=np.uint64)
+        self._bits = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
+        self._state = self._bits.state  # put back with another counter, quicker than a new generator
 
     def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
         size = prod(shape)
-        raw = np.stack([self._words(chunk, number, size + size % 2) for number in range(count)])
-        uniform = ((raw >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
-        radius, angle = np.sqrt(-2.0 * np.log(uniform[:, 0::2])), (2.0 * np.pi) * uniform[:, 1::2]
+        raw = np.empty((count, size + size % 2), dtype=np.uint64)
+        for number in range(count):
+            raw[number] = self._words(chunk, number, raw.shape[1])
+        raw >>= np.uint64(11)
+        raw += np.uint64(1)
+        uniform = raw * 2.0**-53
+        radius, angle = np.log(uniform[:, 0::2]), uniform[:, 1::2] * (2.0 * np.pi)
+        radius *= -2.0
+        np.sqrt(radius, out=radius)
         values = np.empty(raw.shape, dtype=np.float32)
-        values[:, 0::2] = radius * np.cos(angle)
-        values[:, 1::2] = radius * np.sin(angle)
+        np.multiply(radius, np.cos(angle), out=values[:, 0::2], casting="same_kind")
+        np.multiply(radius, np.sin(angle), out=values[:, 1::2], casting="same_kind")
         return torch.from_numpy(values[:, :size]).reshape(count, *shape)
 
     def _words(self, chunk: int, number: int, size: int) -> np.ndarray:
-        counter = np.array([0, number, chunk, 0], dtype=np.uint64)
-        return np.random.Philox(key=self.key, counter=counter).random_raw(size)
+        self._state["state"]["counter"] = np.array([0, number, chunk, 0], dtype=np.uint64)
+        self._bits.state = self._state
+        return self._bits.random_raw(size)
 
 
 class ReplayNoise:

@@ -44,6 +44,8 @@ class GraphSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        # Every session has threads of its own; while one works, those of the others would spin on the same cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         names, given = [], []
         for graph_name, key in spec.weights.items():
             if key not in weights.tensors:
