@@ -9,7 +9,6 @@ student streams. Without --student only the teacher's pipeline is written.
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -29,19 +28,9 @@ from distill.next_chunk import NextChunkConfig, load_teacher, load_trained
 from distill.sprites import SIZE
 from distill.student import Student
 from distill.text import build_tokenizer
+from engine.checkpoint import base_hash, weight_files
 
 FPS = 8
-
-
-def weights_hash(folder: Path) -> str:
-    """sha256 over the content of a model's safetensors files, in the order of their names."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder}: got no *.safetensors, expected the base weights")
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -69,7 +58,7 @@ def write_pipeline(teacher: Path, vae: Path, out: Path) -> None:
 
 def write_adapters(student: Student, out: Path) -> None:
     """adapters/etm and adapters/sdd, bound to the transformer beside them."""
-    base = weights_hash(out / "transformer")
+    base = base_hash(weight_files(out / "transformer"))
     for name, model in (("etm", student.etm), ("sdd", student.sdd)):
         folder = out / "adapters" / name
         folder.mkdir(parents=True)
