@@ -28,15 +28,17 @@ _DONE = (1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)
 def scaling(pipeline: Pipeline, prompt: str, chunks: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Yield {"chunk": i} for progress, then the report.
 
-    The first twentieth (at least 10 chunks) is warm-up; of the rest the first and the last quarter are compared, by
-    their lower quartiles: another process on the machine only ever adds time.
+    The first twentieth (at least 10 chunks) is warm-up; of the rest the first and the last quarter are compared.
+    A machine's own speed drifts, so beside every chunk runs one of a stream that is always young: what is compared is
+    the time of a chunk over that of its neighbour.
     """
     if chunks < 40:
         raise ValueError(f"chunks: got {chunks}, expected at least 40")
     meter = Meter(pipeline.device)
     warm = max(10, chunks // 20)
     quarter = (chunks - warm) // 4
-    seconds, model, resident = [], [], []
+    seconds, model, resident, young = [], [], [], []
+    control = _Young(pipeline, prompt, seed)
     with MeteredPipeline.of(pipeline, meter).stream(prompt, seed=seed) as stream:
         for index in range(chunks):
             if index == warm:
@@ -47,13 +49,17 @@ def scaling(pipeline: Pipeline, prompt: str, chunks: int, seed: int = 0) -> Iter
             seconds.append(time.perf_counter() - start)
             stages, _ = meter.take()
             model.append(sum(stages.get(label, 0.0) for label in MODEL))
+            young.append(control.seconds())
             resident.append(resident_mb())
             yield {"chunk": index + 1}
+    control.stream.close()
     early, late = seconds[warm : warm + quarter], seconds[-quarter:]
     ms = [1e3 * value for value in seconds[warm:]]
+    beside = [whole / other for whole, other in zip(seconds[warm:], young[warm:], strict=True)]
     own = [1 - inside / whole for inside, whole in zip(model[warm:], seconds[warm:], strict=True)]
     yield {
-        "time_ratio": _quick(late) / _quick(early),
+        "time_ratio": statistics.median(beside[-quarter:]) / statistics.median(beside[:quarter]),
+        "machine_drift": statistics.median(young[-quarter:]) / statistics.median(young[warm : warm + quarter]),
         "memory_growth_mb": statistics.median(resident[-quarter:]) - statistics.median(resident[warm : warm + quarter]),
         "chunks": chunks,
         "ms_per_chunk_early": 1e3 * statistics.median(early),
@@ -67,8 +73,30 @@ def scaling(pipeline: Pipeline, prompt: str, chunks: int, seed: int = 0) -> Iter
     }
 
 
-def _quick(values: list[float]) -> float:
-    return statistics.quantiles(values, n=4)[0]
+class _Young:
+    """A stream that starts over before it can grow old, past its first chunks whenever it is timed."""
+
+    LIFE = 20
+
+    def __init__(self, pipeline: Pipeline, prompt: str, seed: int) -> None:
+        self.pipeline, self.prompt, self.seed = pipeline, prompt, seed
+        self._start()
+
+    def _start(self) -> None:
+        self.stream = self.pipeline.stream(self.prompt, seed=self.seed)
+        for _ in range(steady_index(self.pipeline.preset)):
+            self.stream.next_chunk()
+        self.left = self.LIFE
+
+    def seconds(self) -> float:
+        """Time of one chunk."""
+        if not self.left:
+            self.stream.close()
+            self._start()
+        self.left -= 1
+        start = time.perf_counter()
+        self.stream.next_chunk()
+        return time.perf_counter() - start
 
 
 def variants(pipeline: Pipeline, sweep: str) -> dict[int, Pipeline]:
