@@ -196,9 +196,10 @@ def test_ceilings_are_measured():
     found = ceilings.measure(torch.device("cpu"), torch.float32, repeats=1)
     assert found.flops > 1e8
     assert found.bytes > 1e8
-    assert found.floor(Cost(2 * found.flops, found.bytes)) == 2
-    assert found.floor(Cost(found.flops, 3 * found.bytes)) == 3
-    assert found.mfu(Cost(found.flops), 4) == 0.25
+    # The rates are whatever the machine gave: 3 * x / x may miss 3 by a bit.
+    assert found.floor(Cost(2 * found.flops, found.bytes)) == pytest.approx(2)
+    assert found.floor(Cost(found.flops, 3 * found.bytes)) == pytest.approx(3)
+    assert found.mfu(Cost(found.flops), 4) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("quick", [True, False])
