@@ -25,7 +25,7 @@ _Dim = Annotated[int, Field(ge=0, le=1 << 32)]
 _Bytes = Annotated[int, Field(ge=0, le=1 << 44)]
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int64": 8}
 
 
 class _Strict(BaseModel):
@@ -46,14 +46,14 @@ class TensorSpec(_Strict):
 
     name: _Name
     shape: Annotated[list[_Dim], Field(max_length=8)]
-    dtype: Literal["float32", "float16", "bfloat16", "int64"]
+    dtype: Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "int64"]
 
 
 class GraphSpec(_Strict):
     """One compiled function.
 
     weights maps the graph's own constant names to keys of weights.safetensors; aliases names the outputs that are
-    written over an input.
+    written over an input; mutates names the inputs that the function itself writes and does not return.
     """
 
     file: _Name
@@ -61,13 +61,14 @@ class GraphSpec(_Strict):
     outputs: Annotated[list[TensorSpec], Field(max_length=4096)]
     weights: dict[_Name, _Name]
     aliases: dict[_Name, _Name]
+    mutates: list[_Name] = []
 
 
 class BackendSpec(_Strict):
     """The graphs of one backend and what they were made for and with."""
 
-    backend: Literal["onnx"]
-    target: Literal["cpu"]
+    backend: Literal["onnx", "aoti", "tensorrt"]
+    target: _Name
     versions: dict[_Name, _Name]
     graphs: dict[_Name, GraphSpec]
 
@@ -93,7 +94,7 @@ class Manifest(_Strict):
     preset_name: _Name
     preset: dict[str, object]
     transformer: dict[str, object]
-    precision: Literal["fp32", "fp16", "bf16"]
+    precision: Literal["fp32", "fp16", "bf16", "fp8"]
     height: _Size
     width: _Size
     fps: Annotated[float, Field(gt=0, le=1000)]
