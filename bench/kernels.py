@@ -1,6 +1,7 @@
 """Every operation of kernels/ against its float64 reference, then against the best library call, in turn."""
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from bench.flops import Cost
 from bench.header import machine, print_header
 from bench.spread import interleaved, paired_ratio, quartiles, table
 from engine.loader import DTYPES
+from kernels import compile
 from kernels.ring_attention import ring_attention, ring_attention_reference
 
 Call = Callable[[], Tensor]
@@ -129,7 +131,25 @@ def measure(device: torch.device, dtype: torch.dtype, ops: list[str], rounds: in
     return {"ceilings": limits.as_dict(), "cases": rows, "timings": timings}
 
 
+def _compile_only(args: argparse.Namespace) -> int:
+    """Compile every variant for sm_90, no GPU needed; 1 where one spills, is too large or lacks an instruction."""
+    compile.use_stub_driver()
+    rows = compile.compile_variants(args.op)
+    if not args.json:
+        print(table([
+            {"kernel": row["name"], "registers": row["registers"], "shared": row["shared_bytes"],
+             "spills": row["spills"], "found": " ".join(row["instructions"])}
+            for row in rows
+        ]))  # fmt: skip
+    red = [f"error: {row['name']}: {problem}" for row in rows for problem in row["problems"]]
+    print("\n".join(red), end="\n" if red else "", file=sys.stderr)
+    print(json.dumps({"variants": rows}))
+    return 1 if red else 0
+
+
 def run(args: argparse.Namespace) -> int:
+    if args.compile_only:
+        return _compile_only(args)
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,6 +186,7 @@ def run(args: argparse.Namespace) -> int:
 def add_parser(commands: Any) -> None:
     command = commands.add_parser("kernels", help="each operation against its reference and the best library call")
     command.add_argument("--op", action="append", help="one of " + ", ".join(SHAPES) + "; default: all")
+    command.add_argument("--compile-only", action="store_true", help="compile every variant for sm_90, run nothing")
     command.add_argument("--rounds", type=int, default=20)
     command.add_argument("--device", default="auto")
     command.add_argument("--precision", choices=("auto", *DTYPES), default="auto")

@@ -1,1 +1,1 @@
-"""One operation per file: a PyTorch reference, the implementations, one checked wrapper. Knows only torch."""
+"""One operation a file: PyTorch reference, kernels, checked wrapper; `table` chooses. Knows torch and triton."""

@@ -1,0 +1,121 @@
+"""The compile gate: every variant of every operation, compiled for sm_90 where there is no GPU.
+
+A stub takes the driver's place, so that launches go through Triton's real specialisation of their arguments (meta
+tensors have shapes, dtypes and alignment). For a process of its own: the stub cannot be taken out again.
+"""
+
+import re
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels import launch, table
+
+SHARED_BYTES = 226 * 1024  # of the 227 KB that a block may have on sm_90
+INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "QMMA", "UTMALDG", "UTMASTG", "LDGSTS", "USETMAXREG", "LDSM", "STSM")
+
+
+class _StubDriver:
+    """What Triton asks of a driver in order to compile."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        from triton.backends.nvidia.driver import ty_to_cpp
+
+        return ty_to_cpp(kind)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def use_stub_driver() -> None:
+    """From now on this process compiles for sm_90 and can launch nothing. Raises ValueError where it cannot."""
+    if not launch.HAVE_TRITON:
+        raise ValueError("compile gate: got no Triton, expected it installed")
+    from triton import knobs
+    from triton.runtime import driver
+
+    if knobs.runtime.interpret:
+        raise ValueError("compile gate: got TRITON_INTERPRET=1, expected a process without it")
+    driver.set_active(_StubDriver())
+
+
+def resources(cubin: bytes) -> dict[str, Any]:
+    """What machine code takes: {registers, stack_bytes, spills, instructions}; spills are local loads and stores."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(str(tools / "cuobjdump"), "--dump-resource-usage", file.name)
+        code = _output(str(tools / "nvdisasm"), "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"cuobjdump: got {usage[-200:]!r}, expected registers and stack")
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
+    return {
+        "registers": int(found[1]),
+        "stack_bytes": int(found[2]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "instructions": {name: count for name, count in counts.items() if count},
+    }
+
+
+def compile_variants(ops: list[str] | None = None) -> list[dict[str, Any]]:
+    """Compile; one row a kernel: name, registers, shared_bytes, spills, ..., problems (empty where all is well).
+
+    A variant of several kernels (attention and its merge) has several rows; an instruction that it needs may be in
+    any of them. Call use_stub_driver first.
+    """
+    known = table.load_all()
+    unknown = sorted(set(ops or ()) - set(known))
+    if unknown:
+        raise ValueError(f"compile gate: got {', '.join(unknown)}, expected some of {', '.join(known)}")
+    return [
+        row for op in ops or known for variant in known[op].variants() for row in _rows(f"{op} {variant.name}", variant)
+    ]
+
+
+def _rows(name: str, variant: table.Variant) -> list[dict[str, Any]]:
+    start = time.perf_counter()
+    with table.use("triton"), launch.compiling() as compiled:
+        variant.call()
+    if not compiled:
+        raise ValueError(f"{name}: got no kernel launch, expected one")
+    rows = []
+    for kernel in compiled:
+        row = {"name": f"{name}: {kernel.metadata.name}", "shared_bytes": kernel.metadata.shared}
+        row |= {"warps": kernel.metadata.num_warps} | resources(kernel.asm["cubin"])
+        row["problems"] = _problems(row, variant)
+        rows.append(row)
+    have = {instruction for row in rows for instruction in row["instructions"]}
+    rows[0]["problems"] += [f"got no {need}, expected some" for need in variant.needs if need not in have]
+    rows[0]["seconds"] = round(time.perf_counter() - start, 2)
+    return rows
+
+
+def _problems(row: dict[str, Any], variant: table.Variant) -> list[str]:
+    limits = {"registers": variant.registers, "shared_bytes": SHARED_BYTES, "spills": 0, "stack_bytes": 0}
+    return [f"got {row[key]} {key}, expected at most {most}" for key, most in limits.items() if row[key] > most]
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    if done.returncode:
+        raise ValueError(f"{Path(command[0]).name}: got status {done.returncode}, expected 0: {done.stderr[-200:]}")
+    return done.stdout

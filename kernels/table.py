@@ -1,0 +1,88 @@
+"""Operation -> implementation: `reference` (PyTorch), `triton`, `cuda` (C++), chosen by the device of the tensors.
+
+A GPU gets Triton where it is installed, a processor the reference. GREEDY_KERNELS=reference switches every kernel
+off, GREEDY_KERNELS=triton or cuda asks for that one wherever an operation has it; `use` does the same for a while.
+"""
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import kernels
+from kernels.launch import HAVE_TRITON
+
+SETTINGS = ("auto", "reference", "triton", "cuda")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way an operation is compiled for its full-size shapes."""
+
+    name: str
+    call: Callable[[], Any]  # the implementation on meta tensors: compiled, never run
+    needs: tuple[str, ...] = ()  # instructions that the machine code must hold, as in HGMMA, UTMALDG, USETMAXREG
+    registers: int = 255  # a thread may use
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation's implementations, reference first, and what the compile gate compiles of it."""
+
+    implementations: dict[str, Callable[..., Any]]
+    variants: Callable[[], Iterable[Variant]]
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(
+    name: str, *, variants: Callable[[], Iterable[Variant]] = tuple, **implementations: Callable[..., Any]
+) -> None:
+    """Enter an operation; implementations by the names of SETTINGS, `reference` first."""
+    if "reference" not in implementations or not set(implementations) <= set(SETTINGS):
+        raise ValueError(f"{name}: got implementations {list(implementations)}, expected reference and {SETTINGS[2:]}")
+    OPS[name] = Op(implementations, variants)
+
+
+def implementation(name: str, device: torch.device, *, fits: bool = True) -> Callable[..., Any]:
+    """The function that runs operation `name` on `device`; fits is False where only the reference does the case."""
+    found = OPS[name].implementations
+    wanted = _setting
+    if wanted == "auto":
+        wanted = "triton" if device.type == "cuda" and HAVE_TRITON else "reference"
+    if wanted == "cuda" and "cuda" not in found:
+        wanted = "triton"
+    return found[wanted if fits and wanted in found else "reference"]
+
+
+@contextmanager
+def use(setting: str) -> Iterator[None]:
+    """Choose as GREEDY_KERNELS=setting would, for a while."""
+    global _setting
+    before, _setting = _setting, _checked(setting)
+    try:
+        yield
+    finally:
+        _setting = before
+
+
+def load_all() -> dict[str, Op]:
+    """Import every file of kernels/, so that OPS is complete."""
+    for module in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"kernels.{module.name}")
+    return OPS
+
+
+def _checked(setting: str) -> str:
+    if setting not in SETTINGS:
+        raise ValueError(f"GREEDY_KERNELS: got {setting!r}, expected one of {', '.join(SETTINGS)}")
+    return setting
+
+
+_setting = _checked(os.environ.get("GREEDY_KERNELS", "auto"))
