@@ -24,9 +24,10 @@ from diffusers import (
 from safetensors.torch import save_file
 from transformers import UMT5EncoderModel
 
-from distill.next_chunk import NextChunkConfig, load_teacher, load_trained
+from distill.next_chunk import NextChunkConfig, load_trained
 from distill.sprites import SIZE
 from distill.student import Student
+from distill.teacher import load_teacher
 from distill.text import build_tokenizer
 from engine.checkpoint import base_hash, weight_files
 

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.codec import Codec
-from distill.sprites import render, sample
+from distill.tasks import Task, find_task
 from distill.training import load_config, parse_arguments, run_stage
 
 
 @dataclass(frozen=True)
 class BankConfig:
+    task: str = "sprites"
     vae: str = "runs/vae/vae"
     images: int = 20000
     clips: int = 5000
@@ -58,14 +59,16 @@ class Bank:
         return latents[picks, :, :frames].float(), [captions[i] for i in picks.tolist()]
 
 
-def encode_set(codec: Codec, count: int, frames: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+def encode_set(
+    codec: Codec, task: Task, count: int, frames: int, generator: torch.Generator
+) -> tuple[Tensor, list[str]]:
     """Draw and encode `count` training clips: latents float16 and captions."""
     latents, captions = [], []
     batch = max(1, 64 // frames)
     while len(captions) < count:
-        specs = sample(min(batch, count - len(captions)), generator)
+        specs = task.sample(min(batch, count - len(captions)), generator)
         with torch.autocast("cpu", torch.bfloat16):
-            latents.append(codec.encode(render(specs, frames)[0]).half())
+            latents.append(codec.encode(task.render(specs, frames)[0]).half())
         captions += [spec.caption for spec in specs]
         if len(captions) % (count // 10) < batch:
             print(f"bank: {len(captions)}/{count} of {frames} frames", flush=True)
@@ -77,9 +80,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     config = load_config(arguments.config, "bank", BankConfig)
     codec = Codec(AutoencoderKLWan.from_pretrained(config.vae))
-    generator = torch.Generator().manual_seed(config.seed)
-    images, image_captions = encode_set(codec, config.images, 1, generator)
-    clips, clip_captions = encode_set(codec, config.clips, config.frames, generator)
+    task, generator = find_task(config.task), torch.Generator().manual_seed(config.seed)
+    images, image_captions = encode_set(codec, task, config.images, 1, generator)
+    clips, clip_captions = encode_set(codec, task, config.clips, config.frames, generator)
     arguments.out.mkdir(parents=True, exist_ok=True)
     save_file({"images": images, "clips": clips}, arguments.out / "bank.safetensors")
     (arguments.out / "bank.json").write_text(json.dumps({"images": image_captions, "clips": clip_captions}))

@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, UMT5EncoderModel
 
 from distill.codec import Codec
 from distill.evaluator import Scores, aggregate, evaluate
@@ -27,7 +25,7 @@ from distill.rollout import noise_levels, roll_out
 from distill.sampling import contact_sheet, guided_flow, shifted
 from distill.sprites import sample
 from distill.student import Student
-from distill.teacher import Teacher
+from distill.teacher import Teacher, load_teacher
 from distill.training import (
     Ema,
     Progress,
@@ -39,7 +37,7 @@ from distill.training import (
     set_lr,
     trapezoid,
 )
-from engine.config import Preset, TransformerConfig, find_preset
+from engine.config import Preset, find_preset
 from engine.transformer import TextKV, WanTransformer
 
 
@@ -98,17 +96,6 @@ class NextChunkConfig:
     @property
     def preset(self) -> Preset:
         return find_preset("greedy", self.preset_fields())
-
-
-def load_teacher(folder: Path) -> Teacher:
-    """Read a trained teacher from its stock layout, frozen."""
-    shape = TransformerConfig.from_dict(json.loads((folder / "transformer" / "config.json").read_text()))
-    teacher = Teacher(shape)
-    weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    teacher.transformer.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    teacher.text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").float()
-    teacher.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    return teacher.eval().requires_grad_(False)
 
 
 def trained_state(student: Student) -> dict[str, Tensor]:

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from distill.codec import Codec
-from distill.evaluator import aggregate, evaluate
 from distill.latents import Bank
 from distill.sampling import contact_sheet, joint_flow, sample_joint, shifted
-from distill.sprites import sample
+from distill.tasks import find_task
 from distill.text import build_text_encoder, build_tokenizer, encode
 from distill.training import (
     Ema,
@@ -53,6 +53,8 @@ SPRITES = TransformerConfig(
 
 @dataclass(frozen=True)
 class TeacherConfig:
+    task: str = "sprites"
+    start: str = ""  # teacher to go on from; none begins anew
     bank: str = "runs/bank"
     vae: str = "runs/vae/vae"
     image_steps: int = 1200
@@ -105,6 +107,19 @@ class Teacher(nn.Module):
         stock.half().save_pretrained(folder / "transformer")
         copy.deepcopy(self.text_encoder).half().save_pretrained(folder / "text_encoder")
         build_tokenizer().save_pretrained(folder / "tokenizer")
+
+
+def load_teacher(folder: Path) -> Teacher:
+    """Read a trained teacher from its stock layout, frozen, with today's tokenizer; new words get fresh embeddings."""
+    shape = TransformerConfig.from_dict(json.loads((folder / "transformer" / "config.json").read_text()))
+    teacher = Teacher(shape)
+    weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    teacher.transformer.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").float()
+    teacher.text_encoder = encoder
+    if encoder.config.vocab_size < len(teacher.tokenizer):
+        encoder.resize_token_embeddings(len(teacher.tokenizer), mean_resizing=False)
+    return teacher.eval().requires_grad_(False)
 
 
 def draw_times(
@@ -195,6 +210,7 @@ def generate(
 def score(
     teacher: Teacher,
     codec: Codec,
+    name: str,
     count: int,
     frames: int,
     seed: int,
@@ -202,19 +218,21 @@ def score(
     hidden: bool,
     sheet: Path | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Evaluator scores of generated clips of `frames` latent frames."""
-    specs = sample(count, torch.Generator().manual_seed(seed), hidden=hidden)
+    """Scores of generated clips of `frames` latent frames by the task's own evaluator."""
+    task = find_task(name)
+    specs = task.draw(count, seed, hidden=hidden)
     videos = generate(teacher, codec, [spec.caption for spec in specs], frames, seed + 1)
     if sheet is not None:
         contact_sheet(videos[:12], sheet)
-    return aggregate([evaluate(video, spec) for video, spec in zip(videos, specs, strict=True)])
+    return task.score(list(videos), specs)
 
 
 def train(config: TeacherConfig, out: Path, board: Path | None = None, stop_at: int | None = None) -> Teacher:
     """Run (or go on with) the training and return the averaged teacher; `stop_at` ends it early, as a kill would."""
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed + 1)
-    bank, teacher, averaged = Bank.load(Path(config.bank)), Teacher(), Teacher().eval()
+    bank, averaged = Bank.load(Path(config.bank)), Teacher().eval()
+    teacher = load_teacher(Path(config.start)).train().requires_grad_() if config.start else Teacher()
     optimizers, ema = optimizers_of(teacher, config), Ema(teacher, config.ema)
     codec = Codec(AutoencoderKLWan.from_pretrained(config.vae)) if config.score_every else None
     first = 0
@@ -250,7 +268,8 @@ def train(config: TeacherConfig, out: Path, board: Path | None = None, stop_at: 
         if codec is not None and (done % config.score_every == 0 or done == config.image_steps):
             averaged.load_state_dict(ema.mean, strict=False)
             frames = 1 if done <= config.image_steps else bank.frames
-            scores = score(averaged, codec, 20, frames, 77, hidden=False, sheet=out / f"step{done:05d}.png")
+            sheet = out / f"step{done:05d}.png"
+            scores = score(averaged, codec, config.task, 20, frames, 77, hidden=False, sheet=sheet)
             print(f"teacher {done}", {k: v["mean"] for k, v in scores.items()}, flush=True)
     averaged.load_state_dict(ema.mean, strict=False)
     return averaged
@@ -264,7 +283,7 @@ def main() -> None:
     teacher.save(arguments.out / "teacher")
     codec = Codec(AutoencoderKLWan.from_pretrained(config.vae))
     frames = Bank.load(Path(config.bank)).frames
-    scores = score(teacher, codec, 64, frames, 4242, hidden=True, sheet=arguments.out / "final.png")
+    scores = score(teacher, codec, config.task, 64, frames, 4242, hidden=True, sheet=arguments.out / "final.png")
     (arguments.out / "report.json").write_text(json.dumps(scores, indent=1))
     print(json.dumps(scores))
 

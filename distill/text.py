@@ -4,6 +4,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from distill.scenes import RELATIONS
 from distill.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SPEEDS
 
 ROWS = 16  # text rows of the transformer; the engine takes them from tokenizer.model_max_length
@@ -14,6 +15,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Every word of the captions is a token; anything else is <unk>."""
     words = ["<pad>", "</s>", "<unk>", "a", "and", "on", "moving", "background"]
     words += [*COLOURS, *SHAPES, *DIRECTIONS, *SPEEDS, *BACKGROUNDS]
+    words += [word for word in dict.fromkeys(" ".join(RELATIONS).split()) if word not in words]  # last: older ids stay
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -15,13 +15,14 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from distill.codec import LATENT_CHANNELS, build_vae, decode_raw, encode_moments, initialise
-from distill.evaluator import aggregate, evaluate
-from distill.sprites import render, sample
+from distill.tasks import find_task
 from distill.training import Progress, load_config, load_state, parse_arguments, run_stage, save_state, set_lr
 
 
 @dataclass(frozen=True)
 class VaeConfig:
+    task: str = "sprites"
+    start: str = ""  # VAE to go on from; none begins anew
     steps: int = 3000
     lr: float = 2e-3
     warmup: int = 50
@@ -63,10 +64,11 @@ def loss_of(vae: AutoencoderKLWan, video: Tensor, cover: Tensor, config: VaeConf
 
 
 @torch.no_grad()
-def validate(vae: AutoencoderKLWan, frames: int, count: int, seed: int = 999) -> dict[str, object]:
+def validate(vae: AutoencoderKLWan, name: str, frames: int, count: int, seed: int = 999) -> dict[str, object]:
     """PSNR (all, foreground, foreground per frame) and evaluator scores of reconstructions of training-split clips."""
-    specs = sample(count, torch.Generator().manual_seed(seed))
-    video, cover = render(specs, frames)
+    task = find_task(name)
+    specs = task.draw(count, seed)
+    video, cover = task.render(specs, frames)
     moments = [encode_moments(vae, part)[:, :LATENT_CHANNELS] for part in video.split(8)]
     rebuilt = torch.cat([decode_raw(vae, part) for part in moments]).clamp(-1, 1)
     square, inside = (rebuilt - video).square(), (cover > 0).float()
@@ -79,15 +81,18 @@ def validate(vae: AutoencoderKLWan, frames: int, count: int, seed: int = 999) ->
         "psnr": psnr(square.mean()),
         "foreground_psnr": psnr((square * inside).sum() / (3 * inside.sum())),
         "foreground_psnr_per_frame": [psnr(e) for e in per_frame],
-        "scores": aggregate([evaluate(v, s) for v, s in zip(rebuilt, specs, strict=True)]),
+        "scores": task.score(list(rebuilt), specs),
     }
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKLWan, clips: int = 96, frames: int = 33) -> tuple[list[float], list[float]]:
+def latent_statistics(
+    vae: AutoencoderKLWan, name: str, clips: int = 96, frames: int = 33
+) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of every latent channel over training clips."""
-    specs = sample(clips, torch.Generator().manual_seed(5))
-    parts = [encode_moments(vae, render(specs[i : i + 8], frames)[0]) for i in range(0, clips, 8)]
+    task = find_task(name)
+    specs = task.draw(clips, 5)
+    parts = [encode_moments(vae, task.render(specs[i : i + 8], frames)[0]) for i in range(0, clips, 8)]
     latent = torch.cat(parts)[:, :LATENT_CHANNELS]
     return latent.mean((0, 2, 3, 4)).tolist(), latent.std((0, 2, 3, 4)).tolist()
 
@@ -95,7 +100,8 @@ def latent_statistics(vae: AutoencoderKLWan, clips: int = 96, frames: int = 33) 
 def train(config: VaeConfig, out: Path, board: Path | None = None, stop_at: int | None = None) -> AutoencoderKLWan:
     """Run (or go on with) the training; `stop_at` ends it early, as a kill would."""
     torch.manual_seed(config.seed)
-    vae = initialise(build_vae())
+    task = find_task(config.task)
+    vae = AutoencoderKLWan.from_pretrained(config.start) if config.start else initialise(build_vae())
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
     data = torch.Generator().manual_seed(config.seed + 1)
     first = 0
@@ -109,7 +115,7 @@ def train(config: VaeConfig, out: Path, board: Path | None = None, stop_at: int 
         curve = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         set_lr([optimizer], config.lr * curve * min(1.0, (step + 1) / config.warmup))
         frames, clips = batch_shape(step, config)
-        video, cover = render(sample(clips, data), frames)
+        video, cover = task.render(task.sample(clips, data), frames)
         loss = loss_of(vae, video, cover, config)
         optimizer.zero_grad()
         loss.backward()
@@ -126,7 +132,8 @@ def train(config: VaeConfig, out: Path, board: Path | None = None, stop_at: int 
                     "step": step + 1,
                 },
             )
-            score = validate(vae, 1 if frames == 1 and step < config.image_share * config.steps else 17, 8)
+            shown = 1 if frames == 1 and step < config.image_share * config.steps else 17
+            score = validate(vae, config.task, shown, 8)
             print("vae", step + 1, {k: score[k] for k in ("psnr", "foreground_psnr")}, flush=True)
     return vae
 
@@ -136,10 +143,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     config = load_config(arguments.config, "vae", VaeConfig)
     vae = train(config, arguments.out, arguments.out if arguments.tensorboard else None).eval()
-    mean, std = latent_statistics(vae)
+    mean, std = latent_statistics(vae, config.task)
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(arguments.out / "vae")
-    report = {str(frames): validate(vae, frames, 32) for frames in (1, 5, 17, 33)}
+    report = {str(frames): validate(vae, config.task, frames, 32) for frames in (1, 5, 17, 33)}
     (arguments.out / "report.json").write_text(json.dumps(report, indent=1))
     print(json.dumps(report))
 

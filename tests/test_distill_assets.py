@@ -13,10 +13,10 @@ from peft import PeftModel
 import engine
 from distill.assemble import assemble
 from distill.codec import build_vae
-from distill.next_chunk import NextChunkConfig, load_teacher, load_trained, trained_state
+from distill.next_chunk import NextChunkConfig, load_trained, trained_state
 from distill.rollout import roll_out
 from distill.student import Student
-from distill.teacher import Teacher
+from distill.teacher import Teacher, load_teacher
 
 CONFIG = NextChunkConfig(rank=4, max_position=3, sampling_shift=2.0)
 
