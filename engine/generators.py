@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.cache import RingCache
 from engine.config import Preset, TransformerConfig
 from engine.rope import rope_tables
+from engine.transfer import upload
 
 TextKV = Any  # whatever the backend's prepare_text returns; generators only hand it back
 
@@ -88,7 +89,7 @@ class RopeTables:
         if found is None:
             g = self.geometry
             cos, sin = rope_tables(range(position, position + frames), g.tokens_high, g.tokens_wide, self.head_dim)
-            found = cos.to(self.device), sin.to(self.device)
+            found = upload(cos, self.device), upload(sin, self.device)
         self._recent[key] = found  # the newest last
         if len(self._recent) > 4:
             del self._recent[next(iter(self._recent))]

@@ -16,6 +16,7 @@ from engine.generators import Generator, Geometry, Stages, make_generator
 from engine.noise import NoiseSource, PhiloxNoise
 from engine.schedule import Schedule, make_solver
 from engine.text import Tokenizer
+from engine.transfer import Download, SideStream, upload
 from engine.vae import frames_to_uint8, uint8_to_frames
 
 
@@ -113,6 +114,11 @@ class Stream:
         self.emitted = 0  # frames made so far
         self._vae_cache: Any = None
         self._uncommitted: tuple[Tensor, bool] | None = None  # the chunk shown last, and whether it was given
+        # On a GPU the next latent is made while the last one is decoded beside it and shown.
+        self.looks_ahead = pipeline.device.type == "cuda"
+        self._side = SideStream(pipeline.device)
+        self._ahead: Tensor | None = None
+        self._started = 0  # frames of the chunks whose decoding has begun
         self._frames: deque[np.ndarray] = deque()
         self._closed = False
 
@@ -120,33 +126,47 @@ class Stream:
         """Switch the prompt from the next chunk on.
 
         `recommit` also rewrites the window's keys and values under the new prompt, so that the past stops
-        pulling towards the old one.
+        pulling towards the old one. Without it, a stream that looks ahead has committed the chunk shown last under
+        the old prompt.
         """
         self._check_open()
         with torch.inference_mode():
             text_kv = self.pipeline.stages.prepare_text(self._embed(prompt, self.state.geometry.batch))
         self.pipeline.generator.set_text(text_kv, self.state, recommit)
+        self._ahead = None  # made for the old prompt; noise depends on the chunk alone, so it can be made again
 
     @torch.inference_mode()
     def next_chunk(self) -> np.ndarray:
         """The next chunk's frames, uint8 [T, H, W, 3]: 1 + 4 (F - 1) of chunk 0, then 4 F."""
-        x = self._make()
-        frames, cache = self._decode(x)
-        shown = frames_to_uint8(frames[:1])[0].cpu().numpy()
+        x = self._take()
+        shown = self._side.run(self._decode, x)
         self._accept(x)
-        self._vae_cache = cache
-        return shown
+        first, self._started = self._started == 0, self._started + len(shown)
+        if self.looks_ahead and not first and (self.limit is None or self._started < self.limit):
+            self._look_ahead()  # not before the first frame is out: whoever watches waits for that one
+        return shown.wait()
 
     @torch.inference_mode()
     def next_latent(self) -> Tensor:
         """The next chunk's clean latent [B, C, F, h, w], for a caller that decodes elsewhere or not at all."""
-        x = self._make()
+        x = self._take()
         self._accept(x)
         return x
 
+    def _take(self) -> Tensor:
+        """The latent made ahead, or a new one."""
+        self._check_open()
+        x, self._ahead = self._ahead, None
+        return self._make() if x is None else x
+
+    def _look_ahead(self) -> None:
+        try:
+            self._ahead = self._make()
+        except Exception:  # of the next chunk, not of the one that is shown now: its own call raises it again
+            self._ahead = None
+
     def _make(self) -> Tensor:
         """One chunk; publishes the one before, and nothing of its own."""
-        self._check_open()
         generator, state = self.pipeline.generator, self.state
         # Committed only now: whoever watches has a chunk before its cache passes are paid for.
         if self._uncommitted is not None:
@@ -158,7 +178,7 @@ class Stream:
         steps = self.schedule.steps(index)
         solver = make_solver(self.pipeline.preset.solver, self.schedule)
         noise = self.noise.draw(index, len(steps) if solver.renoises else 1, shape)
-        x, *fresh = noise.to(self.pipeline.device, self.pipeline.dtype)
+        x, *fresh = upload(noise, self.pipeline.device, self.pipeline.dtype)
         for (t, t_next), new in zip_longest(steps, fresh):
             flow = generator.denoise(x, t, state)
             x = solver.step(x, flow, t, t_next, new)
@@ -174,7 +194,7 @@ class Stream:
         self._closed = True
         self._frames.clear()
         self.given.clear()
-        self.state = self._uncommitted = self._vae_cache = None
+        self.state = self._uncommitted = self._vae_cache = self._ahead = None
 
     def __enter__(self) -> "Stream":
         return self
@@ -225,10 +245,12 @@ class Stream:
         rest = latents[:, :, head:].split(preset.chunk, dim=2) if latents.shape[2] > head else ()
         return [latents[:, :, :head], *rest] if head else list(rest)
 
-    def _decode(self, x: Tensor) -> tuple[Tensor, Any]:
-        """Frames [B, 3, T, H, W] of a chunk, and the VAE's cache after it."""
+    def _decode(self, x: Tensor) -> Download:
+        """Frames of a chunk; the VAE's cache moves on when all of it is decoded."""
         stages, cache, parts = self.pipeline.stages, self._vae_cache, []
         for latent in x.split(1, dim=2):
             frames, cache = stages.vae_first(latent) if cache is None else stages.vae_steady(latent, cache)
-            parts.append(frames)
-        return torch.cat(parts, dim=2), cache
+            parts.append(frames_to_uint8(frames[:1])[0])
+        shown = Download(torch.cat(parts))
+        self._vae_cache = cache
+        return shown

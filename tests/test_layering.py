@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A file of engine/ imports only what stands before it.
 ORDER = [
-    *("config", "noise", "schedule", "rope", "cache", "layers", "transformer", "generators", "text", "vae"),
+    *("config", "transfer", "noise", "schedule", "rope", "cache", "layers", "transformer", "generators", "text", "vae"),
     *("checkpoint", "bundle", "stages", "onnx_stages", "stream", "loader", "media", "sinks", "run"),
 ]
 OURS = ["engine", "kernels", "export", "distill", "bench", "csrc", "tests"]

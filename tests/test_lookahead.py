@@ -1,0 +1,79 @@
+"""A stream that makes its next latent while the last one is shown gives the frames of one that waits."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+PROMPT, OTHER = "a red circle moving right", "a blue square on gray"
+FAMILIES = pytest.mark.parametrize("family", ["pipeline", "causal"])
+
+
+def stream_of(pipeline, ahead, **options):
+    stream = pipeline.stream(PROMPT, **options)
+    assert not stream.looks_ahead  # a processor makes one thing at a time
+    stream.looks_ahead = ahead
+    return stream
+
+
+@FAMILIES
+@pytest.mark.parametrize("given", [False, True])
+def test_frames_are_the_same(request, family, given):
+    pipeline = request.getfixturevalue(family)
+    clip = pipeline.stream(OTHER, frames=21)
+    options = {"clip": np.stack(list(clip))} if given else {}
+    runs = [list(stream_of(pipeline, ahead, frames=30, **options)) for ahead in (False, True)]
+    assert np.array_equal(*runs)
+
+
+@FAMILIES
+def test_a_new_prompt_holds_from_the_next_chunk_on(request, family):
+    pipeline = request.getfixturevalue(family)
+    runs = []
+    for ahead in (False, True):
+        with stream_of(pipeline, ahead) as stream:
+            frames = list(islice(stream, 20))
+            stream.set_prompt(OTHER)
+            runs.append([*frames, *islice(stream, 20)])
+    assert np.array_equal(*runs)
+
+
+def test_latents_continue_where_frames_stopped(pipeline):
+    latents = []
+    for ahead in (False, True):
+        with stream_of(pipeline, ahead) as stream:
+            for _ in range(3):
+                stream.next_chunk()
+            latents.append(stream.next_latent().numpy())
+    assert np.array_equal(*latents)
+
+
+def test_nothing_is_made_beyond_the_limit_nor_before_the_first_chunk_is_out(pipeline):
+    with stream_of(pipeline, True, frames=9) as stream:
+        next(stream)
+        assert stream._ahead is None and stream.state.index == 0
+        first_chunk = len(stream._frames) + 1
+        list(islice(stream, first_chunk))
+        assert stream._ahead is not None or stream._started >= 9
+        list(stream)
+        assert stream._ahead is None
+
+
+@FAMILIES
+def test_a_chunk_that_fails_ahead_fails_in_its_own_call_and_can_be_made_again(request, family, monkeypatch):
+    pipeline = request.getfixturevalue(family)
+    expected = list(stream_of(pipeline, False, frames=40))
+    stream = stream_of(pipeline, True, frames=40)
+    frames = list(islice(stream, 14))
+    real = type(pipeline.generator).denoise
+
+    def fail(*_):
+        raise RuntimeError("out of something")
+
+    monkeypatch.setattr(type(pipeline.generator), "denoise", fail)
+    with pytest.raises(RuntimeError, match="out of something"):
+        while True:  # what was made ahead is still shown
+            frames.append(next(stream))
+    assert 14 < len(frames) < 40
+    monkeypatch.setattr(type(pipeline.generator), "denoise", real)
+    assert np.array_equal([*frames, *stream], expected)
