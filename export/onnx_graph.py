@@ -1,7 +1,8 @@
-"""Graph -> ONNX (opset 24): native Attention and TensorScatter, large constants outside the file."""
+"""Graph -> ONNX (opset 24): native Attention, TensorScatter and FP8 Q/DQ, large constants outside the file."""
 
 import logging
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,13 @@ from onnx.defs import OpSchema
 from onnxscript import values
 
 from export.graphs import Graph
+from export.quantize import E4M3_MAX, SMALLEST
 
 OPSET = 24
 INLINE_BYTES = 1024  # smaller constants stay in the graph
-_DOMAIN = "greedy"
+DOMAIN = "greedy"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+Spelling = Callable[[NodeProto, ModelProto], list[NodeProto]]
 
 
 @dataclass(frozen=True)
@@ -30,29 +33,33 @@ class OnnxGraph:
 
 
 def _register() -> values.Opset:
-    """Schemas that keep our two operators whole through the exporter; their native spelling comes afterwards."""
+    """Schemas that keep our operators whole through the exporter; their native spelling comes afterwards."""
+    optional = OpSchema.FormalParameterOption.Optional
+    index, weight = "tensor(int64)", "tensor(float8e4m3fn)"
 
-    def formal(name: str, kind: str = "T") -> OpSchema.FormalParameter:
-        return OpSchema.FormalParameter(name, kind)
+    def formal(name: str, kind: str = "T", **more: Any) -> OpSchema.FormalParameter:
+        return OpSchema.FormalParameter(name, kind, **more)
 
-    index = "tensor(int64)"
     heads = [OpSchema.Attribute("heads", OpSchema.AttrType.INT, "number of heads")]
+    linear = [formal("x"), formal("weight", weight), formal("weight_scale")]
+    linear += [formal(name, param_option=optional) for name in ("input_scale", "bias")]
     for name, inputs, attributes in (
         ("kv_write", [formal("cache"), formal("update"), formal("index", index)], []),
         ("ring_attention", [formal("q"), formal("k"), formal("v"), formal("length", index)], heads),
+        ("linear_fp8", linear, []),
     ):
-        if not onnx.defs.has(name, _DOMAIN):
+        if not onnx.defs.has(name, DOMAIN):
             onnx.defs.register_schema(
                 OpSchema(
-                    name, _DOMAIN, 1, inputs=inputs, outputs=[formal("out")],
+                    name, DOMAIN, 1, inputs=inputs, outputs=[formal("out")],
                     type_constraints=[("T", _FLOATS, "")], attributes=attributes,
                 )
             )  # fmt: skip
-    return values.Opset(_DOMAIN, 1)
+    return values.Opset(DOMAIN, 1)
 
 
-def to_onnx(graph: Graph) -> OnnxGraph:
-    """Export, spell natively, take large constants out, check."""
+def to_onnx(graph: Graph, spell: Callable[[ModelProto], None] | None = None) -> OnnxGraph:
+    """Export, spell our operators natively (or as `spell` does), take large constants out, check."""
     ops = _register()
 
     def write(cache: Any, update: Any, index: Any) -> Any:
@@ -60,6 +67,9 @@ def to_onnx(graph: Graph) -> OnnxGraph:
 
     def attend(q: Any, k: Any, v: Any, length: Any, heads: int) -> Any:
         return ops.ring_attention(q, k, v, length, heads=heads)
+
+    def linear(x: Any, weight: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
+        return ops.linear_fp8(x, weight, weight_scale, input_scale, bias)
 
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporter lists every optional library that is not there
@@ -72,6 +82,7 @@ def to_onnx(graph: Graph) -> OnnxGraph:
                 custom_translation_table={
                     torch.ops.greedy.kv_write.default: write,
                     torch.ops.greedy.ring_attention.default: attend,
+                    torch.ops.greedy.linear_fp8.default: linear,
                 },
             )  # fmt: skip
     finally:
@@ -79,34 +90,78 @@ def to_onnx(graph: Graph) -> OnnxGraph:
     assert program is not None
     weights = _take_out(program.model)  # before anything is serialised: protobuf ends at 2 GB
     model = ir.to_proto(program.model)
-    _spell_natively(model)
+    (spell or spell_natively)(model)
     _strip(model)
     onnx.checker.check_model(_with_weights_as_inputs(model), full_check=True)
     return OnnxGraph(model, weights)
 
 
-def _spell_natively(model: ModelProto) -> None:
-    """kv_write -> TensorScatter, ring_attention -> Attention with its number of valid keys, both of opset 24."""
+def spell_natively(model: ModelProto) -> None:
+    """kv_write -> TensorScatter, ring_attention -> Attention with its number of valid keys, linear_fp8 -> Q/DQ."""
+    rewrite(model, {"kv_write": _tensor_scatter, "ring_attention": _attention, "linear_fp8": qdq_linear})
+
+
+def rewrite(model: ModelProto, spellings: Mapping[str, Spelling]) -> None:
+    """Replace every node of our domain by what its spelling makes of it."""
+    nodes = []
     for node in model.graph.node:
-        if node.domain != _DOMAIN:
-            continue
-        if node.op_type == "kv_write":
-            attributes: dict[str, Any] = {"axis": -2, "mode": "linear"}
-            _rename(node, "TensorScatter", list(node.input), attributes)
-        else:
-            heads = helper.get_node_attr_value(node, "heads")
-            q, k, v, length = node.input
-            _rename(node, "Attention", [q, k, v, "", "", "", length], {"q_num_heads": heads, "kv_num_heads": heads})
-    kept = [opset for opset in model.opset_import if opset.domain != _DOMAIN]
+        nodes += spellings[node.op_type](node, model) if node.domain == DOMAIN else [node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    kept = [opset for opset in model.opset_import if opset.domain != DOMAIN]
     del model.opset_import[:]
     model.opset_import.extend(kept)
 
 
-def _rename(node: NodeProto, op_type: str, inputs: list[str], attributes: dict[str, Any]) -> None:
-    node.domain, node.op_type = "", op_type
-    del node.input[:], node.attribute[:]
-    node.input.extend(inputs)
-    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+def _tensor_scatter(node: NodeProto, model: ModelProto) -> list[NodeProto]:
+    return [helper.make_node("TensorScatter", node.input, node.output, axis=-2, mode="linear")]
+
+
+def _attention(node: NodeProto, model: ModelProto) -> list[NodeProto]:
+    heads = helper.get_node_attr_value(node, "heads")
+    q, k, v, length = node.input
+    inputs = [q, k, v, "", "", "", length]
+    return [helper.make_node("Attention", inputs, node.output, q_num_heads=heads, kv_num_heads=heads)]
+
+
+def qdq_linear(node: NodeProto, model: ModelProto) -> list[NodeProto]:
+    """linear_fp8 as QuantizeLinear -> DequantizeLinear -> MatMul, both factors dequantised right before the product.
+
+    The zero point is the absent one: 0. Weight [in, out] has a scale a column; x [rows, in] one scale, or one a row,
+    found by the graph itself.
+    """
+    x, weight, weight_scale, scale, bias = [*node.input, "", ""][:5]
+    out = node.output[0]
+    nodes, axis = [], {}
+    if not scale:
+        scale, axis = f"{out}_scale", {"axis": 0}
+        nodes = _row_scale(x, scale, model, _dtype_of(model, weight_scale))
+    nodes += [
+        helper.make_node("QuantizeLinear", [x, scale], [f"{out}_q"], output_dtype=TensorProto.FLOAT8E4M3FN, **axis),
+        helper.make_node("DequantizeLinear", [f"{out}_q", scale], [f"{out}_x"], **axis),
+        helper.make_node("DequantizeLinear", [weight, weight_scale], [f"{out}_w"], axis=1),
+        helper.make_node("MatMul", [f"{out}_x", f"{out}_w"], [f"{out}_product" if bias else out]),
+    ]
+    return nodes + ([helper.make_node("Add", [f"{out}_product", bias], [out])] if bias else [])
+
+
+def _row_scale(x: str, scale: str, model: ModelProto, dtype: int) -> list[NodeProto]:
+    """max(|x| over a row, SMALLEST) / 448."""
+    constants = {"fp8_smallest": SMALLEST, "fp8_max": E4M3_MAX}
+    tensors = [helper.make_tensor(name, dtype, [], [value]) for name, value in constants.items()]
+    tensors.append(helper.make_tensor("fp8_last_axis", TensorProto.INT64, [1], [-1]))
+    present = {tensor.name for tensor in model.graph.initializer}
+    model.graph.initializer.extend(tensor for tensor in tensors if tensor.name not in present)
+    return [
+        helper.make_node("Abs", [x], [f"{scale}_abs"]),
+        helper.make_node("ReduceMax", [f"{scale}_abs", "fp8_last_axis"], [f"{scale}_amax"], keepdims=0),
+        helper.make_node("Max", [f"{scale}_amax", "fp8_smallest"], [f"{scale}_floor"]),
+        helper.make_node("Div", [f"{scale}_floor", "fp8_max"], [scale]),
+    ]
+
+
+def _dtype_of(model: ModelProto, constant: str) -> int:
+    return next(tensor.data_type for tensor in model.graph.initializer if tensor.name == constant)
 
 
 def _strip(model: ModelProto) -> None:

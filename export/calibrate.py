@@ -1,0 +1,158 @@
+"""Largest input magnitude of every linear that can be FP8, seen while the model itself streams.
+
+    python -m export.calibrate --out amax.json [--model DIR] [--prompts FILE] [--seeds 2] [--chunks 12]
+
+`python -m export --precision fp8 --calibration amax.json` uses it.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine.loader import DTYPES, load
+from engine.stream import Pipeline
+from export.quantize import quantizable, replace_linears
+
+DEFAULT_PROMPT = "a red circle moving right slowly on a gray background"
+
+
+class _Observer(nn.Module):
+    """A linear that remembers the largest magnitude, or a percentile of it, of what it was given."""
+
+    def __init__(self, linear: nn.Linear, percentile: float) -> None:
+        super().__init__()
+        self.linear, self.percentile, self.amax = linear, percentile, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.detach().abs().flatten()
+        rank = max(round(self.percentile / 100 * size.numel()), 1)
+        self.amax = max(self.amax, float(size.max() if rank == size.numel() else size.kthvalue(rank).values))
+        return self.linear(x)
+
+
+def calibrate(
+    pipeline: Pipeline, prompts: Iterable[str], seeds: Iterable[int] = (0,), chunks: int = 12, percentile: float = 100.0
+) -> dict[str, float]:
+    """{ROLE.blocks.N.NAME: amax} over streams of `chunks` latent chunks for every prompt and seed.
+
+    percentile 100 is the maximum; less is taken within each call, and the largest over the calls is kept.
+    """
+    if not 0 < percentile <= 100:
+        raise ValueError(f"calibrate: got percentile {percentile}, expected more than 0, at most 100")
+    if chunks < 2:
+        raise ValueError(f"calibrate: got {chunks} chunks, expected at least 2: the first sees no past")
+    observers: dict[str, _Observer] = {}
+
+    def observe(name: str, linear: nn.Linear) -> nn.Module:
+        observers[name] = _Observer(linear, percentile)
+        return observers[name]
+
+    watched = replace_linears(pipeline, quantizable(pipeline), observe)
+    runs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    if not runs:
+        raise ValueError("calibrate: got no prompt or no seed, expected at least one of each")
+    for prompt, seed in runs:
+        with watched.stream(prompt, seed=seed) as stream:
+            for _ in range(chunks):
+                stream.next_latent()
+    return {name: observer.amax for name, observer in observers.items()}
+
+
+def write_calibration(amax: dict[str, float], path: Path) -> None:
+    """JSON, written beside and renamed."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps({"format": "greedy-amax", "amax": amax}, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_calibration(path: Path) -> dict[str, float]:
+    """amax from our JSON, or from a ModelOpt state dict: a .safetensors, or a .pt of tensors only.
+
+    There it is NAME.input_quantizer._amax. Names without a role hold for every role. Raises FileNotFoundError or
+    ValueError.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"calibration: got no file {path}, expected one")
+    if path.suffix == ".json":
+        return _checked(path, _from_json(path))
+    suffix = ".input_quantizer._amax"
+    found = {
+        name.removesuffix(suffix): value.abs().max().item()
+        for name, value in _tensors(path).items()
+        if name.endswith(suffix) and isinstance(value, Tensor) and value.numel()
+    }
+    return _checked(path, found)
+
+
+def _from_json(path: Path) -> object:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: got no JSON, expected a calibration ({error})") from None
+    if not isinstance(content, dict) or content.get("format") != "greedy-amax":
+        raise ValueError(f"{path}: got no format greedy-amax, expected what export.calibrate writes")
+    return content.get("amax")
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every kind of damage has its own
+        raise ValueError(f"{path}: got no state dict of tensors, expected one ({str(error)[:100]})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got {type(content).__name__}, expected a state dict")
+    return content
+
+
+def _checked(path: Path, amax: object) -> dict[str, float]:
+    if not isinstance(amax, dict) or not amax:
+        raise ValueError(f"{path}: got no amax, expected one a linear")
+    for name, value in amax.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+            raise ValueError(f"{path}: {name}: got amax {value!r}, expected a finite number")
+    return amax
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="pipeline directory (default: the embedded model)")
+    parser.add_argument("--preset", metavar="NAME|FILE.toml")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="in which the model streams")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: one for the embedded model)")
+    parser.add_argument("--seeds", type=int, default=2, help="streams a prompt")
+    parser.add_argument("--chunks", type=int, default=12, help="latent chunks a stream")
+    parser.add_argument("--percentile", type=float, default=100.0, help="100 is the maximum")
+    args = parser.parse_args(argv)
+    try:
+        prompts = [DEFAULT_PROMPT]
+        if args.prompts is not None:
+            prompts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        pipeline = load(
+            args.model, preset=args.preset, device="cpu", dtype=args.precision, height=args.height, width=args.width
+        )
+        amax = calibrate(pipeline, prompts, range(args.seeds), args.chunks, args.percentile)
+        write_calibration(amax, args.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
