@@ -53,8 +53,10 @@ def compiling() -> Iterator[list[Any]]:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many blocks run at a time, one each; a device that is not there counts as an H100."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    """How many run side by side; of the meta device as of an H100, of the interpreter a few."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 8
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:

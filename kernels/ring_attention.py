@@ -4,9 +4,21 @@ Every valid slot is attended and RoPE is baked into the cached keys, so key orde
 the whole operation is softmax(q k^T / sqrt(d)) v over rows [0, valid_rows): no mask, no gather, no roll.
 """
 
+from collections.abc import Iterator
+from functools import partial
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels import table
+from kernels.stream_k_attention import Tiles, attend
+
+ValidRows = int | Tensor  # rows to attend to: a number, or an int32 on the device, read when the kernel runs
+
+# Head dim -> tiles. Chosen by what compiles without spills and fills shared memory; not measured on a GPU.
+TILES = {16: Tiles(128, 128, 3, 8), 32: Tiles(128, 128, 3, 8), 64: Tiles(128, 128, 3, 8), 128: Tiles(128, 128, 2, 8)}
 
 
 def ring_attention_reference(q: Tensor, k: Tensor, v: Tensor, valid_rows: int) -> Tensor:
@@ -15,20 +27,98 @@ def ring_attention_reference(q: Tensor, k: Tensor, v: Tensor, valid_rows: int) -
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v[:, :valid_rows].double()).to(q.dtype)
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, valid_rows: int) -> Tensor:
-    """Attend from q to the first `valid_rows` rows of k and v; rows behind them are never read.
+@overload
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: Literal[False] = False
+) -> Tensor: ...
+@overload
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend from q to the first `valid_rows` rows of k and v; rows behind them are never used.
 
-    q [B, n, heads, d]; k, v [B, rows, heads, d]; returns [B, n, heads, d] in q's dtype.
-    Raises ValueError where shapes or dtypes do not fit.
+    q [B, n, heads, d]; k, v [B, rows, heads, d]; returns [B, n, heads, d] in q's dtype, and with return_lse the
+    natural logarithm of the softmax's denominators, [B, heads, n] float32. A tensor of valid rows is not read by the
+    host, and nothing but its own value depends on it (it must be 1 to rows; the host cannot check that).
+    Raises ValueError where shapes, dtypes or, for the Triton kernel, strides do not fit.
     """
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(f"ring_attention: got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, "
-                         "expected q [B, n, heads, d] and k, v [B, rows, heads, d]")  # fmt: skip
-    if not 0 < valid_rows <= k.shape[1]:
-        raise ValueError(f"ring_attention: got valid_rows {valid_rows}, expected 1 to {k.shape[1]}")
+    check_query_key_value("ring_attention", q, k, v, valid_rows)
+    if k.shape != v.shape:
+        raise ValueError(f"ring_attention: got k {list(k.shape)}, v {list(v.shape)}, expected one shape")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"ring_attention: got dtypes {q.dtype}, {k.dtype}, {v.dtype}, expected one")
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k[:, :valid_rows].transpose(1, 2), v[:, :valid_rows].transpose(1, 2)
-    )
-    return out.transpose(1, 2)
+    fits = q.shape[-1] in TILES and q.dtype in (torch.bfloat16, torch.float16)
+    run = table.implementation("ring_attention", q.device, fits=fits)
+    out, lse = run(q, k, v, valid_rows, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def check_query_key_value(what: str, q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows) -> None:
+    """Shapes of q and k, devices, and the number of valid rows; raises ValueError."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise ValueError(f"{what}: got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, "
+                         "expected q [B, n, heads, d] and k, v [B, rows, heads, d]")  # fmt: skip
+    if not q.device == k.device == v.device:
+        raise ValueError(f"{what}: got devices {q.device}, {k.device}, {v.device}, expected one")
+    if isinstance(valid_rows, Tensor):
+        if valid_rows.numel() != 1 or valid_rows.dtype != torch.int32 or valid_rows.device != q.device:
+            raise ValueError(f"{what}: got valid_rows {list(valid_rows.shape)} {valid_rows.dtype} on "
+                             f"{valid_rows.device}, expected one int32 on {q.device}")  # fmt: skip
+    elif not 0 < valid_rows <= k.shape[1]:
+        raise ValueError(f"{what}: got valid_rows {valid_rows}, expected 1 to {k.shape[1]}")
+
+
+def check_dense(what: str, **tensors: Tensor) -> None:
+    """The kernels read whole blocks by descriptor: contiguous, from an address that 16 divides; raises ValueError."""
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            raise ValueError(f"{what}: got {name} with strides {tensor.stride()} at byte {tensor.data_ptr() % 16} "
+                             "of 16, expected it contiguous and aligned")  # fmt: skip
+
+
+def on_device(valid_rows: ValidRows, device: torch.device) -> Tensor:
+    """Valid rows as the int32 that the kernels read."""
+    if isinstance(valid_rows, Tensor):
+        return valid_rows
+    return torch.full((1,), valid_rows, dtype=torch.int32, device=device)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """PyTorch's attention; with a number of rows on a GPU every row is read and the invalid ones are masked."""
+    mask = None
+    if isinstance(valid_rows, Tensor) and valid_rows.device.type != "cpu":
+        mask = torch.arange(k.shape[1], device=k.device) < valid_rows
+        v = torch.where(mask[:, None, None], v, 0)  # NaN times a weight of zero would be NaN
+        k = torch.where(mask[:, None, None], k, 0)
+    else:
+        rows = int(valid_rows)
+        k, v = k[:, :rows], v[:, :rows]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    if not return_lse:
+        return out, None
+    scores = q.float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5
+    return out, scores.masked_fill(~mask, -float("inf")).logsumexp(-1) if mask is not None else scores.logsumexp(-1)
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool) -> tuple[Tensor, Tensor]:
+    check_dense("ring_attention", k=k, v=v)
+    return attend(q.contiguous(), k, v, on_device(valid_rows, q.device), None, TILES[q.shape[-1]])
+
+
+def _variants() -> Iterator[table.Variant]:
+    """1536 wide, 1560 queries, 4 latent frames of keys; narrow heads as in smaller models."""
+    for head_dim in TILES:
+        q, k = (
+            torch.empty(1, n, 1536 // head_dim, head_dim, dtype=torch.bfloat16, device="meta") for n in (1560, 6240)
+        )
+        valid = torch.empty(1, dtype=torch.int32, device="meta")
+        yield table.Variant(
+            f"bf16 d={head_dim}", lambda q=q, k=k, valid=valid: _triton(q, k, k, valid, True), ("HGMMA", "UTMALDG")
+        )
+
+
+table.register("ring_attention", reference=_sdpa, triton=_triton, variants=_variants)

@@ -1,7 +1,11 @@
-"""What several test files share: a pipeline directory of tiny random models."""
+"""What several test files share: a pipeline directory of tiny random models.
+
+Kernel tests run on GPU machines that have torch, Triton and pytest alone: the rest is imported where it is used.
+"""
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Many small operations: more threads only wait for each other. Before torch is imported, and for child processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,25 +17,29 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import engine
-from engine.stream import Pipeline
+if TYPE_CHECKING:
+    from engine.stream import Pipeline
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers pipeline directory, 24 x 16 pixels at 8 frames a second, preset greedy. Not to be changed."""
-    from tiny import write_pipeline  # needs diffusers, which a GPU machine's kernel tests do without
+    from tiny import write_pipeline
 
     return write_pipeline(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
-def pipeline(model_dir: Path) -> Pipeline:
+def pipeline(model_dir: Path) -> "Pipeline":
     """The same, loaded: greedy."""
+    import engine
+
     return engine.load(model_dir)
 
 
 @pytest.fixture(scope="session")
-def causal(model_dir: Path) -> Pipeline:
+def causal(model_dir: Path) -> "Pipeline":
     """The same, loaded: self-forcing in chunks of 3, window 6."""
+    import engine
+
     return engine.load(model_dir, preset="self-forcing", overrides={"window": 6})

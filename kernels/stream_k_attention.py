@@ -1,0 +1,202 @@
+"""The kernels behind ring_attention and ring_attention_fp8: attention cut evenly over the chip, and its merge.
+
+12 heads of 1560 queries are 156 tiles of 128 queries, on 132 multiprocessors two rounds with the second nearly empty.
+So the work is counted in (tile, block of keys) pairs instead, and each program takes an equal run of them (stream-K).
+A tile that one program did alone is written at once; of the others every program leaves a partial result, its sum of
+weighted values with maximum and sum of the weights, and a second kernel merges these. The number of valid rows is
+read on the device: no launch depends on it, so a CUDA graph replays for every state of the ring.
+
+Rows behind the valid ones may hold anything, NaN too: descriptors end at the last valid row, loads beyond give zero.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.launch import launch, multiprocessors, tl, triton
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How an attention kernel is cut: queries and keys a block, loads in flight, warps."""
+
+    queries: int
+    keys: int
+    stages: int
+    warps: int
+    specialise: bool = False  # warps that load, warps that multiply
+
+
+@triton.jit
+def _share(valid, queries, programs, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Blocks of keys a tile, pairs of tile and block a program, pairs in all."""
+    blocks = tl.cdiv(valid, BLOCK_N)
+    total = tl.cdiv(queries, BLOCK_M) * HEADS * blocks
+    return blocks, tl.cdiv(total, programs), total
+
+
+@triton.jit
+def _attend_blocks(
+    acc, row_max, row_sum, q, k_rows, v_rows, column, begin, end, valid, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr,
+    STAGES: tl.constexpr, SPECIALISE: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over key blocks [begin, end); scale brings q k^T into powers of two."""
+    for block in tl.range(begin, end, num_stages=STAGES, warp_specialize=SPECIALISE):
+        row = block * BLOCK_N
+        scores = tl.dot(q, k_rows.load([row, column]).T)
+        if MASKED:
+            scores = tl.where((row + tl.arange(0, BLOCK_N) < valid)[None, :], scores, -float("inf"))
+        # FP8 weights reach 2^8, so that small ones keep their bits; row_max carries the shift, which cancels.
+        shift = 8 if FP8 else 0
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale - shift)
+        weights = tl.math.exp2(scores * scale - new_max[:, None])
+        fade = tl.math.exp2(row_max - new_max)
+        row_sum = row_sum * fade + tl.sum(weights, 1)
+        acc = acc * fade[:, None]
+        v = v_rows.load([column, row]).T if FP8 else v_rows.load([row, column])
+        acc = tl.dot(weights.to(v.dtype), v, acc)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["queries", "rows", "pitch", "programs"])
+def attend_kernel(
+    Q, K, V, VALID, Q_SCALE, K_SCALE, V_SCALE, OUT, LSE, PARTIAL, STATS, queries, rows, pitch, programs,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALE: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr, SPECIALISE: tl.constexpr,
+):  # fmt: skip
+    """Program c of batch entry b does pairs [c * share, (c + 1) * share) of its (tile, key block) pairs.
+
+    Q, OUT [B, queries, HEADS, d]; K [B, rows, HEADS, d]; V as K, or e4m3 [B, HEADS, d, pitch]; VALID int32;
+    LSE [B, HEADS, queries]; PARTIAL [B, programs, 2, BLOCK_M, d] and STATS [B, programs, 2, 2, BLOCK_M] float32:
+    slot 0 for a tile begun by an earlier program, slot 1 for one that a later program goes on with.
+    """
+    program = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    valid = tl.minimum(tl.load(VALID), rows)
+    blocks, share, total = _share(valid, queries, programs, HEADS, BLOCK_M, BLOCK_N)
+    first = program * share
+    last = tl.minimum(first + share, total)
+    tiles = tl.cdiv(queries, BLOCK_M)
+
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    q_rows = tl.make_tensor_descriptor(Q + batch * queries * WIDTH, [queries, WIDTH], [WIDTH, 1], [BLOCK_M, HEAD_DIM])
+    k_rows = tl.make_tensor_descriptor(K + batch * rows * WIDTH, [valid, WIDTH], [WIDTH, 1], [BLOCK_N, HEAD_DIM])
+    if FP8:
+        v_rows = tl.make_tensor_descriptor(V + batch * WIDTH * pitch, [WIDTH, valid], [pitch, 1], [HEAD_DIM, BLOCK_N])
+    else:
+        v_rows = tl.make_tensor_descriptor(V + batch * rows * WIDTH, [valid, WIDTH], [WIDTH, 1], [BLOCK_N, HEAD_DIM])
+
+    lane = tl.arange(0, BLOCK_M)
+    element = tl.arange(0, HEAD_DIM)
+    for tile in tl.range(first // blocks, tl.cdiv(last, blocks)):
+        begin = tl.maximum(first - tile * blocks, 0)
+        end = tl.minimum(last - tile * blocks, blocks)
+        head = tile // tiles
+        start = tile % tiles * BLOCK_M
+        column = head * HEAD_DIM
+        q = q_rows.load([start, column])
+        scale = SCALE
+        if FP8:
+            q_scale = tl.load(Q_SCALE + head)
+            scale = SCALE * q_scale * tl.load(K_SCALE + head)
+            if q.dtype == tl.bfloat16:
+                q = tl.clamp(q.to(tl.float32) / q_scale, -448.0, 448.0).to(tl.float8e4nv)
+        acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+        row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        whole = tl.minimum(end, valid // BLOCK_N)  # blocks behind it need the mask: at most one
+        acc, row_max, row_sum = _attend_blocks(
+            acc, row_max, row_sum, q, k_rows, v_rows, column, begin, whole, valid, scale,
+            HEAD_DIM, BLOCK_N, FP8, False, STAGES, SPECIALISE,
+        )  # fmt: skip
+        acc, row_max, row_sum = _attend_blocks(
+            acc, row_max, row_sum, q, k_rows, v_rows, column, tl.maximum(begin, whole), end, valid, scale,
+            HEAD_DIM, BLOCK_N, FP8, True, 1, False,
+        )  # fmt: skip
+        if FP8:
+            acc = acc * tl.load(V_SCALE + head)
+        if end - begin == blocks:
+            here = start + lane < queries
+            out = OUT + ((batch * queries + start + lane) * WIDTH + column)[:, None] + element[None, :]
+            tl.store(out, (acc / row_sum[:, None]).to(OUT.dtype.element_ty), here[:, None])
+            tl.store(
+                LSE + (batch * HEADS + head) * queries + start + lane,
+                (row_max + tl.math.log2(row_sum)) * 0.6931471805599453, here,
+            )  # fmt: skip
+        else:
+            slot = (batch * programs + program) * 2 + (begin == 0).to(tl.int32)
+            tl.store(PARTIAL + (slot * BLOCK_M + lane)[:, None] * HEAD_DIM + element[None, :], acc)
+            tl.store(STATS + slot * 2 * BLOCK_M + lane, row_max)
+            tl.store(STATS + (slot * 2 + 1) * BLOCK_M + lane, row_sum)
+
+
+@triton.jit(do_not_specialize=["queries", "rows", "programs"])
+def merge_kernel(
+    PARTIAL, STATS, VALID, OUT, LSE, queries, rows, programs,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, part, b) merges LANES queries of a tile that several programs of attend_kernel did, in order."""
+    tile = tl.program_id(0)
+    batch = tl.program_id(2).to(tl.int64)
+    valid = tl.minimum(tl.load(VALID), rows)
+    blocks, share, _ = _share(valid, queries, programs, HEADS, BLOCK_M, BLOCK_N)
+    first = tile * blocks // share
+    last = ((tile + 1) * blocks - 1) // share
+    if first == last:
+        return
+    lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    element = tl.arange(0, HEAD_DIM)
+    acc = tl.zeros([LANES, HEAD_DIM], tl.float32)
+    row_max = tl.full([LANES], -float("inf"), tl.float32)
+    row_sum = tl.zeros([LANES], tl.float32)
+    for program in tl.range(first, last + 1):
+        slot = (batch * programs + program) * 2 + (program == first).to(tl.int32)
+        part_max = tl.load(STATS + slot * 2 * BLOCK_M + lane)
+        new_max = tl.maximum(row_max, part_max)
+        fade = tl.math.exp2(row_max - new_max)
+        grow = tl.math.exp2(part_max - new_max)
+        part = tl.load(PARTIAL + (slot * BLOCK_M + lane)[:, None] * HEAD_DIM + element[None, :])
+        acc = acc * fade[:, None] + part * grow[:, None]
+        row_sum = row_sum * fade + tl.load(STATS + (slot * 2 + 1) * BLOCK_M + lane) * grow
+        row_max = new_max
+    tiles = tl.cdiv(queries, BLOCK_M)
+    head = tile // tiles
+    query = tile % tiles * BLOCK_M + lane
+    here = query < queries
+    out = OUT + ((batch * queries + query) * HEADS + head)[:, None] * HEAD_DIM + element[None, :]
+    tl.store(out, (acc / row_sum[:, None]).to(OUT.dtype.element_ty), here[:, None])
+    tl.store(
+        LSE + (batch * HEADS + head) * queries + query, (row_max + tl.math.log2(row_sum)) * 0.6931471805599453, here
+    )
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor, scales: tuple[Tensor, Tensor, Tensor] | None, tiles: Tiles
+) -> tuple[Tensor, Tensor]:
+    """Both launches: q [B, n, H, d], k [B, rows, H, d], v alike or (with scales: FP8) [B, H, d, pitch], all contiguous.
+
+    valid int32 on the device; scales of q, k, v [H] float32. Returns out [B, n, H, d] and lse [B, H, n] float32.
+    """
+    batch, queries, heads, head_dim = q.shape
+    programs = multiprocessors(q.device)
+    out = torch.empty_like(q, dtype=torch.bfloat16 if scales else q.dtype)
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    partial = q.new_empty((batch, programs, 2, tiles.queries, head_dim), dtype=torch.float32)
+    stats = q.new_empty((batch, programs, 2, 2, tiles.queries), dtype=torch.float32)
+    cut = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys}
+    launch(
+        attend_kernel, (programs, batch), q, k, v, valid, *(scales or (lse, lse, lse)), out, lse, partial, stats,
+        queries, k.shape[1], v.shape[-1], programs, **cut, SCALE=head_dim**-0.5 * LOG2_E, FP8=scales is not None,
+        STAGES=tiles.stages, SPECIALISE=tiles.specialise, num_warps=tiles.warps,
+    )  # fmt: skip
+    lanes = 16
+    launch(
+        merge_kernel, (-(-queries // tiles.queries) * heads, tiles.queries // lanes, batch),
+        partial, stats, valid, out, lse, queries, k.shape[1], programs, **cut, LANES=lanes, num_warps=4,
+    )  # fmt: skip
+    return out, lse
