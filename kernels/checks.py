@@ -1,0 +1,28 @@
+"""What the wrappers of several operations share: words for an error message, block sizes for a row."""
+
+from torch import Tensor
+
+
+def described(**tensors: Tensor | None) -> str:
+    """name [shape] dtype of every tensor, for the `got` half of a message."""
+    parts = []
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            parts.append(f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+    return ", ".join(parts)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below size (at least 1)."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def head_and_tail(size: int) -> tuple[int, int]:
+    """Two powers of two that cover a row with little waste: 1536 -> 1024, 512; 8960 -> 8192, 1024; 128 -> 128, 0."""
+    head = 1 << (size.bit_length() - 1)
+    return head, power_of_two(size - head) if size > head else 0
+
+
+def warps_for(block: int) -> int:
+    """Warps for one program over `block` elements: 16 a thread, at most 256 threads."""
+    return min(max(block // 512, 1), 8)
