@@ -111,14 +111,11 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: 
 
 def _variants() -> Iterator[table.Variant]:
     """1536 wide, 1560 queries, 4 latent frames of keys; narrow heads as in smaller models."""
+    valid = torch.empty(1, dtype=torch.int32, device="meta")
     for head_dim in TILES:
-        q, k = (
-            torch.empty(1, n, 1536 // head_dim, head_dim, dtype=torch.bfloat16, device="meta") for n in (1560, 6240)
-        )
-        valid = torch.empty(1, dtype=torch.int32, device="meta")
-        yield table.Variant(
-            f"bf16 d={head_dim}", lambda q=q, k=k, valid=valid: _triton(q, k, k, valid, True), ("HGMMA", "UTMALDG")
-        )
+        shape = 1536 // head_dim, head_dim
+        q, k = (torch.empty(1, n, *shape, dtype=torch.bfloat16, device="meta") for n in (1560, 6240))
+        yield table.Variant(f"bf16 d={head_dim}", partial(_triton, q, k, k, valid, True), ("HGMMA", "UTMALDG"))
 
 
 table.register("ring_attention", reference=_sdpa, triton=_triton, variants=_variants)

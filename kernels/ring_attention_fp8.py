@@ -103,11 +103,8 @@ def _variants() -> Iterator[table.Variant]:
         scale, valid = meta(heads, dtype=torch.float32), meta(1, dtype=torch.int32)
         for name, dtype in (("e4m3", E4M3), ("bf16", torch.bfloat16)):
             q = meta(1, 1560, heads, head_dim, dtype=dtype)
-            yield table.Variant(
-                f"q {name} d={head_dim}",
-                lambda q=q, k=k, v_t=v_t, s=scale, valid=valid: _triton(q, k, v_t, (s, s, s), valid, True),
-                ("QGMMA", "UTMALDG"),
-            )
+            call = partial(_triton, q, k, v_t, (scale, scale, scale), valid, True)
+            yield table.Variant(f"q {name} d={head_dim}", call, ("QGMMA", "UTMALDG"))
 
 
 table.register("ring_attention_fp8", reference=_dequantised, triton=_triton, variants=_variants)
