@@ -87,21 +87,21 @@ def on_device(valid_rows: ValidRows, device: torch.device) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """PyTorch's attention; with a number of rows on a GPU every row is read and the invalid ones are masked."""
+    """PyTorch's attention; a tensor of valid rows stays where it is: every row is read, the invalid ones masked."""
     mask = None
-    if isinstance(valid_rows, Tensor) and valid_rows.device.type != "cpu":
-        mask = torch.arange(k.shape[1], device=k.device) < valid_rows
-        v = torch.where(mask[:, None, None], v, 0)  # NaN times a weight of zero would be NaN
-        k = torch.where(mask[:, None, None], k, 0)
+    if isinstance(valid_rows, Tensor):
+        mask = (torch.arange(k.shape[1], device=k.device) < valid_rows)[None]
+        k, v = (torch.where(mask[0, :, None, None], x, 0) for x in (k, v))  # NaN times a weight of zero is NaN
     else:
-        rows = int(valid_rows)
-        k, v = k[:, :rows], v[:, :rows]
+        k, v = k[:, :valid_rows], v[:, :valid_rows]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     if not return_lse:
         return out, None
     scores = q.float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5
-    return out, scores.masked_fill(~mask, -float("inf")).logsumexp(-1) if mask is not None else scores.logsumexp(-1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -float("inf"))
+    return out, scores.logsumexp(-1)
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool) -> tuple[Tensor, Tensor]:
