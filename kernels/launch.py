@@ -27,6 +27,7 @@ _compiled: list[Any] | None = None  # while compiling: what was compiled, in ord
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Start `kernel` on `grid` (up to three numbers); options are constexprs and num_warps, num_stages."""
+    options["enable_fp_fusion"] = True  # as Triton did by itself until 3.9, and later does not
     if _compiled is not None:
         _compiled.append(kernel.warmup(*args, grid=grid, **options))
         return
