@@ -65,7 +65,8 @@ def _neighbours(mask: Tensor) -> list[Tensor]:
     return [mask.roll(step, axis) for axis in (-1, -2) for step in (1, -1)]
 
 
-def _dilate(mask: Tensor) -> Tensor:
+def dilate(mask: Tensor) -> Tensor:
+    """A mask and its 4-neighbours on the torus."""
     return torch.stack([mask, *_neighbours(mask)]).any(0)
 
 
@@ -79,7 +80,7 @@ def label_components(mask: Tensor) -> Tensor:
         labels = grown
 
 
-def _circular_mean(weight: Tensor) -> Tensor:
+def circular_mean(weight: Tensor) -> Tensor:
     """Centre [T, 2] (x, y) on the torus of non-negative weights [T, 32, 32]."""
     angle = (torch.arange(SIZE) + 0.5) * 2 * math.pi / SIZE
     axes = torch.stack([weight.sum(1), weight.sum(2)], 1)  # [T, 2, 32]
@@ -108,7 +109,7 @@ def _shape_ious(cover: Tensor, centre: Tensor) -> Tensor:
     return (torch.minimum(drawn, cover).sum((-1, -2)) / torch.maximum(drawn, cover).sum((-1, -2))).amax(-1)
 
 
-def _background(video: Tensor) -> tuple[Tensor, int]:
+def read_background(video: Tensor) -> tuple[Tensor, int]:
     """Per frame the background index (-1 where none covers enough) [T], and the clip's majority."""
     colours = palette(BACKGROUNDS)
     distance, nearest = torch.cdist(video.permute(1, 2, 3, 0).reshape(-1, 3), colours).min(1)
@@ -133,15 +134,15 @@ def _objects(video: Tensor, background: int) -> _Objects:
     single = found & ((areas >= MIN_SECOND).sum(1) == 1) & (others < MAX_FRAGMENTS * area)
 
     body = (labels == largest.view(-1, 1, 1)) & found.view(-1, 1, 1)
-    core = ~_dilate(~body)
+    core = ~dilate(~body)
     core = torch.where((core.sum((1, 2)) > 8).view(-1, 1, 1), core, body)
     pixels = torch.where(core, video, torch.nan).flatten(2)
     median = pixels.nanmedian(-1).values.T.nan_to_num()  # [T, 3]
     distance, colour = torch.cdist(median, palette(COLOURS)).min(1)
     tone = palette(COLOURS)[colour].T.view(3, frames, 1, 1) - ground
     cover = ((video - ground) * tone).sum(0) / tone.square().sum(0)
-    cover = cover.clamp(0, 1) * _dilate(body)
-    centre = _circular_mean(cover)
+    cover = cover.clamp(0, 1) * dilate(body)
+    centre = circular_mean(cover)
     iou, shape = _shape_ious(cover, centre).nan_to_num().max(1)
     return _Objects(
         found=found,
@@ -171,7 +172,7 @@ def evaluate(video: Tensor, spec: Spec) -> Scores:
     if video.ndim != 4 or video.shape[0] != 3 or video.shape[2:] != (SIZE, SIZE):
         raise ValueError(f"video: got {tuple(video.shape)}, expected (3, T, {SIZE}, {SIZE})")
     video = video.float().clamp(-1, 1)
-    grounds, background = _background(video)
+    grounds, background = read_background(video)
     objects = _objects(video, background)
     direction, pace = _motion(objects)
     right_way = direction == spec.direction

@@ -21,6 +21,7 @@ SPEED_RANGES = {"slowly": (0.3, 0.6), "quickly": (0.8, 1.2)}  # pixels per frame
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # mover minus other
 RADII = (5.0, 7.5)
 TWO_SHARE = 0.5  # share of the clips with a second object
+CROSS_SHARE = 0.4  # share of the candidates with two objects in each other's way that are kept
 BLINK_SHARE = 0.35  # share of the clips whose mover blinks
 LATENT = 4  # frames of a latent frame; disappearances keep to them, so that a latent shows the mover or does not
 HIDDEN = (1, 2)  # latent frames unseen in a row
@@ -97,6 +98,12 @@ def _apart(mover: Thing, other: Thing) -> bool:
     return clear and (dx * dx + dy * dy) ** 0.5 >= mover.radius + other.radius + 1
 
 
+def _cross(mover: Thing, direction: str, other: Thing) -> bool:
+    """Whether the mover's way leads over the other object."""
+    across = 1 if DIRECTIONS[direction][0] else 0
+    return abs(mover.centre[across] - other.centre[across]) < mover.radius + other.radius
+
+
 def _draw(pool: tuple, generator: torch.Generator) -> Scene:
     facts = pool[_whole(0, len(pool) - 1, generator)]
     mover_radius = _between(*RADII, generator)
@@ -111,7 +118,8 @@ def _draw(pool: tuple, generator: torch.Generator) -> Scene:
         colour = colours[_whole(0, len(colours) - 1, generator)]
         shape = SHAPES[_whole(0, len(SHAPES) - 1, generator)]
         other = Thing(colour, shape, radius, _place(radius, None, generator))
-        if _apart(mover, other):
+        kept = not _cross(mover, facts.direction, other) or _between(0, 1, generator) < CROSS_SHARE
+        if kept and _apart(mover, other):
             break
     blinks = _between(0, 1, generator) < BLINK_SHARE
     hidden, period = LATENT * _whole(*HIDDEN, generator), LATENT * _whole(*PERIOD, generator)

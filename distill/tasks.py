@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill import evaluator, scenes, sprites
+from distill import dimensions, evaluator, scenes, sprites
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Task:
 
 TASKS = {
     "sprites": Task(sprites.sample, sprites.render, evaluator.score),
-    "scenes": Task(scenes.sample, scenes.render, lambda videos, specs: {}),
+    "scenes": Task(scenes.sample, scenes.render, dimensions.score),
 }
 
 
