@@ -1,0 +1,173 @@
+"""What FP8 costs in quality: errors of every stage beside fp32, and scores of the clips that come out.
+
+python -m bench fp8 [--prompts 32] [--sensitivity]
+
+Errors are relative to the fp32 stage's output, both on the inputs of one fp32 stream: so they do not pile up. Scores
+are the exact evaluator's on the embedded model, every row with the same prompts and seeds.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench import results
+from bench.header import machine
+from distill.evaluator import from_uint8
+from distill.tasks import find_task
+from engine.cache import RingCache
+from engine.loader import load
+from engine.stages import TorchStages
+from engine.stream import Pipeline
+from export.calibrate import calibrate
+from export.quantize import Recipe, quantizable, quantize
+
+SCORES = ("colour", "shape", "direction", "speed", "all_right")
+CALIBRATION = {"prompts": 12, "seed": 7, "chunks": 9}
+
+
+class _Beside:
+    """Stages that answer with the reference's results and note how far the others are off on the same inputs."""
+
+    name = "torch"
+
+    def __init__(self, reference: Pipeline, others: dict[str, Pipeline]) -> None:
+        self.stages, self.others = reference.stages, others
+        self.squares: dict[tuple[str, str], list[tuple[float, float]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stages, name)  # text and VAE are nobody's question
+
+    def etm(
+        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache, text_kv: Any
+    ) -> Tensor:
+        def run(stages: TorchStages, latent: Tensor, c_f: None, cache: RingCache, text: Any) -> Tensor:
+            return stages.etm(latent, cos, sin, slot, valid, cache, text)
+
+        return self._compare("etm", run, latent, None, cache, text_kv)
+
+    def sdd(
+        self, latent: Tensor, t: Tensor, c_f: Tensor | None, cos: Tensor, sin: Tensor, valid: int,
+        cache: RingCache, text_kv: Any,
+    ) -> Tensor:  # fmt: skip
+        def run(stages: TorchStages, latent: Tensor, c_f: Tensor | None, cache: RingCache, text: Any) -> Tensor:
+            return stages.sdd(latent, t, c_f, cos, sin, valid, cache, text)
+
+        return self._compare("sdd", run, latent, c_f, cache, text_kv)
+
+    def _compare(
+        self, name: str, run: Callable[..., Tensor], latent: Tensor, c_f: Tensor | None, cache: RingCache, text: Any
+    ) -> Tensor:
+        results = {}
+        for key, other in self.others.items():
+            dtype = other.dtype
+            twin = copy.copy(cache)
+            twin.k, twin.v = cache.k.to(dtype, copy=True), cache.v.to(dtype, copy=True)
+            cast = {role: tuple(x.to(dtype) for x in pair) for role, pair in text.items()}
+            condition = c_f if c_f is None else c_f.to(dtype)
+            results[key] = run(other.stages, latent.to(dtype), condition, twin, cast).float()
+        expected = run(self.stages, latent, c_f, cache, text)
+        size = float(expected.square().sum())
+        for key, got in results.items():
+            self.squares.setdefault((key, name), []).append((float((got - expected).square().sum()), size))
+        return expected
+
+    def errors(self, key: str) -> dict[str, float]:
+        """{stage: |other - fp32| / |fp32|} over all calls."""
+        sums = {name: np.sum(pairs, axis=0) for (other, name), pairs in self.squares.items() if other == key}
+        return {name: float(np.sqrt(off / size)) for name, (off, size) in sums.items()}
+
+
+def stage_errors(
+    reference: Pipeline, others: dict[str, Pipeline], prompts: Iterable[str], chunks: int
+) -> dict[str, dict[str, float]]:
+    """{variant: {stage: relative error}} on the inputs that streams of the reference produce."""
+    beside = _Beside(reference, others)
+    watched = replace(reference, stages=beside)
+    for seed, prompt in enumerate(prompts):
+        with watched.stream(prompt, seed=seed) as stream:
+            for _ in range(chunks):
+                stream.next_latent()
+    return {key: beside.errors(key) for key in others}
+
+
+def clips(pipeline: Pipeline, prompts: list[str], seed: int, frames: int) -> list[Tensor]:
+    """One clip a prompt, float [3, frames, H, W]; clip i has seed `seed + i`."""
+    videos = []
+    for i, prompt in enumerate(prompts):
+        with pipeline.stream(prompt, seed=seed + i, frames=frames) as stream:
+            videos.append(from_uint8(np.stack(list(stream))))
+    return videos
+
+
+def sensitivity(
+    reference: Pipeline, amax: dict[str, float], prompts: list[str], chunks: int
+) -> dict[str, dict[str, float]]:
+    """{ROLE.blocks.N: errors} with that block alone in FP8, {ROLE.*.NAME: errors} with that linear of every block."""
+    names = quantizable(reference)
+    parts = [name.split(".", 3) for name in names]  # role, blocks, N, linear
+    groups = {f"{role}.blocks.{n}" for role, _, n, _ in parts} | {f"{role}.*.{leaf}" for role, _, _, leaf in parts}
+    others = {}
+    for group in sorted(groups):
+        role, middle, leaf = group.split(".", 2)
+        inside = [
+            name for name, (r, _, n, last) in zip(names, parts, strict=True)
+            if r == role and (last == leaf if middle == "*" else n == leaf)
+        ]  # fmt: skip
+        kept = tuple(name for name in names if name not in inside)
+        others[group] = quantize(reference, Recipe("tensor", kept), amax)
+    return stage_errors(reference, others, prompts, chunks)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.prompts < 1 or args.frames < 2:
+        raise ValueError(f"fp8: got {args.prompts} prompts and {args.frames} frames, expected at least 1 and 2")
+    task = find_task("sprites")
+    torch.set_num_threads(1)
+    reference = load(device="cpu", dtype="fp32")
+    seen = [spec.caption for spec in task.draw(CALIBRATION["prompts"], CALIBRATION["seed"])]
+    amax = calibrate(reference, seen, chunks=CALIBRATION["chunks"])
+    others = {
+        "bf16": load(device="cpu", dtype="bf16"),
+        "fp8 tensor": quantize(reference, Recipe("tensor"), amax),
+        "fp8 token": quantize(reference, Recipe("token")),
+    }
+    specs = task.draw(args.prompts, args.seed, hidden=True)
+    prompts = [spec.caption for spec in specs]
+    errors = stage_errors(reference, others, prompts[:8], CALIBRATION["chunks"])
+    rows: dict[str, Any] = {}
+    for name, pipeline in {"fp32": reference, **others}.items():
+        made = clips(pipeline, prompts, args.seed, args.frames)
+        rows[name] = {"errors": errors.get(name, {}), "scores": task.score(made, specs)}
+        if not args.json:
+            print(_row(name, rows[name]), flush=True)
+    result: dict[str, Any] = {"machine": machine(torch.device("cpu")), "prompts": args.prompts, "frames": args.frames}
+    result |= {"seed": args.seed, "calibration": CALIBRATION, "rows": rows}
+    if args.sensitivity:
+        result["sensitivity"] = sensitivity(reference, amax, prompts[:4], CALIBRATION["chunks"])
+        if not args.json:
+            for group, found in result["sensitivity"].items():
+                print(f"{group:28} " + "  ".join(f"{stage} {error:.2e}" for stage, error in found.items() if error))
+    results.emit(args, "fp8", result)
+    return 0
+
+
+def _row(name: str, row: dict[str, Any]) -> str:
+    errors = "  ".join(f"{stage} {error:.2e}" for stage, error in row["errors"].items())
+    scores = "  ".join(f"{key} {row['scores'][key]['mean']:.3f} ± {row['scores'][key]['se']:.3f}" for key in SCORES)
+    return f"{name:12} {errors:30}  {scores}"
+
+
+def add_parser(commands: Any) -> None:
+    command = commands.add_parser("fp8", help="quality of FP8 on the embedded model: stage errors, evaluator's scores")
+    command.add_argument("--prompts", type=int, default=32, help="held-out clips")
+    command.add_argument("--frames", type=int, default=33)
+    command.add_argument("--seed", type=int, default=20)
+    command.add_argument("--sensitivity", action="store_true", help="also one block, and one kind of linear, at a time")
+    results.add_arguments(command)
+    command.set_defaults(run=run)
