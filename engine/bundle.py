@@ -6,7 +6,8 @@
     graphs/<backend>-<target>/...
     golden.safetensors     frames that whoever loads the bundle must get again
 
-Nothing is inferred from file names and nothing is executed: a bundle is data.
+Nothing is inferred from file names. Reading a bundle runs nothing; streaming from the graphs of `aoti` and `tensorrt`
+runs what is in them: those are code, take them only from where you would take a program.
 """
 
 import hashlib
@@ -53,7 +54,8 @@ class GraphSpec(_Strict):
     """One compiled function.
 
     weights maps the graph's own constant names to keys of weights.safetensors; aliases names the outputs that are
-    written over an input; mutates names the inputs that the function itself writes and does not return.
+    written over an input; mutates names the inputs that the function itself writes and does not return. source is the
+    sha256 of what a compiler was given, weights left out: a graph with the same one need not be compiled again.
     """
 
     file: _Name
@@ -62,15 +64,47 @@ class GraphSpec(_Strict):
     weights: dict[_Name, _Name]
     aliases: dict[_Name, _Name]
     mutates: list[_Name] = []
+    source: _Hash | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GraphSpec":
+        _safe(self.file)
+        inputs, outputs = ({tensor.name: tensor for tensor in side} for side in (self.inputs, self.outputs))
+        for what, named, side in (("inputs", inputs, self.inputs), ("outputs", outputs, self.outputs)):
+            if len(named) != len(side):
+                raise ValueError(f"got {what} of {self.file} that share a name, expected one tensor a name")
+        for output, given in self.aliases.items():
+            made, target = outputs.get(output), inputs.get(given)
+            if made is None or target is None or (made.shape, made.dtype) != (target.shape, target.dtype):
+                raise ValueError(f"got alias {output!r} of {given!r}, expected an output and an input of its shape")
+        if odd := [name for name in self.mutates if name not in inputs or name in self.aliases.values()]:
+            raise ValueError(f"got {odd[0]!r} in mutates, expected an input that no output replaces")
+        return self
 
 
 class BackendSpec(_Strict):
-    """The graphs of one backend and what they were made for and with."""
+    """The graphs of one backend and what they were made for and with; versions names torch for graphs of torch."""
 
     backend: Literal["onnx", "aoti", "tensorrt"]
-    target: _Name
+    target: Annotated[str, Field(pattern=r"^(cpu|cuda)(-[a-z0-9_]{1,40}){0,3}$")]
     versions: dict[_Name, _Name]
     graphs: dict[_Name, GraphSpec]
+
+    @property
+    def key(self) -> str:
+        """Its name in the manifest and of its folder under graphs/."""
+        return f"{self.backend}-{self.target}"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "BackendSpec":
+        if self.backend == "aoti" and "torch" not in self.versions:
+            raise ValueError("got no version of torch for aoti, expected the one it was compiled with")
+        in_place = [name for name, spec in self.graphs.items() if spec.mutates]
+        replaced = [name for name, spec in self.graphs.items() if spec.aliases]
+        if odd := in_place if self.backend == "onnx" else replaced if self.backend == "aoti" else []:
+            how = "aliases" if self.backend == "onnx" else "mutates"
+            raise ValueError(f"got {odd[0]} of {self.backend} writing its inputs otherwise, expected {how}")
+        return self
 
 
 class FileSpec(_Strict):
@@ -109,8 +143,10 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
-        for name in self.files:
+        for name in (*self.files, self.tokenizer):
             _safe(name)
+        if odd := [name for name, backend in self.backends.items() if name != backend.key]:
+            raise ValueError(f"got backend {odd[0]!r}, expected {self.backends[odd[0]].key!r}")
         named = [self.weights, self.golden.file, *(g.file for b in self.backends.values() for g in b.graphs.values())]
         missing = [name for name in named if name not in self.files]
         if missing:
@@ -158,12 +194,17 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def check_hash(folder: Path, manifest: Manifest, name: str) -> None:
+    """One file's sha256; raises ValueError where it differs."""
+    got, expected = file_hash(folder / name), manifest.files[name].sha256
+    if got != expected:
+        raise ValueError(f"{folder / name}: got sha256 {got[:12]}, expected {expected[:12]}")
+
+
 def check_hashes(folder: Path, manifest: Manifest) -> None:
     """Every file's sha256; raises ValueError at the first that differs."""
-    for name, spec in manifest.files.items():
-        got = file_hash(folder / name)
-        if got != spec.sha256:
-            raise ValueError(f"{folder / name}: got sha256 {got[:12]}, expected {spec.sha256[:12]}")
+    for name in manifest.files:
+        check_hash(folder, manifest, name)
 
 
 def file_hash(path: Path) -> str:

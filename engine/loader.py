@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from torch import nn
 
+from engine.cache import FP8
 from engine.checkpoint import (
     TensorSource,
     fill,
@@ -17,16 +19,22 @@ from engine.checkpoint import (
     read_json,
 )
 from engine.config import Preset, TransformerConfig, find_preset
-from engine.generators import Geometry
+from engine.cuda_graphs import GraphedStages
+from engine.fused import FusedTransformer
+from engine.generators import Geometry, Stages
 from engine.stages import TorchStages
 from engine.stream import Pipeline
 from engine.text import Tokenizer, load_text_encoder
 from engine.transformer import WanTransformer
 from engine.vae import VAE, VAEConfig
 
+if TYPE_CHECKING:
+    from engine.graph_stages import GraphStages
+
 EMBEDDED = Path(__file__).parent / "assets" / "sprites"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SETTINGS = {"height": 480, "width": 832, "fps": 16, "preset": "greedy", "overrides": {}}
+PRECISIONS = (*DTYPES, "fp8")
+_SETTINGS = {"height": 480, "width": 832, "fps": 16, "preset": "greedy", "overrides": {}, "fp8_keep": []}
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -56,7 +64,7 @@ def load(
     model: str | Path | None = None, *, preset: str | None = None, overrides: dict[str, Any] | None = None,
     checkpoint: str | Path | None = None, checkpoint_state: str | None = None, adapters: Sequence[str | Path] = (),
     device: str = "auto", dtype: str = "auto", height: int | None = None, width: int | None = None,
-    fps: float | None = None,
+    fps: float | None = None, fp8_attention: bool = False, eager: bool = False,
 ) -> Pipeline:  # fmt: skip
     """A pipeline ready to stream.
 
@@ -66,8 +74,12 @@ def load(
     checkpoint        transformer weights instead of the directory's: a Self-Forcing-family .pt, or safetensors
     checkpoint_state  which state of a .pt to take (generator_ema, generator, ...)
     adapters          PEFT LoRA folders, or LongLive's LoRA .pt, merged into every transformer
-    device, dtype     cpu, cuda, ...; fp32, bf16, fp16; auto takes cuda and bf16 where there is a GPU, else cpu and fp32
+    device, dtype     cpu, cuda, ...; fp32, bf16, fp16, fp8; auto takes cuda and bf16 where there is a GPU, else cpu
+                      and fp32. fp8 is bf16 with the blocks' large products on e4m3; the model's engine.json may list
+                      products that stay as they are (fp8_keep: patterns such as "blocks.0.*", "*.ffn.net.2")
     height, width     pixels; fps frames a second; None is the model's own
+    fp8_attention     keys, values and queries of self-attention as e4m3 too
+    eager             plain PyTorch also on a GPU: no fused kernels, no CUDA graphs
 
     Raises ValueError or FileNotFoundError (got and expected) and MemoryError before any weight is read.
     """
@@ -75,7 +87,8 @@ def load(
     settings = settings_of(folder)
     chosen = Path(checkpoint) if checkpoint is not None else None
     name, style = choose_preset(settings, preset, overrides or {}, chosen)
-    place, kind = _device(device), _dtype(dtype, device)
+    fp8 = dtype == "fp8"
+    place, kind = _device(device), _dtype("bf16" if fp8 else dtype, device)
     config = TransformerConfig.from_dict(read_json(folder / "transformer" / "config.json"))
     vae_config = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
     height = settings["height"] if height is None else height
@@ -93,55 +106,96 @@ def load(
     )
     text_source = open_source(folder / "text_encoder")
     needed = len(roles) * source.bytes_at(kind) + vae_source.bytes_at(kind) + text_source.bytes_at(kind)
-    _check_memory(needed, cache_bytes(config, style, geometry.tokens, kind), place)
+    needed += len(roles) * source.bytes_at(FP8) if fp8 else 0
+    _check_memory(needed, cache_bytes(config, style, geometry.tokens, FP8 if fp8_attention else kind), place)
 
     models = {role: _transformer(folder, config, source, role, adapters, kind, place) for role in roles}
     with torch.device("meta"):
         vae = VAE(vae_config)
     fill(vae, vae_source, kind, place)
     encoder = load_text_encoder(folder / "text_encoder", kind, place)
-    stages = TorchStages(models, vae, encoder)
+    stages = make_stages(
+        models, vae, encoder, place, fp8=fp8, keep=settings["fp8_keep"], fp8_attention=fp8_attention, eager=eager
+    )
     return assemble(
         stages, config, style, kind, place, tokenizer=Tokenizer(folder / "tokenizer"), name=name, height=height,
-        width=width, fps=fps, vae_config=vae_config,
+        width=width, fps=fps, vae_config=vae_config, kv_dtype=FP8 if fp8_attention else None,
     )  # fmt: skip
 
 
+def make_stages(
+    models: dict[str, WanTransformer], vae: VAE, encoder: nn.Module, device: torch.device, *, fp8: bool = False,
+    keep: Sequence[str] = (), fp8_attention: bool = False, eager: bool = False,
+) -> Stages:  # fmt: skip
+    """The torch backend: plain modules on a processor; fused kernels, and CUDA graphs around them, on a GPU.
+
+    FP8 runs on the fused kernels everywhere; on a processor that is their slow definition.
+    """
+    if eager and (fp8 or fp8_attention):
+        raise ValueError("precision: got fp8 for plain PyTorch, expected it without eager: FP8 needs the fused kernels")
+    dtype = next(iter(models.values())).proj_out.weight.dtype
+    if fp8_attention and dtype != torch.bfloat16:
+        raise ValueError(f"fp8 attention: got {dtype}, expected a model in bf16 or fp8")
+    if eager or not (device.type == "cuda" or fp8 or fp8_attention):
+        return TorchStages(models, vae, encoder)
+    fused = {role: FusedTransformer(model, fp8, keep) for role, model in models.items()}
+    stages = TorchStages(models, vae, encoder, fused)
+    return GraphedStages(stages) if device.type == "cuda" else stages
+
+
 def assemble(
-    stages: TorchStages, config: TransformerConfig, preset: Preset, dtype: torch.dtype, device: torch.device, *,
+    stages: Stages, config: TransformerConfig, preset: Preset, dtype: torch.dtype, device: torch.device, *,
     height: int, width: int, tokenizer: Tokenizer | None = None, name: str = "", fps: float = 16,
-    vae_config: VAEConfig | None = None,
+    vae_config: VAEConfig | None = None, kv_dtype: torch.dtype | None = None,
 ) -> Pipeline:  # fmt: skip
     """A pipeline of parts already in memory (tests, parity, random weights)."""
     scale = vae_config or VAEConfig()
     return Pipeline(
         stages, tokenizer, config, preset, name, dtype, device, height, width, fps,
-        scale.scale_factor_spatial, scale.scale_factor_temporal,
+        scale.scale_factor_spatial, scale.scale_factor_temporal, kv_dtype,
     )  # fmt: skip
 
 
-def load_bundle(folder: str | Path, backend: str = "onnx") -> Pipeline:
+def load_bundle(folder: str | Path, backend: str | None = None) -> Pipeline:
     """A pipeline that runs on a bundle's compiled graphs; size, preset and precision are the bundle's.
 
-    Raises ValueError or FileNotFoundError (got and expected) where the bundle is not what its manifest says.
+    backend is onnx or aoti; None is the first one in the bundle. The graphs of aoti are code: load only what you would
+    run. Raises ValueError or FileNotFoundError (got and expected) where the bundle is not what its manifest says, or
+    is for another machine.
     """
     from engine.bundle import read_manifest  # extra packages that only bundles need
-    from engine.onnx_stages import OnnxStages
+    from engine.graph_stages import DTYPES as TENSOR_DTYPES
 
     folder = Path(folder)
     manifest = read_manifest(folder)
-    found = [spec for spec in manifest.backends.values() if spec.backend == backend]
+    found = [spec for spec in manifest.backends.values() if backend in (None, spec.backend)]
     if not found:
         raise ValueError(f"bundle: got backend {backend!r}, expected one of {', '.join(manifest.backends)}")
     tokenizer = Tokenizer(folder / manifest.tokenizer)
     if tokenizer.rows != manifest.text_rows:
         raise ValueError(f"bundle: got a tokenizer of {tokenizer.rows} rows, expected {manifest.text_rows}")
-    stages = OnnxStages(folder, manifest, found[0], torch.get_num_threads())
+    device = torch.device(found[0].target.split("-")[0])
+    stages = _bundle_stages(found[0].backend)(folder, manifest, found[0], torch.get_num_threads(), device)
+    graph = found[0].graphs["etm" if "etm" in found[0].graphs else "dit"]
+    latent = next(spec for spec in graph.inputs if spec.name == "latent")
     return Pipeline(
         stages, tokenizer, manifest.transformer_value(), manifest.preset_value(), manifest.preset_name,
-        DTYPES[manifest.precision], torch.device("cpu"), manifest.height, manifest.width, manifest.fps,
+        TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
         manifest.spatial, manifest.temporal,
     )  # fmt: skip
+
+
+def _bundle_stages(backend: str) -> "type[GraphStages]":
+    """The class that runs a backend's graphs; each needs packages of its own."""
+    if backend == "onnx":
+        from engine.onnx_stages import OnnxStages
+
+        return OnnxStages
+    if backend == "aoti":
+        from engine.aoti_stages import AotiStages
+
+        return AotiStages
+    raise ValueError(f"bundle: got backend {backend!r}, expected onnx or aoti")
 
 
 def cache_bytes(config: TransformerConfig, preset: Preset, tokens: int, dtype: torch.dtype) -> int:
@@ -192,7 +246,7 @@ def _dtype(name: str, device: str) -> torch.dtype:
     if name == "auto":
         return torch.float32 if _device(device).type == "cpu" else torch.bfloat16
     if name not in DTYPES:
-        raise ValueError(f"dtype: got {name!r}, expected auto or one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype: got {name!r}, expected auto or one of {', '.join(PRECISIONS)}")
     return DTYPES[name]
 
 

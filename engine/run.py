@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--scale", type=int, default=1, metavar="N", help="enlarge every pixel N times each way (1)")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     run.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
-    run.add_argument("--backend", choices=("torch", "onnx"), help="torch; with --bundle onnx")
+    run.add_argument("--backend", choices=("torch", "onnx", "aoti"), help="torch; with --bundle its first")
     run.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     run.add_argument("--json", action="store_true", help="print a report as the last line of stdout")
     run.add_argument("--quiet", action="store_true", help="no progress, no warnings")
@@ -257,7 +257,7 @@ def _shape(args: argparse.Namespace) -> tuple[int, int, float]:
 
 def _load(args: argparse.Namespace, height: int, width: int, fps: float) -> Pipeline:
     if args.bundle is not None:
-        return load_bundle(args.bundle, args.backend or "onnx")
+        return load_bundle(args.bundle, args.backend)
     if args.backend not in (None, "torch"):
         raise ValueError(f"--backend: got {args.backend}, expected --bundle with it (python -m export writes one)")
     pipeline = load(

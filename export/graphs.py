@@ -1,11 +1,13 @@
-"""The engine's stages as pure functions of tensors: caches in, slot and length as tensors, updated caches out.
+"""The engine's stages as functions of tensors: caches in, slot and length as tensors.
 
-A `Graph` is a module with named example inputs. Everything it needs is an argument, so that any tracer can take
-it; the two operations whose spelling depends on the target are custom operators of this file.
+A `Graph` is a module with named example inputs. Everything it needs is an argument, so that any tracer can take it.
+Caches are spelled in two ways: as updated outputs, by two custom operators of this file that a compiler translates
+(ONNX cannot write an input), or written in place by what torch has (AOTInductor: no operator of ours in its graphs).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +48,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, length: Tensor, heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """One stage: the module, its inputs in order with example values, its outputs' names, and who shares memory."""
+    """One stage: the module, its inputs in order with example values, its outputs' names, and what it writes."""
 
     name: str
     module: nn.Module
     inputs: dict[str, Tensor]
     outputs: list[str]
     aliases: dict[str, str] = field(default_factory=dict)  # output -> input that it replaces
+    mutates: list[str] = field(default_factory=list)  # inputs that it writes itself
 
 
 class _Function(nn.Module):
@@ -68,8 +71,11 @@ class _Function(nn.Module):
         return self.function(*inputs)
 
 
-def stage_graphs(pipeline: Pipeline) -> list[Graph]:
-    """Every stage of a pipeline of the torch backend, batch 1, at the pipeline's size and preset."""
+def stage_graphs(pipeline: Pipeline, in_place: bool = False) -> list[Graph]:
+    """Every stage of a pipeline of the torch backend, batch 1, at the pipeline's size and preset.
+
+    in_place: key/value caches are written where they lie instead of returned.
+    """
     stages, preset = pipeline.stages, pipeline.preset
     if not isinstance(stages, TorchStages) or stages.vae is None or stages.text_encoder is None:
         raise ValueError("export: got a pipeline without its torch modules, expected one from engine.load")
@@ -82,7 +88,7 @@ def stage_graphs(pipeline: Pipeline) -> list[Graph]:
     return [
         _encode_text(stages.text_encoder, rows),
         *(_prepare_text(name, model, rows) for name, model in stages.models.items()),
-        *_transformers(pipeline, stages.models),
+        *_transformers(pipeline, stages.models, in_place),
         *_vae(pipeline, stages),
     ]
 
@@ -99,21 +105,21 @@ def _prepare_text(role: str, model: WanTransformer, rows: int) -> Graph:
     return Graph(f"prepare_text_{role}", module, {"text_emb": text}, ["text_k", "text_v"])
 
 
-def _transformers(pipeline: Pipeline, models: dict[str, WanTransformer]) -> list[Graph]:
+def _transformers(pipeline: Pipeline, models: dict[str, WanTransformer], in_place: bool) -> list[Graph]:
     preset = pipeline.preset
     if preset.family == "greedy":
         etm_slots, sdd_slots = (preset.window + 1) * preset.chunk, 3 * preset.chunk
         return [
-            _transformer("etm", pipeline, models["etm"], etm_slots, hidden=True),
-            _transformer("sdd_context", pipeline, models["sdd"], sdd_slots, hidden=True),
-            _transformer("sdd", pipeline, models["sdd"], sdd_slots, timed=True, conditioned=True),
+            _transformer("etm", pipeline, models["etm"], etm_slots, in_place, hidden=True),
+            _transformer("sdd_context", pipeline, models["sdd"], sdd_slots, in_place, hidden=True),
+            _transformer("sdd", pipeline, models["sdd"], sdd_slots, in_place, timed=True, conditioned=True),
         ]
-    return [_transformer("dit", pipeline, models["dit"], preset.window, timed=True)]
+    return [_transformer("dit", pipeline, models["dit"], preset.window, in_place, timed=True)]
 
 
 def _transformer(
-    name: str, pipeline: Pipeline, model: WanTransformer, slots: int, *, hidden: bool = False, timed: bool = False,
-    conditioned: bool = False,
+    name: str, pipeline: Pipeline, model: WanTransformer, slots: int, in_place: bool, *, hidden: bool = False,
+    timed: bool = False, conditioned: bool = False,
 ) -> Graph:  # fmt: skip
     """A pass over one chunk. hidden: the last hidden state instead of the flow; timed: t is an input, else 0."""
     config, dtype, layers = model.config, model.proj_out.weight.dtype, model.config.num_layers
@@ -136,7 +142,8 @@ def _transformer(
     def run(*given: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(inputs, given[:front], strict=True))
         past = given[front + 2 * layers :]
-        attend, updated = _functional_attention(model, past, named["write_idx"], named["kv_len"])
+        attention = _in_place_attention if in_place else _functional_attention
+        attend, updated = attention(model, past, named["write_idx"], named["kv_len"])
         t = named["t"] if timed else torch.zeros_like(named["latent"][:, 0, 0, 0, 0], dtype=torch.float32)
         text_kv = given[front : front + layers], given[front + layers : front + 2 * layers]
         if hidden:
@@ -145,9 +152,10 @@ def _transformer(
             out = model(named["latent"], t, text_kv, named["rope_cos"], named["rope_sin"], attend, named.get("c_f"))
         return out, *updated
 
-    aliases = {f"{key}_out": key for key in caches}
+    aliases = {} if in_place else {f"{key}_out": key for key in caches}
+    mutates = list(caches) if in_place else []
     first = "hidden" if hidden else "flow"
-    return Graph(name, _Function(run, model=model), inputs | text | caches, [first, *aliases], aliases)
+    return Graph(name, _Function(run, model=model), inputs | text | caches, [first, *aliases], aliases, mutates)
 
 
 def _functional_attention(
@@ -164,6 +172,26 @@ def _functional_attention(
         return out.unflatten(-1, (heads, -1))
 
     return attend, updated
+
+
+def _in_place_attention(
+    model: WanTransformer, past: tuple[Tensor, ...], index: Tensor, length: Tensor
+) -> tuple[Attend, list[Tensor]]:
+    """The same on caches that are written where they lie; rows behind the valid ones are not read."""
+    layers, heads = model.config.num_layers, model.config.num_attention_heads
+    rows = cast(int, length.item())  # a tracer keeps it open; int() would ask for its value
+    torch._check(rows > 0)
+    torch._check(rows <= past[0].shape[1])
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        at = index + torch.arange(k.shape[1], device=k.device)
+        for cache, new in ((past[layer], k), (past[layers + layer], v)):
+            cache.index_copy_(1, at, new.flatten(2))
+        keys, values = (past[i][:, :rows].unflatten(-1, (heads, -1)) for i in (layer, layers + layer))
+        q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
+        return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2)
+
+    return attend, []
 
 
 def _vae(pipeline: Pipeline, stages: TorchStages) -> list[Graph]:

@@ -2,15 +2,16 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from engine.bundle import (
     BackendSpec,
@@ -18,40 +19,75 @@ from engine.bundle import (
     GoldenSpec,
     GraphSpec,
     Manifest,
-    TensorSpec,
+    check_hash,
     check_hashes,
     file_hash,
     read_manifest,
 )
+from engine.graph_stages import NotHere
 from engine.loader import load_bundle
 from engine.stream import Pipeline
-from export.graphs import Graph, stage_graphs
-from export.onnx_graph import to_onnx
+from export.compilers import Compiler, compiler_of
+from export.graphs import stage_graphs
+from export.program import trace
+from export.quantize import is_quantized
 
 GOLDEN_CHUNKS = 3
-TOLERANCE = 2  # grey levels
+# Grey levels that golden frames may differ from torch's of the same precision, or from a backend's own when replayed.
+TOLERANCE = {"fp32": 2, "fp16": 2, "bf16": 2, "fp8": 2}
+_GOLDEN = "golden.safetensors"
 
 
 class WeightStore:
     """Large constants of all graphs, each content once."""
 
     def __init__(self) -> None:
-        self.arrays: dict[str, np.ndarray] = {}
+        self.tensors: dict[str, Tensor] = {}
         self._key_of: dict[str, str] = {}
 
-    def add(self, graph: str, name: str, value: np.ndarray) -> str:
+    def add(self, graph: str, name: str, value: Tensor) -> str:
         """The key under which this content is kept: where it was first seen."""
-        digest = hashlib.sha256(str((value.dtype, value.shape)).encode() + value.tobytes()).hexdigest()
-        if digest not in self._key_of:
-            self._key_of[digest] = f"{graph}/{name}"
-            self.arrays[f"{graph}/{name}"] = np.ascontiguousarray(value)
-        return self._key_of[digest]
+        value = value.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        key = self._key_of.setdefault(digest.hexdigest(), f"{graph}/{name}")
+        if key not in self.tensors:
+            self.tensors[key] = value.clone()  # views of one storage cannot be saved
+        return key
 
 
-def write_bundle(pipeline: Pipeline, out: Path, tokenizer: Path, prompt: str, seed: int = 0) -> Iterator[str]:
+class Reusable:
+    """Graphs of an older bundle, by what they were made from."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._found: dict[str, tuple[Path, Manifest, str]] = {}
+        if folder is None:
+            return
+        manifest = read_manifest(folder)
+        for backend in manifest.backends.values():
+            for spec in backend.graphs.values():
+                if spec.source is not None:
+                    self._found[f"{backend.key} {spec.source}"] = folder, manifest, spec.file
+
+    def copy(self, backend: str, source: str | None, file: Path) -> bool:
+        """Copy the graph made from `source` to `file`, where there is one."""
+        if f"{backend} {source}" not in self._found:
+            return False
+        folder, manifest, name = self._found[f"{backend} {source}"]
+        check_hash(folder, manifest, name)
+        shutil.copyfile(folder / name, file)
+        return True
+
+
+def write_bundle(
+    pipeline: Pipeline, out: Path, tokenizer: Path, prompt: str, seed: int = 0, backends: Sequence[str] = ("onnx",),
+    reuse: Path | None = None,
+) -> Iterator[str]:  # fmt: skip
     """Write `out`, yielding a line of progress for each step; the golden frames are replayed before the rename.
 
-    tokenizer is the directory to copy, prompt and seed make the golden frames. Raises ValueError where `out` exists.
+    tokenizer is the directory to copy, prompt and seed make the golden frames; the first backend is the one that a
+    loader takes unless told otherwise. Compiled graphs of the bundle `reuse` that would come out the same are copied.
+    Raises ValueError where `out` exists.
     """
     if out.exists():
         raise ValueError(f"export: got {out}, which exists, expected a new directory")
@@ -59,36 +95,32 @@ def write_bundle(pipeline: Pipeline, out: Path, tokenizer: Path, prompt: str, se
         raise FileNotFoundError(f"export: got {out}, expected an existing directory {out.parent}")
     if not tokenizer.is_dir():
         raise FileNotFoundError(f"export: got no tokenizer in {tokenizer}, expected a directory")
+    if not backends or len(set(backends)) != len(backends):
+        raise ValueError(f"export: got backends {', '.join(backends) or 'none'}, expected each once")
+    compilers = [compiler_of(backend, pipeline.device) for backend in backends]
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        yield from _write(pipeline, part, tokenizer, prompt, seed)
-        worst = verify_bundle(part)
-        if worst > TOLERANCE:
-            raise ValueError(f"export: got frames {worst} grey levels off, expected at most {TOLERANCE}")
-        yield f"golden frames replayed, at most {worst} grey levels off"
+        yield from _write(pipeline, part, tokenizer, prompt, seed, compilers, Reusable(reuse))
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(pipeline: Pipeline, part: Path, tokenizer: Path, prompt: str, seed: int) -> Iterator[str]:
-    folder = part / "graphs" / "onnx-cpu"
-    folder.mkdir(parents=True)
-    store, graphs = WeightStore(), {}
-    stages = stage_graphs(pipeline)
-    for number, graph in enumerate(stages, start=1):
-        graphs[graph.name] = _graph(graph, part, folder / f"{graph.name}.onnx", store)
-        yield f"{number}/{len(stages)} {graph.name}"
-    save_file(store.arrays, part / "weights.safetensors")
+def _write(
+    pipeline: Pipeline, part: Path, tokenizer: Path, prompt: str, seed: int, compilers: list[Compiler],
+    older: Reusable,
+) -> Iterator[str]:  # fmt: skip
+    store, specs = WeightStore(), {}
+    for compiler in compilers:
+        spec = BackendSpec(backend=compiler.backend, target=compiler.target, versions=compiler.versions, graphs={})
+        yield from _compile(pipeline, compiler, spec, part, store, older)
+        specs[spec.key] = spec
+    save_file(store.tensors, part / "weights.safetensors")
     shutil.copytree(tokenizer, part / "tokenizer")
-    save_file({"frames": golden_frames(pipeline, prompt, seed)}, part / "golden.safetensors")
-    files = {
-        str(file.relative_to(part)): FileSpec(bytes=file.stat().st_size, sha256=file_hash(file))
-        for file in sorted(part.rglob("*"))
-        if file.is_file()
-    }
-    versions = {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript")}
+
+    golden = {"frames": torch.from_numpy(golden_frames(pipeline, prompt, seed))}
+    save_file(golden, part / _GOLDEN)
     preset = asdict(pipeline.preset) | {"steps": [list(steps) for steps in pipeline.preset.steps]}
     transformer = asdict(pipeline.config) | {"patch_size": list(pipeline.config.patch_size)}
     manifest = Manifest(
@@ -97,35 +129,68 @@ def _write(pipeline: Pipeline, part: Path, tokenizer: Path, prompt: str, seed: i
         height=pipeline.height, width=pipeline.width, fps=float(pipeline.fps), spatial=pipeline.spatial,
         temporal=pipeline.temporal, text_rows=pipeline.tokenizer.rows if pipeline.tokenizer else 0,
         weights="weights.safetensors", tokenizer="tokenizer",
-        golden=GoldenSpec(file="golden.safetensors", prompt=prompt, seed=seed), files=files,
-        backends={"onnx-cpu": BackendSpec(backend="onnx", target="cpu", versions=versions, graphs=graphs)},
+        golden=GoldenSpec(file=_GOLDEN, prompt=prompt, seed=seed), files=_files(part), backends=specs,
     )  # fmt: skip
+    _save_manifest(manifest, part)
+    yield from _add_golden(part, manifest, golden)
+
+
+def _compile(
+    pipeline: Pipeline, compiler: Compiler, spec: BackendSpec, part: Path, store: WeightStore, older: Reusable
+) -> Iterator[str]:
+    """Every stage into graphs/<backend>-<target>/ and into `spec`; a line for each."""
+    folder = part / "graphs" / spec.key
+    folder.mkdir(parents=True)
+    stages = stage_graphs(pipeline, compiler.in_place)
+    for number, graph in enumerate(stages, start=1):
+        begun, file = time.perf_counter(), folder / f"{graph.name}.{compiler.suffix}"
+        program = trace(graph)
+        source = compiler.source(program)
+        reused = older.copy(spec.key, source, file)
+        weights = compiler.adopt(program, file) if reused else compiler.write(program, file)
+        spec.graphs[graph.name] = GraphSpec(
+            file=str(file.relative_to(part)), inputs=program.inputs, outputs=program.outputs,
+            weights={name: store.add(graph.name, name, value) for name, value in weights.items()},
+            aliases=graph.aliases, mutates=graph.mutates, source=source,
+        )  # fmt: skip
+        spent = "reused" if reused else f"{time.perf_counter() - begun:.1f} s"
+        yield f"{spec.key} {number}/{len(stages)} {graph.name}: {spent}"
+
+
+def _add_golden(part: Path, manifest: Manifest, golden: dict[str, Tensor]) -> Iterator[str]:
+    """Replay the frames on what was written, compare with torch's, keep them beside those."""
+    allowed = TOLERANCE[manifest.precision]
+    for key, backend in manifest.backends.items():
+        try:
+            frames = golden_frames(load_bundle(part, backend.backend), manifest.golden.prompt, manifest.golden.seed)
+        except NotHere as error:
+            yield f"{key}: golden frames not replayed: {error}"
+            continue
+        worst = _apart(frames, golden["frames"])
+        if worst > allowed:
+            raise ValueError(f"export: got frames of {key} {worst} grey levels off torch's, expected at most {allowed}")
+        golden[f"frames.{key}"] = torch.from_numpy(frames)
+        yield f"{key}: golden frames replayed, at most {worst} grey levels off torch's"
+    save_file(golden, part / _GOLDEN)
+    _save_manifest(manifest.model_copy(update={"files": manifest.files | _files(part, _GOLDEN)}), part)
+
+
+def _files(part: Path, pattern: str = "*") -> dict[str, FileSpec]:
+    return {
+        str(file.relative_to(part)): FileSpec(bytes=file.stat().st_size, sha256=file_hash(file))
+        for file in sorted(part.rglob(pattern))
+        if file.is_file()
+    }
+
+
+def _save_manifest(manifest: Manifest, part: Path) -> None:
     (part / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def _precision(pipeline: Pipeline) -> Literal["fp32", "fp16", "bf16"]:
+def _precision(pipeline: Pipeline) -> Literal["fp32", "fp16", "bf16", "fp8"]:
     names: dict[torch.dtype, Literal["fp32", "fp16", "bf16"]]
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    return names[pipeline.dtype]
-
-
-def _graph(graph: Graph, root: Path, file: Path, store: WeightStore) -> GraphSpec:
-    made = to_onnx(graph)
-    with torch.no_grad():
-        results = graph.module(*graph.inputs.values())
-    file.write_bytes(made.model.SerializeToString())
-    return GraphSpec(
-        file=str(file.relative_to(root)),
-        inputs=[_spec(name, value) for name, value in graph.inputs.items()],
-        outputs=[_spec(name, value) for name, value in zip(graph.outputs, results, strict=True)],
-        weights={name: store.add(graph.name, name, value) for name, value in made.weights.items()},
-        aliases=graph.aliases,
-    )
-
-
-def _spec(name: str, value: torch.Tensor) -> TensorSpec:
-    dtype = str(value.dtype).removeprefix("torch.")
-    return TensorSpec.model_validate({"name": name, "shape": list(value.shape), "dtype": dtype})
+    return "fp8" if is_quantized(pipeline) else names[pipeline.dtype]
 
 
 def golden_frames(pipeline: Pipeline, prompt: str, seed: int) -> np.ndarray:
@@ -134,14 +199,27 @@ def golden_frames(pipeline: Pipeline, prompt: str, seed: int) -> np.ndarray:
         return np.concatenate([stream.next_chunk() for _ in range(GOLDEN_CHUNKS)])
 
 
-def verify_bundle(folder: Path) -> int:
-    """Check every hash, replay the golden frames; returns the largest difference in grey levels."""
-    from safetensors.numpy import load_file
+def verify_bundle(folder: Path, backends: Sequence[str] = ()) -> dict[str, int]:
+    """Check every hash, replay the golden frames of `backends` (all of them where empty).
 
+    Returns the largest difference in grey levels of each: to the frames that it gave when it was exported, or to
+    torch's where it could not run there.
+    """
     manifest = read_manifest(folder)
     check_hashes(folder, manifest)
-    expected = load_file(folder / manifest.golden.file)["frames"]
-    got = golden_frames(load_bundle(folder), manifest.golden.prompt, manifest.golden.seed)
-    if got.shape != expected.shape:
+    stored = load_file(folder / manifest.golden.file)
+    worst = {}
+    for key, backend in manifest.backends.items():
+        if not backends or backend.backend in backends:
+            frames = golden_frames(load_bundle(folder, backend.backend), manifest.golden.prompt, manifest.golden.seed)
+            worst[key] = _apart(frames, stored.get(f"frames.{key}", stored["frames"]))
+    if not worst:
+        raise ValueError(f"verify: got backend {', '.join(backends)}, expected one of {', '.join(manifest.backends)}")
+    return worst
+
+
+def _apart(got: np.ndarray, expected: Tensor) -> int:
+    """Largest difference in grey levels."""
+    if got.shape != tuple(expected.shape):
         raise ValueError(f"golden: got frames {list(got.shape)}, expected {list(expected.shape)}")
-    return int(np.abs(got.astype(int) - expected.astype(int)).max())
+    return int(np.abs(got.astype(int) - expected.numpy().astype(int)).max())

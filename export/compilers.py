@@ -1,0 +1,106 @@
+"""What a bundle's graphs can be made by: one class a backend, all with the same five members."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, cast
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.aoti_stages import target_of
+from export.aoti import compile_program, constants_of, source_of
+from export.onnx_graph import to_onnx
+from export.program import Program
+
+
+class Compiler(ABC):
+    """Makes one file of one traced stage."""
+
+    backend: Literal["onnx", "aoti"]
+    target: str
+    suffix: str
+    in_place = False  # graphs write their caches where they lie
+
+    @property
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Of the packages that the result depends on."""
+
+    @abstractmethod
+    def write(self, program: Program, file: Path) -> dict[str, Tensor]:
+        """Compile into `file`; returns the constants that it leaves outside, by the names that it knows them by."""
+
+    def source(self, program: Program) -> str | None:
+        """sha256 of what decides the result; None where making it again is quick enough."""
+        return None
+
+    def adopt(self, program: Program, file: Path) -> dict[str, Tensor]:
+        """As `write`, of a file that was made of a program with the same source."""
+        raise NotImplementedError
+
+
+class OnnxCompiler(Compiler):
+    """ONNX for any machine."""
+
+    backend = "onnx"
+    target = "cpu"
+    suffix = "onnx"
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript")}
+
+    def write(self, program: Program, file: Path) -> dict[str, Tensor]:
+        # The exporter takes a traced program where it takes a module, and need not trace again.
+        made = to_onnx(replace(program.graph, module=cast(nn.Module, program.traced)))
+        file.write_bytes(made.model.SerializeToString())
+        return {name: _tensor(value) for name, value in made.weights.items()}
+
+
+@dataclass
+class AotiCompiler(Compiler):
+    """Machine code for this machine's processors or its GPU."""
+
+    device: torch.device
+
+    backend = "aoti"
+    suffix = "so"
+    in_place = True
+
+    def __post_init__(self) -> None:
+        self.target = target_of(self.device)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__}
+
+    def write(self, program: Program, file: Path) -> dict[str, Tensor]:
+        compile_program(program, self.device, file)
+        return self.adopt(program, file)
+
+    def source(self, program: Program) -> str:
+        return source_of(program, self.device)
+
+    def adopt(self, program: Program, file: Path) -> dict[str, Tensor]:
+        return constants_of(program, self.device, file)
+
+
+def compiler_of(backend: str, device: torch.device) -> Compiler:
+    """The compiler of a backend for the device that the pipeline is on."""
+    if backend == "onnx":
+        return OnnxCompiler()
+    if backend == "aoti":
+        return AotiCompiler(device)
+    raise ValueError(f"export: got backend {backend!r}, expected onnx or aoti")
+
+
+def _tensor(value: np.ndarray) -> Tensor:
+    """numpy has no bfloat16 and no FP8 of its own; torch does not know those of ml_dtypes."""
+    foreign = {ml_dtypes.bfloat16: torch.bfloat16, ml_dtypes.float8_e4m3fn: torch.float8_e4m3fn}
+    dtype = foreign.get(value.dtype.type)
+    value = np.ascontiguousarray(value)
+    return torch.from_numpy(value) if dtype is None else torch.from_numpy(value.view(np.uint8)).view(dtype)
