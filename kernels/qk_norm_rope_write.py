@@ -121,10 +121,11 @@ def _qk_norm_rope_write(
         q = to_e4m3(q.to(tl.float32), tl.load(Q_SCALE + head, mask=head < HEADS, other=1.0))
         k = to_e4m3(k.to(tl.float32), tl.load(K_SCALE + head, mask=head < HEADS, other=1.0))
     tl.store(Q + (batch * tokens + token) * WIDTH + at, q.to(Q.dtype.element_ty), mask=inside)
-    kept = inside & (row < rows)  # a wrong start row must not reach other memory
-    tl.store(K + batch * k_batch + row * WIDTH + at, k.to(K.dtype.element_ty), mask=kept)
+    at += row * WIDTH
+    inside &= (at >= 0) & (at < rows.to(tl.int64) * WIDTH)  # a wrong start row must not reach other memory
+    tl.store(K + batch * k_batch + at, k.to(K.dtype.element_ty), mask=inside)
     if not FP8:
-        tl.store(V + batch * v_batch + row * WIDTH + at, v.to(V.dtype.element_ty), mask=kept)
+        tl.store(V + batch * v_batch + at, v.to(V.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["START", "tokens", "rows"])
@@ -143,7 +144,7 @@ def _write_v_transposed(
     v = to_e4m3(v, tl.load(V_SCALE + head)).to(tl.float8e4nv)
     row = _first_row(START, ON_DEVICE) + token
     target = V + batch * v_batch + (head * DIM + element).to(tl.int64) * pitch + row
-    tl.store(target, v, mask=inside & (row < rows))
+    tl.store(target, v, mask=inside & (row >= 0) & (row < rows))
 
 
 def _write(

@@ -36,7 +36,7 @@ def _double(level: Level) -> Level:
 def _number(level, ON_DEVICE: tl.constexpr):
     if ON_DEVICE:
         level = tl.load(level)
-    return level.to(tl.float32)
+    return tl.full([], level, tl.float32)
 
 
 @triton.jit(do_not_specialize=["size"])

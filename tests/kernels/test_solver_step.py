@@ -1,0 +1,72 @@
+"""One solver step against float64, and bit for bit against the engine's solvers."""
+
+import pytest
+import torch
+from closeness import assert_as_good
+
+from engine.config import Preset
+from engine.schedule import Euler, Renoise, Schedule
+from kernels import table
+from kernels.solver_step import solver_step
+
+LEVELS = [(0.9375, 0.8333333134651184), (1.0, 0.5), (0.8333333134651184, 0.0)]
+
+
+def inputs(device, dtype, flow_dtype):
+    torch.manual_seed(0)
+    x, flow, noise = torch.randn(3, 2, 4, 1, 9, 37)
+    return x.to(device, dtype), flow.to(device, flow_dtype), noise.to(device, dtype)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("flow_dtype", [torch.float32, torch.bfloat16])
+def test_against_float64(device, levels, flow_dtype):
+    x, flow, noise = inputs(device, torch.float32, flow_dtype)
+    sigma, following = levels
+    scalars = [torch.tensor(level, device=device) for level in levels]
+    clean = x.double() - sigma * flow.double()
+    for fresh, truth in (
+        (None, x.double() + (following - sigma) * flow.double()),
+        (noise, (1 - following) * clean + following * noise.double()),
+    ):
+        plain = truth.float()
+        assert_as_good(solver_step(x, flow, sigma, following, fresh), plain, truth, floor=1e-6)
+        assert torch.equal(solver_step(x, flow, *scalars, fresh), solver_step(x, flow, sigma, following, fresh))
+        with table.use("reference"):
+            assert_as_good(solver_step(x, flow, *scalars, fresh), plain, truth, floor=1e-6)
+
+
+def test_narrow_latents(device):
+    x, flow, noise = inputs(device, torch.bfloat16, torch.bfloat16)
+    for fresh in (None, noise):
+        with table.use("reference"):
+            expected = solver_step(x, flow, 0.75, 0.25, fresh)
+        found = solver_step(x, flow, 0.75, 0.25, fresh)
+        assert found.dtype == torch.bfloat16
+        assert (found != expected).float().mean() < 0.001  # float32 sums may be one multiply-add
+
+
+def test_reference_is_the_solvers_of_the_engine(device):
+    schedule = Schedule(Preset(family="greedy"))
+    steps = schedule.steps(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, flow, noise = inputs("cpu", dtype, dtype)
+        for t, t_next in steps:
+            sigma, following = schedule.sigma(t), schedule.sigma(t_next)
+            fresh = None if t_next is None else noise
+            with table.use("reference"):
+                euler = solver_step(x, flow, sigma, following)
+                renoise = solver_step(x, flow, sigma, following, fresh)
+            assert torch.equal(euler, Euler(schedule).step(x, flow, t, t_next, None))
+            assert torch.equal(renoise, Renoise(schedule).step(x, flow, t, t_next, fresh))
+
+
+def test_bad_input(device):
+    x, flow, noise = inputs(device, torch.float32, torch.float32)
+    for call in (
+        lambda: solver_step(x, flow[:1], 0.5, 0.25),
+        lambda: solver_step(x, flow, 0.5, 0.25, noise[..., 1:]),
+        lambda: solver_step(x, flow, torch.zeros(2, device=device), 0.25),
+    ):
+        with pytest.raises(ValueError, match=r"^solver_step: got .*expected"):
+            call()
