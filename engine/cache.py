@@ -5,12 +5,22 @@ and never written again; after that writing goes round the rest. Softmax ignores
 attends to rows [0, valid * tokens) and nothing is ever moved.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
+
+from kernels.ring_attention import ring_attention
+
+FP8 = torch.float8_e4m3fn
 
 
 class RingCache:
     """K and V, each [layers, B, slots, tokens, heads, head_dim]; RoPE is already applied to K.
+
+    In FP8 (dtype e4m3) V lies transposed, [layers, B, heads, head_dim, pitch], as FP8 matrix units want it; pitch is
+    slots * tokens rounded up to 16, and only the fused kernels write such a cache.
 
     `write` stages a chunk in the slots that the next commit will own; only `commit` publishes them. A chunk
     that is written again, or never committed, therefore changes nothing that a later chunk reads.
@@ -23,9 +33,11 @@ class RingCache:
         if not 0 <= pinned < slots:
             raise ValueError(f"got {pinned} pinned of {slots} slots, expected at least one that is not pinned")
         self.slots, self.tokens, self.pinned = slots, tokens, pinned
+        self.fp8 = dtype == FP8
         shape = (layers, batch, slots, tokens, heads, head_dim)
+        transposed = (layers, batch, heads, head_dim, (slots * tokens + 15) // 16 * 16)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(transposed if self.fp8 else shape, dtype=dtype, device=device)
         self.committed = 0  # latent frames published since the last reset
 
     def reset(self) -> None:
@@ -42,14 +54,17 @@ class RingCache:
         return min(self.committed + frames, self.slots)
 
     def view(self, layer: int) -> tuple[Tensor, Tensor]:
-        """K and V of one layer as rows: [B, slots * tokens, heads, head_dim], no copy."""
-        return self.k[layer].flatten(1, 2), self.v[layer].flatten(1, 2)
+        """K and V of one layer as rows, [B, slots * tokens, heads, head_dim], no copy; V as it lies in FP8."""
+        return self.k[layer].flatten(1, 2), self.v[layer] if self.fp8 else self.v[layer].flatten(1, 2)
 
     def write(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
         """Put whole frames, k and v [B, frames * tokens, heads, head_dim], into slots from `slot` on.
 
         Runs past the last slot continue behind the pinned ones, so a chunk may wrap.
         """
+        if self.fp8:
+            raise ValueError("cache: got a chunk that the fused kernels cannot write (it wraps), "
+                             "expected one that fits, or attention in bf16")  # fmt: skip
         frames = k.shape[1] // self.tokens
         if frames * self.tokens != k.shape[1] or frames > self.slots:
             raise ValueError(f"got {k.shape[1]} rows, expected whole frames of {self.tokens}, at most {self.slots}")
@@ -64,7 +79,10 @@ class RingCache:
 
     def copy(self, source: int, target: int, frames: int) -> None:
         """Copy whole slots of all layers from `source` on to `target` on."""
-        for tensor in (self.k, self.v):
+        slots = [self.k, self.v]
+        if self.fp8:  # V's slots are columns
+            slots[1] = self.v[..., : self.slots * self.tokens].unflatten(-1, (self.slots, -1)).movedim(-2, 2)
+        for tensor in slots:
             tensor[:, :, target : target + frames].copy_(tensor[:, :, source : source + frames])
 
     def commit(self, frames: int) -> None:
@@ -75,3 +93,37 @@ class RingCache:
         if frame < self.slots:
             return frame
         return self.pinned + (frame - self.pinned) % (self.slots - self.pinned)
+
+
+@dataclass(frozen=True)
+class CachedAttention:
+    """Self-attention over a cache: writes its keys and values to `slot` on, then attends to `valid` slots.
+
+    Called with (layer, q, k, v), each [B, tokens, heads, head_dim]. Fused kernels do both themselves and only read
+    `start` and `rows`. slot and valid are numbers, or int32 scalars on the device that a CUDA graph reads anew.
+    """
+
+    cache: RingCache
+    slot: int | Tensor
+    valid: int | Tensor
+
+    def wraps(self, frames: int) -> bool:
+        """Whether a chunk goes round the ring's end; on the device nobody looks: whoever puts the slot there knows."""
+        return not isinstance(self.slot, Tensor) and self.slot + frames > self.cache.slots
+
+    @cached_property
+    def start(self) -> int | Tensor:
+        """First row to write."""
+        return self.slot * self.cache.tokens
+
+    @cached_property
+    def rows(self) -> int | Tensor:
+        """Rows to attend to once all are written."""
+        return self.valid * self.cache.tokens
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if isinstance(self.slot, Tensor) or isinstance(self.valid, Tensor):
+            raise ValueError("cache: got slots on the device, expected numbers: only fused kernels take the others")
+        self.cache.write(layer, self.slot, k, v)
+        keys, values = self.cache.view(layer)
+        return ring_attention(q, keys, values, self.valid * self.cache.tokens)

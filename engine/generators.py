@@ -6,7 +6,7 @@ raises can be repeated and gives what it would have given.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -108,6 +108,11 @@ class State:
     stale: bool = False  # the caches were written for another prompt
 
 
+def cache_maker(stages: Stages) -> Callable[..., RingCache]:
+    """How a backend wants its caches made: RingCache itself, unless it keeps them at addresses of its own."""
+    return getattr(stages, "make_cache", RingCache)
+
+
 class Generator(Protocol):
     """Makes chunks for streams; one generator serves many states."""
 
@@ -147,7 +152,7 @@ class CausalGenerator:
 
     def open(self, geometry: Geometry, text_kv: TextKV) -> CausalState:
         config, preset = self.config, self.preset
-        cache = RingCache(
+        cache = cache_maker(self.stages)(
             config.num_layers, geometry.batch, preset.window, geometry.tokens, config.num_attention_heads,
             config.attention_head_dim, preset.attn_sink, self.dtype, self.device,
         )  # fmt: skip
@@ -240,7 +245,7 @@ class GreedyGenerator:
         chunks = preset.window + 1
 
         def cache(slots: int) -> RingCache:
-            return RingCache(
+            return cache_maker(self.stages)(
                 config.num_layers, geometry.batch, slots, geometry.tokens, config.num_attention_heads,
                 config.attention_head_dim, dtype=self.dtype, device=self.device,
             )  # fmt: skip

@@ -71,6 +71,12 @@ class Attention(nn.Module):
             p.weight, p.bias = nn.Parameter(w, requires_grad=False), nn.Parameter(b, requires_grad=False)
         self._fused = weight, bias
 
+    def fused(self) -> tuple[Tensor, Tensor]:
+        """Weight [3 * dim, dim] and bias [3 * dim] of q, k, v as one product, after `fuse`."""
+        if self._fused is None:
+            raise ValueError("attention: got three projections, expected a call of fuse before")
+        return self._fused
+
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, n, dim] -> three of [B, n, heads, head_dim]"""
         if self._fused is None:

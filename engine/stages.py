@@ -5,33 +5,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.cache import RingCache
-from engine.layers import Attend
+from engine.cache import CachedAttention, RingCache
+from engine.fused import FusedTransformer
 from engine.text import encode_text
 from engine.transformer import TextKV, WanTransformer
 from engine.vae import VAE
-from kernels.ring_attention import ring_attention
 
-
-def cached_attention(cache: RingCache, slot: int, valid: int) -> Attend:
-    """Self-attention that writes its keys and values to `slot` on and then attends to `valid` slots."""
-    rows = valid * cache.tokens
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.write(layer, slot, k, v)
-        keys, values = cache.view(layer)
-        return ring_attention(q, keys, values, rows)
-
-    return attend
+Slot = int | Tensor  # a number, or an int32 scalar on the device where the pass is captured as a graph
 
 
 class TorchStages:
-    """Holds weights and nothing else; `models` maps etm and sdd, or dit, to their transformers."""
+    """Holds weights and nothing else; `models` maps etm and sdd, or dit, to their transformers.
+
+    Where `fused` has the same transformers on fused kernels, the streaming passes run on those.
+    """
 
     name = "torch"
 
-    def __init__(self, models: dict[str, WanTransformer], vae: VAE | None, text_encoder: nn.Module | None) -> None:
+    def __init__(
+        self, models: dict[str, WanTransformer], vae: VAE | None, text_encoder: nn.Module | None,
+        fused: dict[str, FusedTransformer] | None = None,
+    ) -> None:  # fmt: skip
         self.models, self.vae, self.text_encoder = models, vae, text_encoder
+        self.fused = fused
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         return encode_text(_need(self.text_encoder, "text encoder"), ids, mask)
@@ -39,33 +35,39 @@ class TorchStages:
     def prepare_text(self, text_emb: Tensor) -> dict[str, TextKV]:
         return {name: model.prepare_text(text_emb) for name, model in self.models.items()}
 
+    def _model(self, role: str, attend: CachedAttention, frames: int) -> Any:
+        """The transformer for a pass over `frames` latent frames. Fused kernels write rows in one run."""
+        fused = self.fused is not None and not attend.wraps(frames)
+        return (self.fused if fused else self.models)[role]  # type: ignore[index]
+
     def etm(
-        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache,
+        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: Slot, valid: Slot, cache: RingCache,
         text_kv: dict[str, TextKV],
     ) -> Tensor:  # fmt: skip
-        attend = cached_attention(cache, slot, valid)
-        return self.models["etm"].encode(latent, _zero(latent), text_kv["etm"], cos, sin, attend)[0]
+        attend = CachedAttention(cache, slot, valid)
+        model = self._model("etm", attend, latent.shape[2])
+        return model.encode(latent, _zero(latent), text_kv["etm"], cos, sin, attend)[0]
 
     def sdd_context(
-        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache,
+        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: Slot, valid: Slot, cache: RingCache,
         text_kv: dict[str, TextKV],
     ) -> None:  # fmt: skip
-        attend = cached_attention(cache, slot, valid)
-        self.models["sdd"].encode(latent, _zero(latent), text_kv["sdd"], cos, sin, attend)
+        attend = CachedAttention(cache, slot, valid)
+        self._model("sdd", attend, latent.shape[2]).encode(latent, _zero(latent), text_kv["sdd"], cos, sin, attend)
 
     def sdd(
-        self, latent: Tensor, t: Tensor, c_f: Tensor | None, cos: Tensor, sin: Tensor, valid: int,
+        self, latent: Tensor, t: Tensor, c_f: Tensor | None, cos: Tensor, sin: Tensor, valid: Slot,
         cache: RingCache, text_kv: dict[str, TextKV],
     ) -> Tensor:  # fmt: skip
-        attend = cached_attention(cache, 0, valid)
-        return self.models["sdd"](latent, t, text_kv["sdd"], cos, sin, attend, c_f)
+        attend = CachedAttention(cache, 0, valid)
+        return self._model("sdd", attend, latent.shape[2])(latent, t, text_kv["sdd"], cos, sin, attend, c_f)
 
     def dit(
-        self, latent: Tensor, t: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int,
+        self, latent: Tensor, t: Tensor, cos: Tensor, sin: Tensor, slot: Slot, valid: Slot,
         cache: RingCache, text_kv: dict[str, TextKV],
     ) -> Tensor:  # fmt: skip
-        attend = cached_attention(cache, slot, valid)
-        return self.models["dit"](latent, t, text_kv["dit"], cos, sin, attend)
+        attend = CachedAttention(cache, slot, valid)
+        return self._model("dit", attend, latent.shape[2])(latent, t, text_kv["dit"], cos, sin, attend)
 
     def vae_first(self, latent: Tensor) -> tuple[Tensor, Any]:
         return _need(self.vae, "VAE").first(latent)

@@ -36,11 +36,24 @@ class Pipeline:
     fps: float
     spatial: int  # pixels a latent pixel, each way
     temporal: int  # frames a latent frame, after the first
+    kv_dtype: torch.dtype | None = None  # of cached keys and values; None: dtype
 
     @cached_property
     def generator(self) -> Generator:
         """The preset's generator on this pipeline's stages."""
-        return make_generator(self.stages, self.config, self.preset, self.dtype, self.device)
+        return make_generator(self.stages, self.config, self.preset, self.kv_dtype or self.dtype, self.device)
+
+    @cached_property
+    def side(self) -> SideStream:
+        """Where its streams decode while their next latents are made."""
+        return SideStream(self.device)
+
+    def warm(self) -> None:
+        """Stream a little of nothing, so that the first stream finds kernels compiled and graphs captured."""
+        rows = self.tokenizer.rows if self.tokenizer else 1
+        with self.stream(torch.zeros(1, rows, self.config.text_dim)) as stream:
+            for _ in range(4):  # every pass has then run twice
+                stream.next_chunk()
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: str) -> Tensor:
@@ -116,7 +129,6 @@ class Stream:
         self._uncommitted: tuple[Tensor, bool] | None = None  # the chunk shown last, and whether it was given
         # On a GPU the next latent is made while the last one is decoded beside it and shown.
         self.looks_ahead = pipeline.device.type == "cuda"
-        self._side = SideStream(pipeline.device)
         self._ahead: Tensor | None = None
         self._started = 0  # frames of the chunks whose decoding has begun
         self._frames: deque[np.ndarray] = deque()
@@ -139,7 +151,7 @@ class Stream:
     def next_chunk(self) -> np.ndarray:
         """The next chunk's frames, uint8 [T, H, W, 3]: 1 + 4 (F - 1) of chunk 0, then 4 F."""
         x = self._take()
-        shown = self._side.run(self._decode, x)
+        shown = self.pipeline.side.run(self._decode, x)
         self._accept(x)
         first, self._started = self._started == 0, self._started + len(shown)
         if self.looks_ahead and not first and (self.limit is None or self._started < self.limit):

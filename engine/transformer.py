@@ -64,14 +64,7 @@ class WanTransformer(nn.Module):
         tokens = F * (h / ph) * (w / pw); condition c_f [B, tokens, dim] (zero where None).
         Returns the last hidden state before norm_out [B, tokens, dim] and the time embedding [B, F, dim].
         """
-        if t.ndim == 1:
-            t = t[:, None].expand(-1, latent.shape[2] // self.config.patch_size[0])
-        hidden = self.patch_embedding(latent).flatten(2).transpose(1, 2)
-        if condition is not None:
-            if self.condition_proj is None:
-                raise ValueError("got a condition, expected none: this transformer has no condition_proj")
-            hidden = hidden + self.condition_proj(rms_norm(condition))
-        embedding, modulation = self.condition_embedder.time(t)
+        hidden, embedding, modulation = self.embed(latent, t, condition)
         for layer, block in enumerate(self.blocks):
             hidden = block(
                 hidden, modulation, text_kv[0][layer], text_kv[1][layer], cos, sin,
@@ -79,12 +72,27 @@ class WanTransformer(nn.Module):
             )  # fmt: skip
         return hidden, embedding
 
+    def embed(self, latent: Tensor, t: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the blocks start from: tokens [B, tokens, dim], time embedding [B, F, dim], its [B, F, 6, dim]."""
+        if t.ndim == 1:
+            t = t[:, None].expand(-1, latent.shape[2] // self.config.patch_size[0])
+        hidden = self.patch_embedding(latent).flatten(2).transpose(1, 2)
+        if condition is not None:
+            if self.condition_proj is None:
+                raise ValueError("got a condition, expected none: this transformer has no condition_proj")
+            hidden = hidden + self.condition_proj(rms_norm(condition))
+        return hidden, *self.condition_embedder.time(t)
+
     def forward(
         self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: Attend,
         condition: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Arguments as `encode`; returns the flow (noise - x), [B, C, F, h, w]."""
         hidden, embedding = self.encode(latent, t, text_kv, cos, sin, attend, condition)
+        return self.head(hidden, embedding, latent)
+
+    def head(self, hidden: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
+        """The flow, shaped as `latent`, from the last hidden state and the time embedding."""
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).unsqueeze(3).unbind(2)
         patches = self.proj_out(modulate(self.norm_out(hidden), shift, scale))
         pt, ph, pw = self.config.patch_size

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine.cache import RingCache
-from engine.stages import cached_attention
+from engine.cache import CachedAttention, RingCache
 from kernels.ring_attention import ring_attention, ring_attention_reference
 
 LAYERS, BATCH, TOKENS, HEADS, DIM = 2, 2, 3, 2, 4
@@ -203,7 +202,7 @@ def test_streamed_attention_equals_attention_over_the_frames_kept(slots, pinned,
     cache.v.fill_(float("nan"))
     for start in range(0, total, chunk):
         now = slice(start * TOKENS, (start + chunk) * TOKENS)
-        attend = cached_attention(cache, cache.next_slot, cache.valid(chunk))
+        attend = CachedAttention(cache, cache.next_slot, cache.valid(chunk))
         outs = [attend(layer, q[:, now], k[:, now], v[:, now]) for layer in range(LAYERS)]
         cache.commit(chunk)
         frames = kept(list(range(start + chunk)), slots, pinned)

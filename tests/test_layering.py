@@ -10,8 +10,34 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A file of engine/ imports only what stands before it.
 ORDER = [
-    *("config", "transfer", "noise", "schedule", "rope", "cache", "layers", "transformer", "generators", "text", "vae"),
-    *("checkpoint", "bundle", "stages", "onnx_stages", "stream", "loader", "media", "sinks", "run"),
+    *(
+        "config",
+        "transfer",
+        "noise",
+        "schedule",
+        "rope",
+        "cache",
+        "layers",
+        "transformer",
+        "fused",
+        "generators",
+        "text",
+        "vae",
+    ),
+    *(
+        "checkpoint",
+        "bundle",
+        "stages",
+        "cuda_graphs",
+        "graph_stages",
+        "onnx_stages",
+        "aoti_stages",
+        "stream",
+        "loader",
+        "media",
+        "sinks",
+        "run",
+    ),
 ]
 OURS = ["engine", "kernels", "export", "distill", "bench", "csrc", "tests"]
 MAY = {

@@ -51,7 +51,8 @@ def test_latents_continue_where_frames_stopped(pipeline):
 def test_nothing_is_made_beyond_the_limit_nor_before_the_first_chunk_is_out(pipeline):
     with stream_of(pipeline, True, frames=9) as stream:
         next(stream)
-        assert stream._ahead is None and stream.state.index == 0
+        assert stream._ahead is None
+        assert stream.state.index == 0
         first_chunk = len(stream._frames) + 1
         list(islice(stream, first_chunk))
         assert stream._ahead is not None or stream._started >= 9
@@ -72,8 +73,7 @@ def test_a_chunk_that_fails_ahead_fails_in_its_own_call_and_can_be_made_again(re
 
     monkeypatch.setattr(type(pipeline.generator), "denoise", fail)
     with pytest.raises(RuntimeError, match="out of something"):
-        while True:  # what was made ahead is still shown
-            frames.append(next(stream))
+        frames.extend(stream)  # what was made ahead is still shown
     assert 14 < len(frames) < 40
     monkeypatch.setattr(type(pipeline.generator), "denoise", real)
     assert np.array_equal([*frames, *stream], expected)
