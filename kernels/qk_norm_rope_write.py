@@ -7,6 +7,7 @@ of a dozen passes. Rows are written in a straight line from `start_row`: a chunk
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,11 +122,11 @@ def _qk_norm_rope_write(
         q = to_e4m3(q.to(tl.float32), tl.load(Q_SCALE + head, mask=head < HEADS, other=1.0))
         k = to_e4m3(k.to(tl.float32), tl.load(K_SCALE + head, mask=head < HEADS, other=1.0))
     tl.store(Q + (batch * tokens + token) * WIDTH + at, q.to(Q.dtype.element_ty), mask=inside)
-    at += row * WIDTH
-    inside &= (at >= 0) & (at < rows.to(tl.int64) * WIDTH)  # a wrong start row must not reach other memory
-    tl.store(K + batch * k_batch + at, k.to(K.dtype.element_ty), mask=inside)
+    heads = tl.where((row >= 0) & (row < rows), HEADS, 0)  # a wrong start row must not reach other memory
+    kept = (head < heads) & (element < DIM)
+    tl.store(K + batch * k_batch + row * WIDTH + at, k.to(K.dtype.element_ty), mask=kept)
     if not FP8:
-        tl.store(V + batch * v_batch + at, v.to(V.dtype.element_ty), mask=inside)
+        tl.store(V + batch * v_batch + row * WIDTH + at, v.to(V.dtype.element_ty), mask=kept)
 
 
 @triton.jit(do_not_specialize=["START", "tokens", "rows"])
@@ -254,13 +255,13 @@ def qk_norm_rope_write_fp8(
     return implementation(op, qkv.device)(*tensors, q_scale, k_scale, v_scale, start_row, eps)
 
 
-def _full_size(dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _full_size(dtype: torch.dtype) -> list[Any]:
     """qkv, weights, tables, caches of four latent frames at 832x480, 12 heads of 128."""
     make = partial(torch.empty, dtype=torch.bfloat16, device="meta")
     table = torch.empty(1560, 64, device="meta")
     k = torch.empty(1, 6240, 12, 128, dtype=dtype, device="meta")
     v = torch.empty(1, 12, 128, 6240, dtype=dtype, device="meta") if dtype.itemsize == 1 else torch.empty_like(k)
-    return make(1, 1560, 4608), make(1536), make(1536), table, table, k, v
+    return [make(1, 1560, 4608), make(1536), make(1536), table, table, k, v]
 
 
 def _start_rows() -> dict[str, Row]:
@@ -269,14 +270,16 @@ def _start_rows() -> dict[str, Row]:
 
 def _variants() -> Iterator[Variant]:
     for name, row in _start_rows().items():
-        yield Variant(f"12 x 128 {name}", partial(qk_norm_rope_write_triton, *_full_size(torch.bfloat16), row, 1e-6))
+        yield Variant(
+            f"12 x 128 {name}", partial(qk_norm_rope_write_triton, *_full_size(torch.bfloat16), start_row=row, eps=1e-6)
+        )
 
 
 def _fp8_variants() -> Iterator[Variant]:
     scale = torch.empty(12, device="meta")
-    tensors = (*_full_size(torch.float8_e4m3fn), scale, scale, scale)
+    tensors = [*_full_size(torch.float8_e4m3fn), scale, scale, scale]
     for name, row in _start_rows().items():
-        yield Variant(f"12 x 128 {name}", partial(qk_norm_rope_write_fp8_triton, *tensors, row, 1e-6))
+        yield Variant(f"12 x 128 {name}", partial(qk_norm_rope_write_fp8_triton, *tensors, start_row=row, eps=1e-6))
 
 
 register(
