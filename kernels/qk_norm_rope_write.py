@@ -7,7 +7,6 @@ of a dozen passes. Rows are written in a straight line from `start_row`: a chunk
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -255,13 +254,13 @@ def qk_norm_rope_write_fp8(
     return implementation(op, qkv.device)(*tensors, q_scale, k_scale, v_scale, start_row, eps)
 
 
-def _full_size(dtype: torch.dtype) -> list[Any]:
+def _full_size(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """qkv, weights, tables, caches of four latent frames at 832x480, 12 heads of 128."""
     make = partial(torch.empty, dtype=torch.bfloat16, device="meta")
     table = torch.empty(1560, 64, device="meta")
     k = torch.empty(1, 6240, 12, 128, dtype=dtype, device="meta")
     v = torch.empty(1, 12, 128, 6240, dtype=dtype, device="meta") if dtype.itemsize == 1 else torch.empty_like(k)
-    return [make(1, 1560, 4608), make(1536), make(1536), table, table, k, v]
+    return make(1, 1560, 4608), make(1536), make(1536), table, table, k, v
 
 
 def _start_rows() -> dict[str, Row]:
@@ -269,17 +268,16 @@ def _start_rows() -> dict[str, Row]:
 
 
 def _variants() -> Iterator[Variant]:
+    tensors = _full_size(torch.bfloat16)
     for name, row in _start_rows().items():
-        yield Variant(
-            f"12 x 128 {name}", partial(qk_norm_rope_write_triton, *_full_size(torch.bfloat16), start_row=row, eps=1e-6)
-        )
+        yield Variant(f"12 x 128 {name}", partial(qk_norm_rope_write_triton, *tensors, row, 1e-6))
 
 
 def _fp8_variants() -> Iterator[Variant]:
     scale = torch.empty(12, device="meta")
-    tensors = [*_full_size(torch.float8_e4m3fn), scale, scale, scale]
+    tensors = (*_full_size(torch.float8_e4m3fn), scale, scale, scale)
     for name, row in _start_rows().items():
-        yield Variant(f"12 x 128 {name}", partial(qk_norm_rope_write_fp8_triton, *tensors, start_row=row, eps=1e-6))
+        yield Variant(f"12 x 128 {name}", partial(qk_norm_rope_write_fp8_triton, *tensors, row, 1e-6))
 
 
 register(
