@@ -176,13 +176,8 @@ class GraphedStages:
     def vae_steady(self, latent: Tensor, cache: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         static = list(cache)  # a graph must not keep the lease itself
         key = "vae_steady", cache[0].data_ptr(), latent.shape
-        run = lambda latent: self._advance(latent, static)  # noqa: E731
+        run = lambda latent: self.vae.steady(latent, tuple(static), in_place=True)[0]  # noqa: E731
         return self._graph(key, run, (latent,), static, self._vae_pool), cache
-
-    def _advance(self, latent: Tensor, cache: list[Tensor]) -> Tensor:
-        frames, following = self._stages.vae_steady(latent, tuple(cache))
-        _fill(cache, following)
-        return frames
 
 
 def _fill(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:

@@ -124,8 +124,8 @@ def load(
 
 
 def make_stages(
-    models: dict[str, WanTransformer], vae: VAE, encoder: nn.Module, device: torch.device, *, fp8: bool = False,
-    keep: Sequence[str] = (), fp8_attention: bool = False, eager: bool = False,
+    models: dict[str, WanTransformer], vae: VAE | None, encoder: nn.Module | None, device: torch.device, *,
+    fp8: bool = False, keep: Sequence[str] = (), fp8_attention: bool = False, eager: bool = False,
 ) -> Stages:  # fmt: skip
     """The torch backend: plain modules on a processor; fused kernels, and CUDA graphs around them, on a GPU.
 
@@ -139,6 +139,8 @@ def make_stages(
     if eager or not (device.type == "cuda" or fp8 or fp8_attention):
         return TorchStages(models, vae, encoder)
     fused = {role: FusedTransformer(model, fp8, keep) for role, model in models.items()}
+    if vae is not None:
+        vae.fuse()
     stages = TorchStages(models, vae, encoder, fused)
     return GraphedStages(stages) if device.type == "cuda" else stages
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.vae_norm_silu import vae_norm_silu
+
 Cache = tuple[Tensor, ...]  # one [B, C, 2, h, w] for each causal convolution: the last two frames of its input
 
 # Above this many elements a stacked copy costs more memory than it saves time, and 3-D convolutions run at full rate.
@@ -80,22 +82,34 @@ def _expect(name: str, got, expected, note: str = "") -> None:
 class Past:
     """The caches of one call, handed out in the order of the convolutions; `next` collects the ones that follow.
 
-    In a first call (`given` None) there is one frame and nothing before it.
+    In a first call (`given` None) there is one frame and nothing before it. `in_place` writes the following caches
+    over the given ones; `fused` makes normalisation, activation and cache one kernel.
     """
 
-    def __init__(self, batch: int, given: Cache | None):
-        self.batch = batch
+    def __init__(self, batch: int, given: Cache | None, in_place: bool = False, fused: bool = False):
+        self.batch, self.in_place, self.fused = batch, in_place, fused
         self.given = None if given is None else iter(given)
         self.next: list[Tensor] = []
 
-    def extend(self, x: Tensor) -> Tensor | None:
-        """x [T*B, C, H, W] -> the same behind its two past frames, [(2+T)*B, C, H, W]; None in a first call."""
-        if self.given is None:
+    def extend(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """x [T*B, C, H, W], or silu(norm(x)), behind its two past frames: [(2+T)*B, C, H, W]; alone in a first call."""
+        given = None if self.given is None else next(self.given)
+        if norm is not None and self.fused:
+            video = _to_video(x, self.batch)
+            extended, following = vae_norm_silu(video, norm.gamma, given, given if self.in_place else None)
+            self.next.append(following)
+            return extended.permute(2, 0, 1, 3, 4).flatten(0, 1)
+        if norm is not None:
+            x = F.silu(norm(x))
+        if given is None:
             self.keep(torch.cat([torch.zeros_like(x), x]))
-            return None
-        past = next(self.given).permute(2, 0, 1, 3, 4).flatten(0, 1)
-        x = torch.cat([past, x])
-        self.keep(x[-2 * self.batch :].clone())  # a view would hold the whole of x in memory
+            return x
+        x = torch.cat([given.permute(2, 0, 1, 3, 4).flatten(0, 1), x])
+        last = x[-2 * self.batch :]
+        if self.in_place:
+            self.next.append(given.copy_(_to_video(last, self.batch)))
+        else:
+            self.keep(last.clone())  # a view would hold the whole of x in memory
         return x
 
     def keep(self, x: Tensor) -> None:
@@ -105,11 +119,11 @@ class Past:
 class CausalConv3d(nn.Conv3d):
     """Three taps in time (t-2, t-1, t), "same" in space."""
 
-    def forward(self, x: Tensor, past: Past) -> Tensor:  # type: ignore[override]
-        """x [T*B, C, H, W] -> [T*B, C', H, W]"""
-        extended, space = past.extend(x), self.kernel_size[2] // 2
-        if extended is None:  # before the first frame lie zeros: only the last tap sees anything
-            return F.conv2d(x, self.weight[:, :, -1], self.bias, padding=space)
+    def forward(self, x: Tensor, past: Past, norm: RMSNorm | None = None) -> Tensor:  # type: ignore[override]
+        """x [T*B, C, H, W], normalised and activated first where `norm` is given -> [T*B, C', H, W]"""
+        extended, space = past.extend(x, norm), self.kernel_size[2] // 2
+        if past.given is None:  # before the first frame lie zeros: only the last tap sees anything
+            return F.conv2d(extended, self.weight[:, :, -1], self.bias, padding=space)
         return causal_taps(extended, self, past.batch, space)
 
 
@@ -156,8 +170,7 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = PointConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)), past)
-        h = self.conv2(F.silu(self.norm2(h)), past)
+        h = self.conv2(self.conv1(x, past, self.norm1), past, self.norm2)
         return h + self.conv_shortcut(x)
 
 
@@ -212,10 +225,13 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor, past: Past) -> Tensor:
         """[T*B, C, H, W] -> [T'*B, C, H/2, W/2]"""
         x = self.resample(x)
-        if self.temporal and (extended := past.extend(x)) is not None:
-            # windows of three frames at stride 2, the first starting on the frame just before x
-            x = causal_taps(extended[past.batch :], self.time_conv, past.batch, 0, stride=2)
-        return x
+        if not self.temporal:
+            return x
+        extended = past.extend(x)
+        if past.given is None:
+            return x
+        # windows of three frames at stride 2, the first starting on the frame just before x
+        return causal_taps(extended[past.batch :], self.time_conv, past.batch, 0, stride=2)
 
 
 class MidBlock(nn.Module):
@@ -260,7 +276,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x, past)
         for block in self.down_blocks:
             x = block(x, past)
-        return self.conv_out(F.silu(self.norm_out(self.mid_block(x, past))), past)
+        return self.conv_out(self.mid_block(x, past), past, self.norm_out)
 
 
 class Decoder(nn.Module):
@@ -284,7 +300,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x, past), past)
         for block in self.up_blocks:
             x = block(x, past)
-        return self.conv_out(F.silu(self.norm_out(x)), past)
+        return self.conv_out(x, past, self.norm_out)
 
 
 class VAE(nn.Module):
@@ -299,23 +315,32 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
         self._caches = sum(isinstance(m, CausalConv3d) for m in self.decoder.modules())
         self._moments = _column(config.latents_mean, "cpu"), _column(config.latents_std, "cpu")
+        self._fused = False
+
+    def fuse(self) -> None:
+        """Run norm, SiLU and cache as one kernel from now on; for inference, with weights where they stay."""
+        self._fused = True
+        for conv in self.modules():
+            if isinstance(conv, CausalConv3d):  # as the convolutions want them: else they are laid out at every call
+                weight = conv.weight.detach().contiguous(memory_format=torch.channels_last_3d)
+                conv.weight = nn.Parameter(weight, requires_grad=False)
 
     def first(self, latent: Tensor) -> tuple[Tensor, Cache]:
         """The start of a video: latent [B, C, 1, h, w] -> frames [B, 3, 1, H, W], cache."""
         self._check_latent(latent, single=True)
         return self._decode(latent, None)
 
-    def steady(self, latent: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+    def steady(self, latent: Tensor, cache: Cache, in_place: bool = False) -> tuple[Tensor, Cache]:
         """What follows: latent [B, C, k, h, w] -> frames [B, 3, 4k, H, W], the next cache; k is usually 1.
 
-        The given cache is left as it was.
+        The given cache is left as it was, unless it is to be moved on in_place.
         """
         self._check_latent(latent)
         shape = (latent.shape[0], self.config.z_dim, 2, *latent.shape[3:])  # conv_in's cache is of latents
         if len(cache) != self._caches or tuple(cache[0].shape) != shape:
             got = f"{len(cache)} tensors, {[tuple(c.shape) for c in cache[:1]]} first"
             raise ValueError(f"VAE cache: got {got}, expected {self._caches} tensors, [{shape}] first")
-        return self._decode(latent, cache)
+        return self._decode(latent, cache, in_place)
 
     def decode_chunk(self, latents: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Any number of latents [B, C, k, h, w], from the start (cache None) or further on -> frames, cache."""
@@ -349,15 +374,15 @@ class VAE(nn.Module):
 
     def encode_step(self, frames: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         """One latent frame [B, C, 1, h, w], float32: the first from 1 frame (cache None), the others from 4."""
-        past = Past(frames.shape[0], cache)
+        past = Past(frames.shape[0], cache, fused=self._fused)
         x = self.quant_conv(self.encoder(_to_images(frames.to(self.quant_conv.weight.dtype)), past))
         mean, std = self._statistics(frames.device)
         return (_to_video(x[:, : self.config.z_dim], past.batch).float() - mean) / std, tuple(past.next)
 
-    def _decode(self, latent: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+    def _decode(self, latent: Tensor, cache: Cache | None, in_place: bool = False) -> tuple[Tensor, Cache]:
         mean, std = self._statistics(latent.device)
         z = (latent.float() * std + mean).to(self.post_quant_conv.weight.dtype)
-        past = Past(latent.shape[0], cache)
+        past = Past(latent.shape[0], cache, in_place, self._fused)
         x = self.decoder(self.post_quant_conv(_to_images(z)), past)
         return _to_video(x, past.batch).clamp(-1, 1), tuple(past.next)
 

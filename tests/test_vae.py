@@ -1,5 +1,6 @@
 """The streaming VAE against diffusers' AutoencoderKLWan (random weights) and against a recorded decoder."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -165,6 +166,28 @@ def test_steady_is_pure(tiny, monkeypatch):
         with pytest.raises(RuntimeError, match="out of memory"):
             tiny.steady(z[:, :, 1:], cache)
     assert torch.equal(tiny.steady(z[:, :, 1:], cache)[0], expected)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_fused_and_in_place_give_the_same_frames(pair, batch):
+    """Norm, SiLU and cache as one operation, caches moved on where they lie: as the two of them run on a GPU."""
+    vae, _ = pair
+    fused = copy.deepcopy(vae)
+    fused.fuse()
+    z = latents(vae, 4, batch)
+    expected, cache = vae.first(z[:, :, :1])
+    frames, mine = fused.first(z[:, :, :1])
+    mine = tuple(part.clone() for part in mine)  # of a first call they are partly views of zeros
+    assert error(frames, expected) < 1e-4
+    for t in range(1, 4):
+        expected, cache = vae.steady(z[:, :, t : t + 1], cache)
+        frames, following = fused.steady(z[:, :, t : t + 1], mine, in_place=True)
+        assert error(frames, expected) < 1e-4
+        assert all(a is b for a, b in zip(following, mine, strict=True))
+        assert max(error(a, b) for a, b in zip(mine, cache, strict=True)) < 1e-4
+    scale = vae.config.scale_factor_spatial
+    video = torch.rand(batch, 3, 1 + vae.config.scale_factor_temporal, 4 * scale, 5 * scale) * 2 - 1
+    assert error(fused.encode(video), vae.encode(video)) < 1e-4
 
 
 def test_cache_of_any_layout(tiny):
