@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from engine.config import PRESETS, Preset
-from engine.loader import DTYPES, EMBEDDED, is_untrained, load, load_bundle, settings_of
+from engine.loader import EMBEDDED, PRECISIONS, is_untrained, load, load_bundle, settings_of
 from engine.media import read_clip, read_image
 from engine.sinks import ChecksumSink, OutputClosed, Sink, open_sink
 from engine.stream import Pipeline, Stream
@@ -36,6 +36,7 @@ presets: """ + ", ".join(PRESETS)
 # What a bundle fixes, so that it cannot be given beside one.
 _OF_MODELS = (
     "model", "checkpoint", "checkpoint_state", "adapter", "preset", "height", "width", "device", "precision",
+    "fp8_attention", "eager",
 )  # fmt: skip
 
 
@@ -113,7 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--format", choices=("y4m", "mp4", "rgb"), help="what --out - writes (y4m)")
     run.add_argument("--scale", type=int, default=1, metavar="N", help="enlarge every pixel N times each way (1)")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    run.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
+    run.add_argument(
+        "--precision", choices=("auto", *PRECISIONS), default="auto",
+        help="auto: bf16 on a GPU, else fp32; fp8: the large products on e4m3, quick on an H100 and later",
+    )  # fmt: skip
+    run.add_argument("--fp8-attention", action="store_true", help="self-attention on e4m3 as well")
+    run.add_argument("--eager", action="store_true", help="no fused kernels and no CUDA graphs on a GPU")
     run.add_argument("--backend", choices=("torch", "onnx", "aoti"), help="torch; with --bundle its first")
     run.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     run.add_argument("--json", action="store_true", help="print a report as the last line of stdout")
@@ -246,7 +252,9 @@ def _shape(args: argparse.Namespace) -> tuple[int, int, float]:
     if args.bundle is None:
         settings = settings_of(args.model or EMBEDDED)
         return args.height or settings["height"], args.width or settings["width"], args.fps or settings["fps"]
-    given = [name for name in _OF_MODELS if getattr(args, name) not in (None, [], "auto")] + list(_overrides(args))
+    given = [name for name in _OF_MODELS if getattr(args, name) not in (None, [], "auto", False)] + list(
+        _overrides(args)
+    )
     if given:
         raise ValueError(f"--bundle: got --{given[0].replace('_', '-')} as well, expected none: a bundle fixes it")
     from engine.bundle import read_manifest  # extra packages that only bundles need
@@ -263,7 +271,7 @@ def _load(args: argparse.Namespace, height: int, width: int, fps: float) -> Pipe
     pipeline = load(
         args.model, preset=args.preset, overrides=_overrides(args), checkpoint=args.checkpoint,
         checkpoint_state=args.checkpoint_state, adapters=args.adapter, device=args.device, dtype=args.precision,
-        height=height, width=width, fps=fps,
+        height=height, width=width, fps=fps, fp8_attention=args.fp8_attention, eager=args.eager,
     )  # fmt: skip
     if is_untrained(args.model, pipeline.preset, args.checkpoint, args.adapter) and not args.quiet:
         print(f"note: no weights trained for preset {pipeline.preset_name} were given; "
@@ -297,8 +305,10 @@ def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
     try:
         with _loading(console, args.quiet):
             pipeline = _load(args, height, width, fps)
+            if pipeline.device.type == "cuda":
+                pipeline.warm()
         start = time.perf_counter()
-        with pipeline.stream(args.prompt, seed=args.seed, clip=clip) as stream:
+        with pipeline.stream(args.prompt, seed=args.seed, frames=limit, clip=clip) as stream:
             report = _generate(stream, sink, limit, switches, args, interrupt, console, fps, start)
         sink.close()
     except OutputClosed:
@@ -313,7 +323,7 @@ def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
         "preset": pipeline.preset_name,
         "backend": pipeline.stages.name,
         "device": str(pipeline.device),
-        "precision": str(pipeline.dtype).removeprefix("torch."),
+        "precision": args.precision if args.precision == "fp8" else str(pipeline.dtype).removeprefix("torch."),
         "seed": args.seed,
         "height": pipeline.height,
         "width": pipeline.width,
