@@ -25,7 +25,7 @@ from engine.loader import load
 from engine.stages import TorchStages
 from engine.stream import Pipeline
 from export.calibrate import calibrate
-from export.quantize import Recipe, quantizable, quantize
+from export.quantize import GRANULARITIES, Recipe, quantizable, quantize
 
 SCORES = ("colour", "shape", "direction", "speed", "all_right")
 CALIBRATION = {"prompts": 12, "seed": 7, "chunks": 9}
@@ -134,9 +134,11 @@ def run(args: argparse.Namespace) -> int:
     amax = calibrate(reference, seen, chunks=CALIBRATION["chunks"])
     others = {
         "bf16": load(device="cpu", dtype="bf16"),
-        "fp8 tensor": quantize(reference, Recipe("tensor"), amax),
-        "fp8 token": quantize(reference, Recipe("token")),
     }
+    for granularity in GRANULARITIES:
+        others[f"fp8 {granularity}"] = quantize(reference, Recipe(granularity), amax)
+        last = f"blocks.{reference.config.num_layers - 1}.*"
+        others[f"fp8 {granularity}, {last} kept"] = quantize(reference, Recipe(granularity, (last,)), amax)
     specs = task.draw(args.prompts, args.seed, hidden=True)
     prompts = [spec.caption for spec in specs]
     errors = stage_errors(reference, others, prompts[:8], CALIBRATION["chunks"])
@@ -160,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
 def _row(name: str, row: dict[str, Any]) -> str:
     errors = "  ".join(f"{stage} {error:.2e}" for stage, error in row["errors"].items())
     scores = "  ".join(f"{key} {row['scores'][key]['mean']:.3f} ± {row['scores'][key]['se']:.3f}" for key in SCORES)
-    return f"{name:12} {errors:30}  {scores}"
+    return f"{name:30} {errors:30}  {scores}"
 
 
 def add_parser(commands: Any) -> None:

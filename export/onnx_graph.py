@@ -103,7 +103,7 @@ def spell_natively(model: ModelProto) -> None:
 
 def rewrite(model: ModelProto, spellings: Mapping[str, Spelling]) -> None:
     """Replace every node of our domain by what its spelling makes of it."""
-    nodes = []
+    nodes: list[NodeProto] = []
     for node in model.graph.node:
         nodes += spellings[node.op_type](node, model) if node.domain == DOMAIN else [node]
     del model.graph.node[:]
@@ -132,7 +132,8 @@ def qdq_linear(node: NodeProto, model: ModelProto) -> list[NodeProto]:
     """
     x, weight, weight_scale, scale, bias = [*node.input, "", ""][:5]
     out = node.output[0]
-    nodes, axis = [], {}
+    nodes: list[NodeProto] = []
+    axis: dict[str, Any] = {}
     if not scale:
         scale, axis = f"{out}_scale", {"axis": 0}
         nodes = _row_scale(x, scale, model, _dtype_of(model, weight_scale))

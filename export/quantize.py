@@ -34,7 +34,8 @@ class Recipe:
     """What is quantised, and how.
 
     activations  tensor: one scale a linear, from a calibration; token: one scale a token, found as it goes
-    keep         linears that stay as they are, as shell patterns of ROLE.blocks.N.NAME, say "sdd.blocks.0.*"
+    keep         linears that stay as they are: shell patterns of blocks.N.NAME, or of ROLE.blocks.N.NAME for one
+                 transformer only, say "sdd.blocks.0.*" (a model's own are fp8_keep of its engine.json)
     """
 
     activations: str = "tensor"
@@ -110,9 +111,9 @@ def quantize(pipeline: Pipeline, recipe: Recipe, amax: Mapping[str, float] | Non
     """
     names = quantizable(pipeline)
     for pattern in recipe.keep:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(_fits(name, pattern) for name in names):
             raise ValueError(f"fp8: got keep {pattern!r}, which matches no linear, expected names like {names[0]}")
-    chosen = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in recipe.keep)]
+    chosen = [name for name in names if not any(_fits(name, pattern) for pattern in recipe.keep)]
     if not chosen:
         raise ValueError("fp8: got a keep list that leaves nothing to quantise, expected at least one linear")
 
@@ -144,6 +145,10 @@ def replace_linears(pipeline: Pipeline, names: Iterable[str], make: Callable[[st
     stages = pipeline.stages
     assert isinstance(stages, TorchStages)
     return dataclasses.replace(pipeline, stages=TorchStages(models, stages.vae, stages.text_encoder))
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.partition(".")[2], pattern)
 
 
 def _models(pipeline: Pipeline) -> dict[str, WanTransformer]:

@@ -23,7 +23,7 @@ from export.quantize import LinearFP8, Recipe, is_quantized, linear_fp8, quantiz
 from kernels.quantize import quantize_per_channel
 
 PROMPT = "a red circle moving right on a gray background"
-TOKEN = Recipe("token")
+TENSOR, TOKEN = Recipe("tensor"), Recipe("token")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def amax(pipeline: Pipeline) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def graphs(pipeline: Pipeline, amax: dict[str, float]) -> dict[str, tuple[Graph, OnnxGraph]]:
     """The streaming decoder in both granularities, exported."""
-    quantised = {"tensor": quantize(pipeline, Recipe(), amax), "token": quantize(pipeline, TOKEN)}
+    quantised = {"tensor": quantize(pipeline, TENSOR, amax), "token": quantize(pipeline, TOKEN)}
     sdd = {name: next(g for g in stage_graphs(q) if g.name == "sdd") for name, q in quantised.items()}
     return {name: (graph, to_onnx(graph)) for name, graph in sdd.items()}
 
@@ -149,17 +149,23 @@ def test_only_linears_of_the_blocks_are_candidates(pipeline: Pipeline) -> None:
     assert not any(name.endswith(("attn2.to_k", "attn2.to_v")) for name in names)
 
 
+@pytest.mark.parametrize(("pattern", "left"), [("blocks.1.*", 16), ("sdd.blocks.1.*", 24), ("*.ffn.net.2", 28)])
+def test_patterns_hold_for_every_role_or_one(pipeline: Pipeline, pattern: str, left: int) -> None:
+    models = quantize(pipeline, Recipe("token", (pattern,))).stages.models
+    assert sum(isinstance(m, LinearFP8) for model in models.values() for m in model.modules()) == left
+
+
 def test_recipes_that_make_no_sense(pipeline: Pipeline, amax: dict[str, float]) -> None:
     for match, call in {
         "got activations 'row'": lambda: Recipe("row"),
         "matches no linear": lambda: quantize(pipeline, Recipe("token", ("sdd.blocks.7.*",))),
         "leaves nothing": lambda: quantize(pipeline, Recipe("token", ("*",))),
-        "no calibrated amax of etm.blocks.0.attn1.to_q": lambda: quantize(pipeline, Recipe("tensor"), {}),
+        "no calibrated amax of etm.blocks.0.attn1.to_q": lambda: quantize(pipeline, TENSOR, {}),
     }.items():
         with pytest.raises(ValueError, match=match):
             call()
     without_role = {name.partition(".")[2]: value for name, value in amax.items()}
-    assert is_quantized(quantize(pipeline, Recipe("tensor"), without_role))
+    assert is_quantized(quantize(pipeline, TENSOR, without_role))
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
@@ -286,7 +292,7 @@ def test_modelopt_state_dicts(pipeline: Pipeline, amax: dict[str, float], tmp_pa
     for file in ("amax.safetensors", "amax.pt"):
         found = read_calibration(tmp_path / file)
         assert found == pytest.approx(names)
-        assert is_quantized(quantize(pipeline, Recipe(), found))
+        assert is_quantized(quantize(pipeline, TENSOR, found))
 
 
 class _Unwanted:
