@@ -14,7 +14,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import (
     AutoencoderKLWan,
     UniPCMultistepScheduler,
@@ -24,10 +23,10 @@ from diffusers import (
 from safetensors.torch import save_file
 from transformers import UMT5EncoderModel
 
-from distill.next_chunk import NextChunkConfig, load_trained
+from distill.base import Base
+from distill.next_chunk import load_student
 from distill.sprites import SIZE
 from distill.student import Student
-from distill.teacher import load_teacher
 from distill.text import build_tokenizer
 from engine.checkpoint import base_hash, weight_files
 
@@ -80,10 +79,7 @@ def assemble(teacher: Path, vae: Path, student: Path | None, out: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     write_pipeline(teacher, vae, part)
     if student is not None:
-        state = torch.load(student, weights_only=True)
-        config = NextChunkConfig(**state["config"])
-        model = Student(load_teacher(part).transformer, config.rank, config.window, config.max_position)
-        load_trained(model, state["student"])
+        model, config, _ = load_student(student, Base(part))
         write_adapters(model, part)
         geometry = {"height": SIZE, "width": SIZE, "fps": FPS}
         write_json(part / "engine.json", {**geometry, "preset": "greedy", "overrides": config.preset_fields()})

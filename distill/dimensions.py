@@ -195,7 +195,7 @@ def _flicker(reading: Reading, tracks: list[Track]) -> float:
         both = track.clear[1:] & track.clear[:-1]
         steady &= ~(both & ((track.tone[1:] - track.tone[:-1]).norm(dim=1) > TONE_STEP))
         for found, first, end in _runs(track.found):
-            inside = 0 < first and end < len(track.found)
+            inside = first > 0 and end < len(track.found)
             if not found and inside and end - first < MIN_HIDDEN and not bool(track.touched[[first - 1, end]].any()):
                 steady[first - 1 : end] = False
     return float(steady.float().mean())

@@ -2,22 +2,25 @@
 
     python -m distill.latents --vae runs/vae/vae --out runs/bank
 
-Writes bank.safetensors (`images` [N, 8, 1, 8, 8] and `clips` [M, 8, 9, 8, 8], float16, normalised) and bank.json
-(the captions). Only training combinations are drawn.
+Writes two folders of shards (`distill.shards`), --out/images of one latent frame and --out/clips of all, float16 and
+normalised. Only training combinations are drawn. A run that was stopped goes on with the missing shards.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.codec import Codec
+from distill.draws import generator
+from distill.shards import Shards, shard_path, write_index, write_shard
 from distill.tasks import Task, find_task
 from distill.training import load_config, parse_arguments, run_stage
+
+SHARD = 250  # clips a shard
+BATCH = 64  # pixel frames that are encoded at once, about
 
 
 @dataclass(frozen=True)
@@ -33,17 +36,12 @@ class BankConfig:
 class Bank:
     """Captioned latents in memory; `draw` takes a random batch of images or of clip prefixes."""
 
-    def __init__(self, images: Tensor, image_captions: list[str], clips: Tensor, clip_captions: list[str]) -> None:
-        for name, tensor, captions in (("images", images, image_captions), ("clips", clips, clip_captions)):
-            if len(tensor) != len(captions):
-                raise ValueError(f"bank: got {len(captions)} captions, expected {len(tensor)} for the {name}")
-        self.sets = {1: (images, image_captions), 0: (clips, clip_captions)}
+    def __init__(self, images: Shards, clips: Shards) -> None:
+        self.sets = [shards.read(range(len(shards))) for shards in (clips, images)]
 
     @classmethod
     def load(cls, folder: Path) -> "Bank":
-        tensors = load_file(folder / "bank.safetensors")
-        captions = json.loads((folder / "bank.json").read_text())
-        return cls(tensors["images"], captions["images"], tensors["clips"], captions["clips"])
+        return cls(Shards(folder / "images"), Shards(folder / "clips"))
 
     @property
     def frames(self) -> int:
@@ -56,23 +54,24 @@ class Bank:
         if frames > latents.shape[2]:
             raise ValueError(f"bank: got {frames} latent frames, expected at most {latents.shape[2]}")
         picks = torch.randint(len(latents), (count,), generator=generator)
-        return latents[picks, :, :frames].float(), [captions[i] for i in picks.tolist()]
+        return latents[picks, :, :frames], [captions[i] for i in picks.tolist()]
 
 
-def encode_set(
-    codec: Codec, task: Task, count: int, frames: int, generator: torch.Generator
-) -> tuple[Tensor, list[str]]:
-    """Draw and encode `count` training clips: latents float16 and captions."""
-    latents, captions = [], []
-    batch = max(1, 64 // frames)
-    while len(captions) < count:
-        specs = task.sample(min(batch, count - len(captions)), generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents.append(codec.encode(task.render(specs, frames)[0]).half())
-        captions += [spec.caption for spec in specs]
-        if len(captions) % (count // 10) < batch:
-            print(f"bank: {len(captions)}/{count} of {frames} frames", flush=True)
-    return torch.cat(latents).contiguous(), captions
+def encode_set(codec: Codec, task: Task, count: int, frames: int, seed: int, folder: Path) -> None:
+    """Draw and encode `count` training clips of `frames` pixel frames, shard by shard."""
+    shards = -(-count // SHARD)
+    for number in range(shards):
+        if shard_path(folder, number).is_file():
+            continue
+        specs = task.sample(min(SHARD, count - number * SHARD), generator(seed, folder.name, number))
+        size = max(1, BATCH // frames)
+        latents = []
+        for i in range(0, len(specs), size):
+            with torch.autocast("cpu", torch.bfloat16):
+                latents.append(codec.encode(task.render(specs[i : i + size], frames)[0]).half())
+        write_shard(folder, number, torch.cat(latents), [spec.caption for spec in specs])
+        print(f"{folder.name}: {number + 1}/{shards} shards", flush=True)
+    write_index(folder, shards, {"task": task.name, "pixel_frames": frames, "seed": seed})
 
 
 def main() -> None:
@@ -80,13 +79,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     config = load_config(arguments.config, "bank", BankConfig)
     codec = Codec(AutoencoderKLWan.from_pretrained(config.vae))
-    task, generator = find_task(config.task), torch.Generator().manual_seed(config.seed)
-    images, image_captions = encode_set(codec, task, config.images, 1, generator)
-    clips, clip_captions = encode_set(codec, task, config.clips, config.frames, generator)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    save_file({"images": images, "clips": clips}, arguments.out / "bank.safetensors")
-    (arguments.out / "bank.json").write_text(json.dumps({"images": image_captions, "clips": clip_captions}))
-    print("bank: std", clips.float().std((0, 2, 3, 4)).tolist())
+    task = find_task(config.task)
+    encode_set(codec, task, config.images, 1, config.seed, arguments.out / "images")
+    encode_set(codec, task, config.clips, config.frames, config.seed, arguments.out / "clips")
+    print("bank: std", Bank.load(arguments.out).sets[0][0].std((0, 2, 3, 4)).tolist())
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ def joint_flow(model: WanTransformer, latent: Tensor, t: Tensor, text: TextKV) -
     """Bidirectional flow: latent [B, C, F, h, w], t [B, F] in [0, 1] -> [B, C, F, h, w]; frames stand at 0..F-1."""
     _, _, frames, height, width = latent.shape
     _, ph, pw = model.config.patch_size
-    cos, sin = rope_tables(range(frames), height // ph, width // pw, model.config.attention_head_dim)
+    tables = rope_tables(range(frames), height // ph, width // pw, model.config.attention_head_dim)
+    cos, sin = (table.to(latent.device) for table in tables)
     return model(latent, t * 1000, text, cos, sin, dense_attention())
 
 

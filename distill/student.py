@@ -1,16 +1,20 @@
-"""The student of the paper: ETM and SDD, both LoRA on one frozen teacher, and its parallel teacher-forced pass.
+"""The student of the paper: ETM and SDD, both LoRA on one frozen teacher, and its differentiable passes.
 
 `Student.flow` computes every frame of a clip at once under masks that equal the streaming path: the ETM looks back
 `window` frames (Eq. 1); a noisy frame sees itself, the clean chunk 0 and the clean frame before it; the clean frame
-i >= 1, standing in as "last", sees chunk 0 and itself. Chunks are one latent frame.
+i >= 1, standing in as "last", sees chunk 0 and itself. Chunks are one latent frame. `Student.next_flow` is the same
+for the one frame that follows a given past.
 """
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -65,23 +69,69 @@ def sdd_positions(frames: int, max_position: int) -> list[int]:
     return clean + [min(f, max_position) for f in range(frames)]
 
 
-class Student(nn.Module):
-    """SDD and ETM as LoRA on copies of a teacher; with fresh adapters both compute what the teacher computes."""
+def checkpointed(model: WanTransformer) -> WanTransformer:
+    """Recompute every block's activations in the backward pass instead of keeping them."""
+    for block in model.blocks:
+        block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
+    return model
 
-    def __init__(self, teacher: WanTransformer, rank: int = 64, window: int = 3, max_position: int = 4) -> None:
+
+def _recomputed(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*arguments)
+    return torch.utils.checkpoint.checkpoint(forward, *arguments, use_reentrant=False)
+
+
+class Student(nn.Module):
+    """SDD and ETM as LoRA on copies of a teacher; with fresh adapters both compute what the teacher computes.
+
+    Without `etm` the temporal feature is never used (W_c stays zero), and nothing of the ETM is trained; twice the
+    rank then keeps the number of trained parameters nearly equal.
+    """
+
+    def __init__(
+        self,
+        teacher: WanTransformer,
+        rank: int = 64,
+        window: int = 3,
+        max_position: int = 4,
+        *,
+        etm: bool = True,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         if max_position < 2:
             raise ValueError(f"max_position: got {max_position}, expected at least 2")
-        self.window, self.max_position = window, max_position
+        self.window, self.max_position, self.uses_etm = window, max_position, etm
         self.lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights=True)
-        self.sdd = WanTransformer(teacher.config, conditioned=True)
+        self.sdd = WanTransformer(teacher.config, conditioned=True).to(teacher.proj_out.weight)
         self.sdd.load_state_dict(teacher.state_dict(), strict=False)
         self.etm = copy.deepcopy(teacher)
         for model in (self.sdd, self.etm):
             model.requires_grad_(False)
             inject_adapter_in_model(self.lora, model)
-        self.sdd.condition_proj.requires_grad_(True)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()  # what is trained stays in float32
+            if recompute:
+                checkpointed(model)
+        self.sdd.condition_proj.float().requires_grad_(etm)
+        if not etm:
+            self.etm.requires_grad_(False)
         self.stages = TorchStages({"sdd": self.sdd, "etm": self.etm}, vae=None, text_encoder=None)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained: both adapters and W_c."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trained(self, state: dict[str, Tensor]) -> None:
+        """Put trained parameters back; all of them, and no others."""
+        own = self.trained()
+        if state.keys() != own.keys():
+            raise ValueError(f"student: got {len(state)} trained tensors, expected {len(own)} (rank or layout differ)")
+        for name, value in state.items():
+            own[name].copy_(value)
 
     def adapter(self, model: WanTransformer) -> dict[str, Tensor]:
         """LoRA tensors of one of the two models under PEFT's file names."""
@@ -90,11 +140,10 @@ class Student(nn.Module):
 
     def features(self, context: Tensor, text: dict[str, TextKV]) -> Tensor:
         """Eq. 2 for all frames at once: clean context [B, C, K, h, w] -> c_0 .. c_K, [B, (K + 1) * n, dim]; c_0 = 0."""
-        batch, _, frames, height, width = context.shape
-        rope = rope_tables(range(frames), *self._tokens(height, width), self.etm.config.attention_head_dim)
-        hidden, _ = self.etm.encode(
-            context, torch.zeros(batch, frames), text["etm"], *rope, frame_attention(etm_visible(frames, self.window))
-        )
+        batch, _, frames, _, _ = context.shape
+        attend = frame_attention(etm_visible(frames, self.window))
+        clean = torch.zeros(batch, frames, device=context.device)
+        hidden, _ = self.etm.encode(context, clean, text["etm"], *self._rope(range(frames), context), attend)
         first = torch.zeros_like(hidden[:, : hidden.shape[1] // frames])
         return torch.cat([first, hidden], 1)
 
@@ -104,24 +153,45 @@ class Student(nn.Module):
         context [B, C, F - 1, h, w] holds clean frames 0 .. F - 2, noisy [B, C, F, h, w] frames 0 .. F - 1 at noise
         levels t [B, F] in [0, 1]; returns the flow of every noisy frame, [B, C, F, h, w].
         """
-        batch, _, frames, height, width = noisy.shape
+        batch, _, frames, _, _ = noisy.shape
         if context.shape[2] != frames - 1 or t.shape != (batch, frames):
             raise ValueError(
                 f"got {context.shape[2]} context frames and t {tuple(t.shape)}, "
                 f"expected {frames - 1} and {(batch, frames)}"
             )
-        positions = sdd_positions(frames, self.max_position)
-        rope = rope_tables(positions, *self._tokens(height, width), self.sdd.config.attention_head_dim)
         condition = None
-        if frames > 1:
+        if frames > 1 and self.uses_etm:
             features = self.features(context, text)
             clean = torch.zeros_like(features[:, : features.shape[1] // frames * (frames - 1)])
             condition = torch.cat([clean, features], 1)
-        levels = torch.cat([torch.zeros(batch, frames - 1), t], 1) * 1000
-        latent = torch.cat([context, noisy], 2)
+        levels = torch.cat([torch.zeros(batch, frames - 1, device=t.device), t], 1) * 1000
+        rope = self._rope(sdd_positions(frames, self.max_position), noisy)
         attend = frame_attention(sdd_visible(frames))
+        latent = torch.cat([context, noisy], 2)
         return self.sdd(latent, levels, text["sdd"], *rope, attend, condition)[:, :, frames - 1 :]
 
-    def _tokens(self, height: int, width: int) -> tuple[int, int]:
+    def next_flow(self, context: Tensor, noisy: Tensor, t: Tensor, text: dict[str, TextKV]) -> Tensor:
+        """Eq. 4 for the frame that follows context [B, C, K, h, w]: noisy [B, C, 1, h, w], t [B] in [0, 1] -> flow.
+
+        Differentiable through the SDD, its context and the ETM; equal to what the stream computes.
+        """
+        batch, _, frames, _, _ = context.shape
+        positions = sdd_positions(frames + 1, self.max_position)
+        kept = sorted({0, frames - 1} if frames else set())  # of the context, what the SDD sees
+        condition = None
+        if frames and self.uses_etm:
+            features = self.features(context, text)
+            c_f = features[:, features.shape[1] // (frames + 1) * frames :]
+            condition = torch.cat([torch.zeros_like(c_f)] * len(kept) + [c_f], 1)
+        levels = torch.cat([torch.zeros(batch, len(kept), device=t.device), t[:, None]], 1) * 1000
+        rope = self._rope([positions[i] for i in kept] + positions[-1:], noisy)
+        attend = frame_attention([list(range(i + 1)) for i in range(len(kept) + 1)])
+        latent = torch.cat([context[:, :, kept], noisy], 2)
+        return self.sdd(latent, levels, text["sdd"], *rope, attend, condition)[:, :, -1:]
+
+    def _rope(self, positions: Sequence[int], latent: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of frames at temporal positions, for a latent's size, where it lies."""
         _, ph, pw = self.sdd.config.patch_size
-        return height // ph, width // pw
+        height, width = latent.shape[-2] // ph, latent.shape[-1] // pw
+        cos, sin = rope_tables(positions, height, width, self.sdd.config.attention_head_dim)
+        return cos.to(latent.device), sin.to(latent.device)

@@ -14,6 +14,7 @@ from distill import dimensions, evaluator, scenes, sprites
 class Task:
     """Specs are the task's own (`sprites.Spec`, `scenes.Scene`); each has a `caption`."""
 
+    name: str
     sample: Callable[..., list[Any]]  # (count, generator, hidden=False) -> specs
     render: Callable[[list[Any], int], tuple[Tensor, Tensor]]  # (specs, frames) -> video, coverage
     score: Callable[[list[Tensor], list[Any]], dict[str, dict[str, float]]]  # means and standard errors
@@ -22,10 +23,11 @@ class Task:
         return self.sample(count, torch.Generator().manual_seed(seed), hidden=hidden)
 
 
-TASKS = {
-    "sprites": Task(sprites.sample, sprites.render, evaluator.score),
-    "scenes": Task(scenes.sample, scenes.render, dimensions.score),
-}
+_ALL = (
+    Task("sprites", sprites.sample, sprites.render, evaluator.score),
+    Task("scenes", scenes.sample, scenes.render, dimensions.score),
+)
+TASKS = {task.name: task for task in _ALL}
 
 
 def find_task(name: str) -> Task:

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 Config = TypeVar("Config")
 
 
-def parse_arguments(doc: str, default_out: str) -> argparse.Namespace:
-    """The command line every stage shares."""
+def parse_arguments(doc: str, default_out: str, *, dry_run: bool = False) -> argparse.Namespace:
+    """The command line every stage shares; `dry_run` for those that can be planned without running."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("distill/configs/sprites.toml"), help="TOML file")
     parser.add_argument("--out", type=Path, default=Path(default_out), help="folder for checkpoints and logs")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (two runs of one beat one of two)")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs to --out")
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="build it without memory, print what it would take")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 
@@ -91,9 +93,9 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
 class Ema:
     """Exponential moving average of parameters; young averages forget faster, so the start does not linger."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, named: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
-        self.live = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.live = dict(named)
         self.mean = {name: p.detach().clone() for name, p in self.live.items()}
 
     @torch.no_grad()

@@ -1,7 +1,6 @@
 """What `distill.assemble` writes loads in diffusers, PEFT and the engine, and streams what was trained."""
 
 import json
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,10 +12,11 @@ from peft import PeftModel
 import engine
 from distill.assemble import assemble
 from distill.codec import build_vae
-from distill.next_chunk import NextChunkConfig, load_trained, trained_state
+from distill.base import Base
+from distill.next_chunk import NextChunkConfig, save_student
 from distill.rollout import roll_out
 from distill.student import Student
-from distill.teacher import Teacher, load_teacher
+from distill.teacher import Teacher
 
 CONFIG = NextChunkConfig(rank=4, max_position=3, sampling_shift=2.0)
 
@@ -30,13 +30,13 @@ def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     torch.nn.init.normal_(teacher.transformer.proj_out.weight, std=0.1)
     teacher.save(folder / "teacher")
     build_vae().save_pretrained(folder / "vae")
-    student = Student(load_teacher(folder / "teacher").transformer, CONFIG.rank)
+    student = Student(Base(folder / "teacher").transformer, CONFIG.rank)
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.requires_grad:
                 parameter.copy_(parameter.normal_(std=0.1).half())
-    state = trained_state(student)
-    torch.save({"student": state, "config": asdict(CONFIG)}, folder / "student.pt")
+    state = {name: p.detach() for name, p in student.trained().items()}
+    save_student(folder / "student.pt", state, CONFIG)
     assemble(folder / "teacher", folder / "vae", folder / "student.pt", folder / "sprites")
     return folder / "sprites", state
 
@@ -61,11 +61,11 @@ def test_json_names_no_paths(assembled: tuple[Path, dict[str, torch.Tensor]]) ->
 def test_engine_streams_what_was_trained(assembled: tuple[Path, dict[str, torch.Tensor]]) -> None:
     """The engine with merged adapters makes the same latents as the student in training."""
     folder, state = assembled
-    teacher = load_teacher(folder)
-    student = Student(teacher.transformer, CONFIG.rank, CONFIG.window, CONFIG.max_position).eval()
-    load_trained(student, state)
+    teacher = Base(folder)
+    student = CONFIG.student(teacher).eval()
+    student.load_trained(state)
     caption = "a red circle moving right slowly on a gray background"
-    expected = roll_out(student, teacher.encode([caption]), 5, 3, CONFIG.preset)
+    expected = roll_out(student, teacher.encode([caption]), 5, [3], CONFIG.preset)
     with engine.load(folder, device="cpu").stream(caption, seed=3) as stream:
         got = torch.cat([stream.next_latent() for _ in range(5)], 2)
     assert (got - expected).abs().max() <= 1e-3 * expected.abs().max()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.rollout import noise_levels, roll_out
+from distill.rollout import SampleNoise, noise_levels, roll_into, roll_out
 from distill.student import Student, etm_visible, frame_attention, sdd_positions, sdd_visible
 from engine.config import TransformerConfig, find_preset
 from engine.generators import Geometry, GreedyGenerator
@@ -23,10 +23,10 @@ SMALL = TransformerConfig(
 )
 
 
-def random_student(window: int, max_position: int) -> Student:
+def random_student(window: int, max_position: int, **options: bool) -> Student:
     """A student whose adapters and W_c are far from zero."""
     torch.manual_seed(0)
-    student = Student(WanTransformer(SMALL), rank=4, window=window, max_position=max_position).eval()
+    student = Student(WanTransformer(SMALL), rank=4, window=window, max_position=max_position, **options).eval()
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.requires_grad:
@@ -89,11 +89,81 @@ def test_rollout_is_seeded_and_keeps_what_is_given() -> None:
     student = random_student(3, 4)
     preset = find_preset("greedy", {"shift": 2.0, "solver": "euler", "max_position": 4})
     emb, start = torch.randn(2, 5, 16), torch.randn(2, 4, 2, 4, 4)
-    first, again = (roll_out(student, emb, 5, 7, preset, size=(4, 4), start=start) for _ in range(2))
+    first, again = (roll_out(student, emb, 5, [7, 9], preset, size=(4, 4), start=start) for _ in range(2))
     assert torch.equal(first, again)
     assert torch.equal(first[:, :, :2], start)
-    assert not torch.equal(first, roll_out(student, emb, 5, 8, preset, size=(4, 4), start=start))
+    assert not torch.equal(first, roll_out(student, emb, 5, [7, 8], preset, size=(4, 4), start=start))
     assert noise_levels(preset).tolist() == pytest.approx([1, 6 / 7, 2 / 3, 2 / 5, 0])
+    alone = roll_out(student, emb[1:], 5, [9], preset, size=(4, 4), start=start[1:])
+    assert (alone - first[1:]).abs().max() <= 1e-5  # a sample does not depend on its batch
+    with pytest.raises(ValueError, match="expected 1"):
+        SampleNoise([1]).draw(0, 1, (2, 3))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 7])
+@pytest.mark.parametrize("etm", [True, False])
+def test_next_flow_is_the_last_frame_of_flow(frames: int, etm: bool) -> None:
+    student = random_student(2, 3, etm=etm)
+    past, noisy = torch.randn(2, 4, frames - 1, 4, 6), torch.randn(2, 4, frames, 4, 6)
+    text, t = student.stages.prepare_text(torch.randn(2, 5, 16)), torch.rand(2, frames)
+    expected = student.flow(past, noisy, t, text)[:, :, -1:]
+    got = student.next_flow(past, noisy[:, :, -1:], t[:, -1], text)
+    assert (got - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("steps", [0, 2, 4])
+@torch.no_grad()
+def test_rolling_into_a_frame_is_the_stream(steps: int) -> None:
+    """Denoising steps taken on the way equal the stream's; all of them give its next latent."""
+    student = random_student(3, 4)
+    preset = find_preset("greedy", {"shift": 2.0, "solver": "euler", "max_position": 4})
+    emb, seeds = torch.randn(2, 5, 16), [3, 4]
+    past, x = roll_into(student, emb, 3, steps, seeds, preset, size=(4, 4))
+    whole = roll_out(student, emb, 4, seeds, preset, size=(4, 4))
+    assert torch.equal(past, whole[:, :, :3])
+    levels, text = noise_levels(preset), student.stages.prepare_text(emb)
+    for step in range(steps, 4):  # the differentiable pass goes on where the stream stopped
+        t = levels[step].expand(2)
+        x = x + (levels[step + 1] - levels[step]) * student.next_flow(past, x, t, text)
+    assert (x - whole[:, :, 3:]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_reach_everything_that_is_trained(recompute: bool) -> None:
+    student = random_student(3, 4, recompute=recompute)
+    text = student.stages.prepare_text(torch.randn(2, 5, 16))
+    past, noisy = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 1, 4, 4)
+    student.next_flow(past, noisy, torch.tensor([0.4, 0.8]), text).square().mean().backward()
+    # The ETM's last feed-forward belongs to c_f as all its blocks do; nothing frozen gets a gradient.
+    assert not [name for name, p in student.trained().items() if p.grad is None or not p.grad.any()]
+    assert not [name for name, p in student.named_parameters() if not p.requires_grad and p.grad is not None]
+
+
+def test_recomputing_changes_no_gradient() -> None:
+    grads = []
+    for recompute in (False, True):
+        student = random_student(3, 4, recompute=recompute)
+        torch.manual_seed(1)
+        text = student.stages.prepare_text(torch.randn(2, 5, 16))
+        clean, noisy = torch.randn(2, 4, 4, 4, 4), torch.randn(2, 4, 4, 4, 4)
+        student.flow(clean[:, :, :-1], noisy, torch.full((2, 4), 0.5), text).square().mean().backward()
+        grads.append([p.grad for p in student.trained().values()])
+    for kept, again in zip(*grads, strict=True):
+        assert torch.allclose(kept, again, atol=1e-6)
+
+
+@torch.no_grad()
+def test_without_etm_the_stream_ignores_it() -> None:
+    """W_c stays zero, so what the engine streams is what the decoder alone computes."""
+    student = random_student(3, 4, etm=False)
+    assert not student.sdd.condition_proj.weight.any()
+    assert not [name for name in student.trained() if name.startswith("etm.")]
+    preset = find_preset("greedy", {"shift": 2.0, "solver": "euler", "max_position": 4})
+    emb = torch.randn(1, 5, 16)
+    first = roll_out(student, emb, 4, [5], preset, size=(4, 4))
+    for parameter in student.etm.parameters():
+        parameter.normal_(std=0.3)
+    assert torch.equal(first, roll_out(student, emb, 4, [5], preset, size=(4, 4)))
 
 
 def test_bad_input() -> None:
