@@ -5,35 +5,21 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from bench import ceilings, results
+from bench import ceilings, kernel_cases, results
 from bench.flops import Cost
 from bench.header import machine, print_header
+from bench.kernel_cases import Call, Case
 from bench.spread import interleaved, paired_ratio, quartiles, table
 from engine.loader import DTYPES
 from kernels import compile
 from kernels.ring_attention import ring_attention, ring_attention_reference
-
-Call = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation on one shape: calls without arguments, all on the same inputs."""
-
-    op: str
-    shape: str
-    reference: Call  # in float64; the truth
-    ours: Call
-    library: dict[str, Call]  # plain PyTorch, best known first
-    cost: Cost
 
 
 def _ring_attention(
@@ -58,7 +44,7 @@ def _ring_attention(
     )  # fmt: skip
 
 
-# op -> cases for a device; a later operation adds its row here.
+# op -> its maker, and the shapes for a device.
 SHAPES: dict[str, tuple[Callable[..., Case], dict[str, list[tuple[int, ...]]]]] = {
     "ring_attention": (
         _ring_attention,
@@ -68,6 +54,7 @@ SHAPES: dict[str, tuple[Callable[..., Case], dict[str, list[tuple[int, ...]]]]] 
             "cuda": [(12, 128, 1560, 4680, 4680), (12, 128, 1560, 6240, 6240), (12, 128, 1560, 32760, 32760)],
         },
     ),
+    **kernel_cases.SHAPES,
 }
 
 
@@ -81,22 +68,35 @@ def cases(device: torch.device, dtype: torch.dtype, ops: list[str]) -> list[Case
 
 def errors(case: Case) -> dict[str, float]:
     """rms error over rms of the truth, ours and the library's."""
-    truth = case.reference().double()
+    truth = case.value(case.reference()).double()
     size = truth.square().mean().sqrt()
     calls = {"ours": case.ours, **case.library}
-    return {name: float((call().double() - truth).square().mean().sqrt() / size) for name, call in calls.items()}
+    found = {name: case.value(call()).double() for name, call in calls.items()}
+    return {name: float((value - truth).square().mean().sqrt() / size) for name, value in found.items()}
 
 
-def _seconds(call: Call, device: torch.device, repeats: int) -> float:
+def _repeated(call: Call, device: torch.device, repeats: int) -> Call:
+    """`repeats` calls as one; on a GPU a CUDA graph of them, or launching would be what is timed."""
+    if device.type != "cuda":
+        return lambda: [call() for _ in range(repeats)]
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    return graph.replay
+
+
+def _seconds(call: Call, device: torch.device) -> float:
     wait = torch.cuda.synchronize if device.type == "cuda" else None
     if wait:
         wait()
     start = time.perf_counter()
-    for _ in range(repeats):
-        call()
+    call()
     if wait:
         wait()
-    return (time.perf_counter() - start) / repeats
+    return time.perf_counter() - start
 
 
 @torch.inference_mode()
@@ -111,20 +111,22 @@ def measure(device: torch.device, dtype: torch.dtype, ops: list[str], rounds: in
         row: dict[str, Any] = {"op": case.op, "shape": case.shape, "errors": error, "passed": error["ours"] <= allowed}
         if row["passed"]:
             calls: dict[str, Call] = {"ours": case.ours, **case.library}
-            repeats = max(1, int(0.005 / _seconds(case.ours, device, 3)))
+            repeats = max(1, int(0.005 / min(_seconds(case.ours, device) for _ in range(3))))
             ms: dict[str, list[float]] = {name: [] for name in calls}
-            runs = {name: partial(_seconds, call, device, repeats) for name, call in calls.items()}
+            runs = {n: partial(_seconds, _repeated(call, device, repeats), device) for n, call in calls.items()}
             for _, name, seconds in interleaved(runs, rounds):
-                ms[name].append(1e3 * seconds)
+                ms[name].append(1e3 * seconds / repeats)
             best = min(case.library, key=lambda name: quartiles(ms[name])["median"])
+            cost = replace(case.cost, flops=case.cost.flops / case.speedup)
             took = quartiles(ms["ours"])["median"] / 1e3
             row |= {
                 "ms": {name: quartiles(samples) for name, samples in ms.items()},
                 "best_library": best,
                 "time_ratio": paired_ratio(ms["ours"], ms[best]),
                 "gflops": case.cost.flops / took / 1e9,
-                "mfu": limits.mfu(case.cost, took),
-                "floor_ms": 1e3 * limits.floor(case.cost),
+                "mfu": limits.mfu(cost, took),
+                "mbu": limits.mbu(cost, took),
+                "floor_ms": 1e3 * limits.floor(cost),
             }
             timings[f"{case.op} {case.shape}"] = row["ms"]["ours"]
         rows.append(row)
@@ -170,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n" + table([
             {"op": row["op"], "shape": row["shape"], "error": row["errors"]["ours"], "ms": row["ms"]["ours"]["median"],
              row["best_library"]: row["ms"][row["best_library"]]["median"], "ratio": row["time_ratio"]["median"],
-             "GFLOP/s": row["gflops"], "mfu": row["mfu"]}
+             "GFLOP/s": row["gflops"], "mfu": row["mfu"], "mbu": row["mbu"]}
             for row in result["cases"] if row["passed"]
         ], 3))  # fmt: skip
     red = [row for row in result["cases"] if not row["passed"]]

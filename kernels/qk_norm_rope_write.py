@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.checks import described, power_of_two
 from kernels.launch import launch, tl, triton
 from kernels.quantize import E4M3_MAX, to_e4m3
+from kernels.rms_norm import rms_norm_reference
 from kernels.table import Variant, implementation, register
 
 Row = int | Tensor  # the first cache row to write: a number, or an int32 scalar on the device, read at replay
@@ -22,9 +23,9 @@ _V_TOKENS = 64  # tokens of one tile of V that is written transposed
 
 def _rotated(x: Tensor, weight: Tensor, heads: int, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """RMSNorm over x [B, n, dim], heads split off, pairs rotated: [B, n, heads, d] in x's dtype."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-    even, odd = normed.to(wide.dtype).unflatten(-1, (heads, -1, 2)).unbind(-1)
+    normed = rms_norm_reference(x, weight, eps)
+    wide = normed.to(torch.promote_types(x.dtype, torch.float32))
+    even, odd = wide.unflatten(-1, (heads, -1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
@@ -105,27 +106,27 @@ def _qk_norm_rope_write(
     element = tl.arange(0, DIM_BLOCK)[None, :]
     at = head * DIM + element
     inside = (head < HEADS) & (element < DIM)
-    # Everything is asked for before the first sum makes the program wait.
+    # Everything is asked for before the first sum makes the program wait; V goes on at once.
     source = QKV + (batch * tokens + token) * 3 * WIDTH + at
     q = tl.load(source, mask=inside, other=0.0)
     k = tl.load(source + WIDTH, mask=inside, other=0.0)
-    if not FP8:
-        v = tl.load(source + 2 * WIDTH, mask=inside, other=0.0)
     pair = tl.arange(0, DIM_BLOCK // 2)[None, :]
     cos = tl.load(COS + token * (DIM // 2) + pair, mask=pair < DIM // 2, other=0.0)
     sin = tl.load(SIN + token * (DIM // 2) + pair, mask=pair < DIM // 2, other=0.0)
-
-    q = _norm_rope(q, Q_WEIGHT, at, inside, cos, sin, eps, HEADS_BLOCK, DIM_BLOCK, WIDTH)
-    k = _norm_rope(k, K_WEIGHT, at, inside, cos, sin, eps, HEADS_BLOCK, DIM_BLOCK, WIDTH)
-    if FP8:
-        q = to_e4m3(q.to(tl.float32), tl.load(Q_SCALE + head, mask=head < HEADS, other=1.0))
-        k = to_e4m3(k.to(tl.float32), tl.load(K_SCALE + head, mask=head < HEADS, other=1.0))
-    tl.store(Q + (batch * tokens + token) * WIDTH + at, q.to(Q.dtype.element_ty), mask=inside)
     heads = tl.where((row >= 0) & (row < rows), HEADS, 0)  # a wrong start row must not reach other memory
     kept = (head < heads) & (element < DIM)
-    tl.store(K + batch * k_batch + row * WIDTH + at, k.to(K.dtype.element_ty), mask=kept)
     if not FP8:
+        v = tl.load(source + 2 * WIDTH, mask=inside, other=0.0)
         tl.store(V + batch * v_batch + row * WIDTH + at, v.to(V.dtype.element_ty), mask=kept)
+
+    q = _norm_rope(q, Q_WEIGHT, at, inside, cos, sin, eps, HEADS_BLOCK, DIM_BLOCK, WIDTH)
+    if FP8:
+        q = to_e4m3(q.to(tl.float32), tl.load(Q_SCALE + head, mask=head < HEADS, other=1.0))
+    tl.store(Q + (batch * tokens + token) * WIDTH + at, q.to(Q.dtype.element_ty), mask=inside)
+    k = _norm_rope(k, K_WEIGHT, at, inside, cos, sin, eps, HEADS_BLOCK, DIM_BLOCK, WIDTH)
+    if FP8:
+        k = to_e4m3(k.to(tl.float32), tl.load(K_SCALE + head, mask=head < HEADS, other=1.0))
+    tl.store(K + batch * k_batch + row * WIDTH + at, k.to(K.dtype.element_ty), mask=kept)
 
 
 @triton.jit(do_not_specialize=["START", "tokens", "rows"])

@@ -130,7 +130,7 @@ def test_load(model_dir, capsys):
 def test_kernels(capsys, limits):
     assert main(["kernels", "--rounds", "2", "--json", "--device", "cpu"]) == 0
     found = last_line(capsys)
-    assert {case["op"] for case in found["cases"]} == {"ring_attention"}
+    assert {case["op"] for case in found["cases"]} >= {"ring_attention", "norm_modulate", "fp8_linear", "vae_norm_silu"}
     assert all(case["passed"] and case["time_ratio"]["pairs"] == 2 for case in found["cases"])
 
 
