@@ -27,7 +27,6 @@ class Tiles:
     keys: int
     stages: int
     warps: int
-    specialise: bool = False  # warps that load, warps that multiply
 
 
 @triton.jit
@@ -39,35 +38,28 @@ def _share(valid, queries, programs, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
 
 
 @triton.jit
-def _attend_blocks(
-    acc, row_max, row_sum, q, k_rows, v_rows, column, begin, end, valid, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr,
-    STAGES: tl.constexpr, SPECIALISE: tl.constexpr,
+def _weigh(
+    acc, row_max, row_sum, scores, v_rows, row, column, valid, scale,
+    BLOCK_N: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over key blocks [begin, end); scale brings q k^T into powers of two."""
-    for block in tl.range(begin, end, num_stages=STAGES, warp_specialize=SPECIALISE):
-        row = block * BLOCK_N
-        scores = tl.dot(q, k_rows.load([row, column]).T)
-        if MASKED:
-            scores = tl.where((row + tl.arange(0, BLOCK_N) < valid)[None, :], scores, -float("inf"))
-        # FP8 weights reach 2^8, so that small ones keep their bits; row_max carries the shift, which cancels.
-        shift = 8 if FP8 else 0
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale - shift)
-        weights = tl.math.exp2(scores * scale - new_max[:, None])
-        fade = tl.math.exp2(row_max - new_max)
-        row_sum = row_sum * fade + tl.sum(weights, 1)
-        acc = acc * fade[:, None]
-        v = v_rows.load([column, row]).T if FP8 else v_rows.load([row, column])
-        acc = tl.dot(weights.to(v.dtype), v, acc)
-        row_max = new_max
-    return acc, row_max, row_sum
+    """One block of keys from its scores on: online softmax, in powers of two by `scale`, and the product with v."""
+    if MASKED:
+        scores = tl.where((row + tl.arange(0, BLOCK_N) < valid)[None, :], scores, -float("inf"))
+    # FP8 weights reach 2^8, so that small ones keep their bits; row_max carries the shift, which cancels.
+    shift = 8 if FP8 else 0
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale - shift)
+    weights = tl.math.exp2(scores * scale - new_max[:, None])
+    fade = tl.math.exp2(row_max - new_max)
+    v = v_rows.load([column, row]).T if FP8 else v_rows.load([row, column])
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
+    return acc, new_max, row_sum * fade + tl.sum(weights, 1)
 
 
 @triton.jit(do_not_specialize=["queries", "rows", "pitch", "programs"])
 def attend_kernel(
     Q, K, V, VALID, Q_SCALE, K_SCALE, V_SCALE, OUT, LSE, PARTIAL, STATS, queries, rows, pitch, programs,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SCALE: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr, SPECIALISE: tl.constexpr,
+    SCALE: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program c of batch entry b does pairs [c * share, (c + 1) * share) of its (tile, key block) pairs.
 
@@ -109,30 +101,32 @@ def attend_kernel(
         acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
         row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
-        whole = tl.minimum(end, valid // BLOCK_N)  # blocks behind it need the mask: at most one
-        acc, row_max, row_sum = _attend_blocks(
-            acc, row_max, row_sum, q, k_rows, v_rows, column, begin, whole, valid, scale,
-            HEAD_DIM, BLOCK_N, FP8, False, STAGES, SPECIALISE,
-        )  # fmt: skip
-        acc, row_max, row_sum = _attend_blocks(
-            acc, row_max, row_sum, q, k_rows, v_rows, column, tl.maximum(begin, whole), end, valid, scale,
-            HEAD_DIM, BLOCK_N, FP8, True, 1, False,
-        )  # fmt: skip
+        # Scores of the next block are under way while the tensor cores would wait for this one's softmax.
+        scores = tl.dot(q, k_rows.load([begin * BLOCK_N, column]).T)
+        for block in tl.range(begin, end - 1, num_stages=STAGES):
+            row = block * BLOCK_N
+            upcoming = tl.dot(q, k_rows.load([row + BLOCK_N, column]).T)
+            acc, row_max, row_sum = _weigh(
+                acc, row_max, row_sum, scores, v_rows, row, column, valid, scale, BLOCK_N, FP8, False
+            )
+            scores = upcoming
+        acc, row_max, row_sum = _weigh(
+            acc, row_max, row_sum, scores, v_rows, (end - 1) * BLOCK_N, column, valid, scale, BLOCK_N, FP8, True
+        )
         if FP8:
             acc = acc * tl.load(V_SCALE + head)
         if end - begin == blocks:
             here = start + lane < queries
             out = OUT + ((batch * queries + start + lane) * WIDTH + column)[:, None] + element[None, :]
             tl.store(out, (acc / row_sum[:, None]).to(OUT.dtype.element_ty), here[:, None])
-            tl.store(
-                LSE + (batch * HEADS + head) * queries + start + lane,
-                (row_max + tl.math.log2(row_sum)) * 0.6931471805599453, here,
-            )  # fmt: skip
+            lse = LSE + (batch * HEADS + head) * queries + start + lane
+            tl.store(lse, (row_max + tl.math.log2(row_sum)) * 0.6931471805599453, here)
         else:
             slot = (batch * programs + program) * 2 + (begin == 0).to(tl.int32)
             tl.store(PARTIAL + (slot * BLOCK_M + lane)[:, None] * HEAD_DIM + element[None, :], acc)
-            tl.store(STATS + slot * 2 * BLOCK_M + lane, row_max)
-            tl.store(STATS + (slot * 2 + 1) * BLOCK_M + lane, row_sum)
+            stats = STATS + slot * 2 * BLOCK_M + lane
+            tl.store(stats, row_max)
+            tl.store(stats + BLOCK_M, row_sum)
 
 
 @triton.jit(do_not_specialize=["queries", "rows", "programs"])
@@ -192,7 +186,7 @@ def attend(
     launch(
         attend_kernel, (programs, batch), q, k, v, valid, *(scales or (lse, lse, lse)), out, lse, partial, stats,
         queries, k.shape[1], v.shape[-1], programs, **cut, SCALE=head_dim**-0.5 * LOG2_E, FP8=scales is not None,
-        STAGES=tiles.stages, SPECIALISE=tiles.specialise, num_warps=tiles.warps,
+        STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     lanes = 16
     launch(
