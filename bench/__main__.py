@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench import compare, diff, everything, fp8, gpu_check, kernels, load, parity, report, scaling, stream
+from bench import backends, compare, diff, everything, fp8, gpu_check, kernels, load, parity, report, scaling, stream
 from bench.fullsize import make, measure_load
 from engine.loader import DTYPES
 
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chunks", type=int, default=2)
     command.add_argument("--json", action="store_true", help="print the result as one JSON line")
     command.set_defaults(run=_fullsize)
-    for module in (stream, compare, scaling, load, kernels, fp8, diff, report, everything, gpu_check):
+    for module in (stream, backends, compare, scaling, load, kernels, fp8, diff, report, everything, gpu_check):
         module.add_parser(commands)
     return parser
 

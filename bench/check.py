@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from bench import parity
-from bench.header import ROOT
+from bench.header import ROOT, precision_of
 from bench.meter import Meter, MeteredPipeline
 from bench.models import torch_parts
 from engine.generators import Geometry
@@ -22,6 +22,8 @@ from engine.stream import Pipeline
 CASES = ROOT / "tests" / "data" / "causal"
 # Largest rms error of a flow over its rms, against the dense pass in the same dtype: order of summation only.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+FP8_TOLERANCE = 0.25  # e4m3 holds 4 bits of a number; 30 random blocks add that up
 
 GREY_LEVELS = 2  # of 255, for another runtime
 
@@ -111,7 +113,7 @@ def streaming_equals_dense(pipeline: Pipeline) -> Check:
     flow = pipeline.generator.denoise(chunks[-1], t, state)
     expected = (_dense_greedy if preset.family == "greedy" else _dense_causal)(pipeline, chunks, t, text_kv)
     error = float((flow - expected).float().square().mean().sqrt() / expected.float().square().mean().sqrt())
-    limit = TOLERANCE[pipeline.dtype]
+    limit = FP8_TOLERANCE if "fp8" in precision_of(pipeline) else TOLERANCE[pipeline.dtype]
     return Check("streaming equals a dense masked pass", error <= limit, f"rms error {error:.1e}, limit {limit:.0e}")
 
 

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 import engine
+from engine.cache import FP8
 from engine.stream import Pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +80,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def precision_of(pipeline: Pipeline) -> str:
+    """What the blocks compute in: float32, bfloat16, fp8, and whether attention is FP8 as well."""
+    fused = getattr(pipeline.stages, "fused", None) or {}
+    products = "fp8" if any(model.fp8 for model in fused.values()) else str(pipeline.dtype).removeprefix("torch.")
+    return products + (", fp8 attention" if pipeline.kv_dtype == FP8 else "")
+
+
 def stream_header(pipeline: Pipeline, model: str) -> dict[str, Any]:
     """What was streamed: weights, preset, steps, geometry."""
     preset, config = pipeline.preset, pipeline.config
@@ -92,7 +100,7 @@ def stream_header(pipeline: Pipeline, model: str) -> dict[str, Any]:
         "window": preset.window,
         "steps": [list(steps[: preset.stop_after or None]) for steps in preset.steps],
         "backend": pipeline.stages.name,
-        "precision": str(pipeline.dtype).removeprefix("torch."),
+        "precision": precision_of(pipeline),
         "height": pipeline.height,
         "width": pipeline.width,
         "target_fps": pipeline.fps,

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from bench.random_weights import RandomSource, write_text_encoder
+from engine.cache import FP8
 from engine.checkpoint import fill
 from engine.config import TransformerConfig, find_preset
-from engine.loader import DTYPES, EMBEDDED, assemble, load, load_bundle
+from engine.loader import DTYPES, EMBEDDED, PRECISIONS, assemble, load, load_bundle, make_stages
 from engine.stages import TorchStages
 from engine.stream import Pipeline
 from engine.text import Tokenizer, load_text_encoder
@@ -42,6 +43,8 @@ class Source:
     precision: str
     height: int | None
     width: int | None
+    fp8_attention: bool = False
+    eager: bool = False
 
     @property
     def label(self) -> str:
@@ -58,9 +61,12 @@ class Source:
         if self.random is None:
             return load(
                 self.model, preset=preset, device=self.device, dtype=self.precision, height=self.height,
-                width=self.width,
+                width=self.width, fp8_attention=self.fp8_attention, eager=self.eager,
             )  # fmt: skip
-        return random_pipeline(self.random, preset or "greedy", self.device, self.precision, self.height, self.width)
+        return random_pipeline(
+            self.random, preset or "greedy", self.device, self.precision, self.height, self.width,
+            self.fp8_attention, self.eager,
+        )  # fmt: skip
 
     def directory(self) -> Path:
         """The weights on disk, for engines in other processes."""
@@ -80,7 +86,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     model.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle's compiled graphs instead of modules")
     command.add_argument("--height", type=int)
     command.add_argument("--width", type=int)
-    command.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
+    command.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
+    command.add_argument("--fp8-attention", action="store_true", help="self-attention on e4m3 as well")
+    command.add_argument("--eager", action="store_true", help="no fused kernels and no CUDA graphs on a GPU")
     command.add_argument("--backend", choices=("torch", "onnx"), help="torch; onnx with --bundle")
     command.add_argument("--device", default="auto")
     command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
@@ -98,7 +106,8 @@ def source_of(args: argparse.Namespace) -> Source:
                          "torch without one or onnx with one")  # fmt: skip
     torch.set_num_threads(args.threads)
     return Source(
-        args.model, args.random, args.bundle, backend, args.device, args.precision, args.height, args.width
+        args.model, args.random, args.bundle, backend, args.device, args.precision, args.height, args.width,
+        args.fp8_attention, args.eager,
     )  # fmt: skip
 
 
@@ -112,7 +121,7 @@ def open_bundle(folder: Path, backend: str, preset: str | None = None) -> Pipeli
 
 def random_pipeline(
     shape: str, preset: str, device: str = "auto", precision: str = "auto", height: int | None = None,
-    width: int | None = None,
+    width: int | None = None, fp8_attention: bool = False, eager: bool = False,
 ) -> Pipeline:  # fmt: skip
     """A pipeline of random weights, made in memory. The text encoder is a small stand-in of the right width."""
     config, vae_config, (high, wide), anywhere = SHAPES[shape]
@@ -124,7 +133,8 @@ def random_pipeline(
                          "such as 64 96: a full-size chunk takes minutes there")  # fmt: skip
     if precision == "auto":
         precision = "fp32" if place.type == "cpu" else "bf16"
-    dtype, style = DTYPES[precision], find_preset(preset)
+    fp8 = precision == "fp8"
+    dtype, style = DTYPES["bf16" if fp8 else precision], find_preset(preset)
     height, width = height or high, width or wide
     for what, pixels, patch in (("height", height, config.patch_size[1]), ("width", width, config.patch_size[2])):
         unit = vae_config.scale_factor_spatial * patch
@@ -142,9 +152,10 @@ def random_pipeline(
         write_text_encoder(Path(folder), config.text_dim, dtype)
         tokenizer = Tokenizer(Path(folder) / "tokenizer")
         encoder = load_text_encoder(Path(folder) / "text_encoder", dtype, place)
+    stages = make_stages(models, vae, encoder, place, fp8=fp8, fp8_attention=fp8_attention, eager=eager)
     return assemble(
-        TorchStages(models, vae, encoder), config, style, dtype, place, tokenizer=tokenizer, name=preset,
-        height=height, width=width, vae_config=vae_config,
+        stages, config, style, dtype, place, tokenizer=tokenizer, name=preset, height=height, width=width,
+        vae_config=vae_config, kv_dtype=FP8 if fp8_attention else None,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -108,11 +109,11 @@ def roofline(
 
 
 def measure(
-    source: models.Source, preset: str | None, prompt: str, seed: int, frames: int | None, rounds: int, sink: str
+    make: Callable[[], Pipeline], label: str, prompt: str, seed: int, frames: int | None, rounds: int, sink: str
 ) -> tuple[dict[str, Any], list[check.Check]]:
-    """The report, and the checks that allow it; where one is red the report holds no numbers."""
+    """The report on the pipeline that `make` loads, and the checks that allow it: a red one, and it has no numbers."""
     start = time.perf_counter()
-    pipeline = source.pipeline(preset)
+    pipeline = make()
     load, loaded_mb = time.perf_counter() - start, memory.settle()
     size = pipeline.height, pipeline.width
     open_sink(sink, pipeline.fps, size).abort()  # refused now rather than after minutes
@@ -120,7 +121,7 @@ def measure(
     start = time.perf_counter()
     first, _, _ = metered_chunks(pipeline, prompt, 1, seed)
     ttff = time.perf_counter() - start
-    report: dict[str, Any] = {"machine": machine(pipeline.device), "stream": stream_header(pipeline, source.label)}
+    report: dict[str, Any] = {"machine": machine(pipeline.device), "stream": stream_header(pipeline, label)}
     checks = check.run(pipeline, prompt, seed)
     report["checks"] = [asdict(c) for c in checks]
     if not all(c.passed for c in checks):
@@ -237,7 +238,8 @@ def run(args: argparse.Namespace) -> int:
     source = models.source_of(args)
     if args.rounds < 1:
         raise ValueError(f"--rounds: got {args.rounds}, expected at least 1")
-    report, checks = measure(source, args.preset, args.prompt, args.seed, args.frames, args.rounds, args.sink)
+    make = partial(source.pipeline, args.preset)
+    report, checks = measure(make, source.label, args.prompt, args.seed, args.frames, args.rounds, args.sink)
     shown = sys.stderr if args.json else sys.stdout
     if not args.json:
         print_header(report["machine"], report["stream"])
