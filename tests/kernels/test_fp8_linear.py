@@ -26,10 +26,11 @@ def truth_of(x, x_scale, weight, weight_scale, bias):
     return out if bias is None else out + bias.double()
 
 
-# As many whole rounds as there are, one short round in 5 parts of K, in 2, none, fewer steps of K than parts.
+# (tiles, programs a round): 4 tiles with 3, the last one in 3 parts of K; 12 with 10, 2 in 3 parts (not evenly); 4 with
+# 4, none left over; 4 with 100, all in as many parts as K has steps; 2 with 7, both in 3 parts of a long K.
 @pytest.mark.parametrize(
     ("rows", "columns", "depth", "programs"),
-    [(37, 48, 160, 5), (100, 96, 96, 10), (64, 64, 64, 4), (37, 48, 48, 100), (33, 16, 2064, 3)],
+    [(37, 48, 160, 3), (100, 96, 112, 10), (64, 64, 64, 4), (37, 48, 48, 100), (33, 16, 2064, 7)],
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_tiles_against_float64(device, rows, columns, depth, programs, bias):
