@@ -130,6 +130,7 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
         _keep_losses(out / "losses.jsonl", first)
     model, prepared = accelerator.prepare(objective, optimizer)
     progress = Progress(out.name, config.steps, config.log_every, board if accelerator.is_main_process else None)
