@@ -5,7 +5,7 @@ GPU, in Triton's interpreter (TRITON_INTERPRET=1), or only compiles (`compiling`
 real launch site each time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +28,11 @@ _compiled: list[Any] | None = None  # while compiling: what was compiled, in ord
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Start `kernel` on `grid` (up to three numbers); options are constexprs and num_warps, num_stages."""
     options["enable_fp_fusion"] = True  # as Triton did by itself until 3.9, and later does not
+    _kernels.add(kernel)
     if _compiled is not None:
         _compiled.append(kernel.warmup(*args, grid=grid, **options))
         return
     triton.set_allocator(_scratch)  # by thread; descriptors made on the device live there
-    _kernels.add(kernel)
     kernel[grid](*args, **options)
 
 
@@ -44,13 +44,25 @@ def compilations() -> int:
 
 @contextmanager
 def compiling() -> Iterator[list[Any]]:
-    """Launches only compile meanwhile; yields the list that they fill with compiled kernels."""
+    """Launches, of any thread, only compile meanwhile; yields the list that they fill with compiled kernels."""
     global _compiled
     before, _compiled = _compiled, []
     try:
         yield _compiled
     finally:
         _compiled = before
+
+
+def warm(*calls: Callable[[], Any]) -> int:
+    """Compile what these calls launch and run none of it; returns how many variants were not there before.
+
+    A variant depends on dtypes, widths and head counts alone: token counts, valid rows and slots need no other.
+    """
+    before = compilations()
+    with compiling():
+        for call in calls:
+            call()
+    return compilations() - before
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -55,7 +55,11 @@ def _weigh(
     return acc, new_max, row_sum * fade + tl.sum(weights, 1)
 
 
-@triton.jit(do_not_specialize=["queries", "rows", "pitch", "programs"])
+# Neither a token count nor where in a larger tensor a scalar or a scale lies may ask for another compilation.
+@triton.jit(
+    do_not_specialize=["queries", "rows", "pitch", "programs"],
+    do_not_specialize_on_alignment=["VALID", "Q_SCALE", "K_SCALE", "V_SCALE"],
+)
 def attend_kernel(
     Q, K, V, VALID, Q_SCALE, K_SCALE, V_SCALE, OUT, LSE, PARTIAL, STATS, queries, rows, pitch, programs,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -129,7 +133,7 @@ def attend_kernel(
             tl.store(stats + BLOCK_M, row_sum)
 
 
-@triton.jit(do_not_specialize=["queries", "rows", "programs"])
+@triton.jit(do_not_specialize=["queries", "rows", "programs"], do_not_specialize_on_alignment=["VALID"])
 def merge_kernel(
     PARTIAL, STATS, VALID, OUT, LSE, queries, rows, programs,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,

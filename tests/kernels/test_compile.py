@@ -1,0 +1,103 @@
+"""Compiled for sm_90 without a GPU: nothing spills, what was meant is in the machine code, and nothing recompiles.
+
+In processes of their own: the interpreter that the other tests run in cannot compile.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels import table
+from kernels.launch import HAVE_TRITON
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
+
+
+def run(*command, status=0):
+    """Output of a python command without the interpreter, which must end with `status`."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == status, done.stderr[-2000:]
+    return done.stdout, done.stderr
+
+
+def script(code):
+    """The JSON that a script prints; it finds the stub driver in place."""
+    out, _ = run("-c", "import json, torch\nfrom kernels import compile, table\ncompile.use_stub_driver()\n" + code)
+    return json.loads(out.splitlines()[-1])
+
+
+def test_every_kernel_compiles_for_sm_90():
+    out, _ = run("-m", "bench", "kernels", "--compile-only", "--json")
+    rows = json.loads(out.splitlines()[-1])["variants"]
+    with_kernels = {name for name, op in table.load_all().items() if "triton" in op.implementations}
+    assert {row["name"].split()[0] for row in rows} == with_kernels
+    for row in rows:
+        assert (row["spills"], row["stack_bytes"], row["problems"]) == (0, 0, [])
+        assert 0 < row["registers"] <= 255
+        assert row["shared_bytes"] <= 226 * 1024
+    attention = {row["name"]: row["instructions"] for row in rows if "attend_kernel" in row["name"]}
+    assert all(("QGMMA" if "fp8" in name else "HGMMA") in found for name, found in attention.items())
+    assert all("UTMALDG" in found and "HMMA" not in found for found in attention.values())
+
+
+def test_a_variant_beyond_its_limits_is_red():
+    rows = script("""
+from dataclasses import replace
+op = table.load_all()["ring_attention"]
+for change in ({"needs": ("QGMMA",)}, {"registers": 40}, {}):
+    variant = replace(next(iter(op.variants())), **change)
+    table.OPS[str(change)] = replace(op, variants=lambda variant=variant: [variant])
+print(json.dumps([compile.compile_variants([name])[0]["problems"] for name in list(table.OPS)[-3:]]))
+""")
+    missing, large, right = rows
+    assert missing == ["got no QGMMA, expected some"]
+    assert len(large) == 1
+    assert "registers, expected at most 40" in large[0]
+    assert right == []
+
+
+def test_unknown_operations_are_refused():
+    _, err = run("-m", "bench", "kernels", "--compile-only", "--op", "nothing", status=2)
+    assert "got nothing, expected some of" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_no_ring_state_asks_for_another_compilation():
+    """Token counts and valid rows that 16 divides, odd ones and 1; scalars and scales anywhere in a tensor."""
+    first, later, launches = script("""
+from kernels.launch import compilations, warm
+from kernels.ring_attention import ring_attention
+from kernels.ring_attention_fp8 import ring_attention_fp8
+state, scales, E4M3 = torch.ones(16, dtype=torch.int32), torch.ones(100), torch.float8_e4m3fn
+def call(n, rows, at):
+    valid = state[at : at + 1]
+    q, k = (torch.zeros(1, m, 12, 128, dtype=torch.bfloat16) for m in (n, rows))
+    ring_attention(q, k, k, valid)
+    ring_attention(q, k, k, max(rows // 2, 1))
+    v_t = torch.zeros(1, 12, 128, -(-rows // 16) * 16).to(E4M3)
+    a, b, c = scales[at : at + 36].split(12)
+    ring_attention_fp8(q, k.to(E4M3), v_t, a, b, c, valid)
+cases = [(1560, 6240, 0), (1, 1, 1), (37, 100, 2), (16, 16, 3), (1560, 4680, 5), (4680, 32760 // 8, 7)]
+with table.use("triton"):
+    first = warm(lambda: call(*cases[0]))
+    later = sum(warm(lambda case=case: call(*case)) for case in cases[1:])
+print(json.dumps([first, later, compilations()]))
+""")
+    assert (first, later, launches) == (3, 0, 3)  # two operations and the merge of both
+
+
+def test_the_interpreter_cannot_compile():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "kernels", "--compile-only"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: compile gate: got TRITON_INTERPRET=1, expected a process without it\n"
