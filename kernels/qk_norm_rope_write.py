@@ -88,7 +88,7 @@ def _norm_rope(
     return tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(HEADS_BLOCK, DIM_BLOCK).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["START", "tokens", "rows"])
+@triton.jit(do_not_specialize=["Q_SCALE", "K_SCALE", "START", "tokens", "rows"])
 def _qk_norm_rope_write(
     QKV, Q_WEIGHT, K_WEIGHT, COS, SIN, Q, K, V, Q_SCALE, K_SCALE, START, tokens, rows, k_batch, v_batch, eps,
     HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
@@ -129,7 +129,7 @@ def _qk_norm_rope_write(
     tl.store(K + batch * k_batch + row * WIDTH + at, k.to(K.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["START", "tokens", "rows"])
+@triton.jit(do_not_specialize=["V_SCALE", "START", "tokens", "rows"])
 def _write_v_transposed(
     QKV, V, V_SCALE, START, tokens, rows, v_batch, pitch,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, TOKENS: tl.constexpr, ON_DEVICE: tl.constexpr,

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.checks import described
+from kernels.checks import described, needs_gradient
 from kernels.launch import launch, tl, triton
 from kernels.table import Variant, implementation, register
 
@@ -39,7 +39,7 @@ def _number(level, ON_DEVICE: tl.constexpr):
     return tl.full([], level, tl.float32)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["sigma", "sigma_next", "size"])
 def _solver_step(
     X, FLOW, NOISE, OUT, sigma, sigma_next, size,
     SIGMA_ON_DEVICE: tl.constexpr, NEXT_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
@@ -82,7 +82,8 @@ def solver_step(x: Tensor, flow: Tensor, sigma: Level, sigma_next: Level, noise:
     for level in (sigma, sigma_next):
         if isinstance(level, Tensor) and level.numel() != 1:
             raise ValueError(f"solver_step: got {described(sigma=level)}, expected a scalar")
-    return implementation("solver_step", x.device)(x, flow, sigma, sigma_next, noise)
+    fits = not needs_gradient(x, flow)
+    return implementation("solver_step", x.device, fits=fits)(x, flow, sigma, sigma_next, noise)
 
 
 def _variants() -> Iterator[Variant]:
