@@ -43,3 +43,21 @@ def causal(model_dir: Path) -> "Pipeline":
     import engine
 
     return engine.load(model_dir, preset="self-forcing", overrides={"window": 6})
+
+
+@pytest.fixture(scope="session")
+def aoti_bundle(pipeline: "Pipeline", model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The greedy pipeline as a bundle of two backends, aoti first; compiling takes a minute. Not to be changed."""
+    from export.write import write_bundle
+
+    out = tmp_path_factory.mktemp("export") / "bundle"
+    list(write_bundle(pipeline, out, model_dir / "tokenizer", "a red circle moving right", backends=("aoti", "onnx")))
+    return out
+
+
+@pytest.fixture(scope="session")
+def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ core with its tests and tools, built. Skips where there is nothing to build with."""
+    from csrc_tools import build
+
+    return build(tmp_path_factory.mktemp("native") / "build", "-DCMAKE_BUILD_TYPE=Release")

@@ -1,17 +1,16 @@
 """The C++ core: it builds, installs, and draws the noise that engine.noise draws.
 
-`python -m tests.test_csrc` writes csrc/tests/noise_vectors.txt, the known draws that C++ is tested with.
+`python tests/test_csrc.py` writes csrc/tests/noise_vectors.txt, the known draws that C++ is tested with.
 """
 
-import os
 import random
-import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from csrc_tools import build, cmake
 
 from engine import __version__
 from engine.noise import PhiloxNoise
@@ -72,34 +71,13 @@ def write_vectors(path: Path, draws: Iterable[Draw]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def cmake(*arguments: str | Path) -> None:
-    ran = subprocess.run(["cmake", *arguments], capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, f"cmake {' '.join(map(str, arguments))}\n{ran.stdout}\n{ran.stderr}"
-
-
-def missing_tool() -> str | None:
-    """Why the core cannot be built here, if so."""
-    if shutil.which("cmake") is None:
-        return "cmake is not installed"
-    version = subprocess.run(["cmake", "--version"], capture_output=True, text=True, check=True).stdout.split()[2]
-    if tuple(map(int, version.split(".")[:2])) < (3, 25):
-        return f"cmake {version} is older than 3.25"
-    if not any(map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))):
-        return "no C++ compiler is installed"
-    if "CMAKE_GENERATOR" not in os.environ and shutil.which("make") is None:
-        return "make is not installed"
-    return None
-
-
-@pytest.fixture(scope="module", params=["static", "shared"])
-def build(request, tmp_path_factory) -> Path:
-    if reason := missing_tool():
-        pytest.skip(f"the C++ core is not built: {reason}")
-    path = tmp_path_factory.mktemp(request.param) / "build"
-    cmake("-S", ROOT, "-B", path, f"-DBUILD_SHARED_LIBS={'ON' if request.param == 'shared' else 'OFF'}",
-          "-DCMAKE_BUILD_TYPE=Release")  # fmt: skip
-    cmake("--build", path)
-    return path
+@pytest.fixture(params=["static", "shared"])
+def library(request, native_build, tmp_path_factory) -> Path:
+    """The core alone, as a library of either kind."""
+    if request.param == "static":
+        return native_build
+    return build(tmp_path_factory.mktemp("shared") / "build", "-DBUILD_SHARED_LIBS=ON", "-DGREEDY_BUILD_TESTS=OFF",
+                 "-DCMAKE_BUILD_TYPE=Debug", "-DGREEDY_BUILD_TOOLS=OFF")  # fmt: skip
 
 
 def noise_test(build: Path, vectors: Path) -> subprocess.CompletedProcess[str]:
@@ -116,26 +94,26 @@ def test_known_draws_are_current():
         np.testing.assert_array_max_ulp(values, bits.view(np.float32), maxulp=1)
 
 
-def test_ctest_passes(build):
-    ran = subprocess.run(["ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error"],
+def test_ctest_passes(native_build):
+    ran = subprocess.run(["ctest", "--test-dir", native_build, "--output-on-failure", "--no-tests=error"],
                          capture_output=True, text=True, timeout=60)  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_same_noise_as_python(build, tmp_path):
+def test_same_noise_as_python(native_build, tmp_path):
     choose = random.Random(0)
     draws = [(*(choose.getrandbits(choose.choice([3, 20, 33, 64])) for _ in range(3)), choose.randrange(1, 400))
              for _ in range(200)]  # fmt: skip
     draws += [(3, 2, 1, 100_001), (TOP, TOP, TOP, 1001)]
     write_vectors(tmp_path / "vectors.txt", draws)
-    ran = noise_test(build, tmp_path / "vectors.txt")
+    ran = noise_test(native_build, tmp_path / "vectors.txt")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     print(ran.stdout)
     assert ran.stdout.startswith(f"{len(draws)} draws, {sum(count for *_, count in draws)} values, ")
 
 
 @pytest.mark.parametrize("damage", ["word", "value", "order", "short", "empty"])
-def test_a_wrong_vector_is_noticed(build, tmp_path, damage):
+def test_a_wrong_vector_is_noticed(native_build, tmp_path, damage):
     path = tmp_path / "vectors.txt"
     write_vectors(path, [(1, 2, 3, 5)])
     comment, numbers, words, values = path.read_text().splitlines()
@@ -150,12 +128,12 @@ def test_a_wrong_vector_is_noticed(build, tmp_path, damage):
         values = values[:-9]
     lines = [comment] if damage == "empty" else [comment, numbers, words, values]
     path.write_text("\n".join(lines) + "\n")
-    ran = noise_test(build, path)
+    ran = noise_test(native_build, path)
     assert ran.returncode == (2 if damage in ("short", "empty") else 1), ran.stdout + ran.stderr
 
 
-def test_installed_package_is_usable(build, tmp_path):
-    cmake("--install", build, "--prefix", tmp_path / "prefix")
+def test_installed_package_is_usable(library, tmp_path):
+    cmake("--install", library, "--prefix", tmp_path / "prefix")
     for name, text in CONSUMER.items():
         (tmp_path / name).write_text(text)
     cmake("-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")

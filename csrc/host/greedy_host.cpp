@@ -1,0 +1,195 @@
+// greedy-host: streams a bundle from the command line, without Python; an example of the whole interface.
+#include <cerrno>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "greedy/greedy.hpp"
+#include "greedy/sinks.h"
+
+namespace {
+
+constexpr const char* kUsage =
+    "usage: greedy-host BUNDLE --prompt TEXT [options]\n"
+    "  --prompt TEXT          what to show\n"
+    "  --prompt-at FRAME TEXT switch the prompt at a frame; may be repeated, in order\n"
+    "  --no-recommit          leave the past as it is when the prompt switches\n"
+    "  --image FILE.ppm       start from a picture of the bundle's size\n"
+    "  --frames N             stop after N frames; default: until Ctrl-C\n"
+    "  --seed S               the same seed gives the same video (0)\n"
+    "  --out TARGET           FILE.y4m, .rgb, .mp4 (with ffmpeg), - (stdout), null, checksum (-)\n"
+    "  --format y4m|rgb       what --out - writes (y4m)\n"
+    "  --backend NAME         aoti, tensorrt, ...; default: the first of the bundle that opens\n"
+    "  --plugin-dir DIR       where plugins lie; default: beside the library\n"
+    "  --library-dir DIR      where libtorch_cpu.so lies\n"
+    "  --no-verify            compare the hashes of graphs only\n"
+    "  --json                 print times as the last line of stderr\n"
+    "  --quiet                no log\n";
+
+struct Options {
+    std::string bundle, image, out = "-", format;
+    std::vector<std::pair<std::uint64_t, std::string>> prompts;  // frame from which on, text
+    std::uint64_t frames = UINT64_MAX, seed = 0;
+    bool recommit = true, json = false, quiet = false;
+    greedy_settings settings;
+};
+
+struct Usage : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+std::uint64_t number(const std::string& option, const char* text) {
+    char* end = nullptr;
+    errno = 0;
+    const std::uint64_t value = std::strtoull(text, &end, 10);
+    if (errno || end == text || *end || *text == '-')
+        throw Usage(option + ": got '" + text + "', expected a number of 0 or more");
+    return value;
+}
+
+Options parse(int count, char** words) {
+    Options out;
+    greedy_settings_init(&out.settings);
+    for (int i = 1; i < count; ++i) {
+        const std::string word = words[i];
+        const auto next = [&] {
+            if (i + 1 >= count) throw Usage(word + ": got nothing, expected a value");
+            return words[++i];
+        };
+        if (word == "--prompt")
+            out.prompts.insert(out.prompts.begin(), {0, next()});
+        else if (word == "--prompt-at") {
+            const std::uint64_t frame = number(word, next());
+            out.prompts.emplace_back(frame, next());
+        } else if (word == "--no-recommit")
+            out.recommit = false;
+        else if (word == "--image")
+            out.image = next();
+        else if (word == "--frames")
+            out.frames = number(word, next());
+        else if (word == "--seed")
+            out.seed = number(word, next());
+        else if (word == "--out")
+            out.out = next();
+        else if (word == "--format")
+            out.format = next();
+        else if (word == "--backend")
+            out.settings.backend = next();
+        else if (word == "--plugin-dir")
+            out.settings.plugin_dir = next();
+        else if (word == "--library-dir")
+            out.settings.library_dir = next();
+        else if (word == "--no-verify")
+            out.settings.verify = 0;
+        else if (word == "--json")
+            out.json = true;
+        else if (word == "--quiet")
+            out.quiet = true;
+        else if (word == "--help")
+            throw Usage("");
+        else if (word.rfind("-", 0) == 0 || !out.bundle.empty())
+            throw Usage("got " + word + ", expected no such argument");
+        else
+            out.bundle = word;
+    }
+    if (out.bundle.empty()) throw Usage("BUNDLE: got none, expected a directory");
+    if (out.prompts.empty() || out.prompts.front().first != 0) throw Usage("--prompt: got none, expected words");
+    if (out.frames == 0) throw Usage("--frames: got 0, expected at least 1");
+    return out;
+}
+
+// A binary PPM (P6) of exactly this size.
+std::vector<std::uint8_t> read_ppm(const std::string& path, int width, int height) {
+    std::FILE* file = std::fopen(path.c_str(), "rb");
+    if (!file) throw Usage("--image: got " + path + ", expected a file that can be read");
+    int w = 0, h = 0, most = 0;
+    const bool header = std::fscanf(file, "P6 %d %d %d", &w, &h, &most) == 3 && std::fgetc(file) != EOF;
+    std::vector<std::uint8_t> rgb(3 * static_cast<std::size_t>(width) * static_cast<std::size_t>(height));
+    const bool good =
+        header && w == width && h == height && most == 255 && std::fread(rgb.data(), rgb.size(), 1, file) == 1;
+    std::fclose(file);
+    if (!good)
+        throw Usage("--image: got " + path + ", expected a binary PPM of " + std::to_string(width) + "x" +
+                    std::to_string(height) + " pixels");
+    return rgb;
+}
+
+volatile std::sig_atomic_t stopped = 0;
+
+double since(std::chrono::steady_clock::time_point begun) {
+    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begun).count();
+}
+
+void run(const Options& options) {
+    const auto begun = std::chrono::steady_clock::now();
+    const greedy::Bundle bundle(options.bundle, &options.settings);
+    const double load_ms = since(begun);
+    const greedy_info info = bundle.info();
+    greedy::Session session(bundle, options.seed);
+    if (!options.image.empty()) session.push_frames(read_ppm(options.image, info.width, info.height).data(), 1);
+    const auto sink = greedy::open_sink(options.out, options.format, info.width, info.height, info.fps);
+    std::size_t prompt = 0;
+    std::uint64_t frames = 0;
+    double first_ms = 0, chunk_ms = 0;
+    std::vector<double> chunks;
+    const auto streaming = std::chrono::steady_clock::now();
+    while (frames < options.frames && !stopped) {
+        // A prompt counts from the next chunk on, so frames that are already made are shown first.
+        for (; prompt < options.prompts.size() && options.prompts[prompt].first <= frames; ++prompt)
+            session.set_prompt(options.prompts[prompt].second, options.recommit);
+        const auto asked = std::chrono::steady_clock::now();
+        greedy::Frame frame = session.next_frame();
+        chunk_ms = since(asked);
+        if (frames == 0) first_ms = since(begun);
+        chunks.push_back(chunk_ms);
+        for (;;) {
+            sink->write(frame->data);
+            if (++frames == options.frames || frame->left == 0 || stopped) break;
+            frame = session.next_frame();
+        }
+    }
+    const double spent = since(streaming);
+    sink->close();
+    if (!sink->digest().empty()) std::printf("%s\n", sink->digest().c_str());
+    double steady = 0;
+    for (std::size_t i = 1; i < chunks.size(); ++i) steady += chunks[i] / static_cast<double>(chunks.size() - 1);
+    if (options.json)
+        std::fprintf(
+            stderr,
+            "{\"frames\": %llu, \"chunks\": %zu, \"load_ms\": %.3f, \"ttff_ms\": %.3f, \"ms_per_chunk\": %.4f, "
+            "\"fps\": %.3f, \"backend\": \"%s\", \"target\": \"%s\"}\n",
+            static_cast<unsigned long long>(frames), chunks.size(), load_ms, first_ms, steady,
+            1e3 * static_cast<double>(frames) / spent, info.backend, info.target);
+}
+
+}  // namespace
+
+// Exit status: 0 done or stopped, 2 bad input, 1 a failure.
+int main(int count, char** words) {
+    std::signal(SIGPIPE, SIG_IGN);
+    for (int number : {SIGINT, SIGTERM}) std::signal(number, [](int) { stopped = 1; });
+    try {
+        Options options = parse(count, words);
+        if (!options.quiet)
+            options.settings.log = [](void*, int level, const char* text) {
+                if (level <= GREEDY_LOG_INFO) std::fprintf(stderr, "%s\n", text);
+            };
+        run(options);
+        return 0;
+    } catch (const Usage& error) {
+        if (!*error.what()) return std::fputs(kUsage, stdout) < 0;
+        std::fprintf(stderr, "error: %s (see --help)\n", error.what());
+        return 2;
+    } catch (const greedy::StatusError& error) {
+        std::fprintf(stderr, "error: %s\n", error.what());
+        return error.status <= GREEDY_NO_MEMORY ? 1 : 2;
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "error: %s\n", error.what());
+        return 1;
+    }
+}

@@ -1,0 +1,518 @@
+// The aoti plugin: graphs compiled by AOTInductor, on a CPU or a CUDA device, through its C interface alone.
+//
+// No header and no library of torch is needed to build this: libtorch_cpu.so (and for CUDA libtorch_cuda.so) is loaded
+// when a device is opened, a graph's own shared object when it is loaded, and their C functions are looked up by name
+// (torch/csrc/inductor/aoti_torch/c/shim.h and aoti_runtime/interface.h; present since torch 2.11).
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "error.h"
+#include "greedy/plugin.h"
+#include "json.h"
+
+namespace {
+
+using greedy::core::Json;
+
+using Tensor = void*;     // AtenTensorHandle
+using Container = void*;  // AOTInductorModelContainerHandle
+struct Pair {             // AOTInductorConstantMapEntry
+    const char* name;
+    Tensor value;
+};
+
+using Failure = greedy::core::Error;
+
+constexpr const char* kDtypes[] = {"float32", "float16", "bfloat16", "float8_e4m3fn", "int64"};  // of greedy_dtype
+
+template <typename Work>
+int guarded(char* error, size_t size, Work&& work) noexcept {
+    int status = GREEDY_OK;
+    try {
+        try {
+            work();
+            return GREEDY_OK;
+        } catch (const Failure& failure) {
+            status = failure.status;
+            std::snprintf(error, size, "%s", failure.what());
+        } catch (const std::bad_alloc&) {
+            status = GREEDY_NO_MEMORY;
+            std::snprintf(error, size, "out of memory");
+        } catch (const std::exception& failure) {
+            status = GREEDY_FAILED;
+            std::snprintf(error, size, "%s", failure.what());
+        }
+    } catch (...) {
+        status = GREEDY_FAILED;
+    }
+    return status;
+}
+
+template <typename Function>
+void look_up(void* library, const char* name, Function& out, int status) {
+    out = reinterpret_cast<Function>(dlsym(library, name));
+    if (!out) throw Failure(status, std::string("got no function ") + name + ", expected torch 2.11 or newer");
+}
+
+// The functions of libtorch that are used.
+struct Torch {
+    int32_t (*cpu)(), (*cuda)() = nullptr;
+    int32_t (*dtypes[5])();  // in the order of greedy_dtype
+    int32_t (*from_blob)(void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t, Tensor*);
+    int32_t (*empty)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Tensor*);
+    int32_t (*zero)(Tensor), (*remove)(Tensor), (*copy)(Tensor, Tensor, int32_t);
+    int32_t (*data)(Tensor, void**), (*rank)(Tensor, int64_t*), (*dtype)(Tensor, int32_t*);
+    int32_t (*sizes)(Tensor, int64_t**), (*strides)(Tensor, int64_t**);
+    uint64_t (*abi_version)();  // 0xMMmmpp...: major, minor and patch in the upper three bytes
+
+    explicit Torch(void* library) {
+        constexpr int status = GREEDY_NO_BACKEND;
+        look_up(library, "aoti_torch_device_type_cpu", cpu, status);
+        look_up(library, "aoti_torch_device_type_cuda", cuda, status);
+        look_up(library, "aoti_torch_abi_version", abi_version, status);
+        for (int i = 0; i < 5; ++i)
+            look_up(library, (std::string("aoti_torch_dtype_") + kDtypes[i]).c_str(), dtypes[i], status);
+        look_up(library, "aoti_torch_create_tensor_from_blob", from_blob, status);
+        look_up(library, "aoti_torch_empty_strided", empty, status);
+        look_up(library, "aoti_torch_zero_", zero, status);
+        look_up(library, "aoti_torch_delete_tensor_object", remove, status);
+        look_up(library, "aoti_torch_copy_", copy, status);
+        look_up(library, "aoti_torch_get_data_ptr", data, status);
+        look_up(library, "aoti_torch_get_dim", rank, status);
+        look_up(library, "aoti_torch_get_dtype", dtype, status);
+        look_up(library, "aoti_torch_get_sizes", sizes, status);
+        look_up(library, "aoti_torch_get_strides", strides, status);
+    }
+};
+
+void check(int32_t code, const char* what) {
+    if (code) throw Failure(GREEDY_FAILED, std::string(what) + " failed in torch");
+}
+
+// Strides of a contiguous tensor.
+std::vector<int64_t> packed(const int64_t* sizes, int64_t rank) {
+    std::vector<int64_t> strides(static_cast<size_t>(rank));
+    int64_t step = 1;
+    for (int64_t i = rank; i-- > 0; step *= sizes[i]) strides[static_cast<size_t>(i)] = step;
+    return strides;
+}
+
+// A tensor handle that is given back, unless it is released to somebody else.
+class Owned {
+  public:
+    explicit Owned(const Torch& torch) : torch_(&torch) {}
+    Owned(Owned&& other) noexcept : torch_(other.torch_), handle_(other.release()) {}
+    Owned& operator=(Owned&&) = delete;
+    ~Owned() {
+        if (handle_) torch_->remove(handle_);
+    }
+    Tensor get() const { return handle_; }
+    Tensor* out() { return &handle_; }
+    Tensor release() {
+        Tensor handle = handle_;
+        handle_ = nullptr;
+        return handle;
+    }
+
+  private:
+    const Torch* torch_;
+    Tensor handle_ = nullptr;
+};
+
+// Graphs run where they were compiled for, with the torch that compiled them.
+void check_target(const char* target) {
+    if (std::strncmp(target, "cuda", 4) == 0 || std::strcmp(target, "cpu") == 0) return;
+#if defined(__x86_64__)
+    // x86-64-v3
+    const bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    if (here && std::strcmp(target, "cpu-x86_64-avx2") == 0) return;
+#endif
+    throw Failure(GREEDY_NO_BACKEND,
+                  std::string("got graphs for ") + target + ", expected ones that this machine runs");
+}
+
+void check_version(const char* compiled, uint64_t loaded) {
+    unsigned major = 0, minor = 0;
+    if (!compiled || std::sscanf(compiled, "%u.%u", &major, &minor) != 2)
+        throw Failure(GREEDY_BAD_BUNDLE, "got no version of torch in the manifest, expected the one that compiled");
+    const unsigned here = static_cast<unsigned>(loaded >> 56), here_minor = static_cast<unsigned>(loaded >> 48 & 0xFF);
+    if (major != here || minor != here_minor)
+        throw Failure(GREEDY_NO_BACKEND, std::string("got graphs of torch ") + compiled + ", expected " +
+                                             std::to_string(here) + "." + std::to_string(here_minor) +
+                                             ", which was found");
+}
+
+std::string beside_this() {
+    Dl_info info;
+    if (!dladdr(reinterpret_cast<const void*>(&greedy_plugin_get), &info) || !info.dli_fname) return ".";
+    const std::string path = info.dli_fname;
+    const size_t slash = path.rfind('/');
+    return slash == std::string::npos ? "." : path.substr(0, slash);
+}
+
+// A library of torch, from where it was said to be, or else from the first place that has one.
+void* load_library(const char* given, const char* name) {
+    const char* named = given ? given : std::getenv("GREEDY_LIBRARY_DIR");
+    std::vector<std::string> places = {named ? std::string(named) + "/" : beside_this() + "/"};
+    // In a Python environment this lies in engine/lib, beside which torch is installed.
+    if (!named) places.insert(places.end(), {beside_this() + "/../../torch/lib/", ""});
+    std::string reason;
+    for (const std::string& place : places) {
+        if (void* library = dlopen((place + name).c_str(), RTLD_NOW | RTLD_GLOBAL)) return library;
+        reason = dlerror();
+    }
+    throw Failure(GREEDY_NO_BACKEND,
+                  std::string("got no ") + name + " (" + reason +
+                      "), expected it in library_dir, GREEDY_LIBRARY_DIR or the system's search path");
+}
+
+class AotiDevice {
+  public:
+    explicit AotiDevice(const greedy_device_settings& settings)
+        : torch_(load_library(settings.library_dir, "libtorch_cpu.so")),
+          parallel_(static_cast<size_t>(settings.parallel)),
+          cuda_(std::strncmp(settings.target, "cuda", 4) == 0) {
+        check_version(settings.torch, torch_.abi_version());
+        if (cuda_) load_library(settings.library_dir, "libtorch_cuda.so");
+        place_ = cuda_ ? torch_.cuda() : torch_.cpu();
+    }
+
+    ~AotiDevice() {
+        for (const auto& weight : weights_) torch_.remove(weight.second);
+    }
+
+    const Torch& torch() const { return torch_; }
+    bool cuda() const { return cuda_; }
+    size_t parallel() const { return parallel_; }
+    int32_t dtype(int32_t given) const { return torch_.dtypes[given](); }
+
+    Owned empty(const int64_t* sizes, int64_t rank, int32_t dtype) const {
+        Owned made(torch_);
+        check(torch_.empty(rank, sizes, packed(sizes, rank).data(), dtype, place_, 0, made.out()), "memory");
+        return made;
+    }
+
+    // Memory that stays somebody else's, as a tensor.
+    Owned view(void* data, const int64_t* sizes, int64_t rank, int32_t dtype, int32_t place) const {
+        Owned made(torch_);
+        check(torch_.from_blob(data, rank, sizes, packed(sizes, rank).data(), 0, dtype, place, 0, made.out()),
+              "tensor");
+        return made;
+    }
+    Owned view(void* data, const greedy_tensor& spec) const {
+        return view(data, spec.shape, spec.rank, dtype(spec.dtype), place_);
+    }
+
+    greedy_buffer buffer(Owned tensor) const {
+        greedy_buffer out{nullptr, nullptr};
+        check(torch_.data(tensor.get(), &out.data), "memory");
+        out.owner = tensor.release();
+        return out;
+    }
+
+    void copy_bytes(void* to, int32_t to_place, const void* from, int32_t from_place, size_t bytes) const {
+        if (!cuda_) {
+            std::memcpy(to, from, bytes);
+            return;
+        }
+        // Any one-byte type will do; a copy between host and device returns when it is done.
+        const int64_t size = static_cast<int64_t>(bytes);
+        const Owned target = view(to, &size, 1, dtype(GREEDY_FLOAT8_E4M3FN), to_place);
+        const Owned source = view(const_cast<void*>(from), &size, 1, dtype(GREEDY_FLOAT8_E4M3FN), from_place);
+        check(torch_.copy(target.get(), source.get(), 0), "copy");
+    }
+    int32_t here() const { return place_; }
+    int32_t host() const { return torch_.cpu(); }
+
+    // One tensor for a weight, however many graphs take it: in place on a CPU, copied once to a GPU.
+    Tensor weight(const greedy_constant& constant) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto found = weights_.find(constant.data);
+        if (found != weights_.end()) return found->second;
+        const greedy_tensor& spec = constant.tensor;
+        Owned made = view(const_cast<void*>(constant.data), spec.shape, spec.rank, dtype(spec.dtype), host());
+        if (cuda_) {
+            Owned copied = empty(spec.shape, spec.rank, dtype(spec.dtype));
+            check(torch_.copy(copied.get(), made.get(), 0), "copy");
+            return weights_[constant.data] = copied.release();
+        }
+        return weights_[constant.data] = made.release();
+    }
+
+  private:
+    const Torch torch_;
+    const size_t parallel_;
+    const bool cuda_;
+    int32_t place_;
+    std::mutex mutex_;
+    std::map<const void*, Tensor> weights_;
+};
+
+class AotiGraph {
+  public:
+    AotiGraph(AotiDevice& device, const greedy_graph_spec& spec) : device_(device), name_(spec.name) {
+        keep(spec.inputs, spec.input_count, inputs_);
+        keep(spec.outputs, spec.output_count, outputs_);
+        library_ = dlopen(spec.file, RTLD_NOW | RTLD_LOCAL);
+        if (!library_) throw Failure(GREEDY_BAD_BUNDLE, std::string("got a graph that does not load, ") + dlerror());
+        try {
+            open(spec);
+        } catch (...) {
+            close();
+            throw;
+        }
+    }
+    ~AotiGraph() { close(); }
+    AotiGraph(const AotiGraph&) = delete;
+    AotiGraph& operator=(const AotiGraph&) = delete;
+
+    void run(void* const* inputs, greedy_buffer* outputs) const {
+        std::vector<Owned> given;
+        for (size_t i = 0; i < inputs_.size(); ++i) given.push_back(device_.view(inputs[i], inputs_[i].view()));
+        std::vector<Tensor> in, out(outputs_.size(), nullptr);
+        for (Owned& tensor : given) in.push_back(tensor.release());  // the graph takes them over
+        const int32_t code = run_(container_, in.data(), in.size(), out.data(), out.size(), nullptr, nullptr);
+        std::vector<Owned> made;
+        for (Tensor tensor : out) {
+            made.emplace_back(device_.torch());
+            *made.back().out() = code ? nullptr : tensor;
+        }
+        if (code) throw Failure(GREEDY_FAILED, "got an error from the graph" + last_error() + ", expected a result");
+        std::vector<greedy_buffer> buffers;
+        try {
+            for (size_t i = 0; i < made.size(); ++i) buffers.push_back(checked(std::move(made[i]), outputs_[i]));
+        } catch (...) {
+            for (const greedy_buffer& buffer : buffers) device_.torch().remove(buffer.owner);
+            throw;
+        }
+        for (size_t i = 0; i < buffers.size(); ++i) outputs[i] = buffers[i];
+    }
+
+  private:
+    struct Spec {
+        std::string name;
+        int32_t dtype;
+        std::vector<int64_t> shape;
+
+        greedy_tensor view() const { return {name.c_str(), dtype, static_cast<int32_t>(shape.size()), shape.data()}; }
+
+        // [name, dtype, [sizes]]
+        bool operator==(const Json::Array& said) const {
+            const std::string where = "signature";
+            if (said.size() != 3 || said[0].string(where) != name || said[1].string(where) != kDtypes[dtype])
+                return false;
+            const Json::Array& sizes = said[2].array(where);
+            bool same = sizes.size() == shape.size();
+            for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i].integer(where, 0, INT64_MAX) == shape[i];
+            return same;
+        }
+    };
+
+    static void keep(const greedy_tensor* specs, size_t count, std::vector<Spec>& out) {
+        for (size_t i = 0; i < count; ++i)
+            out.push_back({specs[i].name, specs[i].dtype, {specs[i].shape, specs[i].shape + specs[i].rank}});
+    }
+
+    template <typename Function>
+    void find(const char* name, Function& out) {
+        look_up(library_, (std::string("AOTInductorModelContainer") + name).c_str(), out, GREEDY_BAD_BUNDLE);
+    }
+
+    void open(const greedy_graph_spec& spec) {
+        int32_t (*create)(Container*, size_t, const char*, const char*);
+        int32_t (*count_in)(Container, size_t*), (*count_out)(Container, size_t*),
+            (*count_constants)(Container, size_t*);
+        find("CreateWithDevice", create);
+        find("Delete", delete_);
+        find("GetNumInputs", count_in);
+        find("GetNumOutputs", count_out);
+        find("GetNumConstants", count_constants);
+        find("Run", run_);
+        last_error_ =
+            reinterpret_cast<int32_t (*)(const char**)>(dlsym(library_, "AOTInductorGetLastError"));  // since 2.13
+        if (create(&container_, device_.parallel(), device_.cuda() ? "cuda" : "cpu", nullptr))
+            throw Failure(GREEDY_BAD_BUNDLE, "got a graph that does not open" + last_error() + ", expected one");
+        size_t in = 0, out = 0, constants = 0;
+        count_in(container_, &in);
+        count_out(container_, &out);
+        count_constants(container_, &constants);
+        check_signature();
+        if (in != inputs_.size() || out != outputs_.size())
+            throw Failure(GREEDY_BAD_BUNDLE, "got " + std::to_string(in) + " inputs and " + std::to_string(out) +
+                                                 " outputs in the graph, expected " + std::to_string(inputs_.size()) +
+                                                 " and " + std::to_string(outputs_.size()));
+        if (spec.constant_count) bind(spec, constants);
+    }
+
+    // A graph says of itself what goes in and out; it checks nothing when it runs, so a manifest that lies about it
+    // would let it read or write past a buffer.
+    void check_signature() {
+        int32_t (*call_spec)(Container, const char**, const char**);
+        find("GetCallSpec", call_spec);
+        const char *text = "", *unused = "";
+        if (call_spec(container_, &text, &unused)) throw Failure(GREEDY_BAD_BUNDLE, "got a graph without a signature");
+        const Json json = Json::parse(text, "signature");
+        for (const auto& [side, specs] : {std::pair("inputs", &inputs_), std::pair("outputs", &outputs_)}) {
+            const Json::Array& said = json.at(side, "signature").array("signature");
+            bool same = said.size() == specs->size();
+            for (size_t i = 0; same && i < said.size(); ++i) same = (*specs)[i] == said[i].array("signature");
+            if (!same)
+                throw Failure(GREEDY_BAD_BUNDLE, std::string("got other ") + side +
+                                                     " in the manifest than in the graph, expected the same");
+        }
+    }
+
+    // Weights lie outside the graph and stay there; it must want exactly those that the manifest gives it.
+    void bind(const greedy_graph_spec& spec, size_t wanted) {
+        int32_t (*name_of)(Container, size_t, const char**), (*dtype_of)(Container, size_t, int32_t*);
+        int32_t (*size_of)(Container, size_t, size_t*);
+        int32_t (*update)(Container, const Pair*, size_t, bool, bool);
+        find("GetConstantName", name_of);
+        find("GetConstantDtype", dtype_of);
+        find("GetConstantDataSize", size_of);
+        find("UpdateUserManagedConstantBufferPairs", update);
+        std::map<std::string, const greedy_constant*> given;
+        for (size_t i = 0; i < spec.constant_count; ++i) given[spec.constants[i].tensor.name] = &spec.constants[i];
+        std::vector<Pair> pairs;
+        for (size_t i = 0; i < wanted; ++i) {
+            const char* name = "";
+            int32_t dtype = 0;
+            size_t bytes = 0;
+            name_of(container_, i, &name);
+            dtype_of(container_, i, &dtype);
+            size_of(container_, i, &bytes);
+            const auto found = given.find(name);
+            if (found == given.end())
+                throw Failure(GREEDY_BAD_BUNDLE, std::string("got no weight for constant ") + name + ", expected one");
+            const greedy_tensor& tensor = found->second->tensor;
+            if (device_.dtype(tensor.dtype) != dtype || bytes_of(tensor) != bytes)
+                throw Failure(GREEDY_BAD_BUNDLE, std::string("got a weight of another size or type for ") + name +
+                                                     ", expected " + std::to_string(bytes) + " bytes");
+            pairs.push_back({name, device_.weight(*found->second)});
+        }
+        if (pairs.size() != spec.constant_count)
+            throw Failure(GREEDY_BAD_BUNDLE, "got " + std::to_string(spec.constant_count) + " weights, expected " +
+                                                 std::to_string(pairs.size()));
+        if (update(container_, pairs.data(), pairs.size(), false, true))
+            throw Failure(GREEDY_BAD_BUNDLE, "got weights that the graph refuses" + last_error() + ", expected others");
+    }
+
+    static size_t bytes_of(const greedy_tensor& tensor) {
+        static constexpr size_t kBytes[] = {4, 2, 2, 1, 8};
+        size_t bytes = kBytes[tensor.dtype];
+        for (int32_t i = 0; i < tensor.rank; ++i) bytes *= static_cast<size_t>(tensor.shape[i]);
+        return bytes;
+    }
+
+    // An output is what the manifest says, contiguous.
+    greedy_buffer checked(Owned tensor, const Spec& spec) const {
+        const Torch& torch = device_.torch();
+        int64_t rank = 0, *sizes = nullptr, *strides = nullptr;
+        int32_t dtype = 0;
+        check(torch.rank(tensor.get(), &rank), "output");
+        check(torch.sizes(tensor.get(), &sizes), "output");
+        check(torch.strides(tensor.get(), &strides), "output");
+        check(torch.dtype(tensor.get(), &dtype), "output");
+        const std::vector<int64_t> shape(sizes, sizes + rank);
+        if (shape != spec.shape || dtype != device_.dtype(spec.dtype))
+            throw Failure(GREEDY_FAILED,
+                          "got output " + spec.name + " of another shape or type, expected the manifest's");
+        const std::vector<int64_t> expected = packed(sizes, rank);
+        bool contiguous = true;
+        for (int64_t i = 0; i < rank; ++i)
+            contiguous &= sizes[i] == 1 || strides[i] == expected[static_cast<size_t>(i)];
+        if (contiguous) return device_.buffer(std::move(tensor));
+        Owned copied = device_.empty(shape.data(), rank, dtype);
+        check(torch.copy(copied.get(), tensor.get(), 0), "copy");
+        return device_.buffer(std::move(copied));
+    }
+
+    std::string last_error() const {
+        const char* text = nullptr;
+        if (!last_error_ || last_error_(&text) || !text || !text[0]) return "";
+        return " (" + std::string(text).substr(0, 200) + ")";
+    }
+
+    void close() {
+        if (container_) delete_(container_);
+        if (library_) dlclose(library_);
+    }
+
+    AotiDevice& device_;
+    const std::string name_;
+    std::vector<Spec> inputs_, outputs_;
+    void* library_ = nullptr;
+    Container container_ = nullptr;
+    int32_t (*delete_)(Container) = nullptr;
+    int32_t (*run_)(Container, Tensor*, size_t, Tensor*, size_t, void*, void*) = nullptr;
+    int32_t (*last_error_)(const char**) = nullptr;
+};
+
+AotiDevice& of(void* device) { return *static_cast<AotiDevice*>(device); }
+
+int open_device(const greedy_device_settings* settings, void** device, char* error, size_t size) {
+    return guarded(error, size, [&] {
+        check_target(settings->target);
+        *device = new AotiDevice(*settings);
+    });
+}
+
+void close_device(void* device) { delete static_cast<AotiDevice*>(device); }
+
+int load(void* device, const greedy_graph_spec* spec, void** graph, char* error, size_t size) {
+    return guarded(error, size, [&] { *graph = new AotiGraph(of(device), *spec); });
+}
+
+void unload(void*, void* graph) { delete static_cast<AotiGraph*>(graph); }
+
+int allocate(void* device, size_t bytes, greedy_buffer* buffer, char* error, size_t size) {
+    return guarded(error, size, [&] {
+        const int64_t count = static_cast<int64_t>((bytes + 7) / 8);
+        Owned made = of(device).empty(&count, 1, of(device).dtype(GREEDY_INT64));
+        check(of(device).torch().zero(made.get()), "memory");
+        *buffer = of(device).buffer(std::move(made));
+    });
+}
+
+void release(void* device, greedy_buffer buffer) { of(device).torch().remove(buffer.owner); }
+
+int upload(void* device, void* to, const void* from, size_t bytes, char* error, size_t size) {
+    return guarded(error, size, [&] { of(device).copy_bytes(to, of(device).here(), from, of(device).host(), bytes); });
+}
+
+int download(void* device, void* to, const void* from, size_t bytes, char* error, size_t size) {
+    return guarded(error, size, [&] { of(device).copy_bytes(to, of(device).host(), from, of(device).here(), bytes); });
+}
+
+int copy(void* device, void* to, const void* from, size_t bytes, char* error, size_t size) {
+    return guarded(error, size, [&] { of(device).copy_bytes(to, of(device).here(), from, of(device).here(), bytes); });
+}
+
+int run(void*, void* graph, void* const* inputs, greedy_buffer* outputs, char* error, size_t size) {
+    return guarded(error, size, [&] { static_cast<const AotiGraph*>(graph)->run(inputs, outputs); });
+}
+
+const greedy_plugin kPlugin = {GREEDY_PLUGIN_VERSION,
+                               "aoti",
+                               open_device,
+                               close_device,
+                               load,
+                               unload,
+                               allocate,
+                               release,
+                               upload,
+                               download,
+                               copy,
+                               run};
+
+}  // namespace
+
+const greedy_plugin* greedy_plugin_get(void) { return &kPlugin; }

@@ -1,0 +1,203 @@
+// Checks schedules, solvers and position tables against vectors that tests/test_csrc_core.py wrote from the engine's
+// own: core_test VECTORS. A line is a JSON object; floats are their bits, as integers. What needs no vectors is checked
+// first.
+#include <cstring>
+#include <fstream>
+#include <set>
+
+#include "check.h"
+#include "error.h"
+#include "file.h"
+#include "half.h"
+#include "json.h"
+#include "manifest.h"
+#include "rope.h"
+#include "safetensors.h"
+#include "schedule.h"
+#include "sha256.h"
+#include "text.h"
+
+namespace {
+
+using namespace greedy::core;
+
+std::vector<float> floats(const Json& list) {
+    std::vector<float> out;
+    for (const Json& item : list.array("vector"))
+        out.push_back(float_of(static_cast<std::uint32_t>(item.unsigned_integer("bits"))));
+    return out;
+}
+
+double double_of(const Json& item) {
+    const std::uint64_t bits = item.unsigned_integer("bits");
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+template <typename Values>
+void same_bits(const Values& got, const std::vector<float>& expected, const std::string& what) {
+    std::size_t differing = got.size() == expected.size() ? 0 : 1;
+    for (std::size_t i = 0; !differing && i < got.size(); ++i) differing += bits_of(got[i]) != bits_of(expected[i]);
+    check(differing == 0, what + ": bits differ");
+}
+
+void test_schedule(const Json& json) {
+    const Preset preset = Preset::from(json.at("preset", "vector"), "vector");
+    const Schedule schedule(preset);
+    same_bits(schedule.sigmas(), floats(json.at("sigmas", "vector")), "sigmas");
+    same_bits(schedule.timesteps(), floats(json.at("timesteps", "vector")), "timesteps");
+    std::uint64_t chunk = 0;
+    for (const Json& row : json.at("steps", "vector").array("vector")) {
+        const std::vector<Schedule::Step> steps = schedule.steps(chunk++);
+        const Json::Array& expected = row.array("vector");
+        check(steps.size() == expected.size(), "steps: another number");
+        for (std::size_t i = 0; i < std::min(steps.size(), expected.size()); ++i) {
+            check(steps[i].t == double_of(expected[i].array("step")[0]), "steps: another timestep");
+            check(schedule.sigma(steps[i].t) == double_of(expected[i].array("step")[1]), "steps: another sigma");
+            check(steps[i].next.has_value() == (i + 1 < steps.size()), "steps: another end");
+        }
+    }
+}
+
+void test_solver(const Json& json) {
+    const Preset preset = Preset::from(json.at("preset", "vector"), "vector");
+    const Schedule schedule(preset);
+    const std::string& name = json.at("dtype", "vector").string("vector");
+    const DType dtype = name == "bfloat16" ? DType::bfloat16 : name == "float16" ? DType::float16 : DType::float32;
+    const auto solver = make_solver(preset.solver, schedule, dtype);
+    std::vector<float> x = floats(json.at("x", "vector"));
+    const Json::Array& flows = json.at("flows", "vector").array("vector");
+    const Json::Array& fresh = json.at("fresh", "vector").array("vector");
+    const Json::Array& expected = json.at("results", "vector").array("vector");
+    const std::vector<Schedule::Step> steps = schedule.steps(0);
+    check(steps.size() == flows.size(), "solver: another number of steps");
+    for (std::size_t i = 0; i < std::min(steps.size(), flows.size()); ++i) {
+        solver->step(x, floats(flows[i]).data(), steps[i], floats(fresh[i]).data());
+        same_bits(x, floats(expected[i]), "solver " + name + ", step " + std::to_string(i));
+    }
+}
+
+void test_rope(const Json& json) {
+    const auto number = [&](const char* key) { return json.at(key, "vector").integer(key, 0, std::int64_t{1} << 60); };
+    const RopeTable table =
+        rope_table(number("position"), number("frames"), number("high"), number("wide"), number("head_dim"));
+    same_bits(table.cos, floats(json.at("cos", "vector")), "cos");
+    same_bits(table.sin, floats(json.at("sin", "vector")), "sin");
+}
+
+bool refused(std::string_view text) {
+    try {
+        Json::parse(text, "json");
+        return false;
+    } catch (const Error& error) {
+        return error.status == GREEDY_BAD_BUNDLE;
+    }
+}
+
+void test_json() {
+    const Json json = Json::parse(
+        "{\"a\": [1, -2.5e3, true, null, \"\\u00e9\\ud83d\\ude00\\n\"], \"b\": 18446744073709551615}", "json");
+    check(json.at("a", "json").array("a")[1].number("a") == -2500, "json: a number");
+    check(json.at("a", "json").array("a")[4].string("a") == "\xC3\xA9\xF0\x9F\x98\x80\n", "json: a string");
+    check(json.at("b", "json").unsigned_integer("b") == ~std::uint64_t{0}, "json: 2^64 - 1");
+    for (const char* text :
+         {"",        "{",      "[1,]",        "{\"a\":1,}",   "{\"a\":1,\"a\":2}", "01",  "1.", "+1",  "nul",
+          "\"\\x\"", "\"\t\"", "\"\\ud800\"", "\"\xC0\x80\"", "\"\xED\xA0\x80\"",  "1 2", "[1", "\"a", "1e999",
+          "{1:2}",   "'a'"})
+        check(refused(text), std::string("json: accepted ") + text);
+    check(refused(std::string(100, '[') + std::string(100, ']')), "json: accepted 100 levels");
+    check(!refused(std::string(60, '[') + std::string(60, ']')), "json: refused 60 levels");
+}
+
+void test_sha256() {  // FIPS 180-4 examples
+    const auto of = [](const std::string& text) {
+        Sha256 hash;  // in uneven parts, so that every way through `add` is taken
+        for (std::size_t at = 0, size = 1; at < text.size(); at += size, size = size % 97 + 13)
+            hash.add(reinterpret_cast<const unsigned char*>(text.data()) + at, std::min(size, text.size() - at));
+        return hash.hex();
+    };
+    check(of("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", "sha256: nothing");
+    check(of("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", "sha256: abc");
+    check(of(std::string(1000000, 'a')) == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0",
+          "sha256: a million a");
+}
+
+void test_half() {
+    for (std::uint32_t i = 0; i < 0x10000; ++i) {
+        const std::uint16_t half = static_cast<std::uint16_t>(i);
+        const float f = from_float16(half), b = from_bfloat16(half);
+        check(f != f || to_float16(f) == half, "half: float16 " + std::to_string(i));
+        check(b != b || to_bfloat16(b) == half, "half: bfloat16 " + std::to_string(i));
+    }
+    check(to_float16(65519.99f) == 0x7BFF && to_float16(65520.0f) == 0x7C00, "half: the largest");
+    check(to_float16(0x1p-25f) == 0 && to_float16(0x1.8p-25f) == 1, "half: the smallest");
+}
+
+void test_safetensors() {
+    const auto status = [](const std::string& header, std::size_t room) {
+        std::string file;
+        for (int i = 0; i < 8; ++i) file += static_cast<char>(header.size() >> 8 * i);
+        file += header + std::string(room, '\0');
+        try {
+            read_safetensors(reinterpret_cast<const unsigned char*>(file.data()), file.size(), "file");
+            return 0;
+        } catch (const Error& error) {
+            return error.status;
+        }
+    };
+    const auto one = [](const char* dtype, const char* shape, const char* offsets) {
+        return std::string("{\"a\":{\"dtype\":\"") + dtype + "\",\"shape\":" + shape + ",\"data_offsets\":" + offsets +
+               "}}";
+    };
+    check(status(one("F32", "[2,3]", "[0,24]"), 24) == 0, "safetensors: refused a good file");
+    check(status(one("F32", "[]", "[0,4]"), 4) == 0, "safetensors: refused a scalar");
+    check(status(one("I8", "[3]", "[0,3]"), 3) == 0, "safetensors: refused a type it skips");
+    const std::pair<std::string, std::size_t> bad[] = {{one("F32", "[2,3]", "[0,24]"), 23},
+                                                       {one("F32", "[2,3]", "[0,20]"), 20},
+                                                       {one("F32", "[2,3]", "[4,28]"), 28},
+                                                       {one("F32", "[2,3]", "[24,0]"), 24},
+                                                       {one("F99", "[2,3]", "[0,24]"), 24},
+                                                       {one("F32", "[-2,-3]", "[0,24]"), 24},
+                                                       {one("F32", "[4294967296,4294967296,4]", "[0,0]"), 0},
+                                                       {one("F32", "[2,3]", "[0,24]"), 25},
+                                                       {"[]", 0},
+                                                       {"{\"a\":1}", 0},
+                                                       {one("F32", "[1,1,1,1,1,1,1,1,1]", "[0,4]"), 4}};
+    for (const auto& [header, room] : bad)
+        check(status(header, room) == GREEDY_BAD_BUNDLE, "safetensors: accepted " + header);
+}
+
+void test_text() {
+    check(clean_prompt(" a&amp;lt;b\t\n c&#x41;&nbsp;&notit; ") == "a<b cA \xC2\xACit;", "text: clean_prompt");
+    check(lower_case("\xC3\x89\xC4\xB0") == "\xC3\xA9i\xCC\x87", "text: lower case");
+    check(graphemes("e\xCC\x81\r\n\xF0\x9F\x87\xA9\xF0\x9F\x87\xAA\xF0\x9F\x87\xA9").size() == 4, "text: graphemes");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc != 2) return std::fprintf(stderr, "usage: core_test VECTORS\n"), 2;
+    test_json();
+    test_sha256();
+    test_half();
+    test_safetensors();
+    test_text();
+    std::ifstream file(argv[1]);
+    std::set<std::string> kinds;
+    std::size_t cases = 0;
+    try {
+        for (std::string line; std::getline(file, line); ++cases) {
+            const Json json = Json::parse(line, "vector");
+            const std::string& kind = json.at("kind", "vector").string("vector");
+            kinds.insert(kind);
+            kind == "schedule" ? test_schedule(json) : kind == "solver" ? test_solver(json) : test_rope(json);
+        }
+    } catch (const Error& error) {
+        return std::fprintf(stderr, "%s: %s\n", argv[1], error.what()), 2;
+    }
+    if (kinds != std::set<std::string>{"rope", "schedule", "solver"})
+        return std::fprintf(stderr, "%s: missing or without some kind\n", argv[1]), 2;
+    std::printf("%zu cases, %d failures\n", cases, failures);
+    return failures == 0 ? 0 : 1;
+}

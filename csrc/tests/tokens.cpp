@@ -1,0 +1,30 @@
+// tokens FOLDER: prompts as JSON strings, one a line, from stdin; their ids, and how many are no padding, to stdout.
+#include <cstdio>
+#include <iostream>
+
+#include "error.h"
+#include "file.h"
+#include "json.h"
+#include "tokenizer.h"
+
+int main(int argc, char** argv) {
+    using namespace greedy::core;
+    if (argc != 2) return std::fprintf(stderr, "usage: tokens FOLDER\n"), 2;
+    try {
+        const std::string folder = argv[1];
+        const MappedFile model(folder + "/tokenizer.json"), config(folder + "/tokenizer_config.json");
+        const Tokenizer tokenizer(model.text(), config.text(), folder);
+        std::vector<std::int64_t> ids, mask;
+        for (std::string line; std::getline(std::cin, line);) {
+            tokenizer.encode(Json::parse(line, "prompt").string("prompt"), ids, mask);
+            std::int64_t used = 0;
+            for (std::int64_t one : mask) used += one;
+            std::printf("%lld", static_cast<long long>(used));
+            for (std::int64_t id : ids) std::printf(" %lld", static_cast<long long>(id));
+            std::printf("\n");
+        }
+        return 0;
+    } catch (const Error& error) {
+        return std::fprintf(stderr, "error: %s\n", error.what()), 1;
+    }
+}
