@@ -29,6 +29,7 @@ from kernels.qk_norm_rope_write import qk_norm_rope_write, qk_norm_rope_write_fp
 from kernels.quantize import quantize_per_channel, quantize_per_token
 from kernels.ring_attention import ring_attention
 from kernels.ring_attention_fp8 import ring_attention_fp8
+from kernels.rms_norm import rms_norm
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class FusedBlock:
         x = gate_residual(x, y, gate_sa)
 
         q = self._cross_query(x)
-        q = self.attn2.norm_q(q).unflatten(-1, (self.attn2.heads, -1))
+        q = rms_norm(q, self.attn2.norm_q.weight, self.attn2.norm_q.eps).unflatten(-1, (self.attn2.heads, -1))
         attended = ring_attention(q, text_k, text_v, text_k.shape[1]).flatten(2)
         x = x + self.cross_out(_same, quantize_per_token, attended)
 

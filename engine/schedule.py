@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.config import Preset
+from kernels.solver_step import solver_step
 
 GRID = 1000  # training timesteps
 
@@ -47,11 +48,6 @@ class Schedule:
         return list(zip(ts, [*ts[1:], None], strict=True))
 
 
-def denoised(x: Tensor, flow: Tensor, sigma: float) -> Tensor:
-    """x0 = x - sigma * flow, in float64, in x's dtype."""
-    return (x.double() - sigma * flow.double()).to(x.dtype)
-
-
 class Solver(ABC):
     """One chunk's integration from noise to a clean latent; `step` is called once per denoising step."""
 
@@ -71,19 +67,16 @@ class Renoise(Solver):
     renoises = True
 
     def step(self, x: Tensor, flow: Tensor, t: float, t_next: float | None, fresh: Tensor | None) -> Tensor:
-        x0 = denoised(x, flow, self.schedule.sigma(t))
-        if t_next is None or fresh is None:
-            return x0
-        sigma = torch.tensor(self.schedule.sigma(t_next), dtype=torch.float32)
-        return ((1 - sigma) * x0.float() + sigma * fresh.float()).to(x.dtype)
+        last = t_next is None or fresh is None
+        level = 0.0 if last else self.schedule.sigma(t_next)
+        return solver_step(x, flow, self.schedule.sigma(t), level, None if last else fresh)
 
 
 class Euler(Solver):
     """x + (sigma' - sigma) flow, Eq. 4 of Greedy Distill discretised."""
 
     def step(self, x: Tensor, flow: Tensor, t: float, t_next: float | None, fresh: Tensor | None) -> Tensor:
-        delta = self.schedule.sigma(t_next) - self.schedule.sigma(t)
-        return (x.double() + delta * flow.double()).to(x.dtype)
+        return solver_step(x, flow, self.schedule.sigma(t), self.schedule.sigma(t_next))
 
 
 class UniPC(Solver):

@@ -1,5 +1,6 @@
 """What the wrappers of several operations share: words for an error message, block sizes for a row."""
 
+import torch
 from torch import Tensor
 
 
@@ -10,6 +11,11 @@ def described(**tensors: Tensor | None) -> str:
         if tensor is not None:
             parts.append(f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
     return ", ".join(parts)
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done to them: the kernels have no backward pass, the references do."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def power_of_two(size: int) -> int:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import table
+from kernels.checks import needs_gradient
 from kernels.stream_k_attention import Tiles, attend
 
 ValidRows = int | Tensor  # rows to attend to: a number, or an int32 on the device, read when the kernel runs
@@ -50,7 +51,7 @@ def ring_attention(
         raise ValueError(f"ring_attention: got k {list(k.shape)}, v {list(v.shape)}, expected one shape")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"ring_attention: got dtypes {q.dtype}, {k.dtype}, {v.dtype}, expected one")
-    fits = q.shape[-1] in TILES and q.dtype in (torch.bfloat16, torch.float16)
+    fits = q.shape[-1] in TILES and q.dtype in (torch.bfloat16, torch.float16) and not needs_gradient(q, k, v)
     run = table.implementation("ring_attention", q.device, fits=fits)
     out, lse = run(q, k, v, valid_rows, return_lse)
     return (out, lse) if return_lse else out

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,10 +136,10 @@ def test_kernels(capsys, limits):
 
 
 def test_a_wrong_kernel_has_no_speed(capsys, limits, monkeypatch):
-    import bench.kernels
+    from bench import attention_cases
 
-    right = bench.kernels.ring_attention
-    monkeypatch.setattr(bench.kernels, "ring_attention", lambda q, k, v, rows: right(q, k, v, rows - 1))
+    right = attention_cases.ring_attention
+    monkeypatch.setattr(attention_cases, "ring_attention", lambda q, k, v, rows: right(q, k, v, rows - 1))
     assert main(["kernels", "--rounds", "2", "--device", "cpu"]) == 1
     out, err = capsys.readouterr()
     assert "expected at most twice the library's" in err
@@ -286,6 +287,21 @@ def test_gpu_check_without_a_gpu(capsys):
 
 @pytest.mark.parametrize("smoke", [True, False])
 def test_gpu_check_asks_for_what_exists(smoke):
-    for command in gpu_check.plan(smoke, ["--save"]):
-        args = _parser().parse_args(command)
-        assert args.device == ("cpu" if smoke else "cuda")
+    for module, *command in gpu_check.plan(smoke, ["--save"]):
+        if module == "pytest":
+            assert Path(command[0]).exists()
+        else:
+            assert _parser().parse_args(command).device == ("cpu" if smoke else "cuda")
+
+
+def test_gpu_check_goes_on_after_a_failure_and_says_so(monkeypatch, capsys):
+    asked = []
+
+    def note(command, **_):
+        asked.append(command[2:4])
+        return subprocess.CompletedProcess(command, command[3] == "kernels")
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", note)
+    assert main(["gpu-check", "--smoke"]) == 1
+    assert [what for what, _ in asked] == ["pytest", "pytest", "bench", "bench", "bench"]
+    assert "error: bench kernels" in capsys.readouterr().err
