@@ -4,58 +4,21 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from bench import ceilings, kernel_cases, results
-from bench.flops import Cost
+from bench import attention_cases, ceilings, kernel_cases, results
 from bench.header import machine, print_header
 from bench.kernel_cases import Call, Case
 from bench.spread import interleaved, paired_ratio, quartiles, table
 from engine.loader import DTYPES
 from kernels import compile
-from kernels.ring_attention import ring_attention, ring_attention_reference
-
-
-def _ring_attention(
-    device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, queries: int, rows: int, slots_rows: int
-) -> Case:
-    """q of one chunk over `rows` valid of `slots_rows` ring rows; what is behind them is NaN and must not be read."""
-    made = torch.Generator().manual_seed(0)
-    q = torch.randn(1, queries, heads, head_dim, generator=made).to(device, dtype)
-    k, v = (torch.randn(1, slots_rows, heads, head_dim, generator=made).to(device, dtype) for _ in range(2))
-    for tensor in (k, v):
-        tensor[:, rows:] = float("nan")
-    # The library's best case: tensors already in its own layout, nothing left to skip.
-    qs, ks, vs = (t[:, :rows].transpose(1, 2).contiguous() for t in (q, k, v))
-    size = dtype.itemsize * heads * head_dim
-    work = 4.0 * queries * rows * heads * head_dim
-    return Case(
-        "ring_attention", f"{queries} x {rows} of {slots_rows}, {heads} heads of {head_dim}",
-        lambda: ring_attention_reference(q.double(), k.double(), v.double(), rows),
-        lambda: ring_attention(q, k, v, rows),
-        {"sdpa": lambda: F.scaled_dot_product_attention(qs, ks, vs).transpose(1, 2)},
-        Cost(work, size * 2.0 * (queries + rows), work),
-    )  # fmt: skip
-
 
 # op -> its maker, and the shapes for a device.
-SHAPES: dict[str, tuple[Callable[..., Case], dict[str, list[tuple[int, ...]]]]] = {
-    "ring_attention": (
-        _ring_attention,
-        {
-            # heads, head_dim, queries, valid rows, rows: the sprites model, odd sizes, Wan 1.3B at 160x96 and 832x480.
-            "cpu": [(4, 32, 64, 192, 256), (4, 32, 64, 1344, 1344), (3, 16, 37, 100, 111), (12, 128, 60, 240, 240)],
-            "cuda": [(12, 128, 1560, 4680, 4680), (12, 128, 1560, 6240, 6240), (12, 128, 1560, 32760, 32760)],
-        },
-    ),
-    **kernel_cases.SHAPES,
-}
+SHAPES = {**attention_cases.SHAPES, **kernel_cases.SHAPES}
 
 
 def cases(device: torch.device, dtype: torch.dtype, ops: list[str]) -> list[Case]:
