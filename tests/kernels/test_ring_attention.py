@@ -32,6 +32,8 @@ def log_sum(q, k, valid):
     return (torch.einsum("bqhd,bkhd->bhqk", q.double(), k[:, :valid].double()) * q.shape[-1] ** -0.5).logsumexp(-1)
 
 
+# On a GPU also at full size: 832x480, three and four latent frames of keys.
+FULL = [(1560, 6240, 12, 128, 4680, 1), (1560, 6240, 12, 128, 6240, 1)] if torch.cuda.is_available() else []
 SHAPES = [
     # n, rows, heads, head_dim, valid, batch
     (37, 100, 2, 32, 100, 1),
@@ -40,6 +42,7 @@ SHAPES = [
     (1, 300, 3, 16, 1, 1),
     (130, 400, 2, 32, 129, 2),
     (128, 128, 1, 128, 128, 1),
+    *FULL,
 ]
 
 
@@ -64,6 +67,21 @@ def test_any_number_of_programs_gives_the_same(device, programs, monkeypatch):
     found, lse = ring_attention(q, k, v, 530, return_lse=True)
     assert_as_good(found, plain(q, k, v, 530), truth)
     assert (lse - log_sum(q, k, 530)).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_one_graph_serves_every_state_of_the_ring(device):
+    """Captured once; replayed for other numbers of valid rows it gives, bit for bit, what a fresh call gives."""
+    q, k, v = make(device, 1560, 6240, 12, 128, 6240)
+    valid = torch.tensor([1560], dtype=torch.int32, device=device)
+    ring_attention(q, k, v, valid)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = ring_attention(q, k, v, valid)
+    for rows in (1, 1560, 3121, 6240):
+        valid.fill_(rows)
+        graph.replay()
+        assert torch.equal(found, ring_attention(q, k, v, rows))
 
 
 def test_large_scores_do_not_overflow(device):
@@ -136,7 +154,7 @@ def plain_fp8(q, k, v_t, q_scale, k_scale, v_scale, valid):
 
 @pytest.mark.parametrize("query_dtype", [E4M3, torch.bfloat16])
 @pytest.mark.parametrize(("n", "rows", "heads", "head_dim", "valid", "batch"), [
-    (37, 100, 2, 32, 100, 1), (37, 300, 2, 64, 256, 2), (140, 300, 1, 128, 299, 1), (1, 90, 3, 32, 1, 1),
+    (37, 100, 2, 32, 100, 1), (37, 300, 2, 64, 256, 2), (140, 300, 1, 128, 299, 1), (1, 90, 3, 32, 1, 1), *FULL,
 ])  # fmt: skip
 def test_fp8_attention(device, n, rows, heads, head_dim, valid, batch, query_dtype):
     case = make_fp8(device, n, rows, heads, head_dim, valid, query_dtype, batch)
