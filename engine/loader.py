@@ -76,7 +76,7 @@ def load(
     adapters          PEFT LoRA folders, or LongLive's LoRA .pt, merged into every transformer
     device, dtype     cpu, cuda, ...; fp32, bf16, fp16, fp8; auto takes cuda and bf16 where there is a GPU, else cpu
                       and fp32. fp8 is bf16 with the blocks' large products on e4m3; the model's engine.json may list
-                      products that stay as they are (fp8_keep: patterns such as "blocks.0.*", "*.ffn.net.2")
+                      products that stay as they are (fp8_keep: patterns such as "sdd.blocks.0.*", "*.ffn.net.2")
     height, width     pixels; fps frames a second; None is the model's own
     fp8_attention     keys, values and queries of self-attention as e4m3 too
     eager             plain PyTorch also on a GPU: no fused kernels, no CUDA graphs
@@ -138,7 +138,7 @@ def make_stages(
         raise ValueError(f"fp8 attention: got {dtype}, expected a model in bf16 or fp8")
     if eager or not (device.type == "cuda" or fp8 or fp8_attention):
         return TorchStages(models, vae, encoder)
-    fused = {role: FusedTransformer(model, fp8, keep) for role, model in models.items()}
+    fused = {role: FusedTransformer(model, fp8, keep, role) for role, model in models.items()}
     if vae is not None:
         vae.fuse()
     stages = TorchStages(models, vae, encoder, fused)
@@ -197,7 +197,11 @@ def _bundle_stages(backend: str) -> "type[GraphStages]":
         from engine.aoti_stages import AotiStages
 
         return AotiStages
-    raise ValueError(f"bundle: got backend {backend!r}, expected onnx or aoti")
+    if backend == "tensorrt":
+        from engine.tensorrt_stages import TensorrtStages
+
+        return TensorrtStages
+    raise ValueError(f"bundle: got backend {backend!r}, expected onnx, aoti or tensorrt")
 
 
 def cache_bytes(config: TransformerConfig, preset: Preset, tokens: int, dtype: torch.dtype) -> int:

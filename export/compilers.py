@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from engine.aoti_stages import target_of
+from engine.tensorrt_stages import require_tensorrt
 from export.aoti import compile_program, constants_of, source_of
 from export.onnx_graph import to_onnx
 from export.program import Program
+from export.tensorrt import BuildOptions, build_plan
+from export.tensorrt_onnx import spell_for_tensorrt
 
 
 class Compiler(ABC):
     """Makes one file of one traced stage."""
 
-    backend: Literal["onnx", "aoti"]
+    backend: Literal["onnx", "aoti", "tensorrt"]
     target: str
     suffix: str
     in_place = False  # graphs write their caches where they lie
@@ -89,13 +92,37 @@ class AotiCompiler(Compiler):
         return constants_of(program, self.device, file)
 
 
+class TensorrtCompiler(Compiler):
+    """Plans of TensorRT for this machine's GPU; the pipeline may be on a processor."""
+
+    backend = "tensorrt"
+    suffix = "plan"
+
+    def __init__(self, options: BuildOptions | None = None) -> None:
+        self.trt = require_tensorrt()
+        self.target = target_of(torch.device("cuda"))
+        self.options = options or BuildOptions()
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {"tensorrt": self.trt.__version__, "torch": torch.__version__}
+
+    def write(self, program: Program, file: Path) -> dict[str, Tensor]:
+        made = to_onnx(replace(program.graph, module=cast(nn.Module, program.traced)), spell_for_tensorrt)
+        weights = {name: _tensor(value) for name, value in made.weights.items()}
+        file.write_bytes(build_plan(made.model.SerializeToString(), weights, self.options))
+        return weights if self.options.strip else {}
+
+
 def compiler_of(backend: str, device: torch.device) -> Compiler:
     """The compiler of a backend for the device that the pipeline is on."""
     if backend == "onnx":
         return OnnxCompiler()
     if backend == "aoti":
         return AotiCompiler(device)
-    raise ValueError(f"export: got backend {backend!r}, expected onnx or aoti")
+    if backend == "tensorrt":
+        return TensorrtCompiler()
+    raise ValueError(f"export: got backend {backend!r}, expected onnx, aoti or tensorrt")
 
 
 def _tensor(value: np.ndarray) -> Tensor:

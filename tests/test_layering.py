@@ -32,6 +32,7 @@ ORDER = [
         "graph_stages",
         "onnx_stages",
         "aoti_stages",
+        "tensorrt_stages",
         "stream",
         "loader",
         "media",
@@ -48,7 +49,7 @@ MAY = {
     "bench": {"bench", "engine", "kernels", "distill", "export"},
 }
 # Heavy or development-only packages; where one is needed in engine/, then only inside the function that needs it.
-LAZY = {"diffusers", "peft", "transformers", "tokenizers", "onnxruntime", "onnx", "av", "imageio"}
+LAZY = {"diffusers", "peft", "transformers", "tokenizers", "onnxruntime", "onnx", "av", "imageio", "tensorrt"}
 
 
 def files(package):

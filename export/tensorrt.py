@@ -1,0 +1,91 @@
+"""Program -> a plan of TensorRT 11. Written against TensorRT 11, not executed by us (see docs/tensorrt.md).
+
+Networks are strongly typed: the graph's own types and its Q/DQ decide. Shapes are static, so there is one profile and
+none to describe. Weights go to the parser from memory, because graphs here only name them.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from engine.tensorrt_stages import require_tensorrt
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How plans are built.
+
+    level         0 to 5: how long TensorRT searches for kernels
+    strip         leave weights out; the loader puts those of weights.safetensors in
+    timing_cache  file with measured kernels, read if it is there, written afterwards; None is none
+    """
+
+    level: int = 3
+    strip: bool = False
+    timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.level <= 5:
+            raise ValueError(f"tensorrt: got level {self.level}, expected 0 to 5")
+
+
+def build_plan(model: bytes, weights: dict[str, Tensor], options: BuildOptions) -> bytes:
+    """Serialised plan for the current GPU from ONNX bytes and its outside weights, contiguous on the CPU.
+
+    Raises NotHere without TensorRT or a GPU, ValueError with the parser's words where it refuses the graph.
+    """
+    trt = require_tensorrt()
+    logger = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(logger)
+    wanted = trt.NetworkDefinitionCreationFlag
+    flags = 1 << int(wanted.STRONGLY_TYPED) | 1 << int(wanted.PREFER_AOT_PYTHON_PLUGINS)
+    network = builder.create_network(flags)
+    _parse(trt, network, logger, model, weights)
+
+    config = builder.create_builder_config()
+    config.builder_optimization_level = options.level
+    config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.NONE
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
+    config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    if options.strip:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+    _read_timings(config, options.timing_cache)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise ValueError("tensorrt: got a network without a plan, expected one (see TensorRT's messages above)")
+    _write_timings(config, options.timing_cache)
+    return bytes(plan)
+
+
+def _parse(trt: Any, network: Any, logger: Any, model: bytes, weights: dict[str, Tensor]) -> None:
+    """The graph into the network; weights are read where they lie, so they must live until the plan is built."""
+    parser = trt.OnnxParser(network, logger)
+    good = parser.load_model_proto(model)
+    for name, tensor in weights.items():
+        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+            got = f"{tensor.device.type} {tensor.stride()}"
+            raise ValueError(f"tensorrt: {name}: got {got}, expected it contiguous on cpu")
+        good = good and parser.load_initializer(name, tensor.data_ptr(), tensor.nbytes)
+    if not (good and parser.parse_model_proto()):
+        errors = [parser.get_error(number) for number in range(parser.num_errors)]
+        first = f"{errors[0].node_operator()}: {errors[0].desc()}" if errors else "no reason given"
+        raise ValueError(f"tensorrt: got a graph that the parser refuses, expected one it reads ({first})")
+
+
+def _read_timings(config: Any, file: Path | None) -> None:
+    if file is not None:
+        known = file.read_bytes() if file.is_file() else b""
+        cache = config.create_timing_cache(known)
+        if cache is None or not config.set_timing_cache(cache, False):
+            raise ValueError(f"{file}: got no timing cache of this TensorRT and GPU, expected one, or no file")
+
+
+def _write_timings(config: Any, file: Path | None) -> None:
+    if file is not None:
+        part = file.with_name(f".{file.name}.part")
+        part.write_bytes(bytes(config.get_timing_cache().serialize()))
+        os.replace(part, file)

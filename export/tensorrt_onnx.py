@@ -1,0 +1,164 @@
+"""A stage graph in TensorRT's own operators: TRT_KVCacheUpdate and TRT_Attention, with ONNX bodies beside them.
+
+TensorRT's parser takes these two names for layers of its own; any other runtime finds a function of the same name in
+the file and runs that. So what the graph computes is checked in ONNX Runtime, although TensorRT is not there.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from export.onnx_graph import DOMAIN, OPSET, qdq_linear, rewrite
+
+_WRITE = (DOMAIN, "kv_write")
+_SILENT = ("softcap", "qk_matmul_output_mode", "is_causal")  # attributes of Attention that say nothing at 0
+TRT_DOMAIN = "trt"  # TensorRT reads the operator's name only
+_WHOLE: dict[str, Any] = {"axis": -2, "mode": "linear", "update_form": "padded_bhnd"}
+_FORMS: dict[str, Any] = {
+    "causal_kind": "none", "kv_form": "padded_bhnd", "query_form": "padded_bhnd", "TRT_decomposable": 0,
+}  # fmt: skip
+
+
+def spell_for_tensorrt(model: ModelProto) -> None:
+    """Replace our operators, and what TensorRT does not read as ONNX means it.
+
+    Key/value caches become [1, 1, rows, dim], the four dimensions that TRT_KVCacheUpdate asks for, in the same bytes.
+    Raises ValueError where activations are quantised per token.
+    """
+    caches = [(node.input[0], node.output[0]) for node in model.graph.node if (node.domain, node.op_type) == _WRITE]
+    casts: dict[str, NodeProto] = {}
+    rewrite(
+        model,
+        {
+            "kv_write": lambda node, _: _cache_update(node, casts),
+            "ring_attention": lambda node, _: _attention(node, model, casts),
+            "linear_fp8": _static_linear,
+        },
+    )
+    for node in reversed(casts.values()):
+        model.graph.node.insert(0, node)
+    _four_dimensions(model, {name for pair in caches for name in pair})
+    _single_precision(model)
+    _default_attention(model)
+    if caches:
+        model.opset_import.append(helper.make_opsetid(TRT_DOMAIN, 1))
+        model.functions.extend([_cache_update_body(), _attention_body()])
+
+
+def _int32(name: str, casts: dict[str, NodeProto]) -> str:
+    """Positions are int64 in every backend's contract, int32 in TensorRT's layers."""
+    casts.setdefault(name, helper.make_node("Cast", [name], [f"{name}_int32"], to=TensorProto.INT32))
+    return f"{name}_int32"
+
+
+def _cache_update(node: NodeProto, casts: dict[str, NodeProto]) -> list[NodeProto]:
+    """cache [1, 1, rows, dim] with update [1, n, dim] from row index[0] on, at the same address."""
+    cache, update, index = node.input
+    out = node.output[0]
+    inputs = [cache, f"{out}_rows", _int32(index, casts)]
+    return [
+        helper.make_node("Unsqueeze", [update, "trt_axis_1"], [f"{out}_rows"]),
+        helper.make_node("TRT_KVCacheUpdate", inputs, [out], domain=TRT_DOMAIN, **_WHOLE),
+    ]
+
+
+def _attention(node: NodeProto, model: ModelProto, casts: dict[str, NodeProto]) -> list[NodeProto]:
+    """q [1, n, dim] to the first length[0] rows of k, v [1, 1, rows, dim]; TRT_Attention neither splits nor scales."""
+    q, k, v, length = node.input
+    out, heads = node.output[0], helper.get_node_attr_value(node, "heads")
+    _constants(model, q, heads)
+    nodes = []
+    for side, name in zip("qkv", (q, k, v), strict=True):
+        nodes += [
+            helper.make_node("Reshape", [name, "trt_split_heads"], [f"{out}_{side}_split"]),
+            helper.make_node("Transpose", [f"{out}_{side}_split"], [f"{out}_{side}_heads"], perm=[0, 2, 1, 3]),
+        ]
+    inputs = [f"{out}_q_scaled", f"{out}_k_heads", f"{out}_v_heads", "", "", _int32(length, casts)]
+    return [
+        *nodes,
+        helper.make_node("Mul", [f"{out}_q_heads", "trt_softmax_scale"], [f"{out}_q_scaled"]),
+        helper.make_node("TRT_Attention", inputs, [f"{out}_heads"], domain=TRT_DOMAIN, **_FORMS),
+        helper.make_node("Transpose", [f"{out}_heads"], [f"{out}_split"], perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", [f"{out}_split", "trt_merge_heads"], [out]),
+    ]
+
+
+def _constants(model: ModelProto, q: str, heads: int) -> None:
+    """The constants of the rewritten nodes, once a graph: every attention of a transformer has the same heads."""
+    if any(tensor.name == "trt_softmax_scale" for tensor in model.graph.initializer):
+        return
+    kind = next(value.type.tensor_type for value in model.graph.value_info if value.name == q)
+    dim = kind.shape.dim[-1].dim_value
+    scale = 1 / math.sqrt(dim // heads)
+    model.graph.initializer.extend(
+        [
+            helper.make_tensor("trt_axis_1", TensorProto.INT64, [1], [1]),
+            helper.make_tensor("trt_split_heads", TensorProto.INT64, [4], [1, -1, heads, dim // heads]),
+            helper.make_tensor("trt_merge_heads", TensorProto.INT64, [3], [1, -1, dim]),
+            helper.make_tensor("trt_softmax_scale", kind.elem_type, [], [scale]),
+        ]
+    )
+
+
+def _static_linear(node: NodeProto, model: ModelProto) -> list[NodeProto]:
+    if len(node.input) < 4 or not node.input[3]:
+        raise ValueError("tensorrt: got FP8 activations per token, expected per tensor: scales of Q/DQ are constants")
+    return qdq_linear(node, model)
+
+
+def _four_dimensions(model: ModelProto, caches: set[str]) -> None:
+    """[1, rows, dim] -> [1, 1, rows, dim] for the caches, which are inputs and outputs of the network."""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        if value.name in caches:
+            shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            kind = value.type.tensor_type.elem_type
+            value.CopyFrom(helper.make_tensor_value_info(value.name, kind, [shape[0], 1, *shape[1:]]))
+
+
+def _single_precision(model: ModelProto) -> None:
+    """float64 -> float32: TensorRT has no other. What it meets are the angles of the time embedding."""
+    wide, single = TensorProto.DOUBLE, TensorProto.FLOAT
+    for tensor in model.graph.initializer:
+        if tensor.data_type == wide:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == wide:
+                attribute.i = single
+    for value in model.graph.value_info:
+        if value.type.tensor_type.elem_type == wide:
+            value.type.tensor_type.elem_type = single
+
+
+def _default_attention(model: ModelProto) -> None:
+    """Attributes that say nothing are left out: TensorRT's parser refuses some even at their defaults."""
+    for node in model.graph.node:
+        if node.op_type == "Attention":
+            told = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+            kept = [a for a in node.attribute if not (a.name in _SILENT and told[a.name] == 0)]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+
+
+def _cache_update_body() -> FunctionProto:
+    nodes = [
+        helper.make_node("Cast", ["write_indices"], ["rows"], to=TensorProto.INT64),
+        helper.make_node("TensorScatter", ["past_cache", "update", "rows"], ["Y"], axis=-2, mode="linear"),
+    ]
+    inputs, names = ["past_cache", "update", "write_indices"], list(_WHOLE)
+    return helper.make_function(
+        TRT_DOMAIN, "TRT_KVCacheUpdate", inputs, ["Y"], nodes, [helper.make_opsetid("", OPSET)], attributes=names
+    )
+
+
+def _attention_body() -> FunctionProto:
+    nodes = [
+        helper.make_node("Cast", ["kv_lengths"], ["valid"], to=TensorProto.INT64),
+        helper.make_node("Attention", ["Q", "K", "V", "", "", "", "valid"], ["Y"], scale=1.0),
+    ]
+    inputs, names = ["Q", "K", "V", "attn_mask", "query_lengths", "kv_lengths"], list(_FORMS)
+    return helper.make_function(
+        TRT_DOMAIN, "TRT_Attention", inputs, ["Y"], nodes, [helper.make_opsetid("", OPSET)], attributes=names
+    )
