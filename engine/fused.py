@@ -63,20 +63,24 @@ class FusedBlock:
     """One transformer block."""
 
     def __init__(self, block: Block, name: str, fp8: bool, keep: Sequence[str]) -> None:
-        """Products whose name (`blocks.3.ffn.net.2`) fits a pattern of `keep` stay in the working dtype."""
+        """Products whose name fits a pattern of `keep`, with its role (`sdd.blocks.3.ffn.net.2`) or without, stay as
+        they are; q, k and v are one product.
+        """
 
-        def product(part: str, weight: Tensor, bias: Tensor | None) -> Linear | Fp8Linear:
-            if not fp8 or any(fnmatchcase(f"{name}.{part}", pattern) for pattern in keep):
+        def product(parts: Sequence[str], weight: Tensor, bias: Tensor | None) -> Linear | Fp8Linear:
+            names = [f"{name}.{part}" for part in parts]
+            names += [name.partition(".")[2] for name in names]  # without the role
+            if not fp8 or any(fnmatchcase(name, pattern) for name in names for pattern in keep):
                 return Linear(weight, bias)
             values, scale = quantize_per_channel(weight)
             return Fp8Linear(values, scale, bias)
 
         def linear(part: str, module: torch.nn.Module) -> Linear | Fp8Linear:
             module = cast(torch.nn.Linear, module)
-            return product(part, module.weight, module.bias)
+            return product([part], module.weight, module.bias)
 
         first, cross, ffn = block.attn1, block.attn2, block.ffn
-        self.qkv = product("attn1.to_qkv", *first.fused())
+        self.qkv = product(["attn1.to_q", "attn1.to_k", "attn1.to_v"], *first.fused())
         self.out = linear("attn1.to_out.0", first.to_out[0])
         self.cross_q = linear("attn2.to_q", cross.to_q)
         self.cross_out = linear("attn2.to_out.0", cross.to_out[0])
@@ -129,10 +133,12 @@ class FusedBlock:
 class FusedTransformer:
     """A WanTransformer whose blocks run on the fused kernels; called as one, its `attend` being CachedAttention."""
 
-    def __init__(self, model: WanTransformer, fp8: bool = False, keep: Sequence[str] = ()) -> None:
-        """fp8: large products on e4m3, except those whose name fits a pattern of `keep`."""
+    def __init__(self, model: WanTransformer, fp8: bool = False, keep: Sequence[str] = (), role: str = "dit") -> None:
+        """fp8: large products on e4m3, except those whose name fits a pattern of `keep` (see FusedBlock)."""
         self.model, self.fp8 = model, fp8
-        self.blocks = [FusedBlock(cast(Block, block), f"blocks.{i}", fp8, keep) for i, block in enumerate(model.blocks)]
+        self.blocks = [
+            FusedBlock(cast(Block, block), f"{role}.blocks.{i}", fp8, keep) for i, block in enumerate(model.blocks)
+        ]
         self._tables = torch.stack([cast(Block, block).scale_shift_table for block in model.blocks])[:, None]
 
     def encode(

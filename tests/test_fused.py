@@ -85,7 +85,8 @@ def test_fp8_products_are_near_and_the_kept_ones_untouched():
 
 def test_which_products_are_kept():
     model, *_ = case(torch.bfloat16)
-    blocks = FusedTransformer(model, fp8=True, keep=["blocks.0.attn1.*", "*.ffn.net.2"]).blocks
+    keep = ["blocks.0.attn1.to_k", "sdd.blocks.0.attn1.to_out.*", "etm.*", "*.ffn.net.2"]
+    blocks = FusedTransformer(model, fp8=True, keep=keep, role="sdd").blocks
     kinds = [[type(b.qkv), type(b.out), type(b.cross_q), type(b.up), type(b.down)] for b in blocks]
     assert kinds == [[Linear, Linear, Fp8Linear, Fp8Linear, Linear], [Fp8Linear] * 4 + [Linear]]
 
