@@ -61,10 +61,11 @@ def _runs(flags: Tensor) -> list[tuple[bool, int, int]]:
     return runs
 
 
-def _lost(track: Track, max_hidden: int) -> Tensor:
+def _lost(track: Track, max_hidden: int, begins: bool) -> Tensor:
     """Frames [T] in which the object should be there and is not: bool.
 
-    Allowed are absences of up to `max_hidden` frames, and longer ones that begin or end behind another object.
+    Allowed are absences of up to `max_hidden` frames, though not where a video `begins`, and longer ones that begin or
+    end behind another object.
     """
     lost = torch.zeros_like(track.found)
     for found, first, end in _runs(track.found):
@@ -72,7 +73,7 @@ def _lost(track: Track, max_hidden: int) -> Tensor:
             continue
         behind = (first > 0 and bool(track.touched[first - 1])) or (end < len(lost) and bool(track.touched[end]))
         allowed = max(max_hidden, MAX_COVERED if behind else 0)
-        lost[first:end] = first == 0 or end - first > allowed
+        lost[first:end] = (begins and first == 0) or end - first > allowed
     return lost
 
 
@@ -225,16 +226,19 @@ def match(reading: Reading, scene: Scene) -> list[Track | None]:
     return list(max(permutations(found[: len(reading.tracks) + wanted], wanted), key=worth))
 
 
-def dimensions(video: Tensor, scene: Scene, *, max_hidden: int = 9, walls: bool = True) -> dict[str, float]:
+def dimensions(
+    video: Tensor, scene: Scene, *, max_hidden: int = 9, walls: bool = True, begins: bool = True
+) -> dict[str, float]:
     """Every dimension of a clip, float [3, T, 32, 32] in [-1, 1], against its scene.
 
-    max_hidden: frames that an object may be unseen in a row; walls: whether movers bounce (otherwise a torus).
+    max_hidden: frames that an object may be unseen in a row; walls: whether movers bounce (otherwise a torus);
+    begins: whether the clip is a video's beginning and not a part of a longer one.
     """
     reading = read(video)
     chosen = match(reading, scene)
     things = [scene.mover] if scene.other is None else [scene.mover, scene.other]
     tracks = [track for track in chosen if track is not None]
-    lost = [torch.ones_like(reading.extra) if t is None else _lost(t, max_hidden) for t in chosen]
+    lost = [torch.ones_like(reading.extra) if t is None else _lost(t, max_hidden, begins) for t in chosen]
     named = list(zip(chosen, lost, things, strict=True))
     none = torch.zeros_like(reading.extra)
     surplus = reading.extra.clone()
@@ -324,8 +328,3 @@ def summarise(scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
         if len(values):
             result[name] = {"mean": round(float(values.mean()), 4), "se": round(error, 4), "n": len(values)}
     return result
-
-
-def score(videos: Iterable[Tensor], scenes: list[Scene]) -> dict[str, dict[str, float]]:
-    """`summarise` of clips, each against its own scene."""
-    return summarise([dimensions(video, scene) for video, scene in zip(videos, scenes, strict=True)])

@@ -6,7 +6,6 @@ clip: direction and speed from the trajectory through all frames; one lost frame
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 
@@ -199,8 +198,3 @@ def aggregate(scores: list[Scores]) -> dict[str, dict[str, float]]:
         field.name: {"mean": round(float(rows[:, i].mean()), 4), "se": round(float(error[i]), 4)}
         for i, field in enumerate(fields(Scores))
     }
-
-
-def score(videos: Iterable[Tensor], specs: list[Spec]) -> dict[str, dict[str, float]]:
-    """Means and standard errors over clips, each against its own spec."""
-    return aggregate([evaluate(video, spec) for video, spec in zip(videos, specs, strict=True)])

@@ -11,8 +11,8 @@ from peft import PeftModel
 
 import engine
 from distill.assemble import assemble
-from distill.codec import build_vae
 from distill.base import Base
+from distill.codec import build_vae
 from distill.next_chunk import NextChunkConfig, save_student
 from distill.rollout import roll_out
 from distill.student import Student

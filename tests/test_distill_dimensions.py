@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.dimensions import QUALITY, SEMANTIC, dimensions, score, summarise
+from distill.dimensions import QUALITY, SEMANTIC, dimensions, summarise
 from distill.scenes import RELATIONS, Scene, render, sample, seen
 from distill.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, palette
+from distill.tasks import find_task
 
 FRAMES = 33
 NAMES = (*SEMANTIC, *QUALITY)
@@ -39,7 +40,7 @@ def single() -> tuple[list[Scene], Tensor]:
 
 
 def means(videos: Tensor, scenes: list[Scene]) -> dict[str, float]:
-    return {name: value["mean"] for name, value in score(videos.unbind(0), scenes).items()}
+    return {name: value["mean"] for name, value in find_task("scenes").score(videos, scenes).items()}
 
 
 def expect(videos: Tensor, scenes: list[Scene], lost: set[str], at_most: float = 0.1) -> None:
@@ -71,6 +72,26 @@ def test_long_truth() -> None:
     scenes = sample(8, torch.Generator().manual_seed(31))
     got = means(render(scenes, 161)[0], scenes)
     assert min(got["semantic"], got["quality"]) >= 0.98, got
+
+
+def test_parts_of_a_long_clip_are_truth() -> None:
+    """A part may begin while its mover is unseen; a video may not."""
+    task = find_task("scenes")
+    scenes = [dataclasses.replace(blinking(s), phase=29) for s in task.draw(6, 41)]
+    video = task.render(scenes, 90)[0]
+    assert task.score(video[:, :, 30:60], scenes, begins=False)["quality"]["mean"] >= 0.98
+    assert task.score(video[:, :, 30:60], scenes)["quality"]["mean"] < 0.98
+
+
+def test_sprites_on_a_torus_are_truth() -> None:
+    """The same dimensions serve one object that leaves on one side and comes back on the other."""
+    task = find_task("sprites")
+    specs = task.draw(24, 5)
+    video = task.render(specs, 65)[0]
+    assert min(value["mean"] for value in task.score(video, specs).values()) >= 0.98
+    hidden = video.clone()
+    hidden[:, :, 20:24] = video[:, :, :1, :1, :1]
+    assert task.score(hidden, specs)["multiple_objects"]["mean"] <= 0.95  # nothing blinks here
 
 
 @pytest.mark.parametrize(
