@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx_aot
+from torch._ops import OpOverload
 from torch.fx.graph import CodeGen
 
 from engine.aoti_stages import open_object, signature, target_of
@@ -37,16 +38,18 @@ def source_of(program: Program, device: torch.device) -> str:
     told = [torch.__version__, target_of(device), _options(program, device)]
     told += [spec.model_dump() for spec in (*program.inputs, *program.outputs)]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-    digest.update(str(program.traced.graph).encode() + str(program.traced.graph_signature).encode())
-    for name, value in sorted(program.constants.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        if _frozen(program, device):
+    digest.update(program.text.encode())
+    if _frozen(program, device):
+        for value in program.constants.values():
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def compile_program(program: Program, device: torch.device, file: Path) -> None:
-    """Write the shared object. Ten seconds to minutes."""
+    """Write the shared object. Ten seconds to minutes. ValueError where it would need Python to run."""
+    for node in program.traced.graph.nodes:
+        if isinstance(node.target, OpOverload) and node.target.namespace not in ("aten", "prims", "higher_order"):
+            raise ValueError(f"aoti: {program.graph.name}: got operator {node.target}, expected torch's own only")
     module = program.traced.module(check_guards=False)
     for name, value in program.traced.constants.items():  # plain attributes would lose their names
         path, _, leaf = name.rpartition(".")

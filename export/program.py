@@ -1,10 +1,12 @@
 """A traced stage, what its compiler gets: one trace a graph, whatever becomes of it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from engine.bundle import TensorSpec
 from export.graphs import Graph
@@ -19,10 +21,21 @@ class Program:
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, Tensor]:
-        """Everything it reads but its inputs."""
-        return {**self.traced.state_dict, **self.traced.constants}
+        """Everything it reads but its inputs, by the names it had in the module."""
+        every, used = {**self.traced.state_dict, **self.traced.constants}, {n.name for n in self._nodes()}
+        specs = self.traced.graph_signature.input_specs
+        return {spec.target: every[spec.target] for spec in specs if spec.target in every and spec.arg.name in used}
+
+    @property
+    def text(self) -> str:
+        """Every operation in one spelling: the same for modules that differ in weights, or in parts that nobody reads."""
+        lines = [f"{node.format_node()} {node.meta.get('val')}" for node in self._nodes()]
+        return "\n".join([*lines, *(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in self.constants.items())])
+
+    def _nodes(self) -> list[Node]:
+        return [node for node in self.traced.graph.nodes if node.users or node.op != "placeholder"]
 
 
 def trace(graph: Graph) -> Program:

@@ -57,26 +57,27 @@ class WeightStore:
 
 
 class Reusable:
-    """Graphs of an older bundle, by what they were made from."""
+    """Compiled graphs by what they were made from: those of an older bundle, and those written since."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._found: dict[str, tuple[Path, Manifest, str]] = {}
+        self._files: dict[str, Path] = {}
         if folder is None:
             return
         manifest = read_manifest(folder)
         for backend in manifest.backends.values():
             for spec in backend.graphs.values():
                 if spec.source is not None:
-                    self._found[f"{backend.key} {spec.source}"] = folder, manifest, spec.file
+                    check_hash(folder, manifest, spec.file)
+                    self._files[spec.source] = folder / spec.file
 
-    def copy(self, backend: str, source: str | None, file: Path) -> bool:
-        """Copy the graph made from `source` to `file`, where there is one."""
-        if f"{backend} {source}" not in self._found:
+    def copy(self, source: str | None, file: Path) -> bool:
+        """Copy the graph made from `source` to `file`, where there is one; the next one like `file` is copied from it."""
+        if source is None:
             return False
-        folder, manifest, name = self._found[f"{backend} {source}"]
-        check_hash(folder, manifest, name)
-        shutil.copyfile(folder / name, file)
-        return True
+        found = self._files.setdefault(source, file)
+        if found != file:
+            shutil.copyfile(found, file)
+        return found != file
 
 
 def write_bundle(
@@ -146,7 +147,7 @@ def _compile(
         begun, file = time.perf_counter(), folder / f"{graph.name}.{compiler.suffix}"
         program = trace(graph)
         source = compiler.source(program)
-        reused = older.copy(spec.key, source, file)
+        reused = older.copy(source, file)
         weights = compiler.adopt(program, file) if reused else compiler.write(program, file)
         spec.graphs[graph.name] = GraphSpec(
             file=str(file.relative_to(part)), inputs=program.inputs, outputs=program.outputs,

@@ -1,5 +1,6 @@
 """Bundles: the same numbers as torch from ONNX Runtime, and a damaged bundle is refused with one clear line."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_every_graph_equals_its_module(pipeline: Pipeline, bundle: Path) -> None
     torch.manual_seed(0)
     for graph in stage_graphs(pipeline):
         expected = graph.module(*graph.inputs.values())
-        got = stages._run(graph.name, {name: value.clone() for name, value in graph.inputs.items()})
+        got = stages.run_graph(graph.name, {name: value.clone() for name, value in graph.inputs.items()})
         for name, tensor in zip(graph.outputs, expected, strict=True):
             assert (got[name] - tensor).abs().max() <= 1e-5, (graph.name, name)
 
@@ -135,7 +136,7 @@ def test_cli_inspect_verify_and_run(bundle: Path, capsys: pytest.CaptureFixture[
 def test_existing_directories_are_left_alone(pipeline: Pipeline, bundle: Path, model_dir: Path) -> None:
     with pytest.raises(ValueError, match="exists"):
         next(write_bundle(pipeline, bundle, model_dir / "tokenizer", PROMPT))
-    assert verify_bundle(bundle) == 0
+    assert verify_bundle(bundle) == {"onnx-cpu": 0}
 
 
 def test_a_failed_export_leaves_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -192,6 +193,50 @@ def test_wrong_version(damaged: Path) -> None:
 def test_paths_that_leave(damaged: Path, name: str) -> None:
     edit(damaged, lambda m: m["files"].update({name: {"bytes": 1, "sha256": "0" * 64}}))
     refused(damaged, "inside the bundle")
+
+
+def test_a_tokenizer_that_leaves(damaged: Path) -> None:
+    edit(damaged, lambda m: m.update(tokenizer="../tokenizer"))
+    refused(damaged, "inside the bundle")
+
+
+def as_compiled(manifest: dict) -> dict:
+    """The manifest with a second backend of the same files, whose graphs write in place."""
+    backend = copy.deepcopy(manifest["backends"]["onnx-cpu"])
+    backend |= {"backend": "aoti", "target": "cpu-x86_64-avx2", "versions": {"torch": "2.13.0"}}
+    for graph in backend["graphs"].values():
+        graph |= {"mutates": list(graph["aliases"].values()), "aliases": {}, "source": "0" * 64}
+    manifest["backends"]["aoti-cpu-x86_64-avx2"] = backend
+    return manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda b: b["graphs"]["etm"]["mutates"].append("nothing"), "mutates"),
+        (lambda b: b["graphs"]["etm"]["aliases"].update(hidden="k_0"), "alias"),
+        (lambda b: b["graphs"]["etm"]["inputs"].append(b["graphs"]["etm"]["inputs"][0]), "share a name"),
+        (lambda b: b["graphs"]["etm"].update(source="0"), "source"),
+        (lambda b: b["graphs"]["etm"].update(file="../etm.so"), "inside the bundle"),
+        (lambda b: b["graphs"]["etm"]["inputs"][0].update(dtype="float64"), "dtype"),
+        (lambda b: b["graphs"]["etm"]["inputs"][0]["shape"].append(-1), "shape"),
+        (lambda b: b["versions"].clear(), "version of torch"),
+        (lambda b: b.update(target="cpu/../x"), "target"),
+        (lambda b: b.update(target="cpu-avx512"), "expected 'aoti-cpu-avx512'"),
+        (lambda b: b.update(backend="torch"), "backend"),
+        (lambda b: b.update(backend="onnx", target="cpu-x86_64-avx2"), "expected"),
+    ],
+)
+def test_backends_that_contradict_themselves(damaged: Path, change, match: str) -> None:
+    edit(damaged, lambda m: change(as_compiled(m)["backends"]["aoti-cpu-x86_64-avx2"]))
+    refused(damaged, match)
+
+
+@pytest.mark.parametrize(("output", "given"), [("hidden", "k_0"), ("k_0_out", "nothing"), ("nothing", "k_0")])
+def test_aliases_of_something_else(damaged: Path, output: str, given: str) -> None:
+    """Written over an input of another shape, an output would run past its end."""
+    edit(damaged, lambda m: m["backends"]["onnx-cpu"]["graphs"]["etm"]["aliases"].update({output: given}))
+    refused(damaged, "alias")
 
 
 def test_symbolic_link(damaged: Path, tmp_path: Path) -> None:
@@ -257,23 +302,26 @@ def _paths(node: object, at: tuple = ()) -> list[tuple]:
     return [at, *(path for key, child in children for path in _paths(child, (*at, key)))]
 
 
+@pytest.fixture(scope="module")
+def target(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, list[tuple]]:
+    """A bundle to damage, its manifest with two backends, and every place in that."""
+    folder = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("fuzz") / "bundle"))
+    tree = as_compiled(json.loads((bundle / "manifest.json").read_text()))
+    return folder, json.dumps(tree).encode(), _paths({"root": tree})[1:]
+
+
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(data=st.data())
-def test_random_manifests_never_crash(
-    bundle: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_random_manifests_never_crash(target: tuple[Path, bytes, list[tuple]], data: st.DataObject) -> None:
     """One place of a good manifest replaced by anything, or one byte of its text: read, or refused with one line."""
-    folder = tmp_path_factory.getbasetemp() / "fuzz"
-    if not folder.exists():
-        shutil.copytree(bundle, folder)
-    text = (bundle / "manifest.json").read_bytes()
+    folder, text, places = target
     if data.draw(st.booleans()):
         content = bytearray(text)
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
         damaged = bytes(content)
     else:
         tree = {"root": json.loads(text)}
-        *way, last = data.draw(st.sampled_from(_paths(tree)[1:]))
+        *way, last = data.draw(st.sampled_from(places))
         node = tree
         for key in way:
             node = node[key]
