@@ -22,7 +22,7 @@ _BLOCK = 1024
 def solver_step_reference(x: Tensor, flow: Tensor, sigma: Level, sigma_next: Level, noise: Tensor | None) -> Tensor:
     """x, flow, noise of one shape -> the next x; the clean latent is rounded to x's dtype before it is noised."""
     if noise is None:
-        return (x.double() + _double(sigma_next - sigma) * flow.double()).to(x.dtype)
+        return (x.double() + (_double(sigma_next) - _double(sigma)) * flow.double()).to(x.dtype)
     clean = (x.double() - _double(sigma) * flow.double()).to(x.dtype)
     level = torch.as_tensor(sigma_next, dtype=torch.float32, device=x.device)
     return ((1 - level) * clean.float() + level * noise.float()).to(x.dtype)

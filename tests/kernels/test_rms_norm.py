@@ -21,6 +21,8 @@ def test_against_float64_and_the_engine(device, dtype, shape):
     norm.weight.data = weight
     with table.use("reference"):
         assert torch.equal(rms_norm(x, weight), norm(x))
+    if dtype == torch.bfloat16:  # the order of a sum may move its last bit, and with it a rounding
+        assert (rms_norm(x, weight) != norm(x)).float().mean() < 0.01
 
 
 def test_bad_input(device):

@@ -9,7 +9,8 @@ from engine.schedule import Euler, Renoise, Schedule
 from kernels import table
 from kernels.solver_step import solver_step
 
-LEVELS = [(0.9375, 0.8333333134651184), (1.0, 0.5), (0.8333333134651184, 0.0)]
+# Noise levels are float32 numbers; the first pair's difference is not.
+LEVELS = [(0.9375, 0.10000000149011612), (1.0, 0.5), (0.8333333134651184, 0.0)]
 
 
 def inputs(device, dtype, flow_dtype):
@@ -29,11 +30,14 @@ def test_against_float64(device, levels, flow_dtype):
         (None, x.double() + (following - sigma) * flow.double()),
         (noise, (1 - following) * clean + following * noise.double()),
     ):
-        plain = truth.float()
-        assert_as_good(solver_step(x, flow, sigma, following, fresh), plain, truth, floor=1e-6)
-        assert torch.equal(solver_step(x, flow, *scalars, fresh), solver_step(x, flow, sigma, following, fresh))
         with table.use("reference"):
-            assert_as_good(solver_step(x, flow, *scalars, fresh), plain, truth, floor=1e-6)
+            plain = solver_step(x, flow, *scalars, fresh)
+        assert_as_good(plain, truth.float(), truth)
+        found = solver_step(x, flow, sigma, following, fresh)
+        assert_as_good(found, plain, truth)
+        assert torch.equal(solver_step(x, flow, *scalars, fresh), found)
+        if fresh is None:  # float64 up to one rounding
+            assert (found != plain).float().mean() < 0.001
 
 
 def test_narrow_latents(device):
