@@ -1,12 +1,51 @@
-"""Package metadata; versions that are known to work together are pinned in constraints.txt."""
+"""Package metadata, and the build of the C++ core; versions known to work together are pinned in constraints.txt."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.resolve()
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "engine" / "__init__.py").read_text()).group(1)
+
+
+class CMakeBuild(build_ext):
+    """Builds CMakeLists.txt and installs module, library, plugins, headers and greedy-host into engine/."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11  # of the build environment, see pyproject.toml
+
+        package = (Path.cwd() / self.get_ext_fullpath(ext.name)).parent.resolve()
+        build = Path(self.build_temp).resolve() / "cmake"
+        options = [
+            "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DGREEDY_PYTHON=ON", "-DGREEDY_BUILD_TESTS=OFF",
+            "-DCMAKE_INSTALL_LIBDIR=lib", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]  # fmt: skip
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        subprocess.check_call(["cmake", "-S", HERE, "-B", build, *generator, *options])
+        subprocess.check_call(["cmake", "--build", build, "--parallel", str(os.cpu_count() or 1)])
+        # An editable install imports from the source tree.
+        for prefix in {package, HERE / "engine"} if self.editable_mode else {package}:
+            subprocess.check_call(["cmake", "--install", build, "--prefix", prefix])
+
+
+def native_extensions() -> list[Extension]:
+    """The C++ core where there is a compiler; GREEDY_NATIVE=1 insists on it, 0 leaves it out."""
+    wanted = os.environ.get("GREEDY_NATIVE", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"GREEDY_NATIVE: got {wanted!r}, expected 0, 1 or nothing")
+    compilers = filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"])
+    if wanted == "0" or (wanted == "auto" and not any(map(shutil.which, compilers))):
+        print("the C++ core (engine._C, --backend native) is left out", file=sys.stderr)
+        return []
+    return [Extension("engine._C", sources=[])]
+
 
 setup(
     name="greedy-stream",
@@ -19,6 +58,9 @@ setup(
     packages=find_packages(
         include=[f"{name}{rest}" for name in ("engine", "kernels", "export", "distill", "bench") for rest in ("", ".*")]
     ),
+    ext_modules=native_extensions(),
+    cmdclass={"build_ext": CMakeBuild},
+    zip_safe=False,
     package_data={"engine": ["assets/**/*"], "distill": ["configs/*.toml"], "bench": ["published.toml"]},
     install_requires=[
         "torch>=2.11",

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from engine.config import PRESETS, Preset
 from engine.loader import EMBEDDED, PRECISIONS, is_untrained, load, load_bundle, settings_of
 from engine.media import read_clip, read_image
+from engine.native import NativePipeline, NativeStream
 from engine.sinks import ChecksumSink, OutputClosed, Sink, open_sink
 from engine.stream import Pipeline, Stream
 
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--fp8-attention", action="store_true", help="self-attention on e4m3 as well")
     run.add_argument("--eager", action="store_true", help="no fused kernels and no CUDA graphs on a GPU")
-    run.add_argument("--backend", choices=("torch", "onnx", "aoti"), help="torch; with --bundle its first")
+    run.add_argument("--backend", choices=("torch", "onnx", "aoti", "native"), help="torch; with --bundle its first")
     run.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     run.add_argument("--json", action="store_true", help="print a report as the last line of stdout")
     run.add_argument("--quiet", action="store_true", help="no progress, no warnings")
@@ -180,8 +181,8 @@ class _Interrupt:
 
 
 def _generate(
-    stream: Stream, sink: Sink, limit: int | None, switches: list[tuple[int, str]], args: argparse.Namespace,
-    interrupt: _Interrupt, console: Console, fps: float, start: float,
+    stream: Stream | NativeStream, sink: Sink, limit: int | None, switches: list[tuple[int, str]],
+    args: argparse.Namespace, interrupt: _Interrupt, console: Console, fps: float, start: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Pull chunks into the sink until the limit, Ctrl-C or a reader that left; returns what was measured."""
     frames, chunks, ttff, stopped = 0, [], 0.0, False
@@ -263,8 +264,10 @@ def _shape(args: argparse.Namespace) -> tuple[int, int, float]:
     return manifest.height, manifest.width, args.fps or manifest.fps
 
 
-def _load(args: argparse.Namespace, height: int, width: int, fps: float) -> Pipeline:
+def _load(args: argparse.Namespace, height: int, width: int, fps: float) -> Pipeline | NativePipeline:
     if args.bundle is not None:
+        if args.backend == "native":  # the C++ core reads the bundle itself, and chooses among its backends
+            return NativePipeline(args.bundle)
         return load_bundle(args.bundle, args.backend)
     if args.backend not in (None, "torch"):
         raise ValueError(f"--backend: got {args.backend}, expected --bundle with it (python -m export writes one)")

@@ -34,6 +34,7 @@ ORDER = [
         "aoti_stages",
         "tensorrt_stages",
         "stream",
+        "native",
         "loader",
         "media",
         "sinks",

@@ -1,0 +1,142 @@
+"""The native backend: a bundle streamed by the C++ core that docs/embedding.md describes, from Python.
+
+    pipeline = NativePipeline("sprites.bundle")
+    with pipeline.stream("a red circle moving right slowly on a gray background", seed=1) as stream:
+        for frame in stream:        # uint8 [H, W, 3], a view of the core's memory
+            ...
+
+The same interface as engine.stream's; weights and graphs are shared by all streams of a pipeline.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def _core() -> ModuleType:
+    try:
+        return import_module("engine._C")
+    except ImportError as error:
+        expected = "the package installed where a C++ compiler is"
+        raise ImportError(f"native: got no engine._C ({error}), expected {expected}") from None
+
+
+@dataclass(frozen=True)
+class NativeStages:
+    """What runs the stages, by name; they are out of Python's reach."""
+
+    name: str
+
+
+class NativePipeline:
+    """An opened bundle. backend is aoti or tensorrt; None is the bundle's first that opens here.
+
+    verify compares every sha256 (of graphs it is always compared); parallel is how many streams may be inside one graph
+    at once. Raises ValueError, FileNotFoundError, or ImportError where a library is missing (got and expected).
+    """
+
+    def __init__(
+        self, folder: str | Path, backend: str | None = None, *, verify: bool = True, parallel: int = 1
+    ) -> None:
+        found = find_spec("torch")
+        library_dir = str(Path(found.origin).parent / "lib") if found and found.origin else None
+        self._bundle = _core().Bundle(
+            str(folder), backend=backend, library_dir=library_dir, verify=verify, parallel=parallel
+        )
+        info = self._bundle.info()
+        self.height: int = info["height"]
+        self.width: int = info["width"]
+        self.fps: float = info["fps"]
+        self.preset_name: str = info["preset"]
+        self.dtype: str = {"fp32": "float32", "fp16": "float16"}.get(info["precision"], "bfloat16")
+        self.device = torch.device(info["target"].split("-")[0])
+        self.stages = NativeStages(f"native-{info['backend']}")
+        self.text_rows: int = info["text_rows"]
+        self.text_dim: int = info["text_dim"]
+        self.latent: tuple[int, int, int, int] = info["latent"]  # of a chunk: channels, frames, height, width
+
+    def warm(self) -> None:
+        """Nothing is left to prepare: graphs are compiled and loaded."""
+
+    def stream(
+        self, prompt: str | Tensor, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
+        latents: Tensor | None = None,
+    ) -> "NativeStream":  # fmt: skip
+        """An iterator of uint8 frames [H, W, 3]; the arguments are those of engine.stream.Pipeline.stream."""
+        if frames is not None and frames < 1:
+            raise ValueError(f"frames: got {frames}, expected at least 1")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed: got {seed}, expected 0 to 2^64 - 1")
+        return NativeStream(self, prompt, seed, frames, clip, latents)
+
+
+class NativeStream:
+    """One video in the making. `set_prompt` and `cancel` may be called from other threads while a chunk is made."""
+
+    def __init__(
+        self, pipeline: NativePipeline, prompt: str | Tensor, seed: int, frames: int | None,
+        clip: np.ndarray | None, latents: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.pipeline, self.limit = pipeline, frames
+        self.emitted = 0
+        self._closed = False
+        self._session = _core().Session(pipeline._bundle, seed)
+        self.set_prompt(prompt)
+        if clip is not None:
+            expected = (pipeline.height, pipeline.width, 3)
+            if clip.ndim != 4 or clip.shape[1:] != expected or clip.dtype != np.uint8 or not len(clip):
+                raise ValueError(f"clip: got {clip.dtype} {list(clip.shape)}, "
+                                 f"expected uint8 [T, {pipeline.height}, {pipeline.width}, 3]")  # fmt: skip
+            self._session.push_frames(clip)
+        elif latents is not None:
+            channels, _, height, width = pipeline.latent
+            shape = tuple(latents.shape)
+            if len(shape) != 5 or (*shape[:2], *shape[3:]) != (1, channels, height, width):
+                raise ValueError(f"latents: got {list(shape)}, expected [1, {channels}, F, {height}, {width}]")
+            self._session.push_latent(latents[0].float().cpu().numpy())
+
+    def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> None:
+        """Switch the prompt, text or embedding [1, rows, text_dim], from the next chunk on."""
+        if isinstance(prompt, str):
+            self._session.set_prompt(prompt, recommit)
+            return
+        expected = (1, self.pipeline.text_rows, self.pipeline.text_dim)
+        if tuple(prompt.shape) != expected:
+            raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, expected {list(expected)}")
+        self._session.set_prompt_embedding(prompt[0].float().cpu().numpy(), recommit)
+
+    def next_chunk(self) -> np.ndarray:
+        """The next chunk's frames, uint8 [T, H, W, 3], read-only. engine._C.Cancelled after `cancel`."""
+        return self._session.next_chunk()
+
+    def cancel(self) -> None:
+        """Make the `next_chunk` that runs now, or the next one, raise engine._C.Cancelled; the stream goes on after."""
+        self._session.cancel()
+
+    def close(self) -> None:
+        """Drop caches; further frames are refused. Closing twice is fine."""
+        self._closed = True
+        self._session.close()
+
+    def __enter__(self) -> "NativeStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        if self._closed or (self.limit is not None and self.emitted >= self.limit):
+            raise StopIteration
+        frame: np.ndarray = self._session.next_frame()
+        self.emitted += 1
+        return frame
