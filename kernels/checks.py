@@ -1,4 +1,4 @@
-"""What the wrappers of several operations share: words for an error message, block sizes for a row."""
+"""What several operations share: checks, words for an error message, block sizes for a row."""
 
 import torch
 from torch import Tensor
@@ -16,6 +16,15 @@ def described(**tensors: Tensor | None) -> str:
 def needs_gradient(*tensors: Tensor) -> bool:
     """Whether autograd records what is done to them: the kernels have no backward pass, the references do."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def fits_per_frame(x: Tensor, *values: Tensor) -> bool:
+    """Whether x is [B, F * n, dim], not empty, and all values [B or 1, F, 1, dim] of its dtype, dim contiguous."""
+    frames = values[0].shape[1] if values[0].ndim == 4 else 0
+    if x.ndim != 3 or not x.numel() or not frames or x.shape[1] % frames:
+        return False
+    shapes = {(batch, frames, 1, x.shape[2]) for batch in (1, x.shape[0])}
+    return all(v.shape in shapes and v.dtype == x.dtype and v.stride(-1) == 1 for v in values)
 
 
 def power_of_two(size: int) -> int:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.checks import described, power_of_two, warps_for
+from kernels.checks import described, fits_per_frame, power_of_two, warps_for
 from kernels.launch import launch, tl, triton
 from kernels.table import Variant, implementation, register
 
@@ -51,11 +51,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     x, y [B, F * n, dim], gate [B, F, 1, dim] (one a frame; any strides but the last) -> [B, F * n, dim].
     Raises ValueError where shapes or dtypes do not fit.
     """
-    if (
-        x.ndim != 3 or x.shape != y.shape or gate.ndim != 4 or gate.shape[0] not in (1, x.shape[0])
-        or gate.shape[2:] != (1, x.shape[2]) or not gate.shape[1] or x.shape[1] % gate.shape[1]
-        or not x.dtype == y.dtype == gate.dtype or gate.stride(3) != 1
-    ):  # fmt: skip
+    if x.shape != y.shape or x.dtype != y.dtype or not fits_per_frame(x, gate):
         raise ValueError(f"gate_residual: got {described(x=x, y=y, gate=gate)}, expected x, y [B, F * n, dim] "
                          "and gate [B, F, 1, dim], one dtype, dim contiguous")  # fmt: skip
     return implementation("gate_residual", x.device)(x, y, gate)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import described, power_of_two, warps_for
+from kernels.checks import described, fits_per_frame, power_of_two, warps_for
 from kernels.launch import launch, tl, triton
 from kernels.quantize import empty_rows, quantize_rows_reference, row_scale, to_e4m3
 from kernels.table import Variant, implementation, register
@@ -97,23 +97,13 @@ def layer_norm_affine_quantize_triton(x: Tensor, weight: Tensor, bias: Tensor, e
 
 
 def _check_modulation(op: str, x: Tensor, shift: Tensor, scale: Tensor) -> None:
-    shape = shift.shape
-    if (
-        x.ndim != 3 or shift.ndim != 4 or not shape == scale.shape or shape[0] not in (1, x.shape[0])
-        or shape[2:] != (1, x.shape[2]) or not shape[1] or x.shape[1] % shape[1]
-        or not x.dtype == shift.dtype == scale.dtype or shift.stride(3) != 1 or scale.stride(3) != 1
-    ):  # fmt: skip
+    if not fits_per_frame(x, shift, scale):
         raise ValueError(f"{op}: got {described(x=x, shift=shift, scale=scale)}, expected x [B, F * n, dim] "
                          "and shift, scale [B, F, 1, dim], one dtype, dim contiguous")  # fmt: skip
 
 
 def _check_affine(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    if (
-        x.ndim != 3
-        or weight.shape != x.shape[2:]
-        or bias.shape != x.shape[2:]
-        or not x.dtype == weight.dtype == bias.dtype
-    ):
+    if not fits_per_frame(x, weight[None, None, None], bias[None, None, None]):
         raise ValueError(f"{op}: got {described(x=x, weight=weight, bias=bias)}, expected x [B, n, dim] "
                          "and weight, bias [dim], one dtype")  # fmt: skip
 

@@ -111,6 +111,8 @@ def test_bad_input(device):
         lambda: norm_modulate(x, shift[:, :1], scale),
         lambda: norm_modulate_quantize(x, shift.expand(2, 2, 6, -1), scale.expand(2, 2, 6, -1)),
         lambda: layer_norm_affine(x, shift, scale),
+        lambda: layer_norm_affine(x[:, :0], scale[0, 0, 0], shift[0, 0, 0]),
+        lambda: norm_modulate(x[:, :0], shift, scale),
         lambda: layer_norm_affine_quantize(x, scale[0, 0, 0], shift[0, 0, 0].double()),
     ):
         with pytest.raises(ValueError, match=r"^\w+: got .*expected"):
