@@ -11,7 +11,21 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench import backends, compare, diff, everything, fp8, gpu_check, kernels, load, parity, report, scaling, stream
+from bench import (
+    backends,
+    compare,
+    diff,
+    everything,
+    fp8,
+    gpu_check,
+    kernels,
+    load,
+    parity,
+    report,
+    runtimes,
+    scaling,
+    stream,
+)
 from bench.fullsize import make, measure_load
 from engine.loader import DTYPES
 
@@ -78,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chunks", type=int, default=2)
     command.add_argument("--json", action="store_true", help="print the result as one JSON line")
     command.set_defaults(run=_fullsize)
-    for module in (stream, backends, compare, scaling, load, kernels, fp8, diff, report, everything, gpu_check):
+    measures = stream, backends, runtimes, compare, scaling, load, kernels, fp8
+    for module in (*measures, diff, report, everything, gpu_check):
         module.add_parser(commands)
     return parser
 

@@ -141,7 +141,7 @@ def measure(source: models.Source, args: argparse.Namespace) -> tuple[dict[str, 
         families.setdefault(models.family(name), pipelines[name])
     one = pipelines[baseline]
     for folder in args.with_bundle:
-        made = models.open_bundle(folder, "onnx")
+        made = models.open_bundle(folder)
         if (made.height, made.width, made.dtype) != (one.height, one.width, one.dtype):
             raise ValueError(f"bundle {folder.name}: got {made.width}x{made.height} {made.dtype}, "
                              f"expected {one.width}x{one.height} {one.dtype}")  # fmt: skip

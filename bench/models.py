@@ -38,7 +38,7 @@ class Source:
     model: Path | None
     random: str | None
     bundle: Path | None
-    backend: str
+    backend: str | None
     device: str
     precision: str
     height: int | None
@@ -89,7 +89,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     command.add_argument("--fp8-attention", action="store_true", help="self-attention on e4m3 as well")
     command.add_argument("--eager", action="store_true", help="no fused kernels and no CUDA graphs on a GPU")
-    command.add_argument("--backend", choices=("torch", "onnx"), help="torch; onnx with --bundle")
+    command.add_argument("--backend", choices=("torch", "onnx", "aoti"), help="torch; with --bundle its first")
     command.add_argument("--device", default="auto")
     command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     command.add_argument("--prompt", default=PROMPT)
@@ -100,18 +100,17 @@ def source_of(args: argparse.Namespace) -> Source:
     """The weights that were asked for; sets the number of threads."""
     if args.threads < 1:
         raise ValueError(f"--threads: got {args.threads}, expected at least 1")
-    backend = args.backend or ("onnx" if args.bundle else "torch")
-    if (backend == "torch") == bool(args.bundle):
-        raise ValueError(f"--backend: got {backend} {'with' if args.bundle else 'without'} --bundle, expected "
-                         "torch without one or onnx with one")  # fmt: skip
+    if args.backend and (args.backend == "torch") == bool(args.bundle):
+        raise ValueError(f"--backend: got {args.backend} {'with' if args.bundle else 'without'} --bundle, expected "
+                         "torch without one or one of its own with one")  # fmt: skip
     torch.set_num_threads(args.threads)
     return Source(
-        args.model, args.random, args.bundle, backend, args.device, args.precision, args.height, args.width,
+        args.model, args.random, args.bundle, args.backend, args.device, args.precision, args.height, args.width,
         args.fp8_attention, args.eager,
     )  # fmt: skip
 
 
-def open_bundle(folder: Path, backend: str, preset: str | None = None) -> Pipeline:
+def open_bundle(folder: Path, backend: str | None = None, preset: str | None = None) -> Pipeline:
     """A bundle; its preset and its size are what it was exported with."""
     pipeline = load_bundle(folder, backend)
     if preset not in (None, pipeline.preset_name):
