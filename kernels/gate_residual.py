@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.checks import described, fits_per_frame, power_of_two, warps_for
+from kernels.checks import described, fits_per_frame, needs_gradient, power_of_two, warps_for
 from kernels.launch import launch, tl, triton
 from kernels.table import Variant, implementation, register
 
@@ -54,7 +54,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     if x.shape != y.shape or x.dtype != y.dtype or not fits_per_frame(x, gate):
         raise ValueError(f"gate_residual: got {described(x=x, y=y, gate=gate)}, expected x, y [B, F * n, dim] "
                          "and gate [B, F, 1, dim], one dtype, dim contiguous")  # fmt: skip
-    return implementation("gate_residual", x.device)(x, y, gate)
+    return implementation("gate_residual", x.device, fits=not needs_gradient(x, y, gate))(x, y, gate)
 
 
 def _variants() -> Iterator[Variant]:

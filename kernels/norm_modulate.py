@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import described, fits_per_frame, power_of_two, warps_for
+from kernels.checks import described, fits_per_frame, needs_gradient, power_of_two, warps_for
 from kernels.launch import launch, tl, triton
 from kernels.quantize import empty_rows, quantize_rows_reference, row_scale, to_e4m3
 from kernels.table import Variant, implementation, register
@@ -115,7 +115,8 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) ->
     Raises ValueError where shapes or dtypes do not fit.
     """
     _check_modulation("norm_modulate", x, shift, scale)
-    return implementation("norm_modulate", x.device)(x, shift, scale, eps)
+    fits = not needs_gradient(x, shift, scale)
+    return implementation("norm_modulate", x.device, fits=fits)(x, shift, scale, eps)
 
 
 def norm_modulate_quantize(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -127,7 +128,8 @@ def norm_modulate_quantize(x: Tensor, shift: Tensor, scale: Tensor, eps: float =
 def layer_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm(x) * weight + bias: x [B, n, dim], weight and bias [dim] -> [B, n, dim]."""
     _check_affine("layer_norm_affine", x, weight, bias)
-    return implementation("layer_norm_affine", x.device)(x, weight, bias, eps)
+    fits = not needs_gradient(x, weight, bias)
+    return implementation("layer_norm_affine", x.device, fits=fits)(x, weight, bias, eps)
 
 
 def layer_norm_affine_quantize(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:

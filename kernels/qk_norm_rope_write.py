@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.checks import described, power_of_two
+from kernels.checks import described, needs_gradient, power_of_two
 from kernels.launch import launch, tl, triton
 from kernels.quantize import E4M3_MAX, to_e4m3
 from kernels.rms_norm import rms_norm_reference
@@ -230,7 +230,7 @@ def qk_norm_rope_write(
     """
     op, tensors = "qk_norm_rope_write", (qkv, q_weight, k_weight, cos, sin, k_cache, v_cache)
     _check(op, *tensors, start_row, tuple(k_cache.shape))
-    return implementation(op, qkv.device)(*tensors, start_row, eps)
+    return implementation(op, qkv.device, fits=not needs_gradient(*tensors))(*tensors, start_row, eps)
 
 
 def qk_norm_rope_write_fp8(

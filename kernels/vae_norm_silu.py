@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import described, power_of_two
+from kernels.checks import described, needs_gradient, power_of_two
 from kernels.launch import launch, tl, triton
 from kernels.table import Variant, implementation, register
 
@@ -123,7 +123,7 @@ def vae_norm_silu(
         got = described(x=x, gamma=gamma, cache=cache, cache_out=cache_out)
         raise ValueError(f"vae_norm_silu: got {got}, expected x [B, C, T, H, W], gamma of C elements and "
                          "caches [B, C, 2, H, W], one dtype")  # fmt: skip
-    call = implementation("vae_norm_silu", x.device)
+    call = implementation("vae_norm_silu", x.device, fits=not needs_gradient(x, gamma, *caches))
     if call is vae_norm_silu_triton and not all(_channels_last(t) for t in (x, *caches)):
         strides = ", ".join(str(t.stride()) for t in (x, *caches))
         raise ValueError(f"vae_norm_silu: got strides {strides}, expected channels-last frames")
