@@ -73,6 +73,7 @@ def weights_mb(pipeline: Pipeline) -> dict[str, float]:
     rest = *getattr(stages, "models", {}).values(), getattr(stages, "text_encoder", None)
     # A bundle's graphs share one file of weights, the VAE's among them.
     mapped = tensor_bytes(getattr(getattr(stages, "weights", None), "tensors", {}))
+    mapped += sum(model.fp8_bytes for model in (getattr(stages, "fused", None) or {}).values())
     return {"weights": (weight_bytes(*rest) + mapped) / MB, "vae": weight_bytes(getattr(stages, "vae", None)) / MB}
 
 

@@ -141,6 +141,12 @@ class FusedTransformer:
         ]
         self._tables = torch.stack([cast(Block, block).scale_shift_table for block in model.blocks])[:, None]
 
+    @property
+    def fp8_bytes(self) -> int:
+        """Bytes of the e4m3 weights and scales that stand beside the model's own."""
+        products = (product for block in self.blocks for product in vars(block).values())
+        return sum(p.weight.nbytes + p.scale.nbytes for p in products if isinstance(p, Fp8Linear))
+
     def encode(
         self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: CachedAttention,
         condition: Tensor | None = None,

@@ -88,6 +88,10 @@ def test_which_products_are_kept():
     keep = ["blocks.0.attn1.to_k", "sdd.blocks.0.attn1.to_out.*", "etm.*", "*.ffn.net.2"]
     blocks = FusedTransformer(model, fp8=True, keep=keep, role="sdd").blocks
     kinds = [[type(b.qkv), type(b.out), type(b.cross_q), type(b.up), type(b.down)] for b in blocks]
+    whole = sum(p.numel() for n, p in model.blocks.named_parameters() if n.endswith("weight") and p.ndim == 2)
+    cross = 2 * 2 * model.config.dim**2  # text's keys and values are made once a prompt
+    assert whole - cross < FusedTransformer(model, fp8=True).fp8_bytes < 1.2 * (whole - cross)
+    assert FusedTransformer(model).fp8_bytes == 0
     assert kinds == [[Linear, Linear, Fp8Linear, Fp8Linear, Linear], [Fp8Linear] * 4 + [Linear]]
 
 
