@@ -15,6 +15,7 @@ from torch import Tensor
 from bench.flops import Cost
 from engine.layers import gate, modulate, rms_norm
 from engine.rope import apply_rope, rope_tables
+from kernels.cuda_library import LIBRARY, fp8_linear_cuda
 from kernels.fp8_linear import CANDIDATES, fp8_linear, fp8_linear_library, fp8_linear_reference, fp8_linear_tiles
 from kernels.gate_residual import gate_residual
 from kernels.gelu_quantize import gelu_quantize
@@ -184,6 +185,8 @@ def _fp8_linear(device: torch.device, dtype: torch.dtype, rows: int, columns: in
         library[str(dtype).removeprefix("torch.")] = partial(F.linear, wide, wide_weight, bias.to(dtype))
         if (columns, depth) in CANDIDATES:
             library["tiles"] = partial(fp8_linear_tiles, *args)
+        if LIBRARY.exists():
+            library["cuda c++"] = partial(fp8_linear_cuda, *args)
     flops = 2.0 * rows * columns * depth
     traffic = x.numel() + weight.numel() + 2.0 * rows * columns
     return Case(

@@ -100,6 +100,8 @@ def _compile_only(args: argparse.Namespace) -> int:
     """Compile every variant for sm_90, no GPU needed; 1 where one spills, is too large or lacks an instruction."""
     compile.use_stub_driver()
     rows = compile.compile_variants(args.op)
+    if not args.op or "fp8_linear" in args.op:
+        rows += compile.compile_cuda()
     if not args.json:
         print(table([
             {"kernel": row["name"], "registers": row["registers"], "shared": row["shared_bytes"],

@@ -4,7 +4,9 @@ A stub takes the driver's place, so that launches go through Triton's real speci
 tensors have shapes, dtypes and alignment). For a process of its own: the stub cannot be taken out again.
 """
 
+import ctypes
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -15,6 +17,7 @@ import torch
 
 from kernels import launch, table
 
+CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 SHARED_BYTES = 226 * 1024  # of the 227 KB that a block may have on sm_90
 INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "QMMA", "UTMALDG", "UTMASTG", "LDGSTS", "USETMAXREG", "LDSM", "STSM")
 
@@ -91,6 +94,28 @@ def compile_variants(ops: list[str] | None = None) -> list[dict[str, Any]]:
     ]
 
 
+def compile_cuda() -> list[dict[str, Any]]:
+    """The same for the kernels in CUDA C++, built and loaded as their CMake file does; none without nvcc."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return []
+    start = time.perf_counter()
+    variant = table.Variant("128x160", lambda: None, ("QGMMA", "UTMALDG", "USETMAXREG"))
+    flags = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O3", "-Xptxas=-warn-spills,-warn-lmem-usage"]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, built = Path(folder) / "kernel.cubin", Path(folder) / "kernel.so"
+        source = str(CUDA_SOURCES / "fp8_linear.cu")
+        _output(nvcc, *flags, "-cubin", "-o", str(cubin), source)
+        _output(nvcc, *flags, "-shared", "-Xcompiler=-fPIC", "-o", str(built), source)
+        row: dict[str, Any] = {
+            "name": "fp8_linear cuda 128x160: fp8_linear",
+            "shared_bytes": ctypes.CDLL(str(built)).greedy_cuda_fp8_linear_shared_bytes(),
+            **resources(cubin.read_bytes()),
+        }
+    row["problems"] = _problems(row, variant) + _missing([row], variant)
+    return [row | {"seconds": round(time.perf_counter() - start, 2)}]
+
+
 def _rows(name: str, variant: table.Variant) -> list[dict[str, Any]]:
     start = time.perf_counter()
     with table.use("triton"), launch.compiling() as compiled:
@@ -103,8 +128,7 @@ def _rows(name: str, variant: table.Variant) -> list[dict[str, Any]]:
         row |= {"warps": kernel.metadata.num_warps} | resources(kernel.asm["cubin"])
         row["problems"] = _problems(row, variant)
         rows.append(row)
-    have = {instruction for row in rows for instruction in row["instructions"]}
-    rows[0]["problems"] += [f"got no {need}, expected some" for need in variant.needs if need not in have]
+    rows[0]["problems"] += _missing(rows, variant)
     rows[0]["seconds"] = round(time.perf_counter() - start, 2)
     return rows
 
@@ -112,6 +136,11 @@ def _rows(name: str, variant: table.Variant) -> list[dict[str, Any]]:
 def _problems(row: dict[str, Any], variant: table.Variant) -> list[str]:
     limits = {"registers": variant.registers, "shared_bytes": SHARED_BYTES, "spills": 0, "stack_bytes": 0}
     return [f"got {row[key]} {key}, expected at most {most}" for key, most in limits.items() if row[key] > most]
+
+
+def _missing(rows: list[dict[str, Any]], variant: table.Variant) -> list[str]:
+    have = {instruction for row in rows for instruction in row["instructions"]}
+    return [f"got no {need}, expected some" for need in variant.needs if need not in have]
 
 
 def _output(*command: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import described
+from kernels.cuda_library import fp8_linear_cuda
 from kernels.launch import launch, multiprocessors, tl, triton
 from kernels.table import Variant, implementation, register
 
@@ -199,4 +200,4 @@ def _variants() -> Iterator[Variant]:
         yield Variant(f"1560 x {columns} x {depth}", call, needs=("QGMMA", "UTMALDG"))
 
 
-register("fp8_linear", reference=fp8_linear_reference, triton=_chosen, variants=_variants)
+register("fp8_linear", reference=fp8_linear_reference, triton=_chosen, cuda=fp8_linear_cuda, variants=_variants)

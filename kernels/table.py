@@ -1,7 +1,8 @@
 """Operation -> implementation: `reference` (PyTorch), `triton`, `cuda` (C++), chosen by the device of the tensors.
 
 A GPU gets Triton where it is installed, a processor the reference. GREEDY_KERNELS=reference switches every kernel
-off, GREEDY_KERNELS=triton or cuda asks for that one wherever an operation has it; `use` does the same for a while.
+off; GREEDY_KERNELS=cuda prefers the C++ kernels on a GPU, for operations that have one; GREEDY_KERNELS=triton asks for
+Triton on any device. `use` does the same for a while.
 """
 
 import importlib
@@ -10,6 +11,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+_setting: str | None = None  # what `use` asks for meanwhile
 
 
 def register(
@@ -53,11 +56,9 @@ def register(
 def implementation(name: str, device: torch.device, *, fits: bool = True) -> Callable[..., Any]:
     """The function that runs operation `name` on `device`; fits is False where only the reference does the case."""
     found = OPS[name].implementations
-    wanted = _setting
-    if wanted == "auto":
+    wanted = _setting or _from_environment()
+    if wanted == "auto" or (wanted == "cuda" and (device.type != "cuda" or "cuda" not in found)):
         wanted = "triton" if device.type == "cuda" and HAVE_TRITON else "reference"
-    if wanted == "cuda" and "cuda" not in found:
-        wanted = "triton"
     return found[wanted if fits and wanted in found else "reference"]
 
 
@@ -79,10 +80,12 @@ def load_all() -> dict[str, Op]:
     return OPS
 
 
+@cache
+def _from_environment() -> str:
+    return _checked(os.environ.get("GREEDY_KERNELS", "auto"))
+
+
 def _checked(setting: str) -> str:
     if setting not in SETTINGS:
         raise ValueError(f"GREEDY_KERNELS: got {setting!r}, expected one of {', '.join(SETTINGS)}")
     return setting
-
-
-_setting = _checked(os.environ.get("GREEDY_KERNELS", "auto"))
