@@ -76,7 +76,9 @@ setup(
     extras_require={
         "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5", "pydantic>=2.7"],
         "bench": ["matplotlib>=3.8"],
-        "distill": ["diffusers>=0.35", "tensorboard>=2.17"],
+        "distill": ["accelerate>=1.8", "diffusers>=0.35", "tensorboard>=2.17"],
+        # Kernels: torch for CUDA brings Triton along; torch for processors does not, and its tests need it.
+        "kernels": ["triton>=3.6; platform_system == 'Linux'"],
         "test": ["diffusers>=0.35", "hypothesis>=6", "pytest>=8", "pytest-benchmark>=4", "ruff>=0.9", "mypy>=1.14"],
     },
 )
