@@ -8,7 +8,8 @@ for the one frame that follows a given past.
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -132,6 +133,24 @@ class Student(nn.Module):
             raise ValueError(f"student: got {len(state)} trained tensors, expected {len(own)} (rank or layout differ)")
         for name, value in state.items():
             own[name].copy_(value)
+
+    @contextmanager
+    def guided(self, scale: float) -> Iterator[None]:
+        """Within this context a stream of [prompts, empty prompts] takes classifier-free guidance as its flow.
+
+        Both halves of the batch get the same flow, so that they stay one video; give them the same noise.
+        """
+        plain = self.stages.sdd
+
+        def sdd(*arguments: Any) -> Tensor:
+            given, free = plain(*arguments).chunk(2)
+            return (free + scale * (given - free)).repeat(2, 1, 1, 1, 1)
+
+        self.stages.sdd = sdd  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.stages.sdd
 
     def adapter(self, model: WanTransformer) -> dict[str, Tensor]:
         """LoRA tensors of one of the two models under PEFT's file names."""

@@ -1,5 +1,7 @@
 """Teacher forcing computes exactly what streaming computes, for any clip length and past the position clamp."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -150,6 +152,31 @@ def test_recomputing_changes_no_gradient() -> None:
         grads.append([p.grad for p in student.trained().values()])
     for kept, again in zip(*grads, strict=True):
         assert torch.allclose(kept, again, atol=1e-6)
+
+
+@torch.no_grad()
+def test_guidance_in_the_stream() -> None:
+    """Both halves stay one video; its first frame is v_free + s (v_given - v_free), integrated step by step."""
+    student = random_student(3, 4)
+    preset = find_preset("greedy", {"shift": 2.0, "solver": "euler", "max_position": 4})
+    emb, empty, seeds = torch.randn(2, 5, 16), torch.randn(2, 5, 16), [3, 4]
+    both = torch.cat([emb, empty])
+    with student.guided(1.7):
+        made = roll_out(student, both, 3, seeds * 2, preset, size=(4, 4))
+    assert torch.equal(made[:2], made[2:])
+    x, text, levels = (
+        SampleNoise(seeds).draw(0, 1, (2, 4, 1, 4, 4))[0],
+        student.stages.prepare_text(both),
+        noise_levels(preset),
+    )
+    for now, then in pairwise(levels.tolist()):
+        flow = student.next_flow(
+            x.repeat(2, 1, 1, 1, 1)[:, :, :0], x.repeat(2, 1, 1, 1, 1), torch.full((4,), now), text
+        )
+        given, free = flow.chunk(2)
+        x = x + (then - now) * (free + 1.7 * (given - free))
+    assert (made[:2, :, :1] - x).abs().max() <= 1e-4
+    assert (roll_out(student, emb, 3, seeds, preset, size=(4, 4)) - made[:2]).abs().max() > 1e-3  # switched off again
 
 
 @torch.no_grad()
