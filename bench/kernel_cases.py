@@ -208,7 +208,7 @@ def _vae_norm_silu(
     return _beside("vae_norm_silu", shape, vae_norm_silu, vae_norm_silu_reference, args, traffic, _first)
 
 
-_WIDTHS: dict[str, list[tuple[int, ...]]] = {"cpu": [(37, 96), (240, 1536)], "cuda": [(1560, 1536)]}
+_WIDTHS: dict[str, list[tuple[int, ...]]] = {"cpu": [(37, 96), (60, 1536)], "cuda": [(1560, 1536)]}
 _INNER: dict[str, list[tuple[int, ...]]] = {"cpu": [(60, 8960)], "cuda": [(1560, 8960)]}
 
 # op -> its maker, and the shapes for a device: small on a processor, Wan 1.3B at 832x480 on a GPU.
@@ -234,7 +234,7 @@ SHAPES: dict[str, tuple[Callable[..., Case], dict[str, list[tuple[int, ...]]]]] 
         _vae_norm_silu,
         {
             "cpu": [(32, 2, 16, 16)],
-            "cuda": [(384, 1, 60, 104), (384, 2, 120, 208), (192, 4, 240, 416), (96, 4, 480, 832)],
+            "cuda": [(384, 2, 120, 208), (96, 4, 480, 832)],
         },
     ),
 }
