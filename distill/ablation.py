@@ -23,10 +23,9 @@ from distill import next_chunk, rl
 from distill.base import Base
 from distill.codec import Codec
 from distill.draws import Draws
-from distill.next_chunk import NextChunkConfig, load_student
+from distill.next_chunk import AnyStudent, NextChunkConfig, load_student
 from distill.rl import RlConfig
 from distill.rollout import roll_out
-from distill.student import Student
 from distill.tasks import find_task
 from distill.training import load_config, run_stage
 from engine.config import Preset, find_preset
@@ -39,7 +38,12 @@ ARMS = {
     "etm-longer": "ETM, next-chunk for RL's compute too",
     "etm-rl-critic": "ETM + RL with a trained critic",
     "no-etm-rl": "no ETM, RL",
+    "causal": "causal DiT, clean history (CausVid's mask)",
+    "causal-rl": "causal DiT, own rollouts, trained critic (as Self-Forcing)",
 }
+
+PARENTS = {"etm-rl": "etm", "etm-rl-critic": "etm", "no-etm-rl": "no-etm", "causal-rl": "causal"}  # what RL starts from
+CRITICS = ("etm-rl-critic", "causal-rl")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class AblationConfig:
     next_chunk_steps: int = 200
     rl_steps: int = 100
     longer_steps: int = 50  # next-chunk steps that take as long as rl_steps of RL
+    causal_window: int = 7  # latent frames
     guidance: float = 1.5  # of etm-cfg
     prompts: int = 48
     frames: int = 9  # latent frames of the table's clips
@@ -85,23 +90,25 @@ class Runner:
             return self.train("etm", seed)
         if path.is_file():
             return path
-        if arm.startswith("no-etm") or arm in ("etm", "etm-longer"):
-            made = replace(self.made, seed=seed, steps=config.next_chunk_steps)
-            if arm == "etm-longer":
-                made = replace(made, steps=config.next_chunk_steps + config.longer_steps)
-            if arm == "no-etm":
-                made = replace(made, etm=False, rank=2 * made.rank)
-            if arm != "no-etm-rl":
-                next_chunk.train(made, folder)
-                return path
-        start = self.train("no-etm" if arm == "no-etm-rl" else "etm", seed)
-        critic = "trained" if arm == "etm-rl-critic" else "self"
-        rl.train(replace(self.tuned, student=str(start), steps=config.rl_steps, seed=seed, critic=critic), folder)
+        if arm in PARENTS:
+            start = self.train(PARENTS[arm], seed)
+            critic = "trained" if arm in CRITICS else "self"
+            tuned = replace(self.tuned, student=str(start), steps=config.rl_steps, seed=seed, critic=critic)
+            rl.train(tuned, folder)
+            return path
+        made = replace(self.made, seed=seed, steps=config.next_chunk_steps)
+        if arm == "etm-longer":
+            made = replace(made, steps=config.next_chunk_steps + config.longer_steps)
+        elif arm == "no-etm":
+            made = replace(made, etm=False, rank=2 * made.rank)
+        elif arm == "causal":
+            made = replace(made, family="causal", rank=2 * made.rank, window=config.causal_window)
+        next_chunk.train(made, folder)
         return path
 
     @torch.no_grad()
     def videos(
-        self, student: Student, preset: Preset, prompts: int, frames: int, guidance: float = 1.0
+        self, student: AnyStudent, preset: Preset, prompts: int, frames: int, guidance: float = 1.0
     ) -> list[Tensor]:
         """Clips of the first prompts, always from the same noise."""
         made = []

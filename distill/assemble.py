@@ -80,6 +80,8 @@ def assemble(teacher: Path, vae: Path, student: Path | None, out: Path) -> None:
     write_pipeline(teacher, vae, part)
     if student is not None:
         model, config, _ = load_student(student, Base(part))
+        if not isinstance(model, Student):
+            raise ValueError(f"student: got family {config.family!r}, expected greedy")
         write_adapters(model, part)
         geometry = {"height": SIZE, "width": SIZE, "fps": FPS}
         write_json(part / "engine.json", {**geometry, "preset": "greedy", "overrides": config.preset_fields()})

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distill.base import Base
+from distill.causal import CausalStudent
 from distill.draws import Draws
 from distill.loop import FitConfig, Objective, accelerator_of, fit
 from distill.rollout import noise_levels, roll_out
@@ -26,14 +27,17 @@ from distill.sampling import guided_flow, shifted
 from distill.shards import Shards
 from distill.student import Student
 from distill.training import load_config, parse_arguments, run_stage, save_state
-from engine.config import Preset, find_preset
+from engine.config import FAMILIES, Preset, find_preset
 from engine.transformer import TextKV, WanTransformer
+
+AnyStudent = Student | CausalStudent
 
 
 @dataclass(frozen=True)
 class NextChunkConfig(FitConfig):
     teacher: str = "runs/teacher/teacher"
     data: str = "runs/bank/clips"
+    family: str = "greedy"  # or causal: one causal transformer over `window` frames, the Self-Forcing family
     rank: int = 64
     etm: bool = True  # without it the student is a causal decoder on chunk 0 and the last chunk alone
     window: int = 3
@@ -57,6 +61,8 @@ class NextChunkConfig(FitConfig):
         super().__post_init__()
         if self.first not in ("guided", "data"):
             raise ValueError(f"first: got {self.first!r}, expected 'guided' or 'data'")
+        if self.family not in FAMILIES:
+            raise ValueError(f"family: got {self.family!r}, expected one of {', '.join(FAMILIES)}")
         if 1000 % self.sampling_steps:
             raise ValueError(f"sampling_steps: got {self.sampling_steps}, expected a divisor of 1000")
         if self.first_batch % self.batch:
@@ -64,22 +70,28 @@ class NextChunkConfig(FitConfig):
 
     def preset_fields(self) -> dict[str, Any]:
         """The engine's preset fields that the student is trained with."""
-        return {
+        fields = {
             "steps": list(range(1000, 0, -1000 // self.sampling_steps)),
             "warped": True,
             "shift": self.sampling_shift,
             "solver": self.solver,
             "chunk": 1,
             "window": self.window,
-            "max_position": self.max_position,
         }
+        return fields | ({"max_position": self.max_position} if self.family == "greedy" else {})
+
+    @property
+    def preset_name(self) -> str:
+        return "greedy" if self.family == "greedy" else "self-forcing-framewise"
 
     @property
     def preset(self) -> Preset:
-        return find_preset("greedy", self.preset_fields())
+        return find_preset(self.preset_name, self.preset_fields())
 
-    def student(self, base: Base) -> Student:
+    def student(self, base: Base) -> AnyStudent:
         """A fresh student of this shape."""
+        if self.family == "causal":
+            return CausalStudent(base.transformer, self.rank, self.window, recompute=self.recompute).to(base.device)
         student = Student(
             base.transformer,
             self.rank,
@@ -93,7 +105,7 @@ class NextChunkConfig(FitConfig):
 
 def load_student(
     path: Path, base: Base | None = None, device: torch.device | str = "cpu"
-) -> tuple[Student, NextChunkConfig, Base]:
+) -> tuple[AnyStudent, NextChunkConfig, Base]:
     """A trained student, the config that made it and its teacher."""
     if not path.is_file():
         raise FileNotFoundError(f"student: got {path}, expected a file that distill.next_chunk or distill.rl wrote")

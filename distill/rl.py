@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from distill.base import Base
 from distill.draws import Draws
 from distill.loop import FitConfig, Objective, accelerator_of, fit
-from distill.next_chunk import NextChunkConfig, load_student, noised, save_student
+from distill.next_chunk import AnyStudent, NextChunkConfig, load_student, noised, save_student
 from distill.rollout import noise_levels, roll_into
 from distill.sampling import guided_flow, shifted
 from distill.shards import Shards
-from distill.student import Student
 from distill.training import load_config, parse_arguments, run_stage
 
 SCORES, CRITICS, CONTEXTS = ("renoised", "literal"), ("self", "trained"), ("clean", "noised")
@@ -85,7 +84,7 @@ def rl_loss(mu: Tensor, away: Tensor) -> Tensor:
 class Rl(Objective):
     """Eq. 10 for some samples of a step, and the loss of a trained critic."""
 
-    def __init__(self, config: RlConfig, made: NextChunkConfig, base: Base, student: Student, data: Shards) -> None:
+    def __init__(self, config: RlConfig, made: NextChunkConfig, base: Base, student: AnyStudent, data: Shards) -> None:
         super().__init__()
         self.config, self.made, self.data = config, made, data
         self._frozen = [base]

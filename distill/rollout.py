@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distill.student import Student
+from distill.student import Adapted
 from engine.config import Preset
 from engine.loader import assemble
 from engine.noise import PhiloxNoise
@@ -33,14 +33,15 @@ def noise_levels(preset: Preset) -> Tensor:
     return torch.tensor([schedule.sigma(t) for t, _ in schedule.steps(0)] + [0.0])
 
 
-def _pipeline(student: Student, preset: Preset, size: tuple[int, int]) -> Pipeline:
+def _pipeline(student: Adapted, preset: Preset, size: tuple[int, int]) -> Pipeline:
     """The student as the engine runs it, on latents of `size` (height, width)."""
     scale = VAEConfig()  # no pixels here: any scale will do
     height, width = (side * scale.scale_factor_spatial for side in size)
-    weight = student.sdd.proj_out.weight
+    model = next(iter(student.stages.models.values()))
+    weight = model.proj_out.weight
     return assemble(
         student.stages,
-        student.sdd.config,
+        model.config,
         preset,
         weight.dtype,
         weight.device,
@@ -51,7 +52,7 @@ def _pipeline(student: Student, preset: Preset, size: tuple[int, int]) -> Pipeli
 
 
 def roll_out(
-    student: Student,
+    student: Adapted,
     text_emb: Tensor,
     frames: int,
     seeds: Sequence[int],
@@ -70,7 +71,7 @@ def roll_out(
 
 
 def roll_into(
-    student: Student,
+    student: Adapted,
     text_emb: Tensor,
     frames: int,
     steps: int,
@@ -88,7 +89,7 @@ def roll_into(
         latents = [stream.next_latent() for _ in range(frames)]
         if latents:  # a stream commits a chunk when the next one is asked for
             generator.commit(latents[-1], stream.state)
-        batch, channels = len(text_emb), student.sdd.config.in_channels
+        batch, channels = len(text_emb), pipeline.config.in_channels
         wanted = 1 + (len(preset.steps[-1]) - 1 if solver.renoises else 0)
         x, *fresh = noise.draw(frames, wanted, (batch, channels, 1, *size)).to(pipeline.device, pipeline.dtype)
         for number, (t, t_next) in enumerate(schedule.steps(frames)[:steps]):

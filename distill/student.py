@@ -70,6 +70,14 @@ def sdd_positions(frames: int, max_position: int) -> list[int]:
     return clean + [min(f, max_position) for f in range(frames)]
 
 
+def rope_for(model: WanTransformer, positions: Sequence[int], latent: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of frames at temporal positions, for a latent's size, where it lies."""
+    _, ph, pw = model.config.patch_size
+    height, width = latent.shape[-2] // ph, latent.shape[-1] // pw
+    cos, sin = rope_tables(positions, height, width, model.config.attention_head_dim)
+    return cos.to(latent.device), sin.to(latent.device)
+
+
 def checkpointed(model: WanTransformer) -> WanTransformer:
     """Recompute every block's activations in the backward pass instead of keeping them."""
     for block in model.blocks:
@@ -83,7 +91,41 @@ def _recomputed(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return torch.utils.checkpoint.checkpoint(forward, *arguments, use_reentrant=False)
 
 
-class Student(nn.Module):
+def add_lora(model: WanTransformer, lora: LoraConfig, *, recompute: bool = False) -> WanTransformer:
+    """Freeze a model and put an adapter on it, in float32 whatever the model is."""
+    model.requires_grad_(False)
+    inject_adapter_in_model(lora, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return checkpointed(model) if recompute else model
+
+
+def lora_of(rank: int) -> LoraConfig:
+    """An adapter of a rank on every Linear of the blocks."""
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights=True)
+
+
+class Adapted(nn.Module):
+    """A student: what of it is trained, and the stages that the engine streams it by."""
+
+    stages: TorchStages
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trained(self, state: dict[str, Tensor]) -> None:
+        """Put trained parameters back; all of them, and no others."""
+        own = self.trained()
+        if state.keys() != own.keys():
+            raise ValueError(f"student: got {len(state)} trained tensors, expected {len(own)} (rank or layout differ)")
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+class Student(Adapted):
     """SDD and ETM as LoRA on copies of a teacher; with fresh adapters both compute what the teacher computes.
 
     Without `etm` the temporal feature is never used (W_c stays zero), and nothing of the ETM is trained; twice the
@@ -104,35 +146,16 @@ class Student(nn.Module):
         if max_position < 2:
             raise ValueError(f"max_position: got {max_position}, expected at least 2")
         self.window, self.max_position, self.uses_etm = window, max_position, etm
-        self.lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights=True)
+        self.lora = lora_of(rank)
         self.sdd = WanTransformer(teacher.config, conditioned=True).to(teacher.proj_out.weight)
         self.sdd.load_state_dict(teacher.state_dict(), strict=False)
         self.etm = copy.deepcopy(teacher)
         for model in (self.sdd, self.etm):
-            model.requires_grad_(False)
-            inject_adapter_in_model(self.lora, model)
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()  # what is trained stays in float32
-            if recompute:
-                checkpointed(model)
+            add_lora(model, self.lora, recompute=recompute)
         self.sdd.condition_proj.float().requires_grad_(etm)
         if not etm:
             self.etm.requires_grad_(False)
         self.stages = TorchStages({"sdd": self.sdd, "etm": self.etm}, vae=None, text_encoder=None)
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained: both adapters and W_c."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def load_trained(self, state: dict[str, Tensor]) -> None:
-        """Put trained parameters back; all of them, and no others."""
-        own = self.trained()
-        if state.keys() != own.keys():
-            raise ValueError(f"student: got {len(state)} trained tensors, expected {len(own)} (rank or layout differ)")
-        for name, value in state.items():
-            own[name].copy_(value)
 
     @contextmanager
     def guided(self, scale: float) -> Iterator[None]:
@@ -162,7 +185,7 @@ class Student(nn.Module):
         batch, _, frames, _, _ = context.shape
         attend = frame_attention(etm_visible(frames, self.window))
         clean = torch.zeros(batch, frames, device=context.device)
-        hidden, _ = self.etm.encode(context, clean, text["etm"], *self._rope(range(frames), context), attend)
+        hidden, _ = self.etm.encode(context, clean, text["etm"], *rope_for(self.etm, range(frames), context), attend)
         first = torch.zeros_like(hidden[:, : hidden.shape[1] // frames])
         return torch.cat([first, hidden], 1)
 
@@ -184,7 +207,7 @@ class Student(nn.Module):
             clean = torch.zeros_like(features[:, : features.shape[1] // frames * (frames - 1)])
             condition = torch.cat([clean, features], 1)
         levels = torch.cat([torch.zeros(batch, frames - 1, device=t.device), t], 1) * 1000
-        rope = self._rope(sdd_positions(frames, self.max_position), noisy)
+        rope = rope_for(self.sdd, sdd_positions(frames, self.max_position), noisy)
         attend = frame_attention(sdd_visible(frames))
         latent = torch.cat([context, noisy], 2)
         return self.sdd(latent, levels, text["sdd"], *rope, attend, condition)[:, :, frames - 1 :]
@@ -203,14 +226,7 @@ class Student(nn.Module):
             c_f = features[:, features.shape[1] // (frames + 1) * frames :]
             condition = torch.cat([torch.zeros_like(c_f)] * len(kept) + [c_f], 1)
         levels = torch.cat([torch.zeros(batch, len(kept), device=t.device), t[:, None]], 1) * 1000
-        rope = self._rope([positions[i] for i in kept] + positions[-1:], noisy)
+        rope = rope_for(self.sdd, [positions[i] for i in kept] + positions[-1:], noisy)
         attend = frame_attention([list(range(i + 1)) for i in range(len(kept) + 1)])
         latent = torch.cat([context[:, :, kept], noisy], 2)
         return self.sdd(latent, levels, text["sdd"], *rope, attend, condition)[:, :, -1:]
-
-    def _rope(self, positions: Sequence[int], latent: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of frames at temporal positions, for a latent's size, where it lies."""
-        _, ph, pw = self.sdd.config.patch_size
-        height, width = latent.shape[-2] // ph, latent.shape[-1] // pw
-        cos, sin = rope_tables(positions, height, width, self.sdd.config.attention_head_dim)
-        return cos.to(latent.device), sin.to(latent.device)

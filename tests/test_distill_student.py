@@ -5,10 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+from distill.causal import CausalStudent
 from distill.rollout import SampleNoise, noise_levels, roll_into, roll_out
 from distill.student import Student, etm_visible, frame_attention, sdd_positions, sdd_visible
 from engine.config import TransformerConfig, find_preset
-from engine.generators import Geometry, GreedyGenerator
+from engine.generators import CausalGenerator, Geometry, GreedyGenerator
 from engine.layers import dense_attention
 from engine.transformer import WanTransformer
 
@@ -47,6 +48,31 @@ def test_teacher_forcing_equals_streaming(frames: int, window: int, max_position
 
     preset = find_preset("greedy", {"window": window, "max_position": max_position})
     generator = GreedyGenerator(student.stages, SMALL, preset, torch.float32, torch.device("cpu"))
+    state = generator.open(Geometry.of(SMALL, 2, 4, 6), text)
+    for frame in range(frames):
+        one = slice(frame, frame + 1)
+        flow = generator.denoise(noisy[:, :, one], level * 1000, state)
+        assert (flow - parallel[:, :, one]).abs().max() <= 1e-5, frame
+        generator.commit(clean[:, :, one], state)
+
+
+@pytest.mark.parametrize(("frames", "window"), [(1, 3), (6, 2), (7, 4)])
+@torch.no_grad()
+def test_causal_teacher_forcing_equals_streaming(frames: int, window: int) -> None:
+    """The student to compare with: the engine's causal generator computes what its two passes compute."""
+    torch.manual_seed(0)
+    student = CausalStudent(WanTransformer(SMALL), rank=4, window=window).eval()
+    for parameter in student.trained().values():
+        parameter.normal_(std=0.2)
+    clean, noisy = (torch.randn(2, 4, frames, 4, 6) for _ in range(2))
+    emb, level = torch.randn(2, 5, 16), 0.6
+    text = student.stages.prepare_text(emb)
+    parallel = student.flow(clean[:, :, :-1], noisy, torch.full((2, frames), level), text)
+    after = student.next_flow(clean[:, :, :-1], noisy[:, :, -1:], torch.full((2,), level), text)
+    assert (after - parallel[:, :, -1:]).abs().max() <= 1e-5
+
+    preset = find_preset("self-forcing-framewise", {"window": window})
+    generator = CausalGenerator(student.stages, SMALL, preset, torch.float32, torch.device("cpu"))
     state = generator.open(Geometry.of(SMALL, 2, 4, 6), text)
     for frame in range(frames):
         one = slice(frame, frame + 1)
