@@ -10,7 +10,7 @@ student needs neither guidance nor many steps; `first = "data"` is the plain Eq.
 Writes --out/student.pt (adapters and W_c, averaged, and the config that made them).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class NextChunkConfig(FitConfig):
 
     def preset_fields(self) -> dict[str, Any]:
         """The engine's preset fields that the student is trained with."""
-        fields = {
+        given = {
             "steps": list(range(1000, 0, -1000 // self.sampling_steps)),
             "warped": True,
             "shift": self.sampling_shift,
@@ -78,7 +78,7 @@ class NextChunkConfig(FitConfig):
             "chunk": 1,
             "window": self.window,
         }
-        return fields | ({"max_position": self.max_position} if self.family == "greedy" else {})
+        return given | ({"max_position": self.max_position} if self.family == "greedy" else {})
 
     @property
     def preset_name(self) -> str:
@@ -110,6 +110,9 @@ def load_student(
     if not path.is_file():
         raise FileNotFoundError(f"student: got {path}, expected a file that distill.next_chunk or distill.rl wrote")
     state = torch.load(path, weights_only=True)
+    unknown = sorted(set(state["config"]) - {field.name for field in fields(NextChunkConfig)})
+    if unknown:
+        raise ValueError(f"{path}: got settings {unknown}, expected a student of this version")
     config = NextChunkConfig(**state["config"])
     base = base or Base(Path(config.teacher), config.dtype, device)
     student = config.student(base)
