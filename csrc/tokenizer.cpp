@@ -76,12 +76,11 @@ std::vector<std::string> split_words(const std::string& text, bool at_marks) {
 
 struct Metaspace {
     std::string mark;
-    bool always, first, split;
+    bool prepend, split;
 
-    std::vector<std::string> operator()(const std::string& text, bool begins) const {
+    std::vector<std::string> operator()(const std::string& text) const {
         std::string marked = replace_all(text, " ", mark);
-        const bool prepend = always || (first && begins);
-        if (prepend && marked.compare(0, mark.size(), mark) != 0) marked = mark + marked;
+        if (prepend && !marked.empty() && marked.compare(0, mark.size(), mark) != 0) marked = mark + marked;
         if (!split) return {marked};
         std::vector<std::string> out;
         for (std::size_t at = 0; at < marked.size();) {  // every mark begins a piece
@@ -231,13 +230,14 @@ Tokenizer::Tokenizer(std::string_view text, std::string_view config, const std::
         const std::string& type = step->at("type", at).string(at);
         if (type == "Whitespace" || type == "WhitespaceSplit") {
             const bool marks = type == "Whitespace";
-            splits_.push_back([=](const std::string& s, bool) { return split_words(s, marks); });
+            splits_.push_back([=](const std::string& s) { return split_words(s, marks); });
         } else if (type == "Metaspace") {
             const Json* scheme = step->find("prepend_scheme");
             const std::string prepend = scheme ? scheme->string(at) : "always";
+            if (prepend != "always" && prepend != "never") refuse(at, "prepend_scheme " + prepend.substr(0, 60));
             const Json* split = step->find("split");
-            splits_.push_back(Metaspace{step->at("replacement", at).string(at), prepend == "always", prepend == "first",
-                                        !split || split->boolean(at)});
+            const std::string& mark = step->at("replacement", at).string(at);
+            splits_.push_back(Metaspace{mark, prepend == "always", !split || split->boolean(at)});
         } else {
             refuse(at, "pre_tokenizer " + type.substr(0, 60));
         }
@@ -304,14 +304,14 @@ void Tokenizer::read_config(const Json& config, const std::string& where) {
     pad_ = found->id;
 }
 
-void Tokenizer::encode_plain(std::string_view text, bool first, std::vector<std::int64_t>& ids) const {
+void Tokenizer::encode_plain(std::string_view text, std::vector<std::int64_t>& ids) const {
     std::string normal(text);
     for (const Normalize& normalize : normalizers_) normal = normalize(normal);
     std::vector<std::string> pieces = {normal};
     for (const Split& split : splits_) {
         std::vector<std::string> next;
-        for (std::size_t i = 0; i < pieces.size(); ++i) {
-            std::vector<std::string> parts = split(pieces[i], first && i == 0);
+        for (const std::string& piece : pieces) {
+            std::vector<std::string> parts = split(piece);
             std::move(parts.begin(), parts.end(), std::back_inserter(next));
         }
         pieces = std::move(next);
@@ -334,7 +334,7 @@ void Tokenizer::encode(const std::string& prompt, std::vector<std::int64_t>& ids
         }
         std::string_view before = std::string_view(text).substr(plain, at - plain);
         std::string stripped = found->left ? strip(std::string(before), false, true) : std::string(before);
-        if (!stripped.empty()) encode_plain(stripped, plain == 0, ids);
+        if (!stripped.empty()) encode_plain(stripped, ids);
         ids.push_back(found->id);
         at += found->text.size();
         if (found->right)
@@ -344,7 +344,7 @@ void Tokenizer::encode(const std::string& prompt, std::vector<std::int64_t>& ids
             }
         plain = at;
     }
-    if (plain < text.size()) encode_plain(std::string_view(text).substr(plain), plain == 0, ids);
+    if (plain < text.size()) encode_plain(std::string_view(text).substr(plain), ids);
     const std::size_t rows = static_cast<std::size_t>(rows_), room = rows - before_.size() - after_.size();
     if (ids.size() > room) ids.resize(room);
     ids.insert(ids.begin(), before_.begin(), before_.end());

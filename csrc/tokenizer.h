@@ -42,14 +42,13 @@ class Tokenizer {
         std::int64_t id;
         bool left, right;  // takes the white space on that side with it
     };
-    // A text as pieces; `first` is whether it begins the prompt.
     using Normalize = std::function<std::string(const std::string&)>;
-    using Split = std::function<std::vector<std::string>(const std::string&, bool first)>;
+    using Split = std::function<std::vector<std::string>(const std::string&)>;
 
     void read_added(const Json& list, const std::string& where);
     void read_template(const Json& processor, const std::string& where);
     void read_config(const Json& config, const std::string& where);
-    void encode_plain(std::string_view text, bool first, std::vector<std::int64_t>& ids) const;
+    void encode_plain(std::string_view text, std::vector<std::int64_t>& ids) const;
 
     std::vector<Added> added_;
     std::vector<Normalize> normalizers_;

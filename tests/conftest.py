@@ -58,6 +58,6 @@ def aoti_bundle(pipeline: "Pipeline", model_dir: Path, tmp_path_factory: pytest.
 @pytest.fixture(scope="session")
 def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The C++ core with its tests and tools, built. Skips where there is nothing to build with."""
-    from csrc_tools import build
+    from csrc_tools import build, python_module
 
-    return build(tmp_path_factory.mktemp("native") / "build", "-DCMAKE_BUILD_TYPE=Release")
+    return build(tmp_path_factory.mktemp("native") / "build", "-DCMAKE_BUILD_TYPE=Release", *python_module())

@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,15 @@ def missing_tool() -> str | None:
     if "CMAKE_GENERATOR" not in os.environ and shutil.which("make") is None:
         return "make is not installed"
     return None
+
+
+def python_module() -> list[str]:
+    """Options to build engine._C as well, where pybind11 is installed."""
+    if find_spec("pybind11") is None:
+        return []
+    import pybind11
+
+    return ["-DGREEDY_PYTHON=ON", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
 
 
 def build(folder: Path, *options: str) -> Path:

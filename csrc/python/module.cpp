@@ -102,10 +102,12 @@ template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
 std::unique_ptr<greedy::Bundle> open_bundle(const std::string& path, const std::optional<std::string>& backend,
+                                            const std::optional<std::string>& plugin_dir,
                                             const std::optional<std::string>& library_dir, bool verify, int parallel) {
     greedy_settings settings;
     greedy_settings_init(&settings);
     settings.backend = backend ? backend->c_str() : nullptr;
+    settings.plugin_dir = plugin_dir ? plugin_dir->c_str() : nullptr;
     settings.library_dir = library_dir ? library_dir->c_str() : nullptr;
     settings.verify = verify;
     settings.parallel = parallel;
@@ -129,6 +131,8 @@ py::dict describe(const greedy::Bundle& bundle) {
 PYBIND11_MODULE(_C, module) {
     module.doc() = "The C++ core; see engine.native.";
     module.attr("version") = greedy_version();
+    // Before the translator below, which passes what it throws on to those before it.
+    py::register_exception<Cancelled>(module, "Cancelled", PyExc_RuntimeError);
     py::register_exception_translator([](std::exception_ptr pointer) {
         try {
             if (pointer) std::rethrow_exception(pointer);
@@ -138,11 +142,11 @@ PYBIND11_MODULE(_C, module) {
             translate(error);
         }
     });
-    py::register_exception<Cancelled>(module, "Cancelled", PyExc_RuntimeError);
 
     py::class_<greedy::Bundle>(module, "Bundle")
         .def(py::init(&open_bundle), py::arg("path"), py::kw_only(), py::arg("backend") = py::none(),
-             py::arg("library_dir") = py::none(), py::arg("verify") = true, py::arg("parallel") = 1)
+             py::arg("plugin_dir") = py::none(), py::arg("library_dir") = py::none(), py::arg("verify") = true,
+             py::arg("parallel") = 1)
         .def("info", &describe);
 
     py::class_<PySession>(module, "Session")
