@@ -40,8 +40,8 @@ def build_plan(model: bytes, weights: dict[str, Tensor], options: BuildOptions) 
     trt = require_tensorrt()
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
-    wanted = trt.NetworkDefinitionCreationFlag
-    flags = 1 << int(wanted.STRONGLY_TYPED) | 1 << int(wanted.PREFER_AOT_PYTHON_PLUGINS)
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
     network = builder.create_network(flags)
     _parse(trt, network, logger, model, weights)
 
