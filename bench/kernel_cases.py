@@ -4,7 +4,7 @@ Plain PyTorch is the code that the model would run without kernels/; on a GPU al
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from kernels.cuda_library import LIBRARY, fp8_linear_cuda
 from kernels.fp8_linear import CANDIDATES, fp8_linear, fp8_linear_library, fp8_linear_reference, fp8_linear_tiles
 from kernels.gate_residual import gate_residual
 from kernels.gelu_quantize import gelu_quantize
+from kernels.linear_gelu import linear_gelu, linear_gelu_reference
 from kernels.norm_modulate import norm_modulate, norm_modulate_quantize
 from kernels.qk_norm_rope_write import qk_norm_rope_write, qk_norm_rope_write_reference
 from kernels.quantize import quantize_per_channel, quantize_per_token, quantize_rows_reference
@@ -114,6 +115,14 @@ def _gelu_quantize(device: torch.device, dtype: torch.dtype, tokens: int, dim: i
     plain = _quantised(partial(F.gelu, approximate="tanh"))
     traffic = x.nbytes + x.numel()
     return _beside("gelu_quantize", f"{tokens} x {dim}", gelu_quantize, plain, (x,), traffic, _dequantised)
+
+
+def _linear_gelu(device: torch.device, dtype: torch.dtype, tokens: int, columns: int, depth: int) -> Case:
+    x, weight, bias = _random(device, dtype, (tokens, depth), (columns, depth), (columns,))
+    args = (x, weight / depth**0.5, bias)
+    case = _beside("linear_gelu", f"{tokens} x {columns} x {depth}", linear_gelu, linear_gelu_reference, args, 0.0)
+    traffic = x.nbytes + weight.nbytes + float(tokens * columns * x.itemsize)
+    return replace(case, cost=Cost(2.0 * tokens * columns * depth, traffic))
 
 
 def _quantize_per_token(device: torch.device, dtype: torch.dtype, tokens: int, dim: int) -> Case:
@@ -217,6 +226,7 @@ SHAPES: dict[str, tuple[Callable[..., Case], dict[str, list[tuple[int, ...]]]]] 
     "norm_modulate_quantize": (_norm_modulate_quantize, _WIDTHS),
     "gate_residual": (_gate_residual, _WIDTHS),
     "gelu_quantize": (_gelu_quantize, _INNER),
+    "linear_gelu": (_linear_gelu, {"cpu": [(60, 256, 96)], "cuda": [(1560, 8960, 1536)]}),
     "quantize_per_token": (_quantize_per_token, _WIDTHS),
     "qk_norm_rope_write": (
         _qk_norm_rope_write,
