@@ -14,9 +14,7 @@ from torch import Tensor
 
 from kernels import table
 from kernels.checks import needs_gradient
-from kernels.stream_k_attention import Tiles, attend
-
-ValidRows = int | Tensor  # rows to attend to: a number, or an int32 on the device, read when the kernel runs
+from kernels.stream_k_attention import Tiles, ValidRows, attend
 
 # Head dim -> tiles. Chosen by what compiles without spills; not measured on a GPU.
 TILES = {16: Tiles(128, 128, 3, 8), 32: Tiles(128, 128, 3, 8), 64: Tiles(128, 64, 4, 8), 128: Tiles(128, 64, 4, 8)}
@@ -80,13 +78,6 @@ def check_dense(what: str, **tensors: Tensor) -> None:
                              "of 16, expected it contiguous and aligned")  # fmt: skip
 
 
-def on_device(valid_rows: ValidRows, device: torch.device) -> Tensor:
-    """Valid rows as the int32 that the kernels read."""
-    if isinstance(valid_rows, Tensor):
-        return valid_rows
-    return torch.full((1,), valid_rows, dtype=torch.int32, device=device)
-
-
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """PyTorch's attention; a tensor of valid rows stays where it is: every row is read, the invalid ones masked."""
     mask = None
@@ -107,16 +98,18 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bo
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool) -> tuple[Tensor, Tensor]:
     check_dense("ring_attention", k=k, v=v)
-    return attend(q.contiguous(), k, v, on_device(valid_rows, q.device), None, TILES[q.shape[-1]])
+    return attend(q.contiguous(), k, v, valid_rows, None, TILES[q.shape[-1]])
 
 
 def _variants() -> Iterator[table.Variant]:
-    """1536 wide, 1560 queries, 4 latent frames of keys; narrow heads as in smaller models."""
+    """1536 wide, 1560 queries, 4 latent frames of keys, narrow heads as in smaller models; a text of 512 rows."""
     valid = torch.empty(1, dtype=torch.int32, device="meta")
     for head_dim in TILES:
         shape = 1536 // head_dim, head_dim
         q, k = (torch.empty(1, n, *shape, dtype=torch.bfloat16, device="meta") for n in (1560, 6240))
         yield table.Variant(f"bf16 d={head_dim}", partial(_triton, q, k, k, valid, True), ("HGMMA", "UTMALDG"))
+    q, text = (torch.empty(1, n, 12, 128, dtype=torch.bfloat16, device="meta") for n in (1560, 512))
+    yield table.Variant("bf16 text", partial(_triton, q, text, text, 512, True), ("HGMMA", "UTMALDG"))
 
 
 table.register("ring_attention", reference=_sdpa, triton=_triton, variants=_variants)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels import table
-from kernels.ring_attention import ValidRows, check_dense, check_query_key_value, on_device, ring_attention_reference
-from kernels.stream_k_attention import Tiles, attend
+from kernels.ring_attention import check_dense, check_query_key_value, ring_attention_reference
+from kernels.stream_k_attention import Tiles, ValidRows, attend
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -92,7 +92,7 @@ def _triton(
     q: Tensor, k: Tensor, v_t: Tensor, scales: Scales, valid_rows: ValidRows, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     check_dense("ring_attention_fp8", k=k, v_t=v_t)
-    return attend(q.contiguous(), k, v_t, on_device(valid_rows, q.device), scales, TILES[q.dtype][q.shape[-1]])
+    return attend(q.contiguous(), k, v_t, valid_rows, scales, TILES[q.dtype][q.shape[-1]])
 
 
 def _variants() -> Iterator[table.Variant]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.launch import launch, multiprocessors, tl, triton
 
 LOG2_E = 1.4426950408889634
+ValidRows = int | Tensor  # rows to attend to: a number, or an int32 on the device, read when the kernel runs
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,13 @@ class Tiles:
     keys: int
     stages: int
     warps: int
+
+
+@triton.jit
+def _valid(VALID, rows, ON_DEVICE: tl.constexpr):
+    if ON_DEVICE:
+        VALID = tl.load(VALID)
+    return tl.minimum(VALID, rows)
 
 
 @triton.jit
@@ -57,23 +65,23 @@ def _weigh(
 
 # Neither a token count nor where in a larger tensor a scalar or a scale lies may ask for another compilation.
 @triton.jit(
-    do_not_specialize=["queries", "rows", "pitch", "programs"],
-    do_not_specialize_on_alignment=["VALID", "Q_SCALE", "K_SCALE", "V_SCALE"],
+    do_not_specialize=["VALID", "queries", "rows", "pitch", "programs"],
+    do_not_specialize_on_alignment=["Q_SCALE", "K_SCALE", "V_SCALE"],
 )
 def attend_kernel(
     Q, K, V, VALID, Q_SCALE, K_SCALE, V_SCALE, OUT, LSE, PARTIAL, STATS, queries, rows, pitch, programs,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SCALE: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr,
+    ON_DEVICE: tl.constexpr, SCALE: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program c of batch entry b does pairs [c * share, (c + 1) * share) of its (tile, key block) pairs.
 
-    Q, OUT [B, queries, HEADS, d]; K [B, rows, HEADS, d]; V as K, or e4m3 [B, HEADS, d, pitch]; VALID int32;
+    Q, OUT [B, queries, HEADS, d]; K [B, rows, HEADS, d]; V as K, or e4m3 [B, HEADS, d, pitch]; VALID rows;
     LSE [B, HEADS, queries]; PARTIAL [B, programs, 2, BLOCK_M, d] and STATS [B, programs, 2, 2, BLOCK_M] float32:
     slot 0 for a tile begun by an earlier program, slot 1 for one that a later program goes on with.
     """
     program = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
-    valid = tl.minimum(tl.load(VALID), rows)
+    valid = _valid(VALID, rows, ON_DEVICE)
     blocks, share, total = _share(valid, queries, programs, HEADS, BLOCK_M, BLOCK_N)
     first = program * share
     last = tl.minimum(first + share, total)
@@ -133,15 +141,16 @@ def attend_kernel(
             tl.store(stats + BLOCK_M, row_sum)
 
 
-@triton.jit(do_not_specialize=["queries", "rows", "programs"], do_not_specialize_on_alignment=["VALID"])
+@triton.jit(do_not_specialize=["VALID", "queries", "rows", "programs"])
 def merge_kernel(
     PARTIAL, STATS, VALID, OUT, LSE, queries, rows, programs,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ON_DEVICE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, part, b) merges LANES queries of a tile that several programs of attend_kernel did, in order."""
     tile = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
-    valid = tl.minimum(tl.load(VALID), rows)
+    valid = _valid(VALID, rows, ON_DEVICE)
     blocks, share, _ = _share(valid, queries, programs, HEADS, BLOCK_M, BLOCK_N)
     first = tile * blocks // share
     last = ((tile + 1) * blocks - 1) // share
@@ -174,11 +183,11 @@ def merge_kernel(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor, scales: tuple[Tensor, Tensor, Tensor] | None, tiles: Tiles
+    q: Tensor, k: Tensor, v: Tensor, valid: ValidRows, scales: tuple[Tensor, Tensor, Tensor] | None, tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
     """Both launches: q [B, n, H, d], k [B, rows, H, d], v alike or (with scales: FP8) [B, H, d, pitch], all contiguous.
 
-    valid int32 on the device; scales of q, k, v [H] float32. Returns out [B, n, H, d] and lse [B, H, n] float32.
+    Scales of q, k, v [H] float32. Returns out [B, n, H, d] and lse [B, H, n] float32.
     """
     batch, queries, heads, head_dim = q.shape
     programs = multiprocessors(q.device)
@@ -187,6 +196,7 @@ def attend(
     partial = q.new_empty((batch, programs, 2, tiles.queries, head_dim), dtype=torch.float32)
     stats = q.new_empty((batch, programs, 2, 2, tiles.queries), dtype=torch.float32)
     cut = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys}
+    cut["ON_DEVICE"] = isinstance(valid, Tensor)
     launch(
         attend_kernel, (programs, batch), q, k, v, valid, *(scales or (lse, lse, lse)), out, lse, partial, stats,
         queries, k.shape[1], v.shape[-1], programs, **cut, SCALE=head_dim**-0.5 * LOG2_E, FP8=scales is not None,
