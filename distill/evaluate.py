@@ -163,6 +163,7 @@ def main() -> None:
         "frames": arguments.frames,
         "seed": arguments.seed,
         "held_out": not arguments.trained,
+        "preset": arguments.preset,
         **{name: found[name]["mean"] for name in ("semantic", "quality", "total")},
         "dimensions": found,
     }
