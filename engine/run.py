@@ -121,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--fp8-attention", action="store_true", help="self-attention on e4m3 as well")
     run.add_argument("--eager", action="store_true", help="no fused kernels and no CUDA graphs on a GPU")
-    run.add_argument("--backend", choices=("torch", "onnx", "aoti", "native"), help="torch; with --bundle its first")
+    run.add_argument(
+        "--backend", choices=("torch", "onnx", "aoti", "tensorrt", "native"), help="torch; with --bundle its first"
+    )
     run.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     run.add_argument("--json", action="store_true", help="print a report as the last line of stdout")
     run.add_argument("--quiet", action="store_true", help="no progress, no warnings")

@@ -4,7 +4,9 @@ python -m export --out BUNDLE [--model DIR] [--preset NAME] [--backend NAME]... 
 python -m export inspect BUNDLE                                                   what is inside
 python -m export verify BUNDLE [--backend NAME]...                                hashes, then the golden frames again
 
-A bundle with aoti holds machine code, which whoever opens it runs: take one only from where you would take a program.
+tensorrt is written against TensorRT 11 and was not executed by us (docs/tensorrt.md).
+A bundle with aoti or tensorrt holds machine code, which whoever opens it runs: take one only from where you would take
+a program.
 """
 
 import argparse
@@ -12,8 +14,12 @@ import sys
 from pathlib import Path
 
 from engine.bundle import read_manifest
-from engine.loader import DTYPES, EMBEDDED, load
-from export.write import TOLERANCE, verify_bundle, write_bundle
+from engine.loader import EMBEDDED, PRECISIONS, load, settings_of
+from engine.stream import Pipeline
+from export.calibrate import calibrate, read_calibration
+from export.quantize import GRANULARITIES, Recipe, quantize
+from export.tensorrt import BuildOptions
+from export.write import COUNTED, TOLERANCE, verify_bundle, write_bundle
 
 
 def _inspect(folder: Path) -> int:
@@ -33,26 +39,40 @@ def _inspect(folder: Path) -> int:
 
 def _verify(folder: Path, backends: list[str]) -> int:
     worst = verify_bundle(folder, backends)
-    allowed = TOLERANCE[read_manifest(folder).precision]
+    precision = read_manifest(folder).precision
+    allowed, counted = TOLERANCE[precision], COUNTED[precision]
     for key, apart in worst.items():
         verdict = "as stored" if apart <= allowed else f"FAILED, expected at most {allowed}"
-        print(f"{folder}: {key}: hashes good, golden frames at most {apart} grey levels off: {verdict}")
+        print(f"{folder}: {key}: hashes good, golden frames {counted} {apart} grey levels off: {verdict}")
     return 0 if max(worst.values()) <= allowed else 1
 
 
 def _export(args: argparse.Namespace) -> int:
     if args.out is None:
         raise ValueError("export: got no --out, expected a new directory")
-    pipeline = load(
-        args.model, preset=args.preset, checkpoint=args.checkpoint, adapters=args.adapter, device=args.device,
-        dtype=args.precision, height=args.height, width=args.width,
-    )  # fmt: skip
     folder = args.model or EMBEDDED
     tokenizer, backends = folder / "tokenizer", args.backend or ["onnx"]
-    for line in write_bundle(pipeline, args.out, tokenizer, args.prompt, args.seed, backends, args.reuse):
+    fp8, around = args.precision == "fp8", "fp32" if "onnx" in backends else "bf16"  # what is not FP8
+    pipeline = load(
+        args.model, preset=args.preset, checkpoint=args.checkpoint, adapters=args.adapter, device=args.device,
+        dtype=around if fp8 else args.precision, height=args.height, width=args.width,
+    )  # fmt: skip
+    pipeline = _quantized(pipeline, args, settings_of(folder)["fp8_keep"]) if fp8 else pipeline
+    plans = BuildOptions(strip=args.strip, timing_cache=args.timing_cache)
+    for line in write_bundle(pipeline, args.out, tokenizer, args.prompt, args.seed, backends, args.reuse, plans):
         print(line, file=sys.stderr)
     print(args.out)
     return 0
+
+
+def _quantized(pipeline: Pipeline, args: argparse.Namespace, keep: list[str]) -> Pipeline:
+    recipe, amax = Recipe(args.fp8_activations, tuple(keep)), None
+    if args.calibration is not None:
+        amax = read_calibration(args.calibration)
+    elif recipe.activations == "tensor":
+        print("calibrating on --prompt alone (export.calibrate takes more)", file=sys.stderr)
+        amax = calibrate(pipeline, [args.prompt], seeds=(0, 1))
+    return quantize(pipeline, recipe, amax)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,10 +89,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--adapter", type=Path, action="append", default=[], metavar="PATH")
     parser.add_argument("--preset", metavar="NAME|FILE.toml")
     parser.add_argument(
-        "--backend", choices=("onnx", "aoti"), action="append", default=[],
+        "--backend", choices=("onnx", "aoti", "tensorrt"), action="append", default=[],
         help="may be repeated: one bundle for several, the first is its default (onnx)",
     )  # fmt: skip
-    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument(
+        "--fp8-activations", choices=GRANULARITIES, default="tensor",
+        help="one scale a tensor, calibrated, or one a token, found as it goes (not for tensorrt)",
+    )  # fmt: skip
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="from export.calibrate, or ModelOpt's amax")
+    parser.add_argument("--strip", action="store_true", help="tensorrt: weights outside the plans, shared")
+    parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="tensorrt: kernels measured before")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what aoti compiles for (cpu)")
     parser.add_argument("--reuse", type=Path, metavar="BUNDLE", help="copy its compiled graphs where nothing changed")
     parser.add_argument("--height", type=int)

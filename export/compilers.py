@@ -114,14 +114,14 @@ class TensorrtCompiler(Compiler):
         return weights if self.options.strip else {}
 
 
-def compiler_of(backend: str, device: torch.device) -> Compiler:
+def compiler_of(backend: str, device: torch.device, plans: BuildOptions | None = None) -> Compiler:
     """The compiler of a backend for the device that the pipeline is on."""
     if backend == "onnx":
         return OnnxCompiler()
     if backend == "aoti":
         return AotiCompiler(device)
     if backend == "tensorrt":
-        return TensorrtCompiler()
+        return TensorrtCompiler(plans)
     raise ValueError(f"export: got backend {backend!r}, expected onnx, aoti or tensorrt")
 
 
