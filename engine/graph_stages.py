@@ -109,6 +109,11 @@ class GraphStages(ABC):
         self, name: str, inputs: dict[str, Tensor], slot: int, valid: int, cache: RingCache,
         text: tuple[Tensor, Tensor],
     ) -> dict[str, Tensor]:  # fmt: skip
+        rows, tokens = cache.slots * cache.tokens, len(inputs["rope_cos"])
+        # A compiled graph does not survive what lies outside.
+        if not 0 <= slot * cache.tokens <= rows - tokens or not 0 < valid <= cache.slots:
+            raise ValueError(f"{name}: got slot {slot} and {valid} valid ones for {tokens // cache.tokens} frames, "
+                             f"expected room in {cache.slots} slots")  # fmt: skip
         inputs["write_idx"] = torch.tensor([slot * cache.tokens], device=self.device)
         inputs["kv_len"] = torch.tensor([valid * cache.tokens], device=self.device)
         for layer in range(self.layers):

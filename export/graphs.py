@@ -59,7 +59,7 @@ class Graph:
 
 
 class _Function(nn.Module):
-    """A function of tensors, with the modules whose weights it uses."""
+    """A function of tensors, with the modules whose weights it uses; results are contiguous, as hosts expect them."""
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], **modules: nn.Module) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _Function(nn.Module):
             self.add_module(name, module)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self.function(*inputs)
+        return tuple(result.contiguous() for result in self.function(*inputs))
 
 
 def stage_graphs(pipeline: Pipeline, in_place: bool = False) -> list[Graph]:
@@ -213,7 +213,7 @@ def _vae(pipeline: Pipeline, stages: TorchStages) -> list[Graph]:
                 out, following = vae.encode_step(x, past if steady else None)
             else:
                 out, following = vae.steady(x, past) if steady else vae.first(x)
-            return out, *(c.contiguous() for c in following)
+            return out, *following
 
         # Not updated in place: a decode that fails must leave the stream's cache as it was.
         return Graph(name, _Function(run, vae=vae), {what: x} | given, [result, *aliases])

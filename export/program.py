@@ -1,6 +1,6 @@
 """A traced stage, what its compiler gets: one trace a graph, whatever becomes of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -30,7 +30,7 @@ class Program:
 
     @property
     def text(self) -> str:
-        """Every operation in one spelling: the same for modules that differ in weights, or in parts that nobody reads."""
+        """Every operation, spelled the same for modules that differ in weights, or in parts that nobody reads."""
         lines = [f"{node.format_node()} {node.meta.get('val')}" for node in self._nodes()]
         return "\n".join([*lines, *(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in self.constants.items())])
 
@@ -39,7 +39,8 @@ class Program:
 
 
 def trace(graph: Graph) -> Program:
-    """Trace a stage; nothing is computed."""
+    """Trace a stage; nothing is computed. Strides become part of the program: contiguous ones, as callers give them."""
+    graph = replace(graph, inputs={name: value.contiguous() for name, value in graph.inputs.items()})
     with torch.no_grad():
         traced = torch.export.export(graph.module.eval(), tuple(graph.inputs.values()), strict=False)
     values = {node.name: node.meta["val"] for node in traced.graph.nodes if "val" in node.meta}
