@@ -19,6 +19,7 @@ from engine.transformer import TextKV, WanTransformer
 from kernels.fp8_linear import fp8_linear
 from kernels.gate_residual import gate_residual
 from kernels.gelu_quantize import gelu, gelu_quantize
+from kernels.linear_gelu import linear_gelu
 from kernels.norm_modulate import (
     layer_norm_affine,
     layer_norm_affine_quantize,
@@ -107,8 +108,14 @@ class FusedBlock:
         attended = ring_attention(q, text_k, text_v, text_k.shape[1]).flatten(2)
         x = x + self.cross_out(_same, quantize_per_token, attended)
 
-        inner = self.up(norm_modulate, norm_modulate_quantize, x, shift_ff, scale_ff, self.eps)
-        return gate_residual(x, self.down(gelu, gelu_quantize, inner), gate_ff)
+        return gate_residual(x, self._feed_forward(x, shift_ff, scale_ff), gate_ff)
+
+    def _feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        up, down = self.up, self.down
+        if isinstance(up, Linear) and isinstance(down, Linear) and up.bias is not None:
+            inner = linear_gelu(norm_modulate(x, shift, scale, self.eps), up.weight, up.bias)
+            return down(_same, quantize_per_token, inner)
+        return down(gelu, gelu_quantize, up(norm_modulate, norm_modulate_quantize, x, shift, scale, self.eps))
 
     def _cross_query(self, x: Tensor) -> Tensor:
         norm = self.norm2
