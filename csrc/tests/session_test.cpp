@@ -1,0 +1,301 @@
+// Sessions under stress, through the C interface, over graphs of formulas: session_test BUNDLE PLUGIN_DIR [REPEATS].
+// REPEATS divides how often things are repeated, for runs under valgrind and sanitizers; 1 is the whole of it.
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "greedy/greedy.hpp"
+
+namespace {
+
+std::string bundle_path, plugin_dir;
+int divisor = 1;
+
+int times(int count) { return std::max(1, count / divisor); }
+
+greedy_settings settings() {
+    greedy_settings out;
+    greedy_settings_init(&out);
+    out.plugin_dir = plugin_dir.c_str();
+    return out;
+}
+
+greedy::Bundle open_bundle() {
+    const greedy_settings chosen = settings();
+    return greedy::Bundle(bundle_path, &chosen);
+}
+
+constexpr const char* kPrompt = "a red circle moving right";
+
+// A sum over the pixels of the next frames that depends on their order (FNV-1a).
+std::uint64_t digest_of(greedy::Session& session, int frames) {
+    std::uint64_t hash = 14695981039346656037u;
+    for (int i = 0; i < frames; ++i) {
+        const greedy::Frame frame = session.next_frame();
+        const std::size_t size = frame->stride * static_cast<std::size_t>(frame->height);
+        for (std::size_t at = 0; at < size; ++at) hash = (hash ^ frame->data[at]) * 1099511628211u;
+    }
+    return hash;
+}
+
+std::uint64_t clean_digest(const greedy::Bundle& bundle, std::uint64_t seed, int frames) {
+    greedy::Session session(bundle, seed);
+    session.set_prompt(kPrompt);
+    return digest_of(session, frames);
+}
+
+long resident_kb() {
+    std::ifstream file("/proc/self/statm");
+    long whole = 0, resident = 0;
+    file >> whole >> resident;
+    return resident * 4;
+}
+
+void test_arguments() {
+    char why[64];
+    greedy_bundle* bundle = reinterpret_cast<greedy_bundle*>(1);
+    const greedy_settings chosen = settings();
+    check(greedy_bundle_open(nullptr, "x", nullptr, why, sizeof why) == GREEDY_INVALID,
+          "open: no place for the result");
+    check(greedy_bundle_open(&bundle, nullptr, nullptr, why, sizeof why) == GREEDY_INVALID && !bundle, "open: no path");
+    check(greedy_bundle_open(&bundle, "/nowhere", nullptr, why, sizeof why) == GREEDY_NOT_FOUND, "open: nowhere");
+    check(std::strncmp(why, "bundle: got /nowhere", 20) == 0, "open: the message");
+    check(greedy_bundle_open(&bundle, "/nowhere", nullptr, nullptr, 0) == GREEDY_NOT_FOUND, "open: no buffer");
+    check(greedy_bundle_open(&bundle, "/nowhere", nullptr, why, 5) == GREEDY_NOT_FOUND && !std::strcmp(why, "bund"),
+          "open: a short buffer");
+    greedy_settings odd = chosen;
+    odd.parallel = 0;
+    check(greedy_bundle_open(&bundle, bundle_path.c_str(), &odd, why, sizeof why) == GREEDY_INVALID,
+          "open: parallel 0");
+    odd = chosen;
+    odd.backend = "tensorrt";
+    check(greedy_bundle_open(&bundle, bundle_path.c_str(), &odd, why, sizeof why) == GREEDY_NO_BACKEND,
+          "open: tensorrt");
+    odd.backend = nullptr, odd.plugin_dir = "/nowhere";
+    check(greedy_bundle_open(&bundle, bundle_path.c_str(), &odd, why, sizeof why) == GREEDY_NO_BACKEND,
+          "open: no plugin");
+    check(greedy_bundle_open(&bundle, bundle_path.c_str(), &chosen, why, sizeof why) == GREEDY_OK && !why[0],
+          "open: a bundle");
+
+    greedy_info info;
+    check(greedy_bundle_info(bundle, &info) == GREEDY_OK && info.width == 16 && info.height == 8, "info: the size");
+    check(greedy_bundle_info(nullptr, &info) == GREEDY_INVALID, "info: no bundle");
+    greedy_session* session = nullptr;
+    greedy_frame* frame = nullptr;
+    check(greedy_open(&session, nullptr, 0, why, sizeof why) == GREEDY_INVALID, "session: no bundle");
+    check(greedy_open(&session, bundle, 0, why, sizeof why) == GREEDY_OK, "session: one");
+    greedy_bundle_close(&bundle);
+    check(bundle == nullptr, "close: the bundle");
+    check(greedy_next_frame(session, &frame) == GREEDY_INVALID && !frame, "frame: before a prompt");
+    check(greedy_error(session, why, sizeof why) > 0 && std::strncmp(why, "prompt: got none", 16) == 0,
+          "error: the text");
+    check(greedy_next_frame(session, nullptr) == GREEDY_INVALID, "frame: no place for it");
+    check(greedy_next_frame(nullptr, &frame) == GREEDY_INVALID, "frame: no session");
+    check(greedy_set_prompt(session, nullptr, 1) == GREEDY_INVALID, "prompt: none");
+    check(greedy_set_prompt(session, "\xff", 1) == GREEDY_INVALID, "prompt: no UTF-8");
+    const std::int64_t ids[] = {3, 8, 1};
+    check(greedy_set_prompt_tokens(session, ids, 0, 1) == GREEDY_INVALID, "tokens: none");
+    check(greedy_set_prompt_tokens(session, ids, 17, 1) == GREEDY_INVALID, "tokens: too many");
+    const std::vector<float> values(static_cast<std::size_t>(16 * 6), 0.1f);
+    check(greedy_set_prompt_embedding(session, values.data(), 15, 1) == GREEDY_INVALID, "embedding: too few rows");
+    check(greedy_push_latent(session, values.data(), 0) == GREEDY_INVALID, "latent: none");
+    check(greedy_push_frames(session, nullptr, 1) == GREEDY_INVALID, "frames: none");
+    check(greedy_set_prompt_tokens(session, ids, 3, 1) == GREEDY_OK, "tokens: three");
+    check(greedy_next_frame(session, &frame) == GREEDY_OK && frame->index == 0 && frame->left == 0, "frame: the first");
+    greedy_frame* again = greedy_frame_ref(frame);
+    greedy_frame_unref(&frame);
+    check(!frame && again->width == 16 && again->stride == 48, "frame: a second reference");
+    check(greedy_push_latent(session, values.data(), 1) == GREEDY_INVALID, "latent: too late");
+    check(greedy_next_frame(session, &frame) == GREEDY_OK && frame->index == 1 && frame->left == 3 && frame->chunk == 1,
+          "frame: the second");
+    greedy_close(&session);
+    const volatile std::uint8_t pixel = frame->data[3 * 16 * 8 - 1];  // an error under a sanitizer if it were gone
+    check(!session && pixel > 0, "frame: outlives its session");
+    greedy_frame_unref(&again);
+    greedy_frame_unref(&frame);
+    greedy_close(&session);
+    greedy_bundle_close(&bundle);
+    check(std::strcmp(greedy_status_name(-3), "GREEDY_BAD_BUNDLE") == 0, "names: one");
+    check(std::strcmp(greedy_status_name(-99), "unknown status") == 0, "names: none");
+}
+
+void test_tokens_are_the_text(const greedy::Bundle& bundle) {
+    greedy::Session a(bundle, 1), b(bundle, 1);
+    a.set_prompt("a red circle");
+    const std::int64_t ids[] = {3, 8, 13, 1};
+    b.set_prompt_tokens(ids, 4);
+    check(digest_of(a, 13) == digest_of(b, 13), "tokens: another video than the text's");
+}
+
+void test_flush(const greedy::Bundle& bundle) {
+    greedy::Session session(bundle, 9);
+    session.set_prompt(kPrompt);
+    const std::uint64_t first = digest_of(session, 11);
+    session.cancel();
+    session.flush();
+    check(digest_of(session, 11) == first, "flush: another video");
+}
+
+// Whatever graph fails, the next call makes the same frames.
+void test_failures(const greedy::Bundle& bundle) {
+    void* plugin = dlopen((plugin_dir + "/libgreedy_aoti.so").c_str(), RTLD_NOW);
+    const auto fail_after = reinterpret_cast<void (*)(long)>(plugin ? dlsym(plugin, "fake_fail_after") : nullptr);
+    check(fail_after, "failures: no fake_fail_after");
+    if (!fail_after) return;
+    const auto stream = [&](long first) {
+        greedy::Session session(bundle, 2);
+        session.set_prompt(kPrompt);
+        std::uint64_t hash = 0;
+        long failed = 0;
+        for (int frame = 0; frame < 33;) {
+            if (frame == 13) session.set_prompt("teal");
+            if (first >= 0) fail_after((first + frame * 7) % 20);
+            try {
+                hash = hash * 31 + digest_of(session, 1);
+                ++frame;
+            } catch (const greedy::StatusError& error) {
+                check(error.status == GREEDY_FAILED, "failures: another status");
+                ++failed;
+                fail_after(-1);
+                hash = hash * 31 + digest_of(session, 1);
+                ++frame;
+            }
+        }
+        fail_after(-1);
+        check(first < 0 || failed > 0, "failures: none happened");
+        return hash;
+    };
+    const std::uint64_t clean = stream(-1);
+    for (long first = 0; first < 20; ++first)
+        check(stream(first) == clean, "failures: another video after one at graph " + std::to_string(first));
+}
+
+void test_cancel_under_load(const greedy::Bundle& bundle) {
+    const int frames = 401;
+    const std::uint64_t clean = clean_digest(bundle, 3, frames);
+    greedy::Session session(bundle, 3);
+    session.set_prompt(kPrompt);
+    std::atomic<bool> done{false};
+    std::atomic<int> asked{0};
+    std::thread other([&] {
+        while (!done) {
+            session.cancel();
+            ++asked;
+            std::this_thread::yield();
+        }
+    });
+    int cancelled = 0;
+    std::uint64_t last = 0;
+    for (int round = 0; cancelled < times(1000) || round < 2; ++round) {
+        session.flush();
+        std::uint64_t hash = 14695981039346656037u;
+        for (int frame = 0; frame < frames;) {
+            greedy_frame* next = nullptr;
+            const int status = greedy_next_frame(session.get(), &next);
+            if (status == GREEDY_CANCELLED) {
+                ++cancelled;
+                continue;
+            }
+            check(status == GREEDY_OK, "cancel: another status");
+            if (status != GREEDY_OK) break;
+            const greedy::Frame held(next);
+            const std::size_t size = held->stride * static_cast<std::size_t>(held->height);
+            for (std::size_t at = 0; at < size; ++at) hash = (hash ^ held->data[at]) * 1099511628211u;
+            ++frame;
+        }
+        last = hash;
+        check(last == clean, "cancel: another video");
+    }
+    done = true;
+    other.join();
+    std::printf("cancelled %d times, asked %d times\n", cancelled, asked.load());
+}
+
+void test_two_threads(const greedy::Bundle& bundle) {
+    const int frames = 1 + 4 * times(200);
+    const std::uint64_t expected[] = {clean_digest(bundle, 10, frames), clean_digest(bundle, 11, frames)};
+    std::uint64_t got[2] = {0, 0};
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 2; ++i)
+        threads.emplace_back([&, i] {
+            greedy::Session session(bundle, static_cast<std::uint64_t>(10 + i));
+            session.set_prompt(kPrompt);
+            got[i] = digest_of(session, frames);
+        });
+    for (std::thread& thread : threads) thread.join();
+    check(got[0] == expected[0] && got[1] == expected[1], "threads: another video than alone");
+}
+
+void test_prompts_from_another_thread(const greedy::Bundle& bundle) {
+    greedy::Session session(bundle, 4);
+    session.set_prompt(kPrompt);
+    std::atomic<bool> done{false};
+    std::thread other([&] {
+        for (int i = 0; !done; ++i) {
+            session.set_prompt(i % 2 ? "teal" : kPrompt, i % 3 == 0);
+            char text[8];
+            greedy_error(session.get(), text, sizeof text);
+            std::this_thread::yield();
+        }
+    });
+    digest_of(session, 4 * times(100));
+    done = true;
+    other.join();
+}
+
+void test_reopening() {
+    for (int i = 0; i < times(100); ++i) {
+        const greedy::Bundle bundle = open_bundle();
+        greedy::Session session(bundle, 5);
+        session.set_prompt(kPrompt);
+        digest_of(session, 6);
+    }
+}
+
+void test_memory(const greedy::Bundle& bundle) {
+    greedy::Session session(bundle, 6);
+    session.set_prompt(kPrompt);
+    digest_of(session, 4 * times(500));
+    const long before = resident_kb();
+    for (int i = 0; i < times(2000); i += 10) {
+        session.set_prompt(i % 20 ? "teal" : kPrompt);
+        digest_of(session, 40);
+    }
+    const long grown = resident_kb() - before;
+    std::printf("%d chunks: resident memory grew by %ld kB\n", times(2000), grown);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    check(divisor > 1 || grown < 512, "memory: grew");
+#endif
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc < 3) return std::fprintf(stderr, "usage: session_test BUNDLE PLUGIN_DIR [REPEATS]\n"), 2;
+    bundle_path = argv[1], plugin_dir = argv[2];
+    divisor = argc > 3 ? std::max(1, std::atoi(argv[3])) : 1;
+    try {
+        test_arguments();
+        const greedy::Bundle bundle = open_bundle();
+        test_tokens_are_the_text(bundle);
+        test_flush(bundle);
+        test_failures(bundle);
+        test_cancel_under_load(bundle);
+        test_two_threads(bundle);
+        test_prompts_from_another_thread(bundle);
+        test_reopening();
+        test_memory(bundle);
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "FAILED: %s\n", error.what());
+        return 1;
+    }
+    std::printf("%d failures\n", failures);
+    return failures == 0 ? 0 : 1;
+}
