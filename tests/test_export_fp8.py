@@ -8,14 +8,16 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import engine.run
 from bench.fp8 import sensitivity, stage_errors
 from engine.bundle import GraphSpec
 from engine.onnx_stages import OnnxGraph as Session
 from engine.stream import Pipeline
 from export import calibrate
+from export.__main__ import main as export_main
 from export.calibrate import read_calibration, write_calibration
 from export.graphs import Graph, stage_graphs
 from export.onnx_graph import OnnxGraph, to_onnx
@@ -345,3 +347,22 @@ def test_sensitivity_names_blocks_and_kinds(pipeline: Pipeline, amax: dict[str, 
     found = sensitivity(pipeline, amax, [PROMPT], 2)
     assert {name for name in found if name.startswith("sdd.blocks")} == {"sdd.blocks.0", "sdd.blocks.1"}
     assert found["sdd.*.ffn.net.2"]["sdd"] > 0 == found["sdd.*.ffn.net.2"]["etm"]
+
+
+def test_fp8_bundles(
+    model_dir: Path, amax: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command line: exported, verified, streamed. Both transformers are one here, their weights stored once."""
+    write_calibration(amax, tmp_path / "amax.json")
+    out = tmp_path / "bundle"
+    given = ["--model", str(model_dir), "--precision", "fp8", "--prompt", PROMPT, "--out", str(out)]
+    assert export_main([*given, "--calibration", str(tmp_path / "missing.json")]) == 2
+    assert export_main([*given, "--calibration", str(tmp_path / "amax.json")]) == 0
+    assert export_main(["verify", str(out)]) == 0
+    assert "on average 0 grey levels off" in capsys.readouterr().out
+    kinds = [tensor.dtype for tensor in load_file(out / "weights.safetensors").values()]
+    assert kinds.count(torch.float8_e4m3fn) == 2 * 2  # the feed-forwards; others are under 1 kB and in the graphs
+    arguments = ["--prompt", PROMPT, "--frames", "5", "--out", "null", "--json"]
+    assert engine.run.main(["--bundle", str(out), *arguments]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["backend"], report["frames"]) == ("onnx", 5)
