@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
             failed.append(" ".join(command))
     where = "smoke run on a processor: nothing was measured on a GPU" if args.smoke else f"saved to {args.results}"
     print(f"gpu-check took {time.perf_counter() - start:.0f} s, {where}")
-    for command in failed:
-        print(f"error: {command} failed", file=sys.stderr)
+    for name in failed:
+        print(f"error: {name} failed", file=sys.stderr)
     return 1 if failed else 0
 
 

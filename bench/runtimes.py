@@ -15,7 +15,6 @@ from bench.flops import steady_index
 from bench.header import machine, print_header, stream_header
 from bench.meter import Meter, MeteredPipeline
 from bench.spread import interleaved, paired_ratio, quartiles, table
-from engine.bundle import read_manifest
 from engine.loader import DTYPES, load
 from engine.stream import Pipeline, Stream
 
@@ -62,6 +61,8 @@ def _chunk(stream: Stream, meter: Meter) -> dict[str, float]:
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[check.Check]]:
     """Median milliseconds a chunk by stage and backend, and the ratio to torch over pairs of chunks."""
+    from engine.bundle import read_manifest  # extra packages that only bundles need
+
     manifest = read_manifest(args.bundle)
     if manifest.precision not in DTYPES:
         raise ValueError(f"bundle: got precision {manifest.precision}, expected one that torch's modules have")

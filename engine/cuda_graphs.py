@@ -11,6 +11,7 @@ import copy
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,30 +22,36 @@ from engine.stages import TorchStages
 from engine.transformer import TextKV
 
 # Runs a function on its static tensors once for good: its outputs, and what fills them anew.
-Capture = Callable[[Callable[[], Any], Any], tuple[Any, Callable[[], None]]]
+Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 
 
-def capture(run: Callable[[], Any], pool: Any) -> tuple[Any, Callable[[], None]]:
-    """Capture run() as a CUDA graph whose memory comes from `pool`."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):  # kernels are compiled and libraries set up now: nothing of that can be captured
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        outputs = run()
-    return outputs, graph.replay
+class Capturer:
+    """Captures passes that never run beside each other, so that they share their memory.
+
+    Passes that do overlap need another one: libraries keep a workspace for each stream that they are captured on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(2):  # kernels are compiled and libraries set up now: nothing of that can be captured
+                run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            outputs = run()
+        return outputs, graph.replay
 
 
 class _Graph:
     """One captured pass and its static arguments; numbers live in int32 scalars on the device."""
 
     def __init__(
-        self, function: Callable[..., Any], args: tuple[Tensor | int, ...], advances: Sequence[Tensor], pool: Any,
-        capture: Capture,
-    ) -> None:  # fmt: skip
+        self, function: Callable[..., Any], args: tuple[Tensor | int, ...], advances: Sequence[Tensor], capture: Capture
+    ) -> None:
         """advances: what the function moves on each time it runs, and capturing must leave as it was."""
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
         self._static = tuple(
@@ -52,7 +59,7 @@ class _Graph:
             for arg in args
         )
         before = [part.clone() for part in advances]
-        self._output, self._replay = capture(lambda: function(*self._static), pool)
+        self._output, self._replay = capture(lambda: function(*self._static))
         _fill(advances, before)
 
     def __call__(self, *args: Tensor | int) -> Any:
@@ -75,13 +82,12 @@ class GraphedStages:
 
     name = "torch"
 
-    def __init__(self, stages: TorchStages, capture: Capture = capture) -> None:
+    def __init__(self, stages: TorchStages, capturer: Callable[[torch.device], Capture] = Capturer) -> None:
         if stages.fused is None:
             raise ValueError("cuda graphs: got stages without fused kernels, expected them (slots on the device)")
-        self._stages, self._capture = stages, capture
-        # Passes of the transformers never overlap, so they share their memory; the VAE runs beside them.
-        cuda = torch.cuda.is_available()
-        self._pool, self._vae_pool = (torch.cuda.graph_pool_handle() if cuda else None for _ in range(2))
+        self._stages = stages
+        device = next(iter(stages.models.values())).proj_out.weight.device
+        self._capture, self._capture_vae = capturer(device), capturer(device)  # the VAE runs beside the others
         self._graphs: dict[Any, _Graph | None] = {}  # None: called once so far, as it is
         self._text: dict[Any, list[Any]] = {}  # (role, shape) -> static K, static V, the prompt that they hold
         self._caches: dict[Any, list[RingCache]] = defaultdict(list)  # free ones by their arguments
@@ -141,11 +147,11 @@ class GraphedStages:
         text = self._static_text(role, text_kv[role])
         whole = copy.copy(cache)  # a graph must not keep the lease itself
         key = name, cache.k.data_ptr(), latent.shape, text[0].data_ptr()
-        return self._graph(key, lambda *args: function(*args, whole, {role: text}), (latent, *rest), (), self._pool)
+        return self._graph(key, lambda *args: function(*args, whole, {role: text}), (latent, *rest), (), self._capture)
 
     def _graph(
         self, key: Any, function: Callable[..., Any], args: tuple[Tensor | int, ...], advances: Sequence[Tensor],
-        pool: Any,
+        capture: Capture,
     ) -> Any:  # fmt: skip
         """function(*args), from its second call on as a graph: what is called once is not worth a capture."""
         if key not in self._graphs:
@@ -153,7 +159,7 @@ class GraphedStages:
             return function(*args)
         graph = self._graphs[key]
         if graph is None:
-            graph = self._graphs[key] = _Graph(function, args, advances, pool, self._capture)
+            graph = self._graphs[key] = _Graph(function, args, advances, capture)
         return graph(*args)
 
     def _static_text(self, role: str, text: Any) -> tuple[Tensor, Tensor]:
@@ -165,7 +171,8 @@ class GraphedStages:
         return static[0], static[1]
 
     def vae_first(self, latent: Tensor) -> tuple[Tensor, list[Tensor]]:
-        frames, cache = self._stages.vae_first(latent)
+        with _best_convolutions():
+            frames, cache = self._stages.vae_first(latent)
         free = self._vae_caches[cache[0].shape]
         whole = free.pop() if free else [torch.empty_like(part) for part in cache]
         lease = _VaeCache(whole)
@@ -177,7 +184,13 @@ class GraphedStages:
         static = list(cache)  # a graph must not keep the lease itself
         key = "vae_steady", cache[0].data_ptr(), latent.shape
         run = lambda latent: self.vae.steady(latent, tuple(static), in_place=True)[0]  # noqa: E731
-        return self._graph(key, run, (latent,), static, self._vae_pool), cache
+        with _best_convolutions():
+            return self._graph(key, run, (latent,), static, self._capture_vae), cache
+
+
+def _best_convolutions() -> AbstractContextManager[Any]:
+    """cuDNN tries its algorithms the first time that it sees a shape, which is before a graph is captured."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True)
 
 
 def _fill(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:

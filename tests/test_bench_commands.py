@@ -294,6 +294,24 @@ def test_gpu_check_asks_for_what_exists(smoke):
             assert _parser().parse_args(command).device == ("cpu" if smoke else "cuda")
 
 
+def test_gpu_check_needs_only_what_gpu_machines_have():
+    """No network there: torch, Triton, numpy, pytest, safetensors, transformers, peft, psutil, rich, onnx."""
+    missing = ["accelerate", "av", "diffusers", "hypothesis", "matplotlib"]
+    missing += ["onnx_ir", "onnxscript", "pybind11", "pydantic", "tensorboard"]
+    code = f"""
+import importlib.machinery, runpy, sys
+real, missing = importlib.machinery.PathFinder.find_spec, {missing}
+def find(name, path=None, target=None):
+    return None if name.split(".")[0] in missing else real(name, path, target)
+importlib.machinery.PathFinder.find_spec = find
+sys.argv = ["bench", "backends", "--help"]
+runpy.run_module("bench", run_name="__main__", alter_sys=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "--burst" in done.stdout
+
+
 def test_gpu_check_goes_on_after_a_failure_and_says_so(monkeypatch, capsys):
     asked = []
 

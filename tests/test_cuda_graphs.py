@@ -16,18 +16,22 @@ PROMPT, OTHER = "a red circle moving right", "a blue square on gray"
 FAMILIES = pytest.mark.parametrize("family", ["pipeline", "causal"])
 
 
-def stand_in(run, pool):
-    """Warm up twice, as capturing does; a replay then writes to the addresses of the capture's outputs."""
-    for _ in range(2):
-        run()
-    outputs = run()
+def stand_in(device):
+    """Warms up twice, as capturing does; a replay then writes to the addresses of the capture's outputs."""
 
-    def replay():
-        again = run()
-        if isinstance(outputs, torch.Tensor):
-            outputs.copy_(again)
+    def capture(run):
+        for _ in range(2):
+            run()
+        outputs = run()
 
-    return outputs, replay
+        def replay():
+            again = run()
+            if isinstance(outputs, torch.Tensor):
+                outputs.copy_(again)
+
+        return outputs, replay
+
+    return capture
 
 
 def fused(pipeline):
