@@ -19,15 +19,27 @@ hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The library as CMake builds it."""
+def folder(tmp_path_factory):
+    """Where CMake has built the library and its test."""
     if not (shutil.which("nvcc") and shutil.which("cmake")):
         pytest.skip("nvcc or cmake is not installed")
     folder = tmp_path_factory.mktemp("cuda")
     command = ["cmake", "-S", str(SOURCES), "-B", str(folder), f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     subprocess.run(["cmake", "--build", str(folder)], check=True, capture_output=True, timeout=300)
+    return folder
+
+
+@pytest.fixture
+def built(folder):
     return library(folder / "libgreedy_cuda.so")
+
+
+def test_the_kernel_is_right_when_its_instructions_are_emulated(folder):
+    """Indices, swizzles, edges and barriers, on a processor, beside float64."""
+    done = subprocess.run([folder / "fp8_linear_emulated"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 8
 
 
 @pytest.mark.parametrize("rows_columns_depth", [(0, 16, 16), (1, 8, 16), (1, 24, 16), (1, 16, 0), (1, 16, 40)])
