@@ -6,7 +6,7 @@ real launch site each time.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +33,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         _compiled.append(kernel.warmup(*args, grid=grid, **options))
         return
     triton.set_allocator(_scratch)  # by thread; descriptors made on the device live there
-    kernel[grid](*args, **options)
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **options)
 
 
 def compilations() -> int:

@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import kernels.stream_k_attention
 from kernels import table
+from kernels.qk_norm_rope_write import qk_norm_rope_write, qk_norm_rope_write_fp8
 from kernels.ring_attention import TILES, ring_attention, ring_attention_reference
 from kernels.ring_attention_fp8 import E4M3, ring_attention_fp8, ring_attention_fp8_reference
 
@@ -165,6 +166,24 @@ def test_fp8_attention(device, n, rows, heads, head_dim, valid, batch, query_dty
     assert lse.shape == (batch, heads, n)
     with table.use("reference"):
         assert_as_good(ring_attention_fp8(*case, valid), plain_fp8(*case, valid), truth, floor=2**-8)
+
+
+def test_fp8_attention_reads_what_the_writer_left(device):
+    """Two chunks through qk_norm_rope_write_fp8, beside the bf16 pair of writer and reader; the rest is NaN."""
+    heads, head_dim, n, rows = 2, 32, 37, 112
+    width = heads * head_dim
+    weight, one = torch.ones(width, device=device).bfloat16(), torch.ones(heads, device=device)
+    angles = torch.arange(n, device=device)[:, None] * torch.logspace(0, -2, head_dim // 2, device=device)
+    cos, sin = angles.cos(), angles.sin()
+    wide = [torch.full((1, rows, heads, head_dim), float("nan"), device=device).bfloat16() for _ in range(2)]
+    narrow = wide[0].to(E4M3), wide[1].permute(0, 2, 3, 1).contiguous().to(E4M3)
+    for start in (0, n):
+        qkv = torch.randn(1, n, 3 * width, device=device).bfloat16()
+        q = qk_norm_rope_write(qkv, weight, weight, cos, sin, *wide, start)
+        q8 = qk_norm_rope_write_fp8(qkv, weight, weight, cos, sin, *narrow, one, one, one, start)
+        expected = ring_attention(q, *wide, start + n).float()
+        found = ring_attention_fp8(q8, *narrow, one, one, one, start + n).float()
+        assert (found - expected).square().mean().sqrt() < 0.08 * expected.square().mean().sqrt()
 
 
 @pytest.mark.parametrize(("change", "match"), [
