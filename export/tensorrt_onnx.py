@@ -1,7 +1,7 @@
-"""A stage graph in TensorRT's own operators: TRT_KVCacheUpdate and TRT_Attention, with ONNX bodies beside them.
+"""A stage graph in TensorRT's operators, TRT_KVCacheUpdate and TRT_Attention, or in our plugins, with ONNX bodies.
 
-TensorRT's parser takes these two names for layers of its own; any other runtime finds a function of the same name in
-the file and runs that. So what the graph computes is checked in ONNX Runtime, although TensorRT is not there.
+TensorRT's parser takes these names for plugins or for layers of its own; any other runtime finds a function of the same
+name in the file and runs that. So what the graph computes is checked in ONNX Runtime, although TensorRT is not there.
 """
 
 import math
@@ -11,8 +11,9 @@ import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.onnx_graph import DOMAIN, OPSET, qdq_linear, rewrite
+from export.tensorrt_plugin_onnx import Casts, Fp8Caches, int32, plugin_attention, plugin_bodies
 
-_WRITE = (DOMAIN, "kv_write")
+ATTENTIONS = ("native", "plugin", "plugin_fp8")
 _SILENT = ("softcap", "qk_matmul_output_mode", "is_causal")  # attributes of Attention that say nothing at 0
 TRT_DOMAIN = "trt"  # TensorRT reads the operator's name only
 _WHOLE: dict[str, Any] = {"axis": -2, "mode": "linear", "update_form": "padded_bhnd"}
@@ -21,50 +22,55 @@ _FORMS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def spell_for_tensorrt(model: ModelProto) -> None:
+def spell_for_tensorrt(model: ModelProto, attention: str = "native") -> None:
     """Replace our operators, and what TensorRT does not read as ONNX means it.
 
-    Key/value caches become [1, 1, rows, dim], the four dimensions that TRT_KVCacheUpdate asks for, in the same bytes.
+    attention is one of ATTENTIONS: `native`, TensorRT's own; `plugin`, our kernel on caches that TensorRT writes;
+    `plugin_fp8`, our kernels on e4m3 caches, K [1, rows, dim] and V [1, heads, d, rows up to a multiple of 16].
+    Other caches become [1, 1, rows, dim], the four dimensions that TRT_KVCacheUpdate asks for, in the same bytes.
     Raises ValueError where activations are quantised per token.
     """
-    caches = [(node.input[0], node.output[0]) for node in model.graph.node if (node.domain, node.op_type) == _WRITE]
-    casts: dict[str, NodeProto] = {}
+    if attention not in ATTENTIONS:
+        raise ValueError(f"tensorrt: got attention {attention!r}, expected one of {', '.join(ATTENTIONS)}")
+    writes = [node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, "kv_write")]
+    caches = {name for node in writes for name in (node.input[0], node.output[0])}
+    casts: Casts = {}
+    write, attend = _cache_update, _attention if attention == "native" else plugin_attention
+    if attention == "plugin_fp8" and caches:
+        fp8 = Fp8Caches(model)
+        write, attend = fp8.write, fp8.attend
+    elif caches:
+        _four_dimensions(model, caches)
     rewrite(
         model,
         {
-            "kv_write": lambda node, _: _cache_update(node, casts),
-            "ring_attention": lambda node, _: _attention(node, model, casts),
+            "kv_write": lambda node, _: write(node, model, casts),
+            "ring_attention": lambda node, _: attend(node, model, casts),
             "linear_fp8": _static_linear,
         },
     )
     for node in reversed(casts.values()):
         model.graph.node.insert(0, node)
-    _four_dimensions(model, {name for pair in caches for name in pair})
     _single_precision(model)
     _default_attention(model)
-    if caches:
-        model.opset_import.append(helper.make_opsetid(TRT_DOMAIN, 1))
-        model.functions.extend([_cache_update_body(), _attention_body()])
+    used = {(node.domain, node.op_type) for node in model.graph.node}
+    model.functions.extend(body for body in _bodies() if (body.domain, body.name) in used)
+    model.opset_import.extend(helper.make_opsetid(d, 1) for d in sorted({d for d, _ in used if d}))
 
 
-def _int32(name: str, casts: dict[str, NodeProto]) -> str:
-    """Positions are int64 in every backend's contract, int32 in TensorRT's layers."""
-    casts.setdefault(name, helper.make_node("Cast", [name], [f"{name}_int32"], to=TensorProto.INT32))
-    return f"{name}_int32"
-
-
-def _cache_update(node: NodeProto, casts: dict[str, NodeProto]) -> list[NodeProto]:
+def _cache_update(node: NodeProto, model: ModelProto, casts: Casts) -> list[NodeProto]:
     """cache [1, 1, rows, dim] with update [1, n, dim] from row index[0] on, at the same address."""
     cache, update, index = node.input
     out = node.output[0]
-    inputs = [cache, f"{out}_rows", _int32(index, casts)]
+    _add(model, helper.make_tensor("trt_axis_1", TensorProto.INT64, [1], [1]))
+    inputs = [cache, f"{out}_rows", int32(index, casts)]
     return [
         helper.make_node("Unsqueeze", [update, "trt_axis_1"], [f"{out}_rows"]),
         helper.make_node("TRT_KVCacheUpdate", inputs, [out], domain=TRT_DOMAIN, **_WHOLE),
     ]
 
 
-def _attention(node: NodeProto, model: ModelProto, casts: dict[str, NodeProto]) -> list[NodeProto]:
+def _attention(node: NodeProto, model: ModelProto, casts: Casts) -> list[NodeProto]:
     """q [1, n, dim] to the first length[0] rows of k, v [1, 1, rows, dim]; TRT_Attention neither splits nor scales."""
     q, k, v, length = node.input
     out, heads = node.output[0], helper.get_node_attr_value(node, "heads")
@@ -75,7 +81,7 @@ def _attention(node: NodeProto, model: ModelProto, casts: dict[str, NodeProto]) 
             helper.make_node("Reshape", [name, "trt_split_heads"], [f"{out}_{side}_split"]),
             helper.make_node("Transpose", [f"{out}_{side}_split"], [f"{out}_{side}_heads"], perm=[0, 2, 1, 3]),
         ]
-    inputs = [f"{out}_q_scaled", f"{out}_k_heads", f"{out}_v_heads", "", "", _int32(length, casts)]
+    inputs = [f"{out}_q_scaled", f"{out}_k_heads", f"{out}_v_heads", "", "", int32(length, casts)]
     return [
         *nodes,
         helper.make_node("Mul", [f"{out}_q_heads", "trt_softmax_scale"], [f"{out}_q_scaled"]),
@@ -86,20 +92,17 @@ def _attention(node: NodeProto, model: ModelProto, casts: dict[str, NodeProto]) 
 
 
 def _constants(model: ModelProto, q: str, heads: int) -> None:
-    """The constants of the rewritten nodes, once a graph: every attention of a transformer has the same heads."""
-    if any(tensor.name == "trt_softmax_scale" for tensor in model.graph.initializer):
-        return
+    """The constants of rewritten attentions: those of a transformer all have the same heads."""
     kind = next(value.type.tensor_type for value in model.graph.value_info if value.name == q)
     dim = kind.shape.dim[-1].dim_value
-    scale = 1 / math.sqrt(dim // heads)
-    model.graph.initializer.extend(
-        [
-            helper.make_tensor("trt_axis_1", TensorProto.INT64, [1], [1]),
-            helper.make_tensor("trt_split_heads", TensorProto.INT64, [4], [1, -1, heads, dim // heads]),
-            helper.make_tensor("trt_merge_heads", TensorProto.INT64, [3], [1, -1, dim]),
-            helper.make_tensor("trt_softmax_scale", kind.elem_type, [], [scale]),
-        ]
-    )
+    _add(model, helper.make_tensor("trt_split_heads", TensorProto.INT64, [4], [1, -1, heads, dim // heads]))
+    _add(model, helper.make_tensor("trt_merge_heads", TensorProto.INT64, [3], [1, -1, dim]))
+    _add(model, helper.make_tensor("trt_softmax_scale", kind.elem_type, [], [1 / math.sqrt(dim // heads)]))
+
+
+def _add(model: ModelProto, constant: TensorProto) -> None:
+    if all(tensor.name != constant.name for tensor in model.graph.initializer):
+        model.graph.initializer.append(constant)
 
 
 def _static_linear(node: NodeProto, model: ModelProto) -> list[NodeProto]:
@@ -140,6 +143,10 @@ def _default_attention(model: ModelProto) -> None:
             kept = [a for a in node.attribute if not (a.name in _SILENT and told[a.name] == 0)]
             del node.attribute[:]
             node.attribute.extend(kept)
+
+
+def _bodies() -> list[FunctionProto]:
+    return [_cache_update_body(), _attention_body(), *plugin_bodies()]
 
 
 def _cache_update_body() -> FunctionProto:
