@@ -40,10 +40,10 @@ def python_module() -> list[str]:
     return ["-DGREEDY_PYTHON=ON", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
 
 
-def build(folder: Path, *options: str) -> Path:
-    """The core with its tests and tools, built in a folder; skips where there is nothing to build with."""
+def build(folder: Path, *options: str, targets: tuple[str, ...] = ()) -> Path:
+    """The core with its tests and tools (or some targets), built; skips where there is nothing to build with."""
     if reason := missing_tool():
         pytest.skip(f"the C++ core is not built: {reason}")
     cmake("-S", ROOT, "-B", folder, *options)
-    cmake("--build", folder, "--parallel", "2")
+    cmake("--build", folder, "--parallel", "2", *(("--target", *targets) if targets else ()))
     return folder

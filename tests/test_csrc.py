@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from csrc_tools import build, cmake
+from csrc_tools import build, cmake, missing_tool
 
 from engine import __version__
 from engine.noise import PhiloxNoise
@@ -98,6 +98,42 @@ def test_ctest_passes(native_build):
     ran = subprocess.run(["ctest", "--test-dir", native_build, "--output-on-failure", "--no-tests=error"],
                          capture_output=True, text=True, timeout=60)  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_the_loop_in_the_header_is_the_one_that_is_run():
+    header = (ROOT / "csrc" / "include" / "greedy" / "greedy.h").read_text().split("Status:")[0].splitlines()
+    loop = [line.removeprefix(" *     ") for line in header if line.startswith(" *     ")]
+    program = [
+        line.removeprefix("    ") for line in (ROOT / "csrc" / "tests" / "header_loop.c").read_text().splitlines()
+    ]
+    assert len(loop) > 10
+    assert any(program[start : start + len(loop)] == loop for start in range(len(program)))
+
+
+def test_headers_compile_alone(tmp_path):
+    if reason := missing_tool():
+        pytest.skip(f"the C++ core is not built: {reason}")
+    for name, words in (("greedy.h", ["cc", "-std=c99"]), ("plugin.h", ["cc", "-std=c99"]), ("greedy.hpp", ["c++"]),
+                        ("sinks.h", ["c++"]), ("noise.h", ["c++", "-std=c++17"])):  # fmt: skip
+        source = tmp_path / f"{name}.{'c' if words[0] == 'cc' else 'cpp'}"
+        source.write_text(f"#include <greedy/{name}>\n")
+        flags = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", f"-I{ROOT / 'csrc' / 'include'}"]
+        ran = subprocess.run([*words, *flags, source], capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 0, ran.stderr
+
+
+def test_damaged_input_under_sanitizers(tmp_path):
+    """Half a minute of damaged manifests, weights and tokenizers, and the session test, checked by the compiler."""
+    folder = build(
+        tmp_path / "build", "-DGREEDY_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug",
+        "-DCMAKE_CXX_FLAGS=-O1", targets=("fuzz", "session_test", "greedy_fake"),
+    )  # fmt: skip
+    tests = ROOT / "csrc" / "tests"
+    for words in ([folder / "fuzz", tests / "corpus", "30", "1"],
+                  [folder / "session_test", tests / "fake.bundle", folder / "fake_plugin", "20"]):  # fmt: skip
+        ran = subprocess.run(words, capture_output=True, text=True, timeout=200)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        print(ran.stdout)
 
 
 def test_same_noise_as_python(native_build, tmp_path):
