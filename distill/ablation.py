@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,51 +24,15 @@ from distill.base import Base
 from distill.codec import Codec
 from distill.draws import Draws
 from distill.next_chunk import AnyStudent, NextChunkConfig, load_student
+from distill.results import AblationConfig, write_report
 from distill.rl import RlConfig
 from distill.rollout import roll_out
 from distill.tasks import find_task
 from distill.training import load_config, run_stage
 from engine.config import Preset, find_preset
 
-ARMS = {
-    "no-etm": "no ETM, no RL",
-    "etm": "ETM",
-    "etm-rl": "ETM + RL",
-    "etm-cfg": "ETM, guidance at inference",
-    "etm-longer": "ETM, next-chunk for RL's compute too",
-    "etm-rl-critic": "ETM + RL with a trained critic",
-    "no-etm-rl": "no ETM, RL",
-    "causal": "causal DiT, clean history (CausVid's mask)",
-    "causal-rl": "causal DiT, own rollouts, trained critic (as Self-Forcing)",
-}
-
 PARENTS = {"etm-rl": "etm", "etm-rl-critic": "etm", "no-etm-rl": "no-etm", "causal-rl": "causal"}  # what RL starts from
 CRITICS = ("etm-rl-critic", "causal-rl")
-
-
-@dataclass(frozen=True)
-class AblationConfig:
-    task: str = "scenes"
-    vae: str = "runs/rich/vae/vae"
-    arms: tuple[str, ...] = ("no-etm", "etm", "etm-rl", "etm-cfg", "etm-longer", "etm-rl-critic")
-    seeds: tuple[int, ...] = (0, 1, 2)
-    next_chunk_steps: int = 200
-    rl_steps: int = 100
-    longer_steps: int = 50  # next-chunk steps that take as long as rl_steps of RL
-    causal_window: int = 7  # latent frames
-    guidance: float = 1.5  # of etm-cfg
-    prompts: int = 48
-    frames: int = 9  # latent frames of the table's clips
-    long_prompts: int = 16
-    long_frames: int = 41  # latent frames of the long clips; 0 leaves them out
-    window: int = 32  # pixel frames over which a long clip's quality is taken
-    steps: tuple[int, ...] = (1, 2, 4, 8)  # of the trade-off
-    prompt_seed: int = 5000
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.arms) - set(ARMS))
-        if unknown or not self.seeds:
-            raise ValueError(f"arms: got {unknown or 'no seeds'}, expected some of {', '.join(ARMS)}")
 
 
 class Runner:
@@ -80,6 +44,21 @@ class Runner:
         self.codec = Codec(AutoencoderKLWan.from_pretrained(config.vae))
         self.specs = self.task.draw(config.prompts, config.prompt_seed, hidden=True)
         self.base = Base(Path(made.teacher), made.dtype)
+        self._same_settings()
+
+    def _same_settings(self) -> None:
+        """What was made with other settings is no part of the same table."""
+        free = ("arms", "seeds", "steps")
+        settings = {
+            "ablation": {k: v for k, v in asdict(self.config).items() if k not in free},
+            "next_chunk": asdict(self.made),
+            "rl": asdict(self.tuned),
+        }
+        text, path = json.dumps(settings, indent=1), self.out / "settings.json"
+        if path.is_file() and path.read_text() != text:
+            raise ValueError(f"{path}: got other settings than today's, expected the same (or another --out)")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
     def train(self, arm: str, seed: int) -> Path:
         """The student of an arm and seed, trained unless it is there."""
@@ -108,20 +87,24 @@ class Runner:
 
     @torch.no_grad()
     def videos(
-        self, student: AnyStudent, preset: Preset, prompts: int, frames: int, guidance: float = 1.0
+        self, student: AnyStudent, preset: Preset, prompts: int, frames: int, guidance: float = 1.0, given: int = 0
     ) -> list[Tensor]:
-        """Clips of the first prompts, always from the same noise."""
+        """Clips of the first prompts, always from the same noise; they go on from `given` drawn latent frames."""
         made = []
         for start in range(0, prompts, 16):
             specs = self.specs[start : min(start + 16, prompts)]
             seeds = Draws(self.config.prompt_seed, start, list(range(len(specs)))).seeds()
             emb = self.base.encode([spec.caption for spec in specs])
+            start_from = self.codec.encode(self.task.render(specs, 4 * given - 3)[0]) if given else None
             if guidance != 1:
                 empty = self.base.encode([""] * len(specs))
                 with student.guided(guidance):
-                    latent = roll_out(student, torch.cat([emb, empty]), frames, seeds * 2, preset)[: len(specs)]
+                    both = None if start_from is None else start_from.repeat(2, 1, 1, 1, 1)
+                    latent = roll_out(student, torch.cat([emb, empty]), frames, seeds * 2, preset, start=both)[
+                        : len(specs)
+                    ]
             else:
-                latent = roll_out(student, emb, frames, seeds, preset)
+                latent = roll_out(student, emb, frames, seeds, preset, start=start_from)
             made += [self.codec.decode(clip[None])[0] for clip in latent]
         return made
 
@@ -143,6 +126,9 @@ class Runner:
             "minutes": round(minutes, 1),
             "scores": self.task.score(videos, self.specs),
         }
+        if config.given:
+            videos = self.videos(student, made.preset, config.prompts, config.frames, guidance, config.given)
+            result["given"] = self.task.score(videos, self.specs)
         if config.long_frames:
             long = self.videos(student, made.preset, config.long_prompts, config.long_frames, guidance)
             result["long"] = self.over_time(long)
@@ -181,111 +167,6 @@ class Runner:
                         | {f"{n}_se": found[n]["se"] for n in names})  # fmt: skip
         path.write_text(json.dumps(rows, indent=1))
         return rows
-
-
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error over seeds."""
-    tensor = torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
-    if not len(tensor):
-        return math.nan, math.nan
-    error = float(tensor.std(correction=1)) / math.sqrt(len(tensor)) if len(tensor) > 1 else math.nan
-    return float(tensor.mean()), error
-
-
-def table(results: list[dict[str, Any]], names: tuple[str, ...] = ("total", "quality", "semantic")) -> str:
-    """Markdown: a row an arm; mean over seeds and its standard error over seeds."""
-    lines = ["| arm | seeds | trained | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
-    for arm, title in ARMS.items():
-        mine = [r for r in results if r["arm"] == arm]
-        if not mine:
-            continue
-        cells = []
-        for name in names:
-            mean, error = spread([r["scores"].get(name, {"mean": math.nan})["mean"] for r in mine])
-            cells.append(f"{100 * mean:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}"))
-        lines.append(f"| {title} | {len(mine)} | {mine[0]['trained'] / 1e6:.2f} M | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def write_report(
-    config: AblationConfig, results: list[dict[str, Any]], folder: Path, trade: list[dict[str, float]]
-) -> None:
-    """Tables as Markdown, numbers as JSON, and plots where matplotlib is installed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    dims = tuple(sorted({n for r in results for n in r["scores"]} - {"total", "quality", "semantic"}))
-    about = (
-        f"{config.prompts} held-out prompts (seed {config.prompt_seed}), {4 * config.frames - 3} frames, "
-        f"the same noise for all; next-chunk {config.next_chunk_steps} steps, RL {config.rl_steps}, "
-        f"the longer arm {config.longer_steps} more. In percent, mean and standard error over seeds.\n\n"
-    )
-    text = "# Ablation\n\n`make ablation`: " + about + table(results) + "\n## Dimensions\n\n" + table(results, dims)
-    long = [r for r in results if r.get("long")]
-    if long:
-        starts = [int(row["from"]) for row in long[0]["long"]]
-        text += (
-            f"\n## Quality over time\n\n{config.long_prompts} prompts; a column a window of {config.window} frames.\n\n"
-        )
-        text += "| arm | " + " | ".join(f"{s}-{s + config.window - 1}" for s in starts) + " | last / first |\n"
-        text += "|---" * (len(starts) + 2) + "|\n"
-        for arm, title in ARMS.items():
-            mine = [r["long"] for r in long if r["arm"] == arm]
-            if mine:
-                means = [spread([rows[i]["quality"] for rows in mine])[0] for i in range(len(starts))]
-                row = " | ".join(f"{100 * m:.1f}" for m in means)
-                text += f"| {title} | {row} | {means[-1] / means[0]:.3f} |\n"
-    if trade:
-        text += (
-            "\n## Quality against steps\n\nThe ETM student of the first seed; cost a frame relative to four steps.\n\n"
-        )
-        text += "| steps | cost | total | quality | semantic |\n|---|---|---|---|---|\n"
-        for row in trade:
-            cells = [f"{100 * row[n]:.1f} ± {100 * row[n + '_se']:.1f}" for n in ("total", "quality", "semantic")]
-            text += f"| {row['steps']} | {row['cost']:.2f} | " + " | ".join(cells) + " |\n"
-    (folder / "ablation.md").write_text(text)
-    (folder / "ablation.json").write_text(json.dumps({"results": results, "trade_off": trade}, indent=1) + "\n")
-    plot(results, folder)
-
-
-def plot(results: list[dict[str, Any]], folder: Path) -> None:
-    """ablation.png: the arms with error bars over seeds; long.png: quality against time."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("plots: left out, matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    arms = [arm for arm in ARMS if any(r["arm"] == arm for r in results)]
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 0.5 * len(arms) + 1.6), sharey=True)
-    for axis, name in zip(axes, ("total", "quality", "semantic"), strict=True):
-        for place, arm in enumerate(arms):
-            values = [100 * r["scores"][name]["mean"] for r in results if r["arm"] == arm]
-            mean, error = spread(values)
-            axis.errorbar(mean, place, xerr=0 if math.isnan(error) else error, fmt="o", color="black", capsize=3)
-            axis.plot(values, [place] * len(values), ".", color="gray")
-        axis.set_title(name)
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(arms)), [ARMS[arm] for arm in arms])
-    axes[0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(folder / "ablation.png", dpi=110)
-    pyplot.close(figure)
-    if not any(r.get("long") for r in results):
-        return
-    figure, axis = pyplot.subplots(figsize=(7, 4))
-    for arm in arms:
-        mine = [r["long"] for r in results if r["arm"] == arm and r.get("long")]
-        if mine:
-            means = [100 * spread([rows[i]["quality"] for rows in mine])[0] for i in range(len(mine[0]))]
-            axis.plot([row["from"] for row in mine[0]], means, marker=".", label=ARMS[arm])
-    axis.set_xlabel("first frame of the window")
-    axis.set_ylabel("quality")
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "long.png", dpi=110)
-    pyplot.close(figure)
 
 
 def main() -> None:

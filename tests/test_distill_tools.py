@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill import ablation, evaluate, next_chunk, rl
-from distill.ablation import AblationConfig, Runner, table, write_report
+from distill.ablation import Runner
 from distill.codec import build_vae
 from distill.next_chunk import NextChunkConfig
 from distill.plan import ClusterConfig, _passes, estimate, forward_flops
+from distill.results import ARMS, AblationConfig, table, write_report
 from distill.rl import RlConfig
 from distill.sample_teacher import SampleTeacherConfig, run
 from distill.shards import Shards
@@ -248,6 +249,7 @@ def test_ablation_skips_what_is_done(
         rl_steps=1,
         prompts=1,
         frames=3,
+        given=1,
         long_prompts=1,
         long_frames=5,
         window=16,
@@ -265,9 +267,11 @@ def test_ablation_skips_what_is_done(
     monkeypatch.setattr(Runner, "videos", lambda *_: pytest.fail("measured again"))
     again = Runner(config, made, tuned, tmp_path)
     assert [again.result(arm, 0) for arm in config.arms] == results
+    with pytest.raises(ValueError, match="other settings"):
+        Runner(replace(config, prompts=2), made, tuned, tmp_path)
     write_report(config, results, tmp_path / "docs", trade)
     text = (tmp_path / "docs/ablation.md").read_text()
-    assert all(ablation.ARMS[arm] in text for arm in config.arms)
+    assert all(ARMS[arm] in text for arm in config.arms)
     assert json.loads((tmp_path / "docs/ablation.json").read_text())["results"] == results
 
 

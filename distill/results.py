@@ -1,0 +1,178 @@
+"""What an ablation compares, and how it is shown: Markdown, JSON, and pictures where matplotlib is installed."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ARMS = {
+    "no-etm": "no ETM, no RL",
+    "etm": "ETM",
+    "etm-rl": "ETM + RL",
+    "etm-cfg": "ETM, guidance at inference",
+    "etm-longer": "ETM, next-chunk for RL's compute too",
+    "etm-rl-critic": "ETM + RL with a trained critic",
+    "no-etm-rl": "no ETM, RL",
+    "causal": "causal DiT, clean history (CausVid's mask)",
+    "causal-rl": "causal DiT, own rollouts, trained critic (as Self-Forcing)",
+}
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    task: str = "scenes"
+    vae: str = "runs/rich/vae/vae"
+    arms: tuple[str, ...] = ("no-etm", "etm", "etm-rl", "etm-cfg", "etm-longer", "etm-rl-critic")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    next_chunk_steps: int = 200
+    rl_steps: int = 100
+    longer_steps: int = 50  # next-chunk steps that take as long as rl_steps of RL
+    causal_window: int = 7  # latent frames
+    guidance: float = 1.5  # of etm-cfg
+    prompts: int = 48
+    frames: int = 9  # latent frames of the table's clips
+    given: int = 2  # latent frames of truth that a second set of clips goes on from; 0 leaves it out
+    long_prompts: int = 16
+    long_frames: int = 41  # latent frames of the long clips; 0 leaves them out
+    window: int = 32  # pixel frames over which a long clip's quality is taken
+    steps: tuple[int, ...] = (1, 2, 4, 8)  # of the trade-off
+    prompt_seed: int = 5000
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.arms) - set(ARMS))
+        if unknown or not self.seeds:
+            raise ValueError(f"arms: got {unknown or 'no seeds'}, expected some of {', '.join(ARMS)}")
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error over seeds."""
+    tensor = torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
+    if not len(tensor):
+        return math.nan, math.nan
+    error = float(tensor.std(correction=1)) / math.sqrt(len(tensor)) if len(tensor) > 1 else math.nan
+    return float(tensor.mean()), error
+
+
+def table(
+    results: list[dict[str, Any]], names: tuple[str, ...] = ("total", "quality", "semantic"), what: str = "scores"
+) -> str:
+    """Markdown: a row an arm; mean over seeds and its standard error over seeds, of text-to-video or `given`."""
+    lines = ["| arm | seeds | trained | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    for arm, title in ARMS.items():
+        mine = [r for r in results if r["arm"] == arm and what in r]
+        if not mine:
+            continue
+        cells = []
+        for name in names:
+            mean, error = spread([r[what].get(name, {"mean": math.nan})["mean"] for r in mine])
+            cells.append(f"{100 * mean:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}"))
+        lines.append(f"| {title} | {len(mine)} | {mine[0]['trained'] / 1e6:.2f} M | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def time_table(config: AblationConfig, results: list[dict[str, Any]]) -> str:
+    """Quality of successive windows of long clips, a row an arm, mean over seeds."""
+    starts = [int(row["from"]) for row in results[0]["long"]]
+    lines = [
+        "| arm | " + " | ".join(f"{s}-{s + config.window - 1}" for s in starts) + " | last / first |",
+        "|---" * (len(starts) + 2) + "|",
+    ]
+    for arm, title in ARMS.items():
+        mine = [r["long"] for r in results if r["arm"] == arm]
+        if mine:
+            means = [spread([rows[i]["quality"] for rows in mine])[0] for i in range(len(starts))]
+            row = " | ".join(f"{100 * mean:.1f}" for mean in means)
+            lines.append(f"| {title} | {row} | {means[-1] / means[0]:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def trade_table(rows: list[dict[str, float]]) -> str:
+    """Scores against denoising steps; errors over clips."""
+    lines = ["| steps | cost | total | quality | semantic |", "|---" * 5 + "|"]
+    for row in rows:
+        cells = [f"{100 * row[n]:.1f} ± {100 * row[n + '_se']:.1f}" for n in ("total", "quality", "semantic")]
+        lines.append(f"| {row['steps']} | {row['cost']:.2f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_report(
+    config: AblationConfig, results: list[dict[str, Any]], folder: Path, trade: list[dict[str, float]]
+) -> None:
+    """ablation.md with every table, ablation.json with every number, and plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dims = tuple(sorted({n for r in results for n in r["scores"]} - {"total", "quality", "semantic"}))
+    about = (
+        f"`make ablation`: {config.prompts} held-out prompts (seed {config.prompt_seed}), {4 * config.frames - 3} "
+        f"frames, the same noise for all; next-chunk {config.next_chunk_steps} steps, RL {config.rl_steps}, the longer "
+        f"arm {config.longer_steps} more. In percent, mean and standard error over seeds."
+    )
+    parts = ["# Ablation", about, table(results), "## Dimensions", table(results, dims)]
+    if any("given" in r for r in results):
+        parts += [f"## Going on from {config.given} drawn latent frames", table(results, what="given")]
+        parts += [table(results, dims, what="given")]
+    long = [r for r in results if r.get("long")]
+    if long:
+        about = f"Quality of text-to-video, {config.long_prompts} prompts; a column a window of {config.window} frames."
+        parts += ["## Quality over time", about, time_table(config, long)]
+    if trade:
+        about = "The ETM student of the first seed; cost of a frame relative to four steps, in passes."
+        parts += ["## Quality against steps", about, trade_table(trade)]
+    (folder / "ablation.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
+    (folder / "ablation.json").write_text(json.dumps({"results": results, "trade_off": trade}, indent=1) + "\n")
+    plot(results, trade, folder)
+
+
+def plot(results: list[dict[str, Any]], trade: list[dict[str, float]], folder: Path) -> None:
+    """ablation.png: arms with error bars over seeds; long.png: quality over time; trade_off.png: against cost."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("plots: left out, matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def save(figure: Any, name: str) -> None:
+        figure.tight_layout()
+        figure.savefig(folder / name, dpi=110)
+        pyplot.close(figure)
+
+    arms = [arm for arm in ARMS if any(r["arm"] == arm for r in results)]
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 0.5 * len(arms) + 1.6), sharey=True)
+    for axis, name in zip(axes, ("total", "quality", "semantic"), strict=True):
+        for place, arm in enumerate(arms):
+            values = [100 * r["scores"][name]["mean"] for r in results if r["arm"] == arm]
+            mean, error = spread(values)
+            axis.errorbar(mean, place, xerr=0 if math.isnan(error) else error, fmt="o", color="black", capsize=3)
+            axis.plot(values, [place] * len(values), ".", color="gray")
+        axis.set_title(name)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(arms)), [ARMS[arm] for arm in arms])
+    axes[0].invert_yaxis()
+    save(figure, "ablation.png")
+
+    long = [r for r in results if r.get("long")]
+    if long:
+        figure, axis = pyplot.subplots(figsize=(7, 4))
+        for arm in arms:
+            mine = [r["long"] for r in long if r["arm"] == arm]
+            if mine:
+                means = [100 * spread([rows[i]["quality"] for rows in mine])[0] for i in range(len(mine[0]))]
+                axis.plot([row["from"] for row in mine[0]], means, marker=".", label=ARMS[arm])
+        axis.set_xlabel("first frame of the window")
+        axis.set_ylabel("quality")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+        save(figure, "long.png")
+    if trade:
+        figure, axis = pyplot.subplots(figsize=(5, 4))
+        for name in ("total", "quality", "semantic"):
+            values, errors = ([100 * row[key] for row in trade] for key in (name, f"{name}_se"))
+            axis.errorbar([row["cost"] for row in trade], values, yerr=errors, marker="o", capsize=3, label=name)
+        axis.set_xlabel("cost of a frame, four steps = 1")
+        axis.legend()
+        axis.grid(alpha=0.3)
+        save(figure, "trade_off.png")
