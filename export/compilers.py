@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, cast
@@ -108,7 +109,8 @@ class TensorrtCompiler(Compiler):
         return {"tensorrt": self.trt.__version__, "torch": torch.__version__}
 
     def write(self, program: Program, file: Path) -> dict[str, Tensor]:
-        made = to_onnx(replace(program.graph, module=cast(nn.Module, program.traced)), spell_for_tensorrt)
+        spell = partial(spell_for_tensorrt, attention=self.options.attention)
+        made = to_onnx(replace(program.graph, module=cast(nn.Module, program.traced)), spell)
         weights = {name: _tensor(value) for name, value in made.weights.items()}
         file.write_bytes(build_plan(made.model.SerializeToString(), weights, self.options))
         return weights if self.options.strip else {}

@@ -9,20 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.tensorrt_stages import require_tensorrt
+from export.tensorrt_plugin import register_plugins
+
+ATTENTIONS = ("native", "plugin")
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     """How plans are built.
 
+    attention     native: TensorRT's own; plugin: our kernel, compiled into the plan
     level         0 to 5: how long TensorRT searches for kernels
     strip         leave weights out; the loader puts those of weights.safetensors in
     timing_cache  file with measured kernels, read if it is there, written afterwards; None is none
     """
 
+    attention: str = "native"
     level: int = 3
     strip: bool = False
     timing_cache: Path | None = None
@@ -30,6 +36,8 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.level <= 5:
             raise ValueError(f"tensorrt: got level {self.level}, expected 0 to 5")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"tensorrt: got attention {self.attention!r}, expected one of {', '.join(ATTENTIONS)}")
 
 
 def build_plan(model: bytes, weights: dict[str, Tensor], options: BuildOptions) -> bytes:
@@ -38,6 +46,9 @@ def build_plan(model: bytes, weights: dict[str, Tensor], options: BuildOptions) 
     Raises NotHere without TensorRT or a GPU, ValueError with the parser's words where it refuses the graph.
     """
     trt = require_tensorrt()
+    if options.attention != "native":
+        major, minor = torch.cuda.get_device_capability()
+        register_plugins(10 * major + minor)
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)

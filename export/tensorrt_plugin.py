@@ -14,13 +14,14 @@ from typing import Any
 
 from kernels.launch import tl, triton
 from kernels.quantize import to_e4m3
-from kernels.stream_k_attention import LOG2_E, Tiles, attend_kernel
+from kernels.stream_k_attention import LOG2_E, attend_kernel
 
 NAMESPACE = "greedy"
 # The oldest PTX that knows the loads of these kernels. CUDA 13.0 refuses Triton's own choice, 9.4.
 PTX_VERSION = 86
 # A project that uses such plugins found that they may take 48 KiB of shared memory, no more; these fit.
-TILES = {False: Tiles(64, 64, 1, 4), True: Tiles(64, 64, 2, 4)}
+QUERIES, KEYS, WARPS = 64, 64, 4  # a tile, a block of keys, and who does one
+STAGES = {False: 1, True: 2}  # blocks under way: bf16, FP8
 SHARED_BYTES = 48 * 1024
 DESCRIPTOR_BYTES = 3 * 128  # that a program of attention keeps: of queries, keys and values
 _UNUSED = 16  # elements of an output that is never written
@@ -38,29 +39,24 @@ class Kernel:
     grid: tuple[int, int]
 
 
-def attention_programs(queries: int, heads: int, fp8: bool) -> int:
-    """Programs of one attention: a tile of queries and a head each."""
-    return -(-queries // TILES[fp8].queries) * heads
-
-
 @functools.cache
 def compile_attention(queries: int, rows: int, heads: int, head_dim: int, fp8: bool, capability: int = 90) -> Kernel:
     """Q [queries, heads, d], K and V [rows, heads, d] bf16; or e4m3 with V [heads, d, rows up to a multiple of 16]."""
-    tiles, programs = TILES[fp8], attention_programs(queries, heads, fp8)
+    programs = -(-queries // QUERIES) * heads  # a tile and a head each
     cache = "*fp8e4nv" if fp8 else "*bf16"
     pointers = {"Q": "*bf16", "K": cache, "V": cache, "VALID": "*i32", "OUT": "*bf16", "LSE": "*fp32"}
     pointers |= {"PARTIAL": "*fp32", "STATS": "*fp32"}
     scales = ("Q_SCALE", "K_SCALE", "V_SCALE")
     constants: dict[str, Any] = {
         "queries": queries, "rows": rows, "pitch": (rows + 15) // 16 * 16 if fp8 else head_dim, "programs": programs,
-        "HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys, "ON_DEVICE": True,
-        "SCALE": head_dim**-0.5 * LOG2_E, "FP8": fp8, "STAGES": tiles.stages,
+        "HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_M": QUERIES, "BLOCK_N": KEYS, "ON_DEVICE": True,
+        "SCALE": head_dim**-0.5 * LOG2_E, "FP8": fp8, "STAGES": STAGES[fp8],
     }  # fmt: skip
     if fp8:
         pointers |= dict.fromkeys(scales, "*fp32")
     else:
         constants |= dict.fromkeys(scales)  # never read
-    return _compile(attend_kernel, pointers, constants, tiles.warps, (programs, 1), capability)
+    return _compile(attend_kernel, pointers, constants, WARPS, (programs, 1), capability)
 
 
 @triton.jit
@@ -141,8 +137,10 @@ def _compile(
     return Kernel(about.name, made.asm["ptx"], 32 * warps, about.shared, grid)
 
 
-def register_plugins(trt: Any, capability: int) -> None:
-    """Make the plugins known to TensorRT; once a process."""
+@functools.cache
+def register_plugins(capability: int) -> None:
+    """Make the plugins known to TensorRT, for a GPU of this compute capability (90: Hopper); once a process."""
+    import tensorrt as trt
     import tensorrt.plugin as trtp
 
     def hidden(programs: Any) -> tuple[Any, Any]:
@@ -150,21 +148,21 @@ def register_plugins(trt: Any, capability: int) -> None:
         descriptors = trtp.from_shape_expr((programs * (DESCRIPTOR_BYTES // 4),), dtype=trt.int32)
         return descriptors, trtp.from_shape_expr((_UNUSED,), dtype=trt.int32)
 
-    def attention_outputs(q: Any, heads: int, fp8: bool) -> tuple[Any, ...]:
+    def attention_outputs(q: Any, heads: int) -> tuple[Any, ...]:
         """out, logarithms of the softmax's denominators, two for cut tiles, which there are none of, and Triton's."""
         lse = trtp.from_shape_expr((1, heads, q.shape_expr[1]), dtype=trt.float32)
         partial, stats = (trtp.from_shape_expr((_UNUSED,), dtype=trt.float32) for _ in range(2))
-        return q.like(), lse, partial, stats, *hidden(trtp.cdiv(q.shape_expr[1], TILES[fp8].queries) * heads)
+        return q.like(), lse, partial, stats, *hidden(trtp.cdiv(q.shape_expr[1], QUERIES) * heads)
 
     def ring_attention(q, k, v, valid, heads):
-        return attention_outputs(q, heads, False)
+        return attention_outputs(q, heads)
 
     def ring_attention_kernel(q, k, v, valid, heads, outputs, tactic):
         queries, rows, dim = _size(q, 1), _size(k, 2), _size(q, 2)
         return launch(compile_attention(queries, rows, heads, dim // heads, False, capability))
 
     def ring_attention_fp8(q, k, v, valid, q_scale, k_scale, v_scale, heads):
-        return attention_outputs(q, heads, True)
+        return attention_outputs(q, heads)
 
     def ring_attention_fp8_kernel(q, k, v, valid, q_scale, k_scale, v_scale, heads, outputs, tactic):
         queries, rows, dim = _size(q, 1), _size(k, 1), _size(q, 2)
