@@ -11,15 +11,18 @@ import torch
 from safetensors.torch import load_file
 from test_export import edit, grey_levels_apart
 
+import engine
 import engine.run
 from engine.aoti_stages import CPU_TARGET, AotiGraph, target_of
-from engine.bundle import GraphSpec, read_manifest
+from engine.bundle import GraphSpec, TensorSpec, read_manifest
 from engine.generators import Geometry
 from engine.graph_stages import NotHere, Weights
 from engine.loader import load_bundle
+from engine.onnx_stages import OnnxGraph
 from engine.stream import Pipeline
 from export.__main__ import main as export_main
 from export.aoti import compile_program, constants_of, source_of
+from export.compilers import compiler_of
 from export.graphs import Graph, stage_graphs
 from export.program import Program, trace
 from export.write import verify_bundle, write_bundle
@@ -103,6 +106,38 @@ def test_causal_transformer(dit: Graph, tmp_path: Path) -> None:
         name: dit.inputs[name] if name in dit.mutates else value for name, value in inputs.items()
     } | {"write_idx": torch.tensor([chunk]), "kv_len": torch.tensor([rows])}, dit.outputs)  # fmt: skip
     equal_to_module(second, graph)
+
+
+@pytest.mark.parametrize(("backend", "precision"), [("onnx", "fp16"), ("aoti", "bf16")])
+def test_lower_precision(model_dir: Path, pipeline: Pipeline, tmp_path: Path, backend: str, precision: str) -> None:
+    """As close to float32 as torch in the same precision is, times two: both round, each in its own places."""
+    compiler, low = compiler_of(backend, CPU), engine.load(model_dir, dtype=precision)
+    torch.manual_seed(0)
+    graph = next(graph for graph in stage_graphs(low, compiler.in_place) if graph.name == "sdd")
+    exact = next(graph for graph in stage_graphs(pipeline) if graph.name == "sdd")
+    program, file = trace(graph), tmp_path / "graph"
+    weights = compiler.write(program, file)
+    spec = spec_of(program, weights)
+    parts = "sdd", file, spec, weights
+    opened = OnnxGraph(*parts, threads=1) if backend == "onnx" else AotiGraph(*parts, CPU)
+
+    def copies(dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        """Positions and timesteps stay as they are."""
+        return {
+            name: x.to(dtype or x.dtype, copy=True) if x.ndim > 2 else x.clone() for name, x in graph.inputs.items()
+        }
+
+    expected = exact.module(*copies(torch.float32).values())[0]
+    own = (graph.module(*copies(None).values())[0].float() - expected).square().mean().sqrt()
+    error = (opened(copies(None))["flow"].float() - expected).square().mean().sqrt()
+    assert 0 < error <= 2 * own
+
+
+def test_no_bfloat16_in_onnx_runtime(tmp_path: Path) -> None:
+    latent = TensorSpec(name="latent", shape=[1], dtype="bfloat16")
+    spec = GraphSpec(file="a", inputs=[latent], outputs=[], weights={}, aliases={})
+    with pytest.raises(NotHere, match="bfloat16"):
+        OnnxGraph("sdd", tmp_path / "a", spec, {}, 1)
 
 
 def spec_of(program: Program, weights: dict[str, torch.Tensor]) -> GraphSpec:
