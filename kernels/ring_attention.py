@@ -14,10 +14,9 @@ from torch import Tensor
 
 from kernels import table
 from kernels.checks import needs_gradient
-from kernels.stream_k_attention import Tiles, ValidRows, attend
+from kernels.stream_k_attention import ValidRows, attend
 
-# Head dim -> tiles. Chosen by what compiles without spills; not measured on a GPU.
-TILES = {16: Tiles(128, 128, 3, 8), 32: Tiles(128, 128, 3, 8), 64: Tiles(128, 64, 4, 8), 128: Tiles(128, 64, 4, 8)}
+HEAD_DIMS = (16, 32, 64, 128)  # that the kernel does; PyTorch does the others
 
 
 def ring_attention_reference(q: Tensor, k: Tensor, v: Tensor, valid_rows: int) -> Tensor:
@@ -49,7 +48,7 @@ def ring_attention(
         raise ValueError(f"ring_attention: got k {list(k.shape)}, v {list(v.shape)}, expected one shape")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"ring_attention: got dtypes {q.dtype}, {k.dtype}, {v.dtype}, expected one")
-    fits = q.shape[-1] in TILES and q.dtype in (torch.bfloat16, torch.float16) and not needs_gradient(q, k, v)
+    fits = q.shape[-1] in HEAD_DIMS and q.dtype in (torch.bfloat16, torch.float16) and not needs_gradient(q, k, v)
     run = table.implementation("ring_attention", q.device, fits=fits)
     out, lse = run(q, k, v, valid_rows, return_lse)
     return (out, lse) if return_lse else out
@@ -98,13 +97,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bo
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool) -> tuple[Tensor, Tensor]:
     check_dense("ring_attention", k=k, v=v)
-    return attend(q.contiguous(), k, v, valid_rows, None, TILES[q.shape[-1]])
+    return attend(q.contiguous(), k, v, valid_rows, None)
 
 
 def _variants() -> Iterator[table.Variant]:
     """1536 wide, 1560 queries, 4 latent frames of keys, narrow heads as in smaller models; a text of 512 rows."""
     valid = torch.empty(1, dtype=torch.int32, device="meta")
-    for head_dim in TILES:
+    for head_dim in HEAD_DIMS:
         shape = 1536 // head_dim, head_dim
         q, k = (torch.empty(1, n, *shape, dtype=torch.bfloat16, device="meta") for n in (1560, 6240))
         yield table.Variant(f"bf16 d={head_dim}", partial(_triton, q, k, k, valid, True), ("HGMMA", "UTMALDG"))

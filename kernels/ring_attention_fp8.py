@@ -13,16 +13,11 @@ from torch import Tensor
 
 from kernels import table
 from kernels.ring_attention import check_dense, check_query_key_value, ring_attention_reference
-from kernels.stream_k_attention import Tiles, ValidRows, attend
+from kernels.stream_k_attention import ValidRows, attend
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-# Of queries -> head dim -> tiles. Chosen by what compiles without spills; not measured on a GPU.
-WIDE = Tiles(128, 128, 2, 8)
-TILES = {
-    E4M3: {32: WIDE, 64: WIDE, 128: WIDE},
-    torch.bfloat16: {32: WIDE, 64: WIDE, 128: Tiles(128, 64, 4, 8)},
-}
+HEAD_DIMS = (32, 64, 128)  # that the kernel does; FP8 products take 32 numbers at a time
 
 
 def ring_attention_fp8_reference(
@@ -68,7 +63,7 @@ def ring_attention_fp8(
         if scale.shape != (heads,) or scale.dtype != torch.float32 or scale.device != q.device:
             raise ValueError(f"{what}: got {name} {list(scale.shape)} {scale.dtype} on {scale.device}, "
                              f"expected [{heads}] float32 on {q.device}")  # fmt: skip
-    run = table.implementation(what, q.device, fits=head_dim in TILES[q.dtype])
+    run = table.implementation(what, q.device, fits=head_dim in HEAD_DIMS)
     out, lse = run(q, k, v_t, (q_scale, k_scale, v_scale), valid_rows, return_lse)
     return (out, lse) if return_lse else out
 
@@ -92,7 +87,7 @@ def _triton(
     q: Tensor, k: Tensor, v_t: Tensor, scales: Scales, valid_rows: ValidRows, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     check_dense("ring_attention_fp8", k=k, v_t=v_t)
-    return attend(q.contiguous(), k, v_t, valid_rows, scales, TILES[q.dtype][q.shape[-1]])
+    return attend(q.contiguous(), k, v_t, valid_rows, scales)
 
 
 def _variants() -> Iterator[table.Variant]:
@@ -101,11 +96,11 @@ def _variants() -> Iterator[table.Variant]:
     def meta(*shape: int, dtype: torch.dtype = E4M3) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    for head_dim in TILES[E4M3]:
+    for head_dim in HEAD_DIMS:
         heads = 1536 // head_dim
         k, v_t = meta(1, 6240, heads, head_dim), meta(1, heads, head_dim, 6240)
         scale, valid = meta(heads, dtype=torch.float32), meta(1, dtype=torch.int32)
-        for dtype in TILES:
+        for dtype in (E4M3, torch.bfloat16):
             q = meta(1, 1560, heads, head_dim, dtype=dtype)
             call = partial(_triton, q, k, v_t, (scale, scale, scale), valid, True)
             yield table.Variant(f"q {dtype} d={head_dim}", call, ("QGMMA", "UTMALDG"))

@@ -9,8 +9,6 @@ read on the device: no launch depends on it, so a CUDA graph replays for every s
 Rows behind the valid ones may hold anything, NaN too: descriptors end at the last valid row, loads beyond give zero.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -20,14 +18,9 @@ LOG2_E = 1.4426950408889634
 ValidRows = int | Tensor  # rows to attend to: a number, or an int32 on the device, read when the kernel runs
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How an attention kernel is cut: queries and keys a block, loads in flight, warps."""
-
-    queries: int
-    keys: int
-    stages: int
-    warps: int
+QUERIES, KEYS = 128, 64  # a block; with 128 keys the registers do not suffice for two blocks of scores
+STAGES, WARPS = 4, 8  # blocks of keys and values under way; two warpgroups
+LANES = 16  # queries that a program merges
 
 
 @triton.jit
@@ -183,7 +176,7 @@ def merge_kernel(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, valid: ValidRows, scales: tuple[Tensor, Tensor, Tensor] | None, tiles: Tiles
+    q: Tensor, k: Tensor, v: Tensor, valid: ValidRows, scales: tuple[Tensor, Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """Both launches: q [B, n, H, d], k [B, rows, H, d], v alike or (with scales: FP8) [B, H, d, pitch], all contiguous.
 
@@ -193,18 +186,17 @@ def attend(
     programs = multiprocessors(q.device)
     out = torch.empty_like(q, dtype=torch.bfloat16 if scales else q.dtype)
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
-    partial = q.new_empty((batch, programs, 2, tiles.queries, head_dim), dtype=torch.float32)
-    stats = q.new_empty((batch, programs, 2, 2, tiles.queries), dtype=torch.float32)
-    cut = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys}
+    partial = q.new_empty((batch, programs, 2, QUERIES, head_dim), dtype=torch.float32)
+    stats = q.new_empty((batch, programs, 2, 2, QUERIES), dtype=torch.float32)
+    cut = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_M": QUERIES, "BLOCK_N": KEYS}
     cut["ON_DEVICE"] = isinstance(valid, Tensor)
     launch(
         attend_kernel, (programs, batch), q, k, v, valid, *(scales or (lse, lse, lse)), out, lse, partial, stats,
         queries, k.shape[1], v.shape[-1], programs, **cut, SCALE=head_dim**-0.5 * LOG2_E, FP8=scales is not None,
-        STAGES=tiles.stages, num_warps=tiles.warps,
+        STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
-    lanes = 16
     launch(
-        merge_kernel, (-(-queries // tiles.queries) * heads, tiles.queries // lanes, batch),
-        partial, stats, valid, out, lse, queries, k.shape[1], programs, **cut, LANES=lanes, num_warps=4,
+        merge_kernel, (-(-queries // QUERIES) * heads, QUERIES // LANES, batch),
+        partial, stats, valid, out, lse, queries, k.shape[1], programs, **cut, LANES=LANES, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import kernels.stream_k_attention
 from kernels import table
 from kernels.qk_norm_rope_write import qk_norm_rope_write, qk_norm_rope_write_fp8
-from kernels.ring_attention import TILES, ring_attention, ring_attention_reference
+from kernels.ring_attention import HEAD_DIMS, ring_attention, ring_attention_reference
 from kernels.ring_attention_fp8 import E4M3, ring_attention_fp8, ring_attention_fp8_reference
 
 
@@ -112,7 +112,7 @@ def test_two_halves_merge_by_their_lse(device):
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 32), (torch.bfloat16, 24)])
 def test_what_the_kernel_does_not_do_pytorch_does(device, dtype, head_dim):
-    assert head_dim not in TILES or dtype == torch.float32
+    assert head_dim not in HEAD_DIMS or dtype == torch.float32
     q, k, v = make(device, 9, 40, 2, head_dim, 33, dtype=dtype)
     truth = ring_attention_reference(q.double(), k.double(), v.double(), 33)
     for valid in (33, torch.tensor([33], dtype=torch.int32, device=device)):
