@@ -95,9 +95,9 @@ def compile_variants(ops: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 def compile_cuda() -> list[dict[str, Any]]:
-    """The same for the kernels in CUDA C++, built and loaded as their CMake file does; none without nvcc."""
+    """The same for the kernels in CUDA C++, built and loaded as their CMake file does; none without nvcc or sources."""
     nvcc = shutil.which("nvcc")
-    if nvcc is None:
+    if nvcc is None or not CUDA_SOURCES.exists():
         return []
     start = time.perf_counter()
     variant = table.Variant("128x160", lambda: None, ("QGMMA", "UTMALDG", "USETMAXREG"))
