@@ -168,18 +168,18 @@ def register_plugins(capability: int) -> None:
         queries, rows, dim = _size(q, 1), _size(k, 1), _size(q, 2)
         return launch(compile_attention(queries, rows, heads, dim // heads, True, capability))
 
-    def write_keys_fp8(cache, update, scale, start):
-        return cache.aliased(), *hidden(1)
+    def write_keys_fp8(ring, update, scale, start):
+        return ring.aliased(), *hidden(1)
 
-    def write_keys_fp8_kernel(cache, update, scale, start, outputs, tactic):
-        heads, dim = _size(scale, 0), _size(cache, 2)
-        return launch(compile_write_keys(_size(update, 1), _size(cache, 1), heads, dim // heads, capability))
+    def write_keys_fp8_kernel(ring, update, scale, start, outputs, tactic):
+        heads, dim = _size(scale, 0), _size(ring, 2)
+        return launch(compile_write_keys(_size(update, 1), _size(ring, 1), heads, dim // heads, capability))
 
-    def write_values_fp8(cache, update, scale, start):
-        return cache.aliased(), *hidden(1)
+    def write_values_fp8(ring, update, scale, start):
+        return ring.aliased(), *hidden(1)
 
-    def write_values_fp8_kernel(cache, update, scale, start, outputs, tactic):
-        _, heads, head_dim, pitch = (_size(cache, axis) for axis in range(4))
+    def write_values_fp8_kernel(ring, update, scale, start, outputs, tactic):
+        _, heads, head_dim, pitch = (_size(ring, axis) for axis in range(4))
         return launch(compile_write_values(_size(update, 1), pitch, heads, head_dim, capability))
 
     def launch(kernel: Kernel) -> tuple[Any, Any, Any, Any]:

@@ -116,8 +116,15 @@ class ParserError(_Published):
         return "no importer"
 
 
+def _plugin_of(node: onnx.NodeProto) -> str | None:
+    """The registered plugin that a node asks for."""
+    asked = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    name = f"{asked.get('plugin_namespace', b'').decode()}::{node.op_type}"
+    return name if name in PLUGINS and asked.get("aot") == 1 else None
+
+
 class OnnxParser(_Published):
-    """Refuses operators of other domains than ONNX's own and `trt`, and initializers that nobody gave."""
+    """Refuses operators that are neither ONNX's, nor TensorRT's, nor a plugin, and initializers that nobody gave."""
 
     def __init__(self, network: INetworkDefinition, logger: Logger) -> None:
         self._network, self.num_errors = network, 0
@@ -134,7 +141,7 @@ class OnnxParser(_Published):
         model = self._network._model
         assert model is not None
         external = {t.name for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL}
-        odd = [node for node in model.graph.node if node.domain not in ("", "trt")]
+        odd = [node for node in model.graph.node if node.domain not in ("", "trt") and _plugin_of(node) is None]
         self.num_errors = int(bool(odd) or external != self._network._outside.keys())
         return not self.num_errors
 
@@ -278,9 +285,96 @@ class Runtime(_Published):
         return ICudaEngine(onnx.load_from_string(content[len(MAGIC) :]))
 
 
+# From here on tensorrt.plugin, as read in NVIDIA/TensorRT (python/packaging/bindings_wheel/tensorrt/plugin).
+PLUGIN_NAMES = {"register", "aot_impl", "from_shape_expr", "cdiv", "TensorDesc", "KernelLaunchParams", "SymIntExprs"}
+PLUGINS: dict[str, dict[str, Any]] = {}
+
+
+class ShapeExpr:
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def constant_value(self) -> int:
+        return self.value
+
+    def __mul__(self, other: "int | ShapeExpr") -> "ShapeExpr":
+        return ShapeExpr(self.value * (other.value if isinstance(other, ShapeExpr) else other))
+
+    __rmul__ = None  # the real one has none either
+
+
+class TensorDesc:
+    def __init__(self, shape: tuple[Any, ...], dtype: Any) -> None:
+        self.shape_expr = [x if isinstance(x, ShapeExpr) else ShapeExpr(x) for x in shape]
+        self.dtype, self.alias = dtype, None
+
+    def like(self) -> "TensorDesc":
+        return TensorDesc(tuple(self.shape_expr), self.dtype)
+
+    def aliased(self) -> "TensorDesc":
+        made = self.like()
+        made.alias = self
+        return made
+
+
+def from_shape_expr(shape: tuple[Any, ...], dtype: Any) -> TensorDesc:
+    return TensorDesc(shape, dtype)
+
+
+def cdiv(numerator: ShapeExpr, denominator: int) -> ShapeExpr:
+    return ShapeExpr(-(-numerator.value // denominator))
+
+
+class KernelLaunchParams(_Published):
+    pass
+
+
+class SymIntExprs:
+    @classmethod
+    def from_tuple(cls, values: list[Any]) -> list[Any]:
+        return list(values)
+
+
+def register(name: str) -> Any:
+    """Annotations say what is a tensor, what a number, and how many come out."""
+
+    def decorate(describe: Any) -> Any:
+        kinds = dict(describe.__annotations__)
+        results = kinds.pop("return").__args__
+        assert name not in PLUGINS
+        assert set(kinds.values()) <= {TensorDesc, int}
+        assert set(results) == {TensorDesc}
+        PLUGINS[name] = {
+            "describe": describe,
+            "inputs": list(kinds.values()).count(TensorDesc),
+            "outputs": len(results),
+        }
+        return describe
+
+    return decorate
+
+
+def aot_impl(name: str) -> Any:
+    def decorate(implement: Any) -> Any:
+        PLUGINS[name]["implement"] = implement
+        return implement
+
+    return decorate
+
+
+def plugin_module() -> types.ModuleType:
+    """To be put into sys.modules as `tensorrt.plugin`."""
+    made = types.ModuleType("tensorrt.plugin", __doc__)
+    for name in PLUGIN_NAMES:
+        setattr(made, name, globals()[name])
+    return made
+
+
 def module() -> types.ModuleType:
     """To be put into sys.modules as `tensorrt`; any name that is not published is missing."""
     made = types.ModuleType("tensorrt", __doc__)
+    made.float32, made.int32 = DataType.FLOAT, DataType.INT32
+    made.plugin = plugin_module()
     made.__version__ = API["tensorrt"]
     for name, value in globals().items():
         if name in NAMES:

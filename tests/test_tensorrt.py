@@ -4,7 +4,7 @@ builder and the runtime driven by a stand-in (tests/stand_in_tensorrt.py). None 
 import ast
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from export.program import trace
 from export.quantize import Recipe, quantize
 from export.tensorrt import BuildOptions, build_plan
 from export.tensorrt_onnx import spell_for_tensorrt
+from export.tensorrt_plugin import register_plugins
 from export.write import write_bundle
 
 ROOT = Path(__file__).parent.parent
@@ -40,9 +41,9 @@ NAMES = stand_in_tensorrt.NAMES
 CLASSES = {
     "builder": "Builder", "network": "INetworkDefinition", "config": "IBuilderConfig", "parser": "OnnxParser",
     "runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext", "refitter": "Refitter",
-    "cache": "ITimingCache", "errors": "ParserError",
+    "cache": "ITimingCache", "errors": "ParserError", "params": "KernelLaunchParams",
 }  # fmt: skip
-FILES = ["engine/tensorrt_stages.py", "export/tensorrt.py", "export/compilers.py"]
+FILES = {"engine/tensorrt_stages.py": 15, "export/tensorrt.py": 15, "export/tensorrt_plugin.py": 10}
 
 
 def attributes(tree: ast.AST) -> list[tuple[list[str], int]]:
@@ -72,7 +73,10 @@ def test_every_name_is_published(file: str) -> None:
         elif len(parts) > 1 and parts[0] in CLASSES:
             assert parts[1] in NAMES[CLASSES[parts[0]]]["members"], (file, line, parts)
             checked += 1
-    assert checked >= {"export/compilers.py": 0}.get(file, 15)
+        elif len(parts) > 1 and parts[0] == "trtp":
+            assert parts[1] in stand_in_tensorrt.PLUGIN_NAMES, (file, line, parts)
+            checked += 1
+    assert checked >= FILES[file]
     assert tensorrt_stages._TYPES.keys() <= set(NAMES["DataType"]["members"])
 
 
@@ -206,6 +210,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return replay
 
     monkeypatch.setitem(sys.modules, "tensorrt", stand_in_tensorrt.module())
+    monkeypatch.setitem(sys.modules, "tensorrt.plugin", stand_in_tensorrt.plugin_module())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(stand_in_tensorrt, "PLUGINS", {})
+    register_plugins.cache_clear()
     monkeypatch.setattr(tensorrt_stages, "_stream", lambda device: 0)
     monkeypatch.setattr(tensorrt_stages, "_capture", capture)
     for file in (tensorrt_stages, compilers):
@@ -218,9 +226,11 @@ def built(spelled: OnnxGraph, options: BuildOptions) -> tuple[bytes, dict[str, T
     return build_plan(spelled.model.SerializeToString(), weights, options), weights
 
 
-def opened(graph: Graph, spelled: OnnxGraph, file: Path, strip: bool = False) -> TensorrtGraph:
+def opened(
+    graph: Graph, spelled: OnnxGraph, file: Path, strip: bool = False, attention: str = "native"
+) -> TensorrtGraph:
     """Built, written, loaded again: as a bundle would."""
-    plan, weights = built(spelled, BuildOptions(strip=strip))
+    plan, weights = built(spelled, BuildOptions(attention, strip=strip))
     file.write_bytes(plan)
     program = trace(graph)
     spec = GraphSpec(
@@ -354,3 +364,46 @@ def test_without_tensorrt_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     message = capsys.readouterr().err
     assert message.splitlines()[-1] == "error: tensorrt: got no package tensorrt, expected version 11"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_attention_as_a_plugin(
+    pipeline: Pipeline, stand_in: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our kernel's node on caches that TensorRT writes; its body is what the stage computes."""
+    graph = stage(pipeline, "sdd")
+    spelled = to_onnx(graph, partial(spell_for_tensorrt, attention="plugin"))
+    with pytest.raises(ValueError, match="parser refuses"):  # not registered
+        built(spelled, BuildOptions())
+    plan = opened(graph, spelled, tmp_path / "sdd.plan", attention="plugin")
+    inputs = inputs_of(graph, 0, 1, 2)
+    with torch.no_grad():
+        expected = dict(zip(graph.outputs, graph.module(*(x.clone() for x in inputs.values())), strict=True))
+    got = plan(inputs)
+    assert all(relative(got[name], value) <= 1e-5 for name, value in expected.items())
+
+
+def test_plugins_and_nodes_agree(pipeline: Pipeline, stand_in: dict[str, int]) -> None:
+    """As many inputs and outputs; the written cache is the given one; sizes of what comes out."""
+    register_plugins(90)
+    graph = stage(pipeline, "sdd")
+    nodes = {}
+    for attention in ("plugin", "plugin_fp8"):
+        model = to_onnx(graph, partial(spell_for_tensorrt, attention=attention)).model
+        nodes |= {f"greedy::{n.op_type}": n for n in model.graph.node if n.domain == "greedy.plugin"}
+        if attention == "plugin_fp8":
+            kinds = {v.name: v.type.tensor_type for v in (*model.graph.input, *model.graph.output)}
+            assert kinds["k_0"].elem_type == kinds["v_0_out"].elem_type == onnx.TensorProto.FLOAT8E4M3FN
+            assert [d.dim_value for d in kinds["v_0"].shape.dim] == [1, 2, 16, 32]  # 18 rows, up to 16's multiple
+    assert nodes.keys() == stand_in_tensorrt.PLUGINS.keys()
+    for name, plugin in stand_in_tensorrt.PLUGINS.items():
+        assert (len(nodes[name].input), len(nodes[name].output)) == (plugin["inputs"], plugin["outputs"]), name
+    desc = stand_in_tensorrt.TensorDesc
+    cache = desc((1, 18, 32), "e4m3")
+    written, *hidden = stand_in_tensorrt.PLUGINS["greedy::write_keys_fp8"]["describe"](cache, None, None, None)
+    assert written.alias is cache
+    assert len(hidden) == 2
+    q = desc((1, 1560, 1536), "bf16")
+    made = stand_in_tensorrt.PLUGINS["greedy::ring_attention"]["describe"](q, None, None, None, 12)
+    assert [[x.constant_value() for x in d.shape_expr] for d in made] == [
+        [1, 1560, 1536], [1, 12, 1560], [16], [16], [25 * 12 * 96], [16],
+    ]  # fmt: skip
