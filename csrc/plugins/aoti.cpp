@@ -259,8 +259,8 @@ class AotiDevice {
 class AotiGraph {
   public:
     AotiGraph(AotiDevice& device, const greedy_graph_spec& spec) : device_(device), name_(spec.name) {
-        keep(spec.inputs, spec.input_count, inputs_);
-        keep(spec.outputs, spec.output_count, outputs_);
+        for (size_t i = 0; i < spec.input_count; ++i) inputs_.emplace_back(spec.inputs[i]);
+        for (size_t i = 0; i < spec.output_count; ++i) outputs_.emplace_back(spec.outputs[i]);
         library_ = dlopen(spec.file, RTLD_NOW | RTLD_LOCAL);
         if (!library_) throw Failure(GREEDY_BAD_BUNDLE, std::string("got a graph that does not load, ") + dlerror());
         try {
@@ -302,24 +302,20 @@ class AotiGraph {
         int32_t dtype;
         std::vector<int64_t> shape;
 
+        explicit Spec(const greedy_tensor& given)
+            : name(given.name), dtype(given.dtype), shape(given.shape, given.shape + given.rank) {}
+
         greedy_tensor view() const { return {name.c_str(), dtype, static_cast<int32_t>(shape.size()), shape.data()}; }
 
-        // [name, dtype, [sizes]]
-        bool operator==(const Json::Array& said) const {
-            const std::string where = "signature";
-            if (said.size() != 3 || said[0].string(where) != name || said[1].string(where) != kDtypes[dtype])
-                return false;
-            const Json::Array& sizes = said[2].array(where);
-            bool same = sizes.size() == shape.size();
-            for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i].integer(where, 0, INT64_MAX) == shape[i];
+        // The type and shape of a [name, dtype, [sizes]].
+        bool like(const Json::Array& said) const {
+            const Json::Array& sizes = said[2].array("signature");
+            bool same = said[1].string("signature") == kDtypes[dtype] && sizes.size() == shape.size();
+            for (size_t i = 0; same && i < sizes.size(); ++i)
+                same = sizes[i].integer("signature", 0, INT64_MAX) == shape[i];
             return same;
         }
     };
-
-    static void keep(const greedy_tensor* specs, size_t count, std::vector<Spec>& out) {
-        for (size_t i = 0; i < count; ++i)
-            out.push_back({specs[i].name, specs[i].dtype, {specs[i].shape, specs[i].shape + specs[i].rank}});
-    }
 
     template <typename Function>
     void find(const char* name, Function& out) {
@@ -344,58 +340,61 @@ class AotiGraph {
         count_in(container_, &in);
         count_out(container_, &out);
         count_constants(container_, &constants);
-        check_signature();
+        const Json signature = check_signature();
         if (in != inputs_.size() || out != outputs_.size())
             throw Failure(GREEDY_BAD_BUNDLE, "got " + std::to_string(in) + " inputs and " + std::to_string(out) +
                                                  " outputs in the graph, expected " + std::to_string(inputs_.size()) +
                                                  " and " + std::to_string(outputs_.size()));
-        if (spec.constant_count) bind(spec, constants);
+        if (spec.constant_count) bind(spec, constants, signature);
     }
 
     // A graph says of itself what goes in and out; it checks nothing when it runs, so a manifest that lies about it
     // would let it read or write past a buffer.
-    void check_signature() {
+    Json check_signature() {
         int32_t (*call_spec)(Container, const char**, const char**);
         find("GetCallSpec", call_spec);
         const char *text = "", *unused = "";
         if (call_spec(container_, &text, &unused)) throw Failure(GREEDY_BAD_BUNDLE, "got a graph without a signature");
-        const Json json = Json::parse(text, "signature");
+        Json json = Json::parse(text, "signature");
         for (const auto& [side, specs] : {std::pair("inputs", &inputs_), std::pair("outputs", &outputs_)}) {
             const Json::Array& said = json.at(side, "signature").array("signature");
             bool same = said.size() == specs->size();
-            for (size_t i = 0; same && i < said.size(); ++i) same = (*specs)[i] == said[i].array("signature");
+            for (size_t i = 0; same && i < said.size(); ++i) {
+                const Json::Array& entry = said[i].array("signature");
+                same = entry.size() == 3 && entry[0].string("signature") == (*specs)[i].name && (*specs)[i].like(entry);
+            }
             if (!same)
                 throw Failure(GREEDY_BAD_BUNDLE, std::string("got other ") + side +
                                                      " in the manifest than in the graph, expected the same");
         }
+        return json;
     }
 
     // Weights lie outside the graph and stay there; it must want exactly those that the manifest gives it.
-    void bind(const greedy_graph_spec& spec, size_t wanted) {
-        int32_t (*name_of)(Container, size_t, const char**), (*dtype_of)(Container, size_t, int32_t*);
-        int32_t (*size_of)(Container, size_t, size_t*);
+    void bind(const greedy_graph_spec& spec, size_t wanted, const Json& signature) {
+        int32_t (*name_of)(Container, size_t, const char**), (*original_of)(Container, size_t, const char**);
         int32_t (*update)(Container, const Pair*, size_t, bool, bool);
         find("GetConstantName", name_of);
-        find("GetConstantDtype", dtype_of);
-        find("GetConstantDataSize", size_of);
+        find("GetConstantOriginalFQN", original_of);
         find("UpdateUserManagedConstantBufferPairs", update);
         std::map<std::string, const greedy_constant*> given;
         for (size_t i = 0; i < spec.constant_count; ++i) given[spec.constants[i].tensor.name] = &spec.constants[i];
+        std::map<std::string, const Json::Array*> said;
+        for (const Json& entry : signature.at("constants", "signature").array("signature"))
+            if (entry.array("signature").size() == 3)
+                said[entry.array("signature")[0].string("signature")] = &entry.array("signature");
         std::vector<Pair> pairs;
         for (size_t i = 0; i < wanted; ++i) {
-            const char* name = "";
-            int32_t dtype = 0;
-            size_t bytes = 0;
+            const char *name = "", *original = "";
             name_of(container_, i, &name);
-            dtype_of(container_, i, &dtype);
-            size_of(container_, i, &bytes);
+            original_of(container_, i, &original);
             const auto found = given.find(name);
             if (found == given.end())
                 throw Failure(GREEDY_BAD_BUNDLE, std::string("got no weight for constant ") + name + ", expected one");
-            const greedy_tensor& tensor = found->second->tensor;
-            if (device_.dtype(tensor.dtype) != dtype || bytes_of(tensor) != bytes)
-                throw Failure(GREEDY_BAD_BUNDLE, std::string("got a weight of another size or type for ") + name +
-                                                     ", expected " + std::to_string(bytes) + " bytes");
+            const auto expected = said.find(original);
+            if (expected == said.end() || !Spec(found->second->tensor).like(*expected->second))
+                throw Failure(GREEDY_BAD_BUNDLE, std::string("got a weight of another shape or type for ") + original +
+                                                     ", expected the graph's");
             pairs.push_back({name, device_.weight(*found->second)});
         }
         if (pairs.size() != spec.constant_count)
@@ -403,13 +402,6 @@ class AotiGraph {
                                                  std::to_string(pairs.size()));
         if (update(container_, pairs.data(), pairs.size(), false, true))
             throw Failure(GREEDY_BAD_BUNDLE, "got weights that the graph refuses" + last_error() + ", expected others");
-    }
-
-    static size_t bytes_of(const greedy_tensor& tensor) {
-        static constexpr size_t kBytes[] = {4, 2, 2, 1, 8};
-        size_t bytes = kBytes[tensor.dtype];
-        for (int32_t i = 0; i < tensor.rank; ++i) bytes *= static_cast<size_t>(tensor.shape[i]);
-        return bytes;
     }
 
     // An output is what the manifest says, contiguous.
