@@ -220,7 +220,7 @@ def match(reading: Reading, scene: Scene) -> list[Track | None]:
     wanted = 1 if scene.other is None else 2
     found: list[Track | None] = [*reading.tracks, *[None] * wanted]
 
-    def worth(choice: tuple[Track | None, ...]) -> float:
+    def worth(choice: Iterable[Track | None]) -> float:
         return sum(_fits(track, scene, number) for number, track in enumerate(choice) if track is not None)
 
     return list(max(permutations(found[: len(reading.tracks) + wanted], wanted), key=worth))
