@@ -68,9 +68,10 @@ def write_keys_kernel(
     token = tl.program_id(0)
     row = tl.load(START).to(tl.int64) + token
     at = tl.arange(0, BLOCK)
+    width = tl.where((row >= 0) & (row < rows), WIDTH, 0)  # a wrong start must not reach other memory
     x = tl.load(UPDATE + token.to(tl.int64) * WIDTH + at, mask=at < WIDTH, other=0.0).to(tl.float32)
     scale = tl.load(SCALE + at // HEAD_DIM, mask=at < WIDTH, other=1.0)
-    tl.store(OUT + row * WIDTH + at, to_e4m3(x, scale).to(tl.float8e4nv), mask=(at < WIDTH) & (row < rows))
+    tl.store(OUT + row * WIDTH + at, to_e4m3(x, scale).to(tl.float8e4nv), mask=at < width)
 
 
 @triton.jit
@@ -86,7 +87,7 @@ def write_values_kernel(
     x = tl.load(UPDATE + token * WIDTH + head * HEAD_DIM + element, mask=inside, other=0.0).to(tl.float32)
     row = tl.load(START).to(tl.int64) + token
     target = OUT + (head * HEAD_DIM + element).to(tl.int64) * pitch + row
-    tl.store(target, to_e4m3(x, tl.load(SCALE + head)).to(tl.float8e4nv), mask=inside & (row < rows))
+    tl.store(target, to_e4m3(x, tl.load(SCALE + head)).to(tl.float8e4nv), mask=inside & (row >= 0) & (row < rows))
 
 
 _WRITE = {"CACHE": "*fp8e4nv", "UPDATE": "*bf16", "SCALE": "*fp32", "START": "*i32", "OUT": "*fp8e4nv"}
