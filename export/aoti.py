@@ -1,7 +1,7 @@
 """Program -> a shared object of AOTInductor, loadable through its C ABI by a host without Python.
 
 Weights stay outside (the host binds them, shared by all graphs), but those of the VAE on a CPU: there the compiler may
-fold and re-order them, which is most of its speed. Both at once, freezing with weights outside, crashes when run.
+fold and re-order them. Both at once, freezing with weights outside, crashes when run, so there is no such option.
 """
 
 import hashlib
