@@ -1,10 +1,15 @@
-"""The backends of a bundle against torch's modules, in one run: chunks in turn, so that all see the same machine."""
+"""The backends of a bundle against torch's modules, in one run: chunks in turn, so that all see the same machine.
+
+Where the C++ core is built, it streams the bundle as well, under the name native: whole chunks only, since its stages
+are out of Python's reach.
+"""
 
 import argparse
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +20,15 @@ from bench.flops import steady_index
 from bench.header import machine, print_header, stream_header
 from bench.meter import Meter, MeteredPipeline
 from bench.spread import interleaved, paired_ratio, quartiles, table
+from engine.config import Preset
 from engine.loader import DTYPES, load
+from engine.native import NativePipeline, NativeStream
 from engine.stream import Pipeline, Stream
 
+Pipelines = dict[str, Pipeline | NativePipeline]
 
-def agreement(pipelines: dict[str, Pipeline], prompt: str, seed: int, chunks: int) -> list[check.Check]:
+
+def agreement(pipelines: Pipelines, prompt: str, seed: int, chunks: int) -> list[check.Check]:
     """Frames of every backend against torch's."""
     frames = {}
     for name, pipeline in pipelines.items():
@@ -33,15 +42,18 @@ def agreement(pipelines: dict[str, Pipeline], prompt: str, seed: int, chunks: in
     return found
 
 
-def race(pipelines: dict[str, Pipeline], prompt: str, seed: int, pairs: int) -> dict[str, dict[str, list[float]]]:
+def race(pipelines: Pipelines, preset: Preset, prompt: str, seed: int, pairs: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of `pairs` steady chunks of every backend, in turn: whole, and by stage."""
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in pipelines}
     with ExitStack() as stack:
         streams = {}
         for name, pipeline in pipelines.items():
             meter = Meter(pipeline.device)
-            stream = stack.enter_context(MeteredPipeline.of(pipeline, meter).stream(prompt, seed=seed))
-            for _ in range(steady_index(pipeline.preset) + 1):
+            measured: Any = pipeline
+            if not isinstance(pipeline, NativePipeline):
+                measured = MeteredPipeline.of(pipeline, meter)
+            stream: Stream | NativeStream = stack.enter_context(measured.stream(prompt, seed=seed))
+            for _ in range(steady_index(preset) + 1):
                 stream.next_chunk()
             streams[name] = stream, meter
         turns = {name: partial(_chunk, *opened) for name, opened in streams.items()}
@@ -51,7 +63,7 @@ def race(pipelines: dict[str, Pipeline], prompt: str, seed: int, pairs: int) -> 
     return seconds
 
 
-def _chunk(stream: Stream, meter: Meter) -> dict[str, float]:
+def _chunk(stream: Stream | NativeStream, meter: Meter) -> dict[str, float]:
     """Seconds of one chunk by stage, and of all of it."""
     meter.take()
     start = meter.now()
@@ -70,15 +82,17 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[check.Check]
         args.model, preset=manifest.preset_name, device="cpu", dtype=manifest.precision, height=manifest.height,
         width=manifest.width,
     )  # fmt: skip
-    pipelines = {"torch": modules}
+    pipelines: Pipelines = {"torch": modules}
     for backend in manifest.backends.values():
         pipelines[backend.backend] = models.open_bundle(args.bundle, backend.backend)
+    if "aoti" in pipelines and find_spec("engine._C"):
+        pipelines["native"] = NativePipeline(args.bundle, "aoti")
     checks = agreement(pipelines, args.prompt, args.seed, args.check_chunks)
     report: dict[str, Any] = {"machine": machine(modules.device)}
     report |= {"stream": stream_header(modules, f"bundle {args.bundle.name}"), "checks": [asdict(c) for c in checks]}
     if not all(c.passed for c in checks):
         return report, checks
-    seconds = race(pipelines, args.prompt, args.seed, args.pairs)
+    seconds = race(pipelines, modules.preset, args.prompt, args.seed, args.pairs)
     stages = {}
     for label in ("etm", "sdd_context", "sdd", "dit", "dit_context", "vae", "chunk"):
         if label in seconds["torch"]:
@@ -86,6 +100,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[check.Check]
                 name: {"ms": quartiles([1e3 * s for s in found[label]])}
                 | ({} if name == "torch" else {"ratio": paired_ratio(found[label], seconds["torch"][label])})
                 for name, found in seconds.items()
+                if label in found
             }
     report |= {"pairs": args.pairs, "backends": list(pipelines), "stages": stages}
     report |= {key: report["machine"][key] for key in ("commit", "device")}
@@ -96,9 +111,12 @@ def print_report(r: dict[str, Any]) -> None:
     rows = []
     for label, found in r["stages"].items():
         row: dict[str, Any] = {"stage": label}
-        for name, timed in found.items():
-            row[f"{name} ms"] = timed["ms"]["median"]
-            if "ratio" in timed:
+        for name in r["backends"]:
+            timed = found.get(name)
+            row[f"{name} ms"] = timed["ms"]["median"] if timed else ""
+            if name != "torch":
+                row[f"{name} / torch"] = ""
+            if timed and "ratio" in timed:
                 row[f"{name} / torch"] = "{median:.3f} [{low:.3f}, {high:.3f}]".format(**timed["ratio"])
         rows.append(row)
     print(f"\n{r['pairs']} chunks of each in turn; median ms a chunk, ratio to torch: median [95% interval]\n")
