@@ -119,7 +119,8 @@ class GraphStages(ABC):
         for layer in range(self.layers):
             for side, whole, past in zip("kv", text, cache.view(layer), strict=True):
                 inputs[f"text_{side}_{layer}"] = whole[layer]
-                inputs[f"{side}_{layer}"] = past.flatten(2)
+                # Rows, but for V in FP8: there they are the last axis.
+                inputs[f"{side}_{layer}"] = past if cache.fp8 and side == "v" else past.flatten(2)
         return self.run_graph(name, inputs)
 
     def etm(

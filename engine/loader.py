@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).parent / "assets" / "sprites"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = (*DTYPES, "fp8")
-_SETTINGS = {"height": 480, "width": 832, "fps": 16, "preset": "greedy", "overrides": {}, "fp8_keep": []}
+# Cross-attention's output goes into the hidden state without a gate, so its rounding does too: of all products the one
+# that costs most in error (docs/fp8.md) and, with 6% of the operations, little in time.
+FP8_KEEP = ("*.attn2.to_out.0",)
+_SETTINGS = {"height": 480, "width": 832, "fps": 16, "preset": "greedy", "overrides": {}, "fp8_keep": [*FP8_KEEP]}
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def load(
 
 def make_stages(
     models: dict[str, WanTransformer], vae: VAE | None, encoder: nn.Module | None, device: torch.device, *,
-    fp8: bool = False, keep: Sequence[str] = (), fp8_attention: bool = False, eager: bool = False,
+    fp8: bool = False, keep: Sequence[str] = FP8_KEEP, fp8_attention: bool = False, eager: bool = False,
 ) -> Stages:  # fmt: skip
     """The torch backend: plain modules on a processor; fused kernels, and CUDA graphs around them, on a GPU.
 
@@ -179,11 +182,11 @@ def load_bundle(folder: str | Path, backend: str | None = None) -> Pipeline:
     device = torch.device(found[0].target.split("-")[0])
     stages = _bundle_stages(found[0].backend)(folder, manifest, found[0], torch.get_num_threads(), device)
     graph = found[0].graphs["etm" if "etm" in found[0].graphs else "dit"]
-    latent = next(spec for spec in graph.inputs if spec.name == "latent")
+    latent, keys = (next(spec for spec in graph.inputs if spec.name == name) for name in ("latent", "k_0"))
     return Pipeline(
         stages, tokenizer, manifest.transformer_value(), manifest.preset_value(), manifest.preset_name,
         TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
-        manifest.spatial, manifest.temporal,
+        manifest.spatial, manifest.temporal, TENSOR_DTYPES[keys.dtype],
     )  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from engine.loader import EMBEDDED, PRECISIONS, load, settings_of
 from engine.stream import Pipeline
 from export.calibrate import calibrate, read_calibration
 from export.quantize import GRANULARITIES, Recipe, quantize
-from export.tensorrt import ATTENTIONS, BuildOptions
+from export.tensorrt import BuildOptions
+from export.tensorrt_onnx import ATTENTIONS
 from export.write import COUNTED, TOLERANCE, verify_bundle, write_bundle
 
 
@@ -58,6 +59,8 @@ def _export(args: argparse.Namespace) -> int:
         dtype=around if fp8 else args.precision, height=args.height, width=args.width,
     )  # fmt: skip
     pipeline = _quantized(pipeline, args, settings_of(folder)["fp8_keep"]) if fp8 else pipeline
+    if args.attention == "plugin_fp8" and not fp8:
+        raise ValueError(f"--attention: got plugin_fp8 with --precision {args.precision}, expected fp8 with it")
     plans = BuildOptions(args.attention, strip=args.strip, timing_cache=args.timing_cache)
     for line in write_bundle(pipeline, args.out, tokenizer, args.prompt, args.seed, backends, args.reuse, plans):
         print(line, file=sys.stderr)
@@ -99,8 +102,9 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="from export.calibrate, or ModelOpt's amax")
     parser.add_argument(
-        "--attention", choices=ATTENTIONS, default="native", help="tensorrt: its own, or our kernel as a plugin"
-    )
+        "--attention", choices=ATTENTIONS, default="native",
+        help="tensorrt: its own, or our kernel as a plugin (plugin_fp8: on FP8 caches)",
+    )  # fmt: skip
     parser.add_argument("--strip", action="store_true", help="tensorrt: weights outside the plans, shared")
     parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="tensorrt: kernels measured before")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what aoti compiles for (cpu)")

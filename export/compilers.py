@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.aoti_stages import target_of
+from engine.bundle import TensorSpec
 from engine.tensorrt_stages import require_tensorrt
 from export.aoti import compile_program, constants_of, source_of
 from export.onnx_graph import to_onnx
@@ -37,6 +38,10 @@ class Compiler(ABC):
     @abstractmethod
     def write(self, program: Program, file: Path) -> dict[str, Tensor]:
         """Compile into `file`; returns the constants that it leaves outside, by the names that it knows them by."""
+
+    def signature(self, program: Program) -> tuple[list[TensorSpec], list[TensorSpec]]:
+        """Inputs and outputs of what `write` makes."""
+        return program.inputs, program.outputs
 
     def source(self, program: Program) -> str | None:
         """sha256 of what decides the result; None where making it again is quick enough."""
@@ -114,6 +119,23 @@ class TensorrtCompiler(Compiler):
         weights = {name: _tensor(value) for name, value in made.weights.items()}
         file.write_bytes(build_plan(made.model.SerializeToString(), weights, self.options))
         return weights if self.options.strip else {}
+
+    def signature(self, program: Program) -> tuple[list[TensorSpec], list[TensorSpec]]:
+        """FP8 caches are e4m3, V transposed as engine.cache has it."""
+        caches = {name for pair in program.graph.aliases.items() for name in pair}
+        if self.options.attention != "plugin_fp8" or not caches:
+            return program.inputs, program.outputs
+        heads = next(spec.shape[2] for spec in program.inputs if spec.name.startswith("text_k"))
+
+        def stored(spec: TensorSpec) -> TensorSpec:
+            if spec.name not in caches:
+                return spec
+            batch, rows, dim = spec.shape
+            transposed = [batch, heads, dim // heads, (rows + 15) // 16 * 16]
+            shape = transposed if spec.name.startswith("v_") else spec.shape
+            return spec.model_copy(update={"dtype": "float8_e4m3fn", "shape": shape})
+
+        return [stored(spec) for spec in program.inputs], [stored(spec) for spec in program.outputs]
 
 
 def compiler_of(backend: str, device: torch.device, plans: BuildOptions | None = None) -> Compiler:

@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from engine.tensorrt_stages import require_tensorrt
+from export.tensorrt_onnx import ATTENTIONS
 from export.tensorrt_plugin import register_plugins
-
-ATTENTIONS = ("native", "plugin")
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     """How plans are built.
 
-    attention     native: TensorRT's own; plugin: our kernel, compiled into the plan
+    attention     native: TensorRT's own; plugin: our kernel, compiled into the plan; plugin_fp8: on e4m3 caches
     level         0 to 5: how long TensorRT searches for kernels
     strip         leave weights out; the loader puts those of weights.safetensors in
     timing_cache  file with measured kernels, read if it is there, written afterwards; None is none

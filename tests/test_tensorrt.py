@@ -4,8 +4,10 @@ builder and the runtime driven by a stand-in (tests/stand_in_tensorrt.py). None 
 import ast
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor
 import export.__main__
 from engine import tensorrt_stages
 from engine.bundle import GraphSpec, read_manifest
-from engine.graph_stages import NotHere
+from engine.graph_stages import GraphStages, NotHere
 from engine.loader import load_bundle
 from engine.onnx_stages import _ort_value
 from engine.stream import Pipeline
@@ -380,6 +382,42 @@ def test_attention_as_a_plugin(
         expected = dict(zip(graph.outputs, graph.module(*(x.clone() for x in inputs.values())), strict=True))
     got = plan(inputs)
     assert all(relative(got[name], value) <= 1e-5 for name, value in expected.items())
+
+
+class Mixed(GraphStages):
+    """Transformers on plans, text and VAE in torch."""
+
+    name = "tensorrt"
+
+    def __init__(self, plans: dict[str, TensorrtGraph], rest: Any, layers: int) -> None:
+        self._graphs, self.device, self.layers = plans, torch.device("cpu"), layers
+        self.backend = SimpleNamespace(graphs={name: plan.spec for name, plan in plans.items()})
+        self.encode_text, self.prepare_text = rest.encode_text, rest.prepare_text
+        self.vae_first, self.vae_steady = rest.vae_first, rest.vae_steady
+
+    def open_graph(self, name: str, file: Path, spec: GraphSpec) -> TensorrtGraph:
+        raise AssertionError
+
+
+def test_fp8_caches_in_the_loop(fp8: Pipeline, stand_in: dict[str, int], tmp_path: Path) -> None:
+    """RingCache in e4m3, V transposed, written by the plugins' nodes: 12 chunks, the rings gone round."""
+    options, plans = BuildOptions("plugin_fp8"), {}
+    compiler = compilers.TensorrtCompiler(options)
+    for name in ("etm", "sdd_context", "sdd"):
+        program, file = trace(stage(fp8, name)), tmp_path / f"{name}.plan"
+        weights = compiler.write(program, file)
+        inputs, outputs = compiler.signature(program)
+        spec = GraphSpec(
+            file=file.name, inputs=inputs, outputs=outputs, aliases=program.graph.aliases, weights={}
+        )  # fmt: skip
+        plans[name] = TensorrtGraph(name, file, spec, weights, runtime(), torch.device("cpu"))
+    other = replace(fp8, stages=Mixed(plans, fp8.stages, 2), kv_dtype=torch.float8_e4m3fn)
+    with fp8.stream(PROMPT, seed=3) as a, other.stream(PROMPT, seed=3) as b:
+        apart = [np.abs(a.next_chunk().astype(int) - b.next_chunk()).mean() for _ in range(12)]
+        assert b.state.etm.k.dtype == torch.float8_e4m3fn
+        assert b.state.etm.k.float().abs().sum() > 0
+    assert 0 < max(apart) < 3
+    assert stand_in["captured"] == 3
 
 
 def test_plugins_and_nodes_agree(pipeline: Pipeline, stand_in: dict[str, int]) -> None:
