@@ -23,7 +23,7 @@ from engine.config import find_preset
 from engine.cuda_graphs import GraphedStages
 from engine.fused import FusedTransformer
 from engine.layers import Attend, Block
-from engine.loader import make_stages
+from engine.loader import FP8_KEEP, make_stages
 from engine.stages import TorchStages
 from engine.stream import Pipeline, Stream
 from engine.transformer import TextKV, WanTransformer
@@ -79,7 +79,7 @@ def variants(pipeline: Pipeline) -> dict[str, Pipeline]:
         return GraphedStages(stages) if gpu else stages
 
     def fast(fp8: bool) -> TorchStages:
-        fused = {role: FusedTransformer(model, fp8) for role, model in eager.models.items()}
+        fused = {role: FusedTransformer(model, fp8, FP8_KEEP, role) for role, model in eager.models.items()}
         return TorchStages(eager.models, vae, eager.text_encoder, fused)
 
     compiled = cast(dict[str, WanTransformer], {role: _Compiled(model) for role, model in eager.models.items()})

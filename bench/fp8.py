@@ -10,7 +10,7 @@ import argparse
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,12 +18,19 @@ from torch import Tensor
 
 from bench import results
 from bench.header import machine
+from bench.random_weights import RandomSource
 from distill.evaluator import from_uint8
 from distill.tasks import find_task
-from engine.cache import RingCache
-from engine.loader import load
+from engine.cache import FP8, CachedAttention, RingCache
+from engine.checkpoint import fill
+from engine.config import TransformerConfig
+from engine.fused import FusedTransformer
+from engine.layers import Block
+from engine.loader import FP8_KEEP, load
+from engine.rope import rope_tables
 from engine.stages import TorchStages
 from engine.stream import Pipeline
+from engine.transformer import WanTransformer
 from export.calibrate import calibrate
 from export.quantize import GRANULARITIES, Recipe, quantizable, quantize
 
@@ -124,7 +131,57 @@ def sensitivity(
     return stage_errors(reference, others, prompts, chunks)
 
 
+PRODUCTS = ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+
+@torch.inference_mode()
+def block_errors(seeds: int, side: int = 16) -> dict[str, dict[str, float]]:
+    """Error of a random block of Wan2.1-1.3B's width with one product in FP8, with all, with FP8 attention too.
+
+    rms error of what the block adds to its input, over its rms, beside the same block in float32; bf16 is what the
+    rest is to be judged by. side x side tokens, after a chunk of as many in the cache; inputs and weights are normal.
+    """
+    config = TransformerConfig(num_layers=1)
+    keeps = {"bf16": ["*"], "fp8 all": [], "fp8 as by default": list(FP8_KEEP)}
+    keeps |= {f"fp8 {name}": [f"*.{other}" for other in PRODUCTS if other != name] for name in PRODUCTS}
+    found: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model = WanTransformer(config)
+        fill(model, RandomSource(model, "random block", seed), torch.float32, torch.device("cpu"))
+        model.fuse()
+        inputs = [torch.randn(1, side**2, config.dim) for _ in range(2)]
+        text, t = model.prepare_text(torch.randn(1, 512, config.text_dim)), torch.tensor([500.0])
+        truth = _added(FusedTransformer(model), inputs, text, t, torch.float32)
+        narrow = model.to(torch.bfloat16)
+        narrow.fuse()
+        for name, keep in (keeps | {"fp8 all, attention": []}).items():
+            fused = FusedTransformer(narrow, fp8=True, keep=keep)
+            got = _added(fused, inputs, text, t, FP8 if "attention" in name else torch.bfloat16)
+            error = float((got - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+            found.setdefault(name, []).append(error)
+    return {name: {"mean": float(np.mean(e)), "most": max(e)} for name, e in found.items()}
+
+
+def _added(fused: FusedTransformer, inputs: list[Tensor], text: Any, t: Tensor, kv: torch.dtype) -> Tensor:
+    """What the block adds to the second input, with the first one's keys and values in the cache: float32."""
+    model, config = fused.model, fused.model.config
+    dtype, tokens = model.proj_out.weight.dtype, inputs[0].shape[1]
+    side = int(tokens**0.5)
+    cache = RingCache(1, 1, 2, tokens, config.num_attention_heads, config.attention_head_dim, dtype=kv)
+    _, modulation = model.condition_embedder.time(t[:, None])
+    modulation = cast(Block, model.blocks[0]).scale_shift_table[:, None] + modulation
+    for slot, x in enumerate(inputs):
+        cos, sin = rope_tables([slot], side, side, config.attention_head_dim)
+        k, v = (part[0].to(dtype) for part in text)
+        x = x.to(dtype)
+        out = fused.blocks[0](x, modulation, k, v, cos, sin, 0, CachedAttention(cache, slot, slot + 1))
+    return out.float() - x.float()
+
+
 def run(args: argparse.Namespace) -> int:
+    if args.blocks:
+        return _run_blocks(args)
     if args.prompts < 1 or args.frames < 2:
         raise ValueError(f"fp8: got {args.prompts} prompts and {args.frames} frames, expected at least 1 and 2")
     task = find_task("sprites")
@@ -132,9 +189,8 @@ def run(args: argparse.Namespace) -> int:
     reference = load(device="cpu", dtype="fp32")
     seen = [spec.caption for spec in task.draw(CALIBRATION["prompts"], CALIBRATION["seed"])]
     amax = calibrate(reference, seen, chunks=CALIBRATION["chunks"])
-    others = {
-        "bf16": load(device="cpu", dtype="bf16"),
-    }
+    # "engine": what --precision fp8 streams on; the others are what an export holds.
+    others = {name: load(device="cpu", dtype=kind) for name, kind in (("bf16", "bf16"), ("engine fp8", "fp8"))}
     for granularity in GRANULARITIES:
         others[f"fp8 {granularity}"] = quantize(reference, Recipe(granularity), amax)
         last = f"blocks.{reference.config.num_layers - 1}.*"
@@ -159,6 +215,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_blocks(args: argparse.Namespace) -> int:
+    rows = block_errors(args.blocks)
+    if not args.json:
+        for name, error in rows.items():
+            print(f"{name:24} {error['mean']:.2e}  at most {error['most']:.2e}")
+    results.emit(args, "fp8-blocks", {"machine": machine(torch.device("cpu")), "blocks": args.blocks, "rows": rows})
+    return 0
+
+
 def _row(name: str, row: dict[str, Any]) -> str:
     errors = "  ".join(f"{stage} {error:.2e}" for stage, error in row["errors"].items())
     scores = "  ".join(f"{key} {row['scores'][key]['mean']:.3f} ± {row['scores'][key]['se']:.3f}" for key in SCORES)
@@ -171,5 +236,12 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--frames", type=int, default=33)
     command.add_argument("--seed", type=int, default=20)
     command.add_argument("--sensitivity", action="store_true", help="also one block, and one kind of linear, at a time")
+    command.add_argument(
+        "--blocks",
+        type=int,
+        default=0,
+        metavar="N",
+        help="instead: N random full-width blocks, a product at a time",
+    )
     results.add_arguments(command)
     command.set_defaults(run=run)
