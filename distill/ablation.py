@@ -23,10 +23,11 @@ from distill import next_chunk, rl
 from distill.base import Base
 from distill.codec import Codec
 from distill.draws import Draws
-from distill.next_chunk import AnyStudent, NextChunkConfig, load_student
+from distill.next_chunk import AnyStudent, NextChunkConfig, draw_levels, load_student, noised
 from distill.results import AblationConfig, write_report
 from distill.rl import RlConfig
 from distill.rollout import roll_out
+from distill.scenes import Scene, seen
 from distill.tasks import find_task
 from distill.training import load_config, run_stage
 from engine.config import Preset, find_preset
@@ -138,6 +139,36 @@ class Runner:
         part.rename(path)
         return result
 
+    @torch.no_grad()
+    def loss(self, arm: str, seed: int) -> dict[str, float]:
+        """Eq. 6 on drawn held-out clips with the same noise for every arm, measured unless it is there.
+
+        Clips are few and scores coarse; this pairs the arms frame by frame. `reappearing` is over the frames that show
+        a mover whose last latent frame was hidden: the text and two frames do not say where it is.
+        """
+        path = self.out / f"{arm}-{seed}" / "loss.json"
+        if path.is_file():
+            return json.loads(path.read_text())
+        student, made, _ = load_student(self.train(arm, seed), self.base)
+        errors, again = [], []
+        for start in range(0, len(self.specs), 16):
+            specs = self.specs[start : start + 16]
+            clean = self.codec.encode(self.task.render(specs, 4 * self.config.frames - 3)[0])
+            draws = Draws(self.config.prompt_seed, start, list(range(len(specs))))
+            t, noise = draw_levels((clean.shape[2],), made, draws), draws.normal(*clean.shape[1:])
+            text = student.stages.prepare_text(self.base.encode([spec.caption for spec in specs]))
+            flow = student.flow(clean[:, :, :-1], noised(clean, noise, t), t, text)
+            errors.append((flow - (noise - clean)).square().mean((1, 3, 4))[:, 1:])
+            if isinstance(specs[0], Scene):
+                shown = torch.stack([seen(spec, 4 * self.config.frames - 3)[::4] for spec in specs])
+                again.append(shown[:, 1:] & ~shown[:, :-1])
+        error = torch.cat(errors)
+        result = {"all": float(error.mean())}
+        if again and bool(torch.cat(again).any()):
+            result["reappearing"] = float(error[torch.cat(again)].mean())
+        path.write_text(json.dumps(result))
+        return result
+
     def over_time(self, videos: list[Tensor]) -> list[dict[str, float]]:
         """Quality and semantic scores of successive windows of long clips."""
         length = self.config.window
@@ -186,14 +217,18 @@ def main() -> None:
             raise FileNotFoundError(f"results: got none in {arguments.out}, expected */result.json")
         trade = arguments.out / "trade_off.json"
         rows = json.loads(trade.read_text()) if trade.is_file() else []
-        write_report(config, [json.loads(path.read_text()) for path in found], arguments.results, rows)
+        results = [json.loads(path.read_text()) for path in found]
+        for result, path in zip(results, found, strict=True):
+            loss = path.with_name("loss.json")
+            result |= {"loss": json.loads(loss.read_text())} if loss.is_file() else {}
+        write_report(config, results, arguments.results, rows)
         return
     made = load_config(arguments.config, "next_chunk", NextChunkConfig)
     runner = Runner(config, made, load_config(arguments.config, "rl", RlConfig), arguments.out)
-    results: list[dict[str, Any]] = []
+    results = []
     for seed in config.seeds:
         for arm in config.arms:
-            results.append(runner.result(arm, seed))
+            results.append(runner.result(arm, seed) | {"loss": runner.loss(arm, seed)})
             print(json.dumps({"arm": arm, "seed": seed, "total": results[-1]["scores"]["total"]}), flush=True)
             write_report(config, results, arguments.results, [])
     write_report(config, results, arguments.results, runner.trade_off("etm", config.seeds[0]))

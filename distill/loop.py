@@ -6,7 +6,6 @@ processes and micro-batches, so neither changes the result (up to rounding). `ac
 """
 
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,12 +100,10 @@ def fit(
     accelerator: Accelerator,
     board: Path | None = None,
     stop_at: int | None = None,
-    each: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
     """Train (or go on from out/state.pt) and return the averaged parameters of the first group.
 
-    out/losses.jsonl gets a line a step. `stop_at` ends early, as a kill would; `each` is called after every checkpoint
-    with the step and the averages, on the first process.
+    out/losses.jsonl gets a line a step. `stop_at` ends early, as a kill would.
     """
     micros = split(config.batch, config.micro, accelerator.process_index, accelerator.num_processes)
     groups = objective.groups()
@@ -165,7 +162,5 @@ def fit(
                     "step": done,
                 }
                 save_state(out / "state.pt", state)
-                if each is not None:
-                    each(done, ema.mean)
     accelerator.wait_for_everyone()
     return ema.mean

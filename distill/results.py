@@ -73,6 +73,26 @@ def table(
     return "\n".join(lines) + "\n"
 
 
+def loss_table(results: list[dict[str, Any]]) -> str:
+    """Held-out Eq. 6, and its difference to the first arm there is, seed by seed: the noise is the same."""
+    names = ("all", "reappearing")
+    lines = ["| arm | all frames | reappearing | difference, all | difference, reappearing |", "|---" * 5 + "|"]
+    by = {(r["arm"], r["seed"]): r["loss"] for r in results if "loss" in r}
+    first = next(arm for arm in ARMS if any(arm == known for known, _ in by))
+    for arm, title in ARMS.items():
+        seeds = [seed for known, seed in by if known == arm]
+        if not seeds:
+            continue
+        cells = [f"{spread([by[arm, seed].get(name, math.nan) for seed in seeds])[0]:.4f}" for name in names]
+        for name in names:
+            shared = [seed for seed in seeds if (first, seed) in by]
+            gaps = [by[arm, seed].get(name, math.nan) - by[first, seed].get(name, math.nan) for seed in shared]
+            mean, error = spread(gaps)
+            cells.append(f"{mean:+.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}"))
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def time_table(config: AblationConfig, results: list[dict[str, Any]]) -> str:
     """Quality of successive windows of long clips, a row an arm, mean over seeds."""
     starts = [int(row["from"]) for row in results[0]["long"]]
@@ -113,6 +133,9 @@ def write_report(
     if any("given" in r for r in results):
         parts += [f"## Going on from {config.given} drawn latent frames", table(results, what="given")]
         parts += [table(results, dims, what="given")]
+    if any("loss" in r for r in results):
+        about = "Mean squared error of the flow (Eq. 6) on drawn held-out clips, the same noise for all arms."
+        parts += ["## Held-out loss", about, loss_table(results)]
     long = [r for r in results if r.get("long")]
     if long:
         about = f"Quality of text-to-video, {config.long_prompts} prompts; a column a window of {config.window} frames."

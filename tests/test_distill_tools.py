@@ -256,7 +256,10 @@ def test_ablation_skips_what_is_done(
         steps=(1, 2),
     )
     runner = Runner(config, made, tuned, tmp_path)
-    results = [runner.result(arm, 0) for arm in config.arms]
+    results = [runner.result(arm, 0) | {"loss": runner.loss(arm, 0)} for arm in config.arms]
+    plain, guided = results[1]["loss"], results[3]["loss"]
+    assert plain == guided  # the same student, teacher-forced
+    assert results[0]["loss"] != plain
     trade = runner.trade_off("etm", 0)
     assert [row["steps"] for row in trade] == [1, 2]
     trained = {r["arm"]: r["trained"] for r in results}
@@ -266,7 +269,8 @@ def test_ablation_skips_what_is_done(
         monkeypatch.setattr(getattr(ablation, stage), "train", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(Runner, "videos", lambda *_: pytest.fail("measured again"))
     again = Runner(config, made, tuned, tmp_path)
-    assert [again.result(arm, 0) for arm in config.arms] == results
+    monkeypatch.setattr(ablation, "load_student", lambda *_: pytest.fail("measured again"))
+    assert [again.result(arm, 0) | {"loss": again.loss(arm, 0)} for arm in config.arms] == results
     with pytest.raises(ValueError, match="other settings"):
         Runner(replace(config, prompts=2), made, tuned, tmp_path)
     write_report(config, results, tmp_path / "docs", trade)
