@@ -34,7 +34,7 @@ from engine.transformer import WanTransformer
 from export.calibrate import calibrate
 from export.quantize import GRANULARITIES, Recipe, quantizable, quantize
 
-SCORES = ("colour", "shape", "direction", "speed", "all_right")
+SCORES = ("semantic", "quality", "total", "object_class", "direction", "speed")
 CALIBRATION = {"prompts": 12, "seed": 7, "chunks": 9}
 
 
