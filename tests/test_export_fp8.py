@@ -352,7 +352,7 @@ def test_sensitivity_names_blocks_and_kinds(pipeline: Pipeline, amax: dict[str, 
 def test_fp8_bundles(
     model_dir: Path, amax: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the command line: exported, verified, streamed. Both transformers are one here, their weights stored once."""
+    """From the command line: exported, verified, streamed. Both transformers are one here, stored once."""
     write_calibration(amax, tmp_path / "amax.json")
     out = tmp_path / "bundle"
     given = ["--model", str(model_dir), "--precision", "fp8", "--prompt", PROMPT, "--out", str(out)]
