@@ -68,10 +68,11 @@ class AotiGraph:
         names: dict[str, str] = self.runner.get_constant_names_to_original_fqns()
         said = json.loads(self.runner.get_call_spec()[0])
         told = json.loads(signature(spec.inputs, spec.outputs, {names.get(n, n): w for n, w in weights.items()}))
-        if told["constants"]:
-            used = set(names.values())
-            said["constants"] = [entry for entry in said["constants"] if entry[0] in used]
-            told["constants"].sort(), said["constants"].sort()
+        if not isinstance(said, dict) or said.keys() != told.keys():
+            raise ValueError(f"{file}: got a graph without a signature, expected one of python -m export")
+        used = set(names.values())  # the compiler drops what it does not need
+        said["constants"] = sorted(entry for entry in said["constants"] if entry[0] in used)
+        told["constants"].sort()
         for what, expected in said.items():
             got = told[what]
             for mine, real in zip_longest(got, expected):

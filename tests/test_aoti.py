@@ -228,6 +228,7 @@ def test_a_changed_object_is_not_opened(damaged: Path, position: float, monkeypa
         (lambda g: g["etm"]["inputs"][0].update(name="latents"), "inputs: got"),
         (lambda g: g["etm"]["inputs"][0].update(dtype="float16"), "inputs: got"),
         (lambda g: g["etm"]["weights"].popitem(), "constants: got"),
+        (lambda g: g["etm"]["weights"].clear(), "constants: got"),
         (lambda g: g["etm"]["weights"].update(more=next(iter(g["etm"]["weights"].values()))), "constants: got"),
         (lambda g: g["vae_first"]["weights"].update(more=g["etm"]["weights"].popitem()[1]), "constants: got"),
         (lambda g: g["etm"]["weights"].update(dict.fromkeys(g["etm"]["weights"], "nothing")), "no weight 'nothing'"),
@@ -275,6 +276,21 @@ def test_not_a_shared_object(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"graph.so: got a file that does not load, expected"):
         AotiGraph("etm", tmp_path / "graph.so", GraphSpec(file="a", inputs=[], outputs=[], weights={}, aliases={}), {},
                   CPU)  # fmt: skip
+
+
+def test_a_shared_object_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without our signature there is nothing to compare the manifest with."""
+
+    class Foreign:
+        def get_constant_names_to_original_fqns(self) -> dict[str, str]:
+            return {}
+
+        def get_call_spec(self) -> list[str]:
+            return ["[1, {}]", ""]
+
+    monkeypatch.setattr("engine.aoti_stages.open_object", lambda *_: Foreign())
+    with pytest.raises(ValueError, match="got a graph without a signature, expected"):
+        AotiGraph("etm", tmp_path, GraphSpec(file="a", inputs=[], outputs=[], weights={}, aliases={}), {}, CPU)
 
 
 def test_unchanged_graphs_are_reused(
