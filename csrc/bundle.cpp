@@ -69,7 +69,7 @@ void Bundle::open_device(const greedy_settings& settings) {
     for (const auto& [name, spec] : manifest_.backends) {
         names += (names.empty() ? "" : ", ") + name;
         if (settings.backend && settings.backend != spec.backend) continue;
-        const auto version = spec.versions.find("torch");
+        const auto version = spec.versions.find(spec.backend == "aoti" ? "torch" : spec.backend);
         const greedy_device_settings device{
             spec.target.c_str(),  version == spec.versions.end() ? nullptr : version->second.c_str(),
             settings.library_dir, settings.parallel,
@@ -124,7 +124,7 @@ const Graph& Bundle::graph(const std::string& name) {
         constants.back().spec.name = constant;
     }
     const std::string file = (fs::path(folder_) / spec->second.file).string();
-    auto loaded = std::make_unique<Graph>(*device_, name, file, spec->second.inputs, spec->second.outputs, constants);
+    auto loaded = std::make_unique<Graph>(*device_, name, file, spec->second, constants);
     log(GREEDY_LOG_DEBUG, "loaded " + name);
     return *graphs_.emplace(name, std::move(loaded)).first->second;
 }

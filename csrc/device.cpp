@@ -38,16 +38,23 @@ Buffer::~Buffer() {
     if (device_) device_->plugin_->release(device_->device_, raw_);
 }
 
-Graph::Graph(const Device& device, const std::string& name, const std::string& file, std::vector<TensorSpec> inputs,
-             std::vector<TensorSpec> outputs, const std::vector<Constant>& constants)
-    : device_(device), name_(name), inputs_(std::move(inputs)), outputs_(std::move(outputs)) {
+Graph::Graph(const Device& device, const std::string& name, const std::string& file, const GraphSpec& graph,
+             const std::vector<Constant>& constants)
+    : device_(device), name_(name), inputs_(graph.inputs), outputs_(graph.outputs) {
+    std::vector<std::int32_t> aliases(outputs_.size(), -1);
+    for (std::size_t i = 0; i < outputs_.size(); ++i)
+        for (std::size_t j = 0; j < inputs_.size(); ++j) {
+            const auto alias = graph.aliases.find(outputs_[i].name);
+            if (alias != graph.aliases.end() && alias->second == inputs_[j].name)
+                aliases[i] = static_cast<std::int32_t>(j);
+        }
     std::vector<greedy_tensor> in, out;
     std::vector<greedy_constant> weights;
     for (const TensorSpec& spec : inputs_) in.push_back(describe(spec));
     for (const TensorSpec& spec : outputs_) out.push_back(describe(spec));
     for (const Constant& constant : constants) weights.push_back({describe(constant.spec), constant.data});
-    const greedy_graph_spec spec{name_.c_str(), file.c_str(), in.data(),      out.data(),
-                                 in.size(),     out.size(),   weights.data(), weights.size()};
+    const greedy_graph_spec spec{name_.c_str(), file.c_str(),   in.data(),      out.data(),    in.size(),
+                                 out.size(),    weights.data(), weights.size(), aliases.data()};
     call(name, device.plugin_->load, device.device_, &spec, &graph_);
 }
 

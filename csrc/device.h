@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "greedy/plugin.h"
+#include "manifest.h"
 #include "tensor.h"
 
 namespace greedy::core {
@@ -46,13 +47,14 @@ struct Constant {
 // A loaded graph. Calls may come from several threads.
 class Graph {
   public:
-    Graph(const Device& device, const std::string& name, const std::string& file, std::vector<TensorSpec> inputs,
-          std::vector<TensorSpec> outputs, const std::vector<Constant>& constants);
+    Graph(const Device& device, const std::string& name, const std::string& file, const GraphSpec& spec,
+          const std::vector<Constant>& constants);
     ~Graph();
     Graph(const Graph&) = delete;
     Graph& operator=(const Graph&) = delete;
 
-    // Device pointers in the order of inputs(), each to as many bytes as its spec says; a buffer for each output.
+    // Device pointers in the order of inputs(), each to as many bytes as its spec says; a buffer for each output. One
+    // that is an alias is the input's memory: it lives no longer than that.
     std::vector<Buffer> run(const std::vector<void*>& inputs) const;
 
     const std::string& name() const { return name_; }

@@ -116,7 +116,15 @@ GraphSpec graph_from(const Json& given, const std::string& where) {
         for (const TensorSpec& tensor : *side)
             expect(names.insert(tensor.name).second, where, "two tensors " + tensor.name, "one of a name");
     }
-    for (const auto& [output, name] : spec.aliases) expect(input(name), where, "an alias of " + name, "an input");
+    for (const auto& [output, name] : spec.aliases) {
+        const auto same = [&](const TensorSpec& a, const TensorSpec& b) {
+            return a.name == output && b.name == name && a.shape == b.shape && a.dtype == b.dtype;
+        };
+        bool found = false;
+        for (const TensorSpec& made : spec.outputs)
+            for (const TensorSpec& given : spec.inputs) found |= same(made, given);
+        expect(found, where, "an alias of " + name, "an output and an input of its shape");
+    }
     for (const std::string& name : spec.mutates) expect(input(name), where, "a mutated " + name, "an input");
     return spec;
 }

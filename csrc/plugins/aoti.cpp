@@ -180,7 +180,7 @@ class AotiDevice {
         : torch_(load_library(settings.library_dir, "libtorch_cpu.so")),
           parallel_(static_cast<size_t>(settings.parallel)),
           cuda_(std::strncmp(settings.target, "cuda", 4) == 0) {
-        check_version(settings.torch, torch_.abi_version());
+        check_version(settings.version, torch_.abi_version());
         if (cuda_) load_library(settings.library_dir, "libtorch_cuda.so");
         place_ = cuda_ ? torch_.cuda() : torch_.cpu();
     }

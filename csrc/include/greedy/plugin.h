@@ -37,16 +37,18 @@ typedef struct greedy_graph_spec {
     size_t input_count, output_count;
     const greedy_constant *constants;
     size_t constant_count;
+    const int32_t *aliases; /* for every output: the input in whose memory it is written, or -1 */
 } greedy_graph_spec;
 
-/* Device memory; `owner` is the plugin's. Offsets into `data` may be passed wherever an input is. */
+/* Device memory; `owner` is the plugin's, NULL where the memory is an input's. Offsets into `data` may be passed
+   wherever an input is. */
 typedef struct greedy_buffer {
     void *data, *owner;
 } greedy_buffer;
 
 typedef struct greedy_device_settings {
     const char *target;      /* of the manifest: cpu-x86_64-avx2, cuda-sm90, ... */
-    const char *torch;       /* the version of torch that the manifest names for the backend, or NULL */
+    const char *version;     /* of the library that compiled the graphs, as the manifest has it, or NULL */
     const char *library_dir; /* NULL: the environment, then beside the plugin, then the system's search path */
     int parallel;
     greedy_log_callback log;
