@@ -104,9 +104,9 @@ class NextChunkConfig(FitConfig):
 
 
 def load_student(
-    path: Path, base: Base | None = None, device: torch.device | str = "cpu"
+    path: Path, base: Base | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[AnyStudent, NextChunkConfig, Base]:
-    """A trained student, the config that made it and its teacher."""
+    """A trained student, the config that made it and its teacher, whose frozen weights are in `dtype` (or as made)."""
     if not path.is_file():
         raise FileNotFoundError(f"student: got {path}, expected a file that distill.next_chunk or distill.rl wrote")
     state = torch.load(path, weights_only=True)
@@ -114,7 +114,7 @@ def load_student(
     if unknown:
         raise ValueError(f"{path}: got settings {unknown}, expected a student of this version")
     config = NextChunkConfig(**state["config"])
-    base = base or Base(Path(config.teacher), config.dtype, device)
+    base = base or Base(Path(config.teacher), dtype or config.dtype, device)
     student = config.student(base)
     student.load_trained(state["student"])
     return student.eval(), config, base

@@ -186,7 +186,7 @@ def train(
     """Run (or go on with) the fine-tuning; the averaged parameters, also in out/student.pt when it is through."""
     accelerator = accelerator or accelerator_of(config)
     torch.manual_seed(config.seed)
-    student, made, base = load_student(Path(config.student), device=accelerator.device)
+    student, made, base = load_student(Path(config.student), None, accelerator.device, config.dtype)
     objective = Rl(config, made, base, student, Shards(Path(config.data)))
     trained = fit(objective, config, out, accelerator, board, stop_at)
     if accelerator.is_main_process and (stop_at is None or stop_at >= config.steps):
