@@ -101,17 +101,17 @@ def stage(pipeline: Pipeline, name: str) -> Graph:
     return next(graph for graph in stage_graphs(pipeline) if graph.name == name)
 
 
-Made = Callable[[str, str], tuple[Graph, OnnxGraph]]
+Made = Callable[..., tuple[Graph, OnnxGraph]]
 
 
 @pytest.fixture(scope="module")
 def made(pipeline: Pipeline, fp8: Pipeline) -> Made:
-    """(stage, precision) -> the stage and its graph for TensorRT; each exported once."""
+    """(stage, precision, attention) -> the stage and its graph for TensorRT; each exported once."""
 
     @cache
-    def make(name: str, precision: str) -> tuple[Graph, OnnxGraph]:
+    def make(name: str, precision: str, attention: str = "native") -> tuple[Graph, OnnxGraph]:
         graph = stage(fp8 if precision == "fp8" else pipeline, name)
-        return graph, to_onnx(graph, spell_for_tensorrt)
+        return graph, to_onnx(graph, partial(spell_for_tensorrt, attention=attention))
 
     return make
 
@@ -368,12 +368,9 @@ def test_without_tensorrt_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert list(tmp_path.iterdir()) == []
 
 
-def test_attention_as_a_plugin(
-    pipeline: Pipeline, stand_in: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_as_a_plugin(made: Made, stand_in: dict[str, int], tmp_path: Path) -> None:
     """Our kernel's node on caches that TensorRT writes; its body is what the stage computes."""
-    graph = stage(pipeline, "sdd")
-    spelled = to_onnx(graph, partial(spell_for_tensorrt, attention="plugin"))
+    graph, spelled = made("sdd", "fp32", "plugin")
     with pytest.raises(ValueError, match="parser refuses"):  # not registered
         built(spelled, BuildOptions())
     plan = opened(graph, spelled, tmp_path / "sdd.plan", attention="plugin")
@@ -420,13 +417,12 @@ def test_fp8_caches_in_the_loop(fp8: Pipeline, stand_in: dict[str, int], tmp_pat
     assert stand_in["captured"] == 3
 
 
-def test_plugins_and_nodes_agree(pipeline: Pipeline, stand_in: dict[str, int]) -> None:
+def test_plugins_and_nodes_agree(made: Made, stand_in: dict[str, int]) -> None:
     """As many inputs and outputs; the written cache is the given one; sizes of what comes out."""
     register_plugins(90)
-    graph = stage(pipeline, "sdd")
     nodes = {}
     for attention in ("plugin", "plugin_fp8"):
-        model = to_onnx(graph, partial(spell_for_tensorrt, attention=attention)).model
+        model = made("sdd", "fp32", attention)[1].model
         nodes |= {f"greedy::{n.op_type}": n for n in model.graph.node if n.domain == "greedy.plugin"}
         if attention == "plugin_fp8":
             kinds = {v.name: v.type.tensor_type for v in (*model.graph.input, *model.graph.output)}
