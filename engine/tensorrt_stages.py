@@ -4,6 +4,7 @@ Written against TensorRT 11, not executed by us: neither TensorRT nor a machine 
 every name against the published API and drive this file with a stand-in. As with aoti, such a bundle is code.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,11 @@ class TensorrtGraph:
         real = {}
         for number in range(engine.num_io_tensors):
             tensor = engine.get_tensor_name(number)
-            size = torch.Size(engine.get_tensor_shape(tensor)).numel()
+            size = math.prod(engine.get_tensor_shape(tensor))
             real[tensor] = modes[engine.get_tensor_mode(tensor)], engine.get_tensor_dtype(tensor), size
         sides = {"input": self.spec.inputs, "output": self.spec.outputs}
         told = {
-            spec.name: (mode, type_of(trt, spec.dtype), torch.Size(spec.shape).numel())  # caches have an axis more
+            spec.name: (mode, type_of(trt, spec.dtype), math.prod(spec.shape))  # caches have an axis more
             for mode, specs in sides.items()
             for spec in specs
         }
