@@ -79,6 +79,7 @@ setup(
         "distill": ["accelerate>=1.8", "diffusers>=0.35", "tensorboard>=2.17"],
         # Kernels: torch for CUDA brings Triton along; torch for processors does not, and its tests need it.
         "kernels": ["triton>=3.6; platform_system == 'Linux'"],
+        "tensorrt": ["tensorrt>=11,<12"],
         "test": ["diffusers>=0.35", "hypothesis>=6", "pytest>=8", "pytest-benchmark>=4", "ruff>=0.9", "mypy>=1.14"],
     },
 )
