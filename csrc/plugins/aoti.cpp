@@ -232,19 +232,22 @@ class AotiDevice {
     int32_t here() const { return place_; }
     int32_t host() const { return torch_.cpu(); }
 
-    // One tensor for a weight, however many graphs take it: in place on a CPU, copied once to a GPU.
+    // One tensor for a weight, however many graphs take it: in place on a CPU, copied once to a GPU. Graphs get a view,
+    // because torch 2.13 never gives back what it keeps of a user-managed constant: then that is a few bytes.
     Tensor weight(const greedy_constant& constant) {
         const std::lock_guard<std::mutex> lock(mutex_);
         const auto found = weights_.find(constant.data);
         if (found != weights_.end()) return found->second;
         const greedy_tensor& spec = constant.tensor;
-        Owned made = view(const_cast<void*>(constant.data), spec.shape, spec.rank, dtype(spec.dtype), host());
+        void* data = const_cast<void*>(constant.data);
         if (cuda_) {
+            const Owned given = view(data, spec.shape, spec.rank, dtype(spec.dtype), host());
             Owned copied = empty(spec.shape, spec.rank, dtype(spec.dtype));
-            check(torch_.copy(copied.get(), made.get(), 0), "copy");
-            return weights_[constant.data] = copied.release();
+            check(torch_.copy(copied.get(), given.get(), 0), "copy");
+            check(torch_.data(copied.get(), &data), "memory");
+            copies_.push_back(std::move(copied));
         }
-        return weights_[constant.data] = made.release();
+        return weights_[constant.data] = view(data, spec).release();
     }
 
   private:
@@ -254,6 +257,7 @@ class AotiDevice {
     int32_t place_;
     std::mutex mutex_;
     std::map<const void*, Tensor> weights_;
+    std::vector<Owned> copies_;  // of the weights, on a GPU
 };
 
 class AotiGraph {
