@@ -1,7 +1,6 @@
 #include "stages.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "error.h"
 #include "half.h"
@@ -22,8 +21,9 @@ bool is_float(DType dtype) { return dtype == DType::float32 || dtype == DType::f
 
 // [-1, 1] -> 0 to 255, to nearest even; what is not a number is black.
 std::uint8_t pixel(float value) {
-    const float scaled = std::nearbyint((value + 1.0f) * 127.5f);
-    return scaled > 0 ? static_cast<std::uint8_t>(std::min(scaled, 255.0f)) : 0;
+    constexpr float kRounder = 0x1.8p23f;  // added and taken away, it leaves no bits behind the point
+    const float scaled = (value + 1.0f) * 127.5f, clamped = scaled > 0 ? std::min(scaled, 255.0f) : 0.0f;
+    return static_cast<std::uint8_t>(clamped + kRounder - kRounder);
 }
 
 // Floats to device memory as the type that a graph wants.

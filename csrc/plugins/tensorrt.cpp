@@ -16,27 +16,13 @@
 #include "error.h"
 #include "file.h"
 #include "greedy/plugin.h"
+#include "guard.h"
 
 namespace {
 
 using greedy::core::MappedFile;
-using Failure = greedy::core::Error;
-
-template <typename Work>
-int guarded(char* error, size_t size, Work&& work) noexcept {
-    try {
-        work();
-        return GREEDY_OK;
-    } catch (const Failure& failure) {
-        std::snprintf(error, size, "%s", failure.what());
-        return failure.status;
-    } catch (const std::exception& failure) {
-        std::snprintf(error, size, "%s", failure.what());
-        return GREEDY_FAILED;
-    } catch (...) {
-        return GREEDY_FAILED;
-    }
-}
+using greedy::plugin::Failure;
+using greedy::plugin::guarded;
 
 void check(cudaError_t code, const char* what) {
     if (code == cudaErrorMemoryAllocation) throw Failure(GREEDY_NO_MEMORY, "got no memory on the device, expected it");
