@@ -70,6 +70,7 @@ class Output {
         for (const char* at = static_cast<const char*>(data); size > 0;) {
             const ssize_t count = ::write(file_, at, size);
             if (count < 0 && errno == EINTR) continue;
+            if (count < 0 && errno == EPIPE) throw OutputClosed("output: got a reader that has gone, expected one");
             if (count < 0) system_failure("output " + name_);
             at += count;
             size -= static_cast<std::size_t>(count);

@@ -185,6 +185,8 @@ int main(int count, char** words) {
         if (!*error.what()) return std::fputs(kUsage, stdout) < 0;
         std::fprintf(stderr, "error: %s (see --help)\n", error.what());
         return 2;
+    } catch (const greedy::OutputClosed&) {
+        return 0;  // the reader has seen enough
     } catch (const greedy::StatusError& error) {
         std::fprintf(stderr, "error: %s\n", error.what());
         return error.status <= GREEDY_NO_MEMORY ? 1 : 2;

@@ -9,11 +9,18 @@
 
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 
 #include "greedy/greedy.h"
 
 namespace greedy {
+
+// The reader at the other end of standard output has gone: an ordinary way for a stream to end.
+class GREEDY_API OutputClosed : public std::runtime_error {
+  public:
+    using std::runtime_error::runtime_error;
+};
 
 class GREEDY_API FrameSink {
   public:
@@ -29,7 +36,7 @@ class GREEDY_API FrameSink {
 
 // `null` counts, `checksum` hashes, `-` is stdout in `format` ("y4m" if empty, or "rgb"); else the suffix decides:
 // .y4m, .rgb, and what an ffmpeg in PATH writes: .mp4, .mkv, .webm, .mov. A file grows as `.<name>.part` beside its
-// name. A reader that leaves stdout is an exception like any other; the program should ignore SIGPIPE.
+// name. For OutputClosed to come the program must ignore SIGPIPE.
 GREEDY_API std::unique_ptr<FrameSink> open_sink(const std::string& target, const std::string& format, int width,
                                                 int height, double fps);
 
