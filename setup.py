@@ -81,8 +81,15 @@ setup(
         "kernels": ["triton>=3.6; platform_system == 'Linux'"],
         "tensorrt": ["tensorrt>=11,<12"],
         "test": [
-            "diffusers>=0.35", "hypothesis>=6", "mypy>=1.14", "protobuf>=5", "pybind11>=2.13", "pytest>=8",
-            "pytest-benchmark>=4", "ruff>=0.9", "sentencepiece>=0.2",
-        ],  # fmt: skip
+            "diffusers>=0.35",
+            "hypothesis>=6",
+            "mypy>=1.14",
+            "protobuf>=5",
+            "pybind11>=2.13",
+            "pytest>=8",
+            "pytest-benchmark>=4",
+            "ruff>=0.9",
+            "sentencepiece>=0.2",
+        ],
     },
 )
