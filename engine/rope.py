@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 THETA = 10000.0
+# Tables are kept for later callers, so they must not follow one caller's `with torch.device(...)`.
+_CPU = torch.device("cpu")
 
 
 @lru_cache(maxsize=16)
 def _frequencies(dim: int) -> Tensor:
     """[dim / 2], float64"""
-    return THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=_CPU) / dim)
 
 
 def _cos_sin(positions: Tensor, dim: int) -> Tensor:
@@ -27,8 +29,8 @@ def _cos_sin(positions: Tensor, dim: int) -> Tensor:
 @lru_cache(maxsize=16)
 def _spatial(height: int, width: int, dim: int) -> Tensor:
     """cos and sin of one frame's height and width parts: [2, height * width, dim], float32."""
-    rows = _cos_sin(torch.arange(height, dtype=torch.float64), dim)[:, :, None].expand(-1, -1, width, -1)
-    columns = _cos_sin(torch.arange(width, dtype=torch.float64), dim)[:, None].expand(-1, height, -1, -1)
+    rows = _cos_sin(torch.arange(height, dtype=torch.float64, device=_CPU), dim)[:, :, None].expand(-1, -1, width, -1)
+    columns = _cos_sin(torch.arange(width, dtype=torch.float64, device=_CPU), dim)[:, None].expand(-1, height, -1, -1)
     return torch.cat([rows, columns], dim=-1).flatten(1, 2)
 
 
@@ -43,7 +45,9 @@ def rope_tables(positions: Sequence[int], height: int, width: int, head_dim: int
     spatial_dim = 2 * (head_dim // 6)
     # Only the temporal part changes from chunk to chunk.
     space = _spatial(height, width, spatial_dim)[:, None]
-    time = _cos_sin(torch.tensor(list(positions), dtype=torch.float64), head_dim - 2 * spatial_dim)[:, :, None]
+    time = _cos_sin(torch.tensor(list(positions), dtype=torch.float64, device=_CPU), head_dim - 2 * spatial_dim)[
+        :, :, None
+    ]
     tables = torch.cat(
         [time.expand(-1, -1, space.shape[2], -1), space.expand(-1, time.shape[1], -1, -1)], dim=-1
     ).flatten(1, 2)

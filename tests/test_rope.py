@@ -69,3 +69,11 @@ def test_scores_depend_on_distance_alone():
 def test_odd_head_dim_is_refused(head_dim):
     with pytest.raises(ValueError, match=r"got .*expected"):
         rope_tables([0], 1, 1, head_dim)
+
+
+def test_tables_do_not_follow_the_default_device():
+    """They are kept between calls: what one caller makes on another device would reach all later ones."""
+    with torch.device("meta"):
+        found = rope_tables([3, 4], 5, 7, 24)
+    assert all(table.device.type == "cpu" for table in found)
+    assert all(map(torch.equal, found, rope_tables([3, 4], 5, 7, 24)))
