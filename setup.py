@@ -9,6 +9,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 HERE = Path(__file__).parent.resolve()
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "engine" / "__init__.py").read_text()).group(1)
@@ -18,6 +19,17 @@ class CMakeBuild(build_ext):
     """Builds CMakeLists.txt and installs module, library, plugins, headers and greedy-host into engine/."""
 
     def build_extension(self, ext: Extension) -> None:
+        try:
+            self.build_core(ext)
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            # An optional extension that does not compile is left out, a required one ends the installation.
+            failed = isinstance(error, subprocess.CalledProcessError)
+            why = f"cmake ended with {error.returncode}, see above" if failed else str(error)
+            rest = "the C++ core (engine._C, --backend native) is left out" if ext.optional else "GREEDY_NATIVE=1 insists on it"
+            print(f"error: got no build of the C++ core ({why}); {rest}", file=sys.stderr)
+            raise CompileError(why) from error
+
+    def build_core(self, ext: Extension) -> None:
         import pybind11  # of the build environment, see pyproject.toml
 
         package = (Path.cwd() / self.get_ext_fullpath(ext.name)).parent.resolve()
@@ -28,7 +40,9 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]  # fmt: skip
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        subprocess.check_call(["cmake", "-S", HERE, "-B", build, *generator, *options])
+        # --fresh: a kept build directory names the tools of an isolated environment that pip has deleted.
+        configure = ["cmake", "--fresh", "--compile-no-warning-as-error", "-S", HERE, "-B", build]
+        subprocess.check_call([*configure, *generator, *options])
         subprocess.check_call(["cmake", "--build", build, "--parallel", str(os.cpu_count() or 1)])
         # An editable install imports from the source tree.
         for prefix in {package, HERE / "engine"} if self.editable_mode else {package}:
@@ -36,7 +50,7 @@ class CMakeBuild(build_ext):
 
 
 def native_extensions() -> list[Extension]:
-    """The C++ core where there is a compiler; GREEDY_NATIVE=1 insists on it, 0 leaves it out."""
+    """The C++ core where it compiles; GREEDY_NATIVE=1 insists on it, 0 leaves it out."""
     wanted = os.environ.get("GREEDY_NATIVE", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"GREEDY_NATIVE: got {wanted!r}, expected 0, 1 or nothing")
@@ -44,7 +58,7 @@ def native_extensions() -> list[Extension]:
     if wanted == "0" or (wanted == "auto" and not any(map(shutil.which, compilers))):
         print("the C++ core (engine._C, --backend native) is left out", file=sys.stderr)
         return []
-    return [Extension("engine._C", sources=[])]
+    return [Extension("engine._C", sources=[], optional=wanted == "auto")]
 
 
 setup(
