@@ -25,7 +25,7 @@ class CMakeBuild(build_ext):
             # An optional extension that does not compile is left out, a required one ends the installation.
             failed = isinstance(error, subprocess.CalledProcessError)
             why = f"cmake ended with {error.returncode}, see above" if failed else str(error)
-            rest = "the C++ core (engine._C, --backend native) is left out" if ext.optional else "GREEDY_NATIVE=1 insists on it"
+            rest = "--backend native is left out" if ext.optional else "GREEDY_NATIVE=1 insists on it"
             print(f"error: got no build of the C++ core ({why}); {rest}", file=sys.stderr)
             raise CompileError(why) from error
 
