@@ -19,7 +19,8 @@ struct greedy_session {
     std::shared_ptr<const greedy::core::Pictures> pictures;  // of the chunk that frames are taken from
     std::uint32_t taken = 0;
     std::uint64_t frames = 0;
-    mutable std::mutex mutex;  // guards the text
+    mutable std::mutex mutex;  // guards the last failure
+    int status = GREEDY_OK;
     std::string error;
 };
 
@@ -54,19 +55,20 @@ Failure guarded(Work&& work) noexcept {
     }
 }
 
-std::size_t copy_text(const std::string& text, char* out, std::size_t size) {
+// The line of a failure, or where there was no memory for one its name; nothing for a success.
+std::size_t copy_text(int status, const std::string& text, char* out, std::size_t size) noexcept {
+    const char* line = status == GREEDY_OK ? "" : text.empty() ? greedy_status_name(status) : text.c_str();
+    const std::size_t length = std::strlen(line);
     if (out && size) {
-        const std::size_t count = std::min(text.size(), size - 1);
-        std::memcpy(out, text.data(), count);
+        const std::size_t count = std::min(length, size - 1);
+        std::memcpy(out, line, count);
         out[count] = '\0';
     }
-    return text.size();
+    return length;
 }
 
-int report(const Failure& failure, char* error, std::size_t size) {
-    if (error && size) error[0] = '\0';
-    if (failure.status < 0)
-        copy_text(failure.text.empty() ? greedy_status_name(failure.status) : failure.text, error, size);
+int report(const Failure& failure, char* error, std::size_t size) noexcept {
+    copy_text(failure.status, failure.text, error, size);
     return failure.status;
 }
 
@@ -76,8 +78,8 @@ int session_call(greedy_session* session, Work&& work) noexcept {
     if (!session) return GREEDY_INVALID;
     Failure failure = guarded(work);
     if (failure.status == GREEDY_OK) return GREEDY_OK;
-    if (failure.text.empty()) failure.text = greedy_status_name(failure.status);
     const std::lock_guard<std::mutex> lock(session->mutex);
+    session->status = failure.status;
     session->error = std::move(failure.text);
     return failure.status;
 }
@@ -252,7 +254,7 @@ size_t greedy_error(const greedy_session* session, char* out, size_t size) {
     if (out && size) out[0] = '\0';
     if (!session) return 0;
     const std::lock_guard<std::mutex> lock(session->mutex);
-    return copy_text(session->error, out, size);
+    return copy_text(session->status, session->error, out, size);
 }
 
 void greedy_close(greedy_session** session) {

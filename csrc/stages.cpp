@@ -19,6 +19,12 @@ void require(const Graph& graph, const TensorSpec& spec, const Shape& shape, DTy
 
 bool is_float(DType dtype) { return dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16; }
 
+// Of a type that floats are packed to and from, whichever it is.
+void require_floats(const Graph& graph, const TensorSpec& spec, const Shape& shape) {
+    if (!is_float(spec.dtype)) fail(GREEDY_BAD_BUNDLE, graph.name() + ": " + spec.name, spec.text(), "floats");
+    require(graph, spec, shape, spec.dtype);
+}
+
 // [-1, 1] -> 0 to 255, to nearest even; what is not a number is black.
 std::uint8_t pixel(float value) {
     constexpr float kRounder = 0x1.8p23f;  // added and taken away, it leaves no bits behind the point
@@ -104,6 +110,8 @@ Stages::Transformer Stages::resolve(const std::string& name) const {
         const auto single =
             std::find_if(std::begin(kSingle), std::end(kSingle), [&](const Known& k) { return spec.name == k.name; });
         if (single != std::end(kSingle)) {
+            if (single->feed == Feed::c_f && !greedy)
+                fail(GREEDY_BAD_BUNDLE, name, "input c_f", "one of a causal transformer's stage");
             require(graph, spec, single->shape, single->dtype);
             out.slots.push_back({single->feed, 0});
             continue;
@@ -227,8 +235,7 @@ std::vector<float> Stages::encode_text(const std::vector<std::int64_t>& ids, con
     }
     const std::size_t index = graph.output_index("text_emb");
     const TensorSpec& spec = graph.outputs()[index];
-    if (!is_float(spec.dtype)) fail(GREEDY_BAD_BUNDLE, graph.name(), spec.text(), "floats");
-    require(graph, spec, {1, rows, manifest().transformer.text_dim}, spec.dtype);
+    require_floats(graph, spec, {1, rows, manifest().transformer.text_dim});
     return floats(device_, run(graph, inputs)[index], spec);
 }
 
@@ -279,8 +286,8 @@ Stages::VaeCache Stages::decode(const Latent& latent, const VaeCache& cache, std
     const std::int64_t frames = cache.empty() ? 1 : m.temporal;
     const TensorSpec& in = graph.inputs().at(0);
     const TensorSpec& out = graph.outputs().at(0);
-    require(graph, in, {1, m.transformer.in_channels, 1, m.latent_height(), m.latent_width()}, in.dtype);
-    require(graph, out, {1, 3, frames, m.height, m.width}, out.dtype);
+    require_floats(graph, in, {1, m.transformer.in_channels, 1, m.latent_height(), m.latent_width()});
+    require_floats(graph, out, {1, 3, frames, m.height, m.width});
     Buffer shown;
     VaeCache next = run_vae(graph, "latent", upload(device_, latent.data(), in), cache, shown);
     const std::vector<float> values = floats(device_, shown, out);
@@ -298,8 +305,8 @@ Stages::VaeCache Stages::encode(const std::uint8_t* rgb, const VaeCache& cache, 
     const std::int64_t frames = cache.empty() ? 1 : m.temporal;
     const TensorSpec& in = graph.inputs().at(0);
     const TensorSpec& out = graph.outputs().at(0);
-    require(graph, in, {1, 3, frames, m.height, m.width}, in.dtype);
-    require(graph, out, {1, m.transformer.in_channels, 1, m.latent_height(), m.latent_width()}, out.dtype);
+    require_floats(graph, in, {1, 3, frames, m.height, m.width});
+    require_floats(graph, out, {1, m.transformer.in_channels, 1, m.latent_height(), m.latent_width()});
     const std::size_t plane = static_cast<std::size_t>(frames * m.height * m.width);
     std::vector<float> values(3 * plane);
     for (std::size_t i = 0; i < plane; ++i)

@@ -237,6 +237,7 @@ Tokenizer::Tokenizer(std::string_view text, std::string_view config, const std::
             if (prepend != "always" && prepend != "never") refuse(at, "prepend_scheme " + prepend.substr(0, 60));
             const Json* split = step->find("split");
             const std::string& mark = step->at("replacement", at).string(at);
+            if (mark.empty()) refuse(at, "an empty replacement");
             splits_.push_back(Metaspace{mark, prepend == "always", !split || split->boolean(at)});
         } else {
             refuse(at, "pre_tokenizer " + type.substr(0, 60));

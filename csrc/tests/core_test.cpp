@@ -16,6 +16,7 @@
 #include "schedule.h"
 #include "sha256.h"
 #include "text.h"
+#include "tokenizer.h"
 
 namespace {
 
@@ -174,6 +175,24 @@ void test_text() {
     check(graphemes("e\xCC\x81\r\n\xF0\x9F\x87\xA9\xF0\x9F\x87\xAA\xF0\x9F\x87\xA9").size() == 4, "text: graphemes");
 }
 
+// What would never come to an end.
+void test_tokenizer() {
+    const auto status = [](const std::string& mark) {
+        const std::string text =
+            R"({"added_tokens": [{"id": 0, "content": "<pad>"}], "pre_tokenizer": {"type": "Metaspace", "replacement": ")" +
+            mark + R"("}, "model": {"type": "WordLevel", "vocab": {"<unk>": 1}, "unk_token": "<unk>"}})";
+        try {
+            std::vector<std::int64_t> ids, mask;
+            Tokenizer(text, R"({"pad_token": "<pad>", "model_max_length": 4})", "file").encode("a b", ids, mask);
+            return 0;
+        } catch (const Error& error) {
+            return error.status;
+        }
+    };
+    check(status("_") == 0, "tokenizer: refused a mark");
+    check(status("") == GREEDY_BAD_BUNDLE, "tokenizer: accepted an empty mark");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -183,6 +202,7 @@ int main(int argc, char** argv) {
     test_half();
     test_safetensors();
     test_text();
+    test_tokenizer();
     std::ifstream file(argv[1]);
     std::set<std::string> kinds;
     std::size_t cases = 0;

@@ -6,12 +6,27 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "check.h"
 #include "greedy/greedy.hpp"
+
+namespace {
+
+thread_local bool starved = false;  // new finds no memory
+
+}  // namespace
+
+void* operator new(std::size_t size) {
+    void* made = starved ? nullptr : std::malloc(size ? size : 1);
+    if (!made) throw std::bad_alloc();
+    return made;
+}
+void operator delete(void* given) noexcept { std::free(given); }
+void operator delete(void* given, std::size_t) noexcept { std::free(given); }
 
 namespace {
 
@@ -33,6 +48,23 @@ greedy::Bundle open_bundle() {
 }
 
 constexpr const char* kPrompt = "a red circle moving right";
+
+// Without memory a call still says so.
+void test_no_memory(const greedy::Bundle& bundle) {
+    const std::string path = bundle_path;
+    const std::int64_t ids[] = {3, 8, 1};
+    char why[64] = "", said[64] = "";
+    greedy_bundle* opened = nullptr;
+    greedy::Session session(bundle, 0);
+    starved = true;
+    const int open = greedy_bundle_open(&opened, path.c_str(), nullptr, why, sizeof why);
+    const int prompt = greedy_set_prompt_tokens(session.get(), ids, 3, 1);
+    const std::size_t length = greedy_error(session.get(), said, sizeof said);
+    starved = false;
+    check(open == GREEDY_NO_MEMORY && !std::strcmp(why, "GREEDY_NO_MEMORY"), "memory: none to open a bundle");
+    check(prompt == GREEDY_NO_MEMORY && length == std::strlen(said) && !std::strcmp(said, "GREEDY_NO_MEMORY"),
+          "memory: none for a prompt");
+}
 
 // A sum over the pixels of the next frames that depends on their order (FNV-1a).
 std::uint64_t digest_of(greedy::Session& session, int frames) {
@@ -284,6 +316,7 @@ int main(int argc, char** argv) {
     try {
         test_arguments();
         const greedy::Bundle bundle = open_bundle();
+        test_no_memory(bundle);
         test_tokens_are_the_text(bundle);
         test_flush(bundle);
         test_failures(bundle);
