@@ -3,12 +3,13 @@
 import dataclasses
 import gc
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -186,6 +187,49 @@ def test_bad_input_is_said(recorded, core, tmp_path, native_build):
         core.Bundle(str(fake_stages.RECORDED), library_dir=str(tmp_path))
     with pytest.raises(ImportError, match="no backend tensorrt"):
         core.Bundle(str(fake_stages.RECORDED), backend="tensorrt")
+
+
+def test_arrays_of_another_shape_are_refused(recorded):
+    session = recorded.stream("a")._session
+    with pytest.raises(ValueError, match=r"push: got \[8, 16, 3\], expected \[any, 8, 16, 3\]"):
+        session.push_frames(np.zeros((8, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"push: got \[1, 2, 3, 4\], expected \[\d+, any, \d+, \d+\]"):
+        session.push_latent(np.zeros((1, 2, 3, 4), np.float32))
+    with pytest.raises(ValueError, match=r"prompt: got \[16\], expected \[16, 6\]"):
+        session.set_prompt_embedding(np.zeros(16, np.float32), True)
+    with pytest.raises(ValueError, match=r"prompt: got \[\], expected \[any\]"):
+        session.set_prompt_tokens(np.array(3), True)
+
+
+def altered(folder: Path, preset: Preset, change: Callable[[dict], None]) -> Path:
+    """A bundle of formulas with `change` made to the graphs in its manifest."""
+    bundle = fake_stages.write_fake_bundle(folder / "fake.bundle", preset)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    change(manifest["backends"]["aoti-cpu"]["graphs"])
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    return bundle
+
+
+@pytest.mark.parametrize("graph", ["vae_first", "vae_encode_first"])
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_pictures_and_latents_are_floats(fake, tmp_path, graph, side):
+    def narrow(graphs: dict) -> None:
+        graphs[graph][side][0]["dtype"] = "float8_e4m3fn"
+
+    pipeline = fake(altered(tmp_path, PRESETS["greedy"], narrow))
+    clip = np.zeros((1, fake_stages.HEIGHT, fake_stages.WIDTH, 3), np.uint8)
+    with pytest.raises(ValueError, match=rf"{graph}: \w+: got float8_e4m3fn .* expected floats"):
+        pipeline.stream("a", clip=clip).next_chunk()
+
+
+def test_a_causal_graph_takes_no_temporal_context(fake, tmp_path):
+    def add(graphs: dict) -> None:
+        n = next(spec["shape"][0] for spec in graphs["dit"]["inputs"] if spec["name"] == "rope_cos")
+        dim = next(spec["shape"][2] for spec in graphs["dit"]["inputs"] if spec["name"] == "k_0")
+        graphs["dit"]["inputs"].append({"name": "c_f", "shape": [1, n, dim], "dtype": "float32"})
+
+    with pytest.raises(ValueError, match="dit: got input c_f"):
+        fake(altered(tmp_path, PRESETS["self-forcing"], add)).stream("a")
 
 
 @pytest.mark.parametrize("what", ["flip", "cut", "link", "graph"])

@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "error.h"
@@ -116,9 +117,11 @@ class AotiDevice {
     // because torch 2.13 never gives back what it keeps of a user-managed constant: then that is a few bytes.
     Tensor weight(const greedy_constant& constant) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        const auto found = weights_.find(constant.data);
-        if (found != weights_.end()) return found->second;
         const greedy_tensor& spec = constant.tensor;
+        // An empty weight lies where the next one does.
+        const Place at{constant.data, spec.dtype, {spec.shape, spec.shape + spec.rank}};
+        const auto found = weights_.find(at);
+        if (found != weights_.end()) return found->second;
         void* data = const_cast<void*>(constant.data);
         if (cuda_) {
             const Owned given = view(data, spec.shape, spec.rank, dtype(spec.dtype), host());
@@ -127,16 +130,18 @@ class AotiDevice {
             check(torch_.data(copied.get(), &data), "memory");
             copies_.push_back(std::move(copied));
         }
-        return weights_[constant.data] = view(data, spec).release();
+        return weights_[at] = view(data, spec).release();
     }
 
   private:
+    using Place = std::tuple<const void*, int32_t, std::vector<int64_t>>;  // address, type and shape
+
     const Torch torch_;
     const size_t parallel_;
     const bool cuda_;
     int32_t place_;
     std::mutex mutex_;
-    std::map<const void*, Tensor> weights_;
+    std::map<Place, Tensor> weights_;
     std::vector<Owned> copies_;  // of the weights, on a GPU
 };
 
@@ -229,7 +234,9 @@ class AotiGraph {
             throw Failure(GREEDY_BAD_BUNDLE, "got " + std::to_string(in) + " inputs and " + std::to_string(out) +
                                                  " outputs in the graph, expected " + std::to_string(inputs_.size()) +
                                                  " and " + std::to_string(outputs_.size()));
-        if (spec.constant_count) bind(spec, constants, signature);
+        // A manifest without weights would leave those that the graph reads unset.
+        if (spec.constant_count || !signature.at("constants", "signature").array("signature").empty())
+            bind(spec, constants, signature);
     }
 
     // A graph says of itself what goes in and out; it checks nothing when it runs, so a manifest that lies about it

@@ -99,6 +99,9 @@ class TrtGraph {
             bytes_.push_back(bytes_of(spec.outputs[i]));
             const char* shared = engine_->getAliasedInputTensor(spec.outputs[i].name);
             const char* told = aliases_[i] < 0 ? nullptr : spec.inputs[aliases_[i]].name;
+            if (told && !in_place(spec.name, told))
+                throw Failure(GREEDY_BAD_BUNDLE, std::string("got an alias of ") + told +
+                                                     ", expected one of a transformer's keys or values");
             if ((shared == nullptr) != (told == nullptr) || (told && std::strcmp(shared, told) != 0))
                 throw Failure(GREEDY_BAD_BUNDLE, "got another alias of " + outputs_.back() + ", expected the plan's");
         }
@@ -151,6 +154,12 @@ class TrtGraph {
         std::unique_ptr<nvinfer1::IExecutionContext> context;
         cudaStream_t stream = nullptr;
     };
+
+    // An alias lives as long as its input, and only the keys and values of a transformer are kept in place.
+    static bool in_place(const std::string& graph, const std::string& input) {
+        const bool transformer = graph == "sdd" || graph == "etm" || graph == "sdd_context" || graph == "dit";
+        return transformer && (input.rfind("k_", 0) == 0 || input.rfind("v_", 0) == 0);
+    }
 
     // A plan checks no sizes when it runs, so a manifest that lies would let it read or write past a buffer.
     std::string checked(const greedy_tensor& told, nvinfer1::TensorIOMode mode) const {

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "greedy/greedy.hpp"
 
@@ -50,7 +51,9 @@ py::array view(greedy::Frame frame, py::ssize_t count) {
 class PySession {
   public:
     PySession(const greedy::Bundle& bundle, std::uint64_t seed)
-        : session_(std::make_shared<greedy::Session>(bundle, seed)) {}
+        : info(bundle.info()), session_(std::make_shared<greedy::Session>(bundle, seed)) {}
+
+    const greedy_info info;
 
     template <typename Work>
     auto alone(Work&& work) {
@@ -66,10 +69,21 @@ class PySession {
         work(*session);
     }
 
+    // A chunk that is made is given whole: a cancel that comes meanwhile is for the next one.
     py::array next_chunk() {
         greedy::Frame first = alone([](greedy::Session& session) {
             greedy::Frame frame = session.next_frame();
-            for (std::uint32_t left = frame->left; left > 0; --left) session.next_frame();
+            bool cancelled = false;
+            for (std::uint32_t left = frame->left; left > 0;) {
+                try {
+                    session.next_frame();
+                    --left;
+                } catch (const greedy::StatusError& error) {
+                    if (error.status != GREEDY_CANCELLED) throw;
+                    cancelled = true;
+                }
+            }
+            if (cancelled) session.cancel();
             return frame;
         });
         const py::ssize_t count = py::ssize_t{first->left} + 1;
@@ -100,6 +114,20 @@ class PySession {
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+// The core reads as many values as the bundle's sizes say. Negative: any size.
+void expect(const py::array& given, const char* what, const std::vector<py::ssize_t>& sizes) {
+    const std::vector<py::ssize_t> shape(given.shape(), given.shape() + given.ndim());
+    bool same = shape.size() == sizes.size();
+    for (std::size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] < 0 || shape[i] == sizes[i];
+    if (same) return;
+    const auto text = [](const std::vector<py::ssize_t>& of) {
+        std::string out;
+        for (py::ssize_t size : of) out += (out.empty() ? "" : ", ") + (size < 0 ? "any" : std::to_string(size));
+        return "[" + out + "]";
+    };
+    throw greedy::StatusError(GREEDY_INVALID, what + (": got " + text(shape)) + ", expected " + text(sizes));
+}
 
 std::unique_ptr<greedy::Bundle> open_bundle(const std::string& path, const std::optional<std::string>& backend,
                                             const std::optional<std::string>& plugin_dir,
@@ -157,24 +185,29 @@ PYBIND11_MODULE(_C, module) {
              })
         .def("set_prompt_tokens",
              [](PySession& self, const Array<std::int64_t>& ids, bool recommit) {
+                 expect(ids, "prompt", {-1});
                  self.any_time([&](greedy::Session& session) {
                      session.set_prompt_tokens(ids.data(), static_cast<std::size_t>(ids.size()), recommit);
                  });
              })
         .def("set_prompt_embedding",
              [](PySession& self, const Array<float>& embedding, bool recommit) {
+                 expect(embedding, "prompt", {self.info.text_rows, self.info.text_dim});
                  const auto rows = static_cast<std::size_t>(embedding.shape(0));
                  self.any_time(
                      [&](greedy::Session& session) { session.set_prompt_embedding(embedding.data(), rows, recommit); });
              })
         .def("push_frames",
              [](PySession& self, const Array<std::uint8_t>& rgb) {
+                 expect(rgb, "push", {-1, self.info.height, self.info.width, 3});
                  self.alone([&](greedy::Session& session) {
                      session.push_frames(rgb.data(), static_cast<std::size_t>(rgb.shape(0)));
                  });
              })
         .def("push_latent",
              [](PySession& self, const Array<float>& latent) {
+                 const greedy_info& info = self.info;
+                 expect(latent, "push", {info.latent_channels, -1, info.latent_height, info.latent_width});
                  self.alone([&](greedy::Session& session) {
                      session.push_latent(latent.data(), static_cast<std::size_t>(latent.shape(1)));
                  });

@@ -28,14 +28,14 @@ int open_status(const char* target, const char* version) {
     return status;
 }
 
-// The status of loading a plan of this text as a graph with x, cache -> y, cache_out.
-int load_status(void* device, const std::string& plan, void** graph, bool weight = false) {
+// The status of loading a plan of this text as a graph with x, k_0 -> y, k_0_out.
+int load_status(void* device, const std::string& plan, void** graph, bool weight = false, const char* name = "sdd") {
     const std::string path = write(plan);
-    const greedy_tensor inputs[] = {{"x", GREEDY_FLOAT32, 2, kShape}, {"cache", GREEDY_FLOAT32, 2, kShape}};
-    const greedy_tensor outputs[] = {{"y", GREEDY_FLOAT32, 2, kShape}, {"cache_out", GREEDY_FLOAT32, 2, kShape}};
+    const greedy_tensor inputs[] = {{"x", GREEDY_FLOAT32, 2, kShape}, {"k_0", GREEDY_FLOAT32, 2, kShape}};
+    const greedy_tensor outputs[] = {{"y", GREEDY_FLOAT32, 2, kShape}, {"k_0_out", GREEDY_FLOAT32, 2, kShape}};
     const greedy_constant constant{{"w", GREEDY_FLOAT32, 2, kShape}, kWeight};
     const std::int32_t aliases[] = {-1, 1};
-    const greedy_graph_spec spec{"sdd",  path.c_str(), inputs, outputs, 2, 2, weight ? &constant : nullptr,
+    const greedy_graph_spec spec{name,   path.c_str(), inputs, outputs, 2, 2, weight ? &constant : nullptr,
                                  weight, aliases};
     char error[256] = "";
     return greedy_plugin_get()->load(device, &spec, graph, error, sizeof error);
@@ -55,17 +55,18 @@ int main() {
     char error[256] = "";
     void *device = nullptr, *graph = nullptr;
     check(plugin.open(&settings, &device, error, sizeof error) == GREEDY_OK, "open: again");
-    const std::string good = "in x 0 6\nin cache 0 6\nout y 0 6\nout cache_out 0 6 cache\n";
-    for (const char* bad : {"in x 0 6\nin cache 0 6\nout y 0 6\nout cache_out 0 6\n",
-                            "in x 0 5\nin cache 0 6\nout y 0 6\nout cache_out 0 6 cache\n",
-                            "in x 1 6\nin cache 0 6\nout y 0 6\nout cache_out 0 6 cache\n",
-                            "in x 0 6\nout cache 0 6\nout y 0 6\nout cache_out 0 6 cache\n",
-                            "in x 0 6\nin cache 0 6\nin z 0 6\nout y 0 6\nout cache_out 0 6 cache\n"})
+    const std::string good = "in x 0 6\nin k_0 0 6\nout y 0 6\nout k_0_out 0 6 k_0\n";
+    for (const char* bad : {"in x 0 6\nin k_0 0 6\nout y 0 6\nout k_0_out 0 6\n",
+                            "in x 0 5\nin k_0 0 6\nout y 0 6\nout k_0_out 0 6 k_0\n",
+                            "in x 1 6\nin k_0 0 6\nout y 0 6\nout k_0_out 0 6 k_0\n",
+                            "in x 0 6\nout k_0 0 6\nout y 0 6\nout k_0_out 0 6 k_0\n",
+                            "in x 0 6\nin k_0 0 6\nin z 0 6\nout y 0 6\nout k_0_out 0 6 k_0\n"})
         check(load_status(device, bad, &graph) == GREEDY_BAD_BUNDLE, std::string("load: accepted\n") + bad);
     check(load_status(device, good + "weight v\n", &graph, true) == GREEDY_BAD_BUNDLE,
           "load: a weight of another name");
     check(load_status(device, good + "weight w\n", &graph, true) == GREEDY_OK, "load: with a weight");
     plugin.unload(device, graph);
+    check(load_status(device, good, &graph, false, "vae_steady") == GREEDY_BAD_BUNDLE, "load: a cache of a VAE in place");
     check(load_status(device, good, &graph) == GREEDY_OK, "load: a good plan");
 
     greedy_buffer x, cache, outputs[2];
