@@ -1,6 +1,7 @@
 #include "bundle.h"
 
 #include <filesystem>
+#include <limits>
 
 #include "error.h"
 #include "sha256.h"
@@ -29,8 +30,6 @@ Bundle::Bundle(const std::string& folder, const greedy_settings& settings)
     : folder_(folder), log_(settings.log), log_cookie_(settings.log_cookie), manifest_(read_manifest(folder)) {
     for (const auto& entry : manifest_.files) check_file(entry.first, false);
     open_device(settings);
-    // Graphs are code: they are never run unless they are what the manifest says.
-    for (const auto& graph : backend_->graphs) check_file(graph.second.file, true);
     const std::string tokenizer = manifest_.tokenizer + "/";
     for (const auto& entry : manifest_.files)
         if (settings.verify && (entry.first == manifest_.weights || entry.first.rfind(tokenizer, 0) == 0))
@@ -39,7 +38,10 @@ Bundle::Bundle(const std::string& folder, const greedy_settings& settings)
     weights_ = read_safetensors(weights_file_->data(), weights_file_->size(), manifest_.weights);
     load_tokenizer();
     for (const auto& entry : backend_->graphs)
-        if (entry.first.rfind("vae_encode", 0) != 0) graph(entry.first);  // those only for pictures that are pushed
+        if (entry.first.rfind("vae_encode", 0) != 0)
+            graph(entry.first);
+        else
+            check_file(entry.second.file, true);  // loaded only for pictures that are pushed
     log(GREEDY_LOG_INFO, "opened " + folder + " with " + backend() + " for " + target());
 }
 
@@ -92,6 +94,9 @@ void Bundle::open_device(const greedy_settings& settings) {
 void Bundle::load_tokenizer() {
     const fs::path folder = fs::path(folder_) / manifest_.tokenizer;
     try {
+        for (const char* name : {"tokenizer.json", "tokenizer_config.json"})
+            if (const std::string path = manifest_.tokenizer + "/" + name; manifest_.files.count(path) == 0)
+                fail(GREEDY_BAD_BUNDLE, "tokenizer", "no entry in files for " + path, "one");
         const MappedFile model((folder / "tokenizer.json").string());
         const MappedFile config((folder / "tokenizer_config.json").string());
         tokenizer_ = std::make_unique<Tokenizer>(model.text(), config.text(), manifest_.tokenizer);
@@ -110,6 +115,21 @@ const Tokenizer& Bundle::tokenizer() const {
     return *tokenizer_;
 }
 
+std::int64_t Bundle::vocabulary() const {
+    const auto encoder = backend_->graphs.find("encode_text");
+    const auto ends = [](const std::string& key, std::string_view end) {
+        return key.size() >= end.size() && key.compare(key.size() - end.size(), end.size(), end) == 0;
+    };
+    if (encoder != backend_->graphs.end())
+        for (const auto& entry : encoder->second.weights) {
+            const auto weight = weights_.find(entry.second);
+            const bool table = ends(entry.second, "embed_tokens.weight") || ends(entry.second, "shared.weight");
+            if (table && weight != weights_.end() && weight->second.spec.shape.rank == 2)
+                return weight->second.spec.shape[0];
+        }
+    return tokenizer_ ? tokenizer_->largest_id() + 1 : std::numeric_limits<std::int64_t>::max();
+}
+
 const Graph& Bundle::graph(const std::string& name) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = graphs_.find(name);
@@ -123,6 +143,8 @@ const Graph& Bundle::graph(const std::string& name) {
         constants.push_back({weight->second.spec, weight->second.data});
         constants.back().spec.name = constant;
     }
+    // Graphs are code: they are never run unless they are what the manifest says.
+    check_file(spec->second.file, true);
     const std::string file = (fs::path(folder_) / spec->second.file).string();
     auto loaded = std::make_unique<Graph>(*device_, name, file, spec->second, constants);
     log(GREEDY_LOG_DEBUG, "loaded " + name);

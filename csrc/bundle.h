@@ -30,6 +30,9 @@ class Bundle {
     // Throws Error(GREEDY_INVALID) where the bundle's tokenizer is of a kind that is not supported.
     const Tokenizer& tokenizer() const;
 
+    // Token ids lie below this: rows of the text encoder's table, or what the tokenizer knows where that is not found.
+    std::int64_t vocabulary() const;
+
     void log(int level, const std::string& text) const;
 
   private:

@@ -107,6 +107,12 @@ class WordLevel : public Tokenizer::Model {
         ids.push_back(found == ids_.end() ? unknown_ : found->second);
     }
 
+    std::int64_t largest_id() const override {
+        std::int64_t largest = 0;
+        for (const auto& entry : ids_) largest = std::max(largest, entry.second);
+        return largest;
+    }
+
   private:
     std::unordered_map<std::string, std::int64_t> ids_;
     std::int64_t unknown_;
@@ -173,6 +179,8 @@ class Unigram : public Tokenizer::Model {
         }
         ids.insert(ids.end(), reversed.rbegin(), reversed.rend());
     }
+
+    std::int64_t largest_id() const override { return static_cast<std::int64_t>(scores_.size()) - 1; }
 
   private:
     struct Piece {
@@ -303,6 +311,14 @@ void Tokenizer::read_config(const Json& config, const std::string& where) {
     if (found == added_.end())
         fail(GREEDY_BAD_BUNDLE, where, "pad_token '" + text.substr(0, 60) + "'", "an added token");
     pad_ = found->id;
+}
+
+std::int64_t Tokenizer::largest_id() const {
+    std::int64_t largest = std::max(model_->largest_id(), pad_);
+    for (const Added& token : added_) largest = std::max(largest, token.id);
+    for (const auto* special : {&before_, &after_})
+        for (std::int64_t id : *special) largest = std::max(largest, id);
+    return largest;
 }
 
 void Tokenizer::encode_plain(std::string_view text, std::vector<std::int64_t>& ids) const {

@@ -27,6 +27,9 @@ class Tokenizer {
     // Rows of every prompt: the tokenizer's own limit, at most kMaxRows.
     std::int64_t rows() const { return rows_; }
 
+    // Of the ids that encode() gives.
+    std::int64_t largest_id() const;
+
     // Ids and mask of a prompt (UTF-8), each rows() long, as engine/text.py's Tokenizer; longer prompts are cut.
     void encode(const std::string& prompt, std::vector<std::int64_t>& ids, std::vector<std::int64_t>& mask) const;
 
@@ -34,6 +37,7 @@ class Tokenizer {
       public:
         virtual ~Model() = default;
         virtual void encode(std::string_view piece, std::vector<std::int64_t>& ids) const = 0;
+        virtual std::int64_t largest_id() const = 0;
     };
 
   private:

@@ -17,6 +17,7 @@ import fake_stages
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import engine.run
 from engine.config import Preset
@@ -232,6 +233,26 @@ def test_a_causal_graph_takes_no_temporal_context(fake, tmp_path):
         fake(altered(tmp_path, PRESETS["self-forcing"], add)).stream("a")
 
 
+def test_a_graph_that_changes_after_opening_is_refused(fake, tmp_path):
+    bundle = Path(shutil.copytree(fake_stages.RECORDED, tmp_path / "bundle"))
+    pipeline = fake(bundle)
+    file = bundle / "graphs/aoti-cpu/vae_encode_first.so"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"vae_encode_first\.so: got sha256"):
+        pipeline.stream("a", clip=np.zeros((1, fake_stages.HEIGHT, fake_stages.WIDTH, 3), np.uint8))
+
+
+def test_an_unlisted_tokenizer_is_not_read(fake, tmp_path):
+    bundle = Path(shutil.copytree(fake_stages.RECORDED, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    del manifest["files"]["tokenizer/tokenizer.json"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"no entry in files for tokenizer/tokenizer\.json"):
+        fake(bundle).stream("a")
+
+
 @pytest.mark.parametrize("what", ["flip", "cut", "link", "graph"])
 def test_a_damaged_bundle_is_refused(fake, tmp_path, what):
     bundle = Path(shutil.copytree(fake_stages.RECORDED, tmp_path / "bundle"))
@@ -249,7 +270,8 @@ def test_a_damaged_bundle_is_refused(fake, tmp_path, what):
 
 def test_other_threads_run_and_may_cancel_and_switch(recorded, core):
     stream = recorded.stream("a red circle")
-    clean = [chunk.copy() for chunk in (recorded.stream("a red circle").next_chunk() for _ in range(1))]
+    calm = recorded.stream("a red circle")
+    clean, made = [calm.next_chunk() for _ in range(200)], []
     stop, cancelled = threading.Event(), 0
 
     def bother() -> None:
@@ -262,13 +284,14 @@ def test_other_threads_run_and_may_cancel_and_switch(recorded, core):
     try:
         for _ in range(200):
             try:
-                stream.next_chunk()
+                made.append(stream.next_chunk())
             except core.Cancelled:
                 cancelled += 1
     finally:
         stop.set()
         thread.join()
     assert cancelled > 0
+    assert all(np.array_equal(mine, theirs) for mine, theirs in zip(made, clean, strict=False))  # none is lost
     stream._session.flush()
     assert np.array_equal(stream.next_chunk(), clean[0])
     stream.set_prompt("teal")
@@ -281,6 +304,10 @@ def test_other_threads_run_and_may_cancel_and_switch(recorded, core):
 def test_compiled_graphs_give_pythons_video(core, aoti_bundle, pipeline):
     """81 frames, with a prompt switch, against the same graphs run by Python and against torch's own modules."""
     native = NativePipeline(aoti_bundle, "aoti")
+    weights = load_file(aoti_bundle / "weights.safetensors")
+    rows = next(len(value) for key, value in weights.items() if key.endswith("embed_tokens.weight"))
+    with pytest.raises(ValueError, match=f"got token {rows}, expected 0 to {rows - 1}"):
+        native.stream("red")._session.set_prompt_tokens(np.array([rows]), True)
     assert native.stages.name == "native-aoti"
     pipelines: list[Pipeline | NativePipeline] = [native, load_bundle(aoti_bundle, "aoti"), pipeline]
     streams = [each.stream("a red circle moving right", seed=3) for each in pipelines]

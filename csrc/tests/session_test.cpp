@@ -135,6 +135,9 @@ void test_arguments() {
     const std::int64_t ids[] = {3, 8, 1};
     check(greedy_set_prompt_tokens(session, ids, 0, 1) == GREEDY_INVALID, "tokens: none");
     check(greedy_set_prompt_tokens(session, ids, 17, 1) == GREEDY_INVALID, "tokens: too many");
+    const std::int64_t below[] = {-1}, above[] = {std::int64_t{1} << 40};
+    check(greedy_set_prompt_tokens(session, below, 1, 1) == GREEDY_INVALID, "tokens: a negative one");
+    check(greedy_set_prompt_tokens(session, above, 1, 1) == GREEDY_INVALID, "tokens: one outside the vocabulary");
     const std::vector<float> values(static_cast<std::size_t>(16 * 6), 0.1f);
     check(greedy_set_prompt_embedding(session, values.data(), 15, 1) == GREEDY_INVALID, "embedding: too few rows");
     check(greedy_push_latent(session, values.data(), 0) == GREEDY_INVALID, "latent: none");
