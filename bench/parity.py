@@ -216,7 +216,7 @@ def run(folder: Path, device: str = "cpu") -> list[Result]:
     recording = read_recording(folder)
     results = []
     for case in recording.cases:
-        with torch.backends.cudnn.flags(allow_tf32=False):  # on by default for convolutions
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # on by default for convolutions
             error = replay(case, recording, torch.device(device)) - case.tensors["output"].float()
         largest, rms = float(error.abs().max()), float(error.square().mean().sqrt())
         limits = TOLERANCE[case.dtype]

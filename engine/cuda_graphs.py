@@ -8,6 +8,7 @@ write and the number of valid slots as scalars. So nothing is captured again whi
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -35,14 +36,15 @@ class Capturer:
         self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(2):  # kernels are compiled and libraries set up now: nothing of that can be captured
-                run()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            outputs = run()
+        before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(before):  # back to it even where a capture fails half-way
+            with torch.cuda.stream(self._stream):
+                for _ in range(2):  # kernels are compiled and libraries set up now: nothing of that can be captured
+                    run()
+            before.wait_stream(self._stream)
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                outputs = run()
         return outputs, graph.replay
 
 
@@ -59,8 +61,10 @@ class _Graph:
             for arg in args
         )
         before = [part.clone() for part in advances]
-        self._output, self._replay = capture(lambda: function(*self._static))
-        _fill(advances, before)
+        try:
+            self._output, self._replay = capture(lambda: function(*self._static))
+        finally:
+            _fill(advances, before)
 
     def __call__(self, *args: Tensor | int) -> Any:
         for static, arg in zip(self._static, args, strict=True):
@@ -81,11 +85,13 @@ class GraphedStages:
     """
 
     name = "torch"
+    advances_vae_cache = True  # so that a decoding that fails cannot be repeated
 
     def __init__(self, stages: TorchStages, capturer: Callable[[torch.device], Capture] = Capturer) -> None:
         if stages.fused is None:
             raise ValueError("cuda graphs: got stages without fused kernels, expected them (slots on the device)")
         self._stages = stages
+        self._lock = threading.RLock()  # streams of several threads share the graphs' static tensors
         device = next(iter(stages.models.values())).proj_out.weight.device
         self._capture, self._capture_vae = capturer(device), capturer(device)  # the VAE runs beside the others
         self._graphs: dict[Any, _Graph | None] = {}  # None: called once so far, as it is
@@ -144,7 +150,13 @@ class GraphedStages:
         function = getattr(self._stages, name)
         if slot + latent.shape[2] > cache.slots:  # wraps: not for the fused kernels
             return function(latent, *rest, cache, text_kv)
-        text = self._static_text(role, text_kv[role])
+        with self._lock:
+            return self._on_static(name, role, cache, text_kv, latent, *rest)
+
+    def _on_static(
+        self, name: str, role: str, cache: RingCache, text_kv: dict[str, TextKV], latent: Tensor, *rest: Tensor | int
+    ) -> Any:
+        function, text = getattr(self._stages, name), self._static_text(role, text_kv[role])
         whole = copy.copy(cache)  # a graph must not keep the lease itself
         key = name, cache.k.data_ptr(), latent.shape, text[0].data_ptr()
         return self._graph(key, lambda *args: function(*args, whole, {role: text}), (latent, *rest), (), self._capture)
@@ -164,7 +176,10 @@ class GraphedStages:
 
     def _static_text(self, role: str, text: Any) -> tuple[Tensor, Tensor]:
         """The prompt's keys and values where graphs look for them: K and V, each [layers, B, rows, heads, d]."""
-        static = self._text.setdefault((role, text[0].shape), [*map(torch.empty_like, text), None])
+        key = role, text[0].shape
+        if key not in self._text:
+            self._text[key] = [*map(torch.empty_like, text), None]
+        static = self._text[key]
         if static[2] is not text:
             _fill(static[:2], text)
             static[2] = text
@@ -184,13 +199,16 @@ class GraphedStages:
         static = list(cache)  # a graph must not keep the lease itself
         key = "vae_steady", cache[0].data_ptr(), latent.shape
         run = lambda latent: self.vae.steady(latent, tuple(static), in_place=True)[0]  # noqa: E731
-        with _best_convolutions():
+        with self._lock, _best_convolutions():
             return self._graph(key, run, (latent,), static, self._capture_vae), cache
 
 
 def _best_convolutions() -> AbstractContextManager[Any]:
     """cuDNN tries its algorithms the first time that it sees a shape, which is before a graph is captured."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=True)
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=True, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=cudnn.allow_tf32
+    )  # fmt: skip
 
 
 def _fill(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:

@@ -107,8 +107,8 @@ class Pipeline:
 class Stream:
     """One video in the making: iterate for frames, or call `next_chunk` for whole chunks.
 
-    A chunk that fails changes nothing: the next call makes the same chunk again. Not thread-safe; several
-    streams of one pipeline are independent.
+    A chunk that fails changes nothing: the next call makes the same chunk again (but where CUDA graphs decode, a
+    decoding that fails closes the stream). Not thread-safe; several streams of one pipeline are independent.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Stream:
         self._uncommitted: tuple[Tensor, bool] | None = None  # the chunk shown last, and whether it was given
         # On a GPU the next latent is made while the last one is decoded beside it and shown.
         self.looks_ahead = pipeline.device.type == "cuda"
-        self._ahead: Tensor | None = None
+        self._ahead: Tensor | Exception | None = None
         self._started = 0  # frames of the chunks whose decoding has begun
         self._frames: deque[np.ndarray] = deque()
         self._closed = False
@@ -169,13 +169,15 @@ class Stream:
         """The latent made ahead, or a new one."""
         self._check_open()
         x, self._ahead = self._ahead, None
+        if isinstance(x, Exception):
+            raise x
         return self._make() if x is None else x
 
     def _look_ahead(self) -> None:
         try:
             self._ahead = self._make()
-        except Exception:  # of the next chunk, not of the one that is shown now: its own call raises it again
-            self._ahead = None
+        except Exception as error:  # of the next chunk, not of the one that is shown now: its own call raises it
+            self._ahead = error
 
     def _make(self) -> Tensor:
         """One chunk; publishes the one before, and nothing of its own."""
@@ -260,9 +262,14 @@ class Stream:
     def _decode(self, x: Tensor) -> Download:
         """Frames of a chunk; the VAE's cache moves on when all of it is decoded."""
         stages, cache, parts = self.pipeline.stages, self._vae_cache, []
-        for latent in x.split(1, dim=2):
-            frames, cache = stages.vae_first(latent) if cache is None else stages.vae_steady(latent, cache)
-            parts.append(frames_to_uint8(frames[:1])[0])
-        shown = Download(torch.cat(parts))
+        try:
+            for latent in x.split(1, dim=2):
+                frames, cache = stages.vae_first(latent) if cache is None else stages.vae_steady(latent, cache)
+                parts.append(frames_to_uint8(frames[:1])[0])
+            shown = Download(torch.cat(parts))
+        except Exception:
+            if getattr(stages, "advances_vae_cache", False):
+                self.close()  # the cache has moved on: made again, the chunk would follow on itself
+            raise
         self._vae_cache = cache
         return shown

@@ -95,7 +95,8 @@ class Past:
         """x [T*B, C, H, W], or silu(norm(x)), behind its two past frames: [(2+T)*B, C, H, W]; alone in a first call."""
         given = None if self.given is None else next(self.given)
         if norm is not None and self.fused:
-            video = _to_video(x, self.batch)
+            # A convolution of few frames or of several videos may have answered in another layout.
+            video = _to_video(x.contiguous(memory_format=torch.channels_last), self.batch)
             extended, following = vae_norm_silu(video, norm.gamma, given, given if self.in_place else None)
             self.next.append(following)
             return extended.permute(2, 0, 1, 3, 4).flatten(0, 1)

@@ -111,3 +111,37 @@ def test_a_prompt_switch_and_an_image(pipeline):
 def test_stages_without_fused_kernels_are_refused(pipeline):
     with pytest.raises(ValueError, match="got stages without fused kernels"):
         GraphedStages(pipeline.stages)
+
+
+def test_a_decoding_that_fails_ends_the_stream(pipeline, monkeypatch):
+    """Its cache has moved on in place; made again, the chunk would follow on itself."""
+
+    def fail(*_):
+        raise RuntimeError("out of something")
+
+    pipeline = graphed(pipeline)
+    stream = pipeline.stream(PROMPT)
+    stream.next_chunk()
+    monkeypatch.setattr(pipeline.stages, "vae_steady", fail)
+    with pytest.raises(RuntimeError, match="out of something"):
+        stream.next_chunk()
+    with pytest.raises(ValueError, match="got a closed one"):
+        stream.next_chunk()
+
+
+def test_a_capture_that_fails_leaves_the_cache_where_it_was(pipeline):
+    def failing(device):
+        def capture(run):
+            run()
+            raise RuntimeError("cannot capture")
+
+        return capture
+
+    stages = GraphedStages(fused(pipeline), failing)
+    latent = torch.randn(1, 8, 1, 4, 6)
+    _, cache = stages.vae_first(latent)
+    expected = [part.clone() for part in pipeline.stages.vae.steady(latent, tuple(cache))[1]]
+    stages.vae_steady(latent, cache)  # the first call runs as it is
+    with pytest.raises(RuntimeError, match="cannot capture"):
+        stages.vae_steady(latent, cache)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(cache, expected, strict=True))

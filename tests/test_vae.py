@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import engine.vae
 from engine.vae import VAE, VAEConfig, frames_to_uint8, uint8_to_frames
+from kernels.vae_norm_silu import _channels_last, vae_norm_silu
 
 DATA = Path(__file__).parent / "data" / "causal"
 STATISTICS = {"latents_mean": [0.3, -0.2, 0.1, 0.5], "latents_std": [1.5, 0.7, 2.0, 1.1]}
@@ -188,6 +189,28 @@ def test_fused_and_in_place_give_the_same_frames(pair, batch):
     scale = vae.config.scale_factor_spatial
     video = torch.rand(batch, 3, 1 + vae.config.scale_factor_temporal, 4 * scale, 5 * scale) * 2 - 1
     assert error(fused.encode(video), vae.encode(video)) < 1e-4
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["conv3d", "stacked"])
+def test_the_kernel_gets_channels_last_frames(pair, batch, limit, monkeypatch):
+    """On a GPU it refuses others; the reference, which runs here, takes any layout."""
+    vae = copy.deepcopy(pair[0])
+    vae.fuse()
+    monkeypatch.setattr(engine.vae, "STACK_LIMIT", limit)
+    seen = []
+
+    def spy(x, gamma, cache, cache_out=None):
+        seen.append([_channels_last(t) for t in (x, cache, cache_out) if t is not None])
+        return vae_norm_silu(x, gamma, cache, cache_out)
+
+    monkeypatch.setattr(engine.vae, "vae_norm_silu", spy)
+    z = latents(vae, 3, batch)
+    _, cache = vae.first(z[:, :, :1])
+    for t in (1, 2):
+        _, cache = vae.steady(z[:, :, t : t + 1], cache, in_place=t == 2)
+    assert len(seen) > 9
+    assert all(map(all, seen))
 
 
 def test_cache_of_any_layout(tiny):
