@@ -1,5 +1,6 @@
 #include "bundle.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <limits>
 
@@ -117,13 +118,14 @@ const Tokenizer& Bundle::tokenizer() const {
 
 std::int64_t Bundle::vocabulary() const {
     const auto encoder = backend_->graphs.find("encode_text");
-    const auto ends = [](const std::string& key, std::string_view end) {
+    const auto ends = [](std::string key, const std::string& end) {
+        std::replace(key.begin(), key.end(), '.', '_');  // as compilers may do
         return key.size() >= end.size() && key.compare(key.size() - end.size(), end.size(), end) == 0;
     };
     if (encoder != backend_->graphs.end())
         for (const auto& entry : encoder->second.weights) {
             const auto weight = weights_.find(entry.second);
-            const bool table = ends(entry.second, "embed_tokens.weight") || ends(entry.second, "shared.weight");
+            const bool table = ends(entry.second, "embed_tokens_weight") || ends(entry.second, "shared_weight");
             if (table && weight != weights_.end() && weight->second.spec.shape.rank == 2)
                 return weight->second.spec.shape[0];
         }

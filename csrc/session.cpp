@@ -35,8 +35,7 @@ void Session::set_tokens(const std::int64_t* ids, std::size_t count, bool recomm
     const std::int64_t vocabulary = bundle_->vocabulary();
     for (std::size_t i = 0; i < count; ++i)  // a graph may abort at one outside
         if (ids[i] < 0 || ids[i] >= vocabulary)
-            fail(GREEDY_INVALID, "prompt", "token " + std::to_string(ids[i]),
-                 "0 to " + std::to_string(vocabulary - 1));
+            fail(GREEDY_INVALID, "prompt", "token " + std::to_string(ids[i]), "0 to " + std::to_string(vocabulary - 1));
     Prompt prompt{{ids, ids + count}, std::vector<std::int64_t>(count, 1), {}};
     prompt.ids.resize(rows, 0);  // masked, so any token will do
     prompt.mask.resize(rows, 0);

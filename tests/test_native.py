@@ -305,7 +305,7 @@ def test_compiled_graphs_give_pythons_video(core, aoti_bundle, pipeline):
     """81 frames, with a prompt switch, against the same graphs run by Python and against torch's own modules."""
     native = NativePipeline(aoti_bundle, "aoti")
     weights = load_file(aoti_bundle / "weights.safetensors")
-    rows = next(len(value) for key, value in weights.items() if key.endswith("embed_tokens.weight"))
+    rows = next(len(value) for key, value in weights.items() if key.endswith("embed_tokens_weight"))
     with pytest.raises(ValueError, match=f"got token {rows}, expected 0 to {rows - 1}"):
         native.stream("red")._session.set_prompt_tokens(np.array([rows]), True)
     assert native.stages.name == "native-aoti"
@@ -319,6 +319,15 @@ def test_compiled_graphs_give_pythons_video(core, aoti_bundle, pipeline):
         mine, *theirs = (stream.next_chunk().astype(int) for stream in streams)
         assert max(np.abs(mine - other).max() for other in theirs) <= 2, frames
         frames += len(mine)
+
+
+def test_compiled_graphs_want_their_weights(core, aoti_bundle, tmp_path):
+    bundle = Path(shutil.copytree(aoti_bundle, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    next(b for b in manifest["backends"].values() if b["backend"] == "aoti")["graphs"]["etm"]["weights"] = {}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="etm: got no weight for constant"):
+        NativePipeline(bundle, "aoti")
 
 
 def test_compiled_graphs_start_from_a_picture(core, aoti_bundle, pipeline):

@@ -235,7 +235,7 @@ class AotiGraph {
                                                  " outputs in the graph, expected " + std::to_string(inputs_.size()) +
                                                  " and " + std::to_string(outputs_.size()));
         // A manifest without weights would leave those that the graph reads unset.
-        if (spec.constant_count || !signature.at("constants", "signature").array("signature").empty())
+        if (spec.constant_count || (constants && !signature.at("constants", "signature").array("signature").empty()))
             bind(spec, constants, signature);
     }
 

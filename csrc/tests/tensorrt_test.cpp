@@ -66,7 +66,8 @@ int main() {
           "load: a weight of another name");
     check(load_status(device, good + "weight w\n", &graph, true) == GREEDY_OK, "load: with a weight");
     plugin.unload(device, graph);
-    check(load_status(device, good, &graph, false, "vae_steady") == GREEDY_BAD_BUNDLE, "load: a cache of a VAE in place");
+    check(load_status(device, good, &graph, false, "vae_steady") == GREEDY_BAD_BUNDLE,
+          "load: a cache of a VAE in place");
     check(load_status(device, good, &graph) == GREEDY_OK, "load: a good plan");
 
     greedy_buffer x, cache, outputs[2];
