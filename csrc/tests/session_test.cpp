@@ -25,7 +25,17 @@ void* operator new(std::size_t size) {
     if (!made) throw std::bad_alloc();
     return made;
 }
+// The whole family, or a sanitizer's own new would meet this delete.
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+    return starved ? nullptr : std::malloc(size ? size : 1);
+}
+void* operator new[](std::size_t size) { return ::operator new(size); }
+void* operator new[](std::size_t size, const std::nothrow_t& quiet) noexcept { return ::operator new(size, quiet); }
 void operator delete(void* given) noexcept { std::free(given); }
+void operator delete(void* given, const std::nothrow_t&) noexcept { std::free(given); }
+void operator delete[](void* given) noexcept { std::free(given); }
+void operator delete[](void* given, std::size_t) noexcept { std::free(given); }
+void operator delete[](void* given, const std::nothrow_t&) noexcept { std::free(given); }
 void operator delete(void* given, std::size_t) noexcept { std::free(given); }
 
 namespace {
