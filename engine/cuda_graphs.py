@@ -150,16 +150,12 @@ class GraphedStages:
         function = getattr(self._stages, name)
         if slot + latent.shape[2] > cache.slots:  # wraps: not for the fused kernels
             return function(latent, *rest, cache, text_kv)
-        with self._lock:
-            return self._on_static(name, role, cache, text_kv, latent, *rest)
-
-    def _on_static(
-        self, name: str, role: str, cache: RingCache, text_kv: dict[str, TextKV], latent: Tensor, *rest: Tensor | int
-    ) -> Any:
-        function, text = getattr(self._stages, name), self._static_text(role, text_kv[role])
         whole = copy.copy(cache)  # a graph must not keep the lease itself
-        key = name, cache.k.data_ptr(), latent.shape, text[0].data_ptr()
-        return self._graph(key, lambda *args: function(*args, whole, {role: text}), (latent, *rest), (), self._capture)
+        with self._lock:
+            text = self._static_text(role, text_kv[role])
+            key = name, cache.k.data_ptr(), latent.shape, text[0].data_ptr()
+            run = lambda *args: function(*args, whole, {role: text})  # noqa: E731
+            return self._graph(key, run, (latent, *rest), (), self._capture)
 
     def _graph(
         self, key: Any, function: Callable[..., Any], args: tuple[Tensor | int, ...], advances: Sequence[Tensor],
