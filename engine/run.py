@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     run.add_argument(
         "--precision", choices=("auto", *PRECISIONS), default="auto",
-        help="auto: bf16 on a GPU, else fp32; fp8: the large products on e4m3, quick on an H100 and later",
+        help="auto: bf16 on a GPU, else fp32; fp8: the large products on e4m3, made for an H100 and later",
     )  # fmt: skip
     run.add_argument("--fp8-attention", action="store_true", help="self-attention on e4m3 as well")
     run.add_argument("--eager", action="store_true", help="no fused kernels and no CUDA graphs on a GPU")
