@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_blocks(args)
     if args.prompts < 1 or args.frames < 2:
         raise ValueError(f"fp8: got {args.prompts} prompts and {args.frames} frames, expected at least 1 and 2")
-    task = find_task("sprites")
+    task = find_task("scenes")
     torch.set_num_threads(1)
     reference = load(device="cpu", dtype="fp32")
     seen = [spec.caption for spec in task.draw(CALIBRATION["prompts"], CALIBRATION["seed"])]

@@ -1,6 +1,6 @@
 """The ablation (Table 3 of the paper), long videos (Fig. 6) and quality against steps, on the embedded scale.
 
-    make ablation                     (python -m distill.ablation --config distill/configs/scenes.toml)
+    make ablation                     (python -m distill.ablation --config distill/configs/ablation.toml)
 
 Trains every arm with every seed on the same data in the same steps, scores all of them on the same held-out prompts
 and noise, and writes tables and plots to docs/results/. What a run finds done under --out it skips, and it goes on
@@ -22,11 +22,13 @@ from torch import Tensor
 from distill import next_chunk, rl
 from distill.base import Base
 from distill.codec import Codec
+from distill.dimensions import blinks
 from distill.draws import Draws
-from distill.next_chunk import AnyStudent, NextChunkConfig, draw_levels, load_student, noised
+from distill.next_chunk import AnyStudent, NextChunkConfig, draw_levels, load_student
 from distill.results import AblationConfig, write_report
 from distill.rl import RlConfig
 from distill.rollout import roll_out
+from distill.sampling import noised
 from distill.scenes import Scene, seen
 from distill.tasks import find_task
 from distill.training import load_config, run_stage
@@ -34,6 +36,14 @@ from engine.config import Preset, find_preset
 
 PARENTS = {"etm-rl": "etm", "etm-rl-critic": "etm", "no-etm-rl": "no-etm", "causal-rl": "causal"}  # what RL starts from
 CRITICS = ("etm-rl-critic", "causal-rl")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1))
+    part.rename(path)
 
 
 class Runner:
@@ -61,6 +71,7 @@ class Runner:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
+    @torch.enable_grad()  # what measures a student trains it first if it has to
     def train(self, arm: str, seed: int) -> Path:
         """The student of an arm and seed, trained unless it is there."""
         config = self.config
@@ -78,7 +89,8 @@ class Runner:
             return path
         made = replace(self.made, seed=seed, steps=config.next_chunk_steps)
         if arm == "etm-longer":
-            made = replace(made, steps=config.next_chunk_steps + config.longer_steps)
+            # Other draws: with the same seed it would see its parent's first steps again.
+            made = replace(made, start=str(self.train("etm", seed)), steps=config.longer_steps, seed=seed + 1000)
         elif arm == "no-etm":
             made = replace(made, etm=False, rank=2 * made.rank)
         elif arm == "causal":
@@ -127,16 +139,16 @@ class Runner:
             "minutes": round(minutes, 1),
             "scores": self.task.score(videos, self.specs),
         }
+        if isinstance(self.specs[0], Scene):  # what no caption states, of the same clips
+            shown = [blinks(video, spec) for video, spec in zip(videos, self.specs, strict=True)]
+            result["blinking"] = sum(shown) / len(shown)
         if config.given:
             videos = self.videos(student, made.preset, config.prompts, config.frames, guidance, config.given)
             result["given"] = self.task.score(videos, self.specs)
         if config.long_frames:
             long = self.videos(student, made.preset, config.long_prompts, config.long_frames, guidance)
             result["long"] = self.over_time(long)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1))
-        part.rename(path)
+        write_json(path, result)
         return result
 
     @torch.no_grad()
@@ -166,7 +178,7 @@ class Runner:
         result = {"all": float(error.mean())}
         if again and bool(torch.cat(again).any()):
             result["reappearing"] = float(error[torch.cat(again)].mean())
-        path.write_text(json.dumps(result))
+        write_json(path, result)
         return result
 
     def over_time(self, videos: list[Tensor]) -> list[dict[str, float]]:
@@ -196,13 +208,13 @@ class Runner:
             names = ("semantic", "quality", "total")
             rows.append({"steps": count, "cost": (2 + count) / 6} | {n: found[n]["mean"] for n in names}
                         | {f"{n}_se": found[n]["se"] for n in names})  # fmt: skip
-        path.write_text(json.dumps(rows, indent=1))
+        write_json(path, rows)
         return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("distill/configs/scenes.toml"), help="TOML file")
+    parser.add_argument("--config", type=Path, default=Path("distill/configs/ablation.toml"), help="TOML file")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of students and scores")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of tables and plots")
     parser.add_argument("--report", action="store_true", help="only write what is there, train nothing")

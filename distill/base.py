@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.checkpoint import load_transformer, open_source, read_json
 from engine.config import TransformerConfig
@@ -23,6 +23,10 @@ class Base:
         self.transformer.eval().requires_grad_(False)
         self.tokenizer = Tokenizer(folder / "tokenizer")
         self.text_encoder = load_text_encoder(folder / "text_encoder", dtype, self.device)
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [self.transformer, self.text_encoder]
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Tensor:

@@ -101,6 +101,8 @@ def _hardly_seen(track: Track) -> bool:
 
 def _motion(track: Track) -> tuple[str | None, float, bool]:
     """First direction (None without a steady motion along one axis), pace in pixels a frame, moving to the end."""
+    if len(track.clear) <= LAG:
+        return None, 0.0, False
     moves = _wrapped(track.centre[LAG:] - track.centre[:-LAG])
     whole = track.clear.unfold(0, LAG + 1, 1).all(1)
     if int(whole.sum()) < 2:
@@ -153,7 +155,7 @@ def _smoothness(track: Track, moving: bool, walls: bool) -> float:
     frames = len(track.clear)
     clear = track.clear.nonzero()[:, 0]
     if len(clear) < 3:
-        return math.nan if bool(track.touched.any()) else 0.0
+        return math.nan if frames < 3 or bool(track.touched.any()) else 0.0
     if not moving:
         place = track.centre[clear].median(0).values
         stray = _wrapped(track.centre - place).abs().amax(1) > MAX_STRAY
@@ -226,6 +228,21 @@ def match(reading: Reading, scene: Scene) -> list[Track | None]:
     return list(max(permutations(found[: len(reading.tracks) + wanted], wanted), key=worth))
 
 
+def blinks(video: Tensor, scene: Scene) -> bool:
+    """Whether the mover goes unseen for a latent frame or more and comes back, with nothing in front of it.
+
+    No score: the text does not state it. The share of such clips says whether a model still draws what is not stated.
+    """
+    mover = match(read(video), scene)[0]
+    if mover is None:
+        return False
+    return any(
+        not found and first > 0 and end < len(mover.found) and end - first >= MIN_HIDDEN
+        and not bool(mover.touched[[first - 1, end]].any())
+        for found, first, end in _runs(mover.found)
+    )  # fmt: skip
+
+
 def dimensions(
     video: Tensor, scene: Scene, *, max_hidden: int = 9, walls: bool = True, begins: bool = True
 ) -> dict[str, float]:
@@ -259,7 +276,8 @@ def dimensions(
 
     mover = chosen[0]
     direction, pace, lasting = _motion(mover) if mover is not None else (None, 0.0, False)
-    unread = mover is not None and _hardly_seen(mover)
+    moves = video.shape[1] > LAG  # a still has no motion to judge
+    unread = not moves or (mover is not None and _hardly_seen(mover))
     low, high = PACES[scene.speed]
     return {
         "object_class": share("shape", SHAPES, "clear"),
@@ -275,7 +293,8 @@ def dimensions(
         ),
         "temporal_flickering": _flicker(reading, tracks),
         "motion_smoothness": _mean(
-            0.0 if t is None else _smoothness(t, number == 0, walls) for number, t in enumerate(chosen)
+            (0.0 if moves else math.nan) if t is None else _smoothness(t, number == 0, walls)
+            for number, t in enumerate(chosen)
         ),
         "dynamic_degree": math.nan if unread else float(lasting),
         "imaging_quality": _imaging(reading, chosen),

@@ -1,7 +1,7 @@
 """Generate clips from held-out prompts and score them exactly, in VBench's vocabulary.
 
     python -m distill.evaluate --model engine/assets/sprites --prompts 64 --seed 0 --frames 33 --json
-    python -m distill.evaluate --model runs/rich/sprites --task scenes --frames 81 --thirds
+    python -m distill.evaluate --model runs/sprites --task sprites --frames 81 --thirds
     python -m distill.evaluate --model Wan2.1-student --vbench VBench_full_info.json --out runs/vbench
 
 The student streams through the engine's public API, one prompt after another, as any user's would; --teacher runs
@@ -112,7 +112,7 @@ def run_vbench(model: Path, info: Path, out: Path, count: int, seed: int, frames
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("engine/assets/sprites"), help="pipeline directory")
-    parser.add_argument("--task", choices=sorted(TASKS), default="sprites", help="what the model was trained to draw")
+    parser.add_argument("--task", choices=sorted(TASKS), default="scenes", help="what the model was trained to draw")
     parser.add_argument("--prompts", type=int, default=64, help="number of clips")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts and of the noise")
     parser.add_argument("--frames", type=int, default=33, help="pixel frames of a clip")

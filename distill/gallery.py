@@ -4,6 +4,7 @@ python -m distill.gallery --out docs/gallery.webp
 """
 
 import argparse
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +12,19 @@ import torch
 from PIL import Image, ImageDraw
 
 import engine
-from distill.sprites import sample
+from distill.scenes import sample
 from engine.sinks import open_sink
 
-LABEL = 14  # pixels of text under a clip
+LABEL = 14  # pixels of a line of text under a clip
+CHARACTER = 6  # pixels that a character takes at most, about
 
 
 def labelled(frame: np.ndarray, text: str, scale: int) -> np.ndarray:
-    """frame [H, W, 3] enlarged `scale` times over two lines of its prompt."""
+    """frame [H, W, 3] enlarged `scale` times over its prompt in three lines."""
     large = frame.repeat(scale, axis=0).repeat(scale, axis=1)
-    strip = Image.new("RGB", (large.shape[1], 2 * LABEL), "white")
-    first, _, second = text.partition(" on ")
-    ImageDraw.Draw(strip).multiline_text((4, 1), f"{first}\non {second}", fill="black", font_size=10, spacing=2)
+    strip = Image.new("RGB", (large.shape[1], 3 * LABEL), "white")
+    lines = textwrap.wrap(text, large.shape[1] // CHARACTER)
+    ImageDraw.Draw(strip).multiline_text((4, 1), "\n".join(lines), fill="black", font_size=10, spacing=2)
     return np.concatenate([large, np.asarray(strip)])
 
 
@@ -32,9 +34,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="pipeline directory (default: the embedded model)")
     parser.add_argument("--columns", type=int, default=4)
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--frames", type=int, default=65)
-    parser.add_argument("--scale", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--frames", type=int, default=57)
+    parser.add_argument("--scale", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
     pipeline = engine.load(args.model)

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from distill.codec import Codec
-from distill.draws import generator
+from distill.draws import Draws, generator
 from distill.shards import Shards, shard_path, write_index, write_shard
 from distill.tasks import Task, find_task
 from distill.training import load_config, parse_arguments, run_stage
@@ -48,12 +48,12 @@ class Bank:
         """Latent frames of a clip."""
         return self.sets[0][0].shape[2]
 
-    def draw(self, count: int, frames: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-        """Latents [count, 8, frames, 8, 8] in float32 and their captions."""
+    def draw(self, draws: Draws, frames: int) -> tuple[Tensor, list[str]]:
+        """Latents [B, 8, frames, 8, 8] in float32 and their captions, for the B samples of `draws`."""
         latents, captions = self.sets[int(frames == 1)]
         if frames > latents.shape[2]:
             raise ValueError(f"bank: got {frames} latent frames, expected at most {latents.shape[2]}")
-        picks = torch.randint(len(latents), (count,), generator=generator)
+        picks = draws.choice(len(latents))
         return latents[picks, :, :frames], [captions[i] for i in picks.tolist()]
 
 

@@ -23,7 +23,7 @@ from distill.causal import CausalStudent
 from distill.draws import Draws
 from distill.loop import FitConfig, Objective, accelerator_of, fit
 from distill.rollout import noise_levels, roll_out
-from distill.sampling import guided_flow, shifted
+from distill.sampling import guided_flow, noised, shifted
 from distill.shards import Shards
 from distill.student import Student
 from distill.training import load_config, parse_arguments, run_stage, save_state
@@ -36,6 +36,7 @@ AnyStudent = Student | CausalStudent
 @dataclass(frozen=True)
 class NextChunkConfig(FitConfig):
     teacher: str = "runs/teacher/teacher"
+    start: str = ""  # student.pt to go on from; none begins as the teacher
     data: str = "runs/bank/clips"
     family: str = "greedy"  # or causal: one causal transformer over `window` frames, the Self-Forcing family
     rank: int = 64
@@ -103,21 +104,36 @@ class NextChunkConfig(FitConfig):
         return student.to(base.device)
 
 
-def load_student(
-    path: Path, base: Base | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> tuple[AnyStudent, NextChunkConfig, Base]:
-    """A trained student, the config that made it and its teacher, whose frozen weights are in `dtype` (or as made)."""
+def read_student(path: Path) -> tuple[dict[str, Tensor], NextChunkConfig]:
+    """The trained tensors of a student file and the config that made it."""
     if not path.is_file():
         raise FileNotFoundError(f"student: got {path}, expected a file that distill.next_chunk or distill.rl wrote")
     state = torch.load(path, weights_only=True)
     unknown = sorted(set(state["config"]) - {field.name for field in fields(NextChunkConfig)})
     if unknown:
         raise ValueError(f"{path}: got settings {unknown}, expected a student of this version")
-    config = NextChunkConfig(**state["config"])
+    return state["student"], NextChunkConfig(**state["config"])
+
+
+def load_student(
+    path: Path, base: Base | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[AnyStudent, NextChunkConfig, Base]:
+    """A trained student, the config that made it and its teacher, whose frozen weights are in `dtype` (or as made)."""
+    trained, config = read_student(path)
     base = base or Base(Path(config.teacher), dtype or config.dtype, device)
     student = config.student(base)
-    student.load_trained(state["student"])
+    student.load_trained(trained)
     return student.eval(), config, base
+
+
+def begin_from(student: AnyStudent, path: Path, config: NextChunkConfig) -> None:
+    """Put the trained tensors of another student of the same shape and teacher into this one."""
+    trained, made = read_student(path)
+    for name in ("teacher", "family", "rank", "etm", "window", "max_position"):
+        if getattr(made, name) != getattr(config, name):
+            got, expected = getattr(made, name), getattr(config, name)
+            raise ValueError(f"start: got {path} with {name} = {got!r}, expected {expected!r}")
+    student.load_trained(trained)
 
 
 def save_student(path: Path, trained: dict[str, Tensor], config: NextChunkConfig) -> None:
@@ -130,12 +146,6 @@ def draw_levels(shape: tuple[int, ...], config: NextChunkConfig, draws: Draws) -
     picked = grid[draws.choice(len(grid), *shape)]
     free = shifted(torch.sigmoid(draws.normal(*shape)), config.shift)
     return torch.where(draws.uniform(*shape) < config.on_schedule, picked, free)
-
-
-def noised(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Eq. 3 with a level a frame: clean and noise [B, C, F, h, w], t [B, F]."""
-    level = t[:, None, :, None, None]
-    return (1 - level) * clean + level * noise
 
 
 @torch.no_grad()
@@ -172,6 +182,9 @@ class NextChunk(Objective):
     @property
     def base(self) -> Base:
         return self._frozen[0]
+
+    def frozen(self) -> list[nn.Module]:
+        return self.base.models
 
     def groups(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
         return {"student": (self.student.trained(), 1.0)}
@@ -242,6 +255,8 @@ def train(
     torch.manual_seed(config.seed)  # adapters start alike in every process
     base = Base(Path(config.teacher), config.dtype, accelerator.device)
     objective = NextChunk(config, base, Shards(Path(config.data)))
+    if config.start:
+        begin_from(objective.student, Path(config.start), config)
     trained = fit(objective, config, out, accelerator, board, stop_at)
     if accelerator.is_main_process and (stop_at is None or stop_at >= config.steps):
         save_student(out / "student.pt", trained, config)

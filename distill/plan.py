@@ -33,6 +33,7 @@ class ClusterConfig:
     tflops: float = 400.0  # that a GPU is expected to sustain in 16 bits: an assumption, not a measurement
     transformer: str = ""  # config.json of the transformer; none is Wan2.1-T2V-1.3B
     text_encoder_gib: float = 10.6  # UMT5-xxl's encoder in bf16
+    text_embedding_gib: float = 2.0  # of it, which is never spread over the GPUs
     text_rows: int = 512
     height: int = 60  # latent pixels
     width: int = 104
@@ -125,10 +126,12 @@ def estimate(stage: str, config: FitConfig, made: NextChunkConfig, cluster: Clus
     kept *= 1 if config.recompute else 14 + 2 * shape.ffn_dim // shape.dim
     peak = sequence * (14 * shape.dim + 2 * shape.ffn_dim) * width if config.recompute else 0
     flops = clip * config.batch
+    embedding = cluster.text_embedding_gib * GIB
+    held = (frozen * critics + base) * width + cluster.text_encoder_gib * GIB - embedding
     return Plan(
         parameters=frozen + base + trained * critics,
         trained=trained * critics,
-        weights=(frozen * critics + base) * width + 4 * trained * critics + int(cluster.text_encoder_gib * GIB),
+        weights=int(held / (cluster.gpus if config.shard else 1) + embedding) + 4 * trained * critics,
         optimiser=trained * critics * 4 * 3 + 4 * trained,  # gradient, two moments, and the average
         activations=micro * (kept + peak),
         tokens=sequence * config.batch,
@@ -159,5 +162,5 @@ def report(path: Path, stage: str, config: NextChunkConfig | RlConfig) -> None:
     if plan.memory > cluster.memory_gib * GIB:
         raise ValueError(
             f"memory: got {plan.memory / GIB:.1f} GiB a GPU, expected at most {cluster.memory_gib:g} "
-            "(smaller micro, recompute = true, precision = 'bf16')"
+            "(smaller micro, recompute = true, precision = 'bf16', shard = true)"
         )

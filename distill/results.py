@@ -56,6 +56,12 @@ def spread(values: list[float]) -> tuple[float, float]:
     return float(tensor.mean()), error
 
 
+def percent(values: list[float]) -> str:
+    """A table's cell: the mean in percent and its standard error."""
+    mean, error = spread(values)
+    return f"{100 * mean:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
+
+
 def table(
     results: list[dict[str, Any]], names: tuple[str, ...] = ("total", "quality", "semantic"), what: str = "scores"
 ) -> str:
@@ -65,10 +71,7 @@ def table(
         mine = [r for r in results if r["arm"] == arm and what in r]
         if not mine:
             continue
-        cells = []
-        for name in names:
-            mean, error = spread([r[what].get(name, {"mean": math.nan})["mean"] for r in mine])
-            cells.append(f"{100 * mean:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}"))
+        cells = [percent([r[what].get(name, {"mean": math.nan})["mean"] for r in mine]) for name in names]
         lines.append(f"| {title} | {len(mine)} | {mine[0]['trained'] / 1e6:.2f} M | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -109,6 +112,19 @@ def time_table(config: AblationConfig, results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def blinking_table(results: list[dict[str, Any]]) -> str:
+    """Share of the clips that blink, a row an arm, mean over seeds and its standard error."""
+    lines = ["| arm | clips that blink |", "|---" * 2 + "|"]
+    for arm, title in ARMS.items():
+        mine = [r["blinking"] for r in results if r["arm"] == arm and "blinking" in r]
+        if mine:
+            mean, error = spread(mine)
+            lines.append(
+                f"| {title} | {100 * mean:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}") + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def trade_table(rows: list[dict[str, float]]) -> str:
     """Scores against denoising steps; errors over clips."""
     lines = ["| steps | cost | total | quality | semantic |", "|---" * 5 + "|"]
@@ -136,6 +152,11 @@ def write_report(
     if any("loss" in r for r in results):
         about = "Mean squared error of the flow (Eq. 6) on drawn held-out clips, the same noise for all arms."
         parts += ["## Held-out loss", about, loss_table(results)]
+    if any("blinking" in r for r in results):
+        about = (
+            "Share of the text-to-video clips whose mover blinks, in percent. No caption states it; no score counts it."
+        )
+        parts += ["## What no caption states", about, blinking_table(results)]
     long = [r for r in results if r.get("long")]
     if long:
         about = f"Quality of text-to-video, {config.long_prompts} prompts; a column a window of {config.window} frames."
@@ -179,15 +200,19 @@ def plot(results: list[dict[str, Any]], trade: list[dict[str, float]], folder: P
 
     long = [r for r in results if r.get("long")]
     if long:
-        figure, axis = pyplot.subplots(figsize=(7, 4))
+        figure, axis = pyplot.subplots(figsize=(9.5, 4))
         for arm in arms:
             mine = [r["long"] for r in long if r["arm"] == arm]
             if mine:
-                means = [100 * spread([rows[i]["quality"] for rows in mine])[0] for i in range(len(mine[0]))]
-                axis.plot([row["from"] for row in mine[0]], means, marker=".", label=ARMS[arm])
+                points = [spread([100 * rows[i]["quality"] for rows in mine]) for i in range(len(mine[0]))]
+                means, errors = zip(*points, strict=True)
+                errors = [0 if math.isnan(error) else error for error in errors]
+                axis.errorbar(
+                    [row["from"] for row in mine[0]], means, yerr=errors, marker=".", capsize=2, label=ARMS[arm]
+                )
         axis.set_xlabel("first frame of the window")
         axis.set_ylabel("quality")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         axis.grid(alpha=0.3)
         save(figure, "long.png")
     if trade:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from distill.base import Base
 from distill.draws import Draws
 from distill.loop import FitConfig, Objective, accelerator_of, fit
-from distill.next_chunk import AnyStudent, NextChunkConfig, load_student, noised, save_student
+from distill.next_chunk import AnyStudent, NextChunkConfig, load_student, save_student
 from distill.rollout import noise_levels, roll_into
-from distill.sampling import guided_flow, shifted
+from distill.sampling import guided_flow, noised, shifted
 from distill.shards import Shards
 from distill.training import load_config, parse_arguments, run_stage
 
@@ -97,6 +97,9 @@ class Rl(Objective):
     @property
     def base(self) -> Base:
         return self._frozen[0]
+
+    def frozen(self) -> list[nn.Module]:
+        return self.base.models
 
     def groups(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
         groups = {"student": (self.student.trained(), 1.0)}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill.base import Base
 from distill.draws import generator
-from distill.loop import PRECISIONS
+from distill.loop import PATIENCE, PRECISIONS, count_processes
 from distill.sampling import sample_joint
 from distill.shards import shard_path, write_index, write_shard
 from distill.tasks import find_task
@@ -81,6 +81,7 @@ def run(config: SampleTeacherConfig, out: Path, accelerator: Accelerator, stop_a
     """Write (or go on with) all shards; `stop_at` ends after so many shards, as a kill would."""
     base = Base(Path(config.teacher), PRECISIONS[config.precision], accelerator.device)
     shards = -(-config.clips // config.shard)
+    accelerator.print(f"{out.name}: {count_processes(accelerator)}, {shards} shards", flush=True)
     for number in range(accelerator.process_index, shards, accelerator.num_processes):
         if stop_at is not None and number >= stop_at:
             return
@@ -100,7 +101,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__, "runs/teacher_clips")
     torch.set_num_threads(arguments.threads)
     config = load_config(arguments.config, "sample_teacher", SampleTeacherConfig)
-    run(config, arguments.out, Accelerator(cpu=not torch.cuda.is_available()))
+    run(config, arguments.out, Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[PATIENCE]))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,12 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+def noised(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Eq. 3 with a level a frame: clean and noise [B, C, F, h, w], t [B, F]."""
+    level = t[:, None, :, None, None]
+    return (1 - level) * clean + level * noise
+
+
 def cat_text(*parts: TextKV) -> TextKV:
     """Join prepared text along the batch."""
     keys, values = zip(*parts, strict=True)
@@ -55,7 +61,7 @@ def sample_joint(
     shift: float = 3.0,
 ) -> Tensor:
     """Denoise whole clips at once with Euler steps: noise [B, C, F, h, w] -> latent."""
-    times = shifted(torch.linspace(1, 0, steps + 1), shift)
+    times = shifted(torch.linspace(1, 0, steps + 1), shift).to(noise.device)
     latent = noise
     for now, then in pairwise(times):
         t = now.expand(latent.shape[0], latent.shape[2])

@@ -1,6 +1,7 @@
 """Train the bidirectional teacher and its text encoder on the latent bank; resumes from --out.
 
     python -m distill.teacher --config distill/configs/sprites.toml --out runs/teacher
+    torchrun --nproc_per_node 2 -m distill.teacher --config ... --out ...
 
 Images first, then clips. Every clip of a batch gets its noise levels in one of three ways: independent per frame, a
 clean prefix of random length (t = 0, not in the loss), or one level for the clip. The mixture is what makes motion
@@ -12,29 +13,23 @@ import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from distill.codec import Codec
+from distill.draws import Draws
 from distill.latents import Bank
-from distill.sampling import contact_sheet, joint_flow, sample_joint, shifted
+from distill.loop import FitConfig, Objective, accelerator_of, fit
+from distill.sampling import contact_sheet, joint_flow, noised, sample_joint, shifted
 from distill.tasks import find_task
 from distill.text import build_text_encoder, build_tokenizer, encode
-from distill.training import (
-    Ema,
-    Progress,
-    load_config,
-    load_state,
-    parse_arguments,
-    run_stage,
-    save_state,
-    set_lr,
-    trapezoid,
-)
+from distill.training import load_config, parse_arguments, run_stage
 from engine.config import TransformerConfig
 from engine.transformer import TextKV, WanTransformer
 
@@ -52,33 +47,36 @@ SPRITES = TransformerConfig(
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(FitConfig):
     task: str = "sprites"
     start: str = ""  # teacher to go on from; none begins anew
     bank: str = "runs/bank"
     vae: str = "runs/vae/vae"
     image_steps: int = 1200
     steps: int = 10000  # all of them, images included
-    images: int = 64
+    batch: int = 64  # images of a step; clips go by the cycle
     # Latent frames and clips of successive steps, until the late share of the run and in it.
-    cycle: tuple[tuple[int, int], ...] = ((5, 8), (2, 20), (9, 5), (3, 13), (5, 8), (1, 40), (9, 5), (3, 13))
-    late_cycle: tuple[tuple[int, int], ...] = ((9, 5), (5, 8), (9, 5), (3, 13), (9, 5), (1, 40))
+    cycle: tuple[tuple[int, int], ...] = ((5, 8), (2, 20), (9, 6), (3, 14), (5, 8), (1, 40), (9, 6), (3, 14))
+    late_cycle: tuple[tuple[int, int], ...] = ((9, 6), (5, 8), (9, 6), (3, 14), (9, 6), (1, 40))
     late_share: float = 0.4
     lr: float = 2e-3
     warmup: int = 100
     decay: float = 0.4
     weight_decay: float = 0.01
-    clip: float = 1.0
     ema: float = 0.997
     caption_dropout: float = 0.1
     image_shift: float = 2.0
     video_shift: float = 3.0
     independent: float = 0.3  # share of clips with a noise level per frame
     prefix: float = 0.4  # share of clips with a clean prefix
-    seed: int = 0
     save_every: int = 250
-    score_every: int = 1500
+    score_every: int = 1500  # 0 never scores
     log_every: int = 25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shard or self.recompute:
+            raise ValueError("got shard or recompute, expected neither: a teacher this small needs none")
 
 
 class Teacher(nn.Module):
@@ -122,68 +120,72 @@ def load_teacher(folder: Path) -> Teacher:
     return teacher.eval().requires_grad_(False)
 
 
-def draw_times(
-    clips: int, frames: int, shift: float, config: TeacherConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Noise levels t [clips, frames] in [0, 1] and loss weights [clips, frames] (0 on a clean prefix)."""
+def draw_times(frames: int, shift: float, config: TeacherConfig, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Noise levels t [B, frames] in [0, 1] and loss weights [B, frames] that sum to 1 (0 on a clean prefix)."""
 
-    def draw(*shape: int) -> Tensor:
-        uniform = torch.rand(shape, generator=generator)
-        normal = torch.sigmoid(torch.randn(shape, generator=generator))
-        pick = torch.rand(shape, generator=generator) < 0.25
-        return shifted(torch.where(pick, uniform, normal), shift)
+    def draw(count: int) -> Tensor:
+        normal = torch.sigmoid(draws.normal(count))
+        return shifted(torch.where(draws.uniform(count) < 0.25, draws.uniform(count), normal), shift)
 
-    shared = draw(clips, 1).expand(clips, frames)
+    t = draw(1).expand(-1, frames)
     if frames == 1:
-        return shared.clone(), torch.ones(clips, 1)
-    kind = torch.rand(clips, 1, generator=generator)
-    t = torch.where(kind < config.independent, draw(clips, frames), shared)
-    length = torch.randint(1, frames, (clips, 1), generator=generator)
+        return t, torch.ones_like(t)
+    kind = draws.uniform(1)
+    t = torch.where(kind < config.independent, draw(frames), t)
+    length = 1 + draws.choice(frames - 1, 1)
     clean = (kind > 1 - config.prefix) & (torch.arange(frames) < length)
-    return t.masked_fill(clean, 0.0), (~clean).float()
+    judged = (~clean).float()
+    return t.masked_fill(clean, 0.0), judged / judged.sum(1, keepdim=True)
 
 
 def batch_shape(step: int, config: TeacherConfig) -> tuple[int, int]:
     """Latent frames and clips of a step."""
     if step < config.image_steps:
-        return 1, config.images
+        return 1, config.batch
     late = step >= config.steps * (1 - config.late_share)
     cycle = config.late_cycle if late else config.cycle
     frames, clips = cycle[step % len(cycle)]
     return frames, clips
 
 
-def loss_of(teacher: Teacher, bank: Bank, step: int, config: TeacherConfig, generator: torch.Generator) -> Tensor:
-    """Flow matching (Eq. 3, 4) on one random batch."""
-    frames, clips = batch_shape(step, config)
-    latent, captions = bank.draw(clips, frames, generator)
-    dropped = torch.rand(clips, generator=generator) < config.caption_dropout
-    captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
-    shift = config.image_shift if frames == 1 else config.video_shift
-    t, weight = draw_times(clips, frames, shift, config, generator)
-    noise = torch.randn(latent.shape, generator=generator)
-    level = t[:, None, :, None, None]
-    flow = joint_flow(teacher.transformer, (1 - level) * latent + level * noise, t, teacher.prepare(captions))
-    error = (flow - (noise - latent)).square().mean((1, 3, 4))
-    return (error * weight).sum() / weight.sum()
+class FlowMatching(Objective):
+    """Eq. 3, 4 for some samples of a step."""
 
+    def __init__(self, config: TeacherConfig, bank: Bank) -> None:
+        super().__init__()
+        self.config, self.bank = config, bank
+        self.teacher = load_teacher(Path(config.start)).train().requires_grad_() if config.start else Teacher()
 
-def optimizers_of(teacher: Teacher, config: TeacherConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest."""
-    named = list(teacher.named_parameters())
-    matrices = [p for name, p in named if p.ndim == 2 and ".blocks." in name]
-    chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
-    return [
-        torch.optim.Muon(
-            matrices,
-            lr=config.lr,
-            momentum=0.95,
-            weight_decay=config.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay),
-    ]
+    def groups(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
+        return {"teacher": (dict(self.teacher.named_parameters()), 1.0)}
+
+    def optimizers(self, config: FitConfig) -> list[torch.optim.Optimizer]:
+        """Muon for the matrices of the blocks, AdamW for the rest."""
+        named = self.teacher.named_parameters()
+        matrices, rest = [], []
+        for name, parameter in named:
+            (matrices if parameter.ndim == 2 and ".blocks." in name else rest).append(parameter)
+        shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+        return [
+            torch.optim.Muon(matrices, momentum=0.95, adjust_lr_fn="match_rms_adamw", **shared),
+            torch.optim.AdamW(rest, betas=(config.betas[0], config.betas[1]), **shared),
+        ]
+
+    def batch(self, step: int, config: FitConfig) -> int:
+        return batch_shape(step, self.config)[1]
+
+    def forward(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        config, frames = self.config, batch_shape(draws.step, self.config)[0]
+        latent, captions = self.bank.draw(draws, frames)
+        dropped = draws.uniform() < config.caption_dropout
+        captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
+        t, weight = draw_times(frames, config.image_shift if frames == 1 else config.video_shift, config, draws)
+        device = self.teacher.transformer.proj_out.weight.device
+        latent, t, weight = (part.to(device) for part in (latent, t, weight))
+        noise = draws.normal(*latent.shape[1:]).to(device)
+        flow = joint_flow(self.teacher.transformer, noised(latent, noise, t), t, self.teacher.prepare(captions))
+        error = (flow - (noise - latent)).square().mean((1, 3, 4))
+        return (error * weight).sum(1).mean(), {}
 
 
 @torch.no_grad()
@@ -227,51 +229,32 @@ def score(
     return task.score(list(videos), specs)
 
 
-def train(config: TeacherConfig, out: Path, board: Path | None = None, stop_at: int | None = None) -> Teacher:
+def train(
+    config: TeacherConfig,
+    out: Path,
+    board: Path | None = None,
+    stop_at: int | None = None,
+    accelerator: Accelerator | None = None,
+) -> Teacher:
     """Run (or go on with) the training and return the averaged teacher; `stop_at` ends it early, as a kill would."""
-    torch.manual_seed(config.seed)
-    generator = torch.Generator().manual_seed(config.seed + 1)
     bank, averaged = Bank.load(Path(config.bank)), Teacher().eval()
-    teacher = load_teacher(Path(config.start)).train().requires_grad_() if config.start else Teacher()
-    optimizers, ema = optimizers_of(teacher, config), Ema(dict(teacher.named_parameters()), config.ema)
-    codec = Codec(AutoencoderKLWan.from_pretrained(config.vae)) if config.score_every else None
-    first = 0
-    if state := load_state(out / "state.pt"):
-        teacher.load_state_dict(state["teacher"])
-        ema.load(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        generator.set_state(state["generator"])
-        first = state["step"]
-    progress = Progress("teacher", config.steps, config.log_every, board)
-    for step in range(first, min(config.steps, stop_at or config.steps)):
-        set_lr(optimizers, config.lr * trapezoid(step, config.steps, config.warmup, config.decay))
-        loss = loss_of(teacher, bank, step, config, generator)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(teacher.parameters(), config.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-        ema.update(step)
-        done = step + 1
-        progress.update(done, loss.item())
-        if done % config.save_every == 0 or done == config.steps:
-            state = {
-                "teacher": teacher.state_dict(),
-                "ema": ema.mean,
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "generator": generator.get_state(),
-                "step": done,
-            }
-            save_state(out / "state.pt", state)
-        if codec is not None and (done % config.score_every == 0 or done == config.image_steps):
-            averaged.load_state_dict(ema.mean, strict=False)
-            frames = 1 if done <= config.image_steps else bank.frames
-            sheet = out / f"step{done:05d}.png"
-            scores = score(averaged, codec, config.task, 20, frames, 77, hidden=False, sheet=sheet)
-            print(f"teacher {done}", {k: v["mean"] for k, v in scores.items()}, flush=True)
-    averaged.load_state_dict(ema.mean, strict=False)
+    accelerator = accelerator or accelerator_of(config)
+    codec = None
+    if config.score_every and accelerator.is_main_process:
+        codec = Codec(AutoencoderKLWan.from_pretrained(config.vae))
+    torch.manual_seed(config.seed)  # weights start alike in every process
+    objective = FlowMatching(config, bank)
+
+    def watch(done: int, mean: dict[str, Tensor]) -> None:
+        if codec is None or (done % config.score_every and done != config.image_steps):
+            return
+        averaged.load_state_dict(mean, strict=False)
+        frames, sheet = 1 if done <= config.image_steps else bank.frames, out / f"step{done:05d}.png"
+        found = score(averaged, codec, config.task, 32, frames, 77, hidden=False, sheet=sheet)
+        print(f"teacher {done}", {name: value["mean"] for name, value in found.items()}, flush=True)
+
+    mean = fit(objective, config, out, accelerator, board, stop_at, watch)
+    averaged.load_state_dict(mean, strict=False)
     return averaged
 
 
@@ -279,8 +262,13 @@ def main() -> None:
     arguments = parse_arguments(__doc__, "runs/teacher")
     torch.set_num_threads(arguments.threads)
     config = load_config(arguments.config, "teacher", TeacherConfig)
-    teacher = train(config, arguments.out, arguments.out if arguments.tensorboard else None)
+    accelerator = accelerator_of(config)
+    teacher = train(config, arguments.out, arguments.out if arguments.tensorboard else None, None, accelerator)
+    if not accelerator.is_main_process:
+        return
     teacher.save(arguments.out / "teacher")
+    if not config.score_every:
+        return
     codec = Codec(AutoencoderKLWan.from_pretrained(config.vae))
     frames = Bank.load(Path(config.bank)).frames
     scores = score(teacher, codec, config.task, 64, frames, 4242, hidden=True, sheet=arguments.out / "final.png")

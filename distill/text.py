@@ -51,5 +51,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, captio
     """Captions -> [B, rows, 64]; rows beyond the real tokens are zeroed after the encoder, as in Wan."""
     rows = min(tokenizer.model_max_length, 512)
     tokens = tokenizer(captions, padding="max_length", max_length=rows, truncation=True, return_tensors="pt")
+    tokens = tokens.to(encoder.device)
     hidden = encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     return hidden * tokens.attention_mask[..., None].to(hidden.dtype)

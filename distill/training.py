@@ -85,9 +85,10 @@ def trapezoid(step: int, steps: int, warmup: int, decay: float) -> float:
 
 
 def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
+    """Set the learning rate, times a param group's own "factor"."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("factor", 1.0)
 
 
 class Ema:

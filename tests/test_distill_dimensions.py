@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.dimensions import QUALITY, SEMANTIC, dimensions, summarise
+from distill.dimensions import QUALITY, SEMANTIC, blinks, dimensions, summarise
 from distill.scenes import RELATIONS, Scene, render, sample, seen
 from distill.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, palette
 from distill.tasks import find_task
@@ -65,6 +65,14 @@ def test_truth_survives_mild_noise(truth: tuple[list[Scene], Tensor]) -> None:
     scenes, video = truth
     got = means(video + 0.01 * torch.randn(video.shape, generator=torch.Generator().manual_seed(0)), scenes)
     assert min(got[name] for name in NAMES) >= 0.98, got
+
+
+def test_stills_have_no_motion_to_judge(truth: tuple[list[Scene], Tensor]) -> None:
+    scenes, video = truth
+    got = means(video[:, :, :1], scenes)
+    assert not {"direction", "speed", "motion_smoothness", "dynamic_degree"} & set(got)
+    assert min(got.values()) >= 0.98, got
+    assert means(torch.zeros_like(video[:, :, :1]), scenes)["semantic"] < 0.1
 
 
 def test_long_truth() -> None:
@@ -285,6 +293,16 @@ def test_bad_input(single: tuple[list[Scene], Tensor]) -> None:
         dimensions(torch.zeros(3, 5, 16, 16), single[0][0])
     with pytest.raises(ValueError, match="empty"):
         summarise([])
+
+
+def test_blinks_are_seen(truth: tuple[list[Scene], Tensor]) -> None:
+    """On drawn clips, wherever an occlusion does not hide the blink itself."""
+    scenes, video = truth
+    found = [blinks(clip, scene) for clip, scene in zip(video, scenes, strict=True)]
+    drawn = [bool(scene.period) and not bool(seen(scene, video.shape[2]).all()) for scene in scenes]
+    assert not any(got and not shown for got, shown in zip(found, drawn, strict=True))
+    assert sum(found) >= 0.6 * sum(drawn) > 0
+    assert not any(blinks(torch.zeros_like(clip), scene) for clip, scene in zip(video[:4], scenes, strict=False))
 
 
 def test_blink_hides_whole_latent_frames() -> None:

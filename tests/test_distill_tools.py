@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill import ablation, evaluate, next_chunk, rl
 from distill.ablation import Runner
 from distill.codec import build_vae
-from distill.next_chunk import NextChunkConfig
+from distill.next_chunk import NextChunkConfig, read_student
 from distill.plan import ClusterConfig, _passes, estimate, forward_flops
 from distill.results import ARMS, AblationConfig, table, write_report
 from distill.rl import RlConfig
@@ -140,6 +140,11 @@ def test_plan_counts_what_is_trained(tmp_path: Path) -> None:
     halved = estimate("next_chunk", replace(made, micro=1), made, cluster)
     assert (halved.activations, halved.flops) == (plan.activations // 2, plan.flops)
     assert estimate("next_chunk", replace(made, recompute=True), made, cluster).activations < plan.activations
+    two = replace(cluster, gpus=2)
+    spread, whole = (estimate("next_chunk", replace(made, shard=shard), made, two) for shard in (True, False))
+    frozen = whole.weights - 4 * whole.trained
+    embedding = 2 * 2**30  # of the text encoder, in every process
+    assert spread.weights - 4 * spread.trained == pytest.approx(embedding + (frozen - embedding) / 2)
 
 
 @pytest.mark.parametrize(("stage", "section"), [(next_chunk, "next_chunk"), (rl, "rl")])
@@ -193,10 +198,12 @@ def test_thirds_see_a_collapse() -> None:
         evaluate.thirds(task, list(video[:, :, :33]), specs)
 
 
-def test_evaluate_command(tmp_path: Path) -> None:
-    """The shipped model, two prompts: the last line is JSON with every dimension."""
+@pytest.mark.parametrize("task", [None, "sprites"])
+def test_evaluate_command(task: str | None) -> None:
+    """The shipped model, two prompts of its own task or of sprites: the last line is JSON with every dimension."""
+    options = ["--prompts", "2", "--frames", "17", "--seed", "3", "--json", *(["--task", task] if task else [])]
     done = subprocess.run(
-        [sys.executable, "-m", "distill.evaluate", "--prompts", "2", "--frames", "17", "--seed", "3", "--json"],
+        [sys.executable, "-m", "distill.evaluate", *options],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -207,7 +214,8 @@ def test_evaluate_command(tmp_path: Path) -> None:
     assert result["total"] == pytest.approx((4 * result["quality"] + result["semantic"]) / 5, abs=2e-4)
     assert {"object_class", "color", "scene", "motion_smoothness"} <= set(result["dimensions"])
     assert result["dimensions"]["color"]["n"] == 2
-    assert "all_right" in result["scores"]
+    assert result["task"] == (task or "scenes")
+    assert ("scores" in result) == (task == "sprites")  # the strict evaluator's, of one object
 
 
 def test_vbench_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +254,7 @@ def test_ablation_skips_what_is_done(
     tuned = RlConfig(data=str(sampled[1]), batch=2, frames=3)
     config = AblationConfig(
         vae=str(teacher / "vae"),
-        arms=("no-etm", "etm", "etm-rl", "etm-cfg"),
+        arms=("no-etm", "etm", "etm-rl", "etm-cfg", "etm-longer"),
         seeds=(0,),
         next_chunk_steps=1,
         rl_steps=1,
@@ -259,10 +267,17 @@ def test_ablation_skips_what_is_done(
         steps=(1, 2),
     )
     runner = Runner(config, made, tuned, tmp_path)
-    results = [runner.result(arm, 0) | {"loss": runner.loss(arm, 0)} for arm in config.arms]
+
+    def measured(runner: Runner) -> list[dict[str, Any]]:
+        return [{"loss": runner.loss(arm, 0)} | runner.result(arm, 0) for arm in config.arms]
+
+    results = measured(runner)
     plain, guided = results[1]["loss"], results[3]["loss"]
     assert plain == guided  # the same student, teacher-forced
     assert results[0]["loss"] != plain
+    longer = read_student(tmp_path / "etm-longer-0" / "student.pt")[1]
+    assert longer.start == str(tmp_path / "etm-0" / "student.pt")
+    assert longer.seed != read_student(Path(longer.start))[1].seed  # other clips and noise than its parent's
     trade = runner.trade_off("etm", 0)
     assert [row["steps"] for row in trade] == [1, 2]
     trained = {r["arm"]: r["trained"] for r in results}
@@ -273,12 +288,13 @@ def test_ablation_skips_what_is_done(
     monkeypatch.setattr(Runner, "videos", lambda *_: pytest.fail("measured again"))
     again = Runner(config, made, tuned, tmp_path)
     monkeypatch.setattr(ablation, "load_student", lambda *_: pytest.fail("measured again"))
-    assert [again.result(arm, 0) | {"loss": again.loss(arm, 0)} for arm in config.arms] == results
+    assert measured(again) == results
     with pytest.raises(ValueError, match="other settings"):
         Runner(replace(config, prompts=2), made, tuned, tmp_path)
     write_report(config, results, tmp_path / "docs", trade)
     text = (tmp_path / "docs/ablation.md").read_text()
     assert all(ARMS[arm] in text for arm in config.arms)
+    assert "What no caption states" in text
     assert json.loads((tmp_path / "docs/ablation.json").read_text())["results"] == results
 
 

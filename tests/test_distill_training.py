@@ -1,7 +1,8 @@
-"""Every stage goes on after a kill exactly as it would have gone on without one, in one process or in two."""
+"""Every stage goes on after a kill exactly as it would have gone on without one; two processes train as one does."""
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from distill import next_chunk, rl, teacher, train_vae
@@ -20,12 +22,15 @@ from distill.loop import split
 from distill.next_chunk import NextChunkConfig, load_student, segment_target
 from distill.rl import RlConfig
 from distill.rollout import noise_levels
+from distill.sample_teacher import SampleTeacherConfig, run
 from distill.sampling import guided_flow
-from distill.shards import write_index, write_shard
+from distill.shards import Shards, write_index, write_shard
 from distill.sprites import sample
 from distill.teacher import Teacher, TeacherConfig, draw_times
 from distill.train_vae import VaeConfig
 from distill.training import load_config
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def teacher_config(bank: Path) -> TeacherConfig:
         bank=str(bank),
         image_steps=2,
         steps=5,
-        images=4,
+        batch=4,
         cycle=((3, 2), (2, 2)),
         late_cycle=((3, 2),),
         save_every=2,
@@ -168,18 +173,25 @@ def test_bf16(next_chunk_config: NextChunkConfig, student_file: Path, bank: Path
             assert low["loss"] == pytest.approx(high["loss"], rel=tolerance)
 
 
-def launch(stage: str, config: Path, out: Path) -> None:
-    """The stage in two processes."""
-    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+def in_two_processes(command: list[str]) -> str:
+    """Run a command of Python's in two processes; what they printed."""
     done = subprocess.run(
-        [sys.executable, *command, "-m", f"distill.{stage}", "--config", str(config), "--out", str(out)],
-        cwd=Path(__file__).parent.parent,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def launch(stage: str, config: Path, out: Path) -> str:
+    """Run the stage in two processes; what it printed."""
+    printed = in_two_processes(["-m", f"distill.{stage}", "--config", str(config), "--out", str(out)])
+    assert f"{out.name}: 2 processes" in printed
+    return printed
 
 
 def as_toml(section: str, config: object) -> str:
@@ -190,11 +202,67 @@ def as_toml(section: str, config: object) -> str:
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch's gloo backend")
-def test_two_processes_train_as_one(next_chunk_config: NextChunkConfig, student_file: Path, tmp_path: Path) -> None:
-    """The same global batch over two processes: the same losses, the same weights."""
+def test_two_processes_teach_as_one(
+    teacher_config: TeacherConfig, trained_teacher: tuple[Path, Teacher], tmp_path: Path
+) -> None:
     path = tmp_path / "c.toml"
-    path.write_text(as_toml("next_chunk", next_chunk_config))
-    launch("next_chunk", path, tmp_path / "two")
+    path.write_text(as_toml("teacher", teacher_config))
+    launch("teacher", path, tmp_path / "two")
+    for two, one in zip(losses(tmp_path / "two"), losses(trained_teacher[0].parent), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_goes_on_from_a_student(next_chunk_config: NextChunkConfig, student_file: Path, tmp_path: Path) -> None:
+    config = replace(next_chunk_config, start=str(student_file), steps=1, lr=0.0)
+    assert_equal(next_chunk.train(config, tmp_path / "on"), torch.load(student_file)["student"], 0.0)
+    with pytest.raises(ValueError, match="with rank = "):
+        next_chunk.train(replace(config, rank=config.rank + 1), tmp_path / "other")
+
+
+def test_learning_rates_have_factors(student_file: Path, bank: Path, tmp_path: Path) -> None:
+    """The critic's is the config's of today, also in a run that goes on."""
+    config = RlConfig(
+        student=str(student_file), data=str(bank / "clips"), steps=2, batch=2, frames=3, critic="trained", save_every=1
+    )
+    for factor, steps in ((2.0, 1), (5.0, 2)):
+        rl.train(replace(config, critic_lr=factor), tmp_path, stop_at=steps)
+        student, critic = torch.load(tmp_path / "state.pt")["optimizers"][0]["param_groups"]
+        assert critic["lr"] == pytest.approx(factor * student["lr"])
+
+
+def test_a_batch_that_does_not_split_is_refused_at_once(teacher_config: TeacherConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="divisor of the 3"):
+        teacher.train(replace(teacher_config, micro=2, late_cycle=((3, 3),)), tmp_path)
+    assert not (tmp_path / "losses.jsonl").exists()
+
+
+def test_a_checkpoint_of_another_version_is_refused(teacher_config: TeacherConfig, tmp_path: Path) -> None:
+    torch.save({"teacher": {}, "rng": torch.get_rng_state()}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="expected a checkpoint of this version"):
+        teacher.train(teacher_config, tmp_path)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch's gloo backend")
+def test_two_processes_sample_as_one(trained_teacher: tuple[Path, Teacher], tmp_path: Path) -> None:
+    config = SampleTeacherConfig(teacher=str(trained_teacher[0]), clips=4, shard=1, batch=1, frames=2, steps=2)
+    path = tmp_path / "c.toml"
+    path.write_text(as_toml("sample_teacher", config))
+    launch("sample_teacher", path, tmp_path / "two")
+    run(config, tmp_path / "one", Accelerator(cpu=True))
+    one, two = (Shards(tmp_path / name).read(range(4)) for name in ("one", "two"))
+    torch.testing.assert_close(two[0], one[0])
+    assert two[1] == one[1]
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch's gloo backend")
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_train_as_one(
+    next_chunk_config: NextChunkConfig, student_file: Path, tmp_path: Path, shard: bool
+) -> None:
+    """The same global batch over two processes, frozen weights whole or spread: the same losses, the same weights."""
+    path = tmp_path / "c.toml"
+    path.write_text(as_toml("next_chunk", replace(next_chunk_config, shard=shard)))
+    assert ("frozen layers spread" in launch("next_chunk", path, tmp_path / "two")) == shard
     for two, one in zip(losses(tmp_path / "two"), losses(student_file.parent), strict=True):
         assert two == pytest.approx(one, rel=1e-4)
     shared = torch.load(tmp_path / "two" / "student.pt")["student"]
@@ -202,15 +270,47 @@ def test_two_processes_train_as_one(next_chunk_config: NextChunkConfig, student_
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch's gloo backend")
-def test_two_processes_fine_tune_as_one(student_file: Path, bank: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_fine_tune_as_one(student_file: Path, bank: Path, tmp_path: Path, shard: bool) -> None:
     options = {"steps": 2, "batch": 2, "frames": 3, "critic": "trained"}
     config = RlConfig(student=str(student_file), data=str(bank / "clips"), **options)
     path = tmp_path / "c.toml"
-    path.write_text(as_toml("rl", config))
-    launch("rl", path, tmp_path / "two")
+    path.write_text(as_toml("rl", replace(config, shard=shard)))
+    assert ("frozen layers spread" in launch("rl", path, tmp_path / "two")) == shard
     rl.train(config, tmp_path / "one")
     for two, one in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
         assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_sharding_frees_what_it_gathered(tmp_path: Path) -> None:
+    """After a forward pass without gradients, as of a teacher or a rollout, only the shards stay."""
+    code = """
+import torch
+from torch import nn
+from distill.sharding import shard_frozen
+torch.manual_seed(0)  # the processes hold the same weights
+torch.distributed.init_process_group("gloo")
+model, other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8).requires_grad_(False)
+model[0].requires_grad_(False)
+whole = other.weight.clone()
+assert shard_frozen(model, [other], "cpu") == 2
+assert other.weight.to_local().shape == (4, 8) and not hasattr(model[1].weight, "to_local")
+for mode in (torch.no_grad, torch.inference_mode):
+    with mode():
+        x = torch.eye(8)
+        torch.testing.assert_close(other(x) - other.bias.full_tensor(), whole.T)
+        model(x)
+    for layer in (other, model[0]):
+        for group in layer._get_fsdp_state()._fsdp_param_group.fsdp_params:
+            assert group._unsharded_param.untyped_storage().size() == 0
+model(torch.eye(8)).sum().backward()
+assert model[0].weight.grad is None and model[1].weight.grad is not None
+print("freed")
+torch.distributed.destroy_process_group()
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    assert in_two_processes([str(script)]).count("freed") == 2
 
 
 def test_split_over_processes() -> None:
@@ -247,17 +347,17 @@ def test_segment_target_of_one_substep_is_the_guided_flow(trained_teacher: tuple
 
 
 def test_times_are_clean_prefixes_or_not() -> None:
-    t, weight = draw_times(200, 5, 3.0, TeacherConfig(), torch.Generator().manual_seed(0))
+    t, weight = draw_times(5, 3.0, TeacherConfig(), Draws(0, 0, list(range(200))))
     assert ((t == 0) == (weight == 0)).all()
     assert 0 <= t.min() <= t.max() <= 1
-    assert (weight[:, -1] == 1).all()  # something is always left to learn
+    torch.testing.assert_close(weight.sum(1), torch.ones(200))  # something is always left to learn
     shared = (t == t[:, :1]).all(1).float().mean()
     assert 0.2 < shared < 0.4
 
 
 def test_bank_refuses_what_does_not_fit(bank: Path) -> None:
     with pytest.raises(ValueError, match="at most 3"):
-        Bank.load(bank).draw(1, 5, torch.Generator())
+        Bank.load(bank).draw(Draws(0, 0, [0]), 5)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ int guarded(char* error, size_t size, Work&& work) noexcept {
         }
     } catch (...) {
         status = GREEDY_FAILED;
+        std::snprintf(error, size, "unknown failure");
     }
     return status;
 }
