@@ -29,10 +29,21 @@ def parse_arguments(doc: str, default_out: str, *, dry_run: bool = False) -> arg
     return parser.parse_args()
 
 
+def leave_processes() -> None:
+    """Close the connections to the other processes, if there are any, once none of them uses them any more.
+
+    Left to the interpreter's end, gloo's threads can meet tensors that Python has already torn down, and abort.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def run_stage(main: Callable[[], None]) -> None:
     """Call a stage's main; bad input is one line and exit status 2, with --debug the whole traceback."""
     try:
         main()
+        leave_processes()
     except (ValueError, OSError) as error:
         if "--debug" in sys.argv:
             raise

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -174,16 +175,24 @@ def test_bf16(next_chunk_config: NextChunkConfig, student_file: Path, bank: Path
 
 
 def in_two_processes(command: list[str]) -> str:
-    """Run a command of Python's in two processes; what they printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    """Run a command of Python's in two processes; what they printed.
+
+    Gloo itself may abort while a process starts or ends (pytorch/gloo#514, pytorch/pytorch#179291), which says nothing
+    of what is tested: that, and only that, is tried once more, with a warning that shows where it was.
+    """
+    for attempt in (1, 2):
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        if done.returncode == 0 or "(SIGABRT)" not in done.stderr or attempt == 2:
+            break
+        warnings.warn(f"two processes, aborted and tried again: {done.stdout}{done.stderr}", stacklevel=2)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
@@ -288,25 +297,30 @@ def test_sharding_frees_what_it_gathered(tmp_path: Path) -> None:
 import torch
 from torch import nn
 from distill.sharding import shard_frozen
-torch.manual_seed(0)  # the processes hold the same weights
+from distill.training import leave_processes
+
+def main():
+    torch.manual_seed(0)  # the processes hold the same weights
+    model, other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8).requires_grad_(False)
+    model[0].requires_grad_(False)
+    whole = other.weight.clone()
+    assert shard_frozen(model, [other], "cpu") == 2
+    assert other.weight.to_local().shape == (4, 8) and not hasattr(model[1].weight, "to_local")
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            x = torch.eye(8)
+            torch.testing.assert_close(other(x) - other.bias.full_tensor(), whole.T)
+            model(x)
+        for layer in (other, model[0]):
+            for group in layer._get_fsdp_state()._fsdp_param_group.fsdp_params:
+                assert group._unsharded_param.untyped_storage().size() == 0
+    model(torch.eye(8)).sum().backward()
+    assert model[0].weight.grad is None and model[1].weight.grad is not None
+    print("freed")
+
 torch.distributed.init_process_group("gloo")
-model, other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8).requires_grad_(False)
-model[0].requires_grad_(False)
-whole = other.weight.clone()
-assert shard_frozen(model, [other], "cpu") == 2
-assert other.weight.to_local().shape == (4, 8) and not hasattr(model[1].weight, "to_local")
-for mode in (torch.no_grad, torch.inference_mode):
-    with mode():
-        x = torch.eye(8)
-        torch.testing.assert_close(other(x) - other.bias.full_tensor(), whole.T)
-        model(x)
-    for layer in (other, model[0]):
-        for group in layer._get_fsdp_state()._fsdp_param_group.fsdp_params:
-            assert group._unsharded_param.untyped_storage().size() == 0
-model(torch.eye(8)).sum().backward()
-assert model[0].weight.grad is None and model[1].weight.grad is not None
-print("freed")
-torch.distributed.destroy_process_group()
+main()
+leave_processes()
 """
     script = tmp_path / "script.py"
     script.write_text(code)
