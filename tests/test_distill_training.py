@@ -187,7 +187,7 @@ def in_two_processes(command: list[str]) -> str:
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         if done.returncode == 0 or "(SIGABRT)" not in done.stderr or attempt == 2:
             break
