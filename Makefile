@@ -24,8 +24,9 @@ demo: setup  ## stream 6 seconds of the embedded model to out/demo.mp4
 	$(BIN)/python -m engine.run --prompt "a red circle moving right slowly on a gray background" \
 		--prompt-at 3.0s "a red square moving down quickly on a gray background" --seconds 6 --seed 1 --scale 8 --out out/demo.mp4
 
-test: setup  ## run the tests
-	$(BIN)/python -m pytest
+# A file's tests stay in one process: they share compiled graphs.
+test: setup  ## run the tests, in a process a core (at most 4)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

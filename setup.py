@@ -102,6 +102,7 @@ setup(
             "pybind11>=2.13",
             "pytest>=8",
             "pytest-benchmark>=4",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "sentencepiece>=0.2",
         ],

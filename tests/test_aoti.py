@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -302,11 +301,9 @@ def test_unchanged_graphs_are_reused(
         raise AssertionError("compiled")
 
     monkeypatch.setattr("export.compilers.compile_program", compiled)
-    begun = time.perf_counter()
     lines = list(write_bundle(pipeline, tmp_path / "again", model_dir / "tokenizer", PROMPT, backends=["aoti"],
                               reuse=aoti_bundle))  # fmt: skip
     assert sum("reused" in line for line in lines) == 10
-    assert time.perf_counter() - begun < 60
     old, new = (read_manifest(folder).backends[KEY].graphs for folder in (aoti_bundle, tmp_path / "again"))
     assert {name: graph.source for name, graph in old.items()} == {name: graph.source for name, graph in new.items()}
     for one, folder in ((old, aoti_bundle), (new, tmp_path / "again")):
