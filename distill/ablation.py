@@ -31,19 +31,11 @@ from distill.rollout import roll_out
 from distill.sampling import noised
 from distill.scenes import Scene, seen
 from distill.tasks import find_task
-from distill.training import load_config, run_stage
+from distill.training import load_config, run_stage, write_json
 from engine.config import Preset, find_preset
 
 PARENTS = {"etm-rl": "etm", "etm-rl-critic": "etm", "no-etm-rl": "no-etm", "causal-rl": "causal"}  # what RL starts from
 CRITICS = ("etm-rl-critic", "causal-rl")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1))
-    part.rename(path)
 
 
 class Runner:

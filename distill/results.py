@@ -118,10 +118,7 @@ def blinking_table(results: list[dict[str, Any]]) -> str:
     for arm, title in ARMS.items():
         mine = [r["blinking"] for r in results if r["arm"] == arm and "blinking" in r]
         if mine:
-            mean, error = spread(mine)
-            lines.append(
-                f"| {title} | {100 * mean:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}") + " |"
-            )
+            lines.append(f"| {title} | {percent(mine)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.training import write_json
+
 FORMAT = 1
 INDEX = "index.json"
 
@@ -50,9 +52,7 @@ def write_index(folder: Path, shards: int, source: dict[str, Any]) -> None:
         path = shard_path(folder, number)
         count, shape = _header(path, shape)
         entries.append({"file": path.name, "clips": count, "bytes": path.stat().st_size})
-    part = folder / (INDEX + ".part")
-    part.write_text(json.dumps({"format": FORMAT, "latent": shape, "source": source, "shards": entries}, indent=1))
-    os.replace(part, folder / INDEX)
+    write_json(folder / INDEX, {"format": FORMAT, "latent": shape, "source": source, "shards": entries})
 
 
 def _header(path: Path, shape: list[int] | None) -> tuple[int, list[int]]:

@@ -1,6 +1,7 @@
 """What every training stage shares: typed config, resumable state, learning-rate curve, EMA, progress line."""
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -70,6 +71,14 @@ def load_config(path: Path, section: str, kind: type[Config]) -> Config:
             raise ValueError(f"{path} [{section}]: got {name} = {value!r}, expected {known[name].__name__}")
         values[name] = value
     return kind(**values)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write beside the name and rename when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1))
+    os.replace(part, path)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
