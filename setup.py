@@ -75,7 +75,7 @@ setup(
     ext_modules=native_extensions(),
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,
-    package_data={"engine": ["assets/**/*"], "distill": ["configs/*.toml"], "bench": ["published.toml"]},
+    package_data={"engine": ["assets/**/*"], "distill": ["configs/*.toml"], "bench": ["report/published.toml"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

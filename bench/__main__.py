@@ -11,22 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench import (
-    backends,
-    compare,
-    diff,
-    everything,
-    fp8,
-    gpu_check,
-    kernels,
-    load,
-    parity,
-    report,
-    runtimes,
-    scaling,
-    stream,
-)
-from bench.fullsize import make, measure_load
+from bench.commands import backends, compare, everything, fp8, gpu_check, kernels, runtimes, scaling, stream
+from bench.commands import concurrent as load
+from bench.commands.fullsize import make, measure_load
+from bench.instruments import parity
+from bench.report import diff
+from bench.report import page as report
 from engine.loader import DTYPES
 
 

@@ -8,8 +8,17 @@ import psutil
 import torch
 from torch import nn
 
-from engine.cache import FP8
-from engine.checkpoint import (
+from engine.config import Preset, TransformerConfig, find_preset
+from engine.generators.base import Geometry, Stages
+from engine.model.cache import FP8
+from engine.model.text import Tokenizer, load_text_encoder
+from engine.model.transformer import WanTransformer
+from engine.model.vae import VAE, VAEConfig
+from engine.runtime.cuda_graphs import GraphedStages
+from engine.runtime.fused import FusedTransformer
+from engine.runtime.stages import TorchStages
+from engine.stream import Pipeline
+from engine.weights.checkpoint import (
     TensorSource,
     fill,
     load_transformer,
@@ -18,18 +27,9 @@ from engine.checkpoint import (
     open_source,
     read_json,
 )
-from engine.config import Preset, TransformerConfig, find_preset
-from engine.cuda_graphs import GraphedStages
-from engine.fused import FusedTransformer
-from engine.generators import Geometry, Stages
-from engine.stages import TorchStages
-from engine.stream import Pipeline
-from engine.text import Tokenizer, load_text_encoder
-from engine.transformer import WanTransformer
-from engine.vae import VAE, VAEConfig
 
 if TYPE_CHECKING:
-    from engine.graph_stages import GraphStages
+    from engine.bundles.stages import GraphStages
 
 EMBEDDED = Path(__file__).parent / "assets" / "sprites"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -168,8 +168,8 @@ def load_bundle(folder: str | Path, backend: str | None = None) -> Pipeline:
     run. Raises ValueError or FileNotFoundError (got and expected) where the bundle is not what its manifest says, or
     is for another machine.
     """
-    from engine.bundle import read_manifest  # extra packages that only bundles need
-    from engine.graph_stages import DTYPES as TENSOR_DTYPES
+    from engine.bundles.manifest import read_manifest  # extra packages that only bundles need
+    from engine.bundles.stages import DTYPES as TENSOR_DTYPES
 
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -193,15 +193,15 @@ def load_bundle(folder: str | Path, backend: str | None = None) -> Pipeline:
 def _bundle_stages(backend: str) -> "type[GraphStages]":
     """The class that runs a backend's graphs; each needs packages of its own."""
     if backend == "onnx":
-        from engine.onnx_stages import OnnxStages
+        from engine.bundles.onnx import OnnxStages
 
         return OnnxStages
     if backend == "aoti":
-        from engine.aoti_stages import AotiStages
+        from engine.bundles.aoti import AotiStages
 
         return AotiStages
     if backend == "tensorrt":
-        from engine.tensorrt_stages import TensorrtStages
+        from engine.bundles.tensorrt import TensorrtStages
 
         return TensorrtStages
     raise ValueError(f"bundle: got backend {backend!r}, expected onnx, aoti or tensorrt")

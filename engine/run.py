@@ -17,11 +17,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from engine.bundles.native import NativePipeline, NativeStream
 from engine.config import PRESETS, Preset
 from engine.loader import EMBEDDED, PRECISIONS, is_untrained, load, load_bundle, settings_of
-from engine.media import read_clip, read_image
-from engine.native import NativePipeline, NativeStream
-from engine.sinks import ChecksumSink, OutputClosed, Sink, open_sink
+from engine.media.sinks import ChecksumSink, OutputClosed, Sink, open_sink
+from engine.media.sources import read_clip, read_image
 from engine.stream import Pipeline, Stream
 
 EXAMPLES = """\
@@ -260,7 +260,7 @@ def _shape(args: argparse.Namespace) -> tuple[int, int, float]:
     )
     if given:
         raise ValueError(f"--bundle: got --{given[0].replace('_', '-')} as well, expected none: a bundle fixes it")
-    from engine.bundle import read_manifest  # extra packages that only bundles need
+    from engine.bundles.manifest import read_manifest  # extra packages that only bundles need
 
     manifest = read_manifest(args.bundle)
     return manifest.height, manifest.width, args.fps or manifest.fps

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from engine.config import Preset, TransformerConfig
-from engine.generators import Generator, Geometry, Stages, make_generator
-from engine.noise import NoiseSource, PhiloxNoise
-from engine.schedule import Schedule, make_solver
-from engine.text import Tokenizer
-from engine.transfer import Download, SideStream, upload
-from engine.vae import frames_to_uint8, uint8_to_frames
+from engine.generators.base import Generator, Geometry, Stages, make_generator
+from engine.model.text import Tokenizer
+from engine.model.vae import frames_to_uint8, uint8_to_frames
+from engine.runtime.transfer import Download, SideStream, upload
+from engine.sampling.noise import NoiseSource, PhiloxNoise
+from engine.sampling.schedule import Schedule, make_solver
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from engine.bundle import read_manifest
+from engine.bundles.manifest import read_manifest
 from engine.loader import EMBEDDED, PRECISIONS, load, settings_of
 from engine.stream import Pipeline
 from export.calibrate import calibrate, read_calibration
-from export.quantize import GRANULARITIES, Recipe, quantize
+from export.fp8 import GRANULARITIES, Recipe, quantize
 from export.tensorrt import BuildOptions
 from export.tensorrt_onnx import ATTENTIONS
 from export.write import COUNTED, TOLERANCE, verify_bundle, write_bundle

@@ -18,7 +18,7 @@ from torch._inductor.compile_fx import compile_fx_aot
 from torch._ops import OpOverload
 from torch.fx.graph import CodeGen
 
-from engine.aoti_stages import open_object, signature, target_of
+from engine.bundles.aoti import open_object, signature, target_of
 from export.program import Program
 
 # x86-64-v3 whatever the machine that compiles has, so that the bundle runs on more than its twin; no debug information,

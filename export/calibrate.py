@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from engine.loader import DTYPES, load
 from engine.stream import Pipeline
-from export.quantize import quantizable, replace_linears
+from export.fp8 import quantizable, replace_linears
 
 DEFAULT_PROMPT = "a red circle moving right slowly on a gray background"
 

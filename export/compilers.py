@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.aoti_stages import target_of
-from engine.bundle import TensorSpec
-from engine.tensorrt_stages import require_tensorrt
+from engine.bundles.aoti import target_of
+from engine.bundles.manifest import TensorSpec
+from engine.bundles.tensorrt import require_tensorrt
 from export.aoti import compile_program, constants_of, source_of
 from export.onnx_graph import to_onnx
 from export.program import Program
@@ -121,7 +121,7 @@ class TensorrtCompiler(Compiler):
         return weights if self.options.strip else {}
 
     def signature(self, program: Program) -> tuple[list[TensorSpec], list[TensorSpec]]:
-        """FP8 caches are e4m3, V transposed as engine.cache has it."""
+        """FP8 caches are e4m3, V transposed as engine.model.cache has it."""
         caches = {name for pair in program.graph.aliases.items() for name in pair}
         if self.options.attention != "plugin_fp8" or not caches:
             return program.inputs, program.outputs

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.layers import Attend
-from engine.stages import TorchStages
+from engine.model.layers import Attend
+from engine.model.text import encode_text
+from engine.model.transformer import WanTransformer
+from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
-from engine.text import encode_text
-from engine.transformer import WanTransformer
 
 
 @torch.library.custom_op("greedy::kv_write", mutates_args=())

@@ -14,8 +14,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.defs import OpSchema
 from onnxscript import values
 
+from export.fp8 import E4M3_MAX, SMALLEST
 from export.graphs import Graph
-from export.quantize import E4M3_MAX, SMALLEST
 
 OPSET = 24
 INLINE_BYTES = 1024  # smaller constants stay in the graph

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from engine.bundle import TensorSpec
+from engine.bundles.manifest import TensorSpec
 from export.graphs import Graph
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.tensorrt_stages import require_tensorrt
+from engine.bundles.tensorrt import require_tensorrt
 from export.tensorrt_onnx import ATTENTIONS
 from export.tensorrt_plugin import register_plugins
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.bundle import (
+from engine.bundles.manifest import (
     BackendSpec,
     FileSpec,
     GoldenSpec,
@@ -25,13 +25,13 @@ from engine.bundle import (
     file_hash,
     read_manifest,
 )
-from engine.graph_stages import NotHere
+from engine.bundles.stages import NotHere
 from engine.loader import load_bundle
 from engine.stream import Pipeline
 from export.compilers import Compiler, compiler_of
+from export.fp8 import is_quantized
 from export.graphs import stage_graphs
 from export.program import trace
-from export.quantize import is_quantized
 from export.tensorrt import BuildOptions
 
 GOLDEN_CHUNKS = 3

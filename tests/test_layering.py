@@ -1,56 +1,36 @@
-"""Who may import whom."""
+"""Who may import whom: packages, folders, files; nothing imports upward, and nothing in a circle."""
 
 import ast
+import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A file of engine/ imports only what stands before it.
-ORDER = [
-    *(
-        "config",
-        "transfer",
-        "noise",
-        "schedule",
-        "rope",
-        "cache",
-        "layers",
-        "transformer",
-        "fused",
-        "generators",
-        "text",
-        "vae",
-    ),
-    *(
-        "checkpoint",
-        "bundle",
-        "stages",
-        "cuda_graphs",
-        "graph_stages",
-        "onnx_stages",
-        "aoti_stages",
-        "tensorrt_stages",
-        "stream",
-        "native",
-        "loader",
-        "media",
-        "sinks",
-        "run",
-    ),
-]
-OURS = ["engine", "kernels", "export", "distill", "bench", "csrc", "tests"]
+# A package imports those in its row, and itself.
 MAY = {
-    "engine": {"engine", "kernels"},
-    "kernels": {"kernels"},
-    "export": {"export", "engine", "kernels"},
-    "distill": {"distill", "engine"},
-    "bench": {"bench", "engine", "kernels", "distill", "export"},
+    "kernels": set(),
+    "engine": {"kernels"},
+    "export": {"engine", "kernels"},
+    "distill": {"engine"},
+    "bench": {"engine", "kernels", "distill", "export"},
 }
+# A folder, or a file beside the folders, imports from its own row only itself, and whatever stands in rows above.
+LEVELS = {
+    "engine": [
+        "config", "media model", "sampling runtime", "weights bundles", "generators", "stream", "loader", "run",
+    ],
+    "distill": ["training", "models", "data", "scores", "stages", "experiments"],
+    "bench": ["instruments adapters", "operations", "report", "commands", "__main__"],
+    "csrc": ["include", "base", "formats", "text", "runtime", "core", "api host plugins python", "tests"],
+}  # fmt: skip
 # Heavy or development-only packages; where one is needed in engine/, then only inside the function that needs it.
 LAZY = {"diffusers", "peft", "transformers", "tokenizers", "onnxruntime", "onnx", "av", "imageio", "tensorrt"}
+MOST_FILES = 13
+OURS = {*MAY, "csrc", "tests"}
 
 
 def files(package):
@@ -63,7 +43,10 @@ def imported(tree, package=""):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield f"{package}.{node.module}" if node.level else node.module
+            module = f"{package}.{node.module}" if node.level else node.module
+            yield module
+            # `from package.folder import file` imports that file.
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def tree_of(path):
@@ -79,35 +62,82 @@ def at_top(tree):
     return ast.Module(keep, [])
 
 
-def test_every_file_of_the_engine_has_its_place():
-    assert {path.stem for path in (ROOT / "engine").glob("*.py")} - {"__init__"} == set(ORDER)
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_engine_files_import_only_what_stands_before_them(name):
-    found = set(imported(tree_of(ROOT / "engine" / f"{name}.py"), "engine"))
-    used = {module.split(".")[1] for module in found if module.startswith("engine.")}
-    assert used <= set(ORDER[: ORDER.index(name)])
-    assert "engine" not in found
+def included(path):
+    """Folders of csrc/ whose headers a source file includes."""
+    for name in re.findall(r'^#include ["<]([\w./]+)[">]', path.read_text(encoding="utf-8"), re.MULTILINE):
+        if (ROOT / "csrc" / name).is_file():
+            yield name.split("/")[0]
+        elif (ROOT / "csrc" / "include" / name).is_file():
+            yield "include"
+
+
+def levels_of(package):
+    return {name: number for number, row in enumerate(LEVELS[package]) for name in row.split()}
+
+
+def assert_downward(package, place, used, path):
+    """Nothing from a higher row, and nothing beside it in the same row."""
+    level = levels_of(package)
+    for name in used - {place}:
+        assert level[name] < level[place], f"{path} imports {package}/{name}"
+
+
+@pytest.mark.parametrize("package", ["engine", "distill", "bench"])
+def test_folders_import_only_those_below(package):
+    level = levels_of(package)
+    for path in files(package):
+        place = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        found = {m.split(".")[1] for m in imported(tree_of(path)) if m.startswith(f"{package}.")}
+        if place not in level:
+            # The package itself, its shims, and folders that nothing imports (bench/micro).
+            assert path.parent == ROOT / package or place == "micro", path
+            continue
+        assert_downward(package, place, found & set(level), path)
+
+
+def test_folders_of_the_core_include_only_those_below():
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        place = path.relative_to(ROOT / "csrc").parts[0]
+        if path.suffix in (".h", ".hpp", ".cpp", ".c") and place in levels_of("csrc"):
+            assert_downward("csrc", place, set(included(path)), path)
+
+
+@pytest.mark.parametrize("package", MAY)
+def test_no_imports_in_a_circle(package):
+    modules = {module_of(path): path for path in files(package)}
+    graph = {
+        name: set(imported(at_top(tree_of(path)), package)) & set(modules) - {name} for name, path in modules.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 @pytest.mark.parametrize("package", MAY)
 def test_packages_import_only_those_below(package):
     for path in files(package):
         used = {module.split(".")[0] for module in imported(tree_of(path), package)}
-        assert used & set(OURS) <= MAY[package], path
+        assert used & OURS <= MAY[package] | {package}, path
+
+
+@pytest.mark.parametrize("package", [*MAY, "csrc", "tests"])
+def test_folders_stay_small(package):
+    for folder in {path.parent for path in (ROOT / package).rglob("*.*") if "__pycache__" not in path.parts}:
+        sources = [path for path in folder.iterdir() if path.suffix in (".py", ".cpp") and path.name != "__init__.py"]
+        flat = {ROOT / "kernels", ROOT / "tests" / "kernels"}  # one operation a file
+        assert folder in flat or len(sources) <= MOST_FILES, f"{folder}: {len(sources)} files"
 
 
 def test_nothing_imports_the_tests():
+    helpers = {path.stem for path in (ROOT / "tests").rglob("*.py")}
     for path in [p for package in MAY for p in files(package)] + [ROOT / "setup.py"]:
         used = {module.split(".")[0] for module in imported(tree_of(path))}
-        assert not used & {"tests", "tiny", "conftest"}, path
-
-
-def test_only_bench_is_free_of_users():
-    for package in set(MAY) - {"bench"}:
-        for path in files(package):
-            assert "bench" not in {module.split(".")[0] for module in imported(tree_of(path), package)}, path
+        assert not used & ({"tests"} | helpers), path
 
 
 def test_kernels_know_torch_and_triton():
@@ -117,15 +147,16 @@ def test_kernels_know_torch_and_triton():
 
 
 def test_heavy_packages_are_imported_where_they_are_needed():
-    for path in (ROOT / "engine").glob("*.py"):
+    for path in files("engine"):
         used = {module.split(".")[0] for module in imported(at_top(tree_of(path)))}
         assert not used & LAZY, path
 
 
-@pytest.mark.parametrize("name", [n for n in ORDER if n != "checkpoint"])
-def test_diffusers_and_peft_are_for_checkpoints_alone(name):
-    used = {module.split(".")[0] for module in imported(tree_of(ROOT / "engine" / f"{name}.py"))}
-    assert not used & {"diffusers", "peft"}
+def test_diffusers_and_peft_are_for_weights_alone():
+    for path in files("engine"):
+        if path.parent.name != "weights":
+            used = {module.split(".")[0] for module in imported(tree_of(path))}
+            assert not used & {"diffusers", "peft"}, path
 
 
 def test_importing_the_engine_loads_none_of_them():

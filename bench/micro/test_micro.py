@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.flops import steady_index
-from bench.models import PROMPT, random_pipeline, torch_parts
+from bench.instruments.flops import steady_index
+from bench.instruments.models import PROMPT, random_pipeline, torch_parts
 from engine.config import PRESETS
-from engine.layers import Block, rms_norm
-from engine.noise import PhiloxNoise
-from engine.rope import apply_rope, rope_tables
-from engine.schedule import Schedule, make_solver
+from engine.model.layers import Block, rms_norm
+from engine.model.rope import apply_rope, rope_tables
+from engine.sampling.noise import PhiloxNoise
+from engine.sampling.schedule import Schedule, make_solver
 from engine.stream import Pipeline
 from kernels.ring_attention import ring_attention
 

@@ -15,10 +15,10 @@
 #include <tuple>
 #include <vector>
 
-#include "error.h"
+#include "base/error.h"
+#include "formats/json.h"
 #include "greedy/plugin.h"
 #include "guard.h"
-#include "json.h"
 #include "torch_c.h"
 
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <new>
 
-#include "error.h"
+#include "base/error.h"
 
 namespace greedy::plugin {
 

@@ -1,5 +1,5 @@
-// engine._C: the C interface as Python objects; engine/native.py is what users import. Frames are views of the core's
-// own memory, and every call that computes lets other Python threads run.
+// engine._C: the C interface as Python objects; engine/bundles/native.py is what users import. Frames are views of the
+// core's own memory, and every call that computes lets other Python threads run.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -157,7 +157,7 @@ py::dict describe(const greedy::Bundle& bundle) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "The C++ core; see engine.native.";
+    module.doc() = "The C++ core; see engine.bundles.native.";
     module.attr("version") = greedy_version();
     // Before the translator below, which passes what it throws on to those before it.
     py::register_exception<Cancelled>(module, "Cancelled", PyExc_RuntimeError);

@@ -1,22 +1,22 @@
-// Checks schedules, solvers and position tables against vectors that tests/test_csrc_core.py wrote from the engine's
-// own: core_test VECTORS. A line is a JSON object; floats are their bits, as integers. What needs no vectors is checked
+// Checks schedules, solvers and position tables against vectors that tests/csrc/test_csrc_core.py wrote from the
+// engine's own: core_test VECTORS. A line is a JSON object; floats are their bits, as integers. What needs no vectors is checked
 // first.
 #include <cstring>
 #include <fstream>
 #include <set>
 
+#include "base/error.h"
+#include "base/file.h"
+#include "base/half.h"
+#include "base/sha256.h"
 #include "check.h"
-#include "error.h"
-#include "file.h"
-#include "half.h"
-#include "json.h"
-#include "manifest.h"
-#include "rope.h"
-#include "safetensors.h"
-#include "schedule.h"
-#include "sha256.h"
-#include "text.h"
-#include "tokenizer.h"
+#include "core/schedule.h"
+#include "formats/json.h"
+#include "formats/manifest.h"
+#include "formats/safetensors.h"
+#include "runtime/rope.h"
+#include "text/text.h"
+#include "text/tokenizer.h"
 
 namespace {
 

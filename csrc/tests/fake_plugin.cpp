@@ -1,5 +1,5 @@
-// A plugin without a compiler: its graphs are short formulas, written once more in tests/fake_stages.py, so that the
-// core can be tested for what it feeds and keeps. It is built as libgreedy_aoti.so in a directory of its own.
+// A plugin without a compiler: its graphs are short formulas, written once more in tests/support/fake_stages.py, so that
+// the core can be tested for what it feeds and keeps. It is built as libgreedy_aoti.so in a directory of its own.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>

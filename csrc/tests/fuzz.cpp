@@ -4,12 +4,12 @@
 #include <cstdint>
 #include <string>
 
-#include "charsmap.h"
-#include "error.h"
-#include "manifest.h"
-#include "safetensors.h"
-#include "tokenizer.h"
-#include "utf8.h"
+#include "base/error.h"
+#include "base/utf8.h"
+#include "formats/manifest.h"
+#include "formats/safetensors.h"
+#include "text/charsmap.h"
+#include "text/tokenizer.h"
 
 namespace {
 

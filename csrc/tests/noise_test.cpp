@@ -1,4 +1,4 @@
-// Checks the noise against vectors that tests/test_csrc.py wrote from engine/noise.py: noise_test VECTORS.
+// Checks the noise against vectors that tests/csrc/test_csrc.py wrote from the engine's own: noise_test VECTORS.
 // Per draw three lines: "draw SEED CHUNK DRAW COUNT" in decimal; "words", in hexadecimal, as many as the values need
 // (COUNT rounded up to even); "values", the float32 bits in hexadecimal. A line that starts with # is a comment.
 #include "greedy/noise.h"

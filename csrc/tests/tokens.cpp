@@ -2,10 +2,10 @@
 #include <cstdio>
 #include <iostream>
 
-#include "error.h"
-#include "file.h"
-#include "json.h"
-#include "tokenizer.h"
+#include "base/error.h"
+#include "base/file.h"
+#include "formats/json.h"
+#include "text/tokenizer.h"
 
 int main(int argc, char** argv) {
     using namespace greedy::core;

@@ -10,10 +10,10 @@ pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed
 CUT = ("_multiply", "_add_parts")
 CODE = """
 from kernels import launch
-from engine.cache import FP8, CachedAttention, RingCache
+from engine.model.cache import FP8, CachedAttention, RingCache
 from engine.config import TransformerConfig
-from engine.fused import FusedTransformer
-from engine.transformer import WanTransformer
+from engine.runtime.fused import FusedTransformer
+from engine.model.transformer import WanTransformer
 
 def chunk(fp8, kv, frames):
     config = TransformerConfig(num_layers=1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from closeness import assert_as_good
 
-from bench.kernel_cases import SHAPES
+from bench.operations.others import SHAPES
 
 
 @pytest.mark.parametrize("op", SHAPES)

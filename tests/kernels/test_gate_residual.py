@@ -4,7 +4,7 @@ import pytest
 import torch
 from closeness import assert_as_good
 
-from engine.layers import gate
+from engine.model.layers import gate
 from kernels import table
 from kernels.gate_residual import gate_residual, gate_residual_reference
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from closeness import assert_as_good
 
-from engine.layers import modulate
+from engine.model.layers import modulate
 from kernels import table
 from kernels.norm_modulate import (
     layer_norm_affine,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from closeness import assert_as_good, error
 
-from engine.cache import RingCache
-from engine.layers import rms_norm
-from engine.rope import apply_rope, rope_tables
+from engine.model.cache import RingCache
+from engine.model.layers import rms_norm
+from engine.model.rope import apply_rope, rope_tables
 from kernels import table
 from kernels.qk_norm_rope_write import (
     qk_norm_rope_write,

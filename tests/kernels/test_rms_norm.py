@@ -4,7 +4,7 @@ import pytest
 import torch
 from closeness import assert_as_good
 
-from engine.layers import RMSNorm
+from engine.model.layers import RMSNorm
 from kernels import table
 from kernels.rms_norm import rms_norm, rms_norm_reference
 

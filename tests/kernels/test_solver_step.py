@@ -5,7 +5,7 @@ import torch
 from closeness import assert_as_good
 
 from engine.config import Preset
-from engine.schedule import Euler, Renoise, Schedule
+from engine.sampling.schedule import Euler, Renoise, Schedule
 from kernels import table
 from kernels.solver_step import solver_step
 

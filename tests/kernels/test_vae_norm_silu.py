@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from closeness import assert_as_good
 
-from engine.vae import Past, RMSNorm
+from engine.model.vae import Past, RMSNorm
 from kernels import table
 from kernels.vae_norm_silu import vae_norm_silu, vae_norm_silu_reference
 

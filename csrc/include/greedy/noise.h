@@ -1,4 +1,4 @@
-// Noise that depends on (seed, chunk, draw) alone: the same video as engine/noise.py, whatever was drawn before.
+// Noise that depends on (seed, chunk, draw) alone: the same video as in Python, whatever was drawn before.
 //
 //     std::vector<float> latent(16 * 60 * 104);
 //     greedy::philox_normal(seed, chunk, draw, latent.data(), latent.size());

@@ -1,0 +1,247 @@
+"""What FP8 costs in quality: errors of every stage beside fp32, and scores of the clips that come out.
+
+python -m bench fp8 [--prompts 32] [--sensitivity]
+
+Errors are relative to the fp32 stage's output, both on the inputs of one fp32 stream: so they do not pile up. Scores
+are the exact evaluator's on the embedded model, every row with the same prompts and seeds.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.instruments.header import machine
+from bench.instruments.random_weights import RandomSource
+from bench.report import saved as results
+from distill.scores.evaluator import from_uint8
+from distill.scores.tasks import find_task
+from engine.config import TransformerConfig
+from engine.loader import FP8_KEEP, load
+from engine.model.cache import FP8, CachedAttention, RingCache
+from engine.model.layers import Block
+from engine.model.rope import rope_tables
+from engine.model.transformer import WanTransformer
+from engine.runtime.fused import FusedTransformer
+from engine.runtime.stages import TorchStages
+from engine.stream import Pipeline
+from engine.weights.checkpoint import fill
+from export.calibrate import calibrate
+from export.fp8 import GRANULARITIES, Recipe, quantizable, quantize
+
+SCORES = ("semantic", "quality", "total", "object_class", "direction", "speed")
+CALIBRATION = {"prompts": 12, "seed": 7, "chunks": 9}
+
+
+class _Beside:
+    """Stages that answer with the reference's results and note how far the others are off on the same inputs."""
+
+    name = "torch"
+
+    def __init__(self, reference: Pipeline, others: dict[str, Pipeline]) -> None:
+        self.stages, self.others = reference.stages, others
+        self.squares: dict[tuple[str, str], list[tuple[float, float]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stages, name)  # text and VAE are nobody's question
+
+    def etm(
+        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache, text_kv: Any
+    ) -> Tensor:
+        def run(stages: TorchStages, latent: Tensor, c_f: None, cache: RingCache, text: Any) -> Tensor:
+            return stages.etm(latent, cos, sin, slot, valid, cache, text)
+
+        return self._compare("etm", run, latent, None, cache, text_kv)
+
+    def sdd(
+        self, latent: Tensor, t: Tensor, c_f: Tensor | None, cos: Tensor, sin: Tensor, valid: int,
+        cache: RingCache, text_kv: Any,
+    ) -> Tensor:  # fmt: skip
+        def run(stages: TorchStages, latent: Tensor, c_f: Tensor | None, cache: RingCache, text: Any) -> Tensor:
+            return stages.sdd(latent, t, c_f, cos, sin, valid, cache, text)
+
+        return self._compare("sdd", run, latent, c_f, cache, text_kv)
+
+    def _compare(
+        self, name: str, run: Callable[..., Tensor], latent: Tensor, c_f: Tensor | None, cache: RingCache, text: Any
+    ) -> Tensor:
+        results = {}
+        for key, other in self.others.items():
+            dtype = other.dtype
+            twin = copy.copy(cache)
+            twin.k, twin.v = cache.k.to(dtype, copy=True), cache.v.to(dtype, copy=True)
+            cast = {role: tuple(x.to(dtype) for x in pair) for role, pair in text.items()}
+            condition = c_f if c_f is None else c_f.to(dtype)
+            results[key] = run(other.stages, latent.to(dtype), condition, twin, cast).float()
+        expected = run(self.stages, latent, c_f, cache, text)
+        size = float(expected.square().sum())
+        for key, got in results.items():
+            self.squares.setdefault((key, name), []).append((float((got - expected).square().sum()), size))
+        return expected
+
+    def errors(self, key: str) -> dict[str, float]:
+        """{stage: |other - fp32| / |fp32|} over all calls."""
+        sums = {name: np.sum(pairs, axis=0) for (other, name), pairs in self.squares.items() if other == key}
+        return {name: float(np.sqrt(off / size)) for name, (off, size) in sums.items()}
+
+
+def stage_errors(
+    reference: Pipeline, others: dict[str, Pipeline], prompts: Iterable[str], chunks: int
+) -> dict[str, dict[str, float]]:
+    """{variant: {stage: relative error}} on the inputs that streams of the reference produce."""
+    beside = _Beside(reference, others)
+    watched = replace(reference, stages=beside)
+    for seed, prompt in enumerate(prompts):
+        with watched.stream(prompt, seed=seed) as stream:
+            for _ in range(chunks):
+                stream.next_latent()
+    return {key: beside.errors(key) for key in others}
+
+
+def clips(pipeline: Pipeline, prompts: list[str], seed: int, frames: int) -> list[Tensor]:
+    """One clip a prompt, float [3, frames, H, W]; clip i has seed `seed + i`."""
+    videos = []
+    for i, prompt in enumerate(prompts):
+        with pipeline.stream(prompt, seed=seed + i, frames=frames) as stream:
+            videos.append(from_uint8(np.stack(list(stream))))
+    return videos
+
+
+def sensitivity(
+    reference: Pipeline, amax: dict[str, float], prompts: list[str], chunks: int
+) -> dict[str, dict[str, float]]:
+    """{ROLE.blocks.N: errors} with that block alone in FP8, {ROLE.*.NAME: errors} with that linear of every block."""
+    names = quantizable(reference)
+    parts = [name.split(".", 3) for name in names]  # role, blocks, N, linear
+    groups = {f"{role}.blocks.{n}" for role, _, n, _ in parts} | {f"{role}.*.{leaf}" for role, _, _, leaf in parts}
+    others = {}
+    for group in sorted(groups):
+        role, middle, leaf = group.split(".", 2)
+        inside = [
+            name for name, (r, _, n, last) in zip(names, parts, strict=True)
+            if r == role and (last == leaf if middle == "*" else n == leaf)
+        ]  # fmt: skip
+        kept = tuple(name for name in names if name not in inside)
+        others[group] = quantize(reference, Recipe("tensor", kept), amax)
+    return stage_errors(reference, others, prompts, chunks)
+
+
+PRODUCTS = ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+
+@torch.inference_mode()
+def block_errors(seeds: int, side: int = 16) -> dict[str, dict[str, float]]:
+    """Error of a random block of Wan2.1-1.3B's width with one product in FP8, with all, with FP8 attention too.
+
+    rms error of what the block adds to its input, over its rms, beside the same block in float32; bf16 is what the
+    rest is to be judged by. side x side tokens, after a chunk of as many in the cache; inputs and weights are normal.
+    """
+    config = TransformerConfig(num_layers=1)
+    keeps = {"bf16": ["*"], "fp8 all": [], "fp8 as by default": list(FP8_KEEP)}
+    keeps |= {f"fp8 {name}": [f"*.{other}" for other in PRODUCTS if other != name] for name in PRODUCTS}
+    found: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model = WanTransformer(config)
+        fill(model, RandomSource(model, "random block", seed), torch.float32, torch.device("cpu"))
+        model.fuse()
+        inputs = [torch.randn(1, side**2, config.dim) for _ in range(2)]
+        text, t = model.prepare_text(torch.randn(1, 512, config.text_dim)), torch.tensor([500.0])
+        truth = _added(FusedTransformer(model), inputs, text, t, torch.float32)
+        narrow = model.to(torch.bfloat16)
+        narrow.fuse()
+        for name, keep in (keeps | {"fp8 all, attention": []}).items():
+            fused = FusedTransformer(narrow, fp8=True, keep=keep)
+            got = _added(fused, inputs, text, t, FP8 if "attention" in name else torch.bfloat16)
+            error = float((got - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+            found.setdefault(name, []).append(error)
+    return {name: {"mean": float(np.mean(e)), "most": max(e)} for name, e in found.items()}
+
+
+def _added(fused: FusedTransformer, inputs: list[Tensor], text: Any, t: Tensor, kv: torch.dtype) -> Tensor:
+    """What the block adds to the second input, with the first one's keys and values in the cache: float32."""
+    model, config = fused.model, fused.model.config
+    dtype, tokens = model.proj_out.weight.dtype, inputs[0].shape[1]
+    side = int(tokens**0.5)
+    cache = RingCache(1, 1, 2, tokens, config.num_attention_heads, config.attention_head_dim, dtype=kv)
+    _, modulation = model.condition_embedder.time(t[:, None])
+    modulation = cast(Block, model.blocks[0]).scale_shift_table[:, None] + modulation
+    for slot, x in enumerate(inputs):
+        cos, sin = rope_tables([slot], side, side, config.attention_head_dim)
+        k, v = (part[0].to(dtype) for part in text)
+        x = x.to(dtype)
+        out = fused.blocks[0](x, modulation, k, v, cos, sin, 0, CachedAttention(cache, slot, slot + 1))
+    return out.float() - x.float()
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.blocks:
+        return _run_blocks(args)
+    if args.prompts < 1 or args.frames < 2:
+        raise ValueError(f"fp8: got {args.prompts} prompts and {args.frames} frames, expected at least 1 and 2")
+    task = find_task("scenes")
+    torch.set_num_threads(1)
+    reference = load(device="cpu", dtype="fp32")
+    seen = [spec.caption for spec in task.draw(CALIBRATION["prompts"], CALIBRATION["seed"])]
+    amax = calibrate(reference, seen, chunks=CALIBRATION["chunks"])
+    # "engine": what --precision fp8 streams on; the others are what an export holds.
+    others = {name: load(device="cpu", dtype=kind) for name, kind in (("bf16", "bf16"), ("engine fp8", "fp8"))}
+    for granularity in GRANULARITIES:
+        others[f"fp8 {granularity}"] = quantize(reference, Recipe(granularity), amax)
+        last = f"blocks.{reference.config.num_layers - 1}.*"
+        others[f"fp8 {granularity}, {last} kept"] = quantize(reference, Recipe(granularity, (last,)), amax)
+    specs = task.draw(args.prompts, args.seed, hidden=True)
+    prompts = [spec.caption for spec in specs]
+    errors = stage_errors(reference, others, prompts[:8], CALIBRATION["chunks"])
+    rows: dict[str, Any] = {}
+    for name, pipeline in {"fp32": reference, **others}.items():
+        made = clips(pipeline, prompts, args.seed, args.frames)
+        rows[name] = {"errors": errors.get(name, {}), "scores": task.score(made, specs)}
+        if not args.json:
+            print(_row(name, rows[name]), flush=True)
+    result: dict[str, Any] = {"machine": machine(torch.device("cpu")), "prompts": args.prompts, "frames": args.frames}
+    result |= {"seed": args.seed, "calibration": CALIBRATION, "rows": rows}
+    if args.sensitivity:
+        result["sensitivity"] = sensitivity(reference, amax, prompts[:4], CALIBRATION["chunks"])
+        if not args.json:
+            for group, found in result["sensitivity"].items():
+                print(f"{group:28} " + "  ".join(f"{stage} {error:.2e}" for stage, error in found.items() if error))
+    results.emit(args, "fp8", result)
+    return 0
+
+
+def _run_blocks(args: argparse.Namespace) -> int:
+    rows = block_errors(args.blocks)
+    if not args.json:
+        for name, error in rows.items():
+            print(f"{name:24} {error['mean']:.2e}  at most {error['most']:.2e}")
+    results.emit(args, "fp8-blocks", {"machine": machine(torch.device("cpu")), "blocks": args.blocks, "rows": rows})
+    return 0
+
+
+def _row(name: str, row: dict[str, Any]) -> str:
+    errors = "  ".join(f"{stage} {error:.2e}" for stage, error in row["errors"].items())
+    scores = "  ".join(f"{key} {row['scores'][key]['mean']:.3f} ± {row['scores'][key]['se']:.3f}" for key in SCORES)
+    return f"{name:30} {errors:30}  {scores}"
+
+
+def add_parser(commands: Any) -> None:
+    command = commands.add_parser("fp8", help="quality of FP8 on the embedded model: stage errors, evaluator's scores")
+    command.add_argument("--prompts", type=int, default=32, help="held-out clips")
+    command.add_argument("--frames", type=int, default=33)
+    command.add_argument("--seed", type=int, default=20)
+    command.add_argument("--sensitivity", action="store_true", help="also one block, and one kind of linear, at a time")
+    command.add_argument(
+        "--blocks",
+        type=int,
+        default=0,
+        metavar="N",
+        help="instead: N random full-width blocks, a product at a time",
+    )
+    results.add_arguments(command)
+    command.set_defaults(run=run)

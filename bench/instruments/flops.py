@@ -1,0 +1,210 @@
+"""FLOPs and bytes of every stage, counted: from shapes, with the very loop that runs, on tensors without data.
+
+A multiplication and an addition are two FLOPs. Counted are matrix products, attention products and convolutions; not
+norms, activations, rotations and softmax (a few percent of time, less of arithmetic). Bytes are the least that must
+move: weights once a call, cached keys and values that are read, those that are written, inputs and outputs.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import Preset, TransformerConfig
+from engine.generators.base import Stages
+from engine.model.cache import RingCache
+from engine.model.vae import VAE, AttentionBlock, CausalConv3d, Past, VAEConfig
+from engine.stream import Pipeline, Stream
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`attention` is the part of `flops` that self-attention's two products take."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    attention: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.attention + other.attention)
+
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(self.flops * times, self.bytes * times, self.attention * times)
+
+
+def total(costs: dict[str, Cost]) -> Cost:
+    return sum(costs.values(), Cost())
+
+
+def transformer_cost(
+    config: TransformerConfig, frames: int, tokens: int, keys: int, rows: int, itemsize: int, *,
+    batch: int = 1, timesteps: int | None = None, head: bool = True, condition: bool = False, cached: bool = True,
+) -> Cost:  # fmt: skip
+    """One pass over `frames` frames of `tokens` tokens whose self-attention sees `keys` keys, text has `rows` rows.
+
+    timesteps  embeddings computed (one a frame by default; a bidirectional model has one)
+    head       whether norm_out and proj_out run (a pass that only writes caches ends before them)
+    cached     whether keys and values go through a cache: written once, read once a layer
+    """
+    n, d, layers = frames * tokens, config.dim, config.num_layers
+    patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    linear = 6 * d * d + 2 * d * config.ffn_dim  # self q k v o, cross q o, feed-forward: weights a layer
+    embed = patch * config.in_channels * d
+    out = patch * config.out_channels * d if head else 0
+    time = config.freq_dim * d + d * d + 6 * d * d
+    condition_weights = d * d if condition else 0
+    attention = 4.0 * layers * n * keys * d
+    per_token = layers * linear + embed + out + condition_weights
+    when = frames if timesteps is None else timesteps
+    flops = 2.0 * n * per_token + 2.0 * when * time + attention + 4.0 * layers * n * rows * d
+    weights = per_token + time
+    moved = 2 * layers * d * (keys * batch + n * batch if cached else 0) + 2 * layers * rows * d * batch
+    latents = n * patch * (config.in_channels + (config.out_channels if head else 0)) + (0 if head else n * d)
+    return Cost(flops * batch, itemsize * (weights + moved + latents * batch), attention * batch)
+
+
+def text_cost(config: TransformerConfig, rows: int, models: int, itemsize: int, encoder: nn.Module | None) -> Cost:
+    """A prompt: the encoder, then embedding and cross-attention keys and values for each of `models` transformers."""
+    d = config.dim
+    weights = config.text_dim * d + d * d + 2 * config.num_layers * d * d
+    cost = Cost(2.0 * rows * weights, weights * itemsize) * models
+    if encoder is not None:
+        linear = sum(m.weight.numel() for m in encoder.modules() if isinstance(m, nn.Linear))
+        shape = cast(Any, encoder).config
+        products = 4.0 * shape.num_layers * rows * rows * shape.num_heads * shape.d_kv
+        cost += Cost(2.0 * rows * linear + products, linear * itemsize, products)
+    return cost
+
+
+def vae_cost(config: VAEConfig, height: int, width: int, itemsize: int, steady: bool = True) -> Cost:
+    """One latent [height, width] through the decoder: every convolution's shapes, read off the module as it runs."""
+    with META:
+        vae = VAE(config)
+    counted: list[Cost] = []
+
+    def convolution(module: nn.Module, given: tuple[Any, ...], result: Tensor) -> None:
+        conv = cast(nn.Conv3d, module)
+        taps = conv.weight[0, 0].numel()
+        if isinstance(module, CausalConv3d) and cast(Past, given[1]).given is None:
+            taps //= conv.weight.shape[2]  # before the first frame lie zeros: only the last tap runs
+        moved = given[0].numel() + result.numel() + conv.weight.numel()
+        counted.append(Cost(2.0 * result.numel() * conv.weight.shape[1] * taps, moved * itemsize))
+
+    def attention(module: nn.Module, given: tuple[Any, ...], result: Tensor) -> None:
+        images, channels, high, wide = given[0].shape
+        products = 4.0 * images * (high * wide) ** 2 * channels
+        counted.append(Cost(products, 0.0, products))
+
+    latent = torch.empty(1, config.z_dim, 1, height, width, device=META)
+    with torch.inference_mode():
+        cache = vae.first(latent)[1] if steady else None
+        for module in vae.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                module.register_forward_hook(convolution)
+            elif isinstance(module, AttentionBlock):
+                module.register_forward_hook(attention)
+        if cache is None:
+            vae.first(latent)
+        else:
+            vae.steady(latent, cache)
+    return sum(counted, Cost())
+
+
+class CountingStages:
+    """A backend that computes nothing and adds up what each call would cost."""
+
+    name = "counting"
+
+    def __init__(self, config: TransformerConfig, itemsize: int) -> None:
+        self.config, self.itemsize = config, itemsize
+        self.calls: list[tuple[str, Cost]] = []
+
+    def prepare_text(self, text_emb: Tensor) -> int:
+        return text_emb.shape[1]
+
+    def etm(self, latent: Tensor, cos: Any, sin: Any, slot: int, valid: int, cache: RingCache, text_kv: int) -> Tensor:
+        self._add("etm", latent, valid, cache, text_kv, head=False)
+        return latent.new_empty(latent.shape[0], latent.shape[2] * cache.tokens, self.config.dim)
+
+    def sdd_context(
+        self, latent: Tensor, cos: Any, sin: Any, slot: int, valid: int, cache: RingCache, text_kv: int
+    ) -> None:
+        self._add("sdd_context", latent, valid, cache, text_kv, head=False)
+
+    def sdd(
+        self, latent: Tensor, t: Tensor, c_f: Tensor | None, cos: Any, sin: Any, valid: int, cache: RingCache,
+        text_kv: int,
+    ) -> Tensor:  # fmt: skip
+        self._add("sdd", latent, valid, cache, text_kv, condition=c_f is not None)
+        return latent
+
+    def dit(
+        self, latent: Tensor, t: Tensor, cos: Any, sin: Any, slot: int, valid: int, cache: RingCache, text_kv: int
+    ) -> Tensor:
+        self._add("dit", latent, valid, cache, text_kv)
+        return latent
+
+    def _add(self, name: str, latent: Tensor, valid: int, cache: RingCache, rows: int, **how: bool) -> None:
+        cost = transformer_cost(
+            self.config, latent.shape[2], cache.tokens, valid * cache.tokens, rows, self.itemsize,
+            batch=latent.shape[0], **how,
+        )  # fmt: skip
+        self.calls.append((name, cost))
+
+
+class _EmptyNoise:
+    def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(count, *shape, device=META)
+
+
+def steady_index(preset: Preset) -> int:
+    """The first chunk that costs what all later ones cost: caches full, step lists at their last entry."""
+    chunks = preset.window + 1 if preset.family == "greedy" else -(-preset.window // preset.chunk)
+    return max(chunks, len(preset.steps) - 1, 2) + 1
+
+
+def stream_costs(pipeline: Pipeline, chunks: int, rows: int) -> list[dict[str, Cost]]:
+    """The transformers' cost of each of the first `chunks` chunks (the commit before it included), by stage."""
+    stages = CountingStages(pipeline.config, pipeline.dtype.itemsize)
+    counted = replace(pipeline, stages=cast(Stages, stages), device=META, tokenizer=None)
+    text = torch.empty(1, rows, pipeline.config.text_dim, device=META)
+    stream, found = Stream(counted, text, _EmptyNoise(), None, None), []
+    for index in range(chunks):
+        stages.calls.clear()
+        stream.next_latent()
+        costs: dict[str, Cost] = defaultdict(Cost)
+        for number, (name, cost) in enumerate(stages.calls):
+            # A causal model's cache pass for the chunk before comes first.
+            cache_pass = name == "dit" and number == 0 and index > 0 and pipeline.preset.commit == "clean"
+            costs["dit_context" if cache_pass else name] += cost
+        found.append(dict(costs))
+    return found
+
+
+def chunk_cost(
+    pipeline: Pipeline, rows: int, vae: VAEConfig | None = None, index: int | None = None
+) -> dict[str, Cost]:
+    """Cost of chunk `index` (a steady one by default) by stage; with `vae`, its decoding too."""
+    index = steady_index(pipeline.preset) if index is None else index
+    costs = stream_costs(pipeline, index + 1, rows)[-1]
+    if vae is not None:
+        height, width = pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
+        size, frames = pipeline.dtype.itemsize, pipeline.preset.chunk_frames(index)
+        steady = vae_cost(vae, height, width, size) * (frames - (index == 0))
+        costs["vae"] = steady + (vae_cost(vae, height, width, size, steady=False) if index == 0 else Cost())
+    return costs
+
+
+def bidirectional_cost(pipeline: Pipeline, frames: int, rows: int, steps: int, guidance: bool = True) -> Cost:
+    """A whole video of `frames` latent frames by the bidirectional model: every frame sees every frame, every step."""
+    tokens = (pipeline.height // pipeline.spatial // pipeline.config.patch_size[1]) * (
+        pipeline.width // pipeline.spatial // pipeline.config.patch_size[2]
+    )
+    one = transformer_cost(
+        pipeline.config, frames, tokens, frames * tokens, rows, pipeline.dtype.itemsize, timesteps=1, cached=False
+    )
+    return one * (steps * (2 if guidance else 1))

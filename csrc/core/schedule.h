@@ -1,0 +1,53 @@
+// Noise schedules and solvers, number for number those of engine/sampling/schedule.py.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "base/tensor.h"
+#include "formats/config.h"
+
+namespace greedy::core {
+
+// The flow-matching grid: sigma = shift s / (1 + (shift - 1) s), t = 1000 sigma, s from 1 to 1/1000, in float.
+class Schedule {
+  public:
+    static constexpr int kGrid = 1000;  // training timesteps
+
+    explicit Schedule(const Preset& preset);
+
+    struct Step {
+        double t;
+        std::optional<double> next;  // none: the end of the chunk
+    };
+    // Denoising steps of a chunk.
+    std::vector<Step> steps(std::uint64_t chunk) const;
+
+    // Noise level at t: that of the nearest grid point; none is the end of the chunk, exactly 0.
+    double sigma(std::optional<double> t) const;
+
+    const std::array<float, kGrid>& sigmas() const { return sigmas_; }
+    const std::array<float, kGrid>& timesteps() const { return timesteps_; }
+
+  private:
+    std::array<float, kGrid> sigmas_, timesteps_;
+    std::vector<std::vector<double>> chunks_;
+};
+
+// One chunk's integration from noise to a clean latent. Values are floats that the bundle's type can hold: every step
+// ends with a rounding to it.
+class Solver {
+  public:
+    virtual ~Solver() = default;
+    // x from t to next, in place; `flow` and `fresh` have as many values; `fresh` is null unless renoises().
+    virtual void step(std::vector<float>& x, const float* flow, const Schedule::Step& at, const float* fresh) = 0;
+    // Whether every step but the last wants fresh noise.
+    virtual bool renoises() const { return false; }
+};
+
+// A fresh solver for one chunk; the schedule must outlive it.
+std::unique_ptr<Solver> make_solver(SolverKind kind, const Schedule& schedule, DType dtype);
+
+}  // namespace greedy::core

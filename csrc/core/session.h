@@ -1,0 +1,76 @@
+// The loop: noise -> denoising steps -> VAE decode -> commit, chunk after chunk, as engine/stream.py.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/generator.h"
+#include "core/schedule.h"
+#include "runtime/bundle.h"
+
+namespace greedy::core {
+
+// The pictures of a chunk, RGB, one after another.
+struct Pictures {
+    std::vector<std::uint8_t> rgb;
+    std::uint64_t chunk;
+    std::uint32_t count;
+};
+
+class Session {
+  public:
+    Session(std::shared_ptr<Bundle> bundle, std::uint64_t seed);
+
+    // From any thread: what next_chunk starts with.
+    struct Prompt {
+        std::vector<std::int64_t> ids, mask;  // or, where these are empty,
+        std::vector<float> embedding;         // [text_rows, text_dim]
+    };
+    void set_prompt(Prompt prompt, bool recommit);
+    void set_text(const std::string& text, bool recommit);
+    void set_tokens(const std::int64_t* ids, std::size_t count, bool recommit);
+    void cancel() { cancel_ = true; }
+    void check_cancel() { stages_.check_cancel(); }
+
+    void push_frames(const std::uint8_t* rgb, std::size_t count);
+    void push_latent(const float* latent, std::size_t frames);  // [channels, frames, height, width]
+    std::shared_ptr<const Pictures> next_chunk();
+    void flush();
+
+    const Manifest& manifest() const { return bundle_->manifest(); }
+
+  private:
+    void apply_prompt();
+    std::shared_ptr<const Latent> make();
+    Latent noise(std::uint64_t chunk, std::uint64_t draw) const;
+    // Latent frame `frame` of a chunk, [channels, 1, height, width].
+    Latent frame_of(const Latent& chunk, std::int64_t frame) const;
+    void check_unstarted() const;
+
+    const std::shared_ptr<Bundle> bundle_;
+    const std::uint64_t seed_;
+    std::atomic<bool> cancel_{false};
+    Stages stages_;
+    const Schedule schedule_;
+    std::unique_ptr<Generator> generator_;
+    std::deque<std::shared_ptr<const Latent>> given_;  // chunks pushed and not shown yet
+    std::shared_ptr<const Latent> uncommitted_;        // the chunk shown last
+    bool uncommitted_given_ = false;
+    Stages::VaeCache vae_cache_;
+    std::uint64_t shown_ = 0;  // chunks
+
+    struct Request {
+        Prompt prompt;
+        bool recommit;
+    };
+    std::mutex mutex_;                // guards the two below
+    std::optional<Request> pending_;  // set and not applied yet
+    std::optional<Prompt> prompt_;    // set last
+};
+
+}  // namespace greedy::core

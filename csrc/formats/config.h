@@ -1,0 +1,41 @@
+// Everything a bundle's manifest fixes about the stream: the transformer's shape and the streaming preset.
+// The fields and their limits are those of engine/config.py, which says what each means.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "formats/json.h"
+
+namespace greedy::core {
+
+struct TransformerConfig {
+    std::int64_t patch_height = 2, patch_width = 2;
+    std::int64_t heads = 12, head_dim = 128;
+    std::int64_t in_channels = 16, out_channels = 16;
+    std::int64_t text_dim = 4096, layers = 30;
+
+    std::int64_t dim() const { return heads * head_dim; }
+    static TransformerConfig from(const Json& given, const std::string& where);
+};
+
+enum class Family { greedy, causal };
+enum class SolverKind { renoise, euler, unipc };
+enum class CommitPolicy { clean, noisy, none };
+
+struct Preset {
+    Family family = Family::greedy;
+    std::int64_t chunk = 1, window = 3, attn_sink = 0, max_position = 20, stop_after = 0;
+    std::vector<std::vector<double>> steps = {{1000, 750, 500, 250}};
+    bool warped = true;
+    double shift = 5.0, context_timestep = 0.0;
+    SolverKind solver = SolverKind::renoise;
+    CommitPolicy commit = CommitPolicy::clean;
+
+    // Throws Error(GREEDY_BAD_BUNDLE) where a graph of fixed shapes cannot run it: a first chunk of another size, a
+    // window or attention sink that is not whole chunks.
+    static Preset from(const Json& given, const std::string& where);
+};
+
+}  // namespace greedy::core

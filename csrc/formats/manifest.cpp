@@ -1,0 +1,209 @@
+#include "formats/manifest.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <set>
+#include <string_view>
+
+#include "base/error.h"
+
+namespace greedy::core {
+namespace {
+
+constexpr std::int64_t kMostSize = 1 << 16;
+constexpr std::int64_t kMostDim = std::int64_t{1} << 32;
+constexpr std::int64_t kMostBytes = std::int64_t{1} << 44;
+
+void expect(bool good, const std::string& where, const std::string& got, const std::string& expected) {
+    if (!good) fail(GREEDY_BAD_BUNDLE, where, got, expected);
+}
+
+// An object with these keys and no others; those that start with ? may be missing.
+class Fields {
+  public:
+    Fields(const Json& given, const std::string& where, std::initializer_list<std::string_view> keys)
+        : given_(given), where_(where) {
+        for (const auto& member : given.object(where)) {
+            const auto known = [&](std::string_view key) { return member.first == key.substr(key[0] == '?'); };
+            expect(std::any_of(keys.begin(), keys.end(), known), where, "unknown key " + member.first.substr(0, 60),
+                   "only known ones");
+        }
+        for (std::string_view key : keys)
+            if (key[0] != '?') given.at(key, where);
+    }
+
+    const Json& operator[](std::string_view key) const { return given_.at(key, where_); }
+    std::string at(std::string_view key) const { return where_ + "." + std::string(key); }
+    std::string name(std::string_view key) const { return checked_name((*this)[key], at(key)); }
+    std::int64_t size(std::string_view key) const { return (*this)[key].integer(at(key), 1, kMostSize); }
+
+    static std::string checked_name(const Json& value, const std::string& where) {
+        const std::string& name = value.string(where);
+        expect(!name.empty() && name.size() <= 800, where, std::to_string(name.size()) + " bytes", "1 to 800");
+        expect(name.find('\0') == std::string::npos, where, "a zero byte", "none");
+        return name;
+    }
+
+  private:
+    const Json& given_;
+    const std::string where_;
+};
+
+std::map<std::string, std::string> names_from(const Json& given, const std::string& where) {
+    std::map<std::string, std::string> out;
+    for (const auto& [key, value] : given.object(where)) out.emplace(key, Fields::checked_name(value, where));
+    return out;
+}
+
+// Relative, inside the bundle, in one spelling.
+std::string safe_path(const std::string& path, const std::string& where) {
+    bool good = !path.empty() && path.front() != '/' && path.back() != '/' && path.find('\\') == std::string::npos;
+    for (std::size_t begin = 0; good && begin <= path.size();) {
+        const std::size_t end = std::min(path.find('/', begin), path.size());
+        const std::string part = path.substr(begin, end - begin);
+        good = !part.empty() && part != "." && part != "..";
+        begin = end + 1;
+    }
+    expect(good, where, "path '" + path.substr(0, 80) + "'", "one inside the bundle");
+    return path;
+}
+
+TensorSpec tensor_from(const Json& given, const std::string& where) {
+    const Fields fields(given, where, {"name", "shape", "dtype"});
+    TensorSpec spec;
+    spec.name = fields.name("name");
+    const Json::Array& sizes = fields["shape"].array(fields.at("shape"));
+    expect(sizes.size() <= Shape::kMaxRank, where, std::to_string(sizes.size()) + " dimensions", "at most 8");
+    std::int64_t bytes = 8;  // of the widest type
+    for (const Json& item : sizes) {
+        const std::int64_t one = item.integer(fields.at("shape"), 0, kMostDim);
+        const bool overflows = __builtin_mul_overflow(bytes, one, &bytes) || bytes > kMostBytes;
+        expect(!overflows, where, "a shape of more than 2^44 bytes", "less");
+        spec.shape.sizes[spec.shape.rank++] = one;
+    }
+    const std::string& dtype = fields["dtype"].string(fields.at("dtype"));
+    for (DType kind : {DType::float32, DType::float16, DType::bfloat16, DType::float8, DType::int64}) {
+        spec.dtype = kind;
+        if (dtype == name_of(kind)) return spec;
+    }
+    fail(GREEDY_BAD_BUNDLE, fields.at("dtype"), "'" + dtype.substr(0, 60) + "'", "a type that graphs take");
+}
+
+std::vector<TensorSpec> tensors_from(const Json& given, const std::string& where) {
+    std::vector<TensorSpec> out;
+    const Json::Array& items = given.array(where);
+    expect(items.size() <= 4096, where, std::to_string(items.size()) + " tensors", "at most 4096");
+    for (const Json& item : items) out.push_back(tensor_from(item, where + "." + std::to_string(out.size())));
+    return out;
+}
+
+GraphSpec graph_from(const Json& given, const std::string& where) {
+    const Fields fields(given, where, {"file", "inputs", "outputs", "weights", "aliases", "?mutates", "?source"});
+    GraphSpec spec;
+    spec.file = safe_path(fields.name("file"), fields.at("file"));
+    spec.inputs = tensors_from(fields["inputs"], fields.at("inputs"));
+    spec.outputs = tensors_from(fields["outputs"], fields.at("outputs"));
+    spec.weights = names_from(fields["weights"], fields.at("weights"));
+    spec.aliases = names_from(fields["aliases"], fields.at("aliases"));
+    if (const Json* mutates = given.find("mutates"))
+        for (const Json& item : mutates->array(fields.at("mutates")))
+            spec.mutates.push_back(Fields::checked_name(item, fields.at("mutates")));
+    const auto input = [&](const std::string& name) {
+        return std::any_of(spec.inputs.begin(), spec.inputs.end(), [&](const auto& t) { return t.name == name; });
+    };
+    for (const auto* side : {&spec.inputs, &spec.outputs}) {
+        std::set<std::string_view> names;
+        for (const TensorSpec& tensor : *side)
+            expect(names.insert(tensor.name).second, where, "two tensors " + tensor.name, "one of a name");
+    }
+    for (const auto& [output, name] : spec.aliases) {
+        const auto same = [&](const TensorSpec& a, const TensorSpec& b) {
+            return a.name == output && b.name == name && a.shape == b.shape && a.dtype == b.dtype;
+        };
+        bool found = false;
+        for (const TensorSpec& made : spec.outputs)
+            for (const TensorSpec& given : spec.inputs) found |= same(made, given);
+        expect(found, where, "an alias of " + name, "an output and an input of its shape");
+    }
+    for (const std::string& name : spec.mutates) expect(input(name), where, "a mutated " + name, "an input");
+    return spec;
+}
+
+BackendSpec backend_from(const Json& given, const std::string& where) {
+    const Fields fields(given, where, {"backend", "target", "versions", "graphs"});
+    BackendSpec spec;
+    spec.backend = fields.name("backend");
+    spec.target = fields.name("target");
+    const bool known = spec.backend == "onnx" || spec.backend == "aoti" || spec.backend == "tensorrt";
+    expect(known, fields.at("backend"), "'" + spec.backend.substr(0, 60) + "'", "onnx, aoti or tensorrt");
+    spec.versions = names_from(fields["versions"], fields.at("versions"));
+    for (const auto& [name, graph] : fields["graphs"].object(fields.at("graphs")))
+        spec.graphs.emplace(name, graph_from(graph, where + ".graphs." + name.substr(0, 60)));
+    return spec;
+}
+
+std::map<std::string, FileSpec> files_from(const Json& given, const std::string& where) {
+    std::map<std::string, FileSpec> out;
+    for (const auto& [path, entry] : given.object(where)) {
+        const std::string at = where + "." + path.substr(0, 80);
+        const Fields fields(entry, at, {"bytes", "sha256"});
+        const std::string& hash = fields["sha256"].string(at);
+        const bool hex = hash.find_first_not_of("0123456789abcdef") == std::string::npos && hash.size() == 64;
+        expect(hex, at, "sha256 '" + hash.substr(0, 64) + "'", "64 hexadecimal digits");
+        const auto bytes = static_cast<std::uint64_t>(fields["bytes"].integer(at, 0, kMostBytes));
+        out.emplace(safe_path(path, at), FileSpec{bytes, hash});
+    }
+    expect(out.size() <= 100'000, where, std::to_string(out.size()) + " files", "at most 100000");
+    return out;
+}
+
+}  // namespace
+
+Manifest Manifest::parse(std::string_view text, const std::string& where) {
+    const Json json = Json::parse(text, where);
+    const Json* version = json.find("version");
+    if (version && version->is_number()) version->integer(where + ": version", 1, 1);
+    const Fields fields(
+        json, where,
+        {"format", "version", "preset_name", "preset", "transformer", "precision", "height", "width", "fps", "spatial",
+         "temporal", "text_rows", "weights", "tokenizer", "golden", "files", "backends"});
+    fields["version"].integer(fields.at("version"), 1, 1);
+    const std::string format = fields.name("format");
+    expect(format == "greedy-bundle", fields.at("format"), "'" + format.substr(0, 60) + "'", "greedy-bundle");
+    Manifest out;
+    out.preset_name = fields.name("preset_name");
+    out.preset = Preset::from(fields["preset"], fields.at("preset"));
+    out.transformer = TransformerConfig::from(fields["transformer"], fields.at("transformer"));
+    out.precision = fields.name("precision");
+    const bool known = out.precision == "fp32" || out.precision == "fp16" || out.precision == "bf16";
+    expect(known || out.precision == "fp8", fields.at("precision"), "'" + out.precision.substr(0, 60) + "'",
+           "fp32, fp16, bf16 or fp8");
+    out.height = fields.size("height"), out.width = fields.size("width");
+    out.spatial = fields.size("spatial"), out.temporal = fields.size("temporal");
+    out.text_rows = fields.size("text_rows");
+    out.fps = fields["fps"].number(fields.at("fps"));
+    expect(out.fps > 0 && out.fps <= 1000, fields.at("fps"), std::to_string(out.fps), "more than 0, at most 1000");
+    const std::int64_t high = out.spatial * out.transformer.patch_height;
+    const std::int64_t wide = out.spatial * out.transformer.patch_width;
+    expect(out.height % high == 0, fields.at("height"), std::to_string(out.height),
+           "a multiple of " + std::to_string(high));
+    expect(out.width % wide == 0, fields.at("width"), std::to_string(out.width),
+           "a multiple of " + std::to_string(wide));
+    out.weights = safe_path(fields.name("weights"), fields.at("weights"));
+    out.tokenizer = safe_path(fields.name("tokenizer"), fields.at("tokenizer"));
+    out.files = files_from(fields["files"], fields.at("files"));
+    const Fields golden(fields["golden"], fields.at("golden"), {"file", "prompt", "seed"});
+    golden["prompt"].string(golden.at("prompt"));
+    golden["seed"].unsigned_integer(golden.at("seed"));
+    std::vector<std::string> named = {out.weights, golden.name("file")};
+    for (const auto& [name, backend] : fields["backends"].object(fields.at("backends"))) {
+        out.backends.emplace_back(name, backend_from(backend, fields.at("backends") + "." + name.substr(0, 60)));
+        for (const auto& graph : out.backends.back().second.graphs) named.push_back(graph.second.file);
+    }
+    expect(!out.backends.empty(), fields.at("backends"), "none", "at least one");
+    for (const std::string& name : named)
+        expect(out.files.count(name) > 0, where, "no entry in files for " + name, "one");
+    return out;
+}
+
+}  // namespace greedy::core

@@ -1,0 +1,51 @@
+// manifest.json of a bundle, with the schema of engine/bundles/manifest.py: what is inside and what it needs.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "base/tensor.h"
+#include "formats/config.h"
+
+namespace greedy::core {
+
+struct GraphSpec {
+    std::string file;
+    std::vector<TensorSpec> inputs, outputs;
+    std::map<std::string, std::string> weights;  // the graph's constant -> key of weights.safetensors
+    std::map<std::string, std::string> aliases;  // output -> input that it is written over
+    std::vector<std::string> mutates;            // inputs that the graph writes and does not return
+};
+
+struct BackendSpec {
+    std::string backend, target;
+    std::map<std::string, std::string> versions;
+    std::map<std::string, GraphSpec> graphs;
+};
+
+struct FileSpec {
+    std::uint64_t bytes;
+    std::string sha256;
+};
+
+struct Manifest {
+    std::string preset_name, precision, weights, tokenizer;
+    Preset preset;
+    TransformerConfig transformer;
+    std::int64_t height, width, spatial, temporal, text_rows;
+    double fps;
+    std::map<std::string, FileSpec> files;
+    std::vector<std::pair<std::string, BackendSpec>> backends;  // in the order of the file
+
+    std::int64_t latent_height() const { return height / spatial; }
+    std::int64_t latent_width() const { return width / spatial; }
+    std::int64_t tokens_high() const { return latent_height() / transformer.patch_height; }
+    std::int64_t tokens_wide() const { return latent_width() / transformer.patch_width; }
+    std::int64_t tokens() const { return tokens_high() * tokens_wide(); }  // of a latent frame
+
+    // From the text of manifest.json. Throws Error(GREEDY_BAD_BUNDLE).
+    static Manifest parse(std::string_view text, const std::string& where);
+};
+
+}  // namespace greedy::core

@@ -1,0 +1,160 @@
+#include "runtime/bundle.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <limits>
+
+#include "base/error.h"
+#include "base/sha256.h"
+
+namespace greedy::core {
+namespace fs = std::filesystem;
+namespace {
+
+constexpr std::size_t kManifestLimit = std::size_t{1} << 26;
+
+Manifest read_manifest(const std::string& folder) {
+    const std::string path = (fs::path(folder) / "manifest.json").string();
+    std::error_code error;
+    if (!fs::is_directory(folder, error) || !fs::exists(path, error))
+        fail(GREEDY_NOT_FOUND, "bundle", folder + " without manifest.json", "a bundle");
+    const MappedFile file(path);
+    if (file.size() > kManifestLimit)
+        fail(GREEDY_BAD_BUNDLE, path, std::to_string(file.size()) + " bytes",
+             "at most " + std::to_string(kManifestLimit));
+    return Manifest::parse(file.text(), path);
+}
+
+}  // namespace
+
+Bundle::Bundle(const std::string& folder, const greedy_settings& settings)
+    : folder_(folder), log_(settings.log), log_cookie_(settings.log_cookie), manifest_(read_manifest(folder)) {
+    for (const auto& entry : manifest_.files) check_file(entry.first, false);
+    open_device(settings);
+    const std::string tokenizer = manifest_.tokenizer + "/";
+    for (const auto& entry : manifest_.files)
+        if (settings.verify && (entry.first == manifest_.weights || entry.first.rfind(tokenizer, 0) == 0))
+            check_file(entry.first, true);
+    weights_file_ = std::make_unique<MappedFile>((fs::path(folder) / manifest_.weights).string());
+    weights_ = read_safetensors(weights_file_->data(), weights_file_->size(), manifest_.weights);
+    load_tokenizer();
+    for (const auto& entry : backend_->graphs)
+        if (entry.first.rfind("vae_encode", 0) != 0)
+            graph(entry.first);
+        else
+            check_file(entry.second.file, true);  // loaded only for pictures that are pushed
+    log(GREEDY_LOG_INFO, "opened " + folder + " with " + backend() + " for " + target());
+}
+
+void Bundle::check_file(const std::string& name, bool hash) const {
+    const FileSpec& spec = manifest_.files.at(name);
+    const fs::path path = fs::path(folder_) / name;
+    std::error_code error;
+    const bool plain = fs::is_regular_file(fs::symlink_status(path, error));
+    const fs::path root = fs::canonical(folder_, error);
+    const bool inside = plain && fs::canonical(path, error) == (root / name) && !error;
+    if (!inside) fail(GREEDY_BAD_BUNDLE, path.string(), "no plain file inside the bundle", "one");
+    const std::uintmax_t bytes = fs::file_size(path, error);
+    if (error || bytes != spec.bytes)
+        fail(GREEDY_BAD_BUNDLE, path.string(), std::to_string(bytes) + " bytes", std::to_string(spec.bytes));
+    if (!hash) return;
+    const MappedFile file(path.string());
+    Sha256 hash_of;
+    hash_of.add(file.data(), file.size());
+    const std::string got = hash_of.hex();
+    if (got != spec.sha256)
+        fail(GREEDY_BAD_BUNDLE, path.string(), "sha256 " + got.substr(0, 12), spec.sha256.substr(0, 12));
+}
+
+void Bundle::open_device(const greedy_settings& settings) {
+    std::string names;
+    std::unique_ptr<Error> last;
+    for (const auto& [name, spec] : manifest_.backends) {
+        names += (names.empty() ? "" : ", ") + name;
+        if (settings.backend && settings.backend != spec.backend) continue;
+        const auto version = spec.versions.find(spec.backend == "aoti" ? "torch" : spec.backend);
+        const greedy_device_settings device{
+            spec.target.c_str(),  version == spec.versions.end() ? nullptr : version->second.c_str(),
+            settings.library_dir, settings.parallel,
+            settings.log,         settings.log_cookie};
+        try {
+            device_ = std::make_unique<Device>(spec.backend, settings.plugin_dir ? settings.plugin_dir : own_folder(),
+                                               device);
+            backend_ = &spec;
+            return;
+        } catch (const Error& error) {
+            if (error.status != GREEDY_NO_BACKEND) throw;
+            log(GREEDY_LOG_INFO, name + " does not open here: " + error.what());
+            last = std::make_unique<Error>(error);
+        }
+    }
+    if (last) throw Error(*last);
+    fail(GREEDY_NO_BACKEND, "bundle", std::string("no backend ") + settings.backend, "one of " + names);
+}
+
+void Bundle::load_tokenizer() {
+    const fs::path folder = fs::path(folder_) / manifest_.tokenizer;
+    try {
+        for (const char* name : {"tokenizer.json", "tokenizer_config.json"})
+            if (const std::string path = manifest_.tokenizer + "/" + name; manifest_.files.count(path) == 0)
+                fail(GREEDY_BAD_BUNDLE, "tokenizer", "no entry in files for " + path, "one");
+        const MappedFile model((folder / "tokenizer.json").string());
+        const MappedFile config((folder / "tokenizer_config.json").string());
+        tokenizer_ = std::make_unique<Tokenizer>(model.text(), config.text(), manifest_.tokenizer);
+    } catch (const Error& error) {  // token ids and embeddings still work
+        tokenizer_problem_ = error.what();
+        log(GREEDY_LOG_INFO, tokenizer_problem_);
+        return;
+    }
+    if (tokenizer_->rows() != manifest_.text_rows)
+        fail(GREEDY_BAD_BUNDLE, "bundle", "a tokenizer of " + std::to_string(tokenizer_->rows()) + " rows",
+             std::to_string(manifest_.text_rows));
+}
+
+const Tokenizer& Bundle::tokenizer() const {
+    if (!tokenizer_) throw Error(GREEDY_INVALID, tokenizer_problem_);
+    return *tokenizer_;
+}
+
+std::int64_t Bundle::vocabulary() const {
+    const auto encoder = backend_->graphs.find("encode_text");
+    const auto ends = [](std::string key, const std::string& end) {
+        std::replace(key.begin(), key.end(), '.', '_');  // as compilers may do
+        return key.size() >= end.size() && key.compare(key.size() - end.size(), end.size(), end) == 0;
+    };
+    if (encoder != backend_->graphs.end())
+        for (const auto& entry : encoder->second.weights) {
+            const auto weight = weights_.find(entry.second);
+            const bool table = ends(entry.second, "embed_tokens_weight") || ends(entry.second, "shared_weight");
+            if (table && weight != weights_.end() && weight->second.spec.shape.rank == 2)
+                return weight->second.spec.shape[0];
+        }
+    return tokenizer_ ? tokenizer_->largest_id() + 1 : std::numeric_limits<std::int64_t>::max();
+}
+
+const Graph& Bundle::graph(const std::string& name) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = graphs_.find(name);
+    if (found != graphs_.end()) return *found->second;
+    const auto spec = backend_->graphs.find(name);
+    if (spec == backend_->graphs.end()) fail(GREEDY_BAD_BUNDLE, "bundle", "no graph " + name, "it");
+    std::vector<Constant> constants;
+    for (const auto& [constant, key] : spec->second.weights) {
+        const auto weight = weights_.find(key);
+        if (weight == weights_.end()) fail(GREEDY_BAD_BUNDLE, name, "no weight " + key + " in the bundle", "it");
+        constants.push_back({weight->second.spec, weight->second.data});
+        constants.back().spec.name = constant;
+    }
+    // Graphs are code: they are never run unless they are what the manifest says.
+    check_file(spec->second.file, true);
+    const std::string file = (fs::path(folder_) / spec->second.file).string();
+    auto loaded = std::make_unique<Graph>(*device_, name, file, spec->second, constants);
+    log(GREEDY_LOG_DEBUG, "loaded " + name);
+    return *graphs_.emplace(name, std::move(loaded)).first->second;
+}
+
+void Bundle::log(int level, const std::string& text) const {
+    if (log_) log_(log_cookie_, level, text.c_str());
+}
+
+}  // namespace greedy::core

@@ -1,0 +1,57 @@
+// An opened bundle: manifest, weights, tokenizer and graphs, shared by all sessions. Safe to use from several threads.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "base/file.h"
+#include "formats/manifest.h"
+#include "formats/safetensors.h"
+#include "runtime/device.h"
+#include "text/tokenizer.h"
+
+namespace greedy::core {
+
+class Bundle {
+  public:
+    // Throws Error; see greedy_bundle_open.
+    Bundle(const std::string& folder, const greedy_settings& settings);
+
+    const Manifest& manifest() const { return manifest_; }
+    const std::string& backend() const { return backend_->backend; }
+    const std::string& target() const { return backend_->target; }
+    const Device& device() const { return *device_; }
+
+    // A graph, loaded when it is first asked for. Throws Error(GREEDY_BAD_BUNDLE) where there is none.
+    const Graph& graph(const std::string& name);
+
+    // Throws Error(GREEDY_INVALID) where the bundle's tokenizer is of a kind that is not supported.
+    const Tokenizer& tokenizer() const;
+
+    // Token ids lie below this: rows of the text encoder's table, or what the tokenizer knows where that is not found.
+    std::int64_t vocabulary() const;
+
+    void log(int level, const std::string& text) const;
+
+  private:
+    void check_file(const std::string& name, bool hash) const;
+    void open_device(const greedy_settings& settings);
+    void load_tokenizer();
+
+    const std::string folder_;
+    const greedy_log_callback log_;
+    void* const log_cookie_;
+    Manifest manifest_;
+    std::unique_ptr<MappedFile> weights_file_;
+    std::map<std::string, StoredTensor> weights_;
+    std::unique_ptr<Tokenizer> tokenizer_;
+    std::string tokenizer_problem_;
+    const BackendSpec* backend_ = nullptr;
+    std::unique_ptr<Device> device_;  // before the graphs, which need it to the end
+    std::map<std::string, std::unique_ptr<Graph>> graphs_;
+    std::mutex mutex_;
+};
+
+}  // namespace greedy::core

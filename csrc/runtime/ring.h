@@ -1,0 +1,55 @@
+// Preallocated keys and values of a stream, as engine/model/cache.py; a slot is a latent frame.
+#pragma once
+
+#include "runtime/device.h"
+
+namespace greedy::core {
+
+// Valid slots are always a prefix: pinned slots fill first and stay, then writing goes round the rest. Graphs write the
+// slots that the next commit will own; only commit publishes them. A chunk never runs past the last slot: windows and
+// attention sinks are whole chunks.
+class Ring {
+  public:
+    struct Sizes {
+        std::int64_t layers, slots, pinned, slot_bytes;  // slot_bytes: of one layer's keys (or values) of one frame
+    };
+
+    Ring(const Device& device, const Sizes& sizes)
+        : device_(device), sizes_(sizes), k_(device.allocate(bytes())), v_(device.allocate(bytes())) {}
+
+    void reset() { committed_ = 0; }
+    void commit(std::int64_t frames) { committed_ += frames; }
+
+    // Slot that the next frame goes to.
+    std::int64_t next_slot() const {
+        const std::int64_t pinned = sizes_.pinned;
+        return committed_ < sizes_.slots ? committed_ : pinned + (committed_ - pinned) % (sizes_.slots - pinned);
+    }
+    // Valid slots once `frames` more frames are written.
+    std::int64_t valid(std::int64_t frames) const { return std::min(committed_ + frames, sizes_.slots); }
+
+    // One layer's rows, [1, slots * tokens, dim].
+    void* k(std::int64_t layer) const { return k_.at(at(layer, 0)); }
+    void* v(std::int64_t layer) const { return v_.at(at(layer, 0)); }
+
+    // Copies whole slots of all layers.
+    void copy(std::int64_t source, std::int64_t target, std::int64_t frames) {
+        const std::size_t size = static_cast<std::size_t>(frames * sizes_.slot_bytes);
+        for (std::int64_t layer = 0; layer < sizes_.layers; ++layer)
+            for (const Buffer* buffer : {&k_, &v_})
+                device_.copy(buffer->at(at(layer, target)), buffer->at(at(layer, source)), size);
+    }
+
+  private:
+    std::size_t at(std::int64_t layer, std::int64_t slot) const {
+        return static_cast<std::size_t>((layer * sizes_.slots + slot) * sizes_.slot_bytes);
+    }
+    std::size_t bytes() const { return at(sizes_.layers, 0); }
+
+    const Device& device_;
+    const Sizes sizes_;
+    Buffer k_, v_;
+    std::int64_t committed_ = 0;  // latent frames published since the last reset
+};
+
+}  // namespace greedy::core

@@ -1,0 +1,17 @@
+// Rotary position tables of Wan: head dim split into time, height and width, as engine/model/rope.py.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace greedy::core {
+
+struct RopeTable {
+    std::vector<float> cos, sin;  // [frames * high * wide, head_dim / 2]
+};
+
+// Of `frames` latent frames from a temporal position on, high x wide tokens each; any position, in double.
+RopeTable rope_table(std::int64_t position, std::int64_t frames, std::int64_t high, std::int64_t wide,
+                     std::int64_t head_dim);
+
+}  // namespace greedy::core

@@ -1,0 +1,28 @@
+// What the tokenizer knows about text; the tables are in text_tables.inc. Strings are valid UTF-8.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace greedy::core {
+
+// One character and its bytes.
+struct Character {
+    std::uint32_t code;
+    std::string_view bytes;
+};
+std::vector<Character> characters(std::string_view text);
+
+bool is_word(std::uint32_t code);   // \w of the tokenizers library
+bool is_space(std::uint32_t code);  // its white space, which is Unicode's
+std::string lower_case(std::string_view text);
+
+// Extended grapheme clusters (Unicode Standard Annex 29).
+std::vector<std::string_view> graphemes(std::string_view text);
+
+// HTML entities resolved, white space folded: clean_prompt of engine/model/text.py.
+std::string clean_prompt(const std::string& prompt);
+
+}  // namespace greedy::core

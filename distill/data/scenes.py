@@ -1,0 +1,186 @@
+"""Richer captioned clips: a moving object, often a second one that stands still, and dynamics that no word states.
+
+    "a red circle moving right slowly left of a blue square on a gray background"
+
+The caption says class, colour, first direction, coarse speed, background and, at the first frame, how the mover
+stands to the other object. It does not say: exact speed, sizes and places; that the mover bounces off the walls;
+whether it passes in front of the other object or behind it; whether it blinks, that is, goes on moving unseen for
+some frames. So a frame is not determined by the text and one other frame: the past matters.
+
+A clip is float [3, T, 32, 32] in [-1, 1]; positions are in pixels, time in pixel frames.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZE, combinations, coverage, palette
+
+SPEED_RANGES = {"slowly": (0.3, 0.6), "quickly": (0.8, 1.2)}  # pixels per frame
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # mover minus other
+RADII = (5.0, 7.5)
+TWO_SHARE = 0.5  # share of the clips with a second object
+CROSS_SHARE = 0.4  # share of the candidates with two objects in each other's way that are kept
+BLINK_SHARE = 0.35  # share of the clips whose mover blinks
+LATENT = 4  # frames of a latent frame; disappearances keep to them, so that a latent shows the mover or does not
+HIDDEN = (1, 2)  # latent frames unseen in a row
+PERIOD = (3, 5)  # latent frames from one disappearance to the next
+MIN_OFFSET = 6.0  # pixels between the centres along the stated relation
+FIRST_LEG = 0.45  # the mover starts within this share of its way, so that the first direction shows
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn object: two captioned facts, and radius and first centre (x, y) that no word states."""
+
+    colour: str
+    shape: str
+    radius: float
+    centre: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip shows. `pace` [pixels per frame], `in_front` and the blinking are not in the caption."""
+
+    mover: Thing
+    direction: str
+    speed: str
+    background: str
+    pace: float
+    other: Thing | None = None
+    in_front: bool = True  # whether the mover hides the other object where they overlap
+    period: int = 0  # frames between two disappearances; 0 never blinks
+    hidden: int = 0  # frames unseen of every period
+    phase: int = 0  # first frame of the first disappearance
+
+    @property
+    def relation(self) -> str | None:
+        """Which of RELATIONS holds at the first frame; None with one object."""
+        if self.other is None:
+            return None
+        dx, dy = (a - b for a, b in zip(self.mover.centre, self.other.centre, strict=True))
+        along_x = abs(dx) >= abs(dy)
+        sign = (1 if dx > 0 else -1, 0) if along_x else (0, 1 if dy > 0 else -1)
+        return next(name for name, step in RELATIONS.items() if step == sign)
+
+    @property
+    def caption(self) -> str:
+        text = f"a {self.mover.colour} {self.mover.shape} moving {self.direction} {self.speed}"
+        if self.other is not None:
+            text += f" {self.relation} a {self.other.colour} {self.other.shape}"
+        return f"{text} on a {self.background} background"
+
+
+def _between(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def _whole(low: int, high: int, generator: torch.Generator) -> int:
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _place(radius: float, direction: str | None, generator: torch.Generator) -> tuple[float, float]:
+    """A centre inside the walls; with a direction, on the first part of the way along it."""
+    centre = []
+    for step in DIRECTIONS[direction] if direction else (0, 0):
+        share = _between(0, 1, generator)
+        share = share if step == 0 else FIRST_LEG * share if step > 0 else 1 - FIRST_LEG * share
+        centre.append(radius + (SIZE - 2 * radius) * share)
+    return centre[0], centre[1]
+
+
+def _apart(mover: Thing, other: Thing) -> bool:
+    """Neither touching nor askew: one of RELATIONS clearly holds."""
+    dx, dy = (abs(a - b) for a, b in zip(mover.centre, other.centre, strict=True))
+    clear = max(dx, dy) >= MIN_OFFSET and max(dx, dy) >= 1.3 * min(dx, dy)
+    return clear and (dx * dx + dy * dy) ** 0.5 >= mover.radius + other.radius + 1
+
+
+def _cross(mover: Thing, direction: str, other: Thing) -> bool:
+    """Whether the mover's way leads over the other object."""
+    across = 1 if DIRECTIONS[direction][0] else 0
+    return abs(mover.centre[across] - other.centre[across]) < mover.radius + other.radius
+
+
+def _draw(pool: tuple, generator: torch.Generator) -> Scene:
+    facts = pool[_whole(0, len(pool) - 1, generator)]
+    mover_radius = _between(*RADII, generator)
+    other = None
+    two = _between(0, 1, generator) < TWO_SHARE
+    colours = [name for name in COLOURS if name != facts.colour]
+    while True:
+        mover = Thing(facts.colour, facts.shape, mover_radius, _place(mover_radius, facts.direction, generator))
+        if not two:
+            break
+        radius = _between(*RADII, generator)
+        colour = colours[_whole(0, len(colours) - 1, generator)]
+        shape = SHAPES[_whole(0, len(SHAPES) - 1, generator)]
+        other = Thing(colour, shape, radius, _place(radius, None, generator))
+        kept = not _cross(mover, facts.direction, other) or _between(0, 1, generator) < CROSS_SHARE
+        if kept and _apart(mover, other):
+            break
+    blinks = _between(0, 1, generator) < BLINK_SHARE
+    hidden, period = LATENT * _whole(*HIDDEN, generator), LATENT * _whole(*PERIOD, generator)
+    phase = 1 + LATENT * _whole(1, period // LATENT, generator)  # seen in the first two latent frames
+    return Scene(
+        mover,
+        facts.direction,
+        facts.speed,
+        facts.background,
+        _between(*SPEED_RANGES[facts.speed], generator),
+        other,
+        in_front=_between(0, 1, generator) < 0.5,
+        period=period if blinks else 0,
+        hidden=hidden if blinks else 0,
+        phase=phase if blinks else 0,
+    )
+
+
+def sample(count: int, generator: torch.Generator, *, hidden: bool = False) -> list[Scene]:
+    """Draw scenes whose mover is a training combination of `sprites.combinations`, or (`hidden`) a held-out one."""
+    pool = combinations(held_out=hidden)
+    return [_draw(pool, generator) for _ in range(count)]
+
+
+def path(scene: Scene, frames: int) -> Tensor:
+    """Centre (x, y) of the mover in every frame, bouncing between the walls: [T, 2]."""
+    start, span = torch.tensor(scene.mover.centre), SIZE - 2 * scene.mover.radius
+    step = torch.tensor(DIRECTIONS[scene.direction]) * scene.pace
+    way = (start - scene.mover.radius + torch.arange(frames)[:, None] * step) % (2 * span)
+    return scene.mover.radius + torch.minimum(way, 2 * span - way)
+
+
+def seen(scene: Scene, frames: int) -> Tensor:
+    """Whether the mover is drawn: bool [T]."""
+    since = torch.arange(frames) - scene.phase
+    if not scene.period:
+        return torch.ones(frames, dtype=torch.bool)
+    return (since < 0) | (since % scene.period >= scene.hidden)
+
+
+def _cover(thing: Thing, centre: Tensor) -> Tensor:
+    """Coverage [T, 32, 32] of an object at centre [T, 2]."""
+    x, y = centre[:, 0, None, None], centre[:, 1, None, None]
+    return coverage(x, y, torch.tensor(thing.radius), torch.tensor(SHAPES.index(thing.shape)))
+
+
+def render(scenes: list[Scene], frames: int) -> tuple[Tensor, Tensor]:
+    """Draw clips: video [N, 3, T, 32, 32] in [-1, 1] and object coverage [N, 1, T, 32, 32] in [0, 1]."""
+    colours, grounds = palette(COLOURS), palette(BACKGROUNDS)
+    videos, covers = [], []
+    for scene in scenes:
+        video = grounds[list(BACKGROUNDS).index(scene.background)].view(3, 1, 1, 1).expand(3, frames, SIZE, SIZE)
+        layers = [(scene.mover, _cover(scene.mover, path(scene, frames)) * seen(scene, frames)[:, None, None])]
+        if scene.other is not None:
+            centre = torch.tensor(scene.other.centre).expand(frames, 2)
+            layers.insert(0 if scene.in_front else 1, (scene.other, _cover(scene.other, centre)))
+        cover = torch.zeros(frames, SIZE, SIZE)
+        for thing, part in layers:
+            colour = colours[list(COLOURS).index(thing.colour)].view(3, 1, 1, 1)
+            video = video + (colour - video) * part
+            cover = torch.maximum(cover, part)
+        videos.append(video)
+        covers.append(cover[None])
+    return torch.stack(videos), torch.stack(covers)

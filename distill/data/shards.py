@@ -1,0 +1,134 @@
+"""Captioned latents on disk: safetensors shards and an index, written one by one and read in place.
+
+    folder/00000.safetensors   "latents" [n, C, F, h, w]; the metadata hold the captions and what made them
+    folder/index.json          format, latent shape and, for every shard, its name, number of clips and bytes
+
+A shard is written beside its name and renamed when whole, so every one that is there is complete and a writer that
+was stopped goes on with the missing ones. The index comes last: a folder without one is not finished. Every shard is
+checked by its header when the folder is opened, before any latent is read.
+"""
+
+import bisect
+import json
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distill.training.state import write_json
+
+FORMAT = 1
+INDEX = "index.json"
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
+
+
+def write_shard(folder: Path, number: int, latents: Tensor, captions: Sequence[str]) -> None:
+    """Write shard `number`: latents [n, C, F, h, w] in their dtype, and one caption each."""
+    if latents.ndim != 5 or len(latents) != len(captions) or not len(captions):
+        raise ValueError(
+            f"shard {number}: got latents {list(latents.shape)} and {len(captions)} captions, "
+            "expected [n, C, F, h, w] and n of them"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = shard_path(folder, number)
+    part = path.with_suffix(".part")
+    save_file({"latents": latents.contiguous()}, part, {"captions": json.dumps(list(captions))})
+    os.replace(part, path)
+
+
+def write_index(folder: Path, shards: int, source: dict[str, Any]) -> None:
+    """Finish a folder of `shards` shards; `source` says what made them, for people."""
+    entries, shape = [], None
+    for number in range(shards):
+        path = shard_path(folder, number)
+        count, shape = _header(path, shape)
+        entries.append({"file": path.name, "clips": count, "bytes": path.stat().st_size})
+    write_json(folder / INDEX, {"format": FORMAT, "latent": shape, "source": source, "shards": entries})
+
+
+def _header(path: Path, shape: list[int] | None) -> tuple[int, list[int]]:
+    """Clips of a shard and the shape of one, from its header alone; both must fit `shape` and the captions."""
+    if not path.is_file():
+        raise FileNotFoundError(f"shard: got no {path}, expected it")
+    try:
+        with safe_open(path, "pt") as file:
+            found = file.get_slice("latents").get_shape()
+            captions = json.loads((file.metadata() or {}).get("captions", "[]"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: got a damaged file, expected a whole shard ({error})") from None
+    if len(found) != 5 or (shape is not None and found[1:] != shape):
+        raise ValueError(f"{path}: got latents {found}, expected [n, {', '.join(map(str, shape or 'CFhw'))}]")
+    if len(captions) != found[0] or not all(isinstance(caption, str) and caption for caption in captions):
+        said = sum(isinstance(caption, str) and bool(caption) for caption in captions)
+        raise ValueError(f"{path}: got {said} captions, expected {found[0]}")
+    return found[0], found[1:]
+
+
+class Shards:
+    """A finished folder, open for reading; clips are numbered through all shards."""
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / INDEX).is_file():
+            raise FileNotFoundError(f"latents: got {folder} without {INDEX}, expected a finished folder")
+        index = json.loads((folder / INDEX).read_text())
+        if index.get("format") != FORMAT:
+            raise ValueError(f"{folder / INDEX}: got format {index.get('format')}, expected {FORMAT}")
+        self.folder, self.shape = folder, list(index["latent"])
+        self.files: list[Path] = []
+        counts = []
+        for entry in index["shards"]:
+            path = folder / entry["file"]
+            if path.is_file() and path.stat().st_size != entry["bytes"]:
+                raise ValueError(f"{path}: got {path.stat().st_size} bytes, expected {entry['bytes']}")
+            count, _ = _header(path, self.shape)
+            if count != entry["clips"]:
+                raise ValueError(f"{path}: got {count} clips, expected {entry['clips']}")
+            self.files.append(path)
+            counts.append(count)
+        self._ends = list(accumulate(counts))
+        self._captions: dict[int, list[str]] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of a clip."""
+        return self.shape[1]
+
+    def captions(self, clips: Sequence[int]) -> list[str]:
+        """The captions of some clips."""
+        said = []
+        for shard, row in map(self._place, clips):
+            if shard not in self._captions:
+                with safe_open(self.files[shard], "pt") as file:
+                    self._captions[shard] = json.loads(file.metadata()["captions"])
+            said.append(self._captions[shard][row])
+        return said
+
+    def read(self, clips: Sequence[int], frames: int | None = None) -> tuple[Tensor, list[str]]:
+        """The first `frames` latent frames of some clips, float32 [B, C, F, h, w], and their captions."""
+        frames = self.frames if frames is None else frames
+        if not 1 <= frames <= self.frames:
+            raise ValueError(f"{self.folder}: got {frames} latent frames, expected 1 to {self.frames}")
+        latents = []
+        for shard, row in map(self._place, clips):
+            with safe_open(self.files[shard], "pt") as file:
+                latents.append(file.get_slice("latents")[row : row + 1, :, :frames].float())
+        return torch.cat(latents), self.captions(clips)
+
+    def _place(self, clip: int) -> tuple[int, int]:
+        """Shard and row of a clip."""
+        if not 0 <= clip < len(self):
+            raise ValueError(f"{self.folder}: got clip {clip}, expected 0 to {len(self) - 1}")
+        shard = bisect.bisect_right(self._ends, clip)
+        return shard, clip - (self._ends[shard - 1] if shard else 0)

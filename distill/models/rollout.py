@@ -1,0 +1,99 @@
+"""Rollouts: a student streams its own past through the engine's own stream, so training sees what inference does."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distill.models.student import Adapted
+from engine.config import Preset
+from engine.loader import assemble
+from engine.model.vae import VAEConfig
+from engine.sampling.noise import PhiloxNoise
+from engine.sampling.schedule import Schedule, make_solver
+from engine.stream import Pipeline
+
+
+class SampleNoise:
+    """Noise of a batch whose samples have seeds of their own, each as a stream alone would draw it."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.sources = [PhiloxNoise(seed) for seed in seeds]
+
+    def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
+        """float32 [count, *shape]; shape[0] is the batch."""
+        if shape[0] != len(self.sources):
+            raise ValueError(f"noise: got a batch of {shape[0]}, expected {len(self.sources)}")
+        return torch.cat([source.draw(chunk, count, (1, *shape[1:])) for source in self.sources], 1)
+
+
+def noise_levels(preset: Preset) -> Tensor:
+    """Noise levels of one chunk's denoising steps and the 0 they end at: [steps + 1]."""
+    schedule = Schedule(preset)
+    return torch.tensor([schedule.sigma(t) for t, _ in schedule.steps(0)] + [0.0])
+
+
+def _pipeline(student: Adapted, preset: Preset, size: tuple[int, int]) -> Pipeline:
+    """The student as the engine runs it, on latents of `size` (height, width)."""
+    scale = VAEConfig()  # no pixels here: any scale will do
+    height, width = (side * scale.scale_factor_spatial for side in size)
+    model = next(iter(student.stages.models.values()))
+    weight = model.proj_out.weight
+    return assemble(
+        student.stages,
+        model.config,
+        preset,
+        weight.dtype,
+        weight.device,
+        height=height,
+        width=width,
+        vae_config=scale,
+    )
+
+
+def roll_out(
+    student: Adapted,
+    text_emb: Tensor,
+    frames: int,
+    seeds: Sequence[int],
+    preset: Preset,
+    size: tuple[int, int] = (8, 8),
+    start: Tensor | None = None,
+) -> Tensor:
+    """Stream latent frames [B, C, frames, h, w] from text_emb [B, rows, text_dim]; nothing is differentiated.
+
+    `seeds` are those of the B samples; `start` [B, C, k, h, w] gives the first k frames, as an image or a clip would.
+    """
+    pipeline = _pipeline(student, preset, size)
+    with pipeline.stream(text_emb.detach(), noise=SampleNoise(seeds), latents=start) as stream:
+        latents = [stream.next_latent() for _ in range(frames)]
+    return torch.cat(latents, 2).clone()  # an ordinary tensor: a clone of an inference one, outside inference mode
+
+
+def roll_into(
+    student: Adapted,
+    text_emb: Tensor,
+    frames: int,
+    steps: int,
+    seeds: Sequence[int],
+    preset: Preset,
+    size: tuple[int, int] = (8, 8),
+) -> tuple[Tensor, Tensor]:
+    """Stream `frames` latent frames, then `steps` denoising steps into the next one; nothing is differentiated.
+
+    Returns the finished frames [B, C, frames, h, w] and the unfinished one [B, C, 1, h, w].
+    """
+    pipeline, schedule = _pipeline(student, preset, size), Schedule(preset)
+    generator, solver, noise = pipeline.generator, make_solver(preset.solver, schedule), SampleNoise(seeds)
+    with pipeline.stream(text_emb.detach(), noise=noise) as stream, torch.inference_mode():
+        latents = [stream.next_latent() for _ in range(frames)]
+        if latents:  # a stream commits a chunk when the next one is asked for
+            generator.commit(latents[-1], stream.state)
+        batch, channels = len(text_emb), pipeline.config.in_channels
+        wanted = 1 + (len(preset.steps[-1]) - 1 if solver.renoises else 0)
+        x, *fresh = noise.draw(frames, wanted, (batch, channels, 1, *size)).to(pipeline.device, pipeline.dtype)
+        for number, (t, t_next) in enumerate(schedule.steps(frames)[:steps]):
+            flow = generator.denoise(x, t, stream.state)
+            x = solver.step(x, flow, t, t_next, fresh[number] if number < len(fresh) else None)
+    past = torch.cat(latents, 2) if latents else x[:, :, :0]
+    return past.clone(), x.clone()

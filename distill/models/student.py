@@ -1,0 +1,232 @@
+"""The student of the paper: ETM and SDD, both LoRA on one frozen teacher, and its differentiable passes.
+
+`Student.flow` computes every frame of a clip at once under masks that equal the streaming path: the ETM looks back
+`window` frames (Eq. 1); a noisy frame sees itself, the clean chunk 0 and the clean frame before it; the clean frame
+i >= 1, standing in as "last", sees chunk 0 and itself. Chunks are one latent frame. `Student.next_flow` is the same
+for the one frame that follows a given past.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from torch import Tensor, nn
+
+from engine.model.layers import Attend
+from engine.model.rope import rope_tables
+from engine.model.transformer import TextKV, WanTransformer
+from engine.runtime.stages import TorchStages
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+
+def frame_attention(visible: Sequence[Sequence[int]]) -> Attend:
+    """Self-attention over whole frames: frame i of the sequence looks at the frames visible[i].
+
+    Frames that see equally many others share one attention call, so nothing is masked or padded.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    for frame, seen in enumerate(visible):
+        groups[len(seen)].append(frame)
+    order = torch.tensor([frame for frames in groups.values() for frame in frames]).argsort()
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(1, (len(visible), -1)) for x in (q, k, v))  # [B, F, n, heads, head_dim]
+        parts = []
+        for frames in groups.values():
+            index = torch.tensor([visible[frame] for frame in frames])
+            query = q[:, frames].flatten(0, 1).transpose(1, 2)
+            key, value = (x[:, index].flatten(2, 3).flatten(0, 1).transpose(1, 2) for x in (k, v))
+            out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+            parts.append(out.unflatten(0, (q.shape[0], len(frames))))
+        return torch.cat(parts, 1)[:, order].flatten(1, 2)
+
+    return attend
+
+
+def etm_visible(frames: int, window: int) -> list[list[int]]:
+    """Eq. 1 with chunks of one frame: frame i sees i - window .. i."""
+    return [list(range(max(0, i - window), i + 1)) for i in range(frames)]
+
+
+def sdd_visible(frames: int) -> list[list[int]]:
+    """The SDD's sequence: clean frames 0 .. frames - 2, then noisy frames 0 .. frames - 1."""
+    context = frames - 1
+    clean = [[0] if i == 0 else [0, i] for i in range(context)]
+    noisy = [[*sorted({0, f - 1} if f else set()), context + f] for f in range(frames)]
+    return clean + noisy
+
+
+def sdd_positions(frames: int, max_position: int) -> list[int]:
+    """Temporal positions of that sequence: the current frame at min(index, p_max), the last one before it."""
+    clean = [min(i, max_position - 1) for i in range(frames - 1)]
+    return clean + [min(f, max_position) for f in range(frames)]
+
+
+def rope_for(model: WanTransformer, positions: Sequence[int], latent: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of frames at temporal positions, for a latent's size, where it lies."""
+    _, ph, pw = model.config.patch_size
+    height, width = latent.shape[-2] // ph, latent.shape[-1] // pw
+    cos, sin = rope_tables(positions, height, width, model.config.attention_head_dim)
+    return cos.to(latent.device), sin.to(latent.device)
+
+
+def checkpointed(model: WanTransformer) -> WanTransformer:
+    """Recompute every block's activations in the backward pass instead of keeping them."""
+    for block in model.blocks:
+        block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
+    return model
+
+
+def _recomputed(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*arguments)
+    return torch.utils.checkpoint.checkpoint(forward, *arguments, use_reentrant=False)
+
+
+def add_lora(model: WanTransformer, lora: LoraConfig, *, recompute: bool = False) -> WanTransformer:
+    """Freeze a model and put an adapter on it, in float32 whatever the model is."""
+    model.requires_grad_(False)
+    inject_adapter_in_model(lora, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return checkpointed(model) if recompute else model
+
+
+def lora_of(rank: int) -> LoraConfig:
+    """An adapter of a rank on every Linear of the blocks."""
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights=True)
+
+
+class Adapted(nn.Module):
+    """A student: what of it is trained, and the stages that the engine streams it by."""
+
+    stages: TorchStages
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trained(self, state: dict[str, Tensor]) -> None:
+        """Put trained parameters back; all of them, and no others."""
+        own = self.trained()
+        if state.keys() != own.keys():
+            raise ValueError(f"student: got {len(state)} trained tensors, expected {len(own)} (rank or layout differ)")
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+class Student(Adapted):
+    """SDD and ETM as LoRA on copies of a teacher; with fresh adapters both compute what the teacher computes.
+
+    Without `etm` the temporal feature is never used (W_c stays zero), and nothing of the ETM is trained; twice the
+    rank then keeps the number of trained parameters nearly equal.
+    """
+
+    def __init__(
+        self,
+        teacher: WanTransformer,
+        rank: int = 64,
+        window: int = 3,
+        max_position: int = 4,
+        *,
+        etm: bool = True,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        if max_position < 2:
+            raise ValueError(f"max_position: got {max_position}, expected at least 2")
+        self.window, self.max_position, self.uses_etm = window, max_position, etm
+        self.lora = lora_of(rank)
+        self.sdd = WanTransformer(teacher.config, conditioned=True).to(teacher.proj_out.weight)
+        self.sdd.load_state_dict(teacher.state_dict(), strict=False)
+        self.etm = copy.deepcopy(teacher)
+        for model in (self.sdd, self.etm):
+            add_lora(model, self.lora, recompute=recompute)
+        self.sdd.condition_proj.float().requires_grad_(etm)
+        if not etm:
+            self.etm.requires_grad_(False)
+        self.stages = TorchStages({"sdd": self.sdd, "etm": self.etm}, vae=None, text_encoder=None)
+
+    @contextmanager
+    def guided(self, scale: float) -> Iterator[None]:
+        """Within this context a stream of [prompts, empty prompts] takes classifier-free guidance as its flow.
+
+        Both halves of the batch get the same flow, so that they stay one video; give them the same noise.
+        """
+        plain = self.stages.sdd
+
+        def sdd(*arguments: Any) -> Tensor:
+            given, free = plain(*arguments).chunk(2)
+            return (free + scale * (given - free)).repeat(2, 1, 1, 1, 1)
+
+        self.stages.sdd = sdd  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.stages.sdd
+
+    def adapter(self, model: WanTransformer) -> dict[str, Tensor]:
+        """LoRA tensors of one of the two models under PEFT's file names."""
+        state = get_peft_model_state_dict(model)
+        return {f"base_model.model.{key}": value for key, value in state.items()}
+
+    def features(self, context: Tensor, text: dict[str, TextKV]) -> Tensor:
+        """Eq. 2 for all frames at once: clean context [B, C, K, h, w] -> c_0 .. c_K, [B, (K + 1) * n, dim]; c_0 = 0."""
+        batch, _, frames, _, _ = context.shape
+        attend = frame_attention(etm_visible(frames, self.window))
+        clean = torch.zeros(batch, frames, device=context.device)
+        hidden, _ = self.etm.encode(context, clean, text["etm"], *rope_for(self.etm, range(frames), context), attend)
+        first = torch.zeros_like(hidden[:, : hidden.shape[1] // frames])
+        return torch.cat([first, hidden], 1)
+
+    def flow(self, context: Tensor, noisy: Tensor, t: Tensor, text: dict[str, TextKV]) -> Tensor:
+        """Eq. 4 for every frame given its clean past; `text` is what `stages.prepare_text` returned.
+
+        context [B, C, F - 1, h, w] holds clean frames 0 .. F - 2, noisy [B, C, F, h, w] frames 0 .. F - 1 at noise
+        levels t [B, F] in [0, 1]; returns the flow of every noisy frame, [B, C, F, h, w].
+        """
+        batch, _, frames, _, _ = noisy.shape
+        if context.shape[2] != frames - 1 or t.shape != (batch, frames):
+            raise ValueError(
+                f"got {context.shape[2]} context frames and t {tuple(t.shape)}, "
+                f"expected {frames - 1} and {(batch, frames)}"
+            )
+        condition = None
+        if frames > 1 and self.uses_etm:
+            features = self.features(context, text)
+            clean = torch.zeros_like(features[:, : features.shape[1] // frames * (frames - 1)])
+            condition = torch.cat([clean, features], 1)
+        levels = torch.cat([torch.zeros(batch, frames - 1, device=t.device), t], 1) * 1000
+        rope = rope_for(self.sdd, sdd_positions(frames, self.max_position), noisy)
+        attend = frame_attention(sdd_visible(frames))
+        latent = torch.cat([context, noisy], 2)
+        return self.sdd(latent, levels, text["sdd"], *rope, attend, condition)[:, :, frames - 1 :]
+
+    def next_flow(self, context: Tensor, noisy: Tensor, t: Tensor, text: dict[str, TextKV]) -> Tensor:
+        """Eq. 4 for the frame that follows context [B, C, K, h, w]: noisy [B, C, 1, h, w], t [B] in [0, 1] -> flow.
+
+        Differentiable through the SDD, its context and the ETM; equal to what the stream computes.
+        """
+        batch, _, frames, _, _ = context.shape
+        positions = sdd_positions(frames + 1, self.max_position)
+        kept = sorted({0, frames - 1} if frames else set())  # of the context, what the SDD sees
+        condition = None
+        if frames and self.uses_etm:
+            features = self.features(context, text)
+            c_f = features[:, features.shape[1] // (frames + 1) * frames :]
+            condition = torch.cat([torch.zeros_like(c_f)] * len(kept) + [c_f], 1)
+        levels = torch.cat([torch.zeros(batch, len(kept), device=t.device), t[:, None]], 1) * 1000
+        rope = rope_for(self.sdd, [positions[i] for i in kept] + positions[-1:], noisy)
+        attend = frame_attention([list(range(i + 1)) for i in range(len(kept) + 1)])
+        latent = torch.cat([context[:, :, kept], noisy], 2)
+        return self.sdd(latent, levels, text["sdd"], *rope, attend, condition)[:, :, -1:]

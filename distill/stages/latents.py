@@ -1,0 +1,89 @@
+"""A bank of captioned latents: drawn and encoded once, then read by every training stage.
+
+    python -m distill.latents --vae runs/vae/vae --out runs/bank
+
+Writes two folders of shards (`distill.data.shards`), --out/images of one latent frame and --out/clips of all, float16
+and normalised. Only training combinations are drawn. A run that was stopped goes on with the missing shards.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from distill.data.shards import Shards, shard_path, write_index, write_shard
+from distill.models.codec import Codec
+from distill.scores.tasks import Task, find_task
+from distill.training.draws import Draws, generator
+from distill.training.state import load_config, parse_arguments, run_stage
+
+SHARD = 250  # clips a shard
+BATCH = 64  # pixel frames that are encoded at once, about
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    task: str = "sprites"
+    vae: str = "runs/vae/vae"
+    images: int = 20000
+    clips: int = 5000
+    frames: int = 33
+    seed: int = 100
+
+
+class Bank:
+    """Captioned latents in memory; `draw` takes a random batch of images or of clip prefixes."""
+
+    def __init__(self, images: Shards, clips: Shards) -> None:
+        self.sets = [shards.read(range(len(shards))) for shards in (clips, images)]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Bank":
+        return cls(Shards(folder / "images"), Shards(folder / "clips"))
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of a clip."""
+        return self.sets[0][0].shape[2]
+
+    def draw(self, draws: Draws, frames: int) -> tuple[Tensor, list[str]]:
+        """Latents [B, 8, frames, 8, 8] in float32 and their captions, for the B samples of `draws`."""
+        latents, captions = self.sets[int(frames == 1)]
+        if frames > latents.shape[2]:
+            raise ValueError(f"bank: got {frames} latent frames, expected at most {latents.shape[2]}")
+        picks = draws.choice(len(latents))
+        return latents[picks, :, :frames], [captions[i] for i in picks.tolist()]
+
+
+def encode_set(codec: Codec, task: Task, count: int, frames: int, seed: int, folder: Path) -> None:
+    """Draw and encode `count` training clips of `frames` pixel frames, shard by shard."""
+    shards = -(-count // SHARD)
+    for number in range(shards):
+        if shard_path(folder, number).is_file():
+            continue
+        specs = task.sample(min(SHARD, count - number * SHARD), generator(seed, folder.name, number))
+        size = max(1, BATCH // frames)
+        latents = []
+        for i in range(0, len(specs), size):
+            with torch.autocast("cpu", torch.bfloat16):
+                latents.append(codec.encode(task.render(specs[i : i + size], frames)[0]).half())
+        write_shard(folder, number, torch.cat(latents), [spec.caption for spec in specs])
+        print(f"{folder.name}: {number + 1}/{shards} shards", flush=True)
+    write_index(folder, shards, {"task": task.name, "pixel_frames": frames, "seed": seed})
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__, "runs/bank")
+    torch.set_num_threads(arguments.threads)
+    config = load_config(arguments.config, "bank", BankConfig)
+    codec = Codec(AutoencoderKLWan.from_pretrained(config.vae))
+    task = find_task(config.task)
+    encode_set(codec, task, config.images, 1, config.seed, arguments.out / "images")
+    encode_set(codec, task, config.clips, config.frames, config.seed, arguments.out / "clips")
+    print("bank: std", Bank.load(arguments.out).sets[0][0].std((0, 2, 3, 4)).tolist())
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,166 @@
+"""What a stage would take at full size, without running it: the models are built on the meta device and counted.
+
+    python -m distill.next_chunk --config distill/configs/wan2.1-1.3b.toml --dry-run
+
+Counts are exact for parameters and optimiser states and follow the code for FLOPs (dense products and attention, two
+operations a multiply-add); activation memory is an estimate of what is kept for the backward pass. Nothing here was
+measured on the hardware that the config names.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from distill.models.student import Student
+from distill.stages.next_chunk import NextChunkConfig
+from distill.stages.rl import RlConfig
+from distill.training.loop import FitConfig, split
+from distill.training.state import load_config
+from engine.config import TransformerConfig
+from engine.model.transformer import WanTransformer
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """The machine and the model that a plan is made for; only --dry-run reads it."""
+
+    gpus: int = 64
+    memory_gib: float = 80.0  # a GPU
+    tflops: float = 400.0  # that a GPU is expected to sustain in 16 bits: an assumption, not a measurement
+    transformer: str = ""  # config.json of the transformer; none is Wan2.1-T2V-1.3B
+    text_encoder_gib: float = 10.6  # UMT5-xxl's encoder in bf16
+    text_embedding_gib: float = 2.0  # of it, which is never spread over the GPUs
+    text_rows: int = 512
+    height: int = 60  # latent pixels
+    width: int = 104
+    frames: int = 21  # latent frames of a clip
+    clips: int = 100_000  # of the data, for the length of an epoch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage's cost; memory in bytes a GPU, FLOPs of one step over all GPUs."""
+
+    parameters: int
+    trained: int
+    weights: int
+    optimiser: int
+    activations: int
+    tokens: int
+    flops: float
+    seconds: float
+    steps_an_epoch: int
+
+    @property
+    def memory(self) -> int:
+        return self.weights + self.optimiser + self.activations
+
+
+def forward_flops(config: TransformerConfig, tokens: int, pairs: int, rows: int, prompts: int) -> float:
+    """One forward pass over `tokens` tokens in `prompts` clips, with `pairs` query-key pairs of self-attention."""
+    dim, layers = config.dim, config.num_layers
+    linear = 8 * dim * dim + 4 * dim * config.ffn_dim + 4 * dim * dim  # self-attention, feed-forward, cross q and o
+    return layers * (tokens * linear + 4 * dim * (pairs + tokens * rows) + prompts * rows * 4 * dim * dim)
+
+
+def _passes(config: TransformerConfig, made: NextChunkConfig, n: int, frames: int, rows: int) -> tuple[float, float]:
+    """FLOPs for one clip of `frames` frames of n tokens: the teacher-forced student, and the bidirectional teacher."""
+    etm = sum(min(i, made.window) + 1 for i in range(frames - 1)) * n * n
+    sdd = (sum(min(i, 1) + 1 for i in range(frames - 1)) + sum(min(i, 2) + 1 for i in range(frames))) * n * n
+    student = forward_flops(config, (2 * frames - 1) * n, sdd, rows, 1)
+    if made.etm:
+        student += forward_flops(config, (frames - 1) * n, etm, rows, 1)
+    return student, forward_flops(config, frames * n, frames * frames * n * n, rows, 1)
+
+
+def _one_frame(config: TransformerConfig, made: NextChunkConfig, n: int, rows: int) -> float:
+    """FLOPs to stream one frame: ETM, context and the denoising steps, each over a constant number of keys."""
+    etm = forward_flops(config, n, (made.window + 1) * n * n, rows, 0)
+    sdd = forward_flops(config, n, 2 * n * n, rows, 0) + made.sampling_steps * forward_flops(
+        config, n, 3 * n * n, rows, 0
+    )
+    return etm * made.etm + sdd
+
+
+def estimate(stage: str, config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -> Plan:
+    """The plan of a stage; `made` is the next-chunk config of the student (the stage's own, or RL's)."""
+    shape = TransformerConfig()
+    if cluster.transformer:
+        shape = TransformerConfig.from_dict(json.loads(Path(cluster.transformer).read_text()))
+    with torch.device("meta"):
+        teacher = WanTransformer(shape).to(config.dtype)
+        student = Student(teacher, made.rank, made.window, made.max_position, etm=made.etm)
+    frozen = sum(p.numel() for p in student.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in student.trained().values())
+    base = sum(p.numel() for p in teacher.parameters())
+    _, ph, pw = shape.patch_size
+    n = (cluster.height // ph) * (cluster.width // pw)
+    rows, frames = cluster.text_rows, min(config.frames, cluster.frames)  # type: ignore[attr-defined]
+    micro = len(split(config.batch, config.micro, 0, cluster.gpus)[0])
+    parallel, joint = _passes(shape, made, n, frames, rows)
+    critics = 2 if getattr(config, "critic", "self") == "trained" else 1
+    # Backward through frozen weights costs one more forward, and another one where blocks are recomputed.
+    backward = 3.0 if config.recompute else 2.0
+    if stage == "next_chunk":
+        sequence = (3 * frames - 2) * n
+        first = config.first_batch / config.batch  # type: ignore[attr-defined]
+        alone = forward_flops(shape, n, n * n, rows, 1)
+        guided = 2 * made.substeps * alone if made.first == "guided" else 0.0
+        rolled = made.roll_share * (1 - made.roll_from) * (frames - 2) * _one_frame(shape, made, n, rows)
+        clip = parallel * (1 + backward) + first * (alone * (1 + backward) + guided) + rolled
+    else:
+        middle = frames // 2
+        sequence = (middle + 3) * n
+        past = forward_flops(shape, middle * n, (made.window + 1) * middle * n * n, rows, 1)
+        step = past * made.etm + forward_flops(shape, 3 * n, 6 * n * n, rows, 1)
+        judge = step * (1 + (critics - 1) * (1 + backward))
+        real = 2 * joint * (middle + 1) / frames
+        clip = (middle + 0.5) * _one_frame(shape, made, n, rows) + step * (1 + backward) + judge + real
+    width = 2 if config.precision == "bf16" else 4
+    kept = sequence * shape.dim * shape.num_layers * width
+    # Whole blocks keep their norms, projections, attention and feed-forward; recomputed ones their input alone.
+    kept *= 1 if config.recompute else 14 + 2 * shape.ffn_dim // shape.dim
+    peak = sequence * (14 * shape.dim + 2 * shape.ffn_dim) * width if config.recompute else 0
+    flops = clip * config.batch
+    embedding = cluster.text_embedding_gib * GIB
+    held = (frozen * critics + base) * width + cluster.text_encoder_gib * GIB - embedding
+    return Plan(
+        parameters=frozen + base + trained * critics,
+        trained=trained * critics,
+        weights=int(held / (cluster.gpus if config.shard else 1) + embedding) + 4 * trained * critics,
+        optimiser=trained * critics * 4 * 3 + 4 * trained,  # gradient, two moments, and the average
+        activations=micro * (kept + peak),
+        tokens=sequence * config.batch,
+        flops=flops,
+        seconds=flops / (cluster.gpus * cluster.tflops * 1e12),
+        steps_an_epoch=-(-cluster.clips // config.batch),
+    )
+
+
+def report(path: Path, stage: str, config: NextChunkConfig | RlConfig) -> None:
+    """Print the plan, last as JSON; a stage that cannot fit raises ValueError."""
+    cluster = load_config(path, "cluster", ClusterConfig)
+    made = config if isinstance(config, NextChunkConfig) else load_config(path, "next_chunk", NextChunkConfig)
+    plan = estimate(stage, config, made, cluster)
+    lines = {
+        "parameters": f"{plan.parameters / 1e9:.2f} G held, {plan.trained / 1e6:.1f} M trained",
+        "memory a GPU": f"{plan.memory / GIB:.1f} GiB = weights {plan.weights / GIB:.1f} + optimiser "
+        f"{plan.optimiser / GIB:.1f} + activations {plan.activations / GIB:.1f} (estimated)",
+        "tokens a step": f"{plan.tokens / 1e6:.2f} M",
+        "FLOPs a step": f"{plan.flops / 1e15:.1f} P",
+        "time a step": f"{plan.seconds:.1f} s at {cluster.tflops:g} TFLOP/s on each of {cluster.gpus} GPUs (assumed)",
+        "an epoch": f"{plan.steps_an_epoch} steps of {cluster.clips} clips; {config.steps} steps are "
+        f"{config.steps / plan.steps_an_epoch:.1f} epochs, {config.steps * plan.seconds / 3600:.0f} h",
+    }
+    for name, text in lines.items():
+        print(f"{name:>14}  {text}")
+    print(json.dumps({"stage": stage, **asdict(plan), "memory": plan.memory}))
+    if plan.memory > cluster.memory_gib * GIB:
+        raise ValueError(
+            f"memory: got {plan.memory / GIB:.1f} GiB a GPU, expected at most {cluster.memory_gib:g} "
+            "(smaller micro, recompute = true, precision = 'bf16', shard = true)"
+        )

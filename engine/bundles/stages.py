@@ -1,0 +1,179 @@
+"""The stage functions of generators.Stages over the named graphs of a bundle, whatever runtime executes them.
+
+A backend says how one graph is opened; what goes into which graph under which name stands here, once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from engine.bundles.manifest import BackendSpec, GraphSpec, Manifest, TensorSpec, check_hash
+from engine.model.cache import RingCache
+
+DTYPES = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn, "int64": torch.int64,
+}  # fmt: skip
+
+
+class NotHere(ValueError):
+    """The bundle is whole, but nothing on this machine runs these graphs."""
+
+
+class StageGraph(Protocol):
+    """One opened graph: named tensors in, named tensors out."""
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+class Weights:
+    """The bundle's weights, mapped once and shared by every graph."""
+
+    def __init__(self, file: Path) -> None:
+        with safe_open(file, framework="pt") as opened:
+            self.tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+
+    def of(self, graph: str, spec: GraphSpec) -> dict[str, Tensor]:
+        """A graph's own names for its constants -> their values."""
+        for key in spec.weights.values():
+            if key not in self.tensors:
+                raise ValueError(f"{graph}: got no weight {key!r} in the bundle, expected it")
+        return {name: self.tensors[key] for name, key in spec.weights.items()}
+
+
+def check_inputs(graph: str, specs: list[TensorSpec], inputs: Mapping[str, Tensor], device: torch.device) -> None:
+    """Names, shapes, dtypes and device are the manifest's; no runtime checks all of them."""
+    if inputs.keys() != {spec.name for spec in specs}:
+        odd = sorted(inputs.keys() ^ {spec.name for spec in specs})
+        raise ValueError(f"{graph}: got inputs that differ in {', '.join(odd[:3])}, expected the manifest's")
+    for spec in specs:
+        x = inputs[spec.name]
+        if list(x.shape) != spec.shape or x.dtype != DTYPES[spec.dtype] or x.device.type != device.type:
+            got = f"{x.device.type} {str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+            raise ValueError(f"{graph}: {spec.name}: got {got}, expected {device.type} {spec.dtype} {spec.shape}")
+
+
+class GraphStages(ABC):
+    """Stages of one backend of a bundle. Every graph is opened at once, but those that only encode images."""
+
+    name: str
+    executable = False  # the graphs are machine code: never opened before their sha256 was compared
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, backend: BackendSpec, threads: int, device: torch.device
+    ) -> None:
+        self.folder, self.manifest, self.backend = folder, manifest, backend
+        self.threads, self.device = threads, device
+        self.layers = manifest.transformer_value().num_layers
+        roles = ("etm", "sdd") if manifest.preset_value().family == "greedy" else ("dit",)
+        needed = {"encode_text", "vae_first", "vae_steady", "vae_encode_first", "vae_encode_steady", *roles}
+        needed |= {f"prepare_text_{role}" for role in roles} | ({"sdd_context"} if "sdd" in roles else set())
+        if missing := sorted(needed - backend.graphs.keys()):
+            raise ValueError(f"bundle: got no graph {missing[0]}, expected {', '.join(sorted(needed))}")
+        self.weights = Weights(folder / manifest.weights)
+        self._graphs = {name: self._open(name) for name in backend.graphs if not name.startswith("vae_encode")}
+
+    @abstractmethod
+    def open_graph(self, name: str, file: Path, spec: GraphSpec) -> StageGraph:
+        """Load one graph; ValueError where it is not what the manifest says."""
+
+    def _open(self, name: str) -> StageGraph:
+        spec = self.backend.graphs[name]
+        if self.executable:
+            check_hash(self.folder, self.manifest, spec.file)
+        return self.open_graph(name, self.folder / spec.file, spec)
+
+    def run_graph(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One graph by its name in the manifest."""
+        if name not in self._graphs:
+            self._graphs[name] = self._open(name)
+        return self._graphs[name](inputs)
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.run_graph("encode_text", {"ids": ids, "mask": mask})["text_emb"]
+
+    def prepare_text(self, text_emb: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        prefix, text = "prepare_text_", {}
+        for name in self.backend.graphs:
+            if name.startswith(prefix):
+                out = self.run_graph(name, {"text_emb": text_emb})
+                text[name.removeprefix(prefix)] = out["text_k"], out["text_v"]
+        return text
+
+    def _transformer(
+        self, name: str, inputs: dict[str, Tensor], slot: int, valid: int, cache: RingCache,
+        text: tuple[Tensor, Tensor],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        rows, tokens = cache.slots * cache.tokens, len(inputs["rope_cos"])
+        # A compiled graph does not survive what lies outside.
+        if not 0 <= slot * cache.tokens <= rows - tokens or not 0 < valid <= cache.slots:
+            raise ValueError(f"{name}: got slot {slot} and {valid} valid ones for {tokens // cache.tokens} frames, "
+                             f"expected room in {cache.slots} slots")  # fmt: skip
+        inputs["write_idx"] = torch.tensor([slot * cache.tokens], device=self.device)
+        inputs["kv_len"] = torch.tensor([valid * cache.tokens], device=self.device)
+        for layer in range(self.layers):
+            for side, whole, past in zip("kv", text, cache.view(layer), strict=True):
+                inputs[f"text_{side}_{layer}"] = whole[layer]
+                # Rows, but for V in FP8: there they are the last axis.
+                inputs[f"{side}_{layer}"] = past if cache.fp8 and side == "v" else past.flatten(2)
+        return self.run_graph(name, inputs)
+
+    def etm(
+        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache,
+        text_kv: dict[str, tuple[Tensor, Tensor]],
+    ) -> Tensor:  # fmt: skip
+        given = {"latent": latent, "rope_cos": cos, "rope_sin": sin}
+        return self._transformer("etm", given, slot, valid, cache, text_kv["etm"])["hidden"]
+
+    def sdd_context(
+        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache,
+        text_kv: dict[str, tuple[Tensor, Tensor]],
+    ) -> None:  # fmt: skip
+        given = {"latent": latent, "rope_cos": cos, "rope_sin": sin}
+        self._transformer("sdd_context", given, slot, valid, cache, text_kv["sdd"])
+
+    def sdd(
+        self, latent: Tensor, t: Tensor, c_f: Tensor | None, cos: Tensor, sin: Tensor, valid: int,
+        cache: RingCache, text_kv: dict[str, tuple[Tensor, Tensor]],
+    ) -> Tensor:  # fmt: skip
+        if c_f is None:  # zero adds nothing: W_c rmsnorm(0) = 0
+            spec = next(i for i in self.backend.graphs["sdd"].inputs if i.name == "c_f")
+            c_f = torch.zeros(spec.shape, dtype=DTYPES[spec.dtype], device=self.device)
+        given = {"latent": latent, "t": t, "c_f": c_f, "rope_cos": cos, "rope_sin": sin}
+        return self._transformer("sdd", given, 0, valid, cache, text_kv["sdd"])["flow"]
+
+    def dit(
+        self, latent: Tensor, t: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache,
+        text_kv: dict[str, tuple[Tensor, Tensor]],
+    ) -> Tensor:  # fmt: skip
+        given = {"latent": latent, "t": t, "rope_cos": cos, "rope_sin": sin}
+        return self._transformer("dit", given, slot, valid, cache, text_kv["dit"])["flow"]
+
+    def vae_first(self, latent: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self._vae("vae_first", "latent", latent, [])
+
+    def vae_steady(self, latent: Tensor, cache: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        return self._vae("vae_steady", "latent", latent, cache)
+
+    def vae_encode(self, video: Tensor) -> Tensor:
+        latents: list[Tensor] = []
+        cache: list[Tensor] = []
+        for start, stop in _spans(video.shape[2], self.manifest.temporal):
+            graph = "vae_encode_steady" if start else "vae_encode_first"
+            latent, cache = self._vae(graph, "frames", video[:, :, start:stop], cache)
+            latents.append(latent)
+        return torch.cat(latents, dim=2)
+
+    def _vae(self, name: str, what: str, x: Tensor, cache: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        out = list(self.run_graph(name, {what: x} | {f"cache_{i}": c for i, c in enumerate(cache)}).values())
+        return out[0], out[1:]
+
+
+def _spans(frames: int, step: int) -> list[tuple[int, int]]:
+    """The first frame alone, then `step` at a time."""
+    return [(0, 1)] + [(start, start + step) for start in range(1, frames, step)]

@@ -1,0 +1,193 @@
+"""The tensorrt backend: the graphs of a bundle as plans of TensorRT 11, on an NVIDIA GPU.
+
+Written against TensorRT 11, not executed by us: neither TensorRT nor a machine that has it was at hand. Tests check
+every name against the published API and drive this file with a stand-in. As with aoti, such a bundle is code.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.bundles.aoti import target_of
+from engine.bundles.manifest import BackendSpec, GraphSpec, Manifest
+from engine.bundles.stages import DTYPES, GraphStages, NotHere, check_inputs
+
+MAJOR = 11
+REPLAYS = 8  # CUDA graphs kept of one plan: streams and prompts that take turns
+_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn", "INT64": "int64"}
+
+
+def require_tensorrt() -> Any:
+    """The package, in the version that this is written against. NotHere where there is none."""
+    try:
+        import tensorrt as trt
+    except ImportError:
+        raise NotHere(f"tensorrt: got no package tensorrt, expected version {MAJOR}") from None
+    if int(trt.__version__.split(".")[0]) != MAJOR:
+        raise NotHere(f"tensorrt: got version {trt.__version__}, expected {MAJOR}")
+    return trt
+
+
+def type_of(trt: Any, dtype: str) -> Any:
+    """The manifest's dtype as TensorRT's."""
+    return getattr(trt.DataType, next(theirs for theirs, ours in _TYPES.items() if ours == dtype))
+
+
+def _stream(device: torch.device) -> int:
+    """Handle of the stream that torch works on now."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _capture(enqueue: Callable[[], None]) -> Callable[[], None]:
+    """Record what `enqueue` starts, and return what starts it again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        enqueue()
+    return graph.replay
+
+
+class TensorrtGraph:
+    """One plan. Caches are written where they lie; passes that write them are replayed as CUDA graphs.
+
+    Caches and text keys stay where they are from call to call, so a recording may hold their addresses. What
+    changes, positions and lengths included, is copied into buffers of the recording. Graphs without caches
+    (text, VAE) run now and then, on tensors that are new every time: they are started plainly.
+    """
+
+    def __init__(
+        self, name: str, file: Path, spec: GraphSpec, weights: dict[str, Tensor], runtime: Any, device: torch.device
+    ) -> None:
+        self.name, self.spec, self.device = name, spec, device
+        engine = runtime.deserialize_cuda_engine(file.read_bytes())
+        if engine is None:
+            raise NotHere(f"{file}: got a plan that does not load, expected one built by this TensorRT for this GPU")
+        self._check(file, engine)
+        if weights:
+            _refit(file, engine, weights)
+        self.engine = engine
+        self.context = engine.create_execution_context()
+        resident = {*spec.aliases.values(), *(i.name for i in spec.inputs if i.name.startswith("text_"))}
+        self.resident = [i.name for i in spec.inputs if i.name in resident] if spec.aliases else []
+        self._buffers: dict[str, Tensor] = {}
+        self._replays: dict[tuple[int, ...], Callable[[], None]] = {}
+        if spec.aliases:
+            changing = [i for i in spec.inputs if i.name not in resident]
+            results = [o for o in spec.outputs if o.name not in spec.aliases]
+            for tensor in (*changing, *results):
+                self._buffers[tensor.name] = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=device)
+                self._bind(tensor.name, self._buffers[tensor.name])
+
+    def _check(self, file: Path, engine: Any) -> None:
+        """A manifest that lies would let the plan read or write past a buffer."""
+        trt = require_tensorrt()
+        modes = {trt.TensorIOMode.INPUT: "input", trt.TensorIOMode.OUTPUT: "output"}
+        real = {}
+        for number in range(engine.num_io_tensors):
+            tensor = engine.get_tensor_name(number)
+            size = math.prod(engine.get_tensor_shape(tensor))
+            real[tensor] = modes[engine.get_tensor_mode(tensor)], engine.get_tensor_dtype(tensor), size
+        sides = {"input": self.spec.inputs, "output": self.spec.outputs}
+        told = {
+            spec.name: (mode, type_of(trt, spec.dtype), math.prod(spec.shape))  # caches have an axis more
+            for mode, specs in sides.items()
+            for spec in specs
+        }
+        for tensor in sorted(told.keys() | real.keys()):
+            got, expected = told.get(tensor), real.get(tensor)
+            if got != expected:
+                raise ValueError(f"{file}: {tensor}: got {got} in the manifest, expected {expected}")
+        for output, given in self.spec.aliases.items():
+            if (shared := engine.get_aliased_input_tensor(output)) != given:
+                raise ValueError(f"{file}: {output}: got {given!r} at its address, expected {shared!r}")
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run on torch's current stream; an output with an alias is written over that input."""
+        check_inputs(self.name, self.spec.inputs, inputs, self.device)
+        if not self.spec.aliases:
+            return self._run_plainly(inputs)
+        held = {name: inputs[name] for name in self.resident}
+        for name, tensor in held.items():
+            if not tensor.is_contiguous():
+                raise ValueError(f"{self.name}: {name}: got strides {tensor.stride()}, expected contiguous ones")
+        for spec in self.spec.inputs:
+            if spec.name in self._buffers:
+                self._buffers[spec.name].copy_(inputs[spec.name])
+        key = tuple(tensor.data_ptr() for tensor in held.values())
+        replay = self._replays.pop(key, None)
+        if replay is None:
+            self._bind_all(held)
+            self._enqueue()  # the first run with new addresses may allocate: it cannot be recorded
+            replay = _capture(self._enqueue)
+        else:
+            replay()
+        self._replays[key] = replay  # the newest last
+        if len(self._replays) > REPLAYS:
+            del self._replays[next(iter(self._replays))]
+        return {
+            spec.name: held[self.spec.aliases[spec.name]]
+            if spec.name in self.spec.aliases
+            else self._buffers[spec.name].clone()
+            for spec in self.spec.outputs
+        }
+
+    def _run_plainly(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        made = {o.name: torch.empty(o.shape, dtype=DTYPES[o.dtype], device=self.device) for o in self.spec.outputs}
+        self._bind_all(given | made)
+        self._enqueue()
+        return made
+
+    def _bind_all(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self._bind(name, tensor)
+        for output, given in self.spec.aliases.items():
+            self._bind(output, tensors[given])
+
+    def _bind(self, name: str, tensor: Tensor) -> None:
+        if not self.context.set_tensor_address(name, tensor.data_ptr()):
+            raise ValueError(f"{self.name}: got an address of {name} that TensorRT refuses, expected another")
+
+    def _enqueue(self) -> None:
+        if not self.context.execute_async_v3(_stream(self.device)):
+            raise RuntimeError(f"{self.name}: TensorRT did not start the plan")
+
+
+def _refit(file: Path, engine: Any, weights: dict[str, Tensor]) -> None:
+    """Put the bundle's weights into a plan that was stored without them."""
+    trt = require_tensorrt()
+    refitter = trt.Refitter(engine, trt.Logger(trt.Logger.WARNING))
+    kept = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+    for name in refitter.get_missing_weights():
+        if name not in kept:
+            raise ValueError(f"{file}: got no weight {name!r} in the manifest, expected what the plan lacks")
+        tensor = kept[name]
+        dtype = type_of(trt, str(tensor.dtype).removeprefix("torch."))
+        if not refitter.set_named_weights(name, trt.Weights(dtype, tensor.data_ptr(), tensor.numel())):
+            raise ValueError(f"{file}: {name}: got {tensor.dtype} {list(tensor.shape)}, expected what the plan lacks")
+    if not refitter.refit_cuda_engine():
+        raise ValueError(f"{file}: got weights that do not complete the plan, expected those it was built with")
+
+
+class TensorrtStages(GraphStages):
+    """Stages of a bundle's tensorrt backend."""
+
+    name = "tensorrt"
+    executable = True
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, backend: BackendSpec, threads: int, device: torch.device
+    ) -> None:
+        trt = require_tensorrt()
+        if backend.target != (here := target_of(device)):
+            raise NotHere(f"tensorrt: got plans for {backend.target}, expected {here}, which this machine runs")
+        if (made := backend.versions.get("tensorrt")) != trt.__version__:
+            raise NotHere(f"tensorrt: got plans of version {made}, expected {trt.__version__} (export again)")
+        self.runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        super().__init__(folder, manifest, backend, threads, device)
+
+    def open_graph(self, name: str, file: Path, spec: GraphSpec) -> TensorrtGraph:
+        return TensorrtGraph(name, file, spec, self.weights.of(name, spec), self.runtime, self.device)

@@ -1,0 +1,101 @@
+"""The Wan2.1 text-to-video transformer: one module for the teacher, the ETM, the SDD and causal students.
+
+What differs between them is passed in: `attend` says which keys a query sees, cos/sin say where the frames
+stand, t carries one timestep a frame, and `condition` is the ETM's feature c_f.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from engine.config import TransformerConfig
+from engine.model.layers import Attend, Block, ConditionEmbedder, modulate, rms_norm
+
+# Cross-attention K and V of every layer: [layers, B, rows, heads, head_dim], or as many tensors without the first axis.
+TextKV = tuple[Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor]
+
+
+class WanTransformer(nn.Module):
+    """Parameter names are those of diffusers' WanTransformer3DModel.
+
+    `conditioned` adds `condition_proj` (W_c of the streaming decoder), zero at initialisation, so that an
+    untrained student computes what its teacher computes.
+    """
+
+    def __init__(self, config: TransformerConfig, conditioned: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
+        self.condition_embedder = ConditionEmbedder(dim, config.freq_dim, config.text_dim)
+        self.blocks = nn.ModuleList(
+            Block(dim, config.num_attention_heads, config.ffn_dim, config.eps, config.cross_attn_norm)
+            for _ in range(config.num_layers)
+        )
+        self.norm_out = nn.LayerNorm(dim, config.eps, elementwise_affine=False)
+        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.proj_out = nn.Linear(dim, config.out_channels * patch)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.condition_proj = nn.Linear(dim, dim, bias=False) if conditioned else None
+        if self.condition_proj is not None:
+            nn.init.zeros_(self.condition_proj.weight)
+
+    def prepare_text(self, text_emb: Tensor) -> tuple[Tensor, Tensor]:
+        """text_emb [B, rows, text_dim], zero-padded to the model's rows -> K, V of every cross-attention."""
+        text = self.condition_embedder.text_embedder(text_emb)
+        pairs = [cast(Block, block).attn2.key_value(text) for block in self.blocks]
+        return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+
+    def fuse(self) -> None:
+        """Fuse what inference can compute as one product; for weights that are in place for good."""
+        for block in self.blocks:
+            cast(Block, block).attn1.fuse()
+
+    def encode(
+        self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: Attend,
+        condition: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Run the blocks.
+
+        latent [B, C, F, h, w]; t [B] or [B, F] in [0, 1000]; cos, sin [tokens, head_dim / 2] with
+        tokens = F * (h / ph) * (w / pw); condition c_f [B, tokens, dim] (zero where None).
+        Returns the last hidden state before norm_out [B, tokens, dim] and the time embedding [B, F, dim].
+        """
+        hidden, embedding, modulation = self.embed(latent, t, condition)
+        for layer, block in enumerate(self.blocks):
+            hidden = block(
+                hidden, modulation, text_kv[0][layer], text_kv[1][layer], cos, sin,
+                lambda q, k, v, layer=layer: attend(layer, q, k, v),
+            )  # fmt: skip
+        return hidden, embedding
+
+    def embed(self, latent: Tensor, t: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the blocks start from: tokens [B, tokens, dim], time embedding [B, F, dim], its [B, F, 6, dim]."""
+        if t.ndim == 1:
+            t = t[:, None].expand(-1, latent.shape[2] // self.config.patch_size[0])
+        hidden = self.patch_embedding(latent).flatten(2).transpose(1, 2)
+        if condition is not None:
+            if self.condition_proj is None:
+                raise ValueError("got a condition, expected none: this transformer has no condition_proj")
+            hidden = hidden + self.condition_proj(rms_norm(condition))
+        return hidden, *self.condition_embedder.time(t)
+
+    def forward(
+        self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: Attend,
+        condition: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Arguments as `encode`; returns the flow (noise - x), [B, C, F, h, w]."""
+        hidden, embedding = self.encode(latent, t, text_kv, cos, sin, attend, condition)
+        return self.head(hidden, embedding, latent)
+
+    def head(self, hidden: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
+        """The flow, shaped as `latent`, from the last hidden state and the time embedding."""
+        shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).unsqueeze(3).unbind(2)
+        patches = self.proj_out(modulate(self.norm_out(hidden), shift, scale))
+        pt, ph, pw = self.config.patch_size
+        b, _, f, h, w = latent.shape
+        patches = patches.reshape(b, f // pt, h // ph, w // pw, pt, ph, pw, -1)
+        return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(b, -1, f, h, w)

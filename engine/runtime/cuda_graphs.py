@@ -1,0 +1,212 @@
+"""The torch backend's stages as CUDA graphs: captured once for a set of caches, then replayed from static buffers.
+
+A pass of a full-size transformer is some 500 launches, which a GPU finishes sooner than a host can ask for them. What
+changes from call to call lies in memory that the graph reads: latent, timestep, tables, prompt, and the slot to
+write and the number of valid slots as scalars. So nothing is captured again while a stream runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.model.cache import RingCache
+from engine.model.transformer import TextKV
+from engine.runtime.stages import TorchStages
+
+# Runs a function on its static tensors once for good: its outputs, and what fills them anew.
+Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
+
+
+class Capturer:
+    """Captures passes that never run beside each other, so that they share their memory.
+
+    Passes that do overlap need another one: libraries keep a workspace for each stream that they are captured on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(before):  # back to it even where a capture fails half-way
+            with torch.cuda.stream(self._stream):
+                for _ in range(2):  # kernels are compiled and libraries set up now: nothing of that can be captured
+                    run()
+            before.wait_stream(self._stream)
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                outputs = run()
+        return outputs, graph.replay
+
+
+class _Graph:
+    """One captured pass and its static arguments; numbers live in int32 scalars on the device."""
+
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Tensor | int, ...], advances: Sequence[Tensor], capture: Capture
+    ) -> None:
+        """advances: what the function moves on each time it runs, and capturing must leave as it was."""
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        self._static = tuple(
+            arg.clone() if isinstance(arg, Tensor) else torch.tensor(arg, dtype=torch.int32, device=device)
+            for arg in args
+        )
+        before = [part.clone() for part in advances]
+        try:
+            self._output, self._replay = capture(lambda: function(*self._static))
+        finally:
+            _fill(advances, before)
+
+    def __call__(self, *args: Tensor | int) -> Any:
+        for static, arg in zip(self._static, args, strict=True):
+            static.copy_(arg) if isinstance(arg, Tensor) else static.fill_(arg)
+        self._replay()
+        # The graph's own memory is overwritten by its next replay.
+        return self._output.clone() if isinstance(self._output, Tensor) else self._output
+
+
+class _VaeCache(list[Tensor]):
+    """One stream's VAE caches, at a graph's addresses until the stream lets go of them."""
+
+
+class GraphedStages:
+    """Stages of one pipeline. Streams lease their caches here, so that a later stream finds them with their graphs.
+
+    Unlike the other backends' it advances a VAE cache in place.
+    """
+
+    name = "torch"
+    advances_vae_cache = True  # so that a decoding that fails cannot be repeated
+
+    def __init__(self, stages: TorchStages, capturer: Callable[[torch.device], Capture] = Capturer) -> None:
+        if stages.fused is None:
+            raise ValueError("cuda graphs: got stages without fused kernels, expected them (slots on the device)")
+        self._stages = stages
+        self._lock = threading.RLock()  # streams of several threads share the graphs' static tensors
+        device = next(iter(stages.models.values())).proj_out.weight.device
+        self._capture, self._capture_vae = capturer(device), capturer(device)  # the VAE runs beside the others
+        self._graphs: dict[Any, _Graph | None] = {}  # None: called once so far, as it is
+        self._text: dict[Any, list[Any]] = {}  # (role, shape) -> static K, static V, the prompt that they hold
+        self._caches: dict[Any, list[RingCache]] = defaultdict(list)  # free ones by their arguments
+        self._vae_caches: dict[Any, list[list[Tensor]]] = defaultdict(list)  # free ones by the first one's shape
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stages, name)  # models, vae, text_encoder, encode_text, prepare_text, vae_encode
+
+    @property
+    def captured(self) -> int:
+        """Graphs so far; constant once warm."""
+        return sum(graph is not None for graph in self._graphs.values())
+
+    def make_cache(self, *args: Any, **options: Any) -> RingCache:
+        """RingCache of these arguments, empty; its memory comes back when the caller drops it."""
+        free = self._caches[args, tuple(options.items())]
+        whole = free.pop() if free else RingCache(*args, **options)
+        lease = copy.copy(whole)
+        lease.reset()
+        weakref.finalize(lease, free.append, whole)
+        return lease
+
+    def etm(
+        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache,
+        text_kv: dict[str, TextKV],
+    ) -> Tensor:  # fmt: skip
+        return self._pass("etm", "etm", cache, text_kv, slot, latent, cos, sin, slot, valid)
+
+    def sdd_context(
+        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache,
+        text_kv: dict[str, TextKV],
+    ) -> None:  # fmt: skip
+        self._pass("sdd_context", "sdd", cache, text_kv, slot, latent, cos, sin, slot, valid)
+
+    def sdd(
+        self, latent: Tensor, t: Tensor, c_f: Tensor | None, cos: Tensor, sin: Tensor, valid: int,
+        cache: RingCache, text_kv: dict[str, TextKV],
+    ) -> Tensor:  # fmt: skip
+        if c_f is None:  # zero adds nothing: W_c rmsnorm(0) = 0
+            c_f = latent.new_zeros(latent.shape[0], len(cos), self.models["sdd"].config.dim)
+        return self._pass("sdd", "sdd", cache, text_kv, 0, latent, t, c_f, cos, sin, valid)
+
+    def dit(
+        self, latent: Tensor, t: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int,
+        cache: RingCache, text_kv: dict[str, TextKV],
+    ) -> Tensor:  # fmt: skip
+        return self._pass("dit", "dit", cache, text_kv, slot, latent, t, cos, sin, slot, valid)
+
+    def _pass(
+        self, name: str, role: str, cache: RingCache, text_kv: dict[str, TextKV], slot: int, latent: Tensor,
+        *rest: Tensor | int,
+    ) -> Any:  # fmt: skip
+        """Stage `name`; its arguments in order, but for the cache and the prompt, are latent and rest."""
+        function = getattr(self._stages, name)
+        if slot + latent.shape[2] > cache.slots:  # wraps: not for the fused kernels
+            return function(latent, *rest, cache, text_kv)
+        whole = copy.copy(cache)  # a graph must not keep the lease itself
+        with self._lock:
+            text = self._static_text(role, text_kv[role])
+            key = name, cache.k.data_ptr(), latent.shape, text[0].data_ptr()
+            run = lambda *args: function(*args, whole, {role: text})  # noqa: E731
+            return self._graph(key, run, (latent, *rest), (), self._capture)
+
+    def _graph(
+        self, key: Any, function: Callable[..., Any], args: tuple[Tensor | int, ...], advances: Sequence[Tensor],
+        capture: Capture,
+    ) -> Any:  # fmt: skip
+        """function(*args), from its second call on as a graph: what is called once is not worth a capture."""
+        if key not in self._graphs:
+            self._graphs[key] = None
+            return function(*args)
+        graph = self._graphs[key]
+        if graph is None:
+            graph = self._graphs[key] = _Graph(function, args, advances, capture)
+        return graph(*args)
+
+    def _static_text(self, role: str, text: Any) -> tuple[Tensor, Tensor]:
+        """The prompt's keys and values where graphs look for them: K and V, each [layers, B, rows, heads, d]."""
+        key = role, text[0].shape
+        if key not in self._text:
+            self._text[key] = [*map(torch.empty_like, text), None]
+        static = self._text[key]
+        if static[2] is not text:
+            _fill(static[:2], text)
+            static[2] = text
+        return static[0], static[1]
+
+    def vae_first(self, latent: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with _best_convolutions():
+            frames, cache = self._stages.vae_first(latent)
+        free = self._vae_caches[cache[0].shape]
+        whole = free.pop() if free else [torch.empty_like(part) for part in cache]
+        lease = _VaeCache(whole)
+        weakref.finalize(lease, free.append, whole)
+        _fill(whole, cache)
+        return frames, lease
+
+    def vae_steady(self, latent: Tensor, cache: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        static = list(cache)  # a graph must not keep the lease itself
+        key = "vae_steady", cache[0].data_ptr(), latent.shape
+        run = lambda latent: self.vae.steady(latent, tuple(static), in_place=True)[0]  # noqa: E731
+        with self._lock, _best_convolutions():
+            return self._graph(key, run, (latent,), static, self._capture_vae), cache
+
+
+def _best_convolutions() -> AbstractContextManager[Any]:
+    """cuDNN tries its algorithms the first time that it sees a shape, which is before a graph is captured."""
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=True, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=cudnn.allow_tf32
+    )  # fmt: skip
+
+
+def _fill(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

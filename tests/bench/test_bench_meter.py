@@ -1,0 +1,149 @@
+"""The meter explains a chunk's time and changes nothing; checks that are red stop the numbers."""
+
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bench.__main__ import main
+from bench.commands import stream
+from bench.instruments import check
+from bench.instruments.meter import Meter, MeteredPipeline, metered_chunks
+from engine.runtime.stages import TorchStages
+
+PROMPT = "a red circle"
+
+
+@pytest.mark.parametrize("family", ["pipeline", "causal"])
+def test_every_moment_has_one_label(request, family):
+    chunks, opening, meter = metered_chunks(request.getfixturevalue(family), PROMPT, 8)
+    assert opening["text"] > 0
+    for chunk in chunks:
+        assert abs(chunk.residual) < 0.05
+    model = {"etm", "sdd_context", "sdd"} if family == "pipeline" else {"dit", "dit_context"}
+    assert chunks[-1].stages.keys() >= model | {"noise", "solver", "cache", "vae", "transfer", "sink", "other"}
+    assert all(value >= 0 for value in chunks[-1].stages.values())
+    assert meter.vae_cache_bytes > 0
+
+
+def test_nothing_is_committed_before_the_first_chunk(pipeline, causal):
+    for made, label in ((pipeline, "etm"), (causal, "dit_context")):
+        chunks, _, _ = metered_chunks(made, PROMPT, 2)
+        assert label not in chunks[0].stages
+        assert len(chunks[1].calls[label]) == 1
+
+
+def test_calls_are_denoising_steps(pipeline, causal):
+    for made, label in ((pipeline, "sdd"), (causal, "dit")):
+        chunks, _, _ = metered_chunks(made, PROMPT, 3)
+        assert [len(c.calls[label]) for c in chunks] == [4, 4, 4]
+        assert len(stream.step_times(chunks)) == 4
+
+
+class SlowVAE(TorchStages):
+    def vae_steady(self, latent, cache):
+        time.sleep(0.02)
+        return super().vae_steady(latent, cache)
+
+
+def test_time_goes_to_the_stage_that_spends_it(pipeline):
+    parts = pipeline.stages
+    slow = replace(pipeline, stages=SlowVAE(parts.models, parts.vae, parts.text_encoder))
+    chunks, _, _ = metered_chunks(slow, PROMPT, 4)
+    before, _, _ = metered_chunks(pipeline, PROMPT, 4)
+    for label in ("vae", "sdd", "transfer"):
+        grew = min(c.stages[label] for c in chunks[1:]) - min(c.stages[label] for c in before[1:])
+        assert (grew > 0.015) == (label == "vae")
+
+
+def test_stage_table_adds_up(pipeline):
+    chunks, _, _ = metered_chunks(pipeline, PROMPT, 6)
+    stages, unexplained = stream.stage_table(chunks[1:])
+    assert sum(stages.values()) == pytest.approx(1e3 * np.mean([c.total for c in chunks[1:]]))
+    assert abs(unexplained) < stream.UNEXPLAINED
+    assert "dit" not in stages
+
+
+def test_a_table_with_a_hole_is_refused(pipeline):
+    chunks, _, _ = metered_chunks(pipeline, PROMPT, 3)
+    for chunk in chunks:
+        chunk.total *= 1.5
+    with pytest.raises(RuntimeError, match="expected 95% to 105%"):
+        stream.stage_table(chunks)
+
+
+def test_a_failing_stage_leaves_the_meter_whole(pipeline):
+    class Failing(TorchStages):
+        fail = True
+
+        def vae_first(self, latent):
+            if self.fail:
+                self.fail = False
+                raise RuntimeError("once")
+            return super().vae_first(latent)
+
+    parts = pipeline.stages
+    meter = Meter(pipeline.device)
+    broken = replace(pipeline, stages=Failing(parts.models, parts.vae, parts.text_encoder))
+    with MeteredPipeline.of(broken, meter).stream(PROMPT) as timed, pipeline.stream(PROMPT) as plain:
+        with pytest.raises(RuntimeError, match="once"):
+            timed.next_chunk()
+        meter.take()
+        assert np.array_equal(timed.next_chunk(), plain.next_chunk())
+        assert meter.take()[0]["vae"] > 0
+
+
+@pytest.mark.parametrize("family", ["pipeline", "causal"])
+def test_checks_pass(request, family):
+    found = check.run(request.getfixturevalue(family), PROMPT)
+    assert [c.passed for c in found] == [True] * len(found)
+    assert len(found) == 2 + check.CASES.is_dir()
+
+
+def test_a_wrong_cache_is_red(pipeline, causal):
+    class Forgetful(TorchStages):
+        """Sees one slot less than it should."""
+
+        def sdd(self, latent, t, c_f, cos, sin, valid, cache, text_kv):
+            return super().sdd(latent, t, c_f, cos, sin, max(1, valid - 1), cache, text_kv)
+
+        def dit(self, latent, t, cos, sin, slot, valid, cache, text_kv):
+            return super().dit(latent, t, cos, sin, slot, max(3, valid - 1), cache, text_kv)
+
+    for made in (pipeline, causal):
+        parts = made.stages
+        wrong = replace(made, stages=Forgetful(parts.models, parts.vae, parts.text_encoder))
+        assert not check.streaming_equals_dense(wrong).passed
+
+
+def test_a_standing_picture_is_red(pipeline):
+    class Still(TorchStages):
+        def vae_steady(self, latent, cache):
+            frames, cache = super().vae_steady(latent, cache)
+            return torch.zeros_like(frames), cache
+
+    parts = pipeline.stages
+    still = replace(pipeline, stages=Still(parts.models, parts.vae, parts.text_encoder))
+    assert not check.metered_equals_plain(still, PROMPT, 0).passed
+
+
+@pytest.mark.parametrize("command", ["stream", "compare", "scaling", "load"])
+def test_red_means_no_numbers(model_dir, capsys, monkeypatch, command):
+    monkeypatch.setattr(check, "metered_equals_plain", lambda *_: check.Check("broken on purpose", False, "by a test"))
+    assert main([command, "--model", str(model_dir), "--json", *(["--adapter", "none"] * (command == "compare"))]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "no numbers" in err
+
+
+def test_cuda_would_wait(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    meter = Meter(torch.device("cuda"))
+    with meter.span("sdd", "sdd"):
+        pass
+    assert len(waited) == 3
+    assert json.dumps(meter.take()[0])

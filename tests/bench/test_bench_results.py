@@ -1,0 +1,199 @@
+"""Statistics, saved results, diff, the page."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import main
+from bench.commands.concurrent import fairness, largest
+from bench.instruments.header import ROOT
+from bench.instruments.spread import (
+    bootstrap,
+    interleaved,
+    line_fit,
+    paired_ratio,
+    power_fit,
+    quartiles,
+    summary,
+    table,
+)
+from bench.report import page as report
+from bench.report import saved as results
+from bench.report.diff import Timing, compare
+
+MACHINE = {
+    "device": "cpu: Test", "processor": "Test", "cores": 2, "threads": 1, "memory_gb": 8.0, "load_average": 0.1,
+    "system": "Linux 6", "versions": {"torch": "2.13.0"}, "commit": "abc", "date": "2026-01-02",
+}  # fmt: skip
+
+
+def test_summary_and_quartiles():
+    values = [float(v) for v in range(1, 101)]
+    assert summary(values)["p50"] == 50.5
+    assert summary(values)["max"] == 100
+    assert summary(values)["p99"] == pytest.approx(99.01)
+    assert quartiles(values) == {"median": 50.5, "q1": 25.75, "q3": 75.25, "samples": 100}
+    with pytest.raises(ValueError, match="expected at least one"):
+        summary([])
+
+
+def test_intervals_hold_the_median_and_narrow():
+    few, many = [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0] * 20
+    for values in (few, many):
+        low, high = bootstrap(values)
+        assert low <= 3 <= high
+    assert bootstrap(many)[1] - bootstrap(many)[0] < bootstrap(few)[1] - bootstrap(few)[0]
+
+
+def test_pairs_cancel_a_slow_spell():
+    spell = [1.0, 1.0, 5.0, 5.0, 5.0, 1.0]
+    found = paired_ratio([0.5 * s for s in spell], spell)
+    assert found == {"median": 0.5, "low": 0.5, "high": 0.5, "pairs": 6}
+    with pytest.raises(ValueError, match="expected as many of both"):
+        paired_ratio([1.0], [])
+
+
+def test_interleaving_gives_everyone_every_place():
+    order = [name for _, name, _ in interleaved({"a": int, "b": int, "c": int}, 3)]
+    assert order == list("abcbcacab")
+
+
+def test_fits():
+    assert line_fit([1, 2, 3], [5, 7, 9]) == pytest.approx({"slope": 2, "intercept": 3, "r2": 1})
+    assert power_fit([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+def test_table_aligns():
+    lines = table([{"name": "a", "ms": 1.23456}, {"name": "long", "ms": None}]).splitlines()
+    assert lines[0].split() == ["name", "ms"]
+    assert len({len(line) for line in lines[:2]}) == 1
+
+
+@pytest.mark.parametrize("true", [0, 1, 2, 3, 5, 8, 13, 16])
+def test_largest_load(true):
+    asked = []
+
+    def holds(n):
+        asked.append(n)
+        return n <= true
+
+    assert largest(holds, 16) == true
+    assert len(asked) == len(set(asked)) <= 8
+
+
+def test_fairness():
+    assert fairness([3.0, 3.0, 3.0]) == pytest.approx(1)
+    assert fairness([1.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+
+
+def pytest_benchmark_json(medians):
+    stats = {name: {"median": m, "q1": m * 0.98, "q3": m * 1.02} for name, m in medians.items()}
+    return {"machine_info": {"cpu": {"brand_raw": "x"}}, "benchmarks": [
+        {"fullname": name, "stats": s} for name, s in stats.items()]}  # fmt: skip
+
+
+def test_diff_flags_what_leaves_the_noise(tmp_path, capsys):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(pytest_benchmark_json({"same": 1.0, "slow": 1.0, "quick": 1.0, "gone": 1.0})))
+    new.write_text(json.dumps(pytest_benchmark_json({"same": 1.05, "slow": 1.2, "quick": 0.8, "fresh": 1.0})))
+    assert main(["diff", str(old), str(new), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert {c["name"]: c["verdict"] for c in found["changes"]} == {"same": "", "slow": "slower", "quick": "faster"}
+    assert main(["diff", str(old), str(new), "--threshold", "0.3"]) == 0
+    out = capsys.readouterr().out
+    assert "only in old.json: gone" in out
+    assert "only in new.json: fresh" in out
+    assert main(["diff", str(new), str(old)]) == 1
+
+
+def test_diff_forgives_noise():
+    wide, later = {"x": Timing(1.0, 0.8, 1.3)}, {"x": Timing(1.2, 1.0, 1.5)}
+    assert compare(wide, later)[0].verdict == ""
+    assert compare({"x": Timing(1.0, 0.99, 1.01)}, {"x": Timing(1.2, 1.19, 1.21)})[0].verdict == "slower"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"timings": {}}'])
+def test_diff_of_something_else(tmp_path, capsys, content):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    assert main(["diff", str(path), str(path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main(["diff", str(tmp_path / "none.json"), str(path)]) == 2
+
+
+def stream_result(preset="greedy", date="2026-01-02", **changes):
+    roofline = {"vae": {}, "sdd": {"gflop": 1.0, "mb": 2.0, "floor_ms": 3.0, "mfu": 0.5}}
+    return {
+        "machine": MACHINE | {"date": date},
+        "stream": {"model": "embedded sprites", "layers": 4, "dim": 128, "preset": preset, "family": "greedy",
+                   "width": 32, "height": 32, "precision": "float32", "backend": "torch"},
+        "fps": 100.0, "fps_without_vae": 150.0, "fps_without_text": 101.0, "ttff_ms": 30.0, "ttff_warm_ms": 20.0,
+        "ms_per_chunk": {"p50": 40.0, "p99": 50.0}, "frames_per_chunk": 4, "peak_memory_mb": 400.0,
+        "gflop_per_chunk": 2.5, "mfu": 0.5, "floor_ms": 20.0, "stages_ms": {"sdd": 30.0, "vae": 10.0, "text": 0.0},
+        "ceilings": {"flops": 1e11, "bytes": 1e10}, "memory_mb": {"weights": 10.0}, "roofline": roofline,
+        "unexplained": 0.001, "arguments": "stream",
+    } | changes  # fmt: skip
+
+
+def test_newest_result_of_each_measurement(tmp_path):
+    for name, fps in (("stream-greedy-cpu-2-cores-2026-01-02", 1.0), ("stream-greedy-cpu-2-cores-2026-03-01", 2.0),
+                      ("stream-greedy-cpu-8-cores-2025-12-31", 3.0)):  # fmt: skip
+        results.write(tmp_path / f"{name}.json", {"fps": fps})
+    (tmp_path / "notes.json").write_text("{}")
+    found = results.newest(tmp_path)
+    assert {name: r["fps"] for name, r in found.items()} == {
+        "stream-greedy-cpu-2-cores": 2.0, "stream-greedy-cpu-8-cores": 3.0}  # fmt: skip
+
+
+def test_page(tmp_path):
+    results.write(tmp_path / "r" / "stream-greedy-cpu-2-cores-2026-01-02.json", stream_result())
+    assert main(["report", "--results", str(tmp_path / "r"), "--out", str(tmp_path / "docs" / "page.md")]) == 0
+    text = (tmp_path / "docs" / "page.md").read_text()
+    assert "| greedy | 100 | 150 | 101 | 30 | 20 | 40 | 50 | 4 | 400 | 2.5 | 50% | 20 |" in text
+    assert "cpu: Test, 2 cores, threads: 1" in text
+    assert "commit abc" in text
+    assert "text" not in [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()]
+    assert "Greedy Distill, Table 1" in text
+    assert "# On cpu-2-cores" in text
+    first = text
+    main(["report", "--results", str(tmp_path / "r"), "--out", str(tmp_path / "docs" / "page.md")])
+    assert (tmp_path / "docs" / "page.md").read_text() == first
+
+
+def test_page_without_results(tmp_path, capsys):
+    assert main(["report", "--results", str(tmp_path / "none"), "--out", str(tmp_path / "p.md")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "p.md")]) == 0
+    assert "No results yet" in (tmp_path / "p.md").read_text()
+
+
+def test_published_numbers_name_conditions_and_source():
+    lines = report._published()
+    rows = [line for line in lines if line.startswith("| ")][1:]
+    assert len(rows) >= 8
+    assert all(len(re.split(r" ?\| ?", row.strip("| "))) >= 7 for row in rows)
+    assert all(word in "\n".join(rows) for word in ("24 |", "240", "H100", "832x480"))
+
+
+def test_saved_results_are_reproducible():
+    """Every result in the repository still reads, and the page can be made of them."""
+    if not results.FOLDER.is_dir():
+        pytest.skip("no results in this checkout")
+    for name, result in results.newest(results.FOLDER).items():
+        assert name.endswith(results.device_slug(result["machine"]))
+        assert not re.search(r"(^|\s)/\w", result.get("arguments", ""))
+    assert report.page(results.FOLDER, {}).startswith("# Performance")
+
+
+def test_command_line_is_kept_without_folders():
+    given = ["stream", "--model", "/home/x/wan", "--save", "--results", "/tmp/y", "--preset", "greedy"]
+    assert results._arguments(given) == "stream --model wan --preset greedy"
+
+
+def test_documents_name_every_command():
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for command in ("stream", "compare", "scaling", "kernels", "load", "diff", "report", "all", "parity", "fullsize"):
+        assert f"bench {command}" in text
+    assert isinstance(report.PAGE, Path)

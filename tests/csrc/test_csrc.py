@@ -1,0 +1,184 @@
+"""The C++ core: it builds, installs, and draws the noise that engine.sampling.noise draws.
+
+`python tests/csrc/test_csrc.py` writes csrc/tests/noise_vectors.txt, the known draws that C++ is tested with.
+"""
+
+import random
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from csrc_tools import build, cmake, missing_tool
+
+from engine import __version__
+from engine.sampling.noise import PhiloxNoise
+
+ROOT = Path(__file__).parents[2]
+VECTORS = ROOT / "csrc" / "tests" / "noise_vectors.txt"
+TOP = 2**64 - 1
+# (seed, chunk, draw, count); the last one has an angle so small that the + 1 in its uniform number shows.
+KNOWN = [(0, 0, 0, 16), (1, 0, 0, 1), (1, 0, 1, 2), (1, 1, 0, 3), (42, 7, 3, 33), (2**32, 2**32 + 1, 2**33, 5),
+         (TOP, 0, 0, 7), (0, TOP, 0, 6), (0, 0, TOP, 4), (TOP, TOP, TOP, 29),
+         (0x0123456789ABCDEF, 10**12, 3, 130), (0, 1042347588, 0, 4)]  # fmt: skip
+CONSUMER = {
+    "CMakeLists.txt": f"""
+cmake_minimum_required(VERSION 3.25)
+project(consumer LANGUAGES CXX)
+find_package(greedy {__version__} REQUIRED)
+add_executable(consumer main.cpp)
+target_link_libraries(consumer PRIVATE greedy::core)
+""",
+    "main.cpp": """
+#include <greedy/noise.h>
+#include <cstdio>
+int main() {
+    std::uint64_t word;
+    greedy::philox_words(5, 6, 7, &word, 1);
+    std::printf("%llu", static_cast<unsigned long long>(word));
+}
+""",
+}
+
+Draw = tuple[int, int, int, int]
+
+
+class From(PhiloxNoise):
+    """The engine's noise, its draws counted from `first`: so one draw far away costs one draw."""
+
+    def __init__(self, seed: int, first: int) -> None:
+        super().__init__(seed)
+        self.first = first
+
+    def _words(self, chunk: int, number: int, size: int) -> np.ndarray:
+        return super()._words(chunk, self.first + number, size)
+
+
+def draw(seed: int, chunk: int, number: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The words and the values of a draw."""
+    noise = From(seed, number)
+    return noise._words(chunk, 0, count + count % 2), noise.draw(chunk, 1, (count,))[0].numpy()
+
+
+def write_vectors(path: Path, draws: Iterable[Draw]) -> None:
+    lines = [
+        "# Draws of engine.sampling.noise, from tests/csrc/test_csrc.py; csrc/tests/noise_test.cpp states the format."
+    ]
+    for numbers in draws:
+        words, values = draw(*numbers)
+        lines.append(" ".join(["draw", *map(str, numbers)]))
+        lines.append(" ".join(["words", *(f"{word:016x}" for word in words)]))
+        lines.append(" ".join(["values", *(f"{value:08x}" for value in values.view(np.uint32))]))
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(params=["static", "shared"])
+def library(request, native_build, tmp_path_factory) -> Path:
+    """The core alone, as a library of either kind."""
+    if request.param == "static":
+        return native_build
+    return build(tmp_path_factory.mktemp("shared") / "build", "-DBUILD_SHARED_LIBS=ON", "-DGREEDY_BUILD_TESTS=OFF",
+                 "-DCMAKE_BUILD_TYPE=Debug", "-DGREEDY_BUILD_TOOLS=OFF")  # fmt: skip
+
+
+def noise_test(build: Path, vectors: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([build / "noise_test", vectors], capture_output=True, text=True, timeout=60)
+
+
+def test_known_draws_are_current():
+    recorded = VECTORS.read_text().splitlines()[1:]
+    assert [tuple(map(int, line.split()[1:])) for line in recorded[0::3]] == KNOWN
+    for numbers, words_line, values_line in zip(KNOWN, recorded[1::3], recorded[2::3], strict=True):
+        words, values = draw(*numbers)
+        assert [int(word, 16) for word in words_line.split()[1:]] == words.tolist()
+        bits = np.array([int(value, 16) for value in values_line.split()[1:]], dtype=np.uint32)
+        np.testing.assert_array_max_ulp(values, bits.view(np.float32), maxulp=1)
+
+
+def test_ctest_passes(native_build):
+    ran = subprocess.run(["ctest", "--test-dir", native_build, "--output-on-failure", "--no-tests=error"],
+                         capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_the_loop_in_the_header_is_the_one_that_is_run():
+    header = (ROOT / "csrc" / "include" / "greedy" / "greedy.h").read_text().split("Status:")[0].splitlines()
+    loop = [line.removeprefix(" *     ") for line in header if line.startswith(" *     ")]
+    program = [
+        line.removeprefix("    ") for line in (ROOT / "csrc" / "tests" / "header_loop.c").read_text().splitlines()
+    ]
+    assert len(loop) > 10
+    assert any(program[start : start + len(loop)] == loop for start in range(len(program)))
+
+
+def test_headers_compile_alone(tmp_path):
+    if reason := missing_tool():
+        pytest.skip(f"the C++ core is not built: {reason}")
+    for name, words in (("greedy.h", ["cc", "-std=c99"]), ("plugin.h", ["cc", "-std=c99"]), ("greedy.hpp", ["c++"]),
+                        ("sinks.h", ["c++"]), ("noise.h", ["c++", "-std=c++17"])):  # fmt: skip
+        source = tmp_path / f"{name}.{'c' if words[0] == 'cc' else 'cpp'}"
+        source.write_text(f"#include <greedy/{name}>\n")
+        flags = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", f"-I{ROOT / 'csrc' / 'include'}"]
+        ran = subprocess.run([*words, *flags, source], capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 0, ran.stderr
+
+
+def test_damaged_input_under_sanitizers(tmp_path):
+    """Half a minute of damaged manifests, weights and tokenizers, and the session test, checked by the compiler."""
+    folder = build(
+        tmp_path / "build", "-DGREEDY_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug",
+        "-DCMAKE_CXX_FLAGS=-O1", targets=("fuzz", "session_test", "greedy_fake"),
+    )  # fmt: skip
+    tests = ROOT / "csrc" / "tests"
+    for words in ([folder / "fuzz", tests / "corpus", "30", "1"],
+                  [folder / "session_test", tests / "fake.bundle", folder / "fake_plugin", "20"]):  # fmt: skip
+        ran = subprocess.run(words, capture_output=True, text=True, timeout=200)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        print(ran.stdout)
+
+
+def test_same_noise_as_python(native_build, tmp_path):
+    choose = random.Random(0)
+    draws = [(*(choose.getrandbits(choose.choice([3, 20, 33, 64])) for _ in range(3)), choose.randrange(1, 400))
+             for _ in range(200)]  # fmt: skip
+    draws += [(3, 2, 1, 100_001), (TOP, TOP, TOP, 1001)]
+    write_vectors(tmp_path / "vectors.txt", draws)
+    ran = noise_test(native_build, tmp_path / "vectors.txt")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    print(ran.stdout)
+    assert ran.stdout.startswith(f"{len(draws)} draws, {sum(count for *_, count in draws)} values, ")
+
+
+@pytest.mark.parametrize("damage", ["word", "value", "order", "short", "empty"])
+def test_a_wrong_vector_is_noticed(native_build, tmp_path, damage):
+    path = tmp_path / "vectors.txt"
+    write_vectors(path, [(1, 2, 3, 5)])
+    comment, numbers, words, values = path.read_text().splitlines()
+    flip = {"0": "1"}  # the last digit of a word; the fourth last of a value is 4096 ulp or more
+    if damage == "word":
+        words = words[:-1] + flip.get(words[-1], "0")
+    elif damage == "value":
+        values = values[:-4] + flip.get(values[-4], "0") + values[-3:]
+    elif damage == "order":
+        numbers = "draw 1 3 2 5"
+    elif damage == "short":
+        values = values[:-9]
+    lines = [comment] if damage == "empty" else [comment, numbers, words, values]
+    path.write_text("\n".join(lines) + "\n")
+    ran = noise_test(native_build, path)
+    assert ran.returncode == (2 if damage in ("short", "empty") else 1), ran.stdout + ran.stderr
+
+
+def test_installed_package_is_usable(library, tmp_path):
+    cmake("--install", library, "--prefix", tmp_path / "prefix")
+    for name, text in CONSUMER.items():
+        (tmp_path / name).write_text(text)
+    cmake("-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")
+    cmake("--build", tmp_path / "build")
+    ran = subprocess.run([tmp_path / "build" / "consumer"], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (0, str(draw(5, 6, 7, 1)[0][0]))
+
+
+if __name__ == "__main__":
+    write_vectors(VECTORS, KNOWN)

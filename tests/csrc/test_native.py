@@ -1,0 +1,361 @@
+"""The C++ core streams what Python streams: any kind of stream over graphs of formulas, and real graphs end to end."""
+
+import dataclasses
+import gc
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import fake_stages
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import engine.run
+from engine.bundles.native import NativePipeline, NativeStream
+from engine.config import Preset
+from engine.loader import load_bundle
+from engine.stream import Pipeline, Stream
+
+CHUNKS = 14
+SWITCHES = {4: ("a blue square moving up", True), 5: ("teal", True), 8: ("a yellow triangle", False), 11: ("red", True)}
+GREEDY, CAUSAL = Preset("greedy", shift=2.0), Preset("causal", chunk=3, window=6, shift=3.0)
+PRESETS = {
+    "greedy": dataclasses.replace(GREEDY, solver="euler", max_position=4),
+    "greedy-unipc-chunks": dataclasses.replace(GREEDY, chunk=2, window=2, solver="unipc", max_position=9),
+    "greedy-renoise-no-window": dataclasses.replace(GREEDY, window=0, solver="renoise", stop_after=2),
+    "self-forcing": CAUSAL,
+    "longlive": dataclasses.replace(CAUSAL, window=12, attn_sink=3, solver="euler"),
+    "framewise": dataclasses.replace(CAUSAL, chunk=1, window=5, attn_sink=2, steps=((1000, 500), (1000,))),
+    "diagonal": dataclasses.replace(CAUSAL, window=9, attn_sink=3, commit="noisy", warped=False,
+                                    steps=((1000, 933, 357), (1000, 357.142857))),
+    "uncommitted": dataclasses.replace(CAUSAL, commit="none"),
+    "noisy-context": dataclasses.replace(CAUSAL, context_timestep=100.0),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def core(native_build: Path) -> Iterator[ModuleType]:
+    """engine._C of this source tree, in place of one that may be installed."""
+    found = sorted(native_build.glob("_C*.so"))
+    if not found:
+        pytest.skip("engine._C is not built: pybind11 is not installed")
+    before = sys.modules.pop("engine._C", None)
+    spec = importlib.util.spec_from_file_location("engine._C", found[0])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["engine._C"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["engine._C"]
+    if before is not None:
+        sys.modules["engine._C"] = before
+
+
+@pytest.fixture(scope="module")
+def fake(core: ModuleType, native_build: Path):
+    """Opens a bundle of formulas as a native pipeline."""
+
+    def opened(folder: Path) -> NativePipeline:
+        plain = core.Bundle
+        try:
+            core.Bundle = lambda path, **rest: plain(path, **{**rest, "plugin_dir": str(native_build / "fake_plugin")})
+            return NativePipeline(folder)
+        finally:
+            core.Bundle = plain
+
+    return opened
+
+
+@pytest.fixture(scope="module")
+def recorded(fake) -> NativePipeline:
+    return fake(fake_stages.RECORDED)
+
+
+def chunks_of(stream: Stream | NativeStream, count: int = CHUNKS) -> list[np.ndarray]:
+    out = []
+    for chunk in range(count):
+        if chunk in SWITCHES:
+            stream.set_prompt(*SWITCHES[chunk])
+        out.append(stream.next_chunk())
+    return out
+
+
+def close(got: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    for number, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
+        assert mine.shape == theirs.shape, number
+        assert np.abs(mine.astype(int) - theirs).max() <= 1, f"chunk {number}"
+
+
+def test_the_recorded_bundle_is_current(tmp_path):
+    preset = dataclasses.replace(GREEDY, solver="euler", max_position=4)
+    written = fake_stages.write_fake_bundle(tmp_path / "fake.bundle", preset)
+    for file in (f for f in written.rglob("*") if f.is_file()):
+        assert (fake_stages.RECORDED / file.relative_to(written)).read_bytes() == file.read_bytes(), file
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("start", ["text", "latents", "clip"])
+def test_every_kind_of_stream_is_pythons(fake, tmp_path, name, start):
+    preset = PRESETS[name]
+    native = fake(fake_stages.write_fake_bundle(tmp_path / "fake.bundle", preset))
+    python = fake_stages.fake_pipeline(preset)
+    generator = torch.Generator().manual_seed(7)
+    frames = 1 + fake_stages.TEMPORAL * (2 * preset.chunk - 1)
+    if preset.family == "causal" and preset.chunk > 1 and start == "clip":
+        frames -= 2  # Python would begin with a shorter chunk, which no exported graph takes
+    shape = (1, fake_stages.CONFIG.in_channels, 2 * preset.chunk, fake_stages.HIGH, fake_stages.WIDE)
+    given = {
+        "text": {},
+        "latents": {"latents": torch.randn(shape, generator=generator)},
+        "clip": {"clip": np.random.default_rng(3).integers(0, 256, (frames, fake_stages.HEIGHT, fake_stages.WIDTH, 3),
+                                                           dtype=np.uint8)},
+    }[start]  # fmt: skip
+    if "clip" in given and preset.family == "causal" and preset.chunk > 1:
+        latents = native_latents(given["clip"], preset)
+        expected = chunks_of(python.stream("a red circle", seed=5, latents=latents))
+    else:
+        expected = chunks_of(python.stream("a red circle", seed=5, **given))
+    got = chunks_of(native.stream("a red circle", seed=5, **given))
+    assert np.std(np.concatenate(expected)) > 5  # there is something to compare
+    close(got, expected)
+
+
+def native_latents(clip: np.ndarray, preset: Preset) -> torch.Tensor:
+    """What of a clip fills whole chunks, encoded: causal streams of exported graphs take nothing else."""
+    latents = max((1 + (len(clip) - 1) // fake_stages.TEMPORAL) // preset.chunk, 1) * preset.chunk
+    frames = 1 + fake_stages.TEMPORAL * (latents - 1)
+    clip = clip[-frames:]
+    held = np.concatenate([clip, np.repeat(clip[-1:], frames - len(clip), axis=0)])
+    return fake_stages.FakeStages().vae_encode(torch.from_numpy(held)[None].permute(0, 4, 1, 2, 3) / 127.5 - 1)
+
+
+def test_prompts_matter_and_seeds_do(recorded):
+    def video(prompt: str, seed: int) -> np.ndarray:
+        return np.concatenate([recorded.stream(prompt, seed=seed).next_chunk() for _ in range(1)])
+
+    assert not np.array_equal(video("a red circle", 0), video("teal", 0))
+    assert not np.array_equal(video("a red circle", 0), video("a red circle", 1))
+    assert np.array_equal(video("a red circle", 2**64 - 1), video("a red circle", 2**64 - 1))
+
+
+def test_an_embedding_is_a_prompt(recorded):
+    python = fake_stages.fake_pipeline(PRESETS["greedy"])
+    embedding = torch.randn(1, recorded.text_rows, recorded.text_dim, generator=torch.Generator().manual_seed(1)) / 9
+    close(chunks_of(recorded.stream(embedding), 4), chunks_of(python.stream(embedding), 4))
+
+
+def test_frames_are_views_that_outlive_their_stream(recorded):
+    with recorded.stream("a red circle", frames=9) as stream:
+        frames = list(stream)
+    assert len(frames) == 9
+    kept = [frame.copy() for frame in frames]
+    assert not frames[3].flags.owndata
+    assert not frames[3].flags.writeable
+    del stream
+    gc.collect()
+    for other in range(20):
+        recorded.stream("teal", seed=other).next_chunk()
+    assert all(np.array_equal(a, b) for a, b in zip(frames, kept, strict=True))
+
+
+def test_bad_input_is_said(recorded, core, tmp_path, native_build):
+    with pytest.raises(ValueError, match=r"got an embedding \[1, 2, 3\], expected \[1, 16, 6\]"):
+        recorded.stream(torch.zeros(1, 2, 3))
+    with pytest.raises(ValueError, match="clip: got uint8"):
+        recorded.stream("a", clip=np.zeros((1, 3, 3, 3), np.uint8))
+    with pytest.raises(ValueError, match="latents: got"):
+        recorded.stream("a", latents=torch.zeros(1, 2, 3, 4, 5))
+    stream = recorded.stream("a")
+    stream.next_chunk()
+    with pytest.raises(ValueError, match="expected one before its first frame"):
+        stream._session.push_frames(np.zeros((1, 8, 16, 3), np.uint8))
+    stream.close()
+    with pytest.raises(ValueError, match="got a closed one"):
+        stream.next_chunk()
+    with pytest.raises(FileNotFoundError, match=r"without manifest\.json"):
+        NativePipeline(tmp_path)
+    with pytest.raises(ImportError, match="got no plugin"):
+        core.Bundle(str(fake_stages.RECORDED), plugin_dir=str(tmp_path))
+    with pytest.raises(ImportError, match=r"got no libtorch_cpu\.so"):
+        core.Bundle(str(fake_stages.RECORDED), library_dir=str(tmp_path))
+    with pytest.raises(ImportError, match="no backend tensorrt"):
+        core.Bundle(str(fake_stages.RECORDED), backend="tensorrt")
+
+
+def test_arrays_of_another_shape_are_refused(recorded):
+    session = recorded.stream("a")._session
+    with pytest.raises(ValueError, match=r"push: got \[8, 16, 3\], expected \[any, 8, 16, 3\]"):
+        session.push_frames(np.zeros((8, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"push: got \[1, 2, 3, 4\], expected \[\d+, any, \d+, \d+\]"):
+        session.push_latent(np.zeros((1, 2, 3, 4), np.float32))
+    with pytest.raises(ValueError, match=r"prompt: got \[16\], expected \[16, 6\]"):
+        session.set_prompt_embedding(np.zeros(16, np.float32), True)
+    with pytest.raises(ValueError, match=r"prompt: got \[\], expected \[any\]"):
+        session.set_prompt_tokens(np.array(3), True)
+
+
+def altered(folder: Path, preset: Preset, change: Callable[[dict], None]) -> Path:
+    """A bundle of formulas with `change` made to the graphs in its manifest."""
+    bundle = fake_stages.write_fake_bundle(folder / "fake.bundle", preset)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    change(manifest["backends"]["aoti-cpu"]["graphs"])
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    return bundle
+
+
+@pytest.mark.parametrize("graph", ["vae_first", "vae_encode_first"])
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_pictures_and_latents_are_floats(fake, tmp_path, graph, side):
+    def narrow(graphs: dict) -> None:
+        graphs[graph][side][0]["dtype"] = "float8_e4m3fn"
+
+    pipeline = fake(altered(tmp_path, PRESETS["greedy"], narrow))
+    clip = np.zeros((1, fake_stages.HEIGHT, fake_stages.WIDTH, 3), np.uint8)
+    with pytest.raises(ValueError, match=rf"{graph}: \w+: got float8_e4m3fn .* expected floats"):
+        pipeline.stream("a", clip=clip).next_chunk()
+
+
+def test_a_causal_graph_takes_no_temporal_context(fake, tmp_path):
+    def add(graphs: dict) -> None:
+        n = next(spec["shape"][0] for spec in graphs["dit"]["inputs"] if spec["name"] == "rope_cos")
+        dim = next(spec["shape"][2] for spec in graphs["dit"]["inputs"] if spec["name"] == "k_0")
+        graphs["dit"]["inputs"].append({"name": "c_f", "shape": [1, n, dim], "dtype": "float32"})
+
+    with pytest.raises(ValueError, match="dit: got input c_f"):
+        fake(altered(tmp_path, PRESETS["self-forcing"], add)).stream("a")
+
+
+def test_a_graph_that_changes_after_opening_is_refused(fake, tmp_path):
+    bundle = Path(shutil.copytree(fake_stages.RECORDED, tmp_path / "bundle"))
+    pipeline = fake(bundle)
+    file = bundle / "graphs/aoti-cpu/vae_encode_first.so"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"vae_encode_first\.so: got sha256"):
+        pipeline.stream("a", clip=np.zeros((1, fake_stages.HEIGHT, fake_stages.WIDTH, 3), np.uint8))
+
+
+def test_an_unlisted_tokenizer_is_not_read(fake, tmp_path):
+    bundle = Path(shutil.copytree(fake_stages.RECORDED, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    del manifest["files"]["tokenizer/tokenizer.json"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"no entry in files for tokenizer/tokenizer\.json"):
+        fake(bundle).stream("a")
+
+
+@pytest.mark.parametrize("what", ["flip", "cut", "link", "graph"])
+def test_a_damaged_bundle_is_refused(fake, tmp_path, what):
+    bundle = Path(shutil.copytree(fake_stages.RECORDED, tmp_path / "bundle"))
+    file = bundle / ("graphs/aoti-cpu/sdd.so" if what == "graph" else "weights.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    if what == "link":
+        shutil.move(file, tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+    else:
+        file.write_bytes(data[:-1] if what == "cut" else data)
+    with pytest.raises(ValueError, match={"cut": "bytes, expected", "link": "no plain file"}.get(what, "got sha256")):
+        fake(bundle)
+
+
+def test_other_threads_run_and_may_cancel_and_switch(recorded, core):
+    stream = recorded.stream("a red circle")
+    calm = recorded.stream("a red circle")
+    clean, made = [calm.next_chunk() for _ in range(200)], []
+    stop, cancelled = threading.Event(), 0
+
+    def bother() -> None:
+        while not stop.is_set():
+            stream.cancel()
+            time.sleep(0)
+
+    thread = threading.Thread(target=bother)
+    thread.start()
+    try:
+        for _ in range(200):
+            try:
+                made.append(stream.next_chunk())
+            except core.Cancelled:
+                cancelled += 1
+    finally:
+        stop.set()
+        thread.join()
+    assert cancelled > 0
+    assert all(np.array_equal(mine, theirs) for mine, theirs in zip(made, clean, strict=False))  # none is lost
+    stream._session.flush()
+    assert np.array_equal(stream.next_chunk(), clean[0])
+    stream.set_prompt("teal")
+    assert not np.array_equal(stream.next_chunk(), clean[0])
+
+
+# --- real graphs
+
+
+def test_compiled_graphs_give_pythons_video(core, aoti_bundle, pipeline):
+    """81 frames, with a prompt switch, against the same graphs run by Python and against torch's own modules."""
+    native = NativePipeline(aoti_bundle, "aoti")
+    weights = load_file(aoti_bundle / "weights.safetensors")
+    rows = next(len(value) for key, value in weights.items() if key.endswith("embed_tokens_weight"))
+    with pytest.raises(ValueError, match=f"got token {rows}, expected 0 to {rows - 1}"):
+        native.stream("red")._session.set_prompt_tokens(np.array([rows]), True)
+    assert native.stages.name == "native-aoti"
+    pipelines: list[Pipeline | NativePipeline] = [native, load_bundle(aoti_bundle, "aoti"), pipeline]
+    streams = [each.stream("a red circle moving right", seed=3) for each in pipelines]
+    frames = 0
+    while frames < 81:
+        if frames == 41:
+            for stream in streams:
+                stream.set_prompt("a blue square moving up quickly")
+        mine, *theirs = (stream.next_chunk().astype(int) for stream in streams)
+        assert max(np.abs(mine - other).max() for other in theirs) <= 2, frames
+        frames += len(mine)
+
+
+def test_compiled_graphs_want_their_weights(core, aoti_bundle, tmp_path):
+    bundle = Path(shutil.copytree(aoti_bundle, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    next(b for b in manifest["backends"].values() if b["backend"] == "aoti")["graphs"]["etm"]["weights"] = {}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="etm: got no weight for constant"):
+        NativePipeline(bundle, "aoti")
+
+
+def test_compiled_graphs_start_from_a_picture(core, aoti_bundle, pipeline):
+    image = np.random.default_rng(1).integers(0, 256, (1, pipeline.height, pipeline.width, 3), dtype=np.uint8)
+    with pipeline.stream("red", clip=image) as theirs, NativePipeline(aoti_bundle).stream("red", clip=image) as mine:
+        for _ in range(4):
+            assert np.abs(theirs.next_chunk().astype(int) - mine.next_chunk()).max() <= 2
+
+
+def test_host_gives_pythons_video(native_build, aoti_bundle, pipeline, tmp_path):
+    libraries = Path(torch.__file__).parent / "lib"
+    words = ["--prompt", "a red circle moving right", "--prompt-at", "41", "a blue square", "--frames", "81", "--seed",
+             "3", "--library-dir", libraries, "--backend", "aoti", "--out", tmp_path / "host.rgb"]  # fmt: skip
+    ran = subprocess.run(
+        [native_build / "greedy-host", aoti_bundle, *words], capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert engine.run.main(["--bundle", str(aoti_bundle), "--backend", "aoti", "--prompt", "a red circle moving right",
+                            "--prompt-at", "41f", "a blue square", "--frames", "81", "--seed", "3", "--quiet",
+                            "--out", str(tmp_path / "python.rgb")]) == 0  # fmt: skip
+    mine, theirs = (np.fromfile(tmp_path / f"{name}.rgb", np.uint8).astype(int) for name in ("host", "python"))
+    assert mine.size == 81 * pipeline.height * pipeline.width * 3
+    assert np.abs(mine - theirs).max() <= 2
+
+
+def test_command_line_takes_the_native_backend(core, aoti_bundle, tmp_path, capsys):
+    words = ["--bundle", str(aoti_bundle), "--prompt", "red", "--frames", "10", "--quiet", "--json", "--out", "null"]
+    assert engine.run.main([*words, "--backend", "native"]) == 0
+    assert '"backend": "native-aoti"' in capsys.readouterr().out
+    assert engine.run.main(["--backend", "native", "--prompt", "red", "--frames", "1", "--out", "null"]) == 2
+    assert "expected --bundle with it" in capsys.readouterr().err

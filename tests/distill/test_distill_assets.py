@@ -1,0 +1,92 @@
+"""What `distill.stages.assemble` writes loads in diffusers, PEFT and the engine, and streams what was trained."""
+
+import json
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from peft import PeftModel
+
+import engine
+from distill.models.base import Base
+from distill.models.codec import build_vae
+from distill.models.rollout import roll_out
+from distill.models.student import Student
+from distill.stages.assemble import assemble
+from distill.stages.next_chunk import NextChunkConfig, save_student
+from distill.stages.teacher import Teacher
+
+CONFIG = NextChunkConfig(rank=4, max_position=3, sampling_shift=2.0)
+
+
+@pytest.fixture(scope="module")
+def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A pipeline directory of random weights, and the student's trained tensors in it."""
+    folder = tmp_path_factory.mktemp("assets")
+    torch.manual_seed(0)
+    teacher = Teacher()
+    torch.nn.init.normal_(teacher.transformer.proj_out.weight, std=0.1)
+    teacher.save(folder / "teacher")
+    build_vae().save_pretrained(folder / "vae")
+    student = Student(Base(folder / "teacher").transformer, CONFIG.rank)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter.normal_(std=0.1).half())
+    state = {name: p.detach() for name, p in student.trained().items()}
+    save_student(folder / "student.pt", state, CONFIG)
+    assemble(folder / "teacher", folder / "vae", folder / "student.pt", folder / "sprites")
+    return folder / "sprites", state
+
+
+def test_stock_libraries_load_it(assembled: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, _ = assembled
+    pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    assert pipeline.tokenizer.model_max_length == 16
+    for name in ("etm", "sdd"):
+        base = WanTransformer3DModel.from_pretrained(folder / "transformer")
+        model = PeftModel.from_pretrained(base, folder / "adapters" / name)
+        assert any("lora_A" in key for key in model.state_dict())
+
+
+def test_json_names_no_paths(assembled: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, _ = assembled
+    for path in folder.rglob("*.json"):
+        assert str(folder.parent) not in path.read_text(), path
+        assert '"_name_or_path"' not in path.read_text(), path
+
+
+def test_engine_streams_what_was_trained(assembled: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    """The engine with merged adapters makes the same latents as the student in training."""
+    folder, state = assembled
+    teacher = Base(folder)
+    student = CONFIG.student(teacher).eval()
+    student.load_trained(state)
+    caption = "a red circle moving right slowly on a gray background"
+    expected = roll_out(student, teacher.encode([caption]), 5, [3], CONFIG.preset)
+    with engine.load(folder, device="cpu").stream(caption, seed=3) as stream:
+        got = torch.cat([stream.next_latent() for _ in range(5)], 2)
+    assert (got - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+def test_adapters_know_their_base(assembled: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, _ = assembled
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    for name in ("etm", "sdd"):
+        bound = json.loads((folder / "adapters" / name / "base.json").read_text())
+        assert bound == {"base_sha256": sha256(weights.read_bytes()).hexdigest()}
+
+
+def test_settings_carry_the_preset(assembled: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, _ = assembled
+    settings = json.loads((folder / "engine.json").read_text())
+    assert settings["overrides"] == CONFIG.preset_fields()
+    preset = engine.load(folder, device="cpu").preset
+    assert (preset.shift, preset.solver, preset.max_position, preset.steps) == (
+        2.0,
+        "euler",
+        3,
+        ((1000.0, 750.0, 500.0, 250.0),),
+    )

@@ -1,0 +1,256 @@
+"""The losses' gradients against finite differences, and the RL loss against distributions whose scores are known."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distill.data.shards import Shards, write_index, write_shard
+from distill.models.student import Student
+from distill.stages.next_chunk import NextChunk, NextChunkConfig
+from distill.stages.rl import Rl, RlConfig, direction, rl_loss
+from distill.training.draws import Draws
+from engine.config import TransformerConfig
+from engine.model.transformer import WanTransformer
+
+TINY = TransformerConfig(
+    patch_size=(1, 1, 1),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=2,
+    out_channels=2,
+    text_dim=8,
+    freq_dim=16,
+    ffn_dim=16,
+    num_layers=2,
+)
+
+
+STEP = 3e-4  # of finite differences: norms and rotations inside the model are float32 whatever the rest is
+
+
+class Words:
+    """A teacher whose captions are fixed random embeddings."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.transformer = WanTransformer(TINY).eval().requires_grad_(False)
+
+    def encode(self, captions: list[str]) -> Tensor:
+        rows = [torch.randn(3, 8, generator=torch.Generator().manual_seed(len(caption))) for caption in captions]
+        return torch.stack(rows)
+
+    def prepare(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        return self.transformer.prepare_text(self.encode(captions))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    folder = tmp_path_factory.mktemp("latents")
+    write_shard(folder, 0, torch.randn(8, 2, 4, 2, 2, generator=torch.Generator().manual_seed(0)), list("abcdefgh"))
+    write_index(folder, 1, {})
+    return Shards(folder)
+
+
+def spread(module: nn.Module) -> None:
+    """Trained parameters far from zero, so that every path carries a gradient."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+
+
+def next_chunk(data: Shards, **options: object) -> NextChunk:
+    torch.manual_seed(0)
+    config = NextChunkConfig(batch=2, first_batch=2, frames=4, rank=2, max_position=3, **options)  # type: ignore[arg-type]
+    objective = NextChunk(config, Words(), data)  # type: ignore[arg-type]
+    spread(objective)
+    return objective
+
+
+def rl(data: Shards, **options: object) -> Rl:
+    torch.manual_seed(0)
+    made = NextChunkConfig(rank=2, max_position=3)
+    base = Words()
+    student = Student(base.transformer, rank=2, max_position=3)
+    spread(student)
+    config = RlConfig(batch=2, frames=4, **options)  # type: ignore[arg-type]
+    return Rl(config, made, base, student, data)  # type: ignore[arg-type]
+
+
+def check_gradient(module: nn.Module, parameters: list[nn.Parameter], loss: Callable[[], Tensor]) -> None:
+    """Directional derivatives along five random directions, in float64 central differences."""
+    module.zero_grad()
+    loss().backward()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        ways = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+        pairs = [(p.grad, way) for p, way in zip(parameters, ways, strict=True) if p.grad is not None]
+        expected = sum(float((grad * way).sum()) for grad, way in pairs)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, way in zip(parameters, ways, strict=True):
+                    p.add_(way, alpha=sign * STEP)
+                values.append(float(loss()))
+                for p, way in zip(parameters, ways, strict=True):
+                    p.add_(way, alpha=-sign * STEP)
+        found = (values[0] - values[1]) / (2 * STEP)
+        assert found == pytest.approx(expected, rel=5e-3, abs=1e-4)
+
+
+@pytest.fixture
+def double() -> object:
+    """Everything in float64: finite differences need the digits."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("first", ["data", "guided"])
+@pytest.mark.usefixtures("double")
+def test_next_chunk_gradient(data: Shards, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eq. 6, parallel over frames, and both targets of the first frame."""
+    monkeypatch.setattr(NextChunk, "_read", in_double(NextChunk._read))
+    objective = next_chunk(data, first=first, roll_share=0.0).double()
+    keep_double(objective)
+    parameters = list(objective.student.trained().values())
+    check_gradient(objective, parameters, lambda: objective(Draws(0, 3, [0, 1]))[0])
+
+
+@pytest.mark.parametrize("scores", ["renoised", "literal"])
+@pytest.mark.usefixtures("double")
+def test_rl_gradient(data: Shards, scores: str) -> None:
+    """Eq. 10 with the stopped part held: the derivative of half the mean square of mu minus a constant."""
+    objective = rl(data, scores=scores).double()
+    keep_double(objective)
+    generator = torch.Generator().manual_seed(2)
+    past, noisy = torch.randn(2, 2, 2, 2, 2, generator=generator), torch.randn(2, 2, 1, 2, 2, generator=generator)
+    away, t = torch.randn(noisy.shape, generator=generator), torch.full((2,), 0.6)
+    emb = objective.base.encode(["a", "bb"])
+    student = objective.student
+
+    def mu() -> Tensor:
+        flow = student.next_flow(past, noisy, t, student.stages.prepare_text(emb))
+        return noisy - 0.6 * flow if scores == "renoised" else noisy - 0.2 * flow
+
+    target = (mu() - away).detach()
+    parameters = list(student.trained().values())
+    check_gradient(objective, parameters, lambda: 0.5 * (mu() - target).square().mean())
+    held = [p.grad.clone() for p in parameters if p.grad is not None]
+    objective.zero_grad()
+    rl_loss(mu(), away).backward()
+    for p, value in zip([p for p in parameters if p.grad is not None], held, strict=True):
+        assert torch.allclose(p.grad, value, atol=1e-12)
+
+
+def in_double(read: Callable[..., tuple[Tensor, list[str]]]) -> Callable[..., tuple[Tensor, list[str]]]:
+    def wrapped(self: NextChunk, *arguments: object) -> tuple[Tensor, list[str]]:
+        latent, captions = read(self, *arguments)
+        return latent.double(), captions
+
+    return wrapped
+
+
+def keep_double(objective: NextChunk | Rl) -> None:
+    objective.base.transformer.double()
+
+
+@pytest.mark.parametrize("options", [{}, {"scores": "literal"}, {"context": "noised"}, {"normalise": False}])
+def test_no_gradient_where_the_scores_agree(data: Shards, options: dict[str, object]) -> None:
+    """A student without adapters is its teacher; on a frame without a past, unguided, their scores are equal."""
+    objective = rl(data, guidance=1.0, first_frame=True, **options)
+    with torch.no_grad():
+        for parameter in objective.student.trained().values():
+            parameter.zero_()
+        for name, parameter in objective.student.trained().items():
+            if "lora_A" in name:
+                parameter.normal_()
+    mu, past = torch.randn(2, 2, 1, 2, 2), torch.zeros(2, 2, 0, 2, 2)
+    emb = objective.base.encode(["a", "b"])
+    away = objective.away(mu, past, 0.5, emb, ["a", "b"], Draws(0, 0, [0, 1]))
+    assert away.abs().max() <= 1e-5
+    emb = objective.base.encode(["a", "bb"])
+    spread(objective.student)
+    away = objective.away(mu, past, 0.5, emb, ["a", "bb"], Draws(0, 0, [0, 1]))
+    assert away.abs().max() > 1e-3
+
+
+def gaussian_flow(x: Tensor, t: Tensor, mean: Tensor | float, spread: float) -> Tensor:
+    """E[noise - x_0 | x_t] where x_0 ~ N(mean, spread^2) and x_t = (1 - t) x_0 + t noise."""
+    t = t.view(-1, 1, 1, 1, 1)
+    variance = (1 - t) ** 2 * spread**2 + t**2
+    residual = x - (1 - t) * mean
+    return t / variance * residual - (mean + (1 - t) * spread**2 / variance * residual)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("spread_real", [0.5, 1.0])
+def test_gaussian_toy_moves_to_the_teacher(normalise: bool, spread_real: float) -> None:
+    """A generator N(theta, 0.5^2) with known scores on both sides: descent ends at the teacher's mean."""
+    generator = torch.Generator().manual_seed(0)
+    for begun in (-2.0, 3.0):
+        theta = torch.full((1, 2, 1, 1, 1), begun, requires_grad=True)
+        optimizer = torch.optim.SGD([theta], lr=1.0)
+        for _ in range(400):
+            mu = theta + 0.5 * torch.randn(64, 2, 1, 1, 1, generator=generator)
+            t = 0.02 + 0.96 * torch.rand(64, generator=generator)
+            level = t.view(-1, 1, 1, 1, 1)
+            noisy = ((1 - level) * mu + level * torch.randn(mu.shape, generator=generator)).detach()
+            v_real = gaussian_flow(noisy, t, 1.0, spread_real)
+            v_gen = gaussian_flow(noisy, t, theta.detach(), 0.5)
+            away = direction(v_real, v_gen, mu.detach(), noisy, t, normalise=normalise)
+            optimizer.zero_grad()
+            rl_loss(mu, away).backward()
+            optimizer.step()
+        assert (theta - 1.0).abs().max() <= 0.15, (begun, theta)
+
+
+def test_the_sign_is_that_of_velocities() -> None:
+    """With true scores in place of velocities the same step leads away: s = -(x_t + (1 - t) v) / t."""
+    mu, t = torch.zeros(1, 1, 1, 1, 1), torch.tensor([0.5])
+    noisy = torch.full_like(mu, 0.3)
+    v_real, v_gen = gaussian_flow(noisy, t, 1.0, 0.5), gaussian_flow(noisy, t, 0.0, 0.5)
+    moved = -direction(v_real, v_gen, mu, noisy, t, normalise=False)
+    assert moved.item() > 0  # towards the teacher's mean of 1
+    score = [-(noisy + 0.5 * v) / 0.5 for v in (v_real, v_gen)]
+    assert (-(score[0] - score[1])).item() < 0
+
+
+def test_equal_gaussians_have_no_gradient() -> None:
+    noisy, t = torch.randn(8, 2, 1, 1, 1), torch.rand(8)
+    flow = gaussian_flow(noisy, t, 0.7, 0.5)
+    assert not direction(flow, flow, noisy, noisy, t, normalise=True).any()
+
+
+def test_critic_learns_the_student(data: Shards) -> None:
+    """The fake score's loss falls where only it is trained; the student's parameters get nothing from it."""
+    objective = rl(data, critic="trained")
+    assert objective.critic is not None
+    emb = objective.base.encode(["a", "bb"])
+    clean, past = torch.randn(2, 2, 1, 2, 2), torch.randn(2, 2, 2, 2, 2)
+    optimizer = torch.optim.Adam(objective.critic.trained().values(), lr=1e-2)
+    values = []
+    for step in range(40):
+        loss = objective.critic_loss(clean, past, emb, Draws(0, step % 4, [0, 1]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert sum(values[-4:]) < 0.7 * sum(values[:4])
+    assert all(p.grad is None for p in objective.student.trained().values())
+
+
+def test_bad_configs(tmp_path: Path) -> None:
+    for wrong in ({"scores": "true"}, {"critic": "none"}, {"context": "dirty"}):
+        with pytest.raises(ValueError, match="expected one of"):
+            RlConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="clamp"):
+        RlConfig(clamp=0.6)
+    with pytest.raises(ValueError, match="multiple of batch"):
+        NextChunkConfig(batch=4, first_batch=6)
+    with pytest.raises(ValueError, match="expected at most the 4"):
+        NextChunk(NextChunkConfig(frames=9), Words(), SimpleNamespace(frames=4, folder=tmp_path))  # type: ignore[arg-type]

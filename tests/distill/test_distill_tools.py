@@ -1,0 +1,309 @@
+"""Teacher sampling, plans, evaluation and the ablation's bookkeeping, on models that were not trained."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill.data.shards import Shards
+from distill.experiments import ablation, evaluate
+from distill.experiments.ablation import Runner
+from distill.experiments.tables import ARMS, AblationConfig, table, write_report
+from distill.models.codec import build_vae
+from distill.models.student import Student
+from distill.scores.tasks import find_task
+from distill.stages import next_chunk, rl
+from distill.stages.next_chunk import NextChunkConfig, read_student
+from distill.stages.plan import ClusterConfig, _passes, estimate, forward_flops
+from distill.stages.rl import RlConfig
+from distill.stages.sample_teacher import SampleTeacherConfig, run
+from distill.stages.teacher import Teacher
+from distill.training.state import load_config
+from engine.config import TransformerConfig
+from engine.model import rope
+from engine.model.transformer import WanTransformer
+
+ROOT = Path(__file__).parents[2]
+WAN = ROOT / "distill" / "configs" / "wan2.1-1.3b.toml"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    model = Teacher()
+    torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1)
+    model.save(folder / "teacher")
+    build_vae().save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sampled(teacher: Path) -> tuple[SampleTeacherConfig, Path]:
+    config = SampleTeacherConfig(
+        teacher=str(teacher / "teacher"), task="scenes", clips=5, shard=2, batch=2, frames=3, steps=2
+    )
+    run(config, teacher / "clips", Accelerator(cpu=True))
+    return config, teacher / "clips"
+
+
+def test_teacher_clips_resume(sampled: tuple[SampleTeacherConfig, Path], tmp_path: Path) -> None:
+    config, folder = sampled
+    run(config, tmp_path, Accelerator(cpu=True), stop_at=1)
+    assert not (tmp_path / "index.json").exists()
+    with pytest.raises(FileNotFoundError, match="finished"):
+        Shards(tmp_path)
+    first = (tmp_path / "00000.safetensors").stat().st_mtime_ns
+    run(config, tmp_path, Accelerator(cpu=True))
+    assert (tmp_path / "00000.safetensors").stat().st_mtime_ns == first  # not made again
+    assert (tmp_path / "index.json").read_text() == (folder / "index.json").read_text()
+    for path in folder.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_a_clip_does_not_depend_on_its_batch(sampled: tuple[SampleTeacherConfig, Path], tmp_path: Path) -> None:
+    config, folder = sampled
+    run(replace(config, batch=1, shard=5), tmp_path, Accelerator(cpu=True))
+    whole, alone = (Shards(path).read(range(5)) for path in (folder, tmp_path))
+    assert whole[1] == alone[1]
+    assert (whole[0] - alone[0]).abs().max() <= 2e-3  # half precision on disk
+
+
+def test_prompts_from_a_file(tmp_path: Path) -> None:
+    from distill.stages.sample_teacher import captions_of
+
+    (tmp_path / "p.txt").write_text("one\n\n two \n")
+    config = SampleTeacherConfig(prompts=str(tmp_path / "p.txt"))
+    assert captions_of(config, 1, 3) == ["two", "one", "two"]
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
+        captions_of(replace(config, prompts=str(tmp_path / "none.txt")), 0, 1)
+
+
+SMALL = TransformerConfig(
+    patch_size=(1, 1, 1),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=32,
+    ffn_dim=64,
+    num_layers=3,
+)
+
+
+def test_planned_flops_are_those_of_torch() -> None:
+    """The joint pass against torch's own counter; the embedders, which the plan leaves out, are small change."""
+    model, frames, n, rows = WanTransformer(SMALL), 4, 64, 16
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        model = WanTransformer(SMALL)
+        text = model.prepare_text(torch.empty(2, rows, 16))
+        from engine.model.layers import dense_attention
+
+        cos = torch.empty(frames * n, 6)
+        model(torch.empty(2, 4, frames, 8, 8), torch.empty(2, frames), text, cos, cos, dense_attention())
+    planned = 2 * forward_flops(SMALL, frames * n, (frames * n) ** 2, rows, 1)
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+def test_planned_student_flops_are_those_of_torch() -> None:
+    made, frames, rows = NextChunkConfig(rank=2, window=2, max_position=3), 5, 16
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        student = Student(WanTransformer(SMALL), rank=1, window=2, max_position=3)
+        latent = torch.empty(1, 4, frames, 8, 8)
+        text = student.stages.prepare_text(torch.empty(1, rows, 16))
+        student.flow(latent[:, :, :-1], latent, torch.empty(1, frames), text)
+    rope._frequencies.cache_clear()  # tables made on the meta device are of no use to other tests
+    rope._spatial.cache_clear()
+    planned, _ = _passes(SMALL, made, 64, frames, rows)
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.25)  # adapters and embedders come on top
+    assert planned < counter.get_total_flops()
+
+
+def test_plan_counts_what_is_trained(tmp_path: Path) -> None:
+    shape = tmp_path / "config.json"
+    shape.write_text(json.dumps({k: v for k, v in asdict(SMALL).items() if k != "qk_norm"}))
+    cluster = ClusterConfig(gpus=1, transformer=str(shape), height=8, width=8, frames=5, text_rows=16)
+    made = NextChunkConfig(rank=4, batch=2, first_batch=2, frames=5, max_position=3)
+    plan = estimate("next_chunk", made, made, cluster)
+    student = Student(WanTransformer(SMALL), rank=4, max_position=3)
+    assert plan.trained == sum(p.numel() for p in student.trained().values())
+    both = estimate("rl", RlConfig(batch=2, frames=5, critic="trained"), made, cluster)
+    assert both.trained == 2 * plan.trained
+    halved = estimate("next_chunk", replace(made, micro=1), made, cluster)
+    assert (halved.activations, halved.flops) == (plan.activations // 2, plan.flops)
+    assert estimate("next_chunk", replace(made, recompute=True), made, cluster).activations < plan.activations
+    two = replace(cluster, gpus=2)
+    spread, whole = (estimate("next_chunk", replace(made, shard=shard), made, two) for shard in (True, False))
+    frozen = whole.weights - 4 * whole.trained
+    embedding = 2 * 2**30  # of the text encoder, in every process
+    assert spread.weights - 4 * spread.trained == pytest.approx(embedding + (frozen - embedding) / 2)
+
+
+@pytest.mark.parametrize(("stage", "section"), [(next_chunk, "next_chunk"), (rl, "rl")])
+def test_dry_run_of_wan(
+    stage: ModuleType, section: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [section, "--config", str(WAN), "--dry-run"])
+    stage.main()
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert plan["stage"] == section
+    assert 3e8 < plan["trained"] < 4e8  # rank 128 on every Linear of two copies of 30 blocks, and W_c
+    assert plan["memory"] < 80 * 2**30
+
+
+def test_dry_run_refuses_what_cannot_fit(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(WAN.read_text().replace("memory_gib = 80.0", "memory_gib = 24.0"))
+    done = subprocess.run(
+        [sys.executable, "-m", "distill.next_chunk", "--config", str(path), "--dry-run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: memory: got ")
+    assert "expected at most 24" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_wan_config_is_the_papers() -> None:
+    made, tuned = load_config(WAN, "next_chunk", NextChunkConfig), load_config(WAN, "rl", RlConfig)
+    assert (made.batch, made.lr, made.window) == (1024, 1e-5, 3)
+    assert (tuned.batch, tuned.lr) == (256, 2e-6)
+    assert list(made.preset.steps) == [(1000.0, 750.0, 500.0, 250.0)]
+    clips = load_config(WAN, "cluster", ClusterConfig).clips
+    assert [round(stage.steps * stage.batch / clips) for stage in (made, tuned)] == [10, 3]
+    sampled = load_config(WAN, "sample_teacher", SampleTeacherConfig)
+    assert (sampled.height * 8, sampled.width * 8, 4 * sampled.frames - 3) == (480, 832, 81)
+
+
+def test_thirds_see_a_collapse() -> None:
+    task = find_task("scenes")
+    specs = task.draw(4, 3)
+    video = task.render(specs, 90)[0]
+    assert evaluate.thirds(task, list(video), specs)["last_to_first"]["mean"] >= 0.98
+    faded = video.clone()
+    faded[:, :, 60:] = faded[:, :, 60:].mean((3, 4), keepdim=True)
+    assert evaluate.thirds(task, list(faded), specs)["last_to_first"]["mean"] <= 0.5
+    with pytest.raises(ValueError, match="at least 39"):
+        evaluate.thirds(task, list(video[:, :, :33]), specs)
+
+
+@pytest.mark.parametrize("task", [None, "sprites"])
+def test_evaluate_command(task: str | None) -> None:
+    """The shipped model, two prompts of its own task or of sprites: the last line is JSON with every dimension."""
+    options = ["--prompts", "2", "--frames", "17", "--seed", "3", "--json", *(["--task", task] if task else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "distill.evaluate", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["total"] == pytest.approx((4 * result["quality"] + result["semantic"]) / 5, abs=2e-4)
+    assert {"object_class", "color", "scene", "motion_smoothness"} <= set(result["dimensions"])
+    assert result["dimensions"]["color"]["n"] == 2
+    assert result["task"] == (task or "scenes")
+    assert ("scores" in result) == (task == "sprites")  # the strict evaluator's, of one object
+
+
+def test_vbench_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips of its prompts under its names, five each; a stand-in for the package records what it is asked."""
+    info = tmp_path / "info.json"
+    info.write_text(json.dumps([{"prompt_en": p, "dimension": ["color"]} for p in ("a red circle", "a red circle")]))
+    monkeypatch.setitem(sys.modules, "vbench", None)
+    with pytest.raises(ValueError, match="no such package"):
+        evaluate.run_vbench(ROOT / "engine/assets/sprites", info, tmp_path / "out", 1, 0, 5)
+    asked: dict[str, Any] = {}
+
+    class VBench:
+        def __init__(self, *arguments: str) -> None:
+            asked["made"] = arguments
+
+        def evaluate(self, **arguments: str) -> None:
+            asked.update(arguments)
+
+    stand_in = ModuleType("vbench")
+    stand_in.VBench = VBench  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vbench", stand_in)
+    evaluate.run_vbench(ROOT / "engine/assets/sprites", info, tmp_path / "out", 5, 0, 5)
+    assert sorted(p.name for p in (tmp_path / "out/videos").iterdir()) == [f"a red circle-{i}.mp4" for i in range(5)]
+    assert asked["videos_path"] == str(tmp_path / "out/videos")
+    with pytest.raises(FileNotFoundError, match="VBench_full_info"):
+        evaluate.vbench_prompts(tmp_path / "none.json")
+
+
+def test_ablation_skips_what_is_done(
+    teacher: Path, sampled: tuple[SampleTeacherConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arms of every kind, tiny; a second run trains nothing and measures nothing."""
+    made = NextChunkConfig(
+        teacher=str(teacher / "teacher"), data=str(sampled[1]), batch=2, first_batch=2, frames=3, rank=2
+    )
+    tuned = RlConfig(data=str(sampled[1]), batch=2, frames=3)
+    config = AblationConfig(
+        vae=str(teacher / "vae"),
+        arms=("no-etm", "etm", "etm-rl", "etm-cfg", "etm-longer"),
+        seeds=(0,),
+        next_chunk_steps=1,
+        rl_steps=1,
+        prompts=1,
+        frames=3,
+        given=1,
+        long_prompts=1,
+        long_frames=5,
+        window=16,
+        steps=(1, 2),
+    )
+    runner = Runner(config, made, tuned, tmp_path)
+
+    def measured(runner: Runner) -> list[dict[str, Any]]:
+        return [{"loss": runner.loss(arm, 0)} | runner.result(arm, 0) for arm in config.arms]
+
+    results = measured(runner)
+    plain, guided = results[1]["loss"], results[3]["loss"]
+    assert plain == guided  # the same student, teacher-forced
+    assert results[0]["loss"] != plain
+    longer = read_student(tmp_path / "etm-longer-0" / "student.pt")[1]
+    assert longer.start == str(tmp_path / "etm-0" / "student.pt")
+    assert longer.seed != read_student(Path(longer.start))[1].seed  # other clips and noise than its parent's
+    trade = runner.trade_off("etm", 0)
+    assert [row["steps"] for row in trade] == [1, 2]
+    trained = {r["arm"]: r["trained"] for r in results}
+    assert trained["etm"] == trained["etm-rl"] == trained["etm-cfg"]
+    assert trained["no-etm"] == pytest.approx(trained["etm"], rel=0.6)  # W_c is all that differs; large at rank 2
+    for stage in ("next_chunk", "rl"):
+        monkeypatch.setattr(getattr(ablation, stage), "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Runner, "videos", lambda *_: pytest.fail("measured again"))
+    again = Runner(config, made, tuned, tmp_path)
+    monkeypatch.setattr(ablation, "load_student", lambda *_: pytest.fail("measured again"))
+    assert measured(again) == results
+    with pytest.raises(ValueError, match="other settings"):
+        Runner(replace(config, prompts=2), made, tuned, tmp_path)
+    write_report(config, results, tmp_path / "docs", trade)
+    text = (tmp_path / "docs/ablation.md").read_text()
+    assert all(ARMS[arm] in text for arm in config.arms)
+    assert "What no caption states" in text
+    assert json.loads((tmp_path / "docs/ablation.json").read_text())["results"] == results
+
+
+def test_table_is_over_seeds() -> None:
+    rows = [
+        {"arm": "etm", "trained": 1e6, "scores": {n: {"mean": v} for n in ("total", "quality", "semantic")}}
+        for v in (0.5, 0.7)
+    ]
+    assert "| ETM | 2 | 1.00 M | 60.0 ± 10.0 |" in table(rows)
+    with pytest.raises(ValueError, match="expected some of"):
+        AblationConfig(arms=("etm", "magic"))
