@@ -106,8 +106,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type, title: str = "", skip: Iterable[str] = ()) -> None:
-    """One command-line option for each field of a dataclass, in a group of its own where there is a title."""
+def add_options(
+    parser: argparse.ArgumentParser, kind: type, title: str = "", *, skip: Iterable[str] = (), defaults: bool = True
+) -> None:
+    """One command-line option for each field of a dataclass, in a group of its own where there is a title.
+
+    defaults: the help names each field's default; False where something else than the class chooses it.
+    """
     where: Any = parser.add_argument_group(title) if title else parser
     hints, skipped = get_type_hints(kind, include_extras=True), set(skip)
     exclusive: dict[str, Any] = {}
@@ -117,7 +122,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type, title: str = "", sk
         key, group = f.metadata.get("exclusive"), where
         if key:
             group = exclusive[key] = exclusive.get(key) or where.add_mutually_exclusive_group()
-        group.add_argument("--" + f.name.replace("_", "-"), **_argument(f, hints[f.name]))
+        group.add_argument("--" + f.name.replace("_", "-"), **_argument(f, hints[f.name], defaults))
 
 
 def chosen(args: argparse.Namespace, kind: type) -> dict[str, Any]:
@@ -140,11 +145,11 @@ def _typed(hint: Any, value: Any, what: str) -> Any:
         raise ValueError(_told(what, value, error)) from None
 
 
-def _argument(f: "Field[Any]", hint: Any) -> dict[str, Any]:
+def _argument(f: "Field[Any]", hint: Any, defaults: bool) -> dict[str, Any]:
     """The arguments of add_argument for one field."""
     about, default = f.metadata, f.default
     help = about.get("help", "")
-    if default not in (None, MISSING, (), "", False, True):
+    if defaults and default not in (None, MISSING, (), "", False, True):
         help = f"{help} ({default})".strip()
     arguments: dict[str, Any] = {"help": help.replace("%", "%%"), "default": argparse.SUPPRESS}
     if default is MISSING and f.default_factory is MISSING:
