@@ -23,15 +23,9 @@ from engine.runtime.fused import FusedTransformer
 from engine.runtime.passes import Stages
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
-from engine.weights.checkpoint import (
-    TensorSource,
-    fill,
-    load_transformer,
-    merge_adapter,
-    merge_lora_file,
-    open_source,
-    read_json,
-)
+from engine.weights.adapters import merge_adapter, merge_lora_file
+from engine.weights.checkpoint import fill, load_transformer
+from engine.weights.sources import TensorSource, open_source, read_json
 
 EMBEDDED = Path(__file__).parent / "assets" / "sprites"
 # Cross-attention's output goes into the hidden state without a gate, so its rounding does too: of all products the one

@@ -22,7 +22,7 @@ MAY = {
 LEVELS = {
     "engine": [
 "options", "config", "media model", "sampling runtime", "weights generators", "presets", "bundles", "stream",
-        "loader", "run",
+        "loader", "run", "cli",
     ],
     "distill": ["training", "models", "data", "scores", "stages", "experiments"],
     "bench": ["instruments adapters", "operations", "report", "commands", "__main__"],

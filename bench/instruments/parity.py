@@ -20,7 +20,8 @@ from engine.loader import assemble
 from engine.runtime.stages import TorchStages
 from engine.sampling.noise import ReplayNoise
 from engine.stream import Stream
-from engine.weights.checkpoint import SafetensorsSource, load_transformer, read_json
+from engine.weights.checkpoint import load_transformer
+from engine.weights.sources import SafetensorsSource, read_json
 
 # dtype -> largest (max_abs_error, rms_error) that passes. Processors sum bf16 products in different orders: the largest
 # error may be two units in the last place of values from 4 to 8, where latents end, the mean what bf16 is from fp32

@@ -70,7 +70,7 @@ def test_streams_until_told_to_stop(pipeline):
     ("preset", "fields", "sizes"),
     [
         ("greedy", {}, [1, 4, 4, 4]),
-        ("greedy", {"chunk": 3}, [9, 12, 12]),
+        ("greedy", {"chunk": 3, "window": 12}, [9, 12, 12]),
         ("self-forcing", {"window": 6}, [9, 12, 12]),
         ("self-forcing", {"window": 6, "first_chunk": 1}, [1, 12, 12]),
         ("self-forcing-framewise", {"window": 3}, [1, 4, 4, 4]),

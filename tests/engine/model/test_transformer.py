@@ -14,7 +14,8 @@ from engine.config import TransformerConfig
 from engine.model.layers import RMSNorm, dense_attention, rms_norm
 from engine.model.rope import rope_tables
 from engine.model.transformer import WanTransformer
-from engine.weights.checkpoint import load_transformer, open_source
+from engine.weights.checkpoint import load_transformer
+from engine.weights.sources import open_source
 
 DATA = Path(__file__).parents[2] / "data" / "causal"
 
