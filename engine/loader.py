@@ -12,6 +12,7 @@ from engine.config import Preset, Runtime, TransformerConfig
 from engine.generators import family_of
 from engine.generators.base import Geometry
 from engine.model.cache import FP8
+from engine.model.fp8 import to_fp8
 from engine.model.text import Tokenizer, load_text_encoder
 from engine.model.transformer import WanTransformer
 from engine.model.vae import VAE, VAEConfig
@@ -19,7 +20,6 @@ from engine.options import replaced
 from engine.presets import find_preset
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.device import device_of, dtype_of
-from engine.runtime.fused import FusedTransformer
 from engine.runtime.passes import Stages
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
@@ -127,25 +127,24 @@ def make_stages(
     models: dict[str, WanTransformer], vae: VAE | None, encoder: nn.Module | None, device: torch.device,
     runtime: Runtime | None = None, keep: Sequence[str] = FP8_KEEP,
 ) -> Stages:  # fmt: skip
-    """The torch backend: plain modules on a processor; fused kernels, and CUDA graphs around them, on a GPU.
+    """The torch backend; on a GPU with kernels, and CUDA graphs around its passes, unless the runtime is eager.
 
-    FP8 runs on the fused kernels everywhere; on a processor that is their slow definition.
+    In FP8 the large products are replaced: nothing here keeps their bf16 weights.
     """
     runtime = runtime or Runtime()
     fp8 = runtime.precision == "fp8"
-    fused_only = fp8 or runtime.fp8_attention
-    if runtime.eager and fused_only:
-        raise ValueError("precision: got fp8 for plain PyTorch, expected it without eager: FP8 needs the fused kernels")
+    if runtime.eager and (fp8 or runtime.fp8_attention):
+        raise ValueError("precision: got fp8 for plain PyTorch, expected it without eager: FP8 needs the kernels")
     dtype = next(iter(models.values())).proj_out.weight.dtype
     if runtime.fp8_attention and dtype != torch.bfloat16:
         raise ValueError(f"fp8 attention: got {dtype}, expected a model in bf16 or fp8")
-    if runtime.eager or not (device.type == "cuda" or fused_only):
-        return TorchStages(models, vae, encoder)
-    fused = {role: FusedTransformer(model, fp8, keep, role) for role, model in models.items()}
-    if vae is not None:
+    if fp8:
+        models = {role: to_fp8(model, keep, role) for role, model in models.items()}
+    fast = device.type == "cuda" and not runtime.eager
+    if vae is not None and (fast or fp8 or runtime.fp8_attention):
         vae.fuse()
-    stages = TorchStages(models, vae, encoder, fused)
-    return GraphedStages(stages) if device.type == "cuda" else stages
+    stages = TorchStages(models, vae, encoder, runtime.eager)
+    return GraphedStages(stages) if fast else stages
 
 
 def assemble(
