@@ -18,6 +18,7 @@ from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.fused import FusedTransformer
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
+from engine.threads import settle, work_of
 from engine.weights.checkpoint import (
     TensorSource,
     fill,
@@ -67,7 +68,7 @@ def load(
     model: str | Path | None = None, *, preset: str | None = None, overrides: dict[str, Any] | None = None,
     checkpoint: str | Path | None = None, checkpoint_state: str | None = None, adapters: Sequence[str | Path] = (),
     device: str = "auto", dtype: str = "auto", height: int | None = None, width: int | None = None,
-    fps: float | None = None, fp8_attention: bool = False, eager: bool = False,
+    fps: float | None = None, fp8_attention: bool = False, eager: bool = False, threads: int | None = None,
 ) -> Pipeline:  # fmt: skip
     """A pipeline ready to stream.
 
@@ -83,6 +84,8 @@ def load(
     height, width     pixels; fps frames a second; None is the model's own
     fp8_attention     keys, values and queries of self-attention as e4m3 too
     eager             plain PyTorch also on a GPU: no fused kernels, no CUDA graphs
+    threads           CPU threads of this process; None leaves the user's own choice, else chooses by the model's size
+                      (docs/threads.md)
 
     Raises ValueError or FileNotFoundError (got and expected) and MemoryError before any weight is read.
     """
@@ -107,6 +110,7 @@ def load(
     geometry = Geometry.of(
         config, 1, height // vae_config.scale_factor_spatial, width // vae_config.scale_factor_spatial
     )
+    threads_of(threads, config, style, geometry.tokens, place)
     text_source = open_source(folder / "text_encoder")
     needed = len(roles) * source.bytes_at(kind) + vae_source.bytes_at(kind) + text_source.bytes_at(kind)
     needed += len(roles) * source.bytes_at(FP8) if fp8 else 0
@@ -161,12 +165,21 @@ def assemble(
     )  # fmt: skip
 
 
-def load_bundle(folder: str | Path, backend: str | None = None) -> Pipeline:
+def threads_of(
+    threads: int | None, config: TransformerConfig, preset: Preset, tokens: int, device: torch.device
+) -> int:
+    """Set the number of CPU threads for a model with `tokens` tokens per latent frame; returns it."""
+    if device.type != "cpu" and threads is None:
+        return torch.get_num_threads()
+    return settle(threads, work_of(preset.chunk * tokens, config.dim, config.ffn_dim))
+
+
+def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int | None = None) -> Pipeline:
     """A pipeline that runs on a bundle's compiled graphs; size, preset and precision are the bundle's.
 
-    backend is onnx or aoti; None is the first one in the bundle. The graphs of aoti are code: load only what you would
-    run. Raises ValueError or FileNotFoundError (got and expected) where the bundle is not what its manifest says, or
-    is for another machine.
+    backend is onnx or aoti; None is the first one in the bundle. threads is that of `load`. The graphs of aoti are
+    code: load only what you would run. Raises ValueError or FileNotFoundError (got and expected) where the bundle is
+    not what its manifest says, or is for another machine.
     """
     from engine.bundles.manifest import read_manifest  # extra packages that only bundles need
     from engine.bundles.stages import DTYPES as TENSOR_DTYPES
@@ -180,11 +193,14 @@ def load_bundle(folder: str | Path, backend: str | None = None) -> Pipeline:
     if tokenizer.rows != manifest.text_rows:
         raise ValueError(f"bundle: got a tokenizer of {tokenizer.rows} rows, expected {manifest.text_rows}")
     device = torch.device(found[0].target.split("-")[0])
-    stages = _bundle_stages(found[0].backend)(folder, manifest, found[0], torch.get_num_threads(), device)
+    config, preset = manifest.transformer_value(), manifest.preset_value()
+    geometry = Geometry.of(config, 1, manifest.height // manifest.spatial, manifest.width // manifest.spatial)
+    count = threads_of(threads, config, preset, geometry.tokens, device)
+    stages = _bundle_stages(found[0].backend)(folder, manifest, found[0], count, device)
     graph = found[0].graphs["etm" if "etm" in found[0].graphs else "dit"]
     latent, keys = (next(spec for spec in graph.inputs if spec.name == name) for name in ("latent", "k_0"))
     return Pipeline(
-        stages, tokenizer, manifest.transformer_value(), manifest.preset_value(), manifest.preset_name,
+        stages, tokenizer, config, preset, manifest.preset_name,
         TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
         manifest.spatial, manifest.temporal, TENSOR_DTYPES[keys.dtype],
     )  # fmt: skip

@@ -124,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--backend", choices=("torch", "onnx", "aoti", "tensorrt", "native"), help="torch; with --bundle its first"
     )
-    run.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    run.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads; default: OMP_NUM_THREADS, else by the model's size"
+    )
     run.add_argument("--json", action="store_true", help="print a report as the last line of stdout")
     run.add_argument("--quiet", action="store_true", help="no progress, no warnings")
     run.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -269,14 +271,15 @@ def _shape(args: argparse.Namespace) -> tuple[int, int, float]:
 def _load(args: argparse.Namespace, height: int, width: int, fps: float) -> Pipeline | NativePipeline:
     if args.bundle is not None:
         if args.backend == "native":  # the C++ core reads the bundle itself, and chooses among its backends
-            return NativePipeline(args.bundle)
-        return load_bundle(args.bundle, args.backend)
+            return NativePipeline(args.bundle, threads=args.threads)
+        return load_bundle(args.bundle, args.backend, threads=args.threads)
     if args.backend not in (None, "torch"):
         raise ValueError(f"--backend: got {args.backend}, expected --bundle with it (python -m export writes one)")
     pipeline = load(
         args.model, preset=args.preset, overrides=_overrides(args), checkpoint=args.checkpoint,
         checkpoint_state=args.checkpoint_state, adapters=args.adapter, device=args.device, dtype=args.precision,
         height=height, width=width, fps=fps, fp8_attention=args.fp8_attention, eager=args.eager,
+        threads=args.threads,
     )  # fmt: skip
     if is_untrained(args.model, pipeline.preset, args.checkpoint, args.adapter) and not args.quiet:
         print(f"note: no weights trained for preset {pipeline.preset_name} were given; "
@@ -298,8 +301,6 @@ def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
         raise ValueError(f"--fps: got {args.fps}, expected a positive number")
     if not 0 <= args.seed < 2**64:
         raise ValueError(f"--seed: got {args.seed}, expected 0 to 2^64 - 1")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     # Everything that can be wrong with what was asked is found before weights are read.
     height, width, fps = _shape(args)
     limit = _limit(args, fps)
@@ -328,6 +329,7 @@ def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
         "preset": pipeline.preset_name,
         "backend": pipeline.stages.name,
         "device": str(pipeline.device),
+        "threads": torch.get_num_threads(),
         "precision": args.precision if args.precision == "fp8" else str(pipeline.dtype).removeprefix("torch."),
         "seed": args.seed,
         "height": pipeline.height,
