@@ -4,7 +4,7 @@
 
 #include "base/error.h"
 #include "base/half.h"
-#include "greedy/noise.h"
+#include "core/noise.h"
 
 namespace greedy::core {
 

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "greedy/greedy.hpp"
-#include "greedy/sinks.h"
+#include "host/sinks.h"
 
 namespace {
 
@@ -132,7 +132,7 @@ void run(const Options& options) {
     const greedy_info info = bundle.info();
     greedy::Session session(bundle, options.seed);
     if (!options.image.empty()) session.push_frames(read_ppm(options.image, info.width, info.height).data(), 1);
-    const auto sink = greedy::open_sink(options.out, options.format, info.width, info.height, info.fps);
+    const auto sink = greedy::host::open_sink(options.out, options.format, info.width, info.height, info.fps);
     std::size_t prompt = 0;
     std::uint64_t frames = 0;
     double first_ms = 0, chunk_ms = 0;
@@ -185,7 +185,7 @@ int main(int count, char** words) {
         if (!*error.what()) return std::fputs(kUsage, stdout) < 0;
         std::fprintf(stderr, "error: %s (see --help)\n", error.what());
         return 2;
-    } catch (const greedy::OutputClosed&) {
+    } catch (const greedy::host::OutputClosed&) {
         return 0;  // the reader has seen enough
     } catch (const greedy::StatusError& error) {
         std::fprintf(stderr, "error: %s\n", error.what());

@@ -17,6 +17,7 @@ import fake_stages
 import numpy as np
 import pytest
 import torch
+from csrc_tools import HANG
 from safetensors.torch import load_file
 
 import engine.run
@@ -342,7 +343,7 @@ def test_host_gives_pythons_video(native_build, aoti_bundle, pipeline, tmp_path)
     words = ["--prompt", "a red circle moving right", "--prompt-at", "41", "a blue square", "--frames", "81", "--seed",
              "3", "--library-dir", libraries, "--backend", "aoti", "--out", tmp_path / "host.rgb"]  # fmt: skip
     ran = subprocess.run(
-        [native_build / "greedy-host", aoti_bundle, *words], capture_output=True, text=True, timeout=120
+        [native_build / "greedy-host", aoti_bundle, *words], capture_output=True, text=True, timeout=HANG
     )
     assert ran.returncode == 0, ran.stderr
     assert engine.run.main(["--bundle", str(aoti_bundle), "--backend", "aoti", "--prompt", "a red circle moving right",

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# Seconds after which a program hangs. Any other limit would fail on a busy machine.
+HANG = 3600
 
 
 def cmake(*arguments: str | Path) -> None:
-    ran = subprocess.run(["cmake", *arguments], capture_output=True, text=True, timeout=600)
+    ran = subprocess.run(["cmake", *arguments], capture_output=True, text=True, timeout=HANG)
     assert ran.returncode == 0, f"cmake {' '.join(map(str, arguments))}\n{ran.stdout}\n{ran.stderr}"
 
 
