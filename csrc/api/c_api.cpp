@@ -117,7 +117,7 @@ int greedy_bundle_open(greedy_bundle** bundle, const char* path, const greedy_se
         if (settings) chosen = *settings;
         if (chosen.parallel < 1 || chosen.parallel > 64)
             greedy::core::fail(GREEDY_INVALID, "parallel", std::to_string(chosen.parallel), "1 to 64");
-        *bundle = new greedy_bundle{std::make_shared<greedy::core::Bundle>(path, chosen)};
+        *bundle = new greedy_bundle{greedy::core::open_bundle(path, chosen)};
     });
     return report(failure, error, error_size);
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <iterator>
 #include <set>
 #include <string_view>
 
@@ -12,6 +13,9 @@ namespace {
 
 constexpr std::int64_t kMostSize = 1 << 16;
 constexpr std::int64_t kMostDim = std::int64_t{1} << 32;
+// Of version 1, 2.
+constexpr RowNames kRowNames[] = {{"write_idx", "kv_len"}, {"start_row", "valid_rows"}};
+constexpr std::int64_t kNewest = std::size(kRowNames);
 constexpr std::int64_t kMostBytes = std::int64_t{1} << 44;
 
 void expect(bool good, const std::string& where, const std::string& got, const std::string& expected) {
@@ -162,17 +166,18 @@ std::map<std::string, FileSpec> files_from(const Json& given, const std::string&
 Manifest Manifest::parse(std::string_view text, const std::string& where) {
     const Json json = Json::parse(text, where);
     const Json* version = json.find("version");
-    if (version && version->is_number()) version->integer(where + ": version", 1, 1);
+    if (version && version->is_number()) version->integer(where + ": version", 1, kNewest);
     const Fields fields(
         json, where,
         {"format", "version", "preset_name", "preset", "transformer", "precision", "height", "width", "fps", "spatial",
          "temporal", "text_rows", "weights", "tokenizer", "golden", "files", "backends"});
-    fields["version"].integer(fields.at("version"), 1, 1);
+    const std::int64_t number = fields["version"].integer(fields.at("version"), 1, kNewest);
     const std::string format = fields.name("format");
     expect(format == "greedy-bundle", fields.at("format"), "'" + format.substr(0, 60) + "'", "greedy-bundle");
     Manifest out;
     out.preset_name = fields.name("preset_name");
-    out.preset = Preset::from(fields["preset"], fields.at("preset"));
+    out.names = kRowNames[number - 1];
+    out.preset = Preset::from(fields["preset"], fields.at("preset"), number);
     out.transformer = TransformerConfig::from(fields["transformer"], fields.at("transformer"));
     out.precision = fields.name("precision");
     const bool known = out.precision == "fp32" || out.precision == "fp16" || out.precision == "bf16";

@@ -29,7 +29,14 @@ struct FileSpec {
     std::string sha256;
 };
 
+// What a manifest's graphs call the two integers that say where a pass writes and how far it reads.
+struct RowNames {
+    const char* start_row;
+    const char* valid_rows;
+};
+
 struct Manifest {
+    RowNames names;  // by version
     std::string preset_name, precision, weights, tokenizer;
     Preset preset;
     TransformerConfig transformer;

@@ -157,8 +157,9 @@ class TrtGraph {
 
     // An alias lives as long as its input, and only the keys and values of a transformer are kept in place.
     static bool in_place(const std::string& graph, const std::string& input) {
-        const bool transformer = graph == "sdd" || graph == "etm" || graph == "sdd_context" || graph == "dit";
-        return transformer && (input.rfind("k_", 0) == 0 || input.rfind("v_", 0) == 0);
+        const auto begins = [](const std::string& name, const char* with) { return name.rfind(with, 0) == 0; };
+        const bool other = begins(graph, "vae_") || begins(graph, "prepare_text_") || graph == "encode_text";
+        return !other && (begins(input, "k_") || begins(input, "v_"));
     }
 
     // A plan checks no sizes when it runs, so a manifest that lies would let it read or write past a buffer.

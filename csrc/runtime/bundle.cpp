@@ -13,8 +13,12 @@ namespace {
 
 constexpr std::size_t kManifestLimit = std::size_t{1} << 26;
 
+}  // namespace
+
+std::string manifest_path(const std::string& folder) { return (fs::path(folder) / "manifest.json").string(); }
+
 Manifest read_manifest(const std::string& folder) {
-    const std::string path = (fs::path(folder) / "manifest.json").string();
+    const std::string path = manifest_path(folder);
     std::error_code error;
     if (!fs::is_directory(folder, error) || !fs::exists(path, error))
         fail(GREEDY_NOT_FOUND, "bundle", folder + " without manifest.json", "a bundle");
@@ -25,10 +29,8 @@ Manifest read_manifest(const std::string& folder) {
     return Manifest::parse(file.text(), path);
 }
 
-}  // namespace
-
-Bundle::Bundle(const std::string& folder, const greedy_settings& settings)
-    : folder_(folder), log_(settings.log), log_cookie_(settings.log_cookie), manifest_(read_manifest(folder)) {
+Bundle::Bundle(const std::string& folder, Manifest manifest, const greedy_settings& settings)
+    : folder_(folder), log_(settings.log), log_cookie_(settings.log_cookie), manifest_(std::move(manifest)) {
     for (const auto& entry : manifest_.files) check_file(entry.first, false);
     open_device(settings);
     const std::string tokenizer = manifest_.tokenizer + "/";

@@ -14,10 +14,14 @@
 
 namespace greedy::core {
 
+// <folder>/manifest.json.
+std::string manifest_path(const std::string& folder);
+Manifest read_manifest(const std::string& folder);
+
 class Bundle {
   public:
     // Throws Error; see greedy_bundle_open.
-    Bundle(const std::string& folder, const greedy_settings& settings);
+    Bundle(const std::string& folder, Manifest manifest, const greedy_settings& settings);
 
     const Manifest& manifest() const { return manifest_; }
     const std::string& backend() const { return backend_->backend; }
@@ -43,7 +47,7 @@ class Bundle {
     const std::string folder_;
     const greedy_log_callback log_;
     void* const log_cookie_;
-    Manifest manifest_;
+    const Manifest manifest_;
     std::unique_ptr<MappedFile> weights_file_;
     std::map<std::string, StoredTensor> weights_;
     std::unique_ptr<Tokenizer> tokenizer_;

@@ -11,6 +11,7 @@
 #include "base/sha256.h"
 #include "check.h"
 #include "core/schedule.h"
+#include "core/session.h"
 #include "formats/json.h"
 #include "formats/manifest.h"
 #include "formats/safetensors.h"
@@ -44,7 +45,7 @@ void same_bits(const Values& got, const std::vector<float>& expected, const std:
 }
 
 void test_schedule(const Json& json) {
-    const Preset preset = Preset::from(json.at("preset", "vector"), "vector");
+    const Preset preset = Preset::from(json.at("preset", "vector"), "vector", 2);
     const Schedule schedule(preset);
     same_bits(schedule.sigmas(), floats(json.at("sigmas", "vector")), "sigmas");
     same_bits(schedule.timesteps(), floats(json.at("timesteps", "vector")), "timesteps");
@@ -62,7 +63,7 @@ void test_schedule(const Json& json) {
 }
 
 void test_solver(const Json& json) {
-    const Preset preset = Preset::from(json.at("preset", "vector"), "vector");
+    const Preset preset = Preset::from(json.at("preset", "vector"), "vector", 2);
     const Schedule schedule(preset);
     const std::string& name = json.at("dtype", "vector").string("vector");
     const DType dtype = name == "bfloat16" ? DType::bfloat16 : name == "float16" ? DType::float16 : DType::float32;
@@ -175,7 +176,34 @@ void test_text() {
     check(graphemes("e\xCC\x81\r\n\xF0\x9F\x87\xA9\xF0\x9F\x87\xAA\xF0\x9F\x87\xA9").size() == 4, "text: graphemes");
 }
 
-// What would never come to an end.
+// One unit of the window whatever the version, and limits alike.
+void test_presets() {
+    const auto window = [](const std::string& fields, std::int64_t version) -> std::int64_t {
+        try {
+            const Preset preset = Preset::from(Json::parse("{" + fields + "}", "preset"), "preset", version);
+            check_preset(preset, "preset");
+            return preset.window;
+        } catch (const Error& error) {
+            return error.status;
+        }
+    };
+    const std::string greedy = R"("family": "greedy", "max_position": 9)", causal = R"("family": "causal")";
+    check(window(greedy + R"(, "chunk": 2, "window": 3)", 1) == 8, "preset: greedy, version 1");
+    check(window(greedy + R"(, "chunk": 2, "window": 0)", 1) == 2, "preset: greedy without chunks before");
+    check(window(greedy + R"(, "chunk": 2, "window": 8)", 2) == 8, "preset: greedy, version 2");
+    check(window(causal + R"(, "chunk": 3, "window": 6)", 1) == 6, "preset: causal, version 1");
+    check(window(causal + R"(, "chunk": 3, "window": 6, "attn_sink": 3)", 2) == 6, "preset: causal, version 2");
+    for (const std::string& bad :
+         {greedy + R"(, "chunk": 2, "window": 0)", greedy + R"(, "chunk": 2, "window": 7)", greedy,
+          greedy + R"(, "chunk": 5, "window": 5)", greedy + R"(, "window": 4, "commit": "none")",
+          greedy + R"(, "window": 4, "solver": "heun")", causal + R"(, "chunk": 3, "window": 7)",
+          causal + R"(, "chunk": 3, "window": 3, "attn_sink": 3)", causal + R"(, "window": 4, "attn_sink": -1)",
+          causal + R"(, "chunk": 2, "window": 6, "attn_sink": 3)", std::string(R"("family": "other", "window": 4)")})
+        check(window(bad, 2) == GREEDY_BAD_BUNDLE, "preset: accepted " + bad);
+    check(window(greedy + R"(, "chunk": 1024, "window": 1048576)", 1) == GREEDY_BAD_BUNDLE, "preset: accepted 2^30");
+}
+
+// An empty mark would never let the split end.
 void test_tokenizer() {
     const auto status = [](const std::string& mark) {
         const std::string text =
@@ -203,6 +231,7 @@ int main(int argc, char** argv) {
     test_safetensors();
     test_text();
     test_tokenizer();
+    test_presets();
     std::ifstream file(argv[1]);
     std::set<std::string> kinds;
     std::size_t cases = 0;

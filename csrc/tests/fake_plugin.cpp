@@ -76,7 +76,9 @@ void transform(const Call& call) {
     const Spec& latent = call.spec("latent");  // [1, C, F, h, w]; a token is one latent pixel
     const int64_t channels = latent.shape[1], tokens = latent.shape[2] * latent.shape[3] * latent.shape[4];
     const int64_t dim = call.spec("k_0").shape[2], pairs = call.spec("rope_cos").shape[1];
-    const int64_t first = call.index("write_idx"), length = call.index("kv_len");
+    const bool old = call.has("write_idx");  // as manifests of version 1 name them
+    const int64_t first = call.index(old ? "write_idx" : "start_row");
+    const int64_t length = call.index(old ? "kv_len" : "valid_rows");
     std::vector<double> level(static_cast<size_t>(tokens)), seen(static_cast<size_t>(dim));
     for (int64_t n = 0; n < tokens; ++n)
         for (int64_t c = 0; c < channels; ++c)

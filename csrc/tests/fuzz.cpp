@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/utf8.h"
+#include "core/session.h"
 #include "formats/manifest.h"
 #include "formats/safetensors.h"
 #include "text/charsmap.h"
@@ -25,7 +26,7 @@ std::uint64_t sum_of(const std::string& rest) {
 }
 
 void read(char kind, const std::string& rest) {
-    if (kind == 'm') Manifest::parse(rest, "fuzz");
+    if (kind == 'm') check_preset(Manifest::parse(rest, "fuzz").preset, "fuzz");
     if (kind == 's') sum_of(rest);
     if (kind == 't') {
         const Tokenizer tokenizer(rest, R"({"pad_token": "<pad>", "model_max_length": 16})", "fuzz");

@@ -1,14 +1,18 @@
 // Sessions under stress, through the C interface, over graphs of formulas: session_test BUNDLE PLUGIN_DIR [REPEATS].
 // REPEATS divides how often things are repeated, for runs under valgrind and sanitizers; 1 is the whole of it.
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <new>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -169,6 +173,44 @@ void test_arguments() {
     greedy_bundle_close(&bundle);
     check(std::strcmp(greedy_status_name(-3), "GREEDY_BAD_BUNDLE") == 0, "names: one");
     check(std::strcmp(greedy_status_name(-99), "unknown status") == 0, "names: none");
+}
+
+std::string text_of(const std::filesystem::path& path) {
+    std::ifstream file(path);
+    return {std::istreambuf_iterator<char>(file), {}};
+}
+
+void replace_all(std::string& text, const std::string& old, const std::string& by) {
+    check(text.find(old) != std::string::npos, "version 2: no " + old);
+    for (std::size_t at = 0; (at = text.find(old, at)) != std::string::npos; at += by.size())
+        text.replace(at, old.size(), by);
+}
+
+// The bundle as version 2 would have it: other names for two inputs, the window in latent frames.
+void test_version_2(const greedy::Bundle& bundle) {
+    const std::filesystem::path copy =
+        std::filesystem::temp_directory_path() / ("greedy_version_2." + std::to_string(getpid()));
+    std::filesystem::remove_all(copy);
+    std::filesystem::copy(bundle_path, copy, std::filesystem::copy_options::recursive);
+    std::string manifest = text_of(copy / "manifest.json");
+    for (const auto& [old, by] :
+         {std::pair("\"version\": 1", "\"version\": 2"), std::pair("\"window\": 3", "\"window\": 4"),
+          std::pair("\"write_idx\"", "\"start_row\""), std::pair("\"kv_len\"", "\"valid_rows\"")})
+        replace_all(manifest, old, by);
+    std::ofstream(copy / "manifest.json") << manifest;
+    const greedy_settings chosen = settings();
+    check(clean_digest(greedy::Bundle(copy.string(), &chosen), 8, 41) == clean_digest(bundle, 8, 41),
+          "version 2: another video");
+    // The names belong to the version.
+    replace_all(manifest, "\"version\": 2", "\"version\": 1");
+    std::ofstream(copy / "manifest.json") << manifest;
+    try {
+        greedy::Session(greedy::Bundle(copy.string(), &chosen), 8);
+        check(false, "version 2: its names accepted in version 1");
+    } catch (const greedy::StatusError& error) {
+        check(std::strstr(error.what(), "got input start_row"), std::string("version 2: said ") + error.what());
+    }
+    std::filesystem::remove_all(copy);
 }
 
 void test_tokens_are_the_text(const greedy::Bundle& bundle) {
@@ -333,6 +375,7 @@ int main(int argc, char** argv) {
         const greedy::Bundle bundle = open_bundle();
         test_no_memory(bundle);
         test_tokens_are_the_text(bundle);
+        test_version_2(bundle);
         test_flush(bundle);
         test_failures(bundle);
         test_cancel_under_load(bundle);

@@ -1,5 +1,6 @@
 """The C++ core streams what Python streams: any kind of stream over graphs of formulas, and real graphs end to end."""
 
+import copy
 import dataclasses
 import gc
 import importlib.util
@@ -127,6 +128,33 @@ def test_every_kind_of_stream_is_pythons(fake, tmp_path, name, start):
     got = chunks_of(native.stream("a red circle", seed=5, **given))
     assert np.std(np.concatenate(expected)) > 5  # there is something to compare
     close(got, expected)
+
+
+ROWS = {"write_idx": "start_row", "kv_len": "valid_rows"}
+
+
+def as_version_2(manifest: dict) -> dict:
+    """A manifest of version 1 as version 2 has it: other names of two inputs, a greedy window in latent frames."""
+    preset = manifest["preset"]
+    frames = (preset["window"] + 1) * preset["chunk"] if preset["family"] == "greedy" else preset["window"]
+    changed = copy.deepcopy(manifest) | {"version": 2, "preset": preset | {"window": frames}}
+    for backend in changed["backends"].values():
+        for graph in backend["graphs"].values():
+            for side in (graph["inputs"], graph["outputs"]):
+                for tensor in side:
+                    tensor["name"] = ROWS.get(tensor["name"], tensor["name"])
+    return changed
+
+
+@pytest.mark.parametrize("name", ["greedy-unipc-chunks", "greedy-renoise-no-window", "longlive"])
+def test_both_versions_of_a_manifest_stream_the_same(fake, tmp_path, name):
+    old = fake_stages.write_fake_bundle(tmp_path / "old.bundle", PRESETS[name])
+    new = Path(shutil.copytree(old, tmp_path / "new.bundle"))
+    manifest = json.loads((old / "manifest.json").read_text())
+    assert manifest["version"] == 1
+    (new / "manifest.json").write_text(json.dumps(as_version_2(manifest)))
+    mine, theirs = (chunks_of(fake(folder).stream("a red circle", seed=5)) for folder in (new, old))
+    assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 def native_latents(clip: np.ndarray, preset: Preset) -> torch.Tensor:
