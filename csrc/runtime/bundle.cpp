@@ -80,8 +80,7 @@ void Bundle::open_device(const greedy_settings& settings) {
             settings.library_dir, settings.parallel,
             settings.log,         settings.log_cookie};
         try {
-            device_ = std::make_unique<Device>(spec.backend, settings.plugin_dir ? settings.plugin_dir : own_folder(),
-                                               device);
+            device_ = std::make_unique<Device>(spec.backend, settings.plugin_dir, device);
             backend_ = &spec;
             return;
         } catch (const Error& error) {

@@ -72,9 +72,9 @@ class Graph {
 
 class Device {
   public:
-    // Loads `folder`/libgreedy_<backend>.so and opens its device. Throws Error(GREEDY_NO_BACKEND) where the plugin, or
-    // a library that it needs, is missing.
-    Device(const std::string& backend, const std::string& folder, const greedy_device_settings& settings);
+    // Loads libgreedy_<backend>.so and opens its device. `folder` holds it, or is null: see greedy_settings.plugin_dir.
+    // Throws Error(GREEDY_NO_BACKEND) where the plugin, or a library that it needs, is missing.
+    Device(const std::string& backend, const char* folder, const greedy_device_settings& settings);
     ~Device();
     Device(const Device&) = delete;
     Device& operator=(const Device&) = delete;
@@ -91,8 +91,5 @@ class Device {
     void* library_ = nullptr;
     void* device_ = nullptr;
 };
-
-// The directory that holds this library, or the program that it is linked into.
-std::string own_folder();
 
 }  // namespace greedy::core
