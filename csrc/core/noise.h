@@ -1,4 +1,4 @@
-// Noise that depends on (seed, chunk, draw) alone: the same video as in Python, whatever was drawn before.
+// Noise that depends only on (seed, chunk, draw), as in Python; earlier draws do not matter.
 //
 // The functions are pure: no state, no allocation, no exception. They write exactly `count` elements to `out`, which
 // may be null when `count` is 0. A shorter count gives a prefix of a longer one.

@@ -1,5 +1,5 @@
-// Every expression is written in the order in which engine/sampling/schedule.py has torch evaluate it, and this file is
-// compiled without contraction into fused operations, so that both give the same bits.
+// Every expression has the order of evaluation of torch in engine/sampling/schedule.py, and the compiler may not fuse
+// operations in this file. So both give the same bits.
 #include "core/schedule.h"
 
 #include <algorithm>

@@ -21,12 +21,12 @@ class Schedule {
 
     struct Step {
         double t;
-        std::optional<double> next;  // none: the end of the chunk
+        std::optional<double> next;  // none at the end of the chunk
     };
     // Denoising steps of a chunk.
     std::vector<Step> steps(std::uint64_t chunk) const;
 
-    // Noise level at t: that of the nearest grid point; none is the end of the chunk, exactly 0.
+    // Noise level at t: that of the nearest grid point. Without t it is the end of the chunk, exactly 0.
     double sigma(std::optional<double> t) const;
 
     const std::array<float, kGrid>& sigmas() const { return sigmas_; }

@@ -54,7 +54,7 @@ void Session::set_tokens(const std::int64_t* ids, std::size_t count, bool recomm
     set_prompt(std::move(prompt), recommit);
 }
 
-// A prompt that fails to encode stays pending, unless another one has been set meanwhile.
+// A prompt that fails to encode stays pending, unless a newer one was set meanwhile.
 void Session::apply_prompt() {
     std::optional<Request> request;
     {

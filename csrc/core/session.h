@@ -34,7 +34,7 @@ class Session {
 
     // The prompt of the next chunk; from any thread.
     struct Prompt {
-        std::vector<std::int64_t> ids, mask;  // or, where these are empty,
+        std::vector<std::int64_t> ids, mask;  // or, if these are empty,
         std::vector<float> embedding;         // [text_rows, text_dim]
     };
     void set_prompt(Prompt prompt, bool recommit);
@@ -75,7 +75,7 @@ class Session {
         Prompt prompt;
         bool recommit;
     };
-    std::mutex mutex_;                // guards the two below
+    std::mutex mutex_;                // guards pending_ and prompt_
     std::optional<Request> pending_;  // set and not applied yet
     std::optional<Prompt> prompt_;    // set last
 };

@@ -1,5 +1,4 @@
-// Everything a bundle's manifest fixes about the stream: the transformer's shape and the streaming preset.
-// The fields and their limits are those of engine/config.py, which says what each means.
+// A bundle's manifest fixes the transformer's shape and the streaming preset. engine/config.py documents the fields.
 #pragma once
 
 #include <cstdint>

@@ -240,7 +240,7 @@ class FfmpegSink : public FrameSink {
         }
     }
 
-    // Closes its input and waits; the exit status, 127 where there is no ffmpeg.
+    // Closes the input, waits and returns the exit status, which is 127 without an ffmpeg.
     int finish() {
         ::close(socket_);
         int status = 0;

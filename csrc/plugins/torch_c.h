@@ -26,7 +26,7 @@ void look_up(void* library, const char* name, Function& out, int status) {
     if (!out) throw Failure(status, std::string("got no function ") + name + ", expected torch 2.11 or newer");
 }
 
-// The functions of libtorch that are used.
+// The functions of libtorch that the plugin calls.
 struct Torch {
     int32_t (*cpu)(), (*cuda)() = nullptr;
     int32_t (*dtypes[5])();  // in the order of greedy_dtype
@@ -69,7 +69,7 @@ inline std::vector<int64_t> packed(const int64_t* sizes, int64_t rank) {
     return strides;
 }
 
-// A tensor handle that is given back, unless it is released to somebody else.
+// A tensor handle that the destructor deletes, unless it is released to another owner.
 class Owned {
   public:
     explicit Owned(const Torch& torch) : torch_(&torch) {}

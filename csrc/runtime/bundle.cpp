@@ -44,7 +44,7 @@ Bundle::Bundle(const std::string& folder, Manifest manifest, const greedy_settin
         if (entry.first.rfind("vae_encode", 0) != 0)
             graph(entry.first);
         else
-            check_file(entry.second.file, true);  // loaded only for pictures that are pushed
+            check_file(entry.second.file, true);  // loaded when pictures are pushed
     log(GREEDY_LOG_INFO, "opened " + folder + " with " + backend() + " for " + target());
 }
 
@@ -120,7 +120,7 @@ const Tokenizer& Bundle::tokenizer() const {
 std::int64_t Bundle::vocabulary() const {
     const auto encoder = backend_->graphs.find("encode_text");
     const auto ends = [](std::string key, const std::string& end) {
-        std::replace(key.begin(), key.end(), '.', '_');  // as compilers may do
+        std::replace(key.begin(), key.end(), '.', '_');  // compilers may write it so
         return key.size() >= end.size() && key.compare(key.size() - end.size(), end.size(), end) == 0;
     };
     if (encoder != backend_->graphs.end())
@@ -146,7 +146,7 @@ const Graph& Bundle::graph(const std::string& name) {
         constants.push_back({weight->second.spec, weight->second.data});
         constants.back().spec.name = constant;
     }
-    // Graphs are code: they are never run unless they are what the manifest says.
+    // Graphs are code: one that differs from the manifest is never run.
     check_file(spec->second.file, true);
     const std::string file = (fs::path(folder_) / spec->second.file).string();
     auto loaded = std::make_unique<Graph>(*device_, name, file, spec->second, constants);

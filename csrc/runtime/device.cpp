@@ -11,7 +11,7 @@ namespace {
 
 constexpr std::size_t kMessage = 512;
 
-// Calls a plugin function that ends in (char *error, size_t size); throws what it reports.
+// Calls a plugin function that ends in (char *error, size_t size); throws the error that it reports.
 template <typename Function, typename... Arguments>
 void call(const std::string& what, Function function, Arguments... arguments) {
     char message[kMessage] = "";
@@ -94,7 +94,7 @@ Device::Device(const std::string& backend, const char* folder, const greedy_devi
     if (!std::filesystem::exists(path, error)) fail(GREEDY_NO_BACKEND, backend, "no plugin " + path.string(), "it");
     library_ = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library_) throw Error(GREEDY_NO_BACKEND, backend + ": got a plugin that does not load, " + dlerror());
-    // Never closed: a plugin's libraries leave threads and thread-local data behind that outlive any handle.
+    // The library is never closed: its threads and thread-local data outlive any handle.
     const auto get = reinterpret_cast<const greedy_plugin* (*)()>(dlsym(library_, "greedy_plugin_get"));
     plugin_ = get ? get() : nullptr;
     if (!plugin_ || plugin_->version != GREEDY_PLUGIN_VERSION)

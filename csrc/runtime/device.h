@@ -1,4 +1,4 @@
-// A plugin at work: RAII over the C interface of greedy/plugin.h.
+// RAII over the C interface of greedy/plugin.h.
 #pragma once
 
 #include <memory>
@@ -13,7 +13,7 @@ namespace greedy::core {
 
 class Device;
 
-// Device memory; gives itself back. The device must outlive it.
+// Device memory, released by the destructor. The device must outlive it.
 class Buffer {
   public:
     Buffer() = default;
@@ -38,7 +38,7 @@ class Buffer {
     greedy_buffer raw_{nullptr, nullptr};
 };
 
-// A weight as a graph wants it: its own name for it, and where the value lies in host memory.
+// A weight under the graph's own name, with its value in host memory.
 struct Constant {
     TensorSpec spec;
     const void* data;
@@ -53,8 +53,8 @@ class Graph {
     Graph(const Graph&) = delete;
     Graph& operator=(const Graph&) = delete;
 
-    // Device pointers in the order of inputs(), each to as many bytes as its spec says; a buffer for each output. One
-    // that is an alias is the input's memory: it lives no longer than that.
+    // Takes device pointers in the order of inputs(), each to as many bytes as its spec says. Returns a buffer for each
+    // output. An aliased output is the input's memory and must not outlive it.
     std::vector<Buffer> run(const std::vector<void*>& inputs) const;
 
     const std::string& name() const { return name_; }

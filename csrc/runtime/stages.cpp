@@ -32,7 +32,7 @@ std::uint8_t pixel(float value) {
     return static_cast<std::uint8_t>(clamped + kRounder - kRounder);
 }
 
-// Floats to device memory as the type that a graph wants.
+// Copies floats to device memory, in the type of a graph's input.
 Buffer upload(const Device& device, const float* values, const TensorSpec& spec) {
     std::vector<char> bytes(spec.bytes());
     pack(values, static_cast<std::size_t>(spec.shape.count()), spec.dtype, bytes.data());
@@ -82,7 +82,7 @@ const Role& Stages::role(const std::string& name) const {
     fail(GREEDY_FAILED, "stages", "role " + name, "one of the family's");
 }
 
-// Every input must be one that this file feeds, of exactly the shape that it feeds: graphs do not check.
+// Graphs check no shapes, so every input must be known here and have exactly the shape that is fed.
 Stages::Transformer Stages::resolve(const PassGraph& wanted) const {
     const std::string name = wanted.name;
     const Manifest& m = manifest();

@@ -1,6 +1,5 @@
-// Checks schedules, solvers and position tables against vectors that tests/csrc/test_csrc_core.py wrote from the
-// engine's own: core_test VECTORS. A line is a JSON object; floats are their bits, as integers. What needs no vectors is checked
-// first.
+// core_test VECTORS checks schedules, solvers and position tables against vectors that tests/csrc/test_csrc_core.py
+// wrote with the engine. A line is a JSON object; floats are their bits, as integers. Tests without vectors come first.
 #include <cstring>
 #include <fstream>
 #include <set>
@@ -114,7 +113,7 @@ void test_json() {
 
 void test_sha256() {  // FIPS 180-4 examples
     const auto of = [](const std::string& text) {
-        Sha256 hash;  // in uneven parts, so that every way through `add` is taken
+        Sha256 hash;  // in uneven parts, so that `add` takes every branch
         for (std::size_t at = 0, size = 1; at < text.size(); at += size, size = size % 97 + 13)
             hash.add(reinterpret_cast<const unsigned char*>(text.data()) + at, std::min(size, text.size() - at));
         return hash.hex();
@@ -176,7 +175,7 @@ void test_text() {
     check(graphemes("e\xCC\x81\r\n\xF0\x9F\x87\xA9\xF0\x9F\x87\xAA\xF0\x9F\x87\xA9").size() == 4, "text: graphemes");
 }
 
-// One unit of the window whatever the version, and limits alike.
+// The window has one unit and the same limits in both versions.
 void test_presets() {
     const auto window = [](const std::string& fields, std::int64_t version) -> std::int64_t {
         try {

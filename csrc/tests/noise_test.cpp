@@ -1,5 +1,5 @@
-// Checks the noise against vectors that tests/csrc/test_csrc.py wrote from the engine's own: noise_test VECTORS.
-// Per draw three lines: "draw SEED CHUNK DRAW COUNT" in decimal; "words", in hexadecimal, as many as the values need
+// noise_test VECTORS checks the noise against vectors that tests/csrc/test_csrc.py wrote with the engine.
+// Three lines per draw: "draw SEED CHUNK DRAW COUNT" in decimal; "words", in hexadecimal, as many as the values need
 // (COUNT rounded up to even); "values", the float32 bits in hexadecimal. A line that starts with # is a comment.
 #include "core/noise.h"
 
@@ -61,7 +61,7 @@ std::uint32_t bits_of(float value) {
     return bits;
 }
 
-// Floats in their order on integers: neighbours are one apart, and both zeros are 0.
+// Maps floats to integers in order: neighbours are one apart, and both zeros are 0.
 std::int64_t rank(std::uint32_t bits) {
     const std::int64_t magnitude = bits & 0x7FFFFFFF;
     return bits >> 31 ? -magnitude : magnitude;
@@ -139,7 +139,7 @@ int main(int argc, char** argv) {
     test_known_answers();
     test_counts();
     for (const Draw& draw : draws) test_draw(draw);
-    // A last bit can differ where two mathematical libraries do; float arithmetic instead of double would differ often.
+    // Mathematical libraries may differ in a last bit. Float arithmetic instead of double would differ often.
     check(differing <= compared / 1000, "values: more than 1 in 1000 differ in the last bit");
     std::printf("%zu draws, %zu values, %zu differ in the last bit, %d failures\n", draws.size(), compared, differing,
                 failures);
