@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import importlib.util
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import fake_stages
 import numpy as np
 import pytest
 import torch
-from csrc_tools import HANG
+from csrc_tools import HANG, ROOT, cmake
 from safetensors.torch import load_file
 
 import engine.run
@@ -380,6 +381,54 @@ def test_host_gives_pythons_video(native_build, aoti_bundle, pipeline, tmp_path)
     mine, theirs = (np.fromfile(tmp_path / f"{name}.rgb", np.uint8).astype(int) for name in ("host", "python"))
     assert mine.size == 81 * pipeline.height * pipeline.width * 3
     assert np.abs(mine - theirs).max() <= 2
+
+
+TORCH = Path(torch.__file__).parent
+
+
+@pytest.fixture
+def site(native_build, tmp_path) -> Path:
+    """A site-packages folder that holds engine's native files as a wheel has them. Importing this engine fails."""
+    cmake("--install", native_build, "--prefix", tmp_path / "site" / "engine")
+    (tmp_path / "site" / "engine" / "__init__.py").write_text("raise AssertionError('engine was imported')\n")
+    return tmp_path / "site"
+
+
+def streamed(bundle: Path, *program: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs greedy-host without the environment variables of this process."""
+    words = [*program, bundle, "--prompt", "a red circle", "--frames", "5", "--out", "checksum", "--quiet"]
+    return subprocess.run(words, env={"OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=HANG)
+
+
+def test_host_finds_the_torch_it_is_installed_with(site, aoti_bundle, tmp_path, monkeypatch):
+    program = site / "engine" / "bin" / "greedy-host"
+    alone = streamed(aoti_bundle, program)
+    assert alone.returncode == 1
+    assert "got no libtorch_cpu.so" in alone.stderr
+    expected = streamed(aoti_bundle, program, "--library-dir", TORCH / "lib").stdout
+    assert len(expected) == 65
+    # A wheel: torch lies beside engine.
+    (site / "torch").symlink_to(TORCH)
+    assert streamed(aoti_bundle, program).stdout == expected
+    assert streamed(aoti_bundle, program, GREEDY_LIBRARY_DIR="/nowhere").returncode == 1  # a variable overrides
+    (site / "torch").unlink()
+    # An editable installation: setup.py wrote where torch lies.
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    folders = runpy.run_path(str(ROOT / "setup.py"))["torch_libraries"]()
+    assert TORCH / "lib" in folders
+    (site / "engine" / "lib" / "library_dirs.txt").write_text("".join(f"{folder}\n" for folder in folders))
+    assert streamed(aoti_bundle, program).stdout == expected
+
+
+def test_host_script_finds_torch_elsewhere(site, aoti_bundle):
+    script = ROOT / "csrc" / "host" / "greedy-host"
+    ran = streamed(aoti_bundle, sys.executable, script, PYTHONPATH=str(site))
+    assert (ran.returncode, len(ran.stdout)) == (0, 65), ran.stderr
+    shutil.rmtree(site / "engine" / "bin")
+    ran = streamed(aoti_bundle, sys.executable, script, PYTHONPATH=str(site))
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(f"error: got no {site / 'engine' / 'bin' / 'greedy-host'}, expected ")
+    assert ran.stderr.count("\n") == 1
 
 
 def test_command_line_takes_the_native_backend(core, aoti_bundle, tmp_path, capsys):

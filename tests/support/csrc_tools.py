@@ -46,6 +46,6 @@ def build(folder: Path, *options: str, targets: tuple[str, ...] = ()) -> Path:
     """The core with its tests and tools (or some targets), built; skips where there is nothing to build with."""
     if reason := missing_tool():
         pytest.skip(f"the C++ core is not built: {reason}")
-    cmake("-S", ROOT, "-B", folder, *options)
+    cmake("-S", ROOT, "-B", folder, "-DCMAKE_INSTALL_LIBDIR=lib", *options)  # lib: as setup.py has it
     cmake("--build", folder, "--parallel", "2", *(("--target", *targets) if targets else ()))
     return folder
