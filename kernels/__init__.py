@@ -1,1 +1,1 @@
-"""One operation a file: PyTorch reference, kernels, checked wrapper; `table` chooses. Knows torch and triton."""
+"""One operation per file: PyTorch reference, kernels, checked wrapper. `table` chooses. Needs torch, triton."""
