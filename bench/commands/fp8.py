@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.instruments.header import machine
 from bench.instruments.random_weights import RandomSource
 from bench.report import saved as results
-from distill.scores.evaluator import from_uint8
+from distill.scores.pixels import from_uint8
 from distill.scores.tasks import find_task
 from engine.config import TransformerConfig
 from engine.loader import FP8_KEEP, load

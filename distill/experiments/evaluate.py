@@ -22,7 +22,8 @@ from torch import Tensor
 import engine
 from distill.data.sprites import Spec
 from distill.models.sampling import contact_sheet
-from distill.scores.evaluator import aggregate, evaluate, from_uint8
+from distill.scores.pixels import from_uint8
+from distill.scores.strict import aggregate, evaluate
 from distill.scores.tasks import TASKS, Task, find_task
 from distill.training.state import run_stage
 
