@@ -1,1 +1,1 @@
-"""Data, teacher, student training and evaluation. Imports `engine`; never forks its model."""
+"""Data, teacher, student, scores: `python -m distill STAGE`. Trains the models of `engine` and never forks them."""
