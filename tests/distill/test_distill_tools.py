@@ -279,6 +279,10 @@ def test_ablation_skips_what_is_done(
     assert all(ARMS[arm] in text for arm in config.arms)
     assert "What no caption states" in text
     assert json.loads((tmp_path / "docs/ablation.json").read_text())["results"] == results
+    assert main(["ablation", "--report", "--out", str(tmp_path), "--results", str(tmp_path / "again")]) == 0
+    reported = json.loads((tmp_path / "again/ablation.json").read_text())
+    assert reported["trade_off"] == trade
+    assert sorted(reported["results"], key=lambda r: r["arm"]) == sorted(results, key=lambda r: r["arm"])
 
 
 def test_table_is_over_seeds() -> None:
