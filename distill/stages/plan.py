@@ -157,7 +157,7 @@ def report(path: Path, stage: str, config: NextChunkConfig | RlConfig) -> None:
         f"{config.steps / plan.steps_an_epoch:.1f} epochs, {config.steps * plan.seconds / 3600:.0f} h",
     }
     for name, text in lines.items():
-        print(f"{name:>14}  {text}")
+        print(f"{name:>15}  {text}")
     print(json.dumps({"stage": stage, **asdict(plan), "memory": plan.memory}))
     if plan.memory > cluster.memory_gib * GIB:
         raise ValueError(
