@@ -1,6 +1,5 @@
-"""Which weights a measurement runs on: the embedded model, a directory, or random ones of a known shape."""
+"""Which weights a measurement runs on: the embedded model, a directory, a bundle, or random ones of a known shape."""
 
-import argparse
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +15,14 @@ from engine.model.cache import FP8
 from engine.model.text import Tokenizer, load_text_encoder
 from engine.model.transformer import WanTransformer
 from engine.model.vae import VAE, VAEConfig
+from engine.options import option
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
 from engine.weights.checkpoint import fill
 
 PROMPT = "a red circle moving right slowly on a gray background"
-# Shapes for --random: transformer, VAE, (height, width), whether a processor can stream it at that size.
+BACKENDS = ("torch", "onnx", "aoti")
+# Shapes for --random: transformer, VAE, (height, width), and whether a processor can stream it at that size.
 SHAPES = {
     "wan2.1-1.3b": (TransformerConfig(), VAEConfig(), (480, 832), False),
     "tiny": (
@@ -31,20 +32,51 @@ SHAPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where pipelines come from; `pipeline` can be asked for several presets of the same weights."""
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Options: where a measurement runs."""
 
-    model: Path | None
-    random: str | None
-    bundle: Path | None
-    backend: str | None
-    device: str
-    precision: str
-    height: int | None
-    width: int | None
-    fp8_attention: bool = False
-    eager: bool = False
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = option(None, "CPU threads; default: as many as torch takes", metavar="N")
+
+    def set_threads(self) -> None:
+        """Set the number of CPU threads where the user chose one."""
+        if self.threads is None:
+            return
+        if self.threads < 1:
+            raise ValueError(f"--threads: got {self.threads}, expected at least 1")
+        torch.set_num_threads(self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Machine):
+    """Options: which weights are measured, and how they run. `pipeline` loads them, under any preset of theirs."""
+
+    model: Path | None = option(
+        None, "pipeline directory; default: the embedded model", metavar="DIR", exclusive="weights"
+    )
+    random: str | None = option(
+        None, "random weights of this shape; wan2.1-1.3b on a processor only with a small --height and --width",
+        choices=SHAPES, exclusive="weights",
+    )  # fmt: skip
+    bundle: Path | None = option(
+        None, "a bundle's compiled graphs instead of modules", metavar="DIR", exclusive="weights"
+    )
+    backend: str | None = option(None, "torch; with --bundle its first", choices=BACKENDS)
+    height: int | None = option(None, "pixels; default: the model's own")
+    width: int | None = option(None, "pixels; default: the model's own")
+    precision: str = option("auto", "auto: bf16 on a GPU, else fp32", choices=("auto", *PRECISIONS))
+    fp8_attention: bool = option(False, "self-attention on e4m3 as well")
+    eager: bool = option(False, "no fused kernels and no CUDA graphs on a GPU")
+    prompt: str = option(PROMPT, "of every stream", metavar="TEXT")
+    seed: int = option(0, "of the noise (0)")
+
+    def prepare(self) -> None:
+        """Refuse options that contradict each other, and set the number of threads."""
+        if self.backend and (self.backend == "torch") == bool(self.bundle):
+            raise ValueError(f"--backend: got {self.backend} {'with' if self.bundle else 'without'} --bundle, expected "
+                             "torch without one or one of its own with one")  # fmt: skip
+        self.set_threads()
 
     @property
     def label(self) -> str:
@@ -55,7 +87,7 @@ class Source:
         return self.model.name if self.model else "embedded sprites"
 
     def pipeline(self, preset: str | None = None) -> Pipeline:
-        """Loaded weights under a preset (the model's own where None)."""
+        """Load the weights under a preset; None takes the model's own."""
         if self.bundle is not None:
             return open_bundle(self.bundle, self.backend, preset)
         if self.random is None:
@@ -69,49 +101,21 @@ class Source:
         )  # fmt: skip
 
     def directory(self) -> Path:
-        """The weights on disk, for engines in other processes."""
+        """The weights on disk, for engines that run in other processes."""
         if self.random or self.bundle:
             raise ValueError(f"adapter: got {self.label}, expected weights on disk (--model)")
         return self.model or EMBEDDED
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """What every measurement of a stream takes."""
-    model = command.add_mutually_exclusive_group()
-    model.add_argument("--model", type=Path, metavar="DIR", help="pipeline directory (default: the embedded model)")
-    model.add_argument(
-        "--random", choices=tuple(SHAPES),
-        help="random weights of this shape; wan2.1-1.3b on a processor only with a small --height and --width",
-    )  # fmt: skip
-    model.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle's compiled graphs instead of modules")
-    command.add_argument("--height", type=int)
-    command.add_argument("--width", type=int)
-    command.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
-    command.add_argument("--fp8-attention", action="store_true", help="self-attention on e4m3 as well")
-    command.add_argument("--eager", action="store_true", help="no fused kernels and no CUDA graphs on a GPU")
-    command.add_argument("--backend", choices=("torch", "onnx", "aoti"), help="torch; with --bundle its first")
-    command.add_argument("--device", default="auto")
-    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    command.add_argument("--prompt", default=PROMPT)
-    command.add_argument("--seed", type=int, default=0)
+@dataclass(frozen=True, kw_only=True)
+class PresetSource(Source):
+    """Options: weights, and the one preset under which they stream."""
 
-
-def source_of(args: argparse.Namespace) -> Source:
-    """The weights that were asked for; sets the number of threads."""
-    if args.threads < 1:
-        raise ValueError(f"--threads: got {args.threads}, expected at least 1")
-    if args.backend and (args.backend == "torch") == bool(args.bundle):
-        raise ValueError(f"--backend: got {args.backend} {'with' if args.bundle else 'without'} --bundle, expected "
-                         "torch without one or one of its own with one")  # fmt: skip
-    torch.set_num_threads(args.threads)
-    return Source(
-        args.model, args.random, args.bundle, args.backend, args.device, args.precision, args.height, args.width,
-        args.fp8_attention, args.eager,
-    )  # fmt: skip
+    preset: str | None = option(None, "default: the model's own", metavar="NAME|FILE.toml")
 
 
 def open_bundle(folder: Path, backend: str | None = None, preset: str | None = None) -> Pipeline:
-    """A bundle; its preset and its size are what it was exported with."""
+    """A bundle. Its preset and its size were fixed when it was exported."""
     pipeline = load_bundle(folder, backend)
     if preset not in (None, pipeline.preset_name):
         raise ValueError(f"bundle: got preset {preset!r}, expected {pipeline.preset_name!r}")
@@ -122,7 +126,7 @@ def random_pipeline(
     shape: str, preset: str, device: str = "auto", precision: str = "auto", height: int | None = None,
     width: int | None = None, fp8_attention: bool = False, eager: bool = False,
 ) -> Pipeline:  # fmt: skip
-    """A pipeline of random weights, made in memory. The text encoder is a small stand-in of the right width."""
+    """A pipeline of random weights, made in memory. Its text encoder is a small stand-in of the right width."""
     config, vae_config, (high, wide), anywhere = SHAPES[shape]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,7 +163,7 @@ def random_pipeline(
 
 
 def family(preset: str) -> str:
-    """Presets of a family run on the same weights."""
+    """The family of a preset. Presets of one family run on the same weights."""
     return find_preset(preset).family
 
 
@@ -176,7 +180,7 @@ def torch_parts(pipeline: Pipeline) -> TorchStages:
 
 
 def on_torch(pipeline: Pipeline, other: Pipeline) -> Pipeline:
-    """The pipeline with another's stages, for counting: a bundle computes what its modules would."""
+    """The pipeline with the modules of `other` where it has none: FLOPs of a bundle are counted on these."""
     return pipeline if pipeline.stages.name == "torch" else replace(pipeline, stages=other.stages)
 
 

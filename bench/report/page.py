@@ -1,16 +1,23 @@
 """docs/performance.md from the saved results: what was measured where, beside what others published."""
 
-import argparse
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.instruments.header import ROOT
-from bench.report import plots
-from bench.report import saved as results
+from bench.report import plots, saved
+from engine.options import option
 
 PAGE = ROOT / "docs" / "performance.md"
 PUBLISHED = Path(__file__).parent / "published.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(saved.Stored):
+    out: Path = option(PAGE, "the page", metavar="FILE")
+
+
 INTRO = """\
 # Performance
 
@@ -198,9 +205,9 @@ _SECTIONS = {"compare": _compare, "scaling": _scaling, "load": _load, "kernels":
 
 def page(folder: Path, pictures: dict[str, list[str]]) -> str:
     """The whole page, one part a machine."""
-    found = results.newest(folder)
+    found = saved.newest(folder)
     lines = INTRO.splitlines()
-    for slug in sorted({results.device_slug(r["machine"]) for r in found.values()}):
+    for slug in sorted({saved.device_slug(r["machine"]) for r in found.values()}):
         here = {name.removesuffix(f"-{slug}"): r for name, r in found.items() if name.endswith(f"-{slug}")}
         lines += ["", f"# On {slug}"]
         streams = [r for name, r in here.items() if name.startswith("stream-")]
@@ -219,8 +226,8 @@ def page(folder: Path, pictures: dict[str, list[str]]) -> str:
 def generate(folder: Path, target: Path) -> Path:
     """Draw the pictures beside the page, then write it."""
     pictures: dict[str, list[str]] = {}
-    for name, r in results.newest(folder).items():
-        slug = results.device_slug(r["machine"])
+    for name, r in saved.newest(folder).items():
+        slug = saved.device_slug(r["machine"])
         kind = name.removesuffix(f"-{slug}")
         drawn = plots.draw(kind, r, target.parent / "plots", f"-{slug}")
         pictures[name] = [path.relative_to(target.parent).as_posix() for path in drawn]
@@ -231,15 +238,8 @@ def generate(folder: Path, target: Path) -> Path:
     return target
 
 
-def run(args: argparse.Namespace) -> int:
-    if not args.results.is_dir():
-        raise FileNotFoundError(f"--results: got {args.results}, expected a directory of saved results")
-    print(f"wrote {generate(args.results, args.out).name}")
+def run(options: Options) -> int:
+    if not options.results.is_dir():
+        raise FileNotFoundError(f"--results: got {options.results}, expected a directory of saved results")
+    print(f"wrote {generate(options.results, options.out).name}")
     return 0
-
-
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser("report", help="docs/performance.md from the saved results")
-    command.add_argument("--results", type=Path, default=results.FOLDER, metavar="DIR", help="default: bench/results")
-    command.add_argument("--out", type=Path, default=PAGE, metavar="FILE", help="default: docs/performance.md")
-    command.set_defaults(run=run)
