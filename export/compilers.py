@@ -1,4 +1,4 @@
-"""What a bundle's graphs can be made by: one class a backend, all with the same five members."""
+"""The compilers of a bundle's graphs: one class per backend, all with the same five members."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -21,34 +21,36 @@ from export.program import Program
 from export.tensorrt import BuildOptions, build_plan
 from export.tensorrt_onnx import spell_for_tensorrt
 
+BACKENDS = ("onnx", "aoti", "tensorrt")
+
 
 class Compiler(ABC):
-    """Makes one file of one traced stage."""
+    """Makes one file of one traced function."""
 
     backend: Literal["onnx", "aoti", "tensorrt"]
     target: str
     suffix: str
-    in_place = False  # graphs write their caches where they lie
+    in_place = False  # whether graphs write their caches in place
 
     @property
     @abstractmethod
     def versions(self) -> dict[str, str]:
-        """Of the packages that the result depends on."""
+        """Versions of the packages that the result depends on."""
 
     @abstractmethod
     def write(self, program: Program, file: Path) -> dict[str, Tensor]:
-        """Compile into `file`; returns the constants that it leaves outside, by the names that it knows them by."""
+        """Compile into `file`. Returns the constants that stay outside, by the names that the file uses."""
 
     def signature(self, program: Program) -> tuple[list[TensorSpec], list[TensorSpec]]:
-        """Inputs and outputs of what `write` makes."""
+        """Inputs and outputs of the graph that `write` makes."""
         return program.inputs, program.outputs
 
     def source(self, program: Program) -> str | None:
-        """sha256 of what decides the result; None where making it again is quick enough."""
+        """sha256 of everything that decides the result; None where compiling again is quick enough."""
         return None
 
     def adopt(self, program: Program, file: Path) -> dict[str, Tensor]:
-        """As `write`, of a file that was made of a program with the same source."""
+        """Like `write`, for a file that was already made from a program with the same source."""
         raise NotImplementedError
 
 
@@ -64,7 +66,7 @@ class OnnxCompiler(Compiler):
         return {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript")}
 
     def write(self, program: Program, file: Path) -> dict[str, Tensor]:
-        # The exporter takes a traced program where it takes a module, and need not trace again.
+        # The exporter also takes a traced program, and then does not trace again.
         made = to_onnx(replace(program.graph, module=cast(nn.Module, program.traced)))
         file.write_bytes(made.model.SerializeToString())
         return {name: _tensor(value) for name, value in made.weights.items()}
@@ -139,18 +141,18 @@ class TensorrtCompiler(Compiler):
 
 
 def compiler_of(backend: str, device: torch.device, plans: BuildOptions | None = None) -> Compiler:
-    """The compiler of a backend for the device that the pipeline is on."""
+    """The compiler of a backend, for the device of the pipeline."""
     if backend == "onnx":
         return OnnxCompiler()
     if backend == "aoti":
         return AotiCompiler(device)
     if backend == "tensorrt":
         return TensorrtCompiler(plans)
-    raise ValueError(f"export: got backend {backend!r}, expected onnx, aoti or tensorrt")
+    raise ValueError(f"export: got backend {backend!r}, expected one of {', '.join(BACKENDS)}")
 
 
 def _tensor(value: np.ndarray) -> Tensor:
-    """numpy has no bfloat16 and no FP8 of its own; torch does not know those of ml_dtypes."""
+    """A numpy array as a tensor. torch does not know bfloat16 and FP8 of ml_dtypes, so their bytes are viewed."""
     foreign = {ml_dtypes.bfloat16: torch.bfloat16, ml_dtypes.float8_e4m3fn: torch.float8_e4m3fn}
     dtype = foreign.get(value.dtype.type)
     value = np.ascontiguousarray(value)

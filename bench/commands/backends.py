@@ -36,7 +36,7 @@ EMBEDDING_ROWS = 512  # as Wan's prompts have; the time to the first frame start
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(models.Source, saved.Reported):
+class Options(saved.Reported, models.Source):
     rounds: int = option(10, "rounds of the race")
     burst: int = option(4, "chunks that a variant streams in a round")
     chunks: int = option(200, "chunks of the long runs")

@@ -30,7 +30,7 @@ BUILT_IN = {"diffusers": [sys.executable, "-m", "bench.adapters.diffusers_wan"]}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(models.Source, saved.Reported):
+class Options(saved.Reported, models.Source):
     presets: str = option(",".join(PRESETS), "presets that race", metavar="A,B,...")
     baseline: str = option(BASELINE, "the preset that ratios are taken to", metavar="PRESET")
     frames: int = option(129, "frames per video, 1 + 4k")

@@ -18,7 +18,7 @@ from engine.stream import Pipeline, Stream
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(models.PresetSource, saved.Reported):
+class Options(saved.Reported, models.PresetSource):
     target_fps: float | None = option(None, "frames per second of every stream; default: the model's own")
     max_streams: int = option(64, "the most that are tried")
     seconds: float = option(4.0, "of every trial")

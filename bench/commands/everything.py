@@ -22,7 +22,7 @@ class Options(Stored):
     height: int | None = option(None, "pixels")
     width: int | None = option(None, "pixels")
     threads: int | None = option(None, "CPU threads")
-    device: str | None = option(None, "auto, cpu, cuda, cuda:1, ...")
+    device: str | None = option(None, "auto, cpu, cuda, cuda:1, ...", metavar="DEVICE")
     quick: bool = option(False, "seconds instead of minutes: does it all run?")
     save: bool = option(False, "write results and docs/performance.md")
     out: Path = option(page.PAGE, "the page", metavar="FILE")

@@ -25,7 +25,7 @@ SHAPES = {**attention_cases.SHAPES, **kernel_cases.SHAPES}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(models.Machine, saved.Reported):
+class Options(saved.Reported, models.Machine):
     op: tuple[str, ...] = option((), "one of " + ", ".join(SHAPES) + "; may be repeated; default: all", metavar="OP")
     compile_only: bool = option(False, "compile every variant for sm_90, run nothing")
     rounds: int = option(20, "in which every implementation has its turn")

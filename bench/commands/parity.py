@@ -12,7 +12,7 @@ from engine.options import option
 @dataclass(frozen=True, kw_only=True)
 class Options(Printed):
     cases: Path = option(help="directory with cases.json and its tensors", metavar="DIR")
-    device: str = option("cpu", "cpu, cuda, cuda:1, ...")
+    device: str = option("cpu", "cpu, cuda, cuda:1, ...", metavar="DEVICE")
 
 
 def run(options: Options) -> int:

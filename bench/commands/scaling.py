@@ -28,7 +28,7 @@ _STEPS = (1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(models.PresetSource, saved.Reported):
+class Options(saved.Reported, models.PresetSource):
     chunks: int = option(400, "length of the stream", metavar="N")
     sweep: str = option("", "also measure along " + ", ".join(SWEEPS), metavar="A,B|all")
     rounds: int = option(12, "chunks measured at each point of a sweep")

@@ -26,7 +26,7 @@ PARTS = ("text", "etm", "sdd_context", "sdd", "dit_context", "dit", "noise", "so
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(models.PresetSource, saved.Reported):
+class Options(saved.Reported, models.PresetSource):
     frames: int | None = option(None, "default: enough for 20 chunks with full caches")
     rounds: int = option(3, "streams measured")
     sink: str = option("null", "where frames go: null, checksum, FILE.mp4, ...", metavar="TARGET")

@@ -36,7 +36,7 @@ SHAPES = {
 class Machine:
     """Options: where a measurement runs."""
 
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", metavar="DEVICE")
     threads: int | None = option(None, "CPU threads; default: as many as torch takes", metavar="N")
 
     def set_threads(self) -> None:

@@ -16,8 +16,8 @@ from engine.weights.checkpoint import read_json
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Printed):
-    old: Path = option(help="a saved result", positional=True)
-    new: Path = option(help="a later one", positional=True)
+    old: Path = option(help="a saved result", metavar="OLD.json", positional=True)
+    new: Path = option(help="a later one", metavar="NEW.json", positional=True)
     threshold: float = option(0.10, "share of time that counts")
 
 

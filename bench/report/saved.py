@@ -25,7 +25,7 @@ class Printed:
 class Stored:
     """Options: the folder of saved results."""
 
-    results: Path = option(FOLDER, "saved results", metavar="DIR")
+    results: Path = option(FOLDER, "where results are saved", metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
