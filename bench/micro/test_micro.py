@@ -1,4 +1,4 @@
-"""pytest-benchmark timings of single operations, layers, stages and whole chunks, on random weights."""
+"""pytest-benchmark timings of single operations, layers, the VAE and whole chunks, on random weights."""
 
 from collections.abc import Callable
 from functools import lru_cache
