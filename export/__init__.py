@@ -1,1 +1,1 @@
-"""Engine modules -> a bundle that runs without them."""
+"""Makes a bundle of the engine's modules, which then runs without them."""

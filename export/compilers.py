@@ -25,7 +25,7 @@ BACKENDS = ("onnx", "aoti", "tensorrt")
 
 
 class Compiler(ABC):
-    """Makes one file of one traced function."""
+    """Makes one file of one traced graph."""
 
     backend: Literal["onnx", "aoti", "tensorrt"]
     target: str
