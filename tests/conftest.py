@@ -46,18 +46,16 @@ def causal(model_dir: Path) -> "Pipeline":
 
 
 @pytest.fixture(scope="session")
-def aoti_bundle(pipeline: "Pipeline", model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The greedy pipeline as a bundle of two backends, aoti first; compiling takes a minute. Not to be changed."""
-    from export.write import write_bundle
+def aoti_bundle(pipeline: "Pipeline", model_dir: Path) -> Path:
+    """The greedy pipeline as a bundle of two backends, aoti first; compiling takes minutes. Not to be changed."""
+    from bundles import aoti_bundle
 
-    out = tmp_path_factory.mktemp("export") / "bundle"
-    list(write_bundle(pipeline, out, model_dir / "tokenizer", "a red circle moving right", backends=("aoti", "onnx")))
-    return out
+    return aoti_bundle(pipeline, model_dir / "tokenizer")
 
 
 @pytest.fixture(scope="session")
-def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C++ core with its tests and tools, built. Skips where there is nothing to build with."""
+def native_build() -> Path:
+    """The C++ core with its tests and tools, built. Skips where there is nothing to build with. Not to be changed."""
     from csrc_tools import build, python_module
 
-    return build(tmp_path_factory.mktemp("native") / "build", "-DCMAKE_BUILD_TYPE=Release", *python_module())
+    return build("native", "-DCMAKE_BUILD_TYPE=Release", *python_module())

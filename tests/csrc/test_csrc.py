@@ -74,11 +74,11 @@ def write_vectors(path: Path, draws: Iterable[Draw]) -> None:
 
 
 @pytest.fixture(params=["static", "shared"])
-def library(request, native_build, tmp_path_factory) -> Path:
+def library(request, native_build) -> Path:
     """The core alone, as a library of either kind."""
     if request.param == "static":
         return native_build
-    return build(tmp_path_factory.mktemp("shared") / "build", "-DBUILD_SHARED_LIBS=ON", "-DGREEDY_BUILD_TESTS=OFF",
+    return build("shared", "-DBUILD_SHARED_LIBS=ON", "-DGREEDY_BUILD_TESTS=OFF",
                  "-DCMAKE_BUILD_TYPE=Debug", "-DGREEDY_BUILD_TOOLS=OFF")  # fmt: skip
 
 

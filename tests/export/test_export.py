@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import bundles
 import numpy as np
 import onnx
 import onnxruntime
@@ -31,18 +32,14 @@ PROMPT = "a red circle moving right on a gray background"
 
 
 @pytest.fixture(scope="module")
-def bundle(pipeline: Pipeline, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(pipeline: Pipeline, model_dir: Path) -> Path:
     """The greedy pipeline as a bundle; tests that damage it copy it first."""
-    out = tmp_path_factory.mktemp("export") / "bundle"
-    list(write_bundle(pipeline, out, model_dir / "tokenizer", PROMPT))
-    return out
+    return bundles.bundle("greedy-bundle", pipeline, model_dir / "tokenizer")
 
 
 @pytest.fixture(scope="module")
-def causal_bundle(causal: Pipeline, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("export") / "causal"
-    list(write_bundle(causal, out, model_dir / "tokenizer", PROMPT))
-    return out
+def causal_bundle(causal: Pipeline, model_dir: Path) -> Path:
+    return bundles.bundle("causal-bundle", causal, model_dir / "tokenizer")
 
 
 @pytest.fixture
