@@ -124,10 +124,11 @@ def test_headers_compile_alone(tmp_path):
         assert ran.returncode == 0, ran.stderr
 
 
-def test_damaged_input_under_sanitizers(tmp_path):
+@pytest.mark.thorough
+def test_damaged_input_under_sanitizers():
     """Half a minute of damaged manifests, weights and tokenizers, and the session test, checked by the compiler."""
     folder = build(
-        tmp_path / "build", "-DGREEDY_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug",
+        "sanitized", "-DGREEDY_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug",
         "-DCMAKE_CXX_FLAGS=-O1", targets=("fuzz", "session_test", "greedy_fake"),
     )  # fmt: skip
     tests = ROOT / "csrc" / "tests"

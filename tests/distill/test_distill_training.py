@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from limits import HANG
 
 from distill.data.shards import Shards, write_index, write_shard
 from distill.data.sprites import sample
@@ -27,7 +28,7 @@ from distill.stages.latents import Bank
 from distill.stages.next_chunk import NextChunkConfig, load_student, segment_target
 from distill.stages.rl import RlConfig
 from distill.stages.sample_teacher import SampleTeacherConfig, run
-from distill.stages.teacher import Teacher, TeacherConfig, draw_times
+from distill.stages.teacher import SPRITES, Teacher, TeacherConfig, draw_times
 from distill.stages.train_vae import VaeConfig
 from distill.training.draws import Draws
 from distill.training.loop import split
@@ -35,7 +36,6 @@ from distill.training.state import load_config
 
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))
-HANG = 3600  # seconds; two processes that wait for each other never end
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,10 @@ def assert_same(first: torch.nn.Module, second: torch.nn.Module) -> None:
         assert torch.equal(a, b), name
 
 
-def test_vae_resumes(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_vae_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    validate = train_vae.validate
+    monkeypatch.setattr(train_vae, "validate", lambda vae, task, frames, clips: validate(vae, task, frames, 1))
     config = VaeConfig(steps=4, images=2, short=(5, 1), long=((9, 1),), save_every=2, image_share=0.25)
     whole = train_vae.train(config, tmp_path / "whole")
     train_vae.train(config, tmp_path / "cut", stop_at=3)  # its last checkpoint is of step 2
@@ -94,9 +97,20 @@ def test_teacher_resumes(teacher_config: TeacherConfig, trained_teacher: tuple[P
 
 
 @pytest.fixture(scope="module")
-def next_chunk_config(bank: Path, trained_teacher: tuple[Path, Teacher]) -> NextChunkConfig:
+def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half as deep and half as wide as the real one, whose students the ablation's test trains."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    small = Teacher(replace(SPRITES, num_layers=2, num_attention_heads=2, ffn_dim=128))
+    torch.nn.init.normal_(small.transformer.proj_out.weight, std=0.1)
+    small.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def next_chunk_config(bank: Path, small_teacher: Path) -> NextChunkConfig:
     return NextChunkConfig(
-        teacher=str(trained_teacher[0]),
+        teacher=str(small_teacher),
         data=str(bank / "clips"),
         steps=4,
         batch=2,
@@ -255,24 +269,13 @@ def test_a_checkpoint_of_another_version_is_refused(teacher_config: TeacherConfi
         teacher.train(teacher_config, tmp_path)
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch's gloo backend")
-def test_two_processes_sample_as_one(trained_teacher: tuple[Path, Teacher], tmp_path: Path) -> None:
-    config = SampleTeacherConfig(teacher=str(trained_teacher[0]), clips=4, shard=1, batch=1, frames=2, steps=2)
-    path = tmp_path / "c.toml"
-    path.write_text(as_toml("sample_teacher", config))
-    launch("sample_teacher", path, tmp_path / "two")
-    run(config, tmp_path / "one", Accelerator(cpu=True))
-    one, two = (Shards(tmp_path / name).read(range(4)) for name in ("one", "two"))
-    torch.testing.assert_close(two[0], one[0])
-    assert two[1] == one[1]
-
-
 @dataclass(frozen=True)
 class Together:
     """Stages that were trained in one launch of two processes, each into a folder of its name."""
 
     folder: Path
     rl: RlConfig
+    sample: SampleTeacherConfig
 
     def printed(self, name: str, process: int = 0) -> str:
         return (self.folder / f"jobs.{name}.{process}").read_text()
@@ -280,7 +283,11 @@ class Together:
 
 @pytest.fixture(scope="module")
 def together(
-    next_chunk_config: NextChunkConfig, student_file: Path, bank: Path, tmp_path_factory: pytest.TempPathFactory
+    next_chunk_config: NextChunkConfig,
+    student_file: Path,
+    bank: Path,
+    small_teacher: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Together:
     """One launch, because starting two processes takes longer than what they do here."""
     if not torch.distributed.is_gloo_available():
@@ -289,14 +296,18 @@ def together(
     tuned = RlConfig(
         student=str(student_file), data=str(bank / "clips"), steps=2, batch=2, frames=3, critic="trained"
     )  # fmt: skip
-    jobs: list[tuple[str, Any, tuple]] = [("freed", in_processes.sharding_frees_what_it_gathered, ())]
+    sampled = SampleTeacherConfig(teacher=str(small_teacher), clips=4, shard=1, batch=1, frames=2, steps=2)
+    jobs: list[tuple[str, Any, tuple]] = [
+        ("freed", in_processes.sharding_frees_what_it_gathered, ()),
+        ("sample", in_processes.with_accelerator, (run, sampled, folder / "sample")),
+    ]
     for stage, module, config in (("next_chunk", next_chunk, next_chunk_config), ("rl", rl, tuned)):
         for shard in (False, True):
             name = f"{stage}-{shard}"
             jobs.append((name, module.train, (replace(config, shard=shard), folder / name)))
     (folder / "jobs").write_bytes(pickle.dumps(jobs))
     in_two_processes([in_processes.__file__, str(folder / "jobs")])
-    return Together(folder, tuned)
+    return Together(folder, tuned, sampled)
 
 
 @pytest.mark.parametrize("shard", [False, True])
@@ -325,6 +336,14 @@ def test_two_processes_fine_tune_as_one(together: Together, fine_tuned_alone: Pa
     assert ("frozen layers spread" in together.printed(name)) == shard
     for two, one in zip(losses(together.folder / name), losses(fine_tuned_alone), strict=True):
         assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_two_processes_sample_as_one(together: Together, tmp_path: Path) -> None:
+    assert "sample: 2 processes" in together.printed("sample")
+    run(together.sample, tmp_path / "one", Accelerator(cpu=True))
+    one, two = (Shards(folder).read(range(4)) for folder in (tmp_path / "one", together.folder / "sample"))
+    torch.testing.assert_close(two[0], one[0])
+    assert two[1] == one[1]
 
 
 def test_sharding_frees_what_it_gathered(together: Together) -> None:

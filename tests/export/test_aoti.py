@@ -31,9 +31,12 @@ PROMPT = "a red circle moving right on a gray background"
 KEY = f"aoti-{CPU_TARGET}"
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs a processor with AVX2"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs a processor with AVX2"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from test_compile import script
 
 from kernels.launch import HAVE_TRITON
 
-pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")]
 
 CUT = ("_multiply", "_add_parts")
 CODE = """

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 from artefacts import CACHE, artefact, key_of, sources
+from limits import HANG
 
 ROOT = Path(__file__).parents[2]
-# Seconds after which a program hangs. Any other limit would fail on a busy machine.
-HANG = 3600
 
 
 def cmake(*arguments: str | Path) -> None:

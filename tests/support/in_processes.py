@@ -8,6 +8,7 @@ JOBS is a pickled list of (name, function, arguments). What a function prints in
 import contextlib
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +24,13 @@ def main(jobs: Path) -> None:
             function(*arguments)
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def with_accelerator(function: Callable[..., object], *arguments: object) -> None:
+    """Call a function that takes the processes as its last argument."""
+    from accelerate import Accelerator
+
+    function(*arguments, Accelerator(cpu=True))
 
 
 def sharding_frees_what_it_gathered() -> None:
