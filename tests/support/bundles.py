@@ -1,26 +1,26 @@
 """Bundles of the tiny pipelines, and single exported graphs: made once for all processes and for later runs."""
 
-import pickle
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import onnx
+import onnx_ir as ir
 import torch
 from artefacts import ROOT, artefact, key_of, newest, sources
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from engine.bundles.aoti import target_of
 from engine.stream import Pipeline
 from export.aoti import compile_program, source_of
-from export.graphs import Graph
-from export.onnx_graph import OnnxGraph
 from export.program import Program
 from export.write import write_bundle
 
@@ -28,7 +28,17 @@ PROMPT = "a red circle moving right"
 CPU = torch.device("cpu")
 # What a compiled graph depends on beside the hash that the export gives it.
 COMPILING = [ROOT / name for name in ("export/aoti.py", "export/program.py", "engine/bundles/aoti.py")]
-PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "diffusers", "transformers", "safetensors", "numpy")
+PACKAGES = (
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxscript",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "numpy",
+)
 
 
 @cache
@@ -75,39 +85,47 @@ def compile_once(program: Program, file: Path) -> None:
 
 @contextmanager
 def exports_remembered() -> Iterator[None]:
-    """Bundles that are written meanwhile take their ONNX graphs from here where the same program was exported before.
+    """Meanwhile torch.onnx.export takes from here what it has once made of the same traced program.
 
-    The same: operations, shapes, weights and names, spelled alike by the same code.
+    The same: operations, shapes, names, weights, and how our own operators are translated. What becomes of the model
+    afterwards (export/onnx_graph.py, export/tensorrt_onnx.py) is done each time.
     """
-    from export import compilers
-
-    plain = compilers.to_onnx
+    plain = torch.onnx.export
     if getattr(plain, "remembers", False):  # already: one lock inside the other would never open
         yield
         return
 
-    def to_onnx(graph: Graph, *spell: Any) -> OnnxGraph:
+    def export(module: Any, inputs: tuple[Tensor, ...], **options: Any) -> Any:
+        if not isinstance(module, ExportedProgram):
+            return plain(module, inputs, **options)
+
         def make(folder: Path) -> None:
-            made = plain(graph, *spell)
             folder.mkdir()
-            (folder / "graph").write_bytes(pickle.dumps((made.model.SerializeToString(), made.weights)))
+            onnx.save(ir.to_proto(plain(module, inputs, **options).model), folder / "model.onnx")
 
-        stored = artefact(f"onnx-{graph.name}", _key_of_export(graph, spell), make) / "graph"
-        model, weights = pickle.loads(stored.read_bytes())
-        return OnnxGraph(onnx.ModelProto.FromString(model), weights)
+        names = options["input_names"], options["output_names"], options["opset_version"]
+        stored = artefact(f"onnx-{_short(names)}", _key_of_export(module, inputs, names), make)
+        model = ir.from_proto(onnx.load(stored / "model.onnx"))
+        for name, value in model.graph.initializers.items():  # those of a file cannot be written, as torch expects
+            value.const_value = ir.Tensor(value.const_value.numpy().copy(), dtype=value.const_value.dtype, name=name)
+        return SimpleNamespace(model=model)
 
-    to_onnx.remembers = True
-    with mock.patch.object(compilers, "to_onnx", to_onnx):
+    export.remembers = True
+    with mock.patch.object(torch.onnx, "export", export):
         yield
 
 
-def _key_of_export(graph: Graph, spell: Sequence[Callable]) -> str:
-    program = Program(graph, graph.module, [], [])  # its module is traced
-    inputs = {name: (x.dtype, x.shape, x.stride()) for name, x in graph.inputs.items()}
+def _short(names: tuple[Any, ...]) -> str:
+    """A name for graphs that have the same inputs and outputs, which are of one stage."""
+    return key_of(names)[:8]
+
+
+def _key_of_export(traced: ExportedProgram, inputs: tuple[Tensor, ...], names: tuple[Any, ...]) -> str:
+    program = Program(None, traced, [], [])  # type: ignore[arg-type]  # what follows reads the trace alone
+    shapes = [(x.dtype, x.shape, x.stride()) for x in inputs]
     constants = [(name, key_of(_bytes(x))) for name, x in program.constants.items()]
-    spelled = [(part.func.__name__, part.keywords) for part in spell]
-    told = graph.name, graph.outputs, graph.aliases, graph.mutates, str(program.traced.graph_signature), program.text
-    return key_of(*told, inputs, constants, spelled, _tools(), _code())
+    translated = key_of(files=[ROOT / "export/onnx_graph.py"])
+    return key_of(str(traced.graph_signature), program.text, names, shapes, constants, translated, _tools())
 
 
 def _bytes(x: Tensor) -> bytes:
