@@ -9,11 +9,12 @@ from torch import Tensor
 
 from bench.instruments.flops import steady_index
 from bench.instruments.models import PROMPT, random_pipeline, torch_parts
-from engine.config import PRESETS
 from engine.model.layers import Block, rms_norm
 from engine.model.rope import apply_rope, rope_tables
+from engine.presets import PRESETS
 from engine.sampling.noise import PhiloxNoise
-from engine.sampling.schedule import Schedule, make_solver
+from engine.sampling.schedule import Schedule
+from engine.sampling.solvers import make_solver
 from engine.stream import Pipeline
 from kernels.ring_attention import ring_attention
 

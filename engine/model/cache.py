@@ -1,6 +1,6 @@
 """Preallocated key/value cache whose slots are latent frames.
 
-Slots fill in order, so the valid ones are always a prefix. Pinned slots (attention sinks) are filled first
+Slots fill in order, so the valid ones are always a prefix. The slots of the attention sink are filled first
 and never written again; after that writing goes round the rest. Softmax ignores key order, so a reader
 attends to rows [0, valid * tokens) and nothing is ever moved.
 """
@@ -27,11 +27,11 @@ class RingCache:
 
     def __init__(
         self, layers: int, batch: int, slots: int, tokens: int, heads: int, head_dim: int,
-        pinned: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+        attn_sink: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
-        if not 0 <= pinned < slots:
-            raise ValueError(f"got {pinned} pinned of {slots} slots, expected at least one that is not pinned")
-        self.slots, self.tokens, self.pinned = slots, tokens, pinned
+        if not 0 <= attn_sink < slots:
+            raise ValueError(f"cache: got attn_sink {attn_sink} of {slots} slots, expected at least one slot beside it")
+        self.slots, self.tokens, self.attn_sink = slots, tokens, attn_sink
         self.fp8 = dtype == FP8
         shape = (layers, batch, slots, tokens, heads, head_dim)
         transposed = (layers, batch, heads, head_dim, (slots * tokens + 15) // 16 * 16)
@@ -59,7 +59,7 @@ class RingCache:
     def write(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
         """Put whole frames, k and v [B, frames * tokens, heads, head_dim], into slots from `slot` on.
 
-        Runs past the last slot continue behind the pinned ones, so a chunk may wrap.
+        Runs past the last slot continue behind the attention sink, so a chunk may wrap.
         """
         if self.fp8:
             raise ValueError("cache: got a chunk that the fused kernels cannot write (it wraps), "
@@ -74,7 +74,7 @@ class RingCache:
             self.k[layer, :, slot : slot + run].flatten(1, 2).copy_(k[:, rows])
             self.v[layer, :, slot : slot + run].flatten(1, 2).copy_(v[:, rows])
             done += run
-            slot = self.pinned
+            slot = self.attn_sink
 
     def copy(self, source: int, target: int, frames: int) -> None:
         """Copy whole slots of all layers from `source` on to `target` on."""
@@ -91,7 +91,7 @@ class RingCache:
     def _slot_of(self, frame: int) -> int:
         if frame < self.slots:
             return frame
-        return self.pinned + (frame - self.pinned) % (self.slots - self.pinned)
+        return self.attn_sink + (frame - self.attn_sink) % (self.slots - self.attn_sink)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class CachedAttention:
     """Self-attention over a cache: writes its keys and values to `slot` on, then attends to `valid` slots.
 
     Called with (layer, q, k, v), each [B, tokens, heads, head_dim]. Fused kernels do both themselves and only read
-    `start` and `rows`. slot and valid are numbers, or int32 scalars on the device that a CUDA graph reads anew.
+    `start_row` and `valid_rows`. slot and valid are numbers, or int32 scalars on the device that a CUDA graph reads
+    anew.
     """
 
     cache: RingCache
@@ -107,16 +108,16 @@ class CachedAttention:
     valid: int | Tensor
 
     def wraps(self, frames: int) -> bool:
-        """Whether a chunk goes round the ring's end; on the device nobody looks: whoever puts the slot there knows."""
+        """Whether a chunk goes round the ring's end. A slot on the device is not checked: the caller sees to it."""
         return not isinstance(self.slot, Tensor) and self.slot + frames > self.cache.slots
 
     @cached_property
-    def start(self) -> int | Tensor:
+    def start_row(self) -> int | Tensor:
         """First row to write."""
         return self.slot * self.cache.tokens
 
     @cached_property
-    def rows(self) -> int | Tensor:
+    def valid_rows(self) -> int | Tensor:
         """Rows to attend to once all are written."""
         return self.valid * self.cache.tokens
 
@@ -124,5 +125,5 @@ class CachedAttention:
         if isinstance(self.slot, Tensor) or isinstance(self.valid, Tensor):
             raise ValueError("cache: got slots on the device, expected numbers: only fused kernels take the others")
         self.cache.write(layer, self.slot, k, v)
-        keys, values = (rows[:, : self.rows].transpose(1, 2) for rows in self.cache.view(layer))
+        keys, values = (rows[:, : self.valid_rows].transpose(1, 2) for rows in self.cache.view(layer))
         return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2)

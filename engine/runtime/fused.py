@@ -128,13 +128,13 @@ class FusedBlock:
         norms = self.attn1.norm_q.weight, self.attn1.norm_k.weight
         k, v = past.cache.view(layer)
         if not past.cache.fp8:
-            q = qk_norm_rope_write(qkv, *norms, cos, sin, k, v, past.start, self.attn1.norm_q.eps)
-            return ring_attention(q, k, v, past.rows)
+            q = qk_norm_rope_write(qkv, *norms, cos, sin, k, v, past.start_row, self.attn1.norm_q.eps)
+            return ring_attention(q, k, v, past.valid_rows)
         one = self.unit
         q = qk_norm_rope_write_fp8(
-            qkv, *norms, cos, sin, k, v, one, one, one, past.start, self.attn1.norm_q.eps
+            qkv, *norms, cos, sin, k, v, one, one, one, past.start_row, self.attn1.norm_q.eps
         )  # fmt: skip
-        return ring_attention_fp8(q, k, v, one, one, one, past.rows)
+        return ring_attention_fp8(q, k, v, one, one, one, past.valid_rows)
 
 
 class FusedTransformer:
@@ -156,10 +156,10 @@ class FusedTransformer:
 
     def encode(
         self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: CachedAttention,
-        condition: Tensor | None = None,
+        c_f: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """As WanTransformer.encode."""
-        hidden, embedding, modulation = self.model.embed(latent, t, condition)
+        hidden, embedding, modulation = self.model.embed(latent, t, c_f)
         hidden, tables = hidden.contiguous(), self._tables + modulation  # [layers, B, F, 6, dim]
         for layer, block in enumerate(self.blocks):
             hidden = block(hidden, tables[layer], text_kv[0][layer], text_kv[1][layer], cos, sin, layer, attend)
@@ -167,10 +167,10 @@ class FusedTransformer:
 
     def __call__(
         self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: CachedAttention,
-        condition: Tensor | None = None,
+        c_f: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As WanTransformer.forward."""
-        hidden, embedding = self.encode(latent, t, text_kv, cos, sin, attend, condition)
+        hidden, embedding = self.encode(latent, t, text_kv, cos, sin, attend, c_f)
         return self.model.head(hidden, embedding, latent)
 
 

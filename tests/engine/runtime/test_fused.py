@@ -8,10 +8,11 @@ import torch
 from tiny import randomize, text_of, transformer
 
 from engine import load
-from engine.config import override
+from engine.config import Runtime
 from engine.loader import make_stages
 from engine.model.cache import FP8, CachedAttention, RingCache
 from engine.model.rope import rope_tables
+from engine.presets import override
 from engine.runtime.fused import Fp8Linear, FusedTransformer, Linear
 from engine.runtime.stages import TorchStages
 
@@ -116,13 +117,13 @@ def test_a_chunk_that_wraps_runs_on_the_plain_blocks(causal):
     assert all(torch.allclose(x, y, atol=1e-4) for x, y in pairs)
 
 
-@pytest.mark.parametrize("options", [{"dtype": "fp8"}, {"dtype": "fp8", "fp8_attention": True}], ids=str)
+@pytest.mark.parametrize("options", [{"precision": "fp8"}, {"precision": "fp8", "fp8_attention": True}], ids=str)
 @pytest.mark.slow
 def test_fp8_streams_of_the_embedded_model_follow_its_bf16_ones(options):
     """Levels of grey, over frames that the first chunks' small differences have not yet set apart."""
     videos = []
-    for given in ({"dtype": "bf16"}, options):
-        with load(**given).stream("a red circle moving right slowly on a gray background", frames=9) as stream:
+    for chosen in ({"precision": "bf16"}, options):
+        with load(**chosen).stream("a red circle moving right slowly on a gray background", frames=9) as stream:
             videos.append(np.stack(list(stream)).astype(float))
     off = np.abs(videos[0] - videos[1])
     assert 0 < off.mean() < 6
@@ -132,9 +133,9 @@ def test_refused():
     model, *_ = case(torch.float32)
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match="got fp8 for plain PyTorch"):
-        make_stages({"sdd": model}, None, None, cpu, fp8=True, eager=True)
+        make_stages({"sdd": model}, None, None, cpu, Runtime(precision="fp8", eager=True))
     with pytest.raises(ValueError, match=r"fp8 attention: got torch\.float32"):
-        make_stages({"sdd": model}, None, None, cpu, fp8_attention=True)
+        make_stages({"sdd": model}, None, None, cpu, Runtime(fp8_attention=True))
     cache = RingCache(1, 1, 2, 6, 2, 32, dtype=FP8)
     with pytest.raises(ValueError, match="got a chunk that the fused kernels cannot write"):
         cache.write(0, 0, torch.zeros(1, 6, 2, 32), torch.zeros(1, 6, 2, 32))
