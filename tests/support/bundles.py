@@ -26,6 +26,7 @@ from export.write import write_bundle
 
 PROMPT = "a red circle moving right"
 CPU = torch.device("cpu")
+LARGEST = 32 << 20  # bytes of weights; a larger export is not kept
 # What a compiled graph depends on beside the hash that the export gives it.
 COMPILING = [ROOT / name for name in ("export/aoti.py", "export/program.py", "engine/bundles/aoti.py")]
 PACKAGES = (
@@ -50,7 +51,7 @@ def _tools() -> str:
 @cache
 def _code() -> str:
     """Everything that decides a bundle, beside the pipeline."""
-    return key_of(files=[*sources("engine", "export", "kernels", "tests/support")])
+    return key_of(files=[*sources("engine", "export", "kernels"), ROOT / "tests/support/tiny.py", Path(__file__)])
 
 
 def bundle(kind: str, pipeline: Pipeline, tokenizer: Path, backends: Sequence[str] = ("onnx",)) -> Path:
@@ -61,11 +62,13 @@ def bundle(kind: str, pipeline: Pipeline, tokenizer: Path, backends: Sequence[st
     kind = f"{kind}-{_tools()}"
 
     def make(folder: Path) -> None:
+        older = newest(kind)
+        folder.mkdir()
         with exports_remembered():
-            lines = write_bundle(pipeline, folder, tokenizer, PROMPT, backends=backends, reuse=newest(kind))
-            assert list(lines)
+            assert list(write_bundle(pipeline, folder / "bundle", tokenizer, PROMPT, backends=backends,
+                                     reuse=older and older / "bundle"))  # fmt: skip
 
-    return artefact(kind, key_of(pipeline.preset, backends, _code()), make)
+    return artefact(kind, key_of(pipeline.preset, backends, _code()), make) / "bundle"
 
 
 def aoti_bundle(pipeline: Pipeline, tokenizer: Path) -> Path:
@@ -96,7 +99,7 @@ def exports_remembered() -> Iterator[None]:
         return
 
     def export(module: Any, inputs: tuple[Tensor, ...], **options: Any) -> Any:
-        if not isinstance(module, ExportedProgram):
+        if not isinstance(module, ExportedProgram) or _size(module) > LARGEST:
             return plain(module, inputs, **options)
 
         def make(folder: Path) -> None:
@@ -113,6 +116,10 @@ def exports_remembered() -> Iterator[None]:
     export.remembers = True
     with mock.patch.object(torch.onnx, "export", export):
         yield
+
+
+def _size(traced: ExportedProgram) -> int:
+    return sum(x.nbytes for x in (*traced.state_dict.values(), *traced.constants.values()) if isinstance(x, Tensor))
 
 
 def _short(names: tuple[Any, ...]) -> str:
