@@ -1,4 +1,4 @@
-# Every verb sets up what it needs. CI calls lint and test unchanged.
+# Every verb sets up what it needs. CI calls lint and test-all unchanged.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test lint format bench bench-results ablation docs-performance gpu-check clean
+.PHONY: help setup demo test test-fast test-all lint format bench bench-results ablation docs-performance gpu-check clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,9 +24,18 @@ demo: setup  ## stream 6 seconds of the embedded model to out/demo.mp4
 	$(BIN)/python -m engine.run --prompt "a red circle moving right slowly on a gray background" \
 		--prompt-at 3.0s "a red square moving down quickly on a gray background" --seconds 6 --seed 1 --scale 8 --out out/demo.mp4
 
-# A file's tests stay in one process: they share compiled graphs.
-test: setup  ## run the tests, in a process a core (at most 4)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# One process per core, at most 4. A file's tests stay in one process, because they share fixtures. tests/conftest.py
+# puts the longest files first.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test: setup  ## run the tests, every feature: 10 minutes on two cores, less when compiled artefacts are there
+	$(PYTEST) -m "not thorough" --durations=25
+
+test-fast: setup  ## run the tests that take no more than two seconds each: under 2 minutes
+	$(PYTEST) -m "not thorough and not slow"
+
+test-all: setup  ## run all tests, sanitizers and fuzzing at full length too
+	$(PYTEST) --durations=25
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -47,7 +56,7 @@ bench-results: setup  ## measure everything on this machine into bench/results a
 	$(BIN)/python -m bench all --save
 
 ablation: setup  ## train and score the arms of the ablation; goes on where it was stopped, skips what is there
-	$(BIN)/python -m distill.ablation --config distill/configs/ablation.toml --out runs/rich/ablation
+	$(BIN)/python -m distill ablation --config distill/configs/ablation.toml --out runs/rich/ablation
 
 docs-performance: setup  ## docs/performance.md from bench/results
 	$(BIN)/python -m bench report
@@ -58,4 +67,4 @@ gpu-check:  ## on a machine with a GPU: right first, then full-size speed; elsew
 	$$py -m bench gpu-check $$($$py -c "import torch; print('' if torch.cuda.is_available() else '--smoke')")
 
 clean:  ## remove what was built
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) out build *.egg-info .pytest_cache

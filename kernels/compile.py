@@ -144,7 +144,7 @@ def _missing(rows: list[dict[str, Any]], variant: table.Variant) -> list[str]:
 
 
 def _output(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{Path(command[0]).name}: got status {done.returncode}, expected 0: {done.stderr[-200:]}")
     return done.stdout

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from selection import FIRST, SLOW
 
 # Without a GPU kernels run in Triton's interpreter, which must be known before Triton is imported (by diffusers, too).
 if not torch.cuda.is_available():
@@ -19,6 +20,14 @@ if not torch.cuda.is_available():
 
 if TYPE_CHECKING:
     from engine.stream import Pipeline
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
 
 
 @pytest.fixture(scope="session")
@@ -46,18 +55,16 @@ def causal(model_dir: Path) -> "Pipeline":
 
 
 @pytest.fixture(scope="session")
-def aoti_bundle(pipeline: "Pipeline", model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The greedy pipeline as a bundle of two backends, aoti first; compiling takes a minute. Not to be changed."""
-    from export.write import write_bundle
+def aoti_bundle(pipeline: "Pipeline", model_dir: Path) -> Path:
+    """The greedy pipeline as a bundle of two backends, aoti first; compiling takes minutes. Not to be changed."""
+    from bundles import aoti_bundle
 
-    out = tmp_path_factory.mktemp("export") / "bundle"
-    list(write_bundle(pipeline, out, model_dir / "tokenizer", "a red circle moving right", backends=("aoti", "onnx")))
-    return out
+    return aoti_bundle(pipeline, model_dir / "tokenizer")
 
 
 @pytest.fixture(scope="session")
-def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C++ core with its tests and tools, built. Skips where there is nothing to build with."""
+def native_build() -> Path:
+    """The C++ core with its tests and tools, built. Skips where there is nothing to build with. Not to be changed."""
     from csrc_tools import build, python_module
 
-    return build(tmp_path_factory.mktemp("native") / "build", "-DCMAKE_BUILD_TYPE=Release", *python_module())
+    return build("native", "-DCMAKE_BUILD_TYPE=Release", *python_module())

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from engine.runtime.fused import FusedBlock
 
 from bench.__main__ import main
 from bench.commands import backends
 from bench.instruments import ceilings
-from engine.runtime.fused import FusedBlock
+
+pytestmark = pytest.mark.slow
 
 SMALL = ["backends", "--random", "tiny", "--rounds", "1", "--burst", "1", "--chunks", "8", "--threads", "1"]
 

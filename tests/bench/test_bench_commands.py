@@ -60,6 +60,7 @@ def last_line(capsys) -> dict:
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_stream(model_dir, capsys, limits):
     assert main(["stream", "--model", str(model_dir), "--rounds", "1"]) == 0
     out = capsys.readouterr().out
@@ -92,6 +93,7 @@ def test_stream_saves_what_it_says(model_dir, capsys, limits, tmp_path):
     assert (again.preset, again.frames, again.rounds, again.json) == ("self-forcing", 40, 1, True)
 
 
+@pytest.mark.slow
 def test_compare_races_an_adapter(model_dir, capsys, toy, tmp_path):
     command = ["compare", "--model", str(model_dir), "--presets", "greedy,self-forcing-framewise", "--frames", "17",
                "--rounds", "2", "--pairs", "3", "--adapter", f"toy={' '.join(toy)}", "--json"]  # fmt: skip
@@ -108,6 +110,7 @@ def test_compare_races_an_adapter(model_dir, capsys, toy, tmp_path):
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {"compare-growth.png", "compare-speed.png"}
 
 
+@pytest.mark.slow
 def test_scaling_sweeps_and_claim(model_dir, capsys):
     command = ["scaling", "--model", str(model_dir), "--chunks", "40", "--rounds", "2", "--json"]
     assert main([*command, "--sweep", "window,steps,resolution,streams"]) == 0
@@ -123,6 +126,7 @@ def test_scaling_sweeps_and_claim(model_dir, capsys):
     assert [p["value"] for p in found["sweeps"]["streams"]] == [1, 2, 4]
 
 
+@pytest.mark.slow
 def test_load(model_dir, capsys):
     command = ["load", "--model", str(model_dir), "--seconds", "0.2", "--max-streams", "2", "--json"]
     assert main([*command, "--target-fps", "0.01"]) == 0
@@ -133,6 +137,7 @@ def test_load(model_dir, capsys):
     assert last_line(capsys)["streams_at_target"] == 0
 
 
+@pytest.mark.slow
 def test_kernels(capsys, limits):
     assert main(["kernels", "--rounds", "2", "--json", "--device", "cpu"]) == 0
     found = last_line(capsys)
@@ -151,6 +156,7 @@ def test_a_wrong_kernel_has_no_speed(capsys, limits, monkeypatch):
     assert "{" not in out
 
 
+@pytest.mark.slow
 def test_random_weights_stream_without_diffusers():
     code = "import sys; from bench.__main__ import main; main(sys.argv[1:]); print('diffusers' in sys.modules)"
     command = ["stream", "--random", "tiny", "--frames", "9", "--rounds", "1"]
@@ -287,6 +293,7 @@ def test_server_reports_what_it_cannot_do(toy):
     assert ["error" in a for a in answers] == [True, True, False]
 
 
+@pytest.mark.slow
 def test_diffusers_adapter(model_dir, tmp_path):
     command = [sys.executable, "-m", "bench.adapters.diffusers_wan"]
     settings = {"height": 32, "width": 48, "threads": 1, "device": "cpu", "dtype": "fp32", "steps": 2, "guidance": 5.0}
@@ -315,6 +322,7 @@ def test_gpu_check_asks_for_what_exists(smoke):
             assert parse(command)[1].device == ("cpu" if smoke else "cuda")
 
 
+@pytest.mark.slow
 def test_gpu_check_needs_only_what_gpu_machines_have():
     """No network there: torch, Triton, numpy, pytest, safetensors, transformers, peft, psutil, rich, onnx."""
     missing = ["accelerate", "av", "diffusers", "hypothesis", "matplotlib"]

@@ -36,6 +36,7 @@ def copy_of(folder, only=None):
     return folder
 
 
+@pytest.mark.slow
 def test_every_recorded_case_passes(capsys):
     code, out, err = parity(DATA, capsys, "--json")
     assert code == 0

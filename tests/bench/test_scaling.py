@@ -44,6 +44,7 @@ def result_of(pipeline, chunks=40):
     return result
 
 
+@pytest.mark.slow
 def test_a_stream_that_stays_the_same(pipeline):
     result = result_of(pipeline, 60)
     assert result.keys() >= {"time_ratio", "memory_growth_mb", "chunks", "loop_overhead", "resident_mb", "device"}
@@ -55,6 +56,7 @@ def test_a_stream_that_stays_the_same(pipeline):
     assert result["resident_mb"] > 50
 
 
+@pytest.mark.slow
 def test_a_stream_that_grows_is_seen(pipeline):
     result = result_of(replace(pipeline, stages=Leaking(pipeline.stages, 0.0005, 1)), 100)
     assert result["time_ratio"] > 1.3

@@ -81,9 +81,9 @@ def write_vectors(path: Path, draws: Iterable[Draw]) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared_build(tmp_path_factory) -> Path:
+def shared_build() -> Path:
     """The core alone, as a shared library."""
-    return build(tmp_path_factory.mktemp("shared") / "build", "-DBUILD_SHARED_LIBS=ON", "-DGREEDY_BUILD_TESTS=OFF",
+    return build("shared", "-DBUILD_SHARED_LIBS=ON", "-DGREEDY_BUILD_TESTS=OFF",
                  "-DCMAKE_BUILD_TYPE=Debug", "-DGREEDY_BUILD_TOOLS=OFF")  # fmt: skip
 
 
@@ -131,10 +131,11 @@ def test_headers_compile_alone(tmp_path):
         assert ran.returncode == 0, ran.stderr
 
 
-def test_damaged_input_under_sanitizers(tmp_path):
+@pytest.mark.thorough
+def test_damaged_input_under_sanitizers():
     """Half a minute of damaged manifests, weights and tokenizers, and the session test, checked by the compiler."""
     folder = build(
-        tmp_path / "build", "-DGREEDY_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug",
+        "sanitized", "-DGREEDY_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug",
         "-DCMAKE_CXX_FLAGS=-O1", targets=("fuzz", "session_test", "greedy_fake"),
     )  # fmt: skip
     tests = ROOT / "csrc" / "tests"

@@ -156,6 +156,7 @@ def test_dry_run_of_wan(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["memory"] < 80 * 2**30
 
 
+@pytest.mark.slow
 def test_dry_run_refuses_what_cannot_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "c.toml"
     path.write_text(WAN.read_text().replace("memory_gib = 80.0", "memory_gib = 24.0"))
@@ -189,6 +190,7 @@ def test_thirds_see_a_collapse() -> None:
 
 
 @pytest.mark.parametrize("task", [None, "sprites"])
+@pytest.mark.slow
 def test_evaluate_command(task: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     """The shipped model, two prompts of its own task or of sprites: the last line is JSON with every dimension."""
     options = ["--prompts", "2", "--frames", "17", "--seed", "3", "--json", *(["--task", task] if task else [])]
@@ -227,6 +229,7 @@ def test_vbench_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
         evaluate.vbench_prompts(tmp_path / "none.json")
 
 
+@pytest.mark.slow
 def test_ablation_skips_what_is_done(
     teacher: Path, sampled: tuple[SampleTeacherConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,17 +3,20 @@
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import in_processes
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from limits import HANG
 
 from distill.data.shards import Shards, write_index, write_shard
 from distill.data.sprites import sample
@@ -25,12 +28,13 @@ from distill.stages.latents import Bank
 from distill.stages.next_chunk import NextChunkConfig, load_student, segment_target
 from distill.stages.rl import RlConfig
 from distill.stages.sample_teacher import SampleTeacherConfig, write_clips
-from distill.stages.teacher import Teacher, TeacherConfig, draw_sigmas
+from distill.stages.teacher import SPRITES, Teacher, TeacherConfig, draw_sigmas
 from distill.stages.train_vae import VaeConfig
 from distill.training.draws import Draws
 from distill.training.loop import split
 
 ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,10 @@ def assert_same(first: torch.nn.Module, second: torch.nn.Module) -> None:
         assert torch.equal(a, b), name
 
 
-def test_vae_resumes(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_vae_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    validate = train_vae.validate
+    monkeypatch.setattr(train_vae, "validate", lambda vae, task, frames, clips: validate(vae, task, frames, 1))
     config = VaeConfig(steps=4, images=2, short=(5, 1), long=((9, 1),), save_every=2, image_share=0.25)
     whole = train_vae.train(config, tmp_path / "whole")
     train_vae.train(config, tmp_path / "cut", stop_at=3)  # its last checkpoint is of step 2
@@ -89,9 +96,20 @@ def test_teacher_resumes(teacher_config: TeacherConfig, trained_teacher: tuple[P
 
 
 @pytest.fixture(scope="module")
-def next_chunk_config(bank: Path, trained_teacher: tuple[Path, Teacher]) -> NextChunkConfig:
+def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half as deep and half as wide as the real one, whose students the ablation's test trains."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    small = Teacher(replace(SPRITES, num_layers=2, num_attention_heads=2, ffn_dim=128))
+    torch.nn.init.normal_(small.transformer.proj_out.weight, std=0.1)
+    small.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def next_chunk_config(bank: Path, small_teacher: Path) -> NextChunkConfig:
     return NextChunkConfig(
-        teacher=str(trained_teacher[0]),
+        teacher=str(small_teacher),
         data=str(bank / "clips"),
         steps=4,
         batch=2,
@@ -183,10 +201,10 @@ def in_two_processes(command: list[str]) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "PYTHONFAULTHANDLER": "1"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANG,
         )
         if done.returncode == 0 or "(SIGABRT)" not in done.stderr or attempt == 2:
             break
@@ -250,80 +268,86 @@ def test_a_checkpoint_of_another_version_is_refused(teacher_config: TeacherConfi
         teacher.train(teacher_config, tmp_path)
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch's gloo backend")
-def test_two_processes_sample_as_one(trained_teacher: tuple[Path, Teacher], tmp_path: Path) -> None:
-    config = SampleTeacherConfig(teacher=str(trained_teacher[0]), clips=4, shard=1, batch=1, frames=2, steps=2)
-    path = tmp_path / "c.toml"
-    path.write_text(as_toml("sample_teacher", config))
-    launch("sample_teacher", path, tmp_path / "two")
-    write_clips(config, tmp_path / "one", Accelerator(cpu=True))
-    one, two = (Shards(tmp_path / name).read(range(4)) for name in ("one", "two"))
+@dataclass(frozen=True)
+class Together:
+    """Stages that were trained in one launch of two processes, each into a folder of its name."""
+
+    folder: Path
+    rl: RlConfig
+    sample: SampleTeacherConfig
+
+    def printed(self, name: str, process: int = 0) -> str:
+        return (self.folder / f"jobs.{name}.{process}").read_text()
+
+
+@pytest.fixture(scope="module")
+def together(
+    next_chunk_config: NextChunkConfig,
+    student_file: Path,
+    bank: Path,
+    small_teacher: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Together:
+    """One launch, because starting two processes takes longer than what they do here."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("needs torch's gloo backend")
+    folder = tmp_path_factory.mktemp("together")
+    tuned = RlConfig(
+        student=str(student_file), data=str(bank / "clips"), steps=2, batch=2, frames=3, critic="trained"
+    )  # fmt: skip
+    sampled = SampleTeacherConfig(teacher=str(small_teacher), clips=4, shard=1, batch=1, frames=2, steps=2)
+    jobs: list[tuple[str, Any, tuple]] = [
+        ("freed", in_processes.sharding_frees_what_it_gathered, ()),
+        ("sample", in_processes.with_accelerator, (write_clips, sampled, folder / "sample")),
+    ]
+    for stage, module, config in (("next_chunk", next_chunk, next_chunk_config), ("rl", rl, tuned)):
+        for shard in (False, True):
+            name = f"{stage}-{shard}"
+            jobs.append((name, module.train, (replace(config, shard=shard), folder / name)))
+    (folder / "jobs").write_bytes(pickle.dumps(jobs))
+    in_two_processes([in_processes.__file__, str(folder / "jobs")])
+    return Together(folder, tuned, sampled)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_train_as_one(student_file: Path, together: Together, shard: bool) -> None:
+    """The same global batch over two processes, frozen weights whole or spread: the same losses, the same weights."""
+    name = f"next_chunk-{shard}"
+    assert f"{name}: 2 processes" in together.printed(name)
+    assert ("frozen layers spread" in together.printed(name)) == shard
+    for two, one in zip(losses(together.folder / name), losses(student_file.parent), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    shared = torch.load(together.folder / name / "student.pt")["student"]
+    assert_equal(torch.load(student_file)["student"], shared, 1e-4)
+
+
+@pytest.fixture(scope="module")
+def fine_tuned_alone(together: Together, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    rl.train(together.rl, folder)
+    return folder
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_fine_tune_as_one(together: Together, fine_tuned_alone: Path, shard: bool) -> None:
+    name = f"rl-{shard}"
+    assert f"{name}: 2 processes" in together.printed(name)
+    assert ("frozen layers spread" in together.printed(name)) == shard
+    for two, one in zip(losses(together.folder / name), losses(fine_tuned_alone), strict=True):
+        assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_two_processes_sample_as_one(together: Together, tmp_path: Path) -> None:
+    assert "sample: 2 processes" in together.printed("sample")
+    write_clips(together.sample, tmp_path / "one", Accelerator(cpu=True))
+    one, two = (Shards(folder).read(range(4)) for folder in (tmp_path / "one", together.folder / "sample"))
     torch.testing.assert_close(two[0], one[0])
     assert two[1] == one[1]
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch's gloo backend")
-@pytest.mark.parametrize("shard", [False, True])
-def test_two_processes_train_as_one(
-    next_chunk_config: NextChunkConfig, student_file: Path, tmp_path: Path, shard: bool
-) -> None:
-    """The same global batch over two processes, frozen weights whole or spread: the same losses, the same weights."""
-    path = tmp_path / "c.toml"
-    path.write_text(as_toml("next_chunk", replace(next_chunk_config, shard=shard)))
-    assert ("frozen layers spread" in launch("next_chunk", path, tmp_path / "two")) == shard
-    for two, one in zip(losses(tmp_path / "two"), losses(student_file.parent), strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
-    shared = torch.load(tmp_path / "two" / "student.pt")["student"]
-    assert_equal(torch.load(student_file)["student"], shared, 1e-4)
-
-
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch's gloo backend")
-@pytest.mark.parametrize("shard", [False, True])
-def test_two_processes_fine_tune_as_one(student_file: Path, bank: Path, tmp_path: Path, shard: bool) -> None:
-    options = {"steps": 2, "batch": 2, "frames": 3, "critic": "trained"}
-    config = RlConfig(student=str(student_file), data=str(bank / "clips"), **options)
-    path = tmp_path / "c.toml"
-    path.write_text(as_toml("rl", replace(config, shard=shard)))
-    assert ("frozen layers spread" in launch("rl", path, tmp_path / "two")) == shard
-    rl.train(config, tmp_path / "one")
-    for two, one in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
-        assert two == pytest.approx(one, rel=1e-3)
-
-
-def test_sharding_frees_what_it_gathered(tmp_path: Path) -> None:
+def test_sharding_frees_what_it_gathered(together: Together) -> None:
     """After a forward pass without gradients, as of a teacher or a rollout, only the shards stay."""
-    code = """
-import torch
-from torch import nn
-from distill.training.sharding import shard_frozen
-from distill.training.stage import leave_processes
-
-def main():
-    torch.manual_seed(0)  # the processes hold the same weights
-    model, other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8).requires_grad_(False)
-    model[0].requires_grad_(False)
-    whole = other.weight.clone()
-    assert shard_frozen(model, [other], "cpu") == 2
-    assert other.weight.to_local().shape == (4, 8) and not hasattr(model[1].weight, "to_local")
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            x = torch.eye(8)
-            torch.testing.assert_close(other(x) - other.bias.full_tensor(), whole.T)
-            model(x)
-        for layer in (other, model[0]):
-            for group in layer._get_fsdp_state()._fsdp_param_group.fsdp_params:
-                assert group._unsharded_param.untyped_storage().size() == 0
-    model(torch.eye(8)).sum().backward()
-    assert model[0].weight.grad is None and model[1].weight.grad is not None
-    print("freed")
-
-torch.distributed.init_process_group("gloo")
-main()
-leave_processes()
-"""
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    assert in_two_processes([str(script)]).count("freed") == 2
+    assert [together.printed("freed", process) for process in (0, 1)] == ["freed\n"] * 2
 
 
 def test_split_over_processes() -> None:

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from limits import HANG
 from safetensors.torch import load_file, save_file
 from tiny import CPU, TRANSFORMER, latents_of, reference_of, text_of, transformer
 
@@ -507,6 +508,7 @@ print((peak - before) * 1024 / weights, weights, {p.dtype for p in model.paramet
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.slow
 def test_full_width_loads_within_its_memory(tmp_path, stored):
     """Wan2.1-T2V-1.3B's width (two layers), built on the meta device, in diffusers' sharded layout."""
     with torch.device("meta"):
@@ -528,7 +530,7 @@ def test_full_width_loads_within_its_memory(tmp_path, stored):
         [sys.executable, "-c", MEASURE, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
         cwd=ROOT,
         check=False,
     )

@@ -44,6 +44,7 @@ def test_it_is_the_greedy_student(sprites: Pipeline) -> None:
     assert (EMBEDDED / "adapters" / "etm").is_dir()
 
 
+@pytest.mark.slow
 def test_held_out_prompts_are_drawn(sprites: Pipeline) -> None:
     """Bars below what was measured on many prompts, so that sixteen of them decide; half have two objects."""
     specs, videos = clips(sprites, 16, 33)
@@ -55,6 +56,7 @@ def test_held_out_prompts_are_drawn(sprites: Pipeline) -> None:
     assert means(videos, specs[1:] + specs[:1])["semantic"] < 0.6
 
 
+@pytest.mark.slow
 def test_a_long_stream_keeps_its_objects(sprites: Pipeline) -> None:
     """161 frames are five times what was trained."""
     specs, videos = clips(sprites, 4, 161)

@@ -571,6 +571,7 @@ def test_a_switch_without_recommit_does_not_undo_one_that_is_due(preset):
     ],
     ids=lambda p: p.family,
 )
+@pytest.mark.slow
 def test_positions_never_run_out(preset):
     """Past the 1,024 latent frames at which public tables end; the far end is still the dense forward."""
     stream, spy = spied(preset)

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from limits import HANG
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -319,7 +320,7 @@ def start(model_dir, *arguments, **options):
 
 
 def wait_until_it_grows(process, path, size):
-    for _ in range(1200):
+    for _ in range(20 * HANG):
         if path.exists() and path.stat().st_size > size:
             return
         assert process.poll() is None, process.stderr.read()
@@ -328,11 +329,12 @@ def wait_until_it_grows(process, path, size):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.slow
 def test_ctrl_c_closes_the_file(model_dir, tmp_path, number):
     process = start(model_dir, "--out", "clip.mp4", "--json", cwd=tmp_path)
     wait_until_it_grows(process, tmp_path / ".clip.mp4.part", 20_000)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
     assert b"Traceback" not in err
     report = json.loads(out.splitlines()[-1])
@@ -341,18 +343,20 @@ def test_ctrl_c_closes_the_file(model_dir, tmp_path, number):
     assert len(decode(tmp_path / "clip.mp4")) == report["frames"] > 10
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_something_to_watch(model_dir, tmp_path):
     process = start(model_dir, "--out", "clip.mp4", cwd=tmp_path)
     part = tmp_path / ".clip.mp4.part"
     wait_until_it_grows(process, part, 20_000)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG)
     assert listing(tmp_path) == [".clip.mp4.part"]
     frames = decode(part)
     assert len(frames) > 10
     assert frames[0].shape == (*SIZE, 3)
 
 
+@pytest.mark.slow
 def test_piped_to_a_reader(model_dir, pipeline, tmp_path):
     """Another process makes the same frames, and a reader that leaves ends the stream in peace."""
     process = start(model_dir, "--out", "-", "--format", "rgb", "--seed", 2, cwd=tmp_path)
@@ -360,7 +364,7 @@ def test_piped_to_a_reader(model_dir, pipeline, tmp_path):
     data = process.stdout.read(21 * size)
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(timeout=60) == 0, err
+    assert process.wait(timeout=HANG) == 0, err
     assert b"Traceback" not in err
     assert b"Broken" not in err
     with pipeline.stream(PROMPT, seed=2, frames=21) as stream:

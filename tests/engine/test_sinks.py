@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from limits import HANG
 from PIL import Image, ImageSequence
 
 import engine.media.sinks
@@ -231,7 +232,7 @@ def test_a_killed_mp4_is_playable(tmp_path):
 @pytest.mark.parametrize("options", [[], ["y4m"], ["mp4"], ["rgb"]])
 def test_stdout(tmp_path, options):
     process = start("-", 7, *options, stdout=subprocess.PIPE)
-    data, log = process.communicate(timeout=30)
+    data, log = process.communicate(timeout=HANG)
     assert process.returncode == 0, log
     kind = options[0] if options else "y4m"
     if kind == "rgb":
@@ -255,7 +256,7 @@ def test_stdout_whose_reader_leaves(kind):
     assert process.stdout.read(20)
     process.stdout.close()
     log = process.stderr.read().decode()
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=HANG) == 0
     assert log.endswith("closed\n")
     assert "Traceback" not in log
     assert "Exception" not in log

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bundles import compile_once
 from safetensors.torch import load_file
 from test_export import edit, grey_levels_apart
 
@@ -30,9 +31,12 @@ PROMPT = "a red circle moving right on a gray background"
 KEY = f"aoti-{CPU_TARGET}"
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs a processor with AVX2"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs a processor with AVX2"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,7 @@ def dit(causal: Pipeline) -> Graph:
 def test_causal_transformer(dit: Graph, tmp_path: Path) -> None:
     """A window of two chunks, the second slot written, both read; the rest of the cache is poison and stays so."""
     program, file = trace(dit), tmp_path / "dit.so"
-    compile_program(program, CPU, file)
+    compile_once(program, file)
     weights = constants_of(program, CPU, file)
     spec = spec_of(program, weights)
     graph = AotiGraph("dit", file, spec, weights, CPU)
@@ -115,7 +119,11 @@ def test_lower_precision(model_dir: Path, pipeline: Pipeline, tmp_path: Path, ba
     graph = next(graph for graph in stage_graphs(low, compiler.in_place) if graph.name == "sdd")
     exact = next(graph for graph in stage_graphs(pipeline) if graph.name == "sdd")
     program, file = trace(graph), tmp_path / "graph"
-    weights = compiler.write(program, file)
+    if backend == "aoti":
+        compile_once(program, file)
+        weights = compiler.adopt(program, file)
+    else:
+        weights = compiler.write(program, file)
     spec = spec_of(program, weights)
     parts = "sdd", file, spec, weights
     opened = OnnxGraph(*parts, threads=1) if backend == "onnx" else AotiGraph(*parts, CPU)

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import bundles
 import numpy as np
 import onnx
 import onnxruntime
@@ -31,18 +32,14 @@ PROMPT = "a red circle moving right on a gray background"
 
 
 @pytest.fixture(scope="module")
-def bundle(pipeline: Pipeline, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(pipeline: Pipeline, model_dir: Path) -> Path:
     """The greedy pipeline as a bundle; tests that damage it copy it first."""
-    out = tmp_path_factory.mktemp("export") / "bundle"
-    list(write_bundle(pipeline, out, model_dir / "tokenizer", PROMPT))
-    return out
+    return bundles.bundle("greedy-bundle", pipeline, model_dir / "tokenizer")
 
 
 @pytest.fixture(scope="module")
-def causal_bundle(causal: Pipeline, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("export") / "causal"
-    list(write_bundle(causal, out, model_dir / "tokenizer", PROMPT))
-    return out
+def causal_bundle(causal: Pipeline, model_dir: Path) -> Path:
+    return bundles.bundle("causal-bundle", causal, model_dir / "tokenizer")
 
 
 @pytest.fixture
@@ -310,10 +307,19 @@ def target(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return folder, json.dumps(tree).encode(), _paths({"root": tree})[1:]
 
 
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-@given(data=st.data())
-def test_random_manifests_never_crash(target: tuple[Path, bytes, list[tuple]], data: st.DataObject) -> None:
+@pytest.mark.parametrize("examples", [300, pytest.param(2000, marks=pytest.mark.thorough)])
+def test_random_manifests_never_crash(target: tuple[Path, bytes, list[tuple]], examples: int) -> None:
     """One place of a good manifest replaced by anything, or one byte of its text: read, or refused with one line."""
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        damage_and_read(target, data)
+
+    check()
+
+
+def damage_and_read(target: tuple[Path, bytes, list[tuple]], data: st.DataObject) -> None:
     folder, text, places = target
     if data.draw(st.booleans()):
         content = bytearray(text)
@@ -336,6 +342,7 @@ def test_random_manifests_never_crash(target: tuple[Path, bytes, list[tuple]], d
     assert not message or "got" in message
 
 
+@pytest.mark.thorough
 def test_full_width(tmp_path: Path) -> None:
     """Wan2.1-1.3B's widths, one layer: exported, streamed, and the same frames."""
     vae = VAEConfig(base_dim=8, dim_mult=(1, 2, 2, 2), num_res_blocks=1)

@@ -323,6 +323,7 @@ def test_calibrations_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_calibrate_cli(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts, out = tmp_path / "prompts.txt", tmp_path / "amax.json"
     prompts.write_text(f"{PROMPT}\n\na blue square moving left\n")

@@ -158,6 +158,7 @@ def test_bodies_compute_the_stage(name: str, precision: str, made: Made) -> None
         assert max(relative(a, b) for a, b in zip(got, expected, strict=True)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_causal_graph_in_chunks_of_three(causal: Pipeline) -> None:
     graph = stage(causal, "dit")
     inputs = inputs_of(graph, 0, 1, 2)
@@ -289,6 +290,7 @@ def test_graphs_without_caches_get_new_tensors(made: Made, stand_in: dict[str, i
     assert stand_in["captured"] == 0
 
 
+@pytest.mark.slow
 def test_a_bundle_streams_as_torch_does(
     pipeline: Pipeline, model_dir: Path, stand_in: dict[str, int], tmp_path: Path
 ) -> None:
@@ -396,6 +398,7 @@ class Mixed(GraphStages):
         raise AssertionError
 
 
+@pytest.mark.slow
 def test_fp8_caches_in_the_loop(fp8: Pipeline, stand_in: dict[str, int], tmp_path: Path) -> None:
     """RingCache in e4m3, V transposed, written by the plugins' nodes: 12 chunks, the rings gone round."""
     options, plans = BuildOptions("plugin_fp8"), {}

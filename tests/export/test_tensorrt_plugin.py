@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor
@@ -56,6 +57,7 @@ for name, arguments in given.items():
 """
 
 
+@pytest.mark.slow
 def test_plugin_kernels_compile_for_hopper() -> None:
     """Full size, in a process without the interpreter: parameters are inputs and outputs and nothing else."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

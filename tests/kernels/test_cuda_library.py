@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import assert_as_good
+from limits import HANG
 
 from kernels import table
 from kernels.cuda_library import LIBRARY, fp8_linear_cuda, library
@@ -25,8 +26,8 @@ def folder(tmp_path_factory):
         pytest.skip("nvcc or cmake is not installed")
     folder = tmp_path_factory.mktemp("cuda")
     command = ["cmake", "-S", str(SOURCES), "-B", str(folder), f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    subprocess.run(["cmake", "--build", str(folder)], check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=HANG)
+    subprocess.run(["cmake", "--build", str(folder)], check=True, capture_output=True, timeout=HANG)
     return folder
 
 
@@ -37,7 +38,7 @@ def built(folder):
 
 def test_the_kernel_is_right_when_its_instructions_are_emulated(folder):
     """Indices, swizzles, edges and barriers, on a processor, beside float64."""
-    done = subprocess.run([folder / "fp8_linear_emulated"], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([folder / "fp8_linear_emulated"], capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == 8
 

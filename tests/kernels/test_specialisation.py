@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANG
 
 from kernels.launch import HAVE_TRITON
 
-pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")]
 
 CODE = """
 import json, torch
@@ -66,7 +67,7 @@ def test_no_chunk_asks_for_another_compilation():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", CODE], cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True,
-        check=False, timeout=300,
+        check=False, timeout=HANG,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     first, *later = json.loads(done.stdout.splitlines()[-1])

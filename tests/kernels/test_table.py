@@ -47,6 +47,7 @@ def test_unknown_names_are_refused():
         table.register("op", fast=len)
 
 
+@pytest.mark.slow
 def test_the_environment_chooses():
     code = """
 import sys, torch, kernels.gate_residual

@@ -1,17 +1,18 @@
-"""Building the C++ core in tests."""
+"""Building the C++ core in tests; what was built stays, see artefacts.py."""
 
 import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from artefacts import CACHE, artefact, key_of, sources
+from limits import HANG
 
 ROOT = Path(__file__).parents[2]
-# Seconds after which a program hangs. Any other limit would fail on a busy machine.
-HANG = 3600
 
 
 def cmake(*arguments: str | Path) -> None:
@@ -23,10 +24,10 @@ def missing_tool() -> str | None:
     """Why the core cannot be built here, if so."""
     if shutil.which("cmake") is None:
         return "cmake is not installed"
-    version = subprocess.run(["cmake", "--version"], capture_output=True, text=True, check=True).stdout.split()[2]
-    if tuple(map(int, version.split(".")[:2])) < (3, 25):
-        return f"cmake {version} is older than 3.25"
-    if not any(map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))):
+    cmake_version = _said_version("cmake").split()[2]
+    if tuple(map(int, cmake_version.split(".")[:2])) < (3, 25):
+        return f"cmake {cmake_version} is older than 3.25"
+    if _compiler() is None:
         return "no C++ compiler is installed"
     if "CMAKE_GENERATOR" not in os.environ and shutil.which("make") is None:
         return "make is not installed"
@@ -42,10 +43,36 @@ def python_module() -> list[str]:
     return ["-DGREEDY_PYTHON=ON", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
 
 
-def build(folder: Path, *options: str, targets: tuple[str, ...] = ()) -> Path:
-    """The core with its tests and tools (or some targets), built; skips where there is nothing to build with."""
+def build(kind: str, *options: str, targets: tuple[str, ...] = ()) -> Path:
+    """The core with its tests and tools (or some targets), built; skips where there is nothing to build with.
+
+    kind names this set of options. Not to be changed: other processes and later runs use the same directory.
+    """
     if reason := missing_tool():
         pytest.skip(f"the C++ core is not built: {reason}")
-    cmake("-S", ROOT, "-B", folder, "-DCMAKE_INSTALL_LIBDIR=lib", *options)  # lib: as setup.py has it
-    cmake("--build", folder, "--parallel", "2", *(("--target", *targets) if targets else ()))
-    return folder
+    launcher = ["-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"] if shutil.which("ccache") else []
+
+    def make(folder: Path) -> None:
+        cmake("-S", ROOT, "-B", folder, "-DCMAKE_INSTALL_LIBDIR=lib", *launcher, *options)  # lib: as setup.py has it
+        parallel = str(min(os.cpu_count() or 1, 4))
+        cmake("--build", folder, "--parallel", parallel, *(("--target", *targets) if targets else ()))
+
+    return artefact(kind, _key(options, targets), make)
+
+
+def _key(options: tuple[str, ...], targets: tuple[str, ...]) -> str:
+    """Sources, options, tools, and the directories that a build keeps absolute paths of."""
+    read = [ROOT / "CMakeLists.txt", ROOT / "engine" / "__init__.py"]
+    read += sources("csrc", suffixes=(".h", ".hpp", ".c", ".cpp"))
+    environment = [os.environ.get(name) for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_GENERATOR")]
+    tools = [_said_version(tool) for tool in ("cmake", str(_compiler()))]
+    module = version("pybind11") if find_spec("pybind11") else None
+    return key_of(options, targets, environment, tools, sys.version, module, str(ROOT), str(CACHE), files=read)
+
+
+def _said_version(tool: str) -> str:
+    return subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _compiler() -> str | None:
+    return next(filter(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"])), None)

@@ -133,6 +133,7 @@ def test_a_chunk_that_wraps_goes_another_way(causal, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp8"}, {"precision": "fp8", "fp8_attention": True}], ids=str)
+@pytest.mark.slow
 def test_fp8_streams_of_the_embedded_model_follow_its_bf16_ones(options):
     """Levels of grey, over frames that the first chunks' small differences have not yet set apart."""
     videos = []
