@@ -1,1 +1,1 @@
-"""One operation per file: PyTorch reference, kernels, checked wrapper. `table` chooses. Needs torch, triton."""
+"""One operation a file: PyTorch reference, kernels, checked wrapper; `table` chooses. Knows torch and triton."""
