@@ -23,6 +23,7 @@ from engine.runtime.device import device_of, dtype_of
 from engine.runtime.passes import Stages
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
+from engine.threads import settle, work_of
 from engine.weights.adapters import merge_adapter, merge_lora_file
 from engine.weights.checkpoint import fill, load_transformer
 from engine.weights.sources import TensorSource, open_source, read_json
@@ -102,6 +103,7 @@ def load(
     geometry = Geometry.of(
         config, 1, height // vae_config.scale_factor_spatial, width // vae_config.scale_factor_spatial
     )
+    threads_of(runtime.threads, config, style, geometry.tokens, device)
     text_source = open_source(folder / "text_encoder")
     needed = len(roles) * source.bytes_at(dtype) + vae_source.bytes_at(dtype) + text_source.bytes_at(dtype)
     needed += len(roles) * source.bytes_at(FP8) if fp8 else 0
@@ -160,12 +162,21 @@ def assemble(
     )  # fmt: skip
 
 
-def load_bundle(folder: str | Path, backend: str | None = None, threads: int | None = None) -> Pipeline:
+def threads_of(
+    threads: int | None, config: TransformerConfig, preset: Preset, tokens: int, device: torch.device
+) -> int:
+    """Set the number of CPU threads for a model with `tokens` tokens per latent frame; returns it."""
+    if device.type != "cpu" and threads is None:
+        return torch.get_num_threads()
+    return settle(threads, work_of(preset.chunk * tokens, config.dim, config.ffn_dim))
+
+
+def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int | None = None) -> Pipeline:
     """A pipeline that runs on a bundle's compiled graphs; size, preset and precision are the bundle's.
 
-    backend is a name of BACKENDS; None is the first one in the bundle. The graphs of aoti and tensorrt are code: load
-    only what you would run. Raises ValueError or FileNotFoundError (got and expected) where the bundle is not what its
-    manifest says, or is for another machine.
+    backend is a name of BACKENDS; None is the first one in the bundle. threads is that of `load`. The graphs of aoti
+    and tensorrt are code: load only what you would run. Raises ValueError or FileNotFoundError (got and expected)
+    where the bundle is not what its manifest says, or is for another machine.
     """
     from engine.bundles.manifest import read_manifest  # safetensors' own reader and others that only bundles need
     from engine.bundles.registry import BACKENDS
@@ -180,13 +191,14 @@ def load_bundle(folder: str | Path, backend: str | None = None, threads: int | N
     if tokenizer.rows != manifest.text_rows:
         raise ValueError(f"bundle: got a tokenizer of {tokenizer.rows} rows, expected {manifest.text_rows}")
     device, preset = torch.device(found[0].target.split("-")[0]), manifest.preset_value()
-    stages = BACKENDS[found[0].backend].load()(
-        folder, manifest, found[0], threads or torch.get_num_threads(), device
-    )  # fmt: skip
+    config = manifest.transformer_value()
+    geometry = Geometry.of(config, 1, manifest.height // manifest.spatial, manifest.width // manifest.spatial)
+    count = threads_of(threads, config, preset, geometry.tokens, device)
+    stages = BACKENDS[found[0].backend].load()(folder, manifest, found[0], count, device)
     graph = found[0].graphs[family_of(preset).passes[0].graph]
     latent, keys = (next(spec for spec in graph.inputs if spec.name == name) for name in ("latent", "k_0"))
     return Pipeline(
-        stages, tokenizer, manifest.transformer_value(), preset, manifest.preset_name,
+        stages, tokenizer, config, preset, manifest.preset_name,
         TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
         manifest.spatial, manifest.temporal, TENSOR_DTYPES[keys.dtype],
     )  # fmt: skip

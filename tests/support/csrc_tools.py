@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# Seconds after which a program hangs. Any other limit would fail on a busy machine.
+HANG = 3600
 
 
 def cmake(*arguments: str | Path) -> None:
-    ran = subprocess.run(["cmake", *arguments], capture_output=True, text=True, timeout=600)
+    ran = subprocess.run(["cmake", *arguments], capture_output=True, text=True, timeout=HANG)
     assert ran.returncode == 0, f"cmake {' '.join(map(str, arguments))}\n{ran.stdout}\n{ran.stderr}"
 
 
@@ -44,6 +46,6 @@ def build(folder: Path, *options: str, targets: tuple[str, ...] = ()) -> Path:
     """The core with its tests and tools (or some targets), built; skips where there is nothing to build with."""
     if reason := missing_tool():
         pytest.skip(f"the C++ core is not built: {reason}")
-    cmake("-S", ROOT, "-B", folder, *options)
+    cmake("-S", ROOT, "-B", folder, "-DCMAKE_INSTALL_LIBDIR=lib", *options)  # lib: as setup.py has it
     cmake("--build", folder, "--parallel", "2", *(("--target", *targets) if targets else ()))
     return folder
