@@ -27,6 +27,7 @@ constexpr const char* kUsage =
     "  --backend NAME         aoti, tensorrt, ...; default: the first of the bundle that opens\n"
     "  --plugin-dir DIR       where plugins lie; default: beside the library\n"
     "  --library-dir DIR      where libtorch_cpu.so lies\n"
+    "  --threads N            CPU threads; default: OMP_NUM_THREADS, else by the model's size\n"
     "  --no-verify            compare the hashes of graphs only\n"
     "  --json                 print times as the last line of stderr\n"
     "  --quiet                no log\n";
@@ -35,6 +36,7 @@ struct Options {
     std::string bundle, image, out = "-", format;
     std::vector<std::pair<std::uint64_t, std::string>> prompts;  // frame from which on, text
     std::uint64_t frames = UINT64_MAX, seed = 0;
+    const char* threads = nullptr;
     bool recommit = true, json = false, quiet = false;
     greedy_settings settings;
 };
@@ -84,6 +86,8 @@ Options parse(int count, char** words) {
             out.settings.plugin_dir = next();
         else if (word == "--library-dir")
             out.settings.library_dir = next();
+        else if (word == "--threads")
+            out.threads = next();
         else if (word == "--no-verify")
             out.settings.verify = 0;
         else if (word == "--json")
@@ -99,6 +103,7 @@ Options parse(int count, char** words) {
     }
     if (out.bundle.empty()) throw Usage("BUNDLE: got none, expected a directory");
     if (out.prompts.empty() || out.prompts.front().first != 0) throw Usage("--prompt: got none, expected words");
+    if (out.threads && number("--threads", out.threads) == 0) throw Usage("--threads: got 0, expected at least 1");
     if (out.frames == 0) throw Usage("--frames: got 0, expected at least 1");
     return out;
 }
@@ -117,6 +122,13 @@ std::vector<std::uint8_t> read_ppm(const std::string& path, int width, int heigh
         throw Usage("--image: got " + path + ", expected a binary PPM of " + std::to_string(width) + "x" +
                     std::to_string(height) + " pixels");
     return rgb;
+}
+
+// libtorch's OpenMP library reads these once, when a plugin loads it. Without the first one an idle thread spins for some
+// milliseconds before it sleeps, and takes a core from the process beside this one.
+void set_threads(const Options& options) {
+    setenv("OMP_WAIT_POLICY", "passive", 0);  // the user's own stays
+    if (options.threads) setenv("OMP_NUM_THREADS", options.threads, 1);
 }
 
 volatile std::sig_atomic_t stopped = 0;
@@ -175,6 +187,7 @@ int main(int count, char** words) {
     for (int number : {SIGINT, SIGTERM}) std::signal(number, [](int) { stopped = 1; });
     try {
         Options options = parse(count, words);
+        set_threads(options);
         if (!options.quiet)
             options.settings.log = [](void*, int level, const char* text) {
                 if (level <= GREEDY_LOG_INFO) std::fprintf(stderr, "%s\n", text);

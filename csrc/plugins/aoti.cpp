@@ -5,6 +5,7 @@
 // (torch/csrc/inductor/aoti_torch/c/shim.h and aoti_runtime/interface.h; present since torch 2.11).
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -19,6 +20,7 @@
 #include "formats/json.h"
 #include "greedy/plugin.h"
 #include "guard.h"
+#include "threads.h"
 #include "torch_c.h"
 
 namespace {
@@ -58,7 +60,9 @@ void check_version(const char* compiled, uint64_t loaded) {
 class AotiDevice {
   public:
     explicit AotiDevice(const greedy_device_settings& settings)
-        : torch_(load_library(settings.library_dir, "libtorch_cpu.so")),
+        : library_(load_library(settings.library_dir, "libtorch_cpu.so")),
+          torch_(library_),
+          threads_(library_),
           parallel_(static_cast<size_t>(settings.parallel)),
           cuda_(std::strncmp(settings.target, "cuda", 4) == 0) {
         check_version(settings.version, torch_.abi_version());
@@ -71,6 +75,7 @@ class AotiDevice {
     }
 
     const Torch& torch() const { return torch_; }
+    Threads& threads() { return threads_; }
     bool cuda() const { return cuda_; }
     size_t parallel() const { return parallel_; }
     int32_t dtype(int32_t given) const { return torch_.dtypes[given](); }
@@ -136,7 +141,9 @@ class AotiDevice {
   private:
     using Place = std::tuple<const void*, int32_t, std::vector<int64_t>>;  // address, type and shape
 
+    void* const library_;  // libtorch_cpu.so
     const Torch torch_;
+    Threads threads_;
     const size_t parallel_;
     const bool cuda_;
     int32_t place_;
@@ -144,6 +151,18 @@ class AotiDevice {
     std::map<Place, Tensor> weights_;
     std::vector<Owned> copies_;  // of the weights, on a GPU
 };
+
+// Multiply-adds of a transformer's largest product over one chunk; 0 for other graphs.
+int64_t work_of(const greedy_graph_spec& spec) {
+    int64_t tokens = 0, largest = 0;
+    for (size_t i = 0; i < spec.input_count; ++i)
+        if (std::strcmp(spec.inputs[i].name, "rope_cos") == 0) tokens = spec.inputs[i].shape[0];
+    for (size_t i = 0; i < spec.constant_count; ++i) {
+        const greedy_tensor& weight = spec.constants[i].tensor;
+        if (weight.rank == 2) largest = std::max(largest, weight.shape[0] * weight.shape[1]);
+    }
+    return tokens * largest;
+}
 
 class AotiGraph {
   public:
@@ -154,6 +173,7 @@ class AotiGraph {
         if (!library_) throw Failure(GREEDY_BAD_BUNDLE, std::string("got a graph that does not load, ") + dlerror());
         try {
             open(spec);
+            if (!device.cuda()) device.threads().add(work_of(spec));
         } catch (...) {
             close();
             throw;
@@ -168,6 +188,7 @@ class AotiGraph {
         for (size_t i = 0; i < inputs_.size(); ++i) given.push_back(device_.view(inputs[i], inputs_[i].view()));
         std::vector<Tensor> in, out(outputs_.size(), nullptr);
         for (Owned& tensor : given) in.push_back(tensor.release());  // the graph takes them over
+        const Threads::Lowered lowered(device_.threads());
         const int32_t code = run_(container_, in.data(), in.size(), out.data(), out.size(), nullptr, nullptr);
         std::vector<Owned> made;
         for (Tensor tensor : out) {
