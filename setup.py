@@ -69,9 +69,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(
-        include=[f"{name}{rest}" for name in ("engine", "kernels", "export", "distill", "bench") for rest in ("", ".*")]
-    ),
+    packages=[
+        *find_packages(include=[f"{n}{rest}" for n in ("engine", "export", "distill", "bench") for rest in ("", ".*")]),
+        "kernels",  # without __init__.py: engine/kernels_folder.py
+    ],
     ext_modules=native_extensions(),
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

@@ -1,8 +1,12 @@
 """Streaming video diffusion: a prompt goes in, frames come out while they are made."""
 
+from pathlib import Path
+
+from engine.kernels_folder import join
 from engine.threads import prepare
 
 prepare()  # before anything imports torch
+join(Path(__file__).resolve().parents[1] / "kernels")
 
 from engine.loader import load  # noqa: E402
 from engine.stream import Pipeline, Stream  # noqa: E402

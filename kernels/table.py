@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-import kernels
 from kernels.launch import HAVE_TRITON
 
 SETTINGS = ("auto", "reference", "triton", "cuda")
@@ -75,7 +75,7 @@ def use(setting: str) -> Iterator[None]:
 
 def load_all() -> dict[str, Op]:
     """Import every file of kernels/, so that OPS is complete."""
-    for module in pkgutil.iter_modules(kernels.__path__):
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"kernels.{module.name}")
     return OPS
 

@@ -21,7 +21,8 @@ MAY = {
 # A folder, or a file beside the folders, imports from its own row only itself, and whatever stands in rows above.
 LEVELS = {
     "engine": [
-        "config threads", "media model", "sampling runtime", "weights bundles", "generators", "stream", "loader", "run",
+        "config threads kernels_folder", "media model", "sampling runtime", "weights bundles", "generators", "stream",
+        "loader", "run",
     ],
     "distill": ["training", "models", "data", "scores", "stages", "experiments"],
     "bench": ["instruments adapters", "operations", "report", "commands", "__main__"],
