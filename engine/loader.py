@@ -30,6 +30,7 @@ from engine.weights.checkpoint import (
 )
 
 if TYPE_CHECKING:
+    from engine.bundles.manifest import Manifest
     from engine.bundles.stages import GraphStages
 
 EMBEDDED = Path(__file__).parent / "assets" / "sprites"
@@ -174,6 +175,13 @@ def threads_of(
     return settle(threads, work_of(preset.chunk * tokens, config.dim, config.ffn_dim))
 
 
+def threads_of_bundle(threads: int | None, manifest: "Manifest", device: torch.device) -> int:
+    """The same for a bundle's model."""
+    config = manifest.transformer_value()
+    geometry = Geometry.of(config, 1, manifest.height // manifest.spatial, manifest.width // manifest.spatial)
+    return threads_of(threads, config, manifest.preset_value(), geometry.tokens, device)
+
+
 def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int | None = None) -> Pipeline:
     """A pipeline that runs on a bundle's compiled graphs; size, preset and precision are the bundle's.
 
@@ -193,14 +201,12 @@ def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int 
     if tokenizer.rows != manifest.text_rows:
         raise ValueError(f"bundle: got a tokenizer of {tokenizer.rows} rows, expected {manifest.text_rows}")
     device = torch.device(found[0].target.split("-")[0])
-    config, preset = manifest.transformer_value(), manifest.preset_value()
-    geometry = Geometry.of(config, 1, manifest.height // manifest.spatial, manifest.width // manifest.spatial)
-    count = threads_of(threads, config, preset, geometry.tokens, device)
+    count = threads_of_bundle(threads, manifest, device)
     stages = _bundle_stages(found[0].backend)(folder, manifest, found[0], count, device)
     graph = found[0].graphs["etm" if "etm" in found[0].graphs else "dit"]
     latent, keys = (next(spec for spec in graph.inputs if spec.name == name) for name in ("latent", "k_0"))
     return Pipeline(
-        stages, tokenizer, config, preset, manifest.preset_name,
+        stages, tokenizer, manifest.transformer_value(), manifest.preset_value(), manifest.preset_name,
         TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
         manifest.spatial, manifest.temporal, TENSOR_DTYPES[keys.dtype],
     )  # fmt: skip

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from engine.bundles.native import NativePipeline, NativeStream
 from engine.config import PRESETS, Preset
-from engine.loader import EMBEDDED, PRECISIONS, is_untrained, load, load_bundle, settings_of
+from engine.loader import EMBEDDED, PRECISIONS, is_untrained, load, load_bundle, settings_of, threads_of_bundle
 from engine.media.sinks import ChecksumSink, OutputClosed, Sink, open_sink
 from engine.media.sources import read_clip, read_image
 from engine.stream import Pipeline, Stream
@@ -271,7 +271,11 @@ def _shape(args: argparse.Namespace) -> tuple[int, int, float]:
 def _load(args: argparse.Namespace, height: int, width: int, fps: float) -> Pipeline | NativePipeline:
     if args.bundle is not None:
         if args.backend == "native":  # the C++ core reads the bundle itself, and chooses among its backends
-            return NativePipeline(args.bundle, threads=args.threads)
+            from engine.bundles.manifest import read_manifest
+
+            native = NativePipeline(args.bundle, threads=args.threads)
+            threads_of_bundle(args.threads, read_manifest(args.bundle), native.device)
+            return native
         return load_bundle(args.bundle, args.backend, threads=args.threads)
     if args.backend not in (None, "torch"):
         raise ValueError(f"--backend: got {args.backend}, expected --bundle with it (python -m export writes one)")
