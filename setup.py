@@ -84,12 +84,13 @@ setup(
         "transformers>=4.51",
         "peft>=0.17",
         "pillow>=10",
+        "pydantic>=2.7",
         "psutil>=5.9",
         "rich>=13",
         "av>=14",
     ],
     extras_require={
-        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5", "pydantic>=2.7"],
+        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
         "bench": ["matplotlib>=3.8"],
         "distill": ["accelerate>=1.8", "diffusers>=0.35", "tensorboard>=2.17"],
         # Kernels: torch for CUDA brings Triton along; torch for processors does not, and its tests need it.

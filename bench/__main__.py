@@ -17,7 +17,7 @@ from bench.commands.fullsize import make, measure_load
 from bench.instruments import parity
 from bench.report import diff
 from bench.report import page as report
-from engine.loader import DTYPES
+from engine.runtime.device import DTYPES
 
 
 def _parity(args: argparse.Namespace) -> int:

@@ -8,8 +8,9 @@ from engine.threads import prepare
 prepare()  # before anything imports torch
 join(Path(__file__).resolve().parents[1] / "kernels")
 
-from engine.loader import load  # noqa: E402
+from engine.config import Runtime  # noqa: E402
+from engine.loader import load, load_bundle  # noqa: E402
 from engine.stream import Pipeline, Stream  # noqa: E402
 
-__all__ = ["Pipeline", "Stream", "load"]
+__all__ = ["Pipeline", "Runtime", "Stream", "load", "load_bundle"]
 __version__ = "0.1.0"

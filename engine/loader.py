@@ -8,34 +8,30 @@ import psutil
 import torch
 from torch import nn
 
-from engine.config import Preset, TransformerConfig, find_preset
-from engine.generators.base import Geometry, Stages
+from engine.config import Preset, Runtime, TransformerConfig
+from engine.generators import family_of
+from engine.generators.base import Geometry
 from engine.model.cache import FP8
+from engine.model.fp8 import to_fp8
 from engine.model.text import Tokenizer, load_text_encoder
 from engine.model.transformer import WanTransformer
 from engine.model.vae import VAE, VAEConfig
+from engine.options import replaced
+from engine.presets import find_preset
 from engine.runtime.cuda_graphs import GraphedStages
-from engine.runtime.fused import FusedTransformer
+from engine.runtime.device import device_of, dtype_of
+from engine.runtime.passes import Stages
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
 from engine.threads import settle, work_of
-from engine.weights.checkpoint import (
-    TensorSource,
-    fill,
-    load_transformer,
-    merge_adapter,
-    merge_lora_file,
-    open_source,
-    read_json,
-)
+from engine.weights.adapters import merge_adapter, merge_lora_file
+from engine.weights.checkpoint import fill, load_transformer
+from engine.weights.sources import TensorSource, open_source, read_json
 
 if TYPE_CHECKING:
     from engine.bundles.manifest import Manifest
-    from engine.bundles.stages import GraphStages
 
 EMBEDDED = Path(__file__).parent / "assets" / "sprites"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISIONS = (*DTYPES, "fp8")
 # Cross-attention's output goes into the hidden state without a gate, so its rounding does too: of all products the one
 # that costs most in error (docs/fp8.md) and, with 6% of the operations, little in time.
 FP8_KEEP = ("*.attn2.to_out.0",)
@@ -68,8 +64,8 @@ def choose_preset(
 def load(
     model: str | Path | None = None, *, preset: str | None = None, overrides: dict[str, Any] | None = None,
     checkpoint: str | Path | None = None, checkpoint_state: str | None = None, adapters: Sequence[str | Path] = (),
-    device: str = "auto", dtype: str = "auto", height: int | None = None, width: int | None = None,
-    fps: float | None = None, fp8_attention: bool = False, eager: bool = False, threads: int | None = None,
+    height: int | None = None, width: int | None = None, fps: float | None = None, runtime: Runtime | None = None,
+    **options: Any,
 ) -> Pipeline:  # fmt: skip
     """A pipeline ready to stream.
 
@@ -79,23 +75,22 @@ def load(
     checkpoint        transformer weights instead of the directory's: a Self-Forcing-family .pt, or safetensors
     checkpoint_state  which state of a .pt to take (generator_ema, generator, ...)
     adapters          PEFT LoRA folders, or LongLive's LoRA .pt, merged into every transformer
-    device, dtype     cpu, cuda, ...; fp32, bf16, fp16, fp8; auto takes cuda and bf16 where there is a GPU, else cpu
-                      and fp32. fp8 is bf16 with the blocks' large products on e4m3; the model's engine.json may list
-                      products that stay as they are (fp8_keep: patterns such as "sdd.blocks.0.*", "*.ffn.net.2")
-    height, width     pixels; fps frames a second; None is the model's own
-    fp8_attention     keys, values and queries of self-attention as e4m3 too
-    eager             plain PyTorch also on a GPU: no fused kernels, no CUDA graphs
-    threads           CPU threads of this process; None leaves the user's own choice, else chooses by the model's size
-                      (docs/threads.md)
+    height, width     pixels; None is the model's own
+    fps               frames per second of the output; None is the model's own
+    runtime           what runs it: engine.Runtime. Its fields may also be given here by name, such as
+                      load(precision="fp8"). In fp8 the model's engine.json may list products that stay as they are
+                      (fp8_keep: patterns such as "sdd.blocks.0.*", "*.ffn.net.2")
 
     Raises ValueError or FileNotFoundError (got and expected) and MemoryError before any weight is read.
     """
+    runtime = replaced(runtime or Runtime(), options, "load")
     folder = Path(model) if model is not None else EMBEDDED
     settings = settings_of(folder)
     chosen = Path(checkpoint) if checkpoint is not None else None
     name, style = choose_preset(settings, preset, overrides or {}, chosen)
-    fp8 = dtype == "fp8"
-    place, kind = _device(device), _dtype("bf16" if fp8 else dtype, device)
+    family, fp8 = family_of(style), runtime.precision == "fp8"
+    device = device_of(runtime.device)
+    dtype = dtype_of(runtime.precision, device)
     config = TransformerConfig.from_dict(read_json(folder / "transformer" / "config.json"))
     vae_config = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
     height = settings["height"] if height is None else height
@@ -107,50 +102,54 @@ def load(
 
     source = open_source(chosen or folder / "transformer", checkpoint_state)
     vae_source = open_source(folder / "vae")
-    roles = ("etm", "sdd") if style.family == "greedy" else ("dit",)
+    roles = family.roles()
     geometry = Geometry.of(
         config, 1, height // vae_config.scale_factor_spatial, width // vae_config.scale_factor_spatial
     )
-    threads_of(threads, config, style, geometry.tokens, place)
+    threads_of(runtime.threads, config, style, geometry.tokens, device)
     text_source = open_source(folder / "text_encoder")
-    needed = len(roles) * source.bytes_at(kind) + vae_source.bytes_at(kind) + text_source.bytes_at(kind)
+    needed = len(roles) * source.bytes_at(dtype) + vae_source.bytes_at(dtype) + text_source.bytes_at(dtype)
     needed += len(roles) * source.bytes_at(FP8) if fp8 else 0
-    _check_memory(needed, cache_bytes(config, style, geometry.tokens, FP8 if fp8_attention else kind), place)
+    kv_dtype = FP8 if runtime.fp8_attention else dtype
+    _check_memory(needed, cache_bytes(config, style, geometry.tokens, kv_dtype), device)
 
-    models = {role: _transformer(folder, config, source, role, adapters, kind, place) for role in roles}
+    models = {
+        role: _transformer(folder, config, source, role, family.conditioned(role), adapters, dtype, device)
+        for role in roles
+    }
     with torch.device("meta"):
         vae = VAE(vae_config)
-    fill(vae, vae_source, kind, place)
-    encoder = load_text_encoder(folder / "text_encoder", kind, place)
-    stages = make_stages(
-        models, vae, encoder, place, fp8=fp8, keep=settings["fp8_keep"], fp8_attention=fp8_attention, eager=eager
-    )
+    fill(vae, vae_source, dtype, device)
+    encoder = load_text_encoder(folder / "text_encoder", dtype, device)
+    stages = make_stages(models, vae, encoder, device, runtime, settings["fp8_keep"])
     return assemble(
-        stages, config, style, kind, place, tokenizer=Tokenizer(folder / "tokenizer"), name=name, height=height,
-        width=width, fps=fps, vae_config=vae_config, kv_dtype=FP8 if fp8_attention else None,
+        stages, config, style, dtype, device, tokenizer=Tokenizer(folder / "tokenizer"), name=name, height=height,
+        width=width, fps=fps, vae_config=vae_config, kv_dtype=FP8 if runtime.fp8_attention else None,
     )  # fmt: skip
 
 
 def make_stages(
-    models: dict[str, WanTransformer], vae: VAE | None, encoder: nn.Module | None, device: torch.device, *,
-    fp8: bool = False, keep: Sequence[str] = FP8_KEEP, fp8_attention: bool = False, eager: bool = False,
+    models: dict[str, WanTransformer], vae: VAE | None, encoder: nn.Module | None, device: torch.device,
+    runtime: Runtime | None = None, keep: Sequence[str] = FP8_KEEP,
 ) -> Stages:  # fmt: skip
-    """The torch backend: plain modules on a processor; fused kernels, and CUDA graphs around them, on a GPU.
+    """The torch backend; on a GPU with kernels, and CUDA graphs around its passes, unless the runtime is eager.
 
-    FP8 runs on the fused kernels everywhere; on a processor that is their slow definition.
+    In FP8 the large products are replaced: nothing here keeps their bf16 weights.
     """
-    if eager and (fp8 or fp8_attention):
-        raise ValueError("precision: got fp8 for plain PyTorch, expected it without eager: FP8 needs the fused kernels")
+    runtime = runtime or Runtime()
+    fp8 = runtime.precision == "fp8"
+    if runtime.eager and (fp8 or runtime.fp8_attention):
+        raise ValueError("precision: got fp8 for plain PyTorch, expected it without eager: FP8 needs the kernels")
     dtype = next(iter(models.values())).proj_out.weight.dtype
-    if fp8_attention and dtype != torch.bfloat16:
+    if runtime.fp8_attention and dtype != torch.bfloat16:
         raise ValueError(f"fp8 attention: got {dtype}, expected a model in bf16 or fp8")
-    if eager or not (device.type == "cuda" or fp8 or fp8_attention):
-        return TorchStages(models, vae, encoder)
-    fused = {role: FusedTransformer(model, fp8, keep, role) for role, model in models.items()}
-    if vae is not None:
+    if fp8:
+        models = {role: to_fp8(model, keep, role) for role, model in models.items()}
+    fast = device.type == "cuda" and not runtime.eager
+    if vae is not None and (fast or fp8 or runtime.fp8_attention):
         vae.fuse()
-    stages = TorchStages(models, vae, encoder, fused)
-    return GraphedStages(stages) if device.type == "cuda" else stages
+    stages = TorchStages(models, vae, encoder, runtime.eager)
+    return GraphedStages(stages) if fast else stages
 
 
 def assemble(
@@ -182,14 +181,15 @@ def threads_of_bundle(threads: int | None, manifest: "Manifest", device: torch.d
     return threads_of(threads, config, manifest.preset_value(), geometry.tokens, device)
 
 
-def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int | None = None) -> Pipeline:
+def load_bundle(folder: str | Path, backend: str | None = None, threads: int | None = None) -> Pipeline:
     """A pipeline that runs on a bundle's compiled graphs; size, preset and precision are the bundle's.
 
-    backend is onnx or aoti; None is the first one in the bundle. threads is that of `load`. The graphs of aoti are
-    code: load only what you would run. Raises ValueError or FileNotFoundError (got and expected) where the bundle is
-    not what its manifest says, or is for another machine.
+    backend is a name of BACKENDS; None is the first one in the bundle. threads is that of Runtime. The graphs of aoti
+    and tensorrt are code: load only what you would run. Raises ValueError or FileNotFoundError (got and expected) where
+    the bundle is not what its manifest says, or is for another machine.
     """
-    from engine.bundles.manifest import read_manifest  # extra packages that only bundles need
+    from engine.bundles.manifest import read_manifest  # safetensors' own reader and others that only bundles need
+    from engine.bundles.registry import BACKENDS
     from engine.bundles.stages import DTYPES as TENSOR_DTYPES
 
     folder = Path(folder)
@@ -200,53 +200,37 @@ def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int 
     tokenizer = Tokenizer(folder / manifest.tokenizer)
     if tokenizer.rows != manifest.text_rows:
         raise ValueError(f"bundle: got a tokenizer of {tokenizer.rows} rows, expected {manifest.text_rows}")
-    device = torch.device(found[0].target.split("-")[0])
+    device, preset = torch.device(found[0].target.split("-")[0]), manifest.preset_value()
     count = threads_of_bundle(threads, manifest, device)
-    stages = _bundle_stages(found[0].backend)(folder, manifest, found[0], count, device)
-    graph = found[0].graphs["etm" if "etm" in found[0].graphs else "dit"]
+    stages = BACKENDS[found[0].backend].load()(folder, manifest, found[0], count, device)
+    graph = found[0].graphs[family_of(preset).passes[0].graph]
     latent, keys = (next(spec for spec in graph.inputs if spec.name == name) for name in ("latent", "k_0"))
     return Pipeline(
-        stages, tokenizer, manifest.transformer_value(), manifest.preset_value(), manifest.preset_name,
+        stages, tokenizer, manifest.transformer_value(), preset, manifest.preset_name,
         TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
         manifest.spatial, manifest.temporal, TENSOR_DTYPES[keys.dtype],
     )  # fmt: skip
 
 
-def _bundle_stages(backend: str) -> "type[GraphStages]":
-    """The class that runs a backend's graphs; each needs packages of its own."""
-    if backend == "onnx":
-        from engine.bundles.onnx import OnnxStages
-
-        return OnnxStages
-    if backend == "aoti":
-        from engine.bundles.aoti import AotiStages
-
-        return AotiStages
-    if backend == "tensorrt":
-        from engine.bundles.tensorrt import TensorrtStages
-
-        return TensorrtStages
-    raise ValueError(f"bundle: got backend {backend!r}, expected onnx, aoti or tensorrt")
-
-
 def cache_bytes(config: TransformerConfig, preset: Preset, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of one stream's key and value caches; they do not grow."""
-    slots = (preset.window + 4) * preset.chunk if preset.family == "greedy" else preset.window
+    slots = sum(ring.slots for ring in family_of(preset).rings(preset).values())
     return 2 * config.num_layers * slots * tokens * config.dim * dtype.itemsize
 
 
 def is_untrained(folder: Path | None, preset: Preset, checkpoint: object, adapters: Sequence[object]) -> bool:
-    """Whether a stream would run on the bidirectional teacher's weights: it runs, but nobody trained it to."""
+    """Whether a stream would run on the bidirectional teacher's weights, which were not trained to stream."""
     if checkpoint is not None or adapters:
         return False
-    return not (preset.family == "greedy" and ((folder or EMBEDDED) / "adapters" / "sdd").is_dir())
+    own = [(folder or EMBEDDED) / "adapters" / role for role in family_of(preset).roles()]
+    return not own[-1].is_dir()
 
 
 def _transformer(
-    folder: Path, config: TransformerConfig, source: TensorSource, role: str, adapters: Sequence[str | Path],
-    dtype: torch.dtype, device: torch.device,
+    folder: Path, config: TransformerConfig, source: TensorSource, role: str, conditioned: bool,
+    adapters: Sequence[str | Path], dtype: torch.dtype, device: torch.device,
 ) -> WanTransformer:  # fmt: skip
-    model = load_transformer(config, source, dtype, device, conditioned=role == "sdd")
+    model = load_transformer(config, source, dtype, device, conditioned)
     own = folder / "adapters" / role
     belonging = ([source.lora] if source.lora else []) + ([own] if own.is_dir() else [])
     for adapter in belonging + [Path(adapter) for adapter in adapters]:
@@ -258,27 +242,6 @@ def _transformer(
             raise FileNotFoundError(f"adapter: got {adapter}, expected a PEFT folder or a .pt file with generator_lora")
     model.fuse()
     return model
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device: got {name!r}, expected cpu or a usable accelerator ({str(error).splitlines()[0]})"
-        ) from None
-    return device
-
-
-def _dtype(name: str, device: str) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if _device(device).type == "cpu" else torch.bfloat16
-    if name not in DTYPES:
-        raise ValueError(f"dtype: got {name!r}, expected auto or one of {', '.join(PRECISIONS)}")
-    return DTYPES[name]
 
 
 def _check_size(config: TransformerConfig, vae: VAEConfig, height: int, width: int) -> None:

@@ -7,21 +7,25 @@ import signal
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from engine.bundles.manifest import read_manifest
 from engine.bundles.native import NativePipeline, NativeStream
-from engine.config import PRESETS, Preset
-from engine.loader import EMBEDDED, PRECISIONS, is_untrained, load, load_bundle, settings_of, threads_of_bundle
+from engine.bundles.registry import BACKENDS
+from engine.config import Preset, Runtime
+from engine.loader import EMBEDDED, is_untrained, load, load_bundle, settings_of, threads_of_bundle
 from engine.media.sinks import ChecksumSink, OutputClosed, Sink, open_sink
 from engine.media.sources import read_clip, read_image
+from engine.options import Parser, add_options, chosen, option, options_of
+from engine.presets import PRESETS
 from engine.stream import Pipeline, Stream
 
 EXAMPLES = """\
@@ -34,103 +38,130 @@ examples:
 presets: """ + ", ".join(PRESETS)
 
 
-# What a bundle fixes, so that it cannot be given beside one.
-_OF_MODELS = (
-    "model", "checkpoint", "checkpoint_state", "adapter", "preset", "height", "width", "device", "precision",
-    "fp8_attention", "eager",
-)  # fmt: skip
-
-
 _BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ImportError)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of argparse's usage and message."""
-        self.exit(2, f"error: {message} (see --help)\n")
+@dataclass(frozen=True)
+class Video:
+    """What to generate."""
+
+    prompt: str = option(metavar="TEXT", help="what the video shows")
+    prompt_at: tuple[tuple[str, str], ...] = option(
+        (), "switch the prompt while streaming, at 3.0s or frame 48f; may be repeated", metavar=("TIME", "TEXT")
+    )
+    no_recommit: bool = option(False, "leave the past as it is when the prompt switches")
+    image: Path | None = option(None, "start from a picture (image-to-video)", metavar="FILE", exclusive="clip")
+    video: Path | None = option(
+        None, "continue a clip; its end is re-encoded and comes first", metavar="FILE", exclusive="clip"
+    )
+    video_frames: int = option(81, "how much of the clip's end to take", metavar="N")
+    frames: int | None = option(None, "stop after N frames", metavar="N", exclusive="length")
+    seconds: float | None = option(
+        None, "stop after S seconds; default: stream until Ctrl-C", metavar="S", exclusive="length"
+    )
+    seed: int = option(0, "the same seed gives the same video", metavar="N")
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("--prompt: got an empty text, expected words")
+        if self.video_frames < 1:
+            raise ValueError(f"--video-frames: got {self.video_frames}, expected at least 1")
+        for name, value in (("frames", self.frames), ("seconds", self.seconds)):
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"--{name}: got {value}, expected a positive number")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"--seed: got {self.seed}, expected 0 to 2^64 - 1")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m engine.run", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True)
+class Model:
+    """Which model streams."""
+
+    model: Path | None = option(
+        None, "diffusers pipeline directory; default: the embedded sprites model", metavar="DIR"
+    )
+    checkpoint: Path | None = option(
+        None, "transformer weights: Self-Forcing-family .pt, or .safetensors", metavar="FILE"
+    )
+    checkpoint_state: str | None = option(
+        None, "state of a .pt to take: generator_ema, generator, ...", metavar="NAME"
     )  # fmt: skip
-    what = parser.add_argument_group("what to generate")
-    what.add_argument("--prompt", required=True, metavar="TEXT")
-    what.add_argument(
-        "--prompt-at", nargs=2, action="append", default=[], metavar=("TIME", "TEXT"),
-        help="switch the prompt while streaming, at 3.0s or frame 48f; may be repeated",
-    )  # fmt: skip
-    what.add_argument("--no-recommit", action="store_true", help="leave the past as it is when the prompt switches")
-    source = what.add_mutually_exclusive_group()
-    source.add_argument("--image", type=Path, metavar="FILE", help="start from a picture (image-to-video)")
-    source.add_argument(
-        "--video", type=Path, metavar="FILE", help="continue a clip; its end is re-encoded and comes first"
-    )
-    what.add_argument(
-        "--video-frames", type=int, default=81, metavar="N", help="how much of the clip's end to take (81)"
-    )
-    length = what.add_mutually_exclusive_group()
-    length.add_argument("--frames", type=int, metavar="N", help="stop after N frames")
-    length.add_argument("--seconds", type=float, metavar="S", help="stop after S seconds; default: until Ctrl-C")
-    what.add_argument("--seed", type=int, default=0, help="the same seed gives the same video (0)")
+    adapter: tuple[Path, ...] = option((), "PEFT LoRA folder to merge; may be repeated", metavar="PATH")
+    preset: str | None = option(None, "default: the model's own", metavar="NAME|FILE.toml")
+    height: int | None = option(None, "pixels; default: the model's own")
+    width: int | None = option(None, "pixels; default: the model's own")
 
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", type=Path, metavar="DIR", help="diffusers pipeline directory; default: the embedded sprites model"
-    )
-    model.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="transformer weights: Self-Forcing-family .pt, or .safetensors"
-    )
-    model.add_argument("--checkpoint-state", metavar="NAME", help="state of a .pt to take: generator_ema, generator")
-    model.add_argument(
-        "--adapter",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="PEFT LoRA folder to merge; may be repeated",
-    )
-    model.add_argument("--bundle", type=Path, metavar="DIR", help="stream from a bundle of python -m export instead")
-    model.add_argument("--height", type=int)
-    model.add_argument("--width", type=int)
-    model.add_argument("--fps", type=float, help="frame rate of the output")
+    def __post_init__(self) -> None:
+        for name, value in (("height", self.height), ("width", self.width)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name}: got {value}, expected at least 1")
 
-    preset = parser.add_argument_group("preset", "any field of the preset can be replaced")
-    preset.add_argument("--preset", metavar="NAME|FILE.toml", help="default: the model's own")
-    for field in fields(Preset)[1:]:  # all but the family
-        option, kind = "--" + field.name.replace("_", "-"), type(field.default)
-        if kind is bool:
-            preset.add_argument(option, action=argparse.BooleanOptionalAction)
-        elif field.name == "steps":
-            preset.add_argument(option, metavar="T,T,..[/T,..]", help="timesteps of chunk 0 / chunk 1 / ... / the rest")
-        else:
-            preset.add_argument(option, type=kind, metavar=kind.__name__.upper())
 
-    run = parser.add_argument_group("output and machine")
-    run.add_argument(
-        "--out", default="video.mp4", metavar="TARGET",
-        help="FILE.mp4, .y4m, .gif, .webp, DIR/ (png sequence), - (stdout), null, checksum (video.mp4)",
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle instead of a model."""
+
+    bundle: Path | None = option(None, "stream from a bundle that python -m export wrote", metavar="DIR")
+    backend: str | None = option(
+        None, "default: torch; with --bundle its first", choices=("torch", *BACKENDS, "native")
     )  # fmt: skip
-    run.add_argument("--format", choices=("y4m", "mp4", "rgb"), help="what --out - writes (y4m)")
-    run.add_argument("--scale", type=int, default=1, metavar="N", help="enlarge every pixel N times each way (1)")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    run.add_argument(
-        "--precision", choices=("auto", *PRECISIONS), default="auto",
-        help="auto: bf16 on a GPU, else fp32; fp8: the large products on e4m3, made for an H100 and later",
-    )  # fmt: skip
-    run.add_argument("--fp8-attention", action="store_true", help="self-attention on e4m3 as well")
-    run.add_argument("--eager", action="store_true", help="no fused kernels and no CUDA graphs on a GPU")
-    run.add_argument(
-        "--backend", choices=("torch", "onnx", "aoti", "tensorrt", "native"), help="torch; with --bundle its first"
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the frames go."""
+
+    out: str = option(
+        "video.mp4", "FILE.mp4, .y4m, .gif, .webp, DIR/ (png sequence), - (stdout), null, checksum", metavar="TARGET"
     )
-    run.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads; default: OMP_NUM_THREADS, else by the model's size"
-    )
-    run.add_argument("--json", action="store_true", help="print a report as the last line of stdout")
-    run.add_argument("--quiet", action="store_true", help="no progress, no warnings")
-    run.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser
+    format: Literal["y4m", "mp4", "rgb"] | None = option(None, "what --out - writes; default: y4m")
+    fps: float | None = option(None, "frame rate of the output; default: the model's own", metavar="F")
+    scale: int = option(1, "enlarge every pixel N times each way", metavar="N")
+    json: bool = option(False, "print a report as the last line of stdout")
+    quiet: bool = option(False, "print no progress and no warnings")
+    debug: bool = option(False, "show tracebacks")
+
+    def __post_init__(self) -> None:
+        if self.json and self.out == "-":
+            raise ValueError("--json: got --out -, expected a file (both write to stdout)")
+        if self.scale < 1:
+            raise ValueError(f"--scale: got {self.scale}, expected at least 1")
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"--fps: got {self.fps}, expected a positive number")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A whole command line."""
+
+    video: Video
+    model: Model
+    overrides: dict[str, Any]  # fields of the preset
+    bundle: Bundle
+    runtime: Runtime
+    output: Output
+    fixed: tuple[str, ...]  # options set by the user that a bundle fixes
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Job":
+        overrides = chosen(args, Preset)
+        set_by_user = [*chosen(args, Model), *chosen(args, Runtime), *overrides]
+        return cls(
+            options_of(args, Video), options_of(args, Model), overrides, options_of(args, Bundle),
+            options_of(args, Runtime), options_of(args, Output), tuple(n for n in set_by_user if n != "threads"),
+        )  # fmt: skip
+
+
+def parser() -> Parser:
+    """The command line of `python -m engine.run`."""
+    made = Parser(prog="python -m engine.run", description=__doc__, epilog=EXAMPLES)
+    add_options(made, Video, "what to generate")
+    add_options(made, Model, "model")
+    add_options(made, Preset, "preset: fields to replace", skip=("family",), defaults=False)
+    add_options(made, Bundle, "bundle")
+    add_options(made, Runtime, "machine")
+    add_options(made, Output, "output")
+    return made
 
 
 def _frame_of(when: str, fps: float) -> int:
@@ -144,14 +175,9 @@ def _frame_of(when: str, fps: float) -> int:
     return value
 
 
-def _limit(args: argparse.Namespace, fps: float) -> int | None:
-    for name in ("frames", "seconds"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"--{name}: got {value}, expected a positive number")
-    if args.seconds is not None:
-        return max(1, round(args.seconds * fps))
-    return args.frames
+def _limit(video: Video, fps: float) -> int | None:
+    """Frames to make; None is for ever."""
+    return video.frames if video.seconds is None else max(1, round(video.seconds * fps))
 
 
 class _Interrupt:
@@ -185,8 +211,8 @@ class _Interrupt:
 
 
 def _generate(
-    stream: Stream | NativeStream, sink: Sink, limit: int | None, switches: list[tuple[int, str]],
-    args: argparse.Namespace, interrupt: _Interrupt, console: Console, fps: float, start: float,
+    stream: Stream | NativeStream, sink: Sink, limit: int | None, switches: list[tuple[int, str]], job: Job,
+    interrupt: _Interrupt, console: Console, fps: float, start: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Pull chunks into the sink until the limit, Ctrl-C or a reader that left; returns what was measured."""
     frames, chunks, ttff, stopped = 0, [], 0.0, False
@@ -194,21 +220,21 @@ def _generate(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} frames"),
         TextColumn("{task.fields[rate]:.1f} fps  first frame {task.fields[ttff]:.0f} ms"), TimeElapsedColumn(),
     )  # fmt: skip
-    hidden = args.quiet or not console.is_terminal
+    hidden, scale = job.output.quiet or not console.is_terminal, job.output.scale
     begun = time.perf_counter()
     with Progress(*columns, console=console, disable=hidden) as progress:
         task = progress.add_task("streaming", total=limit, rate=0.0, ttff=0.0)
         try:
             while limit is None or frames < limit:
                 while switches and switches[0][0] <= frames:
-                    stream.set_prompt(switches.pop(0)[1], recommit=not args.no_recommit)
+                    stream.set_prompt(switches.pop(0)[1], recommit=not job.video.no_recommit)
                 chunk_start = time.perf_counter()
                 chunk = stream.next_chunk()
                 now = time.perf_counter()
                 chunks.append(now - chunk_start)
                 ttff = ttff or now - start
                 for frame in chunk[: None if limit is None else limit - frames]:
-                    interrupt.write(sink, frame.repeat(args.scale, axis=0).repeat(args.scale, axis=1))
+                    interrupt.write(sink, frame.repeat(scale, axis=0).repeat(scale, axis=1))
                     frames += 1
                 rate = frames / (time.perf_counter() - begun)
                 progress.update(task, completed=frames, rate=rate, ttff=1e3 * ttff)
@@ -229,7 +255,7 @@ def _generate(
 
 
 def _loading(console: Console, quiet: bool) -> AbstractContextManager[object]:
-    """A spinner while weights are read, where somebody is watching."""
+    """A spinner while weights are read, on a terminal."""
     return nullcontext() if quiet or not console.is_terminal else console.status("loading the model")
 
 
@@ -239,94 +265,73 @@ def _peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _overrides(args: argparse.Namespace) -> dict[str, Any]:
-    given = {field.name: getattr(args, field.name, None) for field in fields(Preset)}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _clip(args: argparse.Namespace, height: int, width: int, fps: float) -> np.ndarray | None:
-    if args.image is not None:
-        return read_image(args.image, height, width)
-    if args.video is not None:
-        return read_clip(args.video, height, width, fps, args.video_frames)
+def _clip(video: Video, height: int, width: int, fps: float) -> np.ndarray | None:
+    if video.image is not None:
+        return read_image(video.image, height, width)
+    if video.video is not None:
+        return read_clip(video.video, height, width, fps, video.video_frames)
     return None
 
 
-def _shape(args: argparse.Namespace) -> tuple[int, int, float]:
+def _shape(job: Job) -> tuple[int, int, float]:
     """Height, width and frame rate of what will be loaded; a bundle's size is fixed."""
-    if args.bundle is None:
-        settings = settings_of(args.model or EMBEDDED)
-        return args.height or settings["height"], args.width or settings["width"], args.fps or settings["fps"]
-    given = [name for name in _OF_MODELS if getattr(args, name) not in (None, [], "auto", False)] + list(
-        _overrides(args)
-    )
-    if given:
-        raise ValueError(f"--bundle: got --{given[0].replace('_', '-')} as well, expected none: a bundle fixes it")
-    from engine.bundles.manifest import read_manifest  # extra packages that only bundles need
-
-    manifest = read_manifest(args.bundle)
-    return manifest.height, manifest.width, args.fps or manifest.fps
+    model, fps, bundle = job.model, job.output.fps, job.bundle.bundle
+    if bundle is None:
+        settings = settings_of(model.model or EMBEDDED)
+        return model.height or settings["height"], model.width or settings["width"], fps or settings["fps"]
+    if job.fixed:
+        name = job.fixed[0].replace("_", "-")
+        raise ValueError(f"--bundle: got --{name} as well, expected none: a bundle fixes it")
+    manifest = read_manifest(bundle)
+    return manifest.height, manifest.width, fps or manifest.fps
 
 
-def _load(args: argparse.Namespace, height: int, width: int, fps: float) -> Pipeline | NativePipeline:
-    if args.bundle is not None:
-        if args.backend == "native":  # the C++ core reads the bundle itself, and chooses among its backends
-            from engine.bundles.manifest import read_manifest
-
-            native = NativePipeline(args.bundle, threads=args.threads)
-            threads_of_bundle(args.threads, read_manifest(args.bundle), native.device)
+def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePipeline:
+    model, bundle, backend = job.model, job.bundle.bundle, job.bundle.backend
+    if bundle is not None:
+        if backend == "native":  # the C++ core reads the bundle itself, and chooses among its backends
+            native = NativePipeline(bundle, threads=job.runtime.threads)
+            threads_of_bundle(job.runtime.threads, read_manifest(bundle), native.device)
             return native
-        return load_bundle(args.bundle, args.backend, threads=args.threads)
-    if args.backend not in (None, "torch"):
-        raise ValueError(f"--backend: got {args.backend}, expected --bundle with it (python -m export writes one)")
+        return load_bundle(bundle, backend, job.runtime.threads)
+    if backend not in (None, "torch"):
+        raise ValueError(f"--backend: got {backend}, expected --bundle with it (python -m export writes one)")
     pipeline = load(
-        args.model, preset=args.preset, overrides=_overrides(args), checkpoint=args.checkpoint,
-        checkpoint_state=args.checkpoint_state, adapters=args.adapter, device=args.device, dtype=args.precision,
-        height=height, width=width, fps=fps, fp8_attention=args.fp8_attention, eager=args.eager,
-        threads=args.threads,
+        model.model, preset=model.preset, overrides=job.overrides, checkpoint=model.checkpoint,
+        checkpoint_state=model.checkpoint_state, adapters=model.adapter, height=height, width=width, fps=fps,
+        runtime=job.runtime,
     )  # fmt: skip
-    if is_untrained(args.model, pipeline.preset, args.checkpoint, args.adapter) and not args.quiet:
-        print(f"note: no weights trained for preset {pipeline.preset_name} were given; "
+    if is_untrained(model.model, pipeline.preset, model.checkpoint, model.adapter) and not job.output.quiet:
+        print(f"note: no weights trained for preset {pipeline.preset_name} were loaded; "
               "the bidirectional model streams untrained", file=sys.stderr)  # fmt: skip
     return pipeline
 
 
-def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
-    console = Console(stderr=True)
-    if not args.prompt.strip():
-        raise ValueError("--prompt: got an empty text, expected words")
-    if args.json and args.out == "-":
-        raise ValueError("--json: got --out -, expected a file (both write to stdout)")
-    for name in ("video_frames", "scale", "threads", "height", "width"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
-    if args.fps is not None and not args.fps > 0:
-        raise ValueError(f"--fps: got {args.fps}, expected a positive number")
-    if not 0 <= args.seed < 2**64:
-        raise ValueError(f"--seed: got {args.seed}, expected 0 to 2^64 - 1")
-    # Everything that can be wrong with what was asked is found before weights are read.
-    height, width, fps = _shape(args)
-    limit = _limit(args, fps)
-    switches = sorted((_frame_of(when, fps), text) for when, text in args.prompt_at)
-    clip = _clip(args, height, width, fps)
-    sink = open_sink(args.out, fps, (height * args.scale, width * args.scale), format=args.format)
+def _run(job: Job, interrupt: _Interrupt) -> int:
+    console, video, output = Console(stderr=True), job.video, job.output
+    # Everything that can be wrong with the command line is found before weights are read.
+    height, width, fps = _shape(job)
+    limit = _limit(video, fps)
+    switches = sorted((_frame_of(when, fps), text) for when, text in video.prompt_at)
+    clip = _clip(video, height, width, fps)
+    sink = open_sink(output.out, fps, (height * output.scale, width * output.scale), format=output.format)
     begun = time.perf_counter()
     try:
-        with _loading(console, args.quiet):
-            pipeline = _load(args, height, width, fps)
+        with _loading(console, output.quiet):
+            pipeline = _load(job, height, width, fps)
             if pipeline.device.type == "cuda":
                 pipeline.warm()
         start = time.perf_counter()
-        with pipeline.stream(args.prompt, seed=args.seed, frames=limit, clip=clip) as stream:
-            report = _generate(stream, sink, limit, switches, args, interrupt, console, fps, start)
+        with pipeline.stream(video.prompt, seed=video.seed, frames=limit, clip=clip) as stream:
+            report = _generate(stream, sink, limit, switches, job, interrupt, console, fps, start)
         sink.close()
     except OutputClosed:
-        sink.abort()  # the reader has seen enough: nothing went wrong, and nobody is there to be told
+        sink.abort()  # the reader has seen enough: nothing went wrong, and there is no reader left to tell
         return 0
     except BaseException:
         sink.abort()
         raise
+    fp8 = job.runtime.precision == "fp8"
     report |= {
         "load_ms": 1e3 * (start - begun),
         "peak_memory_mb": _peak_memory_mb(pipeline.device),
@@ -334,34 +339,34 @@ def _run(args: argparse.Namespace, interrupt: _Interrupt) -> int:
         "backend": pipeline.stages.name,
         "device": str(pipeline.device),
         "threads": torch.get_num_threads(),
-        "precision": args.precision if args.precision == "fp8" else str(pipeline.dtype).removeprefix("torch."),
-        "seed": args.seed,
+        "precision": "fp8" if fp8 else str(pipeline.dtype).removeprefix("torch."),
+        "seed": video.seed,
         "height": pipeline.height,
         "width": pipeline.width,
-        "out": args.out,
+        "out": output.out,
     }
     if isinstance(sink, ChecksumSink):
         report["sha256"] = sink.digest
-    if not args.quiet:
+    if not output.quiet:
         print(f"{report['frames']} frames at {report['fps']:.1f} fps, first after {report['ttff_ms']:.0f} ms, "
-              f"{report['ms_per_chunk']['p50']:.1f} ms a chunk -> {report.get('sha256', args.out)}",
+              f"{report['ms_per_chunk']['p50']:.1f} ms per chunk -> {report.get('sha256', output.out)}",
               file=sys.stderr)  # fmt: skip
-    if args.json:
+    if output.json:
         print(json.dumps(report), flush=True)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done or stopped by Ctrl-C, 2 bad input, 1 a failure."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         with _Interrupt() as interrupt:
-            return _run(args, interrupt)
+            return _run(Job.of(args), interrupt)
     except KeyboardInterrupt:
         print("stopped before the first frame", file=sys.stderr)
         return 130
     except Exception as error:
-        if args.debug:
+        if getattr(args, "debug", False):
             raise
         lines = str(error).splitlines() or [type(error).__name__]
         print(f"error: {lines[0]}", file=sys.stderr)

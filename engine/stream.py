@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from engine.config import Preset, TransformerConfig
-from engine.generators.base import Generator, Geometry, Stages, make_generator
+from engine.generators import family_of, make_generator
+from engine.generators.base import Generator, Geometry
 from engine.model.text import Tokenizer
 from engine.model.vae import frames_to_uint8, uint8_to_frames
+from engine.runtime.passes import Stages
 from engine.runtime.transfer import Download, SideStream, upload
 from engine.sampling.noise import NoiseSource, PhiloxNoise
-from engine.sampling.schedule import Schedule, make_solver
+from engine.sampling.schedule import Schedule
+from engine.sampling.solvers import make_solver
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,8 @@ class Pipeline:
             raise ValueError(
                 f"clip: got {clip.dtype} {list(clip.shape)}, expected uint8 [T, {self.height}, {self.width}, 3]"
             )
-        latents = 1 + (len(clip) - 1) // self.temporal
-        if self.preset.family == "greedy":
-            latents = max(latents // self.preset.chunk, 1) * self.preset.chunk
+        unit = family_of(self.preset).unit(self.preset)
+        latents = max((1 + (len(clip) - 1) // self.temporal) // unit, 1) * unit
         frames = 1 + self.temporal * (latents - 1)
         clip = clip[-frames:]
         if len(clip) < frames:
@@ -123,10 +125,10 @@ class Stream:
         )
         with torch.inference_mode():
             self.state = pipeline.generator.open(geometry, pipeline.stages.prepare_text(text_emb))
-        self.given = deque(self._split(latents, geometry)) if latents is not None else deque()
+        self.supplied = deque(self._split(latents, geometry)) if latents is not None else deque()
         self.emitted = 0  # frames made so far
         self._vae_cache: Any = None
-        self._uncommitted: tuple[Tensor, bool] | None = None  # the chunk shown last, and whether it was given
+        self._uncommitted: tuple[Tensor, bool] | None = None  # the chunk shown last, and whether it was supplied
         # On a GPU the next latent is made while the last one is decoded beside it and shown.
         self.looks_ahead = pipeline.device.type == "cuda"
         self._ahead: Tensor | Exception | None = None
@@ -155,7 +157,7 @@ class Stream:
         self._accept(x)
         first, self._started = self._started == 0, self._started + len(shown)
         if self.looks_ahead and not first and (self.limit is None or self._started < self.limit):
-            self._look_ahead()  # not before the first frame is out: whoever watches waits for that one
+            self._look_ahead()  # not before the first frame is out: the viewer waits for that one
         return shown.wait()
 
     @torch.inference_mode()
@@ -182,12 +184,12 @@ class Stream:
     def _make(self) -> Tensor:
         """One chunk; publishes the one before, and nothing of its own."""
         generator, state = self.pipeline.generator, self.state
-        # Committed only now: whoever watches has a chunk before its cache passes are paid for.
+        # Commit lazily, so that cache passes do not delay frames.
         if self._uncommitted is not None:
-            generator.commit(self._uncommitted[0], state, given=self._uncommitted[1])
+            generator.commit(self._uncommitted[0], state, supplied=self._uncommitted[1])
             self._uncommitted = None
-        if self.given:
-            return self.given[0]
+        if self.supplied:
+            return self.supplied[0]
         index, shape = state.index, self._shape()
         steps = self.schedule.steps(index)
         solver = make_solver(self.pipeline.preset.solver, self.schedule)
@@ -199,15 +201,15 @@ class Stream:
         return x
 
     def _accept(self, x: Tensor) -> None:
-        self._uncommitted = x, bool(self.given)
-        if self.given:
-            self.given.popleft()
+        self._uncommitted = x, bool(self.supplied)
+        if self.supplied:
+            self.supplied.popleft()
 
     def close(self) -> None:
         """Drop caches and frames; further frames are refused. Closing twice is fine."""
         self._closed = True
         self._frames.clear()
-        self.given.clear()
+        self.supplied.clear()
         self.state = self._uncommitted = self._vae_cache = self._ahead = None
 
     def __enter__(self) -> "Stream":
@@ -245,13 +247,13 @@ class Stream:
         return g.batch, g.channels, self.pipeline.preset.chunk_frames(self.state.index), g.height, g.width
 
     def _split(self, latents: Tensor, geometry: Geometry) -> list[Tensor]:
-        """Given latents as chunks; the first one may be shorter."""
+        """Supplied latents as chunks; the first one may be shorter."""
         expected = geometry.batch, geometry.channels, geometry.height, geometry.width
         preset = self.pipeline.preset
-        whole = preset.chunk if preset.family == "greedy" else 1
+        unit = family_of(preset).unit(preset)
         fits = latents.ndim == 5 and (*latents.shape[:2], *latents.shape[3:]) == expected
-        if not fits or latents.shape[2] < 1 or latents.shape[2] % whole:
-            frames = "F" if whole == 1 else f"{whole}k"
+        if not fits or latents.shape[2] < 1 or latents.shape[2] % unit:
+            frames = "F" if unit == 1 else f"{unit}k"
             raise ValueError(f"latents: got {list(latents.shape)}, expected "
                              f"[{expected[0]}, {expected[1]}, {frames}, {expected[2]}, {expected[3]}]")  # fmt: skip
         latents = latents.to(self.pipeline.device, self.pipeline.dtype)
@@ -268,7 +270,7 @@ class Stream:
                 parts.append(frames_to_uint8(frames[:1])[0])
             shown = Download(torch.cat(parts))
         except Exception:
-            if getattr(stages, "advances_vae_cache", False):
+            if stages.capabilities.moves_vae_cache:
                 self.close()  # the cache has moved on: made again, the chunk would follow on itself
             raise
         self._vae_cache = cache

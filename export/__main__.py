@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from engine.bundles.manifest import read_manifest
-from engine.loader import EMBEDDED, PRECISIONS, load, settings_of
+from engine.loader import EMBEDDED, load, settings_of
+from engine.runtime.device import PRECISIONS
 from engine.stream import Pipeline
 from export.calibrate import calibrate, read_calibration
 from export.fp8 import GRANULARITIES, Recipe, quantize

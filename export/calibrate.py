@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.loader import DTYPES, load
+from engine.loader import load
+from engine.runtime.device import DTYPES
 from engine.stream import Pipeline
 from export.fp8 import quantizable, replace_linears
 

@@ -1,11 +1,12 @@
-"""What a bundle's graphs can be made by: one class a backend, all with the same five members."""
+"""What makes a bundle's graphs: one class per backend, all with the same members, and their registry."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +26,7 @@ from export.tensorrt_onnx import spell_for_tensorrt
 class Compiler(ABC):
     """Makes one file of one traced stage."""
 
-    backend: Literal["onnx", "aoti", "tensorrt"]
+    backend: str
     target: str
     suffix: str
     in_place = False  # graphs write their caches where they lie
@@ -138,15 +139,19 @@ class TensorrtCompiler(Compiler):
         return [stored(spec) for spec in program.inputs], [stored(spec) for spec in program.outputs]
 
 
+# Rows as engine.bundles.registry.BACKENDS has them.
+COMPILERS: dict[str, Callable[[torch.device, BuildOptions | None], Compiler]] = {
+    "onnx": lambda device, plans: OnnxCompiler(),
+    "aoti": lambda device, plans: AotiCompiler(device),
+    "tensorrt": lambda device, plans: TensorrtCompiler(plans),
+}
+
+
 def compiler_of(backend: str, device: torch.device, plans: BuildOptions | None = None) -> Compiler:
     """The compiler of a backend for the device that the pipeline is on."""
-    if backend == "onnx":
-        return OnnxCompiler()
-    if backend == "aoti":
-        return AotiCompiler(device)
-    if backend == "tensorrt":
-        return TensorrtCompiler(plans)
-    raise ValueError(f"export: got backend {backend!r}, expected onnx, aoti or tensorrt")
+    if backend not in COMPILERS:
+        raise ValueError(f"export: got backend {backend!r}, expected one of {', '.join(COMPILERS)}")
+    return COMPILERS[backend](device, plans)
 
 
 def _tensor(value: np.ndarray) -> Tensor:

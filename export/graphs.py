@@ -1,4 +1,4 @@
-"""The engine's stages as functions of tensors: caches in, slot and length as tensors.
+"""The engine's passes, text encoder and VAE as functions of tensors: caches in, first and valid rows as tensors.
 
 A `Graph` is a module with named example inputs. Everything it needs is an argument, so that any tracer can take it.
 Caches are spelled in two ways: as updated outputs, by two custom operators of this file that a compiler translates
@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.bundles.manifest import ROW_INPUTS, VERSION
+from engine.generators import family_of
 from engine.model.layers import Attend
 from engine.model.text import encode_text
 from engine.model.transformer import WanTransformer
+from engine.runtime.passes import PassKind
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
 
@@ -79,10 +82,10 @@ def stage_graphs(pipeline: Pipeline, in_place: bool = False) -> list[Graph]:
     stages, preset = pipeline.stages, pipeline.preset
     if not isinstance(stages, TorchStages) or stages.vae is None or stages.text_encoder is None:
         raise ValueError("export: got a pipeline without its torch modules, expected one from engine.load")
-    if preset.family == "causal" and (preset.window - preset.attn_sink) % preset.chunk:
+    if (preset.window - preset.attn_sink) % preset.chunk:
         raise ValueError(f"export: got window {preset.window} with attn_sink {preset.attn_sink}, "
                          f"expected the rest to be a multiple of chunk {preset.chunk}")  # fmt: skip
-    if preset.first_chunk or (preset.family == "causal" and preset.attn_sink % preset.chunk):
+    if preset.first_chunk not in (0, preset.chunk) or preset.attn_sink % preset.chunk:
         raise ValueError("export: got a chunk 0 or attention sink of another size, expected whole chunks")
     rows = pipeline.tokenizer.rows if pipeline.tokenizer else 0
     return [
@@ -106,22 +109,15 @@ def _prepare_text(role: str, model: WanTransformer, rows: int) -> Graph:
 
 
 def _transformers(pipeline: Pipeline, models: dict[str, WanTransformer], in_place: bool) -> list[Graph]:
-    preset = pipeline.preset
-    if preset.family == "greedy":
-        etm_slots, sdd_slots = (preset.window + 1) * preset.chunk, 3 * preset.chunk
-        return [
-            _transformer("etm", pipeline, models["etm"], etm_slots, in_place, hidden=True),
-            _transformer("sdd_context", pipeline, models["sdd"], sdd_slots, in_place, hidden=True),
-            _transformer("sdd", pipeline, models["sdd"], sdd_slots, in_place, timed=True, conditioned=True),
-        ]
-    return [_transformer("dit", pipeline, models["dit"], preset.window, in_place, timed=True)]
+    family = family_of(pipeline.preset)
+    rings = family.rings(pipeline.preset)
+    return [_transformer(kind, pipeline, models[kind.role], rings[kind.role].slots, in_place) for kind in family.passes]
 
 
 def _transformer(
-    name: str, pipeline: Pipeline, model: WanTransformer, slots: int, in_place: bool, *, hidden: bool = False,
-    timed: bool = False, conditioned: bool = False,
+    kind: PassKind, pipeline: Pipeline, model: WanTransformer, slots: int, in_place: bool
 ) -> Graph:  # fmt: skip
-    """A pass over one chunk. hidden: the last hidden state instead of the flow; timed: t is an input, else 0."""
+    """A pass over one chunk; the ring has `slots` slots."""
     config, dtype, layers = model.config, model.proj_out.weight.dtype, model.config.num_layers
     high, wide = pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
     tokens = high // config.patch_size[1] * (wide // config.patch_size[2])
@@ -129,24 +125,25 @@ def _transformer(
     latent = torch.randn(1, config.in_channels, pipeline.preset.chunk, high, wide, dtype=dtype)
     angles = torch.randn(n, config.attention_head_dim // 2)
     inputs = {"latent": latent}
-    inputs |= {"t": torch.tensor([500.0])} if timed else {}
-    inputs |= {"c_f": torch.randn(1, n, config.dim, dtype=dtype)} if conditioned else {}
+    inputs |= {"t": torch.tensor([500.0])} if kind.timed else {}
+    inputs |= {"c_f": torch.randn(1, n, config.dim, dtype=dtype)} if kind.conditioned else {}
     inputs |= {"rope_cos": angles.cos(), "rope_sin": angles.sin()}
-    inputs |= {"write_idx": torch.tensor([0]), "kv_len": torch.tensor([n])}
+    start_row, valid_rows = ROW_INPUTS[VERSION]
+    inputs |= {start_row: torch.tensor([0]), valid_rows: torch.tensor([n])}
     heads = (config.num_attention_heads, config.attention_head_dim)
     text_rows = pipeline.tokenizer.rows if pipeline.tokenizer else 0
     text = {f"text_{s}_{i}": torch.randn(1, text_rows, *heads, dtype=dtype) for s in "kv" for i in range(layers)}
     caches = {f"{s}_{i}": torch.randn(1, rows, config.dim, dtype=dtype) for s in "kv" for i in range(layers)}
     front = len(inputs)
 
-    def run(*given: Tensor) -> tuple[Tensor, ...]:
-        named = dict(zip(inputs, given[:front], strict=True))
-        past = given[front + 2 * layers :]
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(inputs, tensors[:front], strict=True))
+        past = tensors[front + 2 * layers :]
         attention = _in_place_attention if in_place else _functional_attention
-        attend, updated = attention(model, past, named["write_idx"], named["kv_len"])
-        t = named["t"] if timed else torch.zeros_like(named["latent"][:, 0, 0, 0, 0], dtype=torch.float32)
-        text_kv = given[front : front + layers], given[front + layers : front + 2 * layers]
-        if hidden:
+        attend, updated = attention(model, past, named[start_row], named[valid_rows])
+        t = named["t"] if kind.timed else torch.zeros_like(named["latent"][:, 0, 0, 0, 0], dtype=torch.float32)
+        text_kv = tensors[front : front + layers], tensors[front + layers : front + 2 * layers]
+        if kind.hidden:
             out, _ = model.encode(named["latent"], t, text_kv, named["rope_cos"], named["rope_sin"], attend)
         else:
             out = model(named["latent"], t, text_kv, named["rope_cos"], named["rope_sin"], attend, named.get("c_f"))
@@ -154,8 +151,8 @@ def _transformer(
 
     aliases = {} if in_place else {f"{key}_out": key for key in caches}
     mutates = list(caches) if in_place else []
-    first = "hidden" if hidden else "flow"
-    return Graph(name, _Function(run, model=model), inputs | text | caches, [first, *aliases], aliases, mutates)
+    first = "hidden" if kind.hidden else "flow"
+    return Graph(kind.graph, _Function(run, model=model), inputs | text | caches, [first, *aliases], aliases, mutates)
 
 
 def _functional_attention(
@@ -205,7 +202,7 @@ def _vae(pipeline: Pipeline, stages: TorchStages) -> list[Graph]:
         decoding, encoding = vae.first(latent)[1], vae.encode_step(frames[:, :, :1], None)[1]
 
     def graph(name: str, what: str, result: str, x: Tensor, cache: tuple[Tensor, ...], steady: bool) -> Graph:
-        given = {f"cache_{i}": c.contiguous() for i, c in enumerate(cache)} if steady else {}
+        caches = {f"cache_{i}": c.contiguous() for i, c in enumerate(cache)} if steady else {}
         aliases = {f"cache_{i}_out": f"cache_{i}" for i in range(len(cache))}
 
         def run(x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
@@ -216,7 +213,7 @@ def _vae(pipeline: Pipeline, stages: TorchStages) -> list[Graph]:
             return out, *following
 
         # Not updated in place: a decode that fails must leave the stream's cache as it was.
-        return Graph(name, _Function(run, vae=vae), {what: x} | given, [result, *aliases])
+        return Graph(name, _Function(run, vae=vae), {what: x} | caches, [result, *aliases])
 
     return [
         graph("vae_first", "latent", "frames", latent, decoding, False),

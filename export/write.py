@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.bundles.manifest import (
+    VERSION,
     BackendSpec,
     FileSpec,
     GoldenSpec,
@@ -129,7 +130,7 @@ def _write(
     preset = asdict(pipeline.preset) | {"steps": [list(steps) for steps in pipeline.preset.steps]}
     transformer = asdict(pipeline.config) | {"patch_size": list(pipeline.config.patch_size)}
     manifest = Manifest(
-        format="greedy-bundle", version=1, preset_name=pipeline.preset_name, preset=preset,
+        format="greedy-bundle", version=VERSION, preset_name=pipeline.preset_name, preset=preset,
         transformer=transformer, precision=_precision(pipeline),
         height=pipeline.height, width=pipeline.width, fps=float(pipeline.fps), spatial=pipeline.spatial,
         temporal=pipeline.temporal, text_rows=pipeline.tokenizer.rows if pipeline.tokenizer else 0,

@@ -10,6 +10,7 @@ import os
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,7 +42,7 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
-_setting: str | None = None  # what `use` asks for meanwhile
+_setting: ContextVar[str | None] = ContextVar("kernels", default=None)  # what `use` asks for meanwhile
 
 
 def register(
@@ -56,21 +57,25 @@ def register(
 def implementation(name: str, device: torch.device, *, fits: bool = True) -> Callable[..., Any]:
     """The function that runs operation `name` on `device`; fits is False where only the reference does the case."""
     found = OPS[name].implementations
-    wanted = _setting or _from_environment()
+    wanted = _setting.get() or _from_environment()
     if wanted == "auto" or (wanted == "cuda" and (device.type != "cuda" or "cuda" not in found)):
         wanted = "triton" if device.type == "cuda" and HAVE_TRITON else "reference"
     return found[wanted if fits and wanted in found else "reference"]
 
 
+def has_kernel(name: str, device: torch.device) -> bool:
+    """Whether something else than the reference runs operation `name` on `device`."""
+    return implementation(name, device) is not OPS[name].implementations["reference"]
+
+
 @contextmanager
 def use(setting: str) -> Iterator[None]:
-    """Choose as GREEDY_KERNELS=setting would, for a while."""
-    global _setting
-    before, _setting = _setting, _checked(setting)
+    """Choose as GREEDY_KERNELS=setting would, for a while and for this thread."""
+    token = _setting.set(_checked(setting))
     try:
         yield
     finally:
-        _setting = before
+        _setting.reset(token)
 
 
 def load_all() -> dict[str, Op]:

@@ -21,8 +21,8 @@ MAY = {
 # A folder, or a file beside the folders, imports from its own row only itself, and whatever stands in rows above.
 LEVELS = {
     "engine": [
-        "config threads kernels_folder", "media model", "sampling runtime", "weights bundles", "generators", "stream",
-        "loader", "run",
+        "options threads kernels_folder", "config", "media model", "sampling runtime", "weights generators", "presets",
+        "bundles", "stream", "loader", "run", "cli",
     ],
     "distill": ["training", "models", "data", "scores", "stages", "experiments"],
     "bench": ["instruments adapters", "operations", "report", "commands", "__main__"],

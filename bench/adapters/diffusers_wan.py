@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.adapters.protocol import Engine, serve
-from engine.loader import DTYPES
+from engine.runtime.device import DTYPES
 
 
 class WanVideo:

@@ -20,11 +20,11 @@ from bench.instruments.flops import steady_index
 from bench.instruments.header import machine, print_header, stream_header
 from bench.instruments.spread import interleaved, paired_ratio, quartiles, table
 from bench.report import saved as results
-from engine.config import find_preset
 from engine.loader import FP8_KEEP, make_stages
 from engine.model.cache import FP8
 from engine.model.layers import Attend, Block
 from engine.model.transformer import TextKV, WanTransformer
+from engine.presets import find_preset
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.fused import FusedTransformer
 from engine.runtime.stages import TorchStages
@@ -53,9 +53,9 @@ class _Compiled:
 
     def encode(
         self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: Attend,
-        condition: Tensor | None = None,
+        c_f: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        hidden, embedding, modulation = self.model.embed(latent, t, condition)
+        hidden, embedding, modulation = self.model.embed(latent, t, c_f)
         self._attend = attend
         for layer, block in enumerate(self.model.blocks):
             self._layer, text = layer, (text_kv[0][layer], text_kv[1][layer])
@@ -64,9 +64,9 @@ class _Compiled:
 
     def __call__(
         self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: Attend,
-        condition: Tensor | None = None,
+        c_f: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        hidden, embedding = self.encode(latent, t, text_kv, cos, sin, attend, condition)
+        hidden, embedding = self.encode(latent, t, text_kv, cos, sin, attend, c_f)
         return self.model.head(hidden, embedding, latent)
 
 

@@ -21,7 +21,7 @@ from bench.instruments.flops import bidirectional_cost, chunk_cost, steady_index
 from bench.instruments.header import machine, print_header, stream_header
 from bench.instruments.spread import interleaved, paired_ratio, quartiles, table
 from bench.report import saved as results
-from engine.loader import DTYPES
+from engine.runtime.device import DTYPES
 from engine.stream import Pipeline
 
 PRESETS = ("greedy", "self-forcing-framewise", "self-forcing", "diagonal", "ffe-2step")

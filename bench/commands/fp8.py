@@ -8,7 +8,7 @@ are the exact evaluator's on the embedded model, every row with the same prompts
 
 import argparse
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from engine.model.layers import Block
 from engine.model.rope import rope_tables
 from engine.model.transformer import WanTransformer
 from engine.runtime.fused import FusedTransformer
-from engine.runtime.stages import TorchStages
+from engine.runtime.passes import Pass
 from engine.stream import Pipeline
 from engine.weights.checkpoint import fill
 from export.calibrate import calibrate
@@ -48,40 +48,24 @@ class _Beside:
         self.squares: dict[tuple[str, str], list[tuple[float, float]]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.stages, name)  # text and VAE are nobody's question
+        return getattr(self.stages, name)  # text and VAE are not compared
 
-    def etm(
-        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache, text_kv: Any
-    ) -> Tensor:
-        def run(stages: TorchStages, latent: Tensor, c_f: None, cache: RingCache, text: Any) -> Tensor:
-            return stages.etm(latent, cos, sin, slot, valid, cache, text)
-
-        return self._compare("etm", run, latent, None, cache, text_kv)
-
-    def sdd(
-        self, latent: Tensor, t: Tensor, c_f: Tensor | None, cos: Tensor, sin: Tensor, valid: int,
-        cache: RingCache, text_kv: Any,
-    ) -> Tensor:  # fmt: skip
-        def run(stages: TorchStages, latent: Tensor, c_f: Tensor | None, cache: RingCache, text: Any) -> Tensor:
-            return stages.sdd(latent, t, c_f, cos, sin, valid, cache, text)
-
-        return self._compare("sdd", run, latent, c_f, cache, text_kv)
-
-    def _compare(
-        self, name: str, run: Callable[..., Tensor], latent: Tensor, c_f: Tensor | None, cache: RingCache, text: Any
-    ) -> Tensor:
+    def run(self, step: Pass, cache: RingCache, text_kv: Any) -> Tensor:
+        if step.kind.graph == "sdd_context":  # its result is not used
+            return self.stages.run(step, cache, text_kv)
         results = {}
         for key, other in self.others.items():
             dtype = other.dtype
             twin = copy.copy(cache)
             twin.k, twin.v = cache.k.to(dtype, copy=True), cache.v.to(dtype, copy=True)
-            cast = {role: tuple(x.to(dtype) for x in pair) for role, pair in text.items()}
-            condition = c_f if c_f is None else c_f.to(dtype)
-            results[key] = run(other.stages, latent.to(dtype), condition, twin, cast).float()
-        expected = run(self.stages, latent, c_f, cache, text)
+            cast = {role: tuple(x.to(dtype) for x in pair) for role, pair in text_kv.items()}
+            c_f = None if step.c_f is None else step.c_f.to(dtype)
+            low = replace(step, latent=step.latent.to(dtype), c_f=c_f)
+            results[key] = other.stages.run(low, twin, cast).float()
+        expected = self.stages.run(step, cache, text_kv)
         size = float(expected.square().sum())
         for key, got in results.items():
-            self.squares.setdefault((key, name), []).append((float((got - expected).square().sum()), size))
+            self.squares.setdefault((key, step.kind.graph), []).append((float((got - expected).square().sum()), size))
         return expected
 
     def errors(self, key: str) -> dict[str, float]:
@@ -186,11 +170,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"fp8: got {args.prompts} prompts and {args.frames} frames, expected at least 1 and 2")
     task = find_task("scenes")
     torch.set_num_threads(1)
-    reference = load(device="cpu", dtype="fp32")
+    reference = load(device="cpu", precision="fp32")
     seen = [spec.caption for spec in task.draw(CALIBRATION["prompts"], CALIBRATION["seed"])]
     amax = calibrate(reference, seen, chunks=CALIBRATION["chunks"])
     # "engine": what --precision fp8 streams on; the others are what an export holds.
-    others = {name: load(device="cpu", dtype=kind) for name, kind in (("bf16", "bf16"), ("engine fp8", "fp8"))}
+    others = {name: load(device="cpu", precision=kind) for name, kind in (("bf16", "bf16"), ("engine fp8", "fp8"))}
     for granularity in GRANULARITIES:
         others[f"fp8 {granularity}"] = quantize(reference, Recipe(granularity), amax)
         last = f"blocks.{reference.config.num_layers - 1}.*"

@@ -10,8 +10,9 @@ import torch
 
 from bench.instruments.random_weights import write_random_pipeline
 from engine.config import TransformerConfig
-from engine.loader import DTYPES, load
+from engine.loader import load
 from engine.model.vae import VAEConfig
+from engine.runtime.device import DTYPES
 from engine.runtime.stages import TorchStages
 
 
@@ -28,7 +29,7 @@ def measure_load(folder: Path, precision: str, preset: str, size: tuple[int, int
     import transformers.models.umt5.modeling_umt5  # noqa: F401
 
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
-    pipeline = load(folder, preset=preset, dtype=precision, height=size[0], width=size[1])
+    pipeline = load(folder, preset=preset, precision=precision, height=size[0], width=size[1])
     seconds, peak = time.perf_counter() - start, _peak_bytes()
     stages = cast(TorchStages, pipeline.stages)
     modules = [m for m in (*stages.models.values(), stages.vae, stages.text_encoder) if m is not None]

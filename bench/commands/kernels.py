@@ -17,7 +17,7 @@ from bench.operations import attention as attention_cases
 from bench.operations import others as kernel_cases
 from bench.operations.others import Call, Case
 from bench.report import saved as results
-from engine.loader import DTYPES
+from engine.runtime.device import DTYPES
 from kernels import compile
 
 # op -> its maker, and the shapes for a device.

@@ -23,7 +23,8 @@ from bench.instruments.spread import interleaved, paired_ratio, quartiles, table
 from bench.report import saved as results
 from engine.bundles.native import NativePipeline, NativeStream
 from engine.config import Preset
-from engine.loader import DTYPES, load
+from engine.loader import load
+from engine.runtime.device import DTYPES
 from engine.stream import Pipeline, Stream
 
 Pipelines = dict[str, Pipeline | NativePipeline]

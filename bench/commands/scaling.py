@@ -118,8 +118,9 @@ def variants(pipeline: Pipeline, sweep: str) -> dict[int, Pipeline]:
         return {count: changed(steps=(_DONE[:count],), stop_after=0) for count in (1, 2, 4, 8)}
     if preset.family == "greedy":
         if sweep == "chunk":
-            return {k: changed(chunk=k, max_position=max(preset.max_position, 2 * k)) for k in (1, 2, 3)}
-        return {w: changed(window=w) for w in (0, 1, 3, 7, 15)}
+            chunks, most = preset.window // preset.chunk, preset.max_position
+            return {k: changed(chunk=k, window=chunks * k, max_position=max(most, 2 * k)) for k in (1, 2, 3)}
+        return {w: changed(window=(w + 1) * preset.chunk) for w in (0, 1, 3, 7, 15)}
     if sweep == "chunk":
         return {k: changed(chunk=k, first_chunk=0, window=max(preset.window, preset.attn_sink + k)) for k in (1, 2, 3)}
     least = preset.attn_sink + preset.chunk
@@ -190,7 +191,7 @@ def claim(pipeline: Pipeline, sweeps: dict[str, list[dict[str, Any]]], time_rati
     tokens = pipeline.height // unit[0] * (pipeline.width // unit[1])
 
     def expected(value: int, sweep: str) -> float:
-        w = value if sweep == "window" else preset.window
+        w = value if sweep == "window" else preset.window // preset.chunk - 1
         t = value if sweep == "steps" else steps
         length = preset.chunk * (value if sweep == "resolution" else tokens)
         return 4 * config.dim * config.num_layers * length**2 * (w + 3 * t + 3) / 1e9

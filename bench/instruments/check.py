@@ -109,7 +109,7 @@ def streaming_equals_dense(pipeline: Pipeline) -> Check:
     text_kv, t = pipeline.stages.prepare_text(text), 750.0
     state = pipeline.generator.open(geometry, text_kv)
     for chunk in chunks[:-1]:
-        pipeline.generator.commit(chunk, state, given=True)
+        pipeline.generator.commit(chunk, state, supplied=True)
     flow = pipeline.generator.denoise(chunks[-1], t, state)
     expected = (_dense_greedy if preset.family == "greedy" else _dense_causal)(pipeline, chunks, t, text_kv)
     error = float((flow - expected).float().square().mean().sqrt() / expected.float().square().mean().sqrt())
@@ -124,7 +124,7 @@ def _mask(sees: list[list[bool]], tokens: int, device: torch.device) -> Tensor:
 
 def _pass(
     pipeline: Pipeline, role: str, chunks: list[Tensor], positions: list[int], ts: list[float],
-    sees: list[list[bool]], text_kv: Any, condition: Tensor | None = None, hidden: bool = False,
+    sees: list[list[bool]], text_kv: Any, c_f: Tensor | None = None, hidden: bool = False,
 ) -> Tensor:  # fmt: skip
     """All chunks at once, each at its own position and timestep; returns the newest one's flow or hidden state."""
     model, frames = torch_parts(pipeline).models[role], chunks[0].shape[2]
@@ -135,12 +135,12 @@ def _pass(
     cos, sin = (table.to(latent.device) for table in rope_tables(where, high, wide, pipeline.config.attention_head_dim))
     t = torch.tensor([t for t in ts for _ in range(frames)], dtype=torch.float32, device=latent.device)[None]
     tokens = frames * high * wide
-    if condition is not None:  # zero for the chunks before the newest: the context passes have none
-        condition = torch.cat([condition.new_zeros(1, (len(chunks) - 1) * tokens, condition.shape[2]), condition], 1)
+    if c_f is not None:  # zero for the chunks before the newest: the context passes have none
+        c_f = torch.cat([c_f.new_zeros(1, (len(chunks) - 1) * tokens, c_f.shape[2]), c_f], 1)
     attend = dense_attention(_mask(sees, tokens, latent.device))
     if hidden:
         return model.encode(latent, t, text_kv[role], cos, sin, attend)[0][:, -tokens:]
-    return model(latent, t, text_kv[role], cos, sin, attend, condition)[:, :, -frames:]
+    return model(latent, t, text_kv[role], cos, sin, attend, c_f)[:, :, -frames:]
 
 
 def _dense_causal(pipeline: Pipeline, chunks: list[Tensor], t: float, text_kv: Any) -> Tensor:
@@ -153,9 +153,11 @@ def _dense_causal(pipeline: Pipeline, chunks: list[Tensor], t: float, text_kv: A
 def _dense_greedy(pipeline: Pipeline, chunks: list[Tensor], t: float, text_kv: Any) -> Tensor:
     preset, past = pipeline.preset, chunks[:-1]
     positions = [i * preset.chunk for i in range(len(chunks))]
-    window = [[0 <= query - key <= preset.window for key in range(len(past))] for query in range(len(past))]
+    window = [
+        [0 <= query - key < preset.window // preset.chunk for key in range(len(past))] for query in range(len(past))
+    ]
     c_f = _pass(pipeline, "etm", past, positions[:-1], [0.0] * len(past), window, text_kv, hidden=True)
     current = min(positions[-1], preset.max_position)
     clamped = [*(min(p, preset.max_position - preset.chunk) for p in positions[:-1]), current]
     sees = [[key <= query for key in range(len(chunks))] for query in range(len(chunks))]
-    return _pass(pipeline, "sdd", chunks, clamped, [0.0] * len(past) + [t], sees, text_kv, condition=c_f)
+    return _pass(pipeline, "sdd", chunks, clamped, [0.0] * len(past) + [t], sees, text_kv, c_f=c_f)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Preset, TransformerConfig
-from engine.generators.base import Stages
+from engine.generators import family_of
 from engine.model.cache import RingCache
 from engine.model.vae import VAE, AttentionBlock, CausalConv3d, Past, VAEConfig
+from engine.runtime.passes import Capabilities, Pass, Stages
 from engine.stream import Pipeline, Stream
 
 META = torch.device("meta")
@@ -42,7 +43,7 @@ def total(costs: dict[str, Cost]) -> Cost:
 
 def transformer_cost(
     config: TransformerConfig, frames: int, tokens: int, keys: int, rows: int, itemsize: int, *,
-    batch: int = 1, timesteps: int | None = None, head: bool = True, condition: bool = False, cached: bool = True,
+    batch: int = 1, timesteps: int | None = None, head: bool = True, conditioned: bool = False, cached: bool = True,
 ) -> Cost:  # fmt: skip
     """One pass over `frames` frames of `tokens` tokens whose self-attention sees `keys` keys, text has `rows` rows.
 
@@ -56,7 +57,7 @@ def transformer_cost(
     embed = patch * config.in_channels * d
     out = patch * config.out_channels * d if head else 0
     time = config.freq_dim * d + d * d + 6 * d * d
-    condition_weights = d * d if condition else 0
+    condition_weights = d * d if conditioned else 0
     attention = 4.0 * layers * n * keys * d
     per_token = layers * linear + embed + out + condition_weights
     when = frames if timesteps is None else timesteps
@@ -118,6 +119,8 @@ class CountingStages:
     """A backend that computes nothing and adds up what each call would cost."""
 
     name = "counting"
+    capabilities = Capabilities()
+    make_cache = RingCache
 
     def __init__(self, config: TransformerConfig, itemsize: int) -> None:
         self.config, self.itemsize = config, itemsize
@@ -126,34 +129,15 @@ class CountingStages:
     def prepare_text(self, text_emb: Tensor) -> int:
         return text_emb.shape[1]
 
-    def etm(self, latent: Tensor, cos: Any, sin: Any, slot: int, valid: int, cache: RingCache, text_kv: int) -> Tensor:
-        self._add("etm", latent, valid, cache, text_kv, head=False)
-        return latent.new_empty(latent.shape[0], latent.shape[2] * cache.tokens, self.config.dim)
-
-    def sdd_context(
-        self, latent: Tensor, cos: Any, sin: Any, slot: int, valid: int, cache: RingCache, text_kv: int
-    ) -> None:
-        self._add("sdd_context", latent, valid, cache, text_kv, head=False)
-
-    def sdd(
-        self, latent: Tensor, t: Tensor, c_f: Tensor | None, cos: Any, sin: Any, valid: int, cache: RingCache,
-        text_kv: int,
-    ) -> Tensor:  # fmt: skip
-        self._add("sdd", latent, valid, cache, text_kv, condition=c_f is not None)
-        return latent
-
-    def dit(
-        self, latent: Tensor, t: Tensor, cos: Any, sin: Any, slot: int, valid: int, cache: RingCache, text_kv: int
-    ) -> Tensor:
-        self._add("dit", latent, valid, cache, text_kv)
-        return latent
-
-    def _add(self, name: str, latent: Tensor, valid: int, cache: RingCache, rows: int, **how: bool) -> None:
+    def run(self, step: Pass, cache: RingCache, text_kv: int) -> Tensor:
+        latent, kind = step.latent, step.kind
         cost = transformer_cost(
-            self.config, latent.shape[2], cache.tokens, valid * cache.tokens, rows, self.itemsize,
-            batch=latent.shape[0], **how,
+            self.config, step.frames, cache.tokens, int(step.valid) * cache.tokens, text_kv, self.itemsize,
+            batch=latent.shape[0], head=not kind.hidden, conditioned=step.c_f is not None,
         )  # fmt: skip
-        self.calls.append((name, cost))
+        self.calls.append((kind.graph, cost))
+        width = self.config.dim
+        return latent.new_empty(latent.shape[0], len(step.cos), width) if kind.hidden else latent
 
 
 class _EmptyNoise:
@@ -163,7 +147,7 @@ class _EmptyNoise:
 
 def steady_index(preset: Preset) -> int:
     """The first chunk that costs what all later ones cost: caches full, step lists at their last entry."""
-    chunks = preset.window + 1 if preset.family == "greedy" else -(-preset.window // preset.chunk)
+    chunks = family_of(preset).steady(preset)
     return max(chunks, len(preset.steps) - 1, 2) + 1
 
 

@@ -16,14 +16,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from engine.generators.base import Generator, Geometry, Stages
+from engine.generators.base import Generator, Geometry
+from engine.model.cache import RingCache
+from engine.runtime.passes import Pass, Stages
 from engine.sampling.noise import NoiseSource
 from engine.stream import Pipeline, Stream
 
-# Stage function -> label in the table.
-STAGES = {
-    "encode_text": "text", "prepare_text": "text", "etm": "etm", "sdd_context": "sdd_context", "sdd": "sdd",
-    "dit": "dit", "vae_first": "vae", "vae_steady": "vae", "vae_encode": "vae",
+# Function of the backend -> label in the table; a transformer's pass has the name of its graph.
+LABELS = {
+    "encode_text": "text", "prepare_text": "text", "vae_first": "vae", "vae_steady": "vae", "vae_encode": "vae",
 }  # fmt: skip
 MODEL = ("etm", "sdd_context", "sdd", "dit", "dit_context", "vae")  # labels of model calls
 _AFTER = {"noise": "transfer", "denoise": "solver", "vae": "transfer"}
@@ -79,21 +80,26 @@ class Meter:
 
 
 class MeteredStages:
-    """A backend whose stage functions are timed; a causal model's cache pass is told from its denoising steps."""
+    """A backend whose functions are timed; a causal model's cache pass is told from its denoising steps."""
 
     def __init__(self, stages: Stages, meter: Meter) -> None:
         self._stages, self._meter = stages, meter
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._stages, name)
-        return self._timed(STAGES[name], found) if name in STAGES else found
+        return self._timed(LABELS[name], found) if name in LABELS else found
+
+    def run(self, step: Pass, cache: RingCache, text_kv: Any) -> Tensor:
+        label = step.kind.graph
+        cache_pass = label == "dit" and self._meter.committing()
+        with self._meter.span(label, "dit_context" if cache_pass else label):
+            return self._stages.run(step, cache, text_kv)
 
     def _timed(self, label: str, call: Callable[..., Any]) -> Callable[..., Any]:
         meter = self._meter
 
         def run(*args: Any) -> Any:
-            cache_pass = label == "dit" and meter.committing()
-            with meter.span(label, "dit_context" if cache_pass else label):
+            with meter.span(label, label):
                 result = call(*args)
             if label == "vae" and isinstance(result, tuple):
                 meter.vae_cache_bytes = sum(t.nbytes for t in result[1] if isinstance(t, Tensor))
@@ -115,9 +121,9 @@ class MeteredGenerator:
         with self._meter.span("denoise", "other"):
             return self._generator.denoise(x, t, state)
 
-    def commit(self, x: Tensor, state: Any, given: bool = False) -> None:
+    def commit(self, x: Tensor, state: Any, supplied: bool = False) -> None:
         with self._meter.span("commit", "cache"):
-            self._generator.commit(x, state, given)
+            self._generator.commit(x, state, supplied)
 
     def set_text(self, text_kv: Any, state: Any, recommit: bool = True) -> None:
         self._generator.set_text(text_kv, state, recommit)
@@ -146,7 +152,7 @@ class MeteredPipeline(Pipeline):
 
     @cached_property
     def generator(self) -> Generator:
-        return MeteredGenerator(super().generator, self.meter)
+        return cast(Generator, MeteredGenerator(super().generator, self.meter))
 
     def stream(self, *args: Any, **kwargs: Any) -> Stream:
         stream = super().stream(*args, **kwargs)

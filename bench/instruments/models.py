@@ -11,12 +11,15 @@ from torch import nn
 
 from bench.instruments.random_weights import RandomSource, write_text_encoder
 from engine import threads
-from engine.config import TransformerConfig, find_preset
-from engine.loader import DTYPES, EMBEDDED, PRECISIONS, assemble, load, load_bundle, make_stages
+from engine.config import Runtime, TransformerConfig
+from engine.generators import family_of
+from engine.loader import EMBEDDED, assemble, load, load_bundle, make_stages
 from engine.model.cache import FP8
 from engine.model.text import Tokenizer, load_text_encoder
 from engine.model.transformer import WanTransformer
 from engine.model.vae import VAE, VAEConfig
+from engine.presets import find_preset
+from engine.runtime.device import DTYPES, PRECISIONS
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
 from engine.weights.checkpoint import fill
@@ -98,7 +101,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def source_of(args: argparse.Namespace) -> Source:
-    """The weights that were asked for; sets the number of threads that was asked for."""
+    """The weights that the command line names; sets the number of threads that it names."""
     if args.threads is not None:
         threads.use(args.threads)
     if args.backend and (args.backend == "torch") == bool(args.bundle):
@@ -140,8 +143,8 @@ def random_pipeline(
         if pixels < unit or pixels % unit:
             raise ValueError(f"{what}: got {pixels}, expected a positive multiple of {unit}")
     with torch.device("meta"):
-        roles = ("etm", "sdd") if style.family == "greedy" else ("dit",)
-        models = {role: WanTransformer(config, role == "sdd") for role in roles}
+        family = family_of(style)
+        models = {role: WanTransformer(config, family.conditioned(role)) for role in family.roles()}
         vae = VAE(vae_config)
     for seed, module in enumerate((*models.values(), vae)):
         fill(module, RandomSource(module, f"random {shape}", seed), dtype, place)
@@ -151,7 +154,8 @@ def random_pipeline(
         write_text_encoder(Path(folder), config.text_dim, dtype)
         tokenizer = Tokenizer(Path(folder) / "tokenizer")
         encoder = load_text_encoder(Path(folder) / "text_encoder", dtype, place)
-    stages = make_stages(models, vae, encoder, place, fp8=fp8, fp8_attention=fp8_attention, eager=eager)
+    runtime = Runtime(precision="fp8" if fp8 else "auto", fp8_attention=fp8_attention, eager=eager)
+    stages = make_stages(models, vae, encoder, place, runtime)
     return assemble(
         stages, config, style, dtype, place, tokenizer=tokenizer, name=preset, height=height, width=width,
         vae_config=vae_config, kv_dtype=FP8 if fp8_attention else None,

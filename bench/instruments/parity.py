@@ -20,7 +20,8 @@ from engine.loader import assemble
 from engine.runtime.stages import TorchStages
 from engine.sampling.noise import ReplayNoise
 from engine.stream import Stream
-from engine.weights.checkpoint import SafetensorsSource, load_transformer, read_json
+from engine.weights.checkpoint import load_transformer
+from engine.weights.sources import SafetensorsSource, read_json
 
 # dtype -> largest (max_abs_error, rms_error) that passes. Processors sum bf16 products in different orders: the largest
 # error may be two units in the last place of values from 4 to 8, where latents end, the mean what bf16 is from fp32
@@ -182,12 +183,12 @@ def replay(case: Case, recording: Recording, device: torch.device) -> Tensor:
         TorchStages({"dit": model}, None, None), recording.config, preset, case.dtype, device,
         height=height * 8, width=width * 8,
     )  # fmt: skip
-    given = case.tensors.get("initial_latent")
-    given = given.transpose(1, 2) if given is not None else None
+    initial = case.tensors.get("initial_latent")
+    supplied = initial.transpose(1, 2) if initial is not None else None
     text = torch.nn.functional.pad(case.text, (0, 0, 0, recording.text_rows - case.text.shape[1]))
     noise = case.tensors["noise"].transpose(1, 2)  # [B, C, F, h, w]
-    stream = Stream(pipeline, text, ReplayNoise({}), None, given)
-    chunks = [*stream.given]
+    stream = Stream(pipeline, text, ReplayNoise({}), None, supplied)
+    chunks = [*stream.supplied]
     sizes: list[int] = []
     generated = noise.shape[2]
     while generated:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.instruments.spread import table
-from engine.weights.checkpoint import read_json
+from engine.weights.sources import read_json
 
 
 @dataclass(frozen=True)

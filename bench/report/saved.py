@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.instruments.header import ROOT
-from engine.weights.checkpoint import read_json
+from engine.weights.sources import read_json
 
 FOLDER = ROOT / "bench" / "results"
 

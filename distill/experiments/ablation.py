@@ -32,7 +32,8 @@ from distill.stages.next_chunk import AnyStudent, NextChunkConfig, draw_levels, 
 from distill.stages.rl import RlConfig
 from distill.training.draws import Draws
 from distill.training.state import load_config, run_stage, write_json
-from engine.config import Preset, find_preset
+from engine.config import Preset
+from engine.presets import find_preset
 
 PARENTS = {"etm-rl": "etm", "etm-rl-critic": "etm", "no-etm-rl": "no-etm", "causal-rl": "causal"}  # what RL starts from
 CRITICS = ("etm-rl-critic", "causal-rl")

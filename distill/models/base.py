@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import TransformerConfig
-from engine.generators.base import TextKV
 from engine.model.text import Tokenizer, encode_text, load_text_encoder
-from engine.weights.checkpoint import load_transformer, open_source, read_json
+from engine.runtime.passes import TextKV
+from engine.weights.checkpoint import load_transformer
+from engine.weights.sources import open_source, read_json
 
 
 class Base:

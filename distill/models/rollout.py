@@ -10,7 +10,8 @@ from engine.config import Preset
 from engine.loader import assemble
 from engine.model.vae import VAEConfig
 from engine.sampling.noise import PhiloxNoise
-from engine.sampling.schedule import Schedule, make_solver
+from engine.sampling.schedule import Schedule
+from engine.sampling.solvers import make_solver
 from engine.stream import Pipeline
 
 

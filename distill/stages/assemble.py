@@ -28,7 +28,8 @@ from distill.data.text_encoder import build_tokenizer
 from distill.models.base import Base
 from distill.models.student import Student
 from distill.stages.next_chunk import load_student
-from engine.weights.checkpoint import base_hash, weight_files
+from engine.weights.adapters import base_hash
+from engine.weights.sources import weight_files
 
 FPS = 8
 

@@ -27,8 +27,10 @@ from distill.models.student import Student
 from distill.training.draws import Draws
 from distill.training.loop import FitConfig, Objective, accelerator_of, fit
 from distill.training.state import load_config, parse_arguments, run_stage, save_state
-from engine.config import FAMILIES, Preset, find_preset
+from engine.config import Preset
+from engine.generators import FAMILIES
 from engine.model.transformer import TextKV, WanTransformer
+from engine.presets import find_preset
 
 AnyStudent = Student | CausalStudent
 
@@ -77,7 +79,8 @@ class NextChunkConfig(FitConfig):
             "shift": self.sampling_shift,
             "solver": self.solver,
             "chunk": 1,
-            "window": self.window,
+            # The engine counts latent frames, the current one included.
+            "window": self.window + (self.family == "greedy"),
         }
         return given | ({"max_position": self.max_position} if self.family == "greedy" else {})
 

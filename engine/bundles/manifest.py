@@ -4,7 +4,7 @@
     weights.safetensors    every large weight once, shared by the graphs
     tokenizer/             Hugging Face tokenizer files
     graphs/<backend>-<target>/...
-    golden.safetensors     frames that whoever loads the bundle must get again
+    golden.safetensors     frames that a loader of the bundle must get again
 
 Nothing is inferred from file names. Reading a bundle runs nothing; streaming from the graphs of `aoti` and `tensorrt`
 runs what is in them: those are code, take them only from where you would take a program.
@@ -14,13 +14,18 @@ import hashlib
 import json
 import os
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from engine.config import Preset, TransformerConfig, override
+from engine.bundles.registry import BACKENDS
+from engine.config import Preset, TransformerConfig
+from engine.options import read
+from engine.presets import check_preset
 
-VERSION = 1
+VERSION: Final = 2
+# Graph inputs for the first row to write and the rows to attend to, by the manifest's version.
+ROW_INPUTS = {1: ("write_idx", "kv_len"), 2: ("start_row", "valid_rows")}
 _Size = Annotated[int, Field(ge=1, le=1 << 16)]
 _Dim = Annotated[int, Field(ge=0, le=1 << 32)]
 _Bytes = Annotated[int, Field(ge=0, le=1 << 44)]
@@ -85,7 +90,7 @@ class GraphSpec(_Strict):
 class BackendSpec(_Strict):
     """The graphs of one backend and what they were made for and with; versions names torch for graphs of torch."""
 
-    backend: Literal["onnx", "aoti", "tensorrt"]
+    backend: _Name
     target: Annotated[str, Field(pattern=r"^(cpu|cuda)(-[a-z0-9_]{1,40}){0,3}$")]
     versions: dict[_Name, _Name]
     graphs: dict[_Name, GraphSpec]
@@ -97,13 +102,18 @@ class BackendSpec(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "BackendSpec":
-        if self.backend == "aoti" and "torch" not in self.versions:
-            raise ValueError("got no version of torch for aoti, expected the one it was compiled with")
-        in_place = [name for name, spec in self.graphs.items() if spec.mutates]
-        replaced = [name for name, spec in self.graphs.items() if spec.aliases]
-        if odd := in_place if self.backend == "onnx" else replaced if self.backend == "aoti" else []:
-            how = "aliases" if self.backend == "onnx" else "mutates"
-            raise ValueError(f"got {odd[0]} of {self.backend} writing its inputs otherwise, expected {how}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"got backend {self.backend!r}, expected one of {', '.join(BACKENDS)}")
+        backend = BACKENDS[self.backend]
+        for package in backend.made_with:
+            if package not in self.versions:
+                raise ValueError(
+                    f"got no version of {package} for {self.backend}, expected the one it was compiled with"
+                )
+        kinds = {"aliases": [n for n, g in self.graphs.items() if g.mutates],
+                 "mutates": [n for n, g in self.graphs.items() if g.aliases]}  # fmt: skip
+        if odd := kinds.get(backend.writes):
+            raise ValueError(f"got {odd[0]} of {self.backend} writing its inputs otherwise, expected {backend.writes}")
         return self
 
 
@@ -124,7 +134,7 @@ class Manifest(_Strict):
     """manifest.json"""
 
     format: Literal["greedy-bundle"]
-    version: Literal[1]
+    version: Literal[1, 2]
     preset_name: _Name
     preset: dict[str, object]
     transformer: dict[str, object]
@@ -155,11 +165,18 @@ class Manifest(_Strict):
         return self
 
     def preset_value(self) -> Preset:
-        return (
-            override(Preset("greedy"), self.preset)
-            if self.preset.get("family") == "greedy"
-            else override(Preset("causal", window=1), self.preset)
-        )
+        """The preset. Version 1 counted the greedy window in chunks, without the current one."""
+        values = dict(self.preset)
+        if self.version == 1 and values.get("family") == "greedy":
+            window, chunk = values.get("window", 3), values.get("chunk", 1)
+            if type(window) is int and type(chunk) is int:
+                values["window"] = (window + 1) * chunk
+        return check_preset(read(Preset, values, "preset"))
+
+    @property
+    def row_inputs(self) -> tuple[str, str]:
+        """Names of the graph inputs for the first row to write and the rows to attend to."""
+        return ROW_INPUTS[self.version]
 
     def transformer_value(self) -> TransformerConfig:
         return TransformerConfig.from_dict(dict(self.transformer))
@@ -176,8 +193,14 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: got no JSON, expected a manifest ({error})") from None
-    if isinstance(content, dict) and content.get("version") != VERSION and content.get("format") == "greedy-bundle":
-        raise ValueError(f"{path}: got version {content.get('version')!r}, expected {VERSION}")
+    if (
+        isinstance(content, dict)
+        and content.get("version") not in ROW_INPUTS
+        and content.get("format") == "greedy-bundle"
+    ):
+        raise ValueError(
+            f"{path}: got version {content.get('version')!r}, expected one of {', '.join(map(str, ROW_INPUTS))}"
+        )
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:

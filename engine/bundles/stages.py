@@ -1,4 +1,4 @@
-"""The stage functions of generators.Stages over the named graphs of a bundle, whatever runtime executes them.
+"""Stages over the named graphs of a bundle, whatever runtime executes them.
 
 A backend says how one graph is opened; what goes into which graph under which name stands here, once.
 """
@@ -13,7 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engine.bundles.manifest import BackendSpec, GraphSpec, Manifest, TensorSpec, check_hash
+from engine.generators import family_of
 from engine.model.cache import RingCache
+from engine.runtime.passes import Capabilities, Pass
 
 DTYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
@@ -62,6 +64,8 @@ class GraphStages(ABC):
     """Stages of one backend of a bundle. Every graph is opened at once, but those that only encode images."""
 
     name: str
+    capabilities = Capabilities()
+    make_cache = RingCache
     executable = False  # the graphs are machine code: never opened before their sha256 was compared
 
     def __init__(
@@ -70,9 +74,9 @@ class GraphStages(ABC):
         self.folder, self.manifest, self.backend = folder, manifest, backend
         self.threads, self.device = threads, device
         self.layers = manifest.transformer_value().num_layers
-        roles = ("etm", "sdd") if manifest.preset_value().family == "greedy" else ("dit",)
-        needed = {"encode_text", "vae_first", "vae_steady", "vae_encode_first", "vae_encode_steady", *roles}
-        needed |= {f"prepare_text_{role}" for role in roles} | ({"sdd_context"} if "sdd" in roles else set())
+        family = family_of(manifest.preset_value())
+        needed = {"encode_text", "vae_first", "vae_steady", "vae_encode_first", "vae_encode_steady"}
+        needed |= {f"prepare_text_{role}" for role in family.roles()} | {kind.graph for kind in family.passes}
         if missing := sorted(needed - backend.graphs.keys()):
             raise ValueError(f"bundle: got no graph {missing[0]}, expected {', '.join(sorted(needed))}")
         self.weights = Weights(folder / manifest.weights)
@@ -105,54 +109,29 @@ class GraphStages(ABC):
                 text[name.removeprefix(prefix)] = out["text_k"], out["text_v"]
         return text
 
-    def _transformer(
-        self, name: str, inputs: dict[str, Tensor], slot: int, valid: int, cache: RingCache,
-        text: tuple[Tensor, Tensor],
-    ) -> dict[str, Tensor]:  # fmt: skip
-        rows, tokens = cache.slots * cache.tokens, len(inputs["rope_cos"])
+    def run(self, step: Pass, cache: RingCache, text_kv: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        kind, rows, tokens = step.kind, cache.slots * cache.tokens, len(step.cos)
         # A compiled graph does not survive what lies outside.
-        if not 0 <= slot * cache.tokens <= rows - tokens or not 0 < valid <= cache.slots:
-            raise ValueError(f"{name}: got slot {slot} and {valid} valid ones for {tokens // cache.tokens} frames, "
-                             f"expected room in {cache.slots} slots")  # fmt: skip
-        inputs["write_idx"] = torch.tensor([slot * cache.tokens], device=self.device)
-        inputs["kv_len"] = torch.tensor([valid * cache.tokens], device=self.device)
+        if not 0 <= step.slot * cache.tokens <= rows - tokens or not 0 < step.valid <= cache.slots:
+            raise ValueError(f"{kind.graph}: got slot {step.slot} and {step.valid} valid ones for "
+                             f"{step.frames} frames, expected room in {cache.slots} slots")  # fmt: skip
+        inputs = {"latent": step.latent, "rope_cos": step.cos, "rope_sin": step.sin}
+        if step.t is not None:
+            inputs["t"] = step.t
+        if kind.conditioned:  # zero adds nothing: W_c rmsnorm(0) = 0
+            inputs["c_f"] = self._zero_of(kind.graph, "c_f") if step.c_f is None else step.c_f
+        for name, slots in zip(self.manifest.row_inputs, (step.slot, step.valid), strict=True):
+            inputs[name] = torch.tensor([slots * cache.tokens], device=self.device)
         for layer in range(self.layers):
-            for side, whole, past in zip("kv", text, cache.view(layer), strict=True):
+            for side, whole, past in zip("kv", text_kv[kind.role], cache.view(layer), strict=True):
                 inputs[f"text_{side}_{layer}"] = whole[layer]
                 # Rows, but for V in FP8: there they are the last axis.
                 inputs[f"{side}_{layer}"] = past if cache.fp8 and side == "v" else past.flatten(2)
-        return self.run_graph(name, inputs)
+        return self.run_graph(kind.graph, inputs)["hidden" if kind.hidden else "flow"]
 
-    def etm(
-        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache,
-        text_kv: dict[str, tuple[Tensor, Tensor]],
-    ) -> Tensor:  # fmt: skip
-        given = {"latent": latent, "rope_cos": cos, "rope_sin": sin}
-        return self._transformer("etm", given, slot, valid, cache, text_kv["etm"])["hidden"]
-
-    def sdd_context(
-        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache,
-        text_kv: dict[str, tuple[Tensor, Tensor]],
-    ) -> None:  # fmt: skip
-        given = {"latent": latent, "rope_cos": cos, "rope_sin": sin}
-        self._transformer("sdd_context", given, slot, valid, cache, text_kv["sdd"])
-
-    def sdd(
-        self, latent: Tensor, t: Tensor, c_f: Tensor | None, cos: Tensor, sin: Tensor, valid: int,
-        cache: RingCache, text_kv: dict[str, tuple[Tensor, Tensor]],
-    ) -> Tensor:  # fmt: skip
-        if c_f is None:  # zero adds nothing: W_c rmsnorm(0) = 0
-            spec = next(i for i in self.backend.graphs["sdd"].inputs if i.name == "c_f")
-            c_f = torch.zeros(spec.shape, dtype=DTYPES[spec.dtype], device=self.device)
-        given = {"latent": latent, "t": t, "c_f": c_f, "rope_cos": cos, "rope_sin": sin}
-        return self._transformer("sdd", given, 0, valid, cache, text_kv["sdd"])["flow"]
-
-    def dit(
-        self, latent: Tensor, t: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache,
-        text_kv: dict[str, tuple[Tensor, Tensor]],
-    ) -> Tensor:  # fmt: skip
-        given = {"latent": latent, "t": t, "rope_cos": cos, "rope_sin": sin}
-        return self._transformer("dit", given, slot, valid, cache, text_kv["dit"])["flow"]
+    def _zero_of(self, graph: str, name: str) -> Tensor:
+        spec = next(i for i in self.backend.graphs[graph].inputs if i.name == name)
+        return torch.zeros(spec.shape, dtype=DTYPES[spec.dtype], device=self.device)
 
     def vae_first(self, latent: Tensor) -> tuple[Tensor, list[Tensor]]:
         return self._vae("vae_first", "latent", latent, [])

@@ -1,16 +1,22 @@
 """Preallocated key/value cache whose slots are latent frames.
 
-Slots fill in order, so the valid ones are always a prefix. Pinned slots (attention sinks) are filled first
+Slots fill in order, so the valid ones are always a prefix. The slots of the attention sink are filled first
 and never written again; after that writing goes round the rest. Softmax ignores key order, so a reader
 attends to rows [0, valid * tokens) and nothing is ever moved.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.qk_norm_rope_write import qk_norm_rope_write, qk_norm_rope_write_fp8
+from kernels.ring_attention import ring_attention
+from kernels.ring_attention_fp8 import ring_attention_fp8
+from kernels.table import has_kernel
 
 FP8 = torch.float8_e4m3fn
 
@@ -27,17 +33,19 @@ class RingCache:
 
     def __init__(
         self, layers: int, batch: int, slots: int, tokens: int, heads: int, head_dim: int,
-        pinned: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+        attn_sink: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
-        if not 0 <= pinned < slots:
-            raise ValueError(f"got {pinned} pinned of {slots} slots, expected at least one that is not pinned")
-        self.slots, self.tokens, self.pinned = slots, tokens, pinned
+        if not 0 <= attn_sink < slots:
+            raise ValueError(f"cache: got attn_sink {attn_sink} of {slots} slots, expected at least one slot beside it")
+        self.slots, self.tokens, self.attn_sink = slots, tokens, attn_sink
         self.fp8 = dtype == FP8
         shape = (layers, batch, slots, tokens, heads, head_dim)
         transposed = (layers, batch, heads, head_dim, (slots * tokens + 15) // 16 * 16)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(transposed if self.fp8 else shape, dtype=dtype, device=device)
         self.committed = 0  # latent frames published since the last reset
+        # Static scales of FP8 attention, one per head: after their norms q and k fit e4m3 as they are, and so does v.
+        self.unit = torch.ones(heads, device=device) if self.fp8 else None
 
     def reset(self) -> None:
         """Forget every frame; the memory stays."""
@@ -59,7 +67,7 @@ class RingCache:
     def write(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
         """Put whole frames, k and v [B, frames * tokens, heads, head_dim], into slots from `slot` on.
 
-        Runs past the last slot continue behind the pinned ones, so a chunk may wrap.
+        Runs past the last slot continue behind the attention sink, so a chunk may wrap.
         """
         if self.fp8:
             raise ValueError("cache: got a chunk that the fused kernels cannot write (it wraps), "
@@ -74,7 +82,7 @@ class RingCache:
             self.k[layer, :, slot : slot + run].flatten(1, 2).copy_(k[:, rows])
             self.v[layer, :, slot : slot + run].flatten(1, 2).copy_(v[:, rows])
             done += run
-            slot = self.pinned
+            slot = self.attn_sink
 
     def copy(self, source: int, target: int, frames: int) -> None:
         """Copy whole slots of all layers from `source` on to `target` on."""
@@ -91,32 +99,53 @@ class RingCache:
     def _slot_of(self, frame: int) -> int:
         if frame < self.slots:
             return frame
-        return self.pinned + (frame - self.pinned) % (self.slots - self.pinned)
+        return self.attn_sink + (frame - self.attn_sink) % (self.slots - self.attn_sink)
 
 
 @dataclass(frozen=True)
 class CachedAttention:
     """Self-attention over a cache: writes its keys and values to `slot` on, then attends to `valid` slots.
 
-    Called with (layer, q, k, v), each [B, tokens, heads, head_dim]. Fused kernels do both themselves and only read
-    `start` and `rows`. slot and valid are numbers, or int32 scalars on the device that a CUDA graph reads anew.
+    Called with (layer, q, k, v), each [B, tokens, heads, head_dim]. Where `in_kernels` says so, `fused` goes
+    the whole way from the product of q, k and v. slot and valid are numbers, or int32 scalars on the device that a
+    CUDA graph reads anew.
     """
 
     cache: RingCache
     slot: int | Tensor
     valid: int | Tensor
 
-    def wraps(self, frames: int) -> bool:
-        """Whether a chunk goes round the ring's end; on the device nobody looks: whoever puts the slot there knows."""
-        return not isinstance(self.slot, Tensor) and self.slot + frames > self.cache.slots
+    def in_kernels(self, tokens: int) -> bool:
+        """Whether a chunk's q, k and v go straight from their product into the ring and to attention.
+
+        So they do where a kernel does that, where the slot is on the device, and in FP8. A chunk that goes round the
+        ring's end does not; a slot on the device is not checked: the caller sees to it that it does not wrap.
+        """
+        if isinstance(self.slot, Tensor):
+            return True
+        wraps = self.slot + tokens // self.cache.tokens > self.cache.slots
+        return not wraps and (self.cache.fp8 or has_kernel("qk_norm_rope_write", self.cache.k.device))
+
+    def fused(
+        self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+    ) -> Tensor:
+        """From qkv [B, n, 3 * dim], not normalised, to attention's result [B, n, heads, d]; K and V go to the ring."""
+        k, v = self.cache.view(layer)
+        norms = q_weight, k_weight, cos, sin, k, v
+        if not self.cache.fp8:
+            q = qk_norm_rope_write(qkv, *norms, self.start_row, eps)
+            return ring_attention(q, k, v, self.valid_rows)
+        one = cast(Tensor, self.cache.unit)
+        q = qk_norm_rope_write_fp8(qkv, *norms, one, one, one, self.start_row, eps)
+        return ring_attention_fp8(q, k, v, one, one, one, self.valid_rows)
 
     @cached_property
-    def start(self) -> int | Tensor:
+    def start_row(self) -> int | Tensor:
         """First row to write."""
         return self.slot * self.cache.tokens
 
     @cached_property
-    def rows(self) -> int | Tensor:
+    def valid_rows(self) -> int | Tensor:
         """Rows to attend to once all are written."""
         return self.valid * self.cache.tokens
 
@@ -124,5 +153,5 @@ class CachedAttention:
         if isinstance(self.slot, Tensor) or isinstance(self.valid, Tensor):
             raise ValueError("cache: got slots on the device, expected numbers: only fused kernels take the others")
         self.cache.write(layer, self.slot, k, v)
-        keys, values = (rows[:, : self.rows].transpose(1, 2) for rows in self.cache.view(layer))
+        keys, values = (rows[:, : self.valid_rows].transpose(1, 2) for rows in self.cache.view(layer))
         return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2)

@@ -1,7 +1,7 @@
 """The Wan2.1 text-to-video transformer: one module for the teacher, the ETM, the SDD and causal students.
 
 What differs between them is passed in: `attend` says which keys a query sees, cos/sin say where the frames
-stand, t carries one timestep a frame, and `condition` is the ETM's feature c_f.
+stand, t carries one timestep a frame, and `c_f` is the ETM's temporal feature.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from engine.config import TransformerConfig
-from engine.model.layers import Attend, Block, ConditionEmbedder, modulate, rms_norm
+from engine.model.layers import Attend, Block, ConditionEmbedder, rms_unit
+from kernels.norm_modulate import norm_modulate
 
 # Cross-attention K and V of every layer: [layers, B, rows, heads, head_dim], or as many tensors without the first axis.
 TextKV = tuple[Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor]
@@ -56,45 +57,42 @@ class WanTransformer(nn.Module):
 
     def encode(
         self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: Attend,
-        condition: Tensor | None = None,
+        c_f: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Run the blocks.
 
         latent [B, C, F, h, w]; t [B] or [B, F] in [0, 1000]; cos, sin [tokens, head_dim / 2] with
-        tokens = F * (h / ph) * (w / pw); condition c_f [B, tokens, dim] (zero where None).
+        tokens = F * (h / ph) * (w / pw); c_f [B, tokens, dim] (zero where None).
         Returns the last hidden state before norm_out [B, tokens, dim] and the time embedding [B, F, dim].
         """
-        hidden, embedding, modulation = self.embed(latent, t, condition)
+        hidden, embedding, modulation = self.embed(latent, t, c_f)
         for layer, block in enumerate(self.blocks):
-            hidden = block(
-                hidden, modulation, text_kv[0][layer], text_kv[1][layer], cos, sin,
-                lambda q, k, v, layer=layer: attend(layer, q, k, v),
-            )  # fmt: skip
+            hidden = block(hidden, modulation, text_kv[0][layer], text_kv[1][layer], cos, sin, attend, layer)
         return hidden, embedding
 
-    def embed(self, latent: Tensor, t: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def embed(self, latent: Tensor, t: Tensor, c_f: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What the blocks start from: tokens [B, tokens, dim], time embedding [B, F, dim], its [B, F, 6, dim]."""
         if t.ndim == 1:
             t = t[:, None].expand(-1, latent.shape[2] // self.config.patch_size[0])
         hidden = self.patch_embedding(latent).flatten(2).transpose(1, 2)
-        if condition is not None:
+        if c_f is not None:
             if self.condition_proj is None:
-                raise ValueError("got a condition, expected none: this transformer has no condition_proj")
-            hidden = hidden + self.condition_proj(rms_norm(condition))
+                raise ValueError("transformer: got c_f, expected none: this one has no condition_proj")
+            hidden = hidden + self.condition_proj(rms_unit(c_f))
         return hidden, *self.condition_embedder.time(t)
 
     def forward(
         self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: Attend,
-        condition: Tensor | None = None,
+        c_f: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Arguments as `encode`; returns the flow (noise - x), [B, C, F, h, w]."""
-        hidden, embedding = self.encode(latent, t, text_kv, cos, sin, attend, condition)
+        hidden, embedding = self.encode(latent, t, text_kv, cos, sin, attend, c_f)
         return self.head(hidden, embedding, latent)
 
     def head(self, hidden: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
         """The flow, shaped as `latent`, from the last hidden state and the time embedding."""
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).unsqueeze(3).unbind(2)
-        patches = self.proj_out(modulate(self.norm_out(hidden), shift, scale))
+        patches = self.proj_out(norm_modulate(hidden, shift, scale, self.norm_out.eps))
         pt, ph, pw = self.config.patch_size
         b, _, f, h, w = latent.shape
         patches = patches.reshape(b, f // pt, h // ph, w // pw, pt, ph, pw, -1)

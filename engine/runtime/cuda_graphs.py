@@ -13,6 +13,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from engine.model.cache import RingCache
 from engine.model.transformer import TextKV
-from engine.runtime.stages import TorchStages
+from engine.runtime.passes import Capabilities, Pass
+from engine.runtime.stages import TorchStages, need
 
 # Runs a function on its static tensors once for good: its outputs, and what fills them anew.
 Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
@@ -81,16 +83,19 @@ class _VaeCache(list[Tensor]):
 class GraphedStages:
     """Stages of one pipeline. Streams lease their caches here, so that a later stream finds them with their graphs.
 
-    Unlike the other backends' it advances a VAE cache in place.
+    A VAE cache is moved on in place.
     """
 
     name = "torch"
-    advances_vae_cache = True  # so that a decoding that fails cannot be repeated
+    capabilities = Capabilities(moves_vae_cache=True)
 
     def __init__(self, stages: TorchStages, capturer: Callable[[torch.device], Capture] = Capturer) -> None:
-        if stages.fused is None:
-            raise ValueError("cuda graphs: got stages without fused kernels, expected them (slots on the device)")
+        if stages.eager:
+            raise ValueError("cuda graphs: got eager stages, expected kernels (slots are on the device)")
         self._stages = stages
+        self.models, self.vae, self.text_encoder = stages.models, stages.vae, stages.text_encoder
+        self.encode_text, self.prepare_text = stages.encode_text, stages.prepare_text
+        self.vae_encode = stages.vae_encode
         self._lock = threading.RLock()  # streams of several threads share the graphs' static tensors
         device = next(iter(stages.models.values())).proj_out.weight.device
         self._capture, self._capture_vae = capturer(device), capturer(device)  # the VAE runs beside the others
@@ -98,9 +103,6 @@ class GraphedStages:
         self._text: dict[Any, list[Any]] = {}  # (role, shape) -> static K, static V, the prompt that they hold
         self._caches: dict[Any, list[RingCache]] = defaultdict(list)  # free ones by their arguments
         self._vae_caches: dict[Any, list[list[Tensor]]] = defaultdict(list)  # free ones by the first one's shape
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stages, name)  # models, vae, text_encoder, encode_text, prepare_text, vae_encode
 
     @property
     def captured(self) -> int:
@@ -116,52 +118,31 @@ class GraphedStages:
         weakref.finalize(lease, free.append, whole)
         return lease
 
-    def etm(
-        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache,
-        text_kv: dict[str, TextKV],
-    ) -> Tensor:  # fmt: skip
-        return self._pass("etm", "etm", cache, text_kv, slot, latent, cos, sin, slot, valid)
-
-    def sdd_context(
-        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int, cache: RingCache,
-        text_kv: dict[str, TextKV],
-    ) -> None:  # fmt: skip
-        self._pass("sdd_context", "sdd", cache, text_kv, slot, latent, cos, sin, slot, valid)
-
-    def sdd(
-        self, latent: Tensor, t: Tensor, c_f: Tensor | None, cos: Tensor, sin: Tensor, valid: int,
-        cache: RingCache, text_kv: dict[str, TextKV],
-    ) -> Tensor:  # fmt: skip
-        if c_f is None:  # zero adds nothing: W_c rmsnorm(0) = 0
-            c_f = latent.new_zeros(latent.shape[0], len(cos), self.models["sdd"].config.dim)
-        return self._pass("sdd", "sdd", cache, text_kv, 0, latent, t, c_f, cos, sin, valid)
-
-    def dit(
-        self, latent: Tensor, t: Tensor, cos: Tensor, sin: Tensor, slot: int, valid: int,
-        cache: RingCache, text_kv: dict[str, TextKV],
-    ) -> Tensor:  # fmt: skip
-        return self._pass("dit", "dit", cache, text_kv, slot, latent, t, cos, sin, slot, valid)
-
-    def _pass(
-        self, name: str, role: str, cache: RingCache, text_kv: dict[str, TextKV], slot: int, latent: Tensor,
-        *rest: Tensor | int,
-    ) -> Any:  # fmt: skip
-        """Stage `name`; its arguments in order, but for the cache and the prompt, are latent and rest."""
-        function = getattr(self._stages, name)
-        if slot + latent.shape[2] > cache.slots:  # wraps: not for the fused kernels
-            return function(latent, *rest, cache, text_kv)
-        whole = copy.copy(cache)  # a graph must not keep the lease itself
+    def run(self, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
+        if step.slot + step.frames > cache.slots:  # it wraps: not for the fused kernels
+            return self._stages.run(step, cache, text_kv)
+        role, whole = step.kind.role, copy.copy(cache)  # a graph must not keep the lease itself
+        if step.kind.conditioned and step.c_f is None:  # zero adds nothing: W_c rmsnorm(0) = 0
+            latent, width = step.latent, self.models[role].config.dim
+            step = replace(step, c_f=latent.new_zeros(latent.shape[0], len(step.cos), width))
+        changing = {f.name: getattr(step, f.name) for f in fields(step) if f.name != "kind"}
+        changing = {name: value for name, value in changing.items() if value is not None}
         with self._lock:
             text = self._static_text(role, text_kv[role])
-            key = name, cache.k.data_ptr(), latent.shape, text[0].data_ptr()
-            run = lambda *args: function(*args, whole, {role: text})  # noqa: E731
-            return self._graph(key, run, (latent, *rest), (), self._capture)
+            key = step.kind.graph, cache.k.data_ptr(), step.latent.shape, text[0].data_ptr()
+
+            def again(*static: Any) -> Tensor:
+                return self._stages.run(
+                    Pass(step.kind, **dict(zip(changing, static, strict=True))), whole, {role: text}
+                )  # fmt: skip
+
+            return self._graph(key, again, tuple(changing.values()), (), self._capture)
 
     def _graph(
         self, key: Any, function: Callable[..., Any], args: tuple[Tensor | int, ...], advances: Sequence[Tensor],
         capture: Capture,
     ) -> Any:  # fmt: skip
-        """function(*args), from its second call on as a graph: what is called once is not worth a capture."""
+        """function(*args): eagerly on the first call; captured on the second, replayed from then on."""
         if key not in self._graphs:
             self._graphs[key] = None
             return function(*args)
@@ -192,9 +173,9 @@ class GraphedStages:
         return frames, lease
 
     def vae_steady(self, latent: Tensor, cache: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        static = list(cache)  # a graph must not keep the lease itself
+        vae, static = need(self.vae, "VAE"), list(cache)  # a graph must not keep the lease itself
         key = "vae_steady", cache[0].data_ptr(), latent.shape
-        run = lambda latent: self.vae.steady(latent, tuple(static), in_place=True)[0]  # noqa: E731
+        run = lambda latent: vae.steady(latent, tuple(static), in_place=True)[0]  # noqa: E731
         with self._lock, _best_convolutions():
             return self._graph(key, run, (latent,), static, self._capture_vae), cache
 

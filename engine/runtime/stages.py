@@ -1,5 +1,6 @@
-"""The torch backend: the stage functions of generators.Stages on this project's own modules."""
+"""The torch backend: Stages on this project's own modules."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,81 +10,51 @@ from engine.model.cache import CachedAttention, RingCache
 from engine.model.text import encode_text
 from engine.model.transformer import TextKV, WanTransformer
 from engine.model.vae import VAE
-from engine.runtime.fused import FusedTransformer
-
-Slot = int | Tensor  # a number, or an int32 scalar on the device where the pass is captured as a graph
+from engine.runtime.passes import Capabilities, Pass
+from kernels.table import use
 
 
 class TorchStages:
-    """Holds weights and nothing else; `models` maps etm and sdd, or dit, to their transformers.
+    """Holds weights and nothing else; `models` maps each role to its transformer.
 
-    Where `fused` has the same transformers on fused kernels, the streaming passes run on those.
+    eager: PyTorch's own operations also where there are kernels.
     """
 
     name = "torch"
+    capabilities = Capabilities()
+    make_cache = RingCache
 
     def __init__(
-        self, models: dict[str, WanTransformer], vae: VAE | None, text_encoder: nn.Module | None,
-        fused: dict[str, FusedTransformer] | None = None,
-    ) -> None:  # fmt: skip
-        self.models, self.vae, self.text_encoder = models, vae, text_encoder
-        self.fused = fused
+        self, models: dict[str, WanTransformer], vae: VAE | None, text_encoder: nn.Module | None, eager: bool = False
+    ) -> None:
+        self.models, self.vae, self.text_encoder, self.eager = models, vae, text_encoder, eager
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return encode_text(_need(self.text_encoder, "text encoder"), ids, mask)
+        return encode_text(need(self.text_encoder, "text encoder"), ids, mask)
 
     def prepare_text(self, text_emb: Tensor) -> dict[str, TextKV]:
         return {name: model.prepare_text(text_emb) for name, model in self.models.items()}
 
-    def _model(self, role: str, attend: CachedAttention, frames: int) -> Any:
-        """The transformer for a pass over `frames` latent frames. Fused kernels write rows in one run."""
-        fused = self.fused is not None and not attend.wraps(frames)
-        return (self.fused if fused else self.models)[role]  # type: ignore[index]
-
-    def etm(
-        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: Slot, valid: Slot, cache: RingCache,
-        text_kv: dict[str, TextKV],
-    ) -> Tensor:  # fmt: skip
-        attend = CachedAttention(cache, slot, valid)
-        model = self._model("etm", attend, latent.shape[2])
-        return model.encode(latent, _zero(latent), text_kv["etm"], cos, sin, attend)[0]
-
-    def sdd_context(
-        self, latent: Tensor, cos: Tensor, sin: Tensor, slot: Slot, valid: Slot, cache: RingCache,
-        text_kv: dict[str, TextKV],
-    ) -> None:  # fmt: skip
-        attend = CachedAttention(cache, slot, valid)
-        self._model("sdd", attend, latent.shape[2]).encode(latent, _zero(latent), text_kv["sdd"], cos, sin, attend)
-
-    def sdd(
-        self, latent: Tensor, t: Tensor, c_f: Tensor | None, cos: Tensor, sin: Tensor, valid: Slot,
-        cache: RingCache, text_kv: dict[str, TextKV],
-    ) -> Tensor:  # fmt: skip
-        attend = CachedAttention(cache, 0, valid)
-        return self._model("sdd", attend, latent.shape[2])(latent, t, text_kv["sdd"], cos, sin, attend, c_f)
-
-    def dit(
-        self, latent: Tensor, t: Tensor, cos: Tensor, sin: Tensor, slot: Slot, valid: Slot,
-        cache: RingCache, text_kv: dict[str, TextKV],
-    ) -> Tensor:  # fmt: skip
-        attend = CachedAttention(cache, slot, valid)
-        return self._model("dit", attend, latent.shape[2])(latent, t, text_kv["dit"], cos, sin, attend)
+    def run(self, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
+        role, attend = step.kind.role, CachedAttention(cache, step.slot, step.valid)
+        model, latent = self.models[role], step.latent
+        t = latent.new_zeros(latent.shape[0], dtype=torch.float32) if step.t is None else step.t
+        arguments = latent, t, text_kv[role], step.cos, step.sin, attend, step.c_f
+        with use("reference") if self.eager else nullcontext():
+            return model.encode(*arguments)[0] if step.kind.hidden else model(*arguments)
 
     def vae_first(self, latent: Tensor) -> tuple[Tensor, Any]:
-        return _need(self.vae, "VAE").first(latent)
+        return need(self.vae, "VAE").first(latent)
 
     def vae_steady(self, latent: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        return _need(self.vae, "VAE").steady(latent, cache)
+        return need(self.vae, "VAE").steady(latent, cache)
 
     def vae_encode(self, video: Tensor) -> Tensor:
-        return _need(self.vae, "VAE").encode(video)
+        return need(self.vae, "VAE").encode(video)
 
 
-def _zero(latent: Tensor) -> Tensor:
-    return torch.zeros(latent.shape[0], dtype=torch.float32, device=latent.device)
-
-
-def _need(part: Any, what: str) -> Any:
+def need(part: Any, what: str) -> Any:
+    """The part itself. ValueError where a pipeline was put together without it."""
     if part is None:
         raise ValueError(f"got a pipeline without a {what}, expected one")
     return part

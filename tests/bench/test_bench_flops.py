@@ -20,10 +20,11 @@ from bench.instruments.flops import (
     transformer_cost,
     vae_cost,
 )
-from engine.config import PRESETS, TransformerConfig
+from engine.config import TransformerConfig
 from engine.loader import assemble
 from engine.model.transformer import WanTransformer
 from engine.model.vae import VAE, VAEConfig
+from engine.presets import PRESETS
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline, Stream
 
@@ -61,7 +62,7 @@ def test_chunks_of_every_preset(name):
         assert total(cost).flops == counted(stream.next_latent)
 
 
-@pytest.mark.parametrize("changes", [{"chunk": 2}, {"window": 0}, {"window": 7}, {"stop_after": 2}])
+@pytest.mark.parametrize("changes", [{"chunk": 2}, {"window": 1}, {"window": 8}, {"stop_after": 2}])
 def test_chunks_of_changed_presets(changes):
     pipeline = meta_pipeline("greedy", **changes)
     stream = Stream(pipeline, torch.empty(1, ROWS, CONFIG.text_dim, device=META), MetaNoise(), None, None)
@@ -86,7 +87,7 @@ def test_a_cache_pass_has_its_own_line():
 
 def test_attention_of_the_greedy_family_is_the_papers():
     w, steps, length = 5, 3, 24
-    pipeline = meta_pipeline("greedy", window=w, steps=((1000.0, 750.0, 500.0),))
+    pipeline = meta_pipeline("greedy", window=w + 1, steps=((1000.0, 750.0, 500.0),))
     assert total(chunk_cost(pipeline, ROWS)).attention == (
         4 * CONFIG.dim * CONFIG.num_layers * length**2 * ((w + 1) + 2 + 3 * steps)
     )

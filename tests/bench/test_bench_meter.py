@@ -107,11 +107,10 @@ def test_a_wrong_cache_is_red(pipeline, causal):
     class Forgetful(TorchStages):
         """Sees one slot less than it should."""
 
-        def sdd(self, latent, t, c_f, cos, sin, valid, cache, text_kv):
-            return super().sdd(latent, t, c_f, cos, sin, max(1, valid - 1), cache, text_kv)
-
-        def dit(self, latent, t, cos, sin, slot, valid, cache, text_kv):
-            return super().dit(latent, t, cos, sin, slot, max(3, valid - 1), cache, text_kv)
+        def run(self, step, cache, text_kv):
+            if step.kind.timed:
+                step = replace(step, valid=max(step.frames, step.valid - 1))
+            return super().run(step, cache, text_kv)
 
     for made in (pipeline, causal):
         parts = made.stages

@@ -184,8 +184,8 @@ def test_every_denoising_call_and_the_cache_are_as_recorded(name, monkeypatch):
     flows, states = [], []
 
     class Spy(bench.instruments.parity.TorchStages):
-        def dit(self, latent, t, cos, sin, slot, valid, cache, text_kv):
-            flow = super().dit(latent, t, cos, sin, slot, valid, cache, text_kv)
+        def run(self, step, cache, text_kv):
+            flow = super().run(step, cache, text_kv)
             flows.append(flow)
             states.append(cache)
             return flow

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import PRESETS, Preset
+from engine.config import Preset
 from engine.model.rope import rope_tables
-from engine.sampling.schedule import Schedule, make_solver
+from engine.presets import PRESETS
+from engine.sampling.schedule import Schedule
+from engine.sampling.solvers import make_solver
 
 ROOT = Path(__file__).parents[2]
 VECTORS = ROOT / "csrc" / "tests" / "core_vectors.jsonl"

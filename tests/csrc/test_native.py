@@ -30,8 +30,8 @@ SWITCHES = {4: ("a blue square moving up", True), 5: ("teal", True), 8: ("a yell
 GREEDY, CAUSAL = Preset("greedy", shift=2.0), Preset("causal", chunk=3, window=6, shift=3.0)
 PRESETS = {
     "greedy": dataclasses.replace(GREEDY, solver="euler", max_position=4),
-    "greedy-unipc-chunks": dataclasses.replace(GREEDY, chunk=2, window=2, solver="unipc", max_position=9),
-    "greedy-renoise-no-window": dataclasses.replace(GREEDY, window=0, solver="renoise", stop_after=2),
+    "greedy-unipc-chunks": dataclasses.replace(GREEDY, chunk=2, window=6, solver="unipc", max_position=9),
+    "greedy-renoise-no-window": dataclasses.replace(GREEDY, window=1, solver="renoise", stop_after=2),
     "self-forcing": CAUSAL,
     "longlive": dataclasses.replace(CAUSAL, window=12, attn_sink=3, solver="euler"),
     "framewise": dataclasses.replace(CAUSAL, chunk=1, window=5, attn_sink=2, steps=((1000, 500), (1000,))),

@@ -8,10 +8,13 @@ import torch
 from distill.models.causal import CausalStudent
 from distill.models.rollout import SampleNoise, noise_levels, roll_into, roll_out
 from distill.models.student import Student, etm_visible, frame_attention, sdd_positions, sdd_visible
-from engine.config import TransformerConfig, find_preset
-from engine.generators.base import CausalGenerator, Geometry, GreedyGenerator
+from engine.config import TransformerConfig
+from engine.generators.base import Geometry
+from engine.generators.causal import CausalGenerator
+from engine.generators.greedy import GreedyGenerator
 from engine.model.layers import dense_attention
 from engine.model.transformer import WanTransformer
+from engine.presets import find_preset
 
 SMALL = TransformerConfig(
     patch_size=(1, 2, 2),
@@ -46,7 +49,7 @@ def test_teacher_forcing_equals_streaming(frames: int, window: int, max_position
     text = student.stages.prepare_text(emb)
     parallel = student.flow(clean[:, :, :-1], noisy, torch.full((2, frames), level), text)
 
-    preset = find_preset("greedy", {"window": window, "max_position": max_position})
+    preset = find_preset("greedy", {"window": window + 1, "max_position": max_position})
     generator = GreedyGenerator(student.stages, SMALL, preset, torch.float32, torch.device("cpu"))
     state = generator.open(Geometry.of(SMALL, 2, 4, 6), text)
     for frame in range(frames):

@@ -19,7 +19,9 @@ import engine
 from engine.config import TransformerConfig
 from engine.model.layers import dense_attention
 from engine.model.rope import rope_tables
-from engine.weights.checkpoint import base_hash, load_transformer, merge_adapter, merge_lora_file, open_source
+from engine.weights.adapters import base_hash, merge_adapter, merge_lora_file
+from engine.weights.checkpoint import load_transformer
+from engine.weights.sources import open_source
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TransformerConfig(**TRANSFORMER)

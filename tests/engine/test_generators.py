@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny import dense, latents_of, models_of, pipeline_of, text_of
 
-from engine.config import PRESETS, Preset
+from engine.config import Preset
 from engine.generators.base import Geometry
+from engine.presets import PRESETS
 from engine.runtime.stages import TorchStages
 from engine.sampling.schedule import Schedule
 
@@ -29,19 +30,13 @@ class Spy(TorchStages):
         super().__init__(models, vae, text_encoder)
         self.flows, self.c_fs = [], []  # (latent, t, flow), c_f
 
-    def _kept(self, latent, t, flow):
-        self.flows.append((latent.clone(), float(t[0]), flow.clone()))
-        return flow
-
-    def dit(self, latent, t, *rest):
-        return self._kept(latent, t, super().dit(latent, t, *rest))
-
-    def sdd(self, latent, t, *rest):
-        return self._kept(latent, t, super().sdd(latent, t, *rest))
-
-    def etm(self, *arguments):
-        self.c_fs.append(super().etm(*arguments).clone())
-        return self.c_fs[-1]
+    def run(self, step, cache, text_kv):
+        result = super().run(step, cache, text_kv)
+        if step.kind.timed:
+            self.flows.append((step.latent.clone(), float(step.t[0]), result.clone()))
+        elif step.kind.graph == "etm":
+            self.c_fs.append(result.clone())
+        return result
 
 
 def spied(preset, batch=1):
@@ -172,13 +167,19 @@ def test_causal_given_latents_are_seen_clean(commit, context):
     near(flow, expected[:, :, 3:])
 
 
-def greedy(chunk=1, window=3, max_position=20, steps=SHORT):
-    return Preset("greedy", chunk=chunk, window=window, max_position=max_position, steps=steps)
+def greedy(chunk=1, w=3, max_position=20, steps=SHORT):
+    """w: chunks before the current one that the ETM sees (Eq. 1)."""
+    return Preset("greedy", chunk=chunk, window=(w + 1) * chunk, max_position=max_position, steps=steps)
 
 
-def etm_sees(window, chunk, frames):
-    """Eq. 1: the current chunk and `window` before it."""
-    return [[0 <= q // chunk - k // chunk <= window for k in range(frames)] for q in range(frames)]
+def past_of(preset):
+    """w of Eq. 1: chunks before the current one that the ETM sees."""
+    return preset.window // preset.chunk - 1
+
+
+def etm_sees(w, chunk, frames):
+    """Eq. 1: the current chunk and w before it."""
+    return [[0 <= q // chunk - k // chunk <= w for k in range(frames)] for q in range(frames)]
 
 
 def sdd_flow(model, preset, x, t, c_f, latents, start, text):
@@ -207,11 +208,11 @@ def sdd_flow(model, preset, x, t, c_f, latents, start, text):
     return flow[:, :, :chunk]
 
 
-GREEDY = [greedy(), greedy(chunk=2, window=2), greedy(window=0), greedy(window=1, max_position=2)]
+GREEDY = [greedy(), greedy(chunk=2, w=2), greedy(w=0), greedy(w=1, max_position=2)]
 GREEDY += [greedy(chunk=2, max_position=5)]
 
 
-@pytest.mark.parametrize("preset", GREEDY, ids=lambda p: f"chunk{p.chunk}-w{p.window}-max{p.max_position}")
+@pytest.mark.parametrize("preset", GREEDY, ids=lambda p: f"chunk{p.chunk}-w{past_of(p)}-max{p.max_position}")
 @pytest.mark.parametrize("batch", [1, 2])
 def test_greedy_stream_equals_dense_masked_forwards(preset, batch):
     stream, spy = spied(preset, batch)
@@ -223,7 +224,7 @@ def test_greedy_stream_equals_dense_masked_forwards(preset, batch):
     done = (count - 1) * chunk  # the last chunk is not committed yet
     _, hidden = dense(
         spy.models["etm"], latents[:, :, :done], [0.0] * done, text, list(range(done)),
-        etm_sees(preset.window, chunk, done),
+        etm_sees(past_of(preset), chunk, done),
     )  # fmt: skip
     expected = hidden.split(chunk * TOKENS, dim=1)
     assert len(spy.c_fs) == len(expected) == count - 1
@@ -238,7 +239,7 @@ def test_greedy_stream_equals_dense_masked_forwards(preset, batch):
 
 def test_greedy_window_ends_where_eq_1_ends():
     """Chunk f - w reaches c_f, chunk f - w - 1 does not (one layer: what is seen is seen directly)."""
-    preset = greedy(window=3)
+    preset = greedy(w=3)
     pipeline = pipeline_of(preset)
     config = replace(pipeline.config, num_layers=1)
     for model in pipeline.stages.models.values():
@@ -275,7 +276,7 @@ def test_latents_are_whole_patches(size):
 
 
 FAMILIES = [
-    greedy(window=2, max_position=3),
+    greedy(w=2, max_position=3),
     Preset("causal", chunk=3, window=7, attn_sink=1, steps=SHORT),
     Preset("causal", chunk=2, window=4, attn_sink=2, steps=SHORT, commit="noisy"),
     Preset("causal", chunk=2, window=4, steps=SHORT, commit="none"),
@@ -315,21 +316,9 @@ class Failing(TorchStages):
         finally:
             handle.remove()
 
-    def _block(self, stage, role, arguments):
-        method = getattr(TorchStages, stage)
-        return self._run(stage, self.models[role].blocks[self._layer], lambda: method(self, *arguments))
-
-    def etm(self, *arguments):
-        return self._block("etm", "etm", arguments)
-
-    def sdd_context(self, *arguments):
-        return self._block("sdd_context", "sdd", arguments)
-
-    def sdd(self, *arguments):
-        return self._block("sdd", "sdd", arguments)
-
-    def dit(self, *arguments):
-        return self._block("dit", "dit", arguments)
+    def run(self, step, cache, text_kv):
+        block = self.models[step.kind.role].blocks[self._layer]
+        return self._run(step.kind.graph, block, lambda: TorchStages.run(self, step, cache, text_kv))
 
     def vae_first(self, latent):
         module = self.vae.decoder.norm_out
@@ -349,7 +338,7 @@ def published(state):
     if hasattr(state, "c_f"):
         fields += [id(state.c_f), len(state.recent), id(state.first)]
     else:
-        fields += [len(state.window), len(state.pinned)]
+        fields += [len(state.window), len(state.sinks)]
     return fields
 
 
@@ -447,7 +436,7 @@ def test_causal_prompt_switch_rebuilds_the_window(preset, at):
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 7])
-@pytest.mark.parametrize("preset", [greedy(), greedy(chunk=2, window=1, max_position=4)], ids=lambda p: f"{p.chunk}")
+@pytest.mark.parametrize("preset", [greedy(), greedy(chunk=2, w=1, max_position=4)], ids=lambda p: f"{p.chunk}")
 def test_greedy_prompt_switch_rebuilds_the_window(preset, at):
     stream, spy = spied(preset)
     latents = [stream.next_latent() for _ in range(at)]
@@ -456,11 +445,11 @@ def test_greedy_prompt_switch_rebuilds_the_window(preset, at):
     spy.flows.clear()
     stream.next_latent()
     chunk, clean = preset.chunk, torch.cat(latents, dim=2)
-    first = max(0, at - 2 - preset.window)  # the ETM's chunks when the switch came, and the one not committed then
+    first = max(0, at - 2 - past_of(preset))  # the ETM's chunks when the switch came, and the one not committed then
     frames = list(range(first * chunk, at * chunk))
     _, hidden = dense(
         spy.models["etm"], clean[:, :, frames], [0.0] * len(frames), OTHER, frames,
-        etm_sees(preset.window, chunk, len(frames)),
+        etm_sees(past_of(preset), chunk, len(frames)),
     )  # fmt: skip
     assert len(spy.flows) == 2
     for x, t, flow in spy.flows:
@@ -485,8 +474,8 @@ def test_a_switch_with_nothing_left_to_commit(preset, count):
         poison(*([state.cache] if preset.family == "causal" else [state.etm, state.sdd]))
         flow = generator.denoise(x, 500.0, state)
     if preset.family == "greedy":
-        frames = list(range(max(0, count - 1 - preset.window), count))
-        sees = etm_sees(preset.window, 1, len(frames))
+        frames = list(range(max(0, count - 1 - past_of(preset)), count))
+        sees = etm_sees(past_of(preset), 1, len(frames))
         _, hidden = dense(models["etm"], clean[:, :, frames], [0.0] * len(frames), OTHER, frames, sees)
         expected = sdd_flow(models["sdd"], preset, x, 500.0, hidden[:, -TOKENS:], clean, count, OTHER)
         near(flow, expected)
@@ -601,7 +590,7 @@ def test_positions_never_run_out(preset):
         # Enough of the past that what lies before cannot reach through two layers.
         frames = list(range(start - 3 * preset.window, start))
         past = torch.cat(latents, dim=2)[:, :, frames]
-        sees = etm_sees(preset.window, 1, len(frames))
+        sees = etm_sees(past_of(preset), 1, len(frames))
         _, hidden = dense(spy.models["etm"], past, [0.0] * len(frames), TEXT, frames, sees)
         near(spy.c_fs[-1], hidden[:, -TOKENS:], 1e-4)
         clean = torch.cat(latents, dim=2)
@@ -646,9 +635,8 @@ def test_state_of_a_long_stream_is_bounded():
         for _ in range(12):
             stream.next_latent()
         state = stream.state
-        held = state.recent if preset.family == "greedy" else [*state.pinned, *state.window]
-        limit = preset.window + 1 if preset.family == "greedy" else preset.window
-        assert len(held) <= limit
+        held = state.recent if preset.family == "greedy" else [*state.sinks, *state.window]
+        assert len(held) <= preset.window
         assert len(state.rope._recent) <= 8
 
 

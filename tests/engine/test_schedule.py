@@ -4,8 +4,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from engine.config import PRESETS, Preset
-from engine.sampling.schedule import Schedule, make_solver
+from engine.config import Preset
+from engine.presets import PRESETS
+from engine.sampling.schedule import Schedule
+from engine.sampling.solvers import make_solver
 
 
 def schedule(**fields):

@@ -10,8 +10,9 @@ from diffusers import AutoencoderKLWan
 from tiny import HEIGHT, WIDTH, text_of
 
 import engine
-from engine.config import Preset, override
+from engine.config import Preset
 from engine.loader import settings_of
+from engine.presets import override
 from engine.sampling.noise import ReplayNoise
 
 PROMPT, OTHER = "a red circle moving right", "a blue square on gray"
@@ -69,7 +70,7 @@ def test_streams_until_told_to_stop(pipeline):
     ("preset", "fields", "sizes"),
     [
         ("greedy", {}, [1, 4, 4, 4]),
-        ("greedy", {"chunk": 3}, [9, 12, 12]),
+        ("greedy", {"chunk": 3, "window": 12}, [9, 12, 12]),
         ("self-forcing", {"window": 6}, [9, 12, 12]),
         ("self-forcing", {"window": 6, "first_chunk": 1}, [1, 12, 12]),
         ("self-forcing-framewise", {"window": 3}, [1, 4, 4, 4]),
@@ -222,7 +223,7 @@ def test_a_clip_is_continued(request, family, given, kept):
 
 
 def test_an_image_is_held_where_a_chunk_needs_more(pipeline):
-    wide = with_preset(pipeline, chunk=3)
+    wide = with_preset(pipeline, chunk=3, window=12)
     image = picture(2)
     latents = wide.encode_clip(image)
     assert latents.shape[2] == 3
@@ -389,7 +390,7 @@ def test_bad_embeddings_are_refused_at_once(pipeline, prompt):
         {"fps": -1},
         {"fps": 0},
         {"device": "tpu9"},
-        {"dtype": "fp12"},
+        {"precision": "fp12"},
         {"model": "/nowhere"},
         {"checkpoint": "/nowhere.pt"},
         {"adapters": ["/nowhere"]},
@@ -436,7 +437,7 @@ def test_size_and_rate_can_be_chosen(model_dir):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_low_precision_streams(model_dir, dtype):
-    pipeline = engine.load(model_dir, dtype=dtype)
+    pipeline = engine.load(model_dir, precision=dtype)
     with pipeline.stream(PROMPT, seed=1) as stream:
         latents = [stream.next_latent() for _ in range(3)]
     assert latents[0].dtype == pipeline.dtype

@@ -94,7 +94,7 @@ def test_causal_transformer(dit: Graph, tmp_path: Path) -> None:
     graph = AotiGraph("dit", file, spec, weights, CPU)
     inputs = dict(dit.inputs)
     rows, chunk = inputs["k_0"].shape[1], inputs["rope_cos"].shape[0]
-    inputs |= {"write_idx": torch.tensor([0]), "kv_len": torch.tensor([chunk])}
+    inputs |= {"start_row": torch.tensor([0]), "valid_rows": torch.tensor([chunk])}
     for name in dit.mutates:
         inputs[name] = inputs[name].clone()
         inputs[name][:, chunk:] = torch.nan
@@ -103,14 +103,14 @@ def test_causal_transformer(dit: Graph, tmp_path: Path) -> None:
     assert flow.isfinite().all()
     second = Graph(dit.name, dit.module, {
         name: dit.inputs[name] if name in dit.mutates else value for name, value in inputs.items()
-    } | {"write_idx": torch.tensor([chunk]), "kv_len": torch.tensor([rows])}, dit.outputs)  # fmt: skip
+    } | {"start_row": torch.tensor([chunk]), "valid_rows": torch.tensor([rows])}, dit.outputs)  # fmt: skip
     equal_to_module(second, graph)
 
 
 @pytest.mark.parametrize(("backend", "precision"), [("onnx", "fp16"), ("aoti", "bf16")])
 def test_lower_precision(model_dir: Path, pipeline: Pipeline, tmp_path: Path, backend: str, precision: str) -> None:
     """As close to float32 as torch in the same precision is, times two: both round, each in its own places."""
-    compiler, low = compiler_of(backend, CPU), engine.load(model_dir, dtype=precision)
+    compiler, low = compiler_of(backend, CPU), engine.load(model_dir, precision=precision)
     torch.manual_seed(0)
     graph = next(graph for graph in stage_graphs(low, compiler.in_place) if graph.name == "sdd")
     exact = next(graph for graph in stage_graphs(pipeline) if graph.name == "sdd")

@@ -341,7 +341,12 @@ def test_full_width(tmp_path: Path) -> None:
     vae = VAEConfig(base_dim=8, dim_mult=(1, 2, 2, 2), num_res_blocks=1)
     write_random_pipeline(tmp_path / "model", TransformerConfig(num_layers=1), vae)
     full = engine.load(
-        tmp_path / "model", preset="self-forcing-framewise", overrides={"window": 2}, height=32, width=32, dtype="fp32"
+        tmp_path / "model",
+        preset="self-forcing-framewise",
+        overrides={"window": 2},
+        height=32,
+        width=32,
+        precision="fp32",
     )
     list(write_bundle(full, tmp_path / "bundle", tmp_path / "model" / "tokenizer", "a"))
     assert grey_levels_apart(full, load_bundle(tmp_path / "bundle"), 3) <= 2

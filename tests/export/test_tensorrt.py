@@ -123,7 +123,7 @@ def inputs_of(graph: Graph, seed: int, slot: int = 0, valid: int = 1) -> dict[st
     rows = graph.inputs["rope_cos"].shape[0]
     if "t" in made:
         made["t"] = torch.tensor([937.5])
-    return made | {"write_idx": torch.tensor([slot * rows]), "kv_len": torch.tensor([valid * rows])}
+    return made | {"start_row": torch.tensor([slot * rows]), "valid_rows": torch.tensor([valid * rows])}
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -178,7 +178,7 @@ def test_graphs_ask_for_what_tensorrt_has(made: Made) -> None:
         assert len(updates) == 2 * len(attentions) == 4
         for node in updates:
             assert shapes[node.input[0]] == shapes[node.output[0]] == [1, 1, 18, 32]
-            assert list(node.input[1:]) == [f"{node.output[0]}_rows", "write_idx_int32"]
+            assert list(node.input[1:]) == [f"{node.output[0]}_rows", "start_row_int32"]
         kinds = [t.data_type for t in graph.initializer] + [v.type.tensor_type.elem_type for v in graph.value_info]
         assert onnx.TensorProto.DOUBLE not in kinds
         assert {f.name for f in model.functions} == {"TRT_KVCacheUpdate", "TRT_Attention"}

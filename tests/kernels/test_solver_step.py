@@ -5,7 +5,8 @@ import torch
 from closeness import assert_as_good
 
 from engine.config import Preset
-from engine.sampling.schedule import Euler, Renoise, Schedule
+from engine.sampling.schedule import Schedule
+from engine.sampling.solvers import Euler, Renoise
 from kernels import table
 from kernels.solver_step import solver_step
 

@@ -11,10 +11,11 @@ from tiny import CPU, dense, latents_of, reference_of, text_of, transformer
 
 from bench.instruments.parity import model_config
 from engine.config import TransformerConfig
-from engine.model.layers import RMSNorm, dense_attention, rms_norm
+from engine.model.layers import RMSNorm, dense_attention, rms_unit
 from engine.model.rope import rope_tables
 from engine.model.transformer import WanTransformer
-from engine.weights.checkpoint import load_transformer, open_source
+from engine.weights.checkpoint import load_transformer
+from engine.weights.sources import open_source
 
 DATA = Path(__file__).parents[2] / "data" / "causal"
 
@@ -25,12 +26,12 @@ def no_grad():
         yield
 
 
-def forward(model, latent, t, text, mask=None, condition=None, positions=None):
+def forward(model, latent, t, text, mask=None, c_f=None, positions=None):
     _, ph, pw = model.config.patch_size
     height, width = latent.shape[3] // ph, latent.shape[4] // pw
     cos, sin = rope_tables(positions or range(latent.shape[2]), height, width, model.config.attention_head_dim)
     kv = model.prepare_text(text)
-    return model(latent, t, kv, cos, sin, dense_attention(mask), condition)
+    return model(latent, t, kv, cos, sin, dense_attention(mask), c_f)
 
 
 def close(got, expected, tolerance=2e-5):
@@ -127,7 +128,7 @@ def test_low_precision_is_as_good_as_diffusers(dtype):
     assert (ours - exact).square().mean().sqrt() <= 3 * (theirs - exact).square().mean().sqrt()
 
 
-def test_condition():
+def test_temporal_feature():
     model, teacher = transformer(9, conditioned=True), transformer(0)
     teacher.load_state_dict({k: v for k, v in model.state_dict().items() if k != "condition_proj.weight"})
     latent, text, t = latents_of(2, 2), text_of(2), torch.tensor([500.0, 250.0])
@@ -142,11 +143,11 @@ def test_condition():
     )
     expected = reference(latent, t, text, return_dict=False)[0]
     assert (expected - plain).abs().max() > 1e-2
-    close(forward(model, latent, t, text, condition=c_f), expected)
+    close(forward(model, latent, t, text, c_f=c_f), expected)
     model.condition_proj.weight.data.zero_()
-    assert torch.equal(forward(model, latent, t, text, condition=c_f), plain)
-    with pytest.raises(ValueError, match=r"got a condition, expected none"):
-        forward(teacher, latent, t, text, condition=c_f)
+    assert torch.equal(forward(model, latent, t, text, c_f=c_f), plain)
+    with pytest.raises(ValueError, match=r"got c_f, expected none"):
+        forward(teacher, latent, t, text, c_f=c_f)
 
 
 def test_a_new_student_is_its_teacher():
@@ -213,12 +214,12 @@ def test_rms_norm_uses_the_eps_it_is_given(eps):
     torch.manual_seed(0)
     x = torch.randn(4, 7, 32) * eps**0.5
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
-    assert (rms_norm(x, eps) - exact).abs().max() < 1e-6
+    assert (rms_unit(x, eps) - exact).abs().max() < 1e-6
     norm = RMSNorm(32, eps)
     norm.weight.data = torch.randn(32)
     assert (norm(x) - exact * norm.weight.double()).abs().max() < 1e-6
     other = {1e-6: 1e-5, 1e-5: 1e-6, 1e-2: 1e-6}[eps]
-    assert (rms_norm(x, other) - exact).abs().max() > 1e-2
+    assert (rms_unit(x, other) - exact).abs().max() > 1e-2
 
 
 def test_rms_norm_rounds_before_its_weight():
@@ -233,8 +234,8 @@ def test_rms_norm_rounds_before_its_weight():
 def test_eps_reaches_every_norm():
     model = transformer(0, eps=1e-3)
     found = [m.eps for m in model.modules() if hasattr(m, "eps")]
-    # Three layer norms and four query/key norms a block, and the last one.
-    assert found == [1e-3] * (2 * 7 + 1)
+    # The block's own for two layer norms, one with weights, four of queries and keys; and the last one.
+    assert found == [1e-3] * (2 * 6 + 1)
 
 
 @pytest.mark.parametrize(

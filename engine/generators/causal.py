@@ -1,0 +1,105 @@
+"""Self-Forcing, CausVid, LongLive, First-Frame Enhancement, Diagonal Distillation: one causal transformer."""
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.config import Preset
+from engine.generators.base import Generator, Geometry, Ring, State, timesteps
+from engine.model.cache import RingCache
+from engine.runtime.passes import Pass, PassKind, TextKV
+
+DIT = PassKind("dit", "dit", timed=True)
+
+
+@dataclass
+class CausalState(State):
+    cache: RingCache = field(kw_only=True)
+    sinks: list[tuple[int, Tensor]] = field(default_factory=list)  # (position, latent frame) of the attention sink
+    window: deque[tuple[int, Tensor]] = field(default_factory=deque)  # the same, of the other cached frames
+    staged: bool = False  # the last denoising call's keys and values are in place for the next commit
+
+
+class CausalGenerator(Generator):
+    """One transformer over a ring of latent frames, the current chunk included."""
+
+    name = "causal"
+    passes = (DIT,)
+
+    @staticmethod
+    def check(preset: Preset) -> None:
+        preset.expect("attn_sink", preset.attn_sink >= 0, "0 or more frames")
+        least = preset.attn_sink + preset.chunk
+        preset.expect("window", preset.window >= least, f"at least attn_sink + chunk ({least})")
+
+    @staticmethod
+    def rings(preset: Preset) -> Mapping[str, Ring]:
+        return {"dit": Ring(preset.window, preset.attn_sink)}
+
+    @staticmethod
+    def steady(preset: Preset) -> int:
+        return -(-preset.window // preset.chunk)
+
+    def open(self, geometry: Geometry, text_kv: TextKV) -> CausalState:
+        window = deque[tuple[int, Tensor]](maxlen=self.preset.window - self.preset.attn_sink)
+        return CausalState(
+            geometry, self._rope(geometry), text_kv, cache=self._cache("dit", geometry), window=window
+        )  # fmt: skip
+
+    def denoise(self, x: Tensor, t: float, state: CausalState) -> Tensor:
+        self._refresh(state)
+        flow = self._run(x, t, state.position, state)
+        state.staged = True
+        return flow
+
+    def commit(self, x: Tensor, state: CausalState, supplied: bool = False) -> None:
+        self._refresh(state)
+        frames = x.shape[2]
+        # After a prompt switch the keys of the last denoising call are the old prompt's, or overwritten.
+        lost = self.preset.commit == "noisy" and not state.staged
+        if supplied or lost or self.preset.commit == "clean":
+            # A supplied chunk is clean, whatever noise level the preset pretends for its own chunks.
+            self._run(x, 0.0 if supplied else self.preset.context_timestep, state.position, state)
+        if supplied or self.preset.commit != "none":
+            state.cache.commit(frames)
+            for offset in range(frames):
+                frame = state.position + offset, x[:, :, offset : offset + 1]
+                (state.sinks if len(state.sinks) < self.preset.attn_sink else state.window).append(frame)
+        state.staged = False
+        state.position += frames
+        state.index += 1
+
+    def set_text(self, text_kv: TextKV, state: CausalState, recommit: bool = True) -> None:
+        state.text_kv = text_kv
+        if recommit:  # one that is still due stays due
+            state.stale, state.staged = state.index > 0, False
+
+    def _run(self, x: Tensor, t: float, position: int, state: CausalState) -> Tensor:
+        cache, frames = state.cache, x.shape[2]
+        rope = state.rope.at(position, frames)
+        step = Pass(DIT, x, *rope, cache.next_slot, cache.valid(frames), timesteps(x, t))
+        return self.stages.run(step, cache, state.text_kv)
+
+    def _refresh(self, state: CausalState) -> None:
+        """After a prompt switch: one clean pass over the latents still cached, at their own positions.
+
+        `stale` is cleared only after success, so that a failure retries.
+        """
+        if not state.stale:
+            return
+        state.cache.reset()
+        rest = len(state.window) % self.preset.chunk
+        window = list(state.window)
+        runs = [*_runs(state.sinks, self.preset.chunk), window[:rest], *_runs(window[rest:], self.preset.chunk)]
+        for run in filter(None, runs):
+            chunk = torch.cat([latent for _, latent in run], dim=2)
+            self._run(chunk, self.preset.context_timestep, run[0][0], state)
+            state.cache.commit(len(run))
+        state.stale = False
+
+
+def _runs(frames: list[tuple[int, Tensor]], size: int) -> Iterable[list[tuple[int, Tensor]]]:
+    return (frames[start : start + size] for start in range(0, len(frames), size))

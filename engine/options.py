@@ -1,0 +1,215 @@
+"""Typed options: a frozen dataclass makes TOML and JSON tables, `--set key=value` pairs and command-line options.
+
+    @dataclass(frozen=True)
+    class Size:
+        height: int = option(480, "pixels")
+        width: int = option(832, "pixels")
+
+    read(Size, {"height": 32}, "size")      # from a table; unknown keys and wrong types raise ValueError
+    add_options(parser, Size)               # --height INT, --width INT
+    options_of(parser.parse_args(), Size)   # Size(...)
+
+A field's type, default and help text stand once, in its class.
+"""
+
+import argparse
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+Options = TypeVar("Options")
+
+
+def option(
+    default: Any = MISSING, help: str = "", *, metavar: str | tuple[str, ...] | None = None,
+    choices: Iterable[str] | None = None, exclusive: str = "",
+) -> Any:  # fmt: skip
+    """A dataclass field with what `--help` says of it. Without a default the option is required.
+
+    choices    the values that a text may have; a Literal type needs none
+    exclusive  options that share this word cannot be used together
+    """
+    about = {"help": help, "metavar": metavar, "choices": tuple(choices) if choices else None, "exclusive": exclusive}
+    return field(default=default, metadata=about)
+
+
+def read(kind: type[Options], values: Mapping[str, Any], what: str) -> Options:
+    """An instance from a TOML, JSON or Python mapping. ValueError names `what`, the key, what was got and expected."""
+    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(names)):
+        raise ValueError(f"{what}: got unknown key {', '.join(unknown)}, expected one of {', '.join(names)}")
+    hints = get_type_hints(kind, include_extras=True)
+    about = {f.name: f.metadata for f in fields(kind)}  # type: ignore[arg-type]
+    typed = {}
+    for name, value in values.items():
+        typed[name] = _typed(hints[name], value, f"{what}: {name}")
+        choices = about[name].get("choices")
+        if choices and typed[name] not in choices:
+            raise ValueError(f"{what}: {name}: got {value!r}, expected one of {', '.join(choices)}")
+    required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
+    if missing := [name for name in required if name not in typed]:
+        raise ValueError(f"{what}: got no {missing[0]}, expected it")
+    return kind(**typed)
+
+
+def replaced(options: Options, values: Mapping[str, Any], what: str) -> Options:
+    """The same options with some fields replaced, all at once, by values as `read` takes them."""
+    return read(type(options), asdict(options) | dict(values), what)  # type: ignore[call-overload]
+
+
+def read_table(kind: type[Options], path: Path, table: str, values: Mapping[str, Any] | None = None) -> Options:
+    """An instance from one table of a TOML file; `values` replace its entries."""
+    tables = read_toml(path)
+    if table not in tables:
+        raise ValueError(f"{path}: got tables {', '.join(sorted(tables)) or 'none'}, expected [{table}]")
+    return read(kind, tables[table] | dict(values or {}), f"{path} [{table}]")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's content."""
+    if not path.is_file():
+        raise FileNotFoundError(f"config: got {path}, expected an existing TOML file")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: got {path}, expected TOML ({error})") from None
+
+
+def pairs(texts: Iterable[str]) -> dict[str, Any]:
+    """`key=value` texts as a mapping; a value is TOML, or else the text itself."""
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set: got {text!r}, expected key=value")
+        try:
+            found[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key.strip()] = value.strip()
+    return found
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and whose help keeps the line breaks of its texts."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)
+
+    def error(self, message: str) -> NoReturn:
+        """One line instead of argparse's usage and message."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def add_options(
+    parser: argparse.ArgumentParser, kind: type, title: str = "", *, skip: Iterable[str] = (), defaults: bool = True
+) -> None:
+    """One command-line option for each field of a dataclass, in a group of its own where there is a title.
+
+    defaults: the help names each field's default; False where something else than the class chooses it.
+    """
+    where: Any = parser.add_argument_group(title) if title else parser
+    hints, skipped = get_type_hints(kind, include_extras=True), set(skip)
+    exclusive: dict[str, Any] = {}
+    for f in fields(kind):
+        if f.name in skipped:
+            continue
+        key, group = f.metadata.get("exclusive"), where
+        if key:
+            group = exclusive[key] = exclusive.get(key) or where.add_mutually_exclusive_group()
+        group.add_argument("--" + f.name.replace("_", "-"), **_argument(f, hints[f.name], defaults))
+
+
+def chosen(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The fields of a dataclass that the user set on the command line."""
+    return {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
+
+
+def options_of(args: argparse.Namespace, kind: type[Options]) -> Options:
+    """The dataclass of a parsed command line; what the user did not set has its default."""
+    return kind(**chosen(args, kind))
+
+
+def _typed(hint: Any, value: Any, what: str) -> Any:
+    """A plain value as a field's type. Numbers are not made of texts; lists become tuples, texts become paths."""
+    adapter = TypeAdapter(hint)
+    try:
+        # JSON rules are the strict ones that still know no tuples and no paths.
+        return adapter.validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        raise ValueError(_told(what, value, error)) from None
+
+
+def _argument(f: "Field[Any]", hint: Any, defaults: bool) -> dict[str, Any]:
+    """The arguments of add_argument for one field."""
+    about, default = f.metadata, f.default
+    help = about.get("help", "")
+    if defaults and default not in (None, MISSING, (), "", False, True):
+        help = f"{help} ({default})".strip()
+    arguments: dict[str, Any] = {"help": help.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if default is MISSING and f.default_factory is MISSING:
+        arguments["required"] = True
+    core = _core(hint)
+    if core is bool:
+        return arguments | {"action": "store_true" if default is False else argparse.BooleanOptionalAction}
+    choices = get_args(core) if get_origin(core) is Literal else about.get("choices")
+    if choices:
+        return arguments | {"choices": choices}
+    metavar = about.get("metavar")
+    if get_origin(core) is tuple and not _annotated(hint):  # given several times, or once for each place
+        inner = get_args(core)[0]
+        arguments["action"] = _Append
+        if get_origin(inner) is tuple:
+            arguments["nargs"], inner = len(get_args(inner)), get_args(inner)[0]
+        return arguments | {"type": _reader(inner), "metavar": metavar or "VALUE"}
+    return arguments | {"type": _reader(hint), "metavar": metavar or getattr(core, "__name__", "value").upper()}
+
+
+class _Append(argparse.Action):
+    """Repeated options as one tuple."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        one = tuple(values) if isinstance(values, list) else values
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), one))
+
+
+def _core(hint: Any) -> Any:
+    """The type behind Annotated and `| None`."""
+    if _annotated(hint):
+        return _core(get_args(hint)[0])
+    options = [part for part in get_args(hint) if part is not type(None)]
+    if type(None) in get_args(hint) and len(options) == 1:
+        return _core(options[0])
+    return hint
+
+
+def _annotated(hint: Any) -> bool:
+    return hasattr(hint, "__metadata__")
+
+
+def _reader(hint: Any) -> Any:
+    """What argparse calls on an option's text."""
+    adapter = TypeAdapter(hint)
+
+    def convert(text: str) -> Any:
+        try:
+            return adapter.validate_strings(text) if not _annotated(hint) else adapter.validate_python(text)
+        except ValidationError as error:
+            raise argparse.ArgumentTypeError(_told("", text, error)) from None
+
+    return convert
+
+
+def _told(what: str, value: Any, error: ValidationError) -> str:
+    """'WHAT: got VALUE, expected ...' of a failed validation."""
+    first = error.errors(include_url=False)[0]
+    reason = first.get("ctx", {}).get("error")
+    if reason is not None:  # a ValueError of the field's own validator says it all
+        return f"{what}: {reason}" if what else str(reason)
+    expected = first["msg"].removeprefix("Input should be ").partition(",")[0]
+    return f"{what}: got {value!r}, expected {expected}".removeprefix(": ")

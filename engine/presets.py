@@ -1,0 +1,56 @@
+"""The presets by name, TOML files over them, and the checks that need to know families and solvers."""
+
+from pathlib import Path
+from typing import Any
+
+from engine.config import Preset
+from engine.generators import family_of
+from engine.options import read_toml, replaced
+from engine.sampling.solvers import SOLVERS
+
+_FOUR = (1000.0, 750.0, 500.0, 250.0)
+# Latent frames that the public self-forcing models were trained on; beyond them the window slides.
+_TRAINED = 21
+
+PRESETS: dict[str, Preset] = {
+    "greedy": Preset("greedy", solver="unipc"),
+    "self-forcing": Preset("causal", chunk=3, window=_TRAINED),
+    "self-forcing-framewise": Preset("causal", chunk=1, window=_TRAINED),
+    "causvid": Preset(
+        "causal", chunk=3, window=_TRAINED, steps=((1000, 757, 522),), warped=False, shift=8.0
+    ),
+    "longlive": Preset("causal", chunk=3, window=12, attn_sink=3),
+    "ffe-1step": Preset("causal", chunk=1, window=_TRAINED, steps=(_FOUR, (1000,))),
+    "ffe-2step": Preset("causal", chunk=1, window=_TRAINED, steps=(_FOUR, (1000, 500))),
+    "diagonal": Preset(
+        "causal", chunk=3, window=12, attn_sink=3, commit="noisy", warped=False,
+        steps=((1000, 933, 733, 357), (1000, 933, 357), (1000, 357.142857)),
+    ),
+}  # fmt: skip
+
+
+def check_preset(preset: Preset) -> Preset:
+    """The preset itself. ValueError where its family or its solver is unknown, or its family refuses a field."""
+    preset.expect("solver", preset.solver in SOLVERS, "one of " + ", ".join(SOLVERS))
+    family_of(preset).check(preset)
+    return preset
+
+
+def override(preset: Preset, values: dict[str, Any]) -> Preset:
+    """A preset with some fields replaced; unknown keys and wrong types raise ValueError."""
+    # All at once: a window may only be valid together with the attention sink beside it.
+    return check_preset(replaced(preset, values, "preset"))
+
+
+def find_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
+    """A built-in preset by name, or the file NAME.toml with `base = "greedy"` and fields to replace."""
+    overrides = overrides or {}
+    if not name.endswith(".toml"):
+        if name not in PRESETS:
+            raise ValueError(f"preset: got {name!r}, expected a .toml file or one of {', '.join(PRESETS)}")
+        return override(PRESETS[name], overrides)
+    values = read_toml(Path(name))
+    base = values.pop("base", "greedy")
+    if base not in PRESETS:
+        raise ValueError(f"{name}: got base {base!r}, expected one of {', '.join(PRESETS)}")
+    return override(PRESETS[base], values | overrides)

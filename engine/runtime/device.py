@@ -1,0 +1,31 @@
+"""Devices and precisions by name."""
+
+from typing import get_args
+
+import torch
+
+from engine.config import Precision
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = tuple(name for name in get_args(Precision) if name != "auto")
+
+
+def device_of(name: str) -> torch.device:
+    """cpu, cuda, cuda:1, ...; auto is cuda where there is a GPU, else cpu. ValueError where it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device: got {name!r}, expected cpu or a usable accelerator ({str(error).splitlines()[0]})"
+        ) from None
+    return device
+
+
+def dtype_of(precision: str, device: torch.device) -> torch.dtype:
+    """The working dtype: fp8 works in bf16; auto is bf16 on a GPU, else fp32."""
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else "bf16"
+    return DTYPES["bf16" if precision == "fp8" else precision]

@@ -1,0 +1,142 @@
+"""Where tensors come from: safetensors files and Self-Forcing-family checkpoints, shapes first, data one by one."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.weights.names import BUFFERS, diffusers_name
+
+
+class TensorSource(Protocol):
+    """Named tensors whose shapes are known before their data is read."""
+
+    label: str
+    files: list[Path]
+    lora: Path | None  # a file whose LoRA weights belong on top
+
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def read(self) -> Iterator[tuple[str, Tensor]]: ...
+    def bytes_at(self, dtype: torch.dtype) -> int: ...
+
+
+def _bytes_at(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+
+
+class SafetensorsSource:
+    """One or more safetensors files. `read` maps each file anew every 32 MB, so what was converted is unmapped."""
+
+    _SPAN = 32 << 20
+    lora: Path | None = None
+
+    def __init__(self, files: list[Path], label: str) -> None:
+        self.files, self.label = files, label
+        self._where: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for key in opened.keys():  # noqa: SIM118 - a safe_open handle is no mapping
+                        shape = tuple(opened.get_slice(key).get_shape())
+                        name = diffusers_name(key)
+                        if name in self._where:
+                            raise ValueError(f"{label}: got {name} twice ({file.name}), expected every tensor once")
+                        self._where[name] = file, key, shape
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file}: got an unreadable file, expected safetensors ({error})") from None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, (_, _, shape) in self._where.items() if not BUFFERS.search(name)}
+
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        for file in self.files:
+            waiting = [(name, key) for name, (at, key, _) in self._where.items() if at == file]
+            while waiting:
+                read = 0
+                with safe_open(file, framework="pt") as opened:
+                    while waiting and read < self._SPAN:
+                        name, key = waiting.pop(0)
+                        tensor = opened.get_tensor(key)
+                        read += tensor.nbytes
+                        yield name, tensor
+                        del tensor
+
+    def bytes_at(self, dtype: torch.dtype) -> int:
+        return _bytes_at(self.shapes(), dtype)
+
+
+class PickleSource:
+    """A `.pt` checkpoint of the Self-Forcing family, memory-mapped, opened with weights_only=True."""
+
+    _STATES = ("generator_ema", "generator", "model", "state_dict")
+
+    def __init__(self, file: Path, state: str | None = None) -> None:
+        self.label, self.files = str(file), [file]
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{file}: got an unreadable file, expected a torch checkpoint ({reason})") from None
+        if not isinstance(loaded, Mapping):
+            raise ValueError(f"{file}: got {type(loaded).__name__}, expected a dictionary of tensors")
+        names = [state] if state else [name for name in self._STATES if isinstance(loaded.get(name), Mapping)]
+        if state and not isinstance(loaded.get(state), Mapping):
+            raise ValueError(f"{file}: got keys {', '.join(map(str, loaded))}, expected {state!r} among them")
+        chosen = loaded[names[0]] if names else loaded
+        self.lora = file if state is None and isinstance(loaded.get("generator_lora"), Mapping) else None
+        self._tensors = {diffusers_name(name): tensor for name, tensor in chosen.items() if isinstance(tensor, Tensor)}
+        if not self._tensors:
+            raise ValueError(f"{file}: got keys {', '.join(map(str, loaded))}, expected generator or generator_ema")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(t.shape) for name, t in self._tensors.items() if not BUFFERS.search(name)}
+
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._tensors.items()
+
+    def bytes_at(self, dtype: torch.dtype) -> int:
+        return _bytes_at(self.shapes(), dtype)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an error that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"got no file {path}, expected one")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: got no JSON, expected an object ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a component folder, sorted; where there is an index, exactly the files it names."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        files = sorted({folder / name for name in read_json(indexes[0]).get("weight_map", {}).values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        what = f"no {', '.join(missing)}" if missing else "no safetensors file"
+        raise FileNotFoundError(f"{folder}: got {what}, expected the weights")
+    return files
+
+
+def open_source(path: Path, state: str | None = None) -> TensorSource:
+    """A component folder, a .safetensors file or a .pt/.pth checkpoint."""
+    if path.is_dir():
+        return SafetensorsSource(weight_files(path), str(path))
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: got {path}, expected an existing file")
+    if path.suffix == ".safetensors":
+        return SafetensorsSource([path], str(path))
+    if path.suffix in (".pt", ".pth"):
+        return PickleSource(path, state)
+    raise ValueError(f"checkpoint: got {path.name}, expected .safetensors, .pt or .pth")
