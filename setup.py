@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -44,9 +46,24 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "--fresh", "--compile-no-warning-as-error", "-S", HERE, "-B", build]
         subprocess.check_call([*configure, *generator, *options])
         subprocess.check_call(["cmake", "--build", build, "--parallel", str(os.cpu_count() or 1)])
-        # An editable install imports from the source tree.
+        # An editable installation imports from the source tree.
         for prefix in {package, HERE / "engine"} if self.editable_mode else {package}:
             subprocess.check_call(["cmake", "--install", build, "--prefix", prefix])
+        if self.editable_mode:
+            lines = "".join(f"{folder}\n" for folder in torch_libraries())
+            (HERE / "engine" / "lib" / "library_dirs.txt").write_text(lines)
+
+
+def torch_libraries() -> list[Path]:
+    """Where torch's libraries lie, or will: pip may build without torch in sight, or before it installs torch.
+
+    The core reads this list in an editable installation, which does not lie beside torch.
+    """
+    packages = [Path(sysconfig.get_path(kind)) for kind in ("platlib", "purelib")]
+    found = find_spec("torch")
+    if found and found.origin:
+        packages.insert(0, Path(found.origin).parents[1])
+    return [folder / "torch" / "lib" for folder in dict.fromkeys(packages)]
 
 
 def native_extensions() -> list[Extension]:
@@ -69,11 +86,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(
-        include=[f"{name}{rest}" for name in ("engine", "kernels", "export", "distill", "bench") for rest in ("", ".*")]
-    ),
+    packages=[
+        *find_packages(include=[f"{n}{rest}" for n in ("engine", "export", "distill", "bench") for rest in ("", ".*")]),
+        "kernels",  # without __init__.py: engine/kernels_folder.py
+    ],
     ext_modules=native_extensions(),
     cmdclass={"build_ext": CMakeBuild},
+    entry_points={"console_scripts": ["greedy-stream = engine.cli:main"]},
+    # No entry point: that would import engine, and so torch, before it starts the program.
+    scripts=["csrc/host/greedy-host"],
     zip_safe=False,
     package_data={"engine": ["assets/**/*"], "distill": ["configs/*.toml"], "bench": ["report/published.toml"]},
     install_requires=[

@@ -1,6 +1,8 @@
-"""The command's former place: distill/stages/assemble.py."""
+"""The former name of `python -m distill assemble`, kept for one release."""
 
-import runpy
+import sys
+
+from distill.__main__ import former
 
 if __name__ == "__main__":
-    runpy.run_module("distill.stages.assemble", run_name="__main__")
+    sys.exit(former("assemble"))

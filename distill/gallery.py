@@ -1,6 +1,8 @@
-"""The command's former place: distill/experiments/gallery.py."""
+"""The former name of `python -m distill gallery`, kept for one release."""
 
-import runpy
+import sys
+
+from distill.__main__ import former
 
 if __name__ == "__main__":
-    runpy.run_module("distill.experiments.gallery", run_name="__main__")
+    sys.exit(former("gallery"))

@@ -1,6 +1,8 @@
-"""The command's former place: distill/stages/next_chunk.py."""
+"""The former name of `python -m distill next_chunk`, kept for one release."""
 
-import runpy
+import sys
+
+from distill.__main__ import former
 
 if __name__ == "__main__":
-    runpy.run_module("distill.stages.next_chunk", run_name="__main__")
+    sys.exit(former("next_chunk"))

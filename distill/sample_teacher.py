@@ -1,6 +1,8 @@
-"""The command's former place: distill/stages/sample_teacher.py."""
+"""The former name of `python -m distill sample_teacher`, kept for one release."""
 
-import runpy
+import sys
+
+from distill.__main__ import former
 
 if __name__ == "__main__":
-    runpy.run_module("distill.stages.sample_teacher", run_name="__main__")
+    sys.exit(former("sample_teacher"))

@@ -1,8 +1,16 @@
 """Streaming video diffusion: a prompt goes in, frames come out while they are made."""
 
-from engine.config import Runtime
-from engine.loader import load, load_bundle
-from engine.stream import Pipeline, Stream
+from pathlib import Path
+
+from engine.kernels_folder import join
+from engine.threads import prepare
+
+prepare()  # before anything imports torch
+join(Path(__file__).resolve().parents[1] / "kernels")
+
+from engine.config import Runtime  # noqa: E402
+from engine.loader import load, load_bundle  # noqa: E402
+from engine.stream import Pipeline, Stream  # noqa: E402
 
 __all__ = ["Pipeline", "Runtime", "Stream", "load", "load_bundle"]
 __version__ = "0.1.0"

@@ -66,7 +66,7 @@ class Runtime:
     )
     fp8_attention: bool = option(False, "run self-attention on e4m3 as well")
     eager: bool = option(False, "run plain PyTorch on a GPU: no fused kernels, no CUDA graphs")
-    threads: int | None = option(None, "CPU threads", metavar="N")
+    threads: int | None = option(None, "CPU threads; default: OMP_NUM_THREADS, else by the model's size", metavar="N")
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:

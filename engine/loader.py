@@ -12,6 +12,7 @@ from engine.config import Preset, Runtime, TransformerConfig
 from engine.generators import family_of
 from engine.generators.base import Geometry
 from engine.model.cache import FP8
+from engine.model.fp8 import to_fp8
 from engine.model.text import Tokenizer, load_text_encoder
 from engine.model.transformer import WanTransformer
 from engine.model.vae import VAE, VAEConfig
@@ -19,10 +20,10 @@ from engine.options import replaced
 from engine.presets import find_preset
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.device import device_of, dtype_of
-from engine.runtime.fused import FusedTransformer
 from engine.runtime.passes import Stages
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
+from engine.threads import settle, work_of
 from engine.weights.adapters import merge_adapter, merge_lora_file
 from engine.weights.checkpoint import fill, load_transformer
 from engine.weights.sources import TensorSource, open_source, read_json
@@ -102,6 +103,7 @@ def load(
     geometry = Geometry.of(
         config, 1, height // vae_config.scale_factor_spatial, width // vae_config.scale_factor_spatial
     )
+    threads_of(runtime.threads, config, style, geometry.tokens, device)
     text_source = open_source(folder / "text_encoder")
     needed = len(roles) * source.bytes_at(dtype) + vae_source.bytes_at(dtype) + text_source.bytes_at(dtype)
     needed += len(roles) * source.bytes_at(FP8) if fp8 else 0
@@ -127,25 +129,24 @@ def make_stages(
     models: dict[str, WanTransformer], vae: VAE | None, encoder: nn.Module | None, device: torch.device,
     runtime: Runtime | None = None, keep: Sequence[str] = FP8_KEEP,
 ) -> Stages:  # fmt: skip
-    """The torch backend: plain modules on a processor; fused kernels, and CUDA graphs around them, on a GPU.
+    """The torch backend; on a GPU with kernels, and CUDA graphs around its passes, unless the runtime is eager.
 
-    FP8 runs on the fused kernels everywhere; on a processor that is their slow definition.
+    In FP8 the large products are replaced: nothing here keeps their bf16 weights.
     """
     runtime = runtime or Runtime()
     fp8 = runtime.precision == "fp8"
-    fused_only = fp8 or runtime.fp8_attention
-    if runtime.eager and fused_only:
-        raise ValueError("precision: got fp8 for plain PyTorch, expected it without eager: FP8 needs the fused kernels")
+    if runtime.eager and (fp8 or runtime.fp8_attention):
+        raise ValueError("precision: got fp8 for plain PyTorch, expected it without eager: FP8 needs the kernels")
     dtype = next(iter(models.values())).proj_out.weight.dtype
     if runtime.fp8_attention and dtype != torch.bfloat16:
         raise ValueError(f"fp8 attention: got {dtype}, expected a model in bf16 or fp8")
-    if runtime.eager or not (device.type == "cuda" or fused_only):
-        return TorchStages(models, vae, encoder)
-    fused = {role: FusedTransformer(model, fp8, keep, role) for role, model in models.items()}
-    if vae is not None:
+    if fp8:
+        models = {role: to_fp8(model, keep, role) for role, model in models.items()}
+    fast = device.type == "cuda" and not runtime.eager
+    if vae is not None and (fast or fp8 or runtime.fp8_attention):
         vae.fuse()
-    stages = TorchStages(models, vae, encoder, fused)
-    return GraphedStages(stages) if device.type == "cuda" else stages
+    stages = TorchStages(models, vae, encoder, runtime.eager)
+    return GraphedStages(stages) if fast else stages
 
 
 def assemble(
@@ -161,12 +162,21 @@ def assemble(
     )  # fmt: skip
 
 
-def load_bundle(folder: str | Path, backend: str | None = None, threads: int | None = None) -> Pipeline:
+def threads_of(
+    threads: int | None, config: TransformerConfig, preset: Preset, tokens: int, device: torch.device
+) -> int:
+    """Set the number of CPU threads for a model with `tokens` tokens per latent frame; returns it."""
+    if device.type != "cpu" and threads is None:
+        return torch.get_num_threads()
+    return settle(threads, work_of(preset.chunk * tokens, config.dim, config.ffn_dim))
+
+
+def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int | None = None) -> Pipeline:
     """A pipeline that runs on a bundle's compiled graphs; size, preset and precision are the bundle's.
 
-    backend is a name of BACKENDS; None is the first one in the bundle. The graphs of aoti and tensorrt are code: load
-    only what you would run. Raises ValueError or FileNotFoundError (got and expected) where the bundle is not what its
-    manifest says, or is for another machine.
+    backend is a name of BACKENDS; None is the first one in the bundle. threads is that of `load`. The graphs of aoti
+    and tensorrt are code: load only what you would run. Raises ValueError or FileNotFoundError (got and expected)
+    where the bundle is not what its manifest says, or is for another machine.
     """
     from engine.bundles.manifest import read_manifest  # safetensors' own reader and others that only bundles need
     from engine.bundles.registry import BACKENDS
@@ -181,13 +191,14 @@ def load_bundle(folder: str | Path, backend: str | None = None, threads: int | N
     if tokenizer.rows != manifest.text_rows:
         raise ValueError(f"bundle: got a tokenizer of {tokenizer.rows} rows, expected {manifest.text_rows}")
     device, preset = torch.device(found[0].target.split("-")[0]), manifest.preset_value()
-    stages = BACKENDS[found[0].backend].load()(
-        folder, manifest, found[0], threads or torch.get_num_threads(), device
-    )  # fmt: skip
+    config = manifest.transformer_value()
+    geometry = Geometry.of(config, 1, manifest.height // manifest.spatial, manifest.width // manifest.spatial)
+    count = threads_of(threads, config, preset, geometry.tokens, device)
+    stages = BACKENDS[found[0].backend].load()(folder, manifest, found[0], count, device)
     graph = found[0].graphs[family_of(preset).passes[0].graph]
     latent, keys = (next(spec for spec in graph.inputs if spec.name == name) for name in ("latent", "k_0"))
     return Pipeline(
-        stages, tokenizer, manifest.transformer_value(), preset, manifest.preset_name,
+        stages, tokenizer, config, preset, manifest.preset_name,
         TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
         manifest.spatial, manifest.temporal, TENSOR_DTYPES[keys.dtype],
     )  # fmt: skip

@@ -149,7 +149,7 @@ def _argument(f: "Field[Any]", hint: Any, defaults: bool) -> dict[str, Any]:
     """The arguments of add_argument for one field."""
     about, default = f.metadata, f.default
     help = about.get("help", "")
-    if defaults and default not in (None, MISSING, (), "", False, True):
+    if defaults and not any(default is empty for empty in (None, MISSING, (), "", False, True)):
         help = f"{help} ({default})".strip()
     arguments: dict[str, Any] = {"help": help.replace("%", "%%"), "default": argparse.SUPPRESS}
     if default is MISSING and f.default_factory is MISSING:

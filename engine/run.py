@@ -290,8 +290,8 @@ def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePip
     model, bundle, backend = job.model, job.bundle.bundle, job.bundle.backend
     if bundle is not None:
         if backend == "native":  # the C++ core reads the bundle itself, and chooses among its backends
-            return NativePipeline(bundle)
-        return load_bundle(bundle, backend)
+            return NativePipeline(bundle, threads=job.runtime.threads)
+        return load_bundle(bundle, backend, threads=job.runtime.threads)
     if backend not in (None, "torch"):
         raise ValueError(f"--backend: got {backend}, expected --bundle with it (python -m export writes one)")
     pipeline = load(
@@ -307,8 +307,6 @@ def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePip
 
 def _run(job: Job, interrupt: _Interrupt) -> int:
     console, video, output = Console(stderr=True), job.video, job.output
-    if job.runtime.threads is not None:
-        torch.set_num_threads(job.runtime.threads)
     # Everything that can be wrong with the command line is found before weights are read.
     height, width, fps = _shape(job)
     limit = _limit(video, fps)
@@ -338,6 +336,7 @@ def _run(job: Job, interrupt: _Interrupt) -> int:
         "preset": pipeline.preset_name,
         "backend": pipeline.stages.name,
         "device": str(pipeline.device),
+        "threads": torch.get_num_threads(),
         "precision": "fp8" if fp8 else str(pipeline.dtype).removeprefix("torch."),
         "seed": video.seed,
         "height": pipeline.height,

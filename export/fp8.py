@@ -6,17 +6,17 @@ Embeddings, time and text embedders, W_c, norms and proj_out lie outside the blo
 keys and values are made once a prompt, so they are not either.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from engine.model.layers import Attention
+from engine.model.fp8 import twin
+from engine.model.layers import Block
 from engine.model.transformer import WanTransformer
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
@@ -26,7 +26,6 @@ E4M3_MAX = torch.finfo(E4M3).max
 SMALLEST = 1e-12  # least max|x| of a row: the scale of zeros must not be zero
 GRANULARITIES = ("tensor", "token")
 _ONCE = ("attn2.to_k", "attn2.to_v")  # run once a prompt
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,10 @@ def is_quantized(pipeline: Pipeline) -> bool:
 
 def replace_linears(pipeline: Pipeline, names: Iterable[str], make: Callable[[str, nn.Linear], nn.Module]) -> Pipeline:
     """A pipeline on twins of the transformers, in which each named linear is what `make` returns for it."""
-    models = {role: _twin(model) for role, model in _models(pipeline).items()}
+    models = {role: twin(model) for role, model in _models(pipeline).items()}
+    for model in models.values():
+        for block in model.blocks:
+            cast(Block, block).attn1.separate()  # each of q, k and v may be replaced alone
     for name in names:
         role, _, path = name.partition(".")
         parent, _, leaf = path.rpartition(".")
@@ -155,12 +157,3 @@ def _models(pipeline: Pipeline) -> dict[str, WanTransformer]:
     if not isinstance(pipeline.stages, TorchStages):
         raise ValueError(f"fp8: got a pipeline of backend {pipeline.stages.name}, expected torch")
     return pipeline.stages.models
-
-
-def _twin(module: M) -> M:
-    """A copy of the structure whose parameters are the original's; q, k and v are separate linears again."""
-    twin = copy.copy(module)
-    twin._modules = {name: child and _twin(child) for name, child in module._modules.items()}
-    if isinstance(twin, Attention):
-        twin._fused = None
-    return twin

@@ -25,7 +25,7 @@ STAGES = {False: 1, True: 2}  # blocks under way: bf16, FP8
 SHARED_BYTES = 48 * 1024
 DESCRIPTOR_BYTES = 3 * 128  # that a program of attention keeps: of queries, keys and values
 _UNUSED = 16  # elements of an output that is never written
-_SMALL = ("VALID", "START", "SCALE", "Q_SCALE", "K_SCALE", "V_SCALE")  # may lie anywhere
+_SMALL = ("VALID_ROWS", "START_ROW", "SCALE", "Q_SCALE", "K_SCALE", "V_SCALE")  # may lie anywhere
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def compile_attention(queries: int, rows: int, heads: int, head_dim: int, fp8: b
     """Q [queries, heads, d], K and V [rows, heads, d] bf16; or e4m3 with V [heads, d, rows up to a multiple of 16]."""
     programs = -(-queries // QUERIES) * heads  # a tile and a head each
     cache = "*fp8e4nv" if fp8 else "*bf16"
-    pointers = {"Q": "*bf16", "K": cache, "V": cache, "VALID": "*i32", "OUT": "*bf16", "LSE": "*fp32"}
+    pointers = {"Q": "*bf16", "K": cache, "V": cache, "VALID_ROWS": "*i32", "OUT": "*bf16", "LSE": "*fp32"}
     pointers |= {"PARTIAL": "*fp32", "STATS": "*fp32"}
     scales = ("Q_SCALE", "K_SCALE", "V_SCALE")
     constants: dict[str, Any] = {
@@ -61,14 +61,14 @@ def compile_attention(queries: int, rows: int, heads: int, head_dim: int, fp8: b
 
 @triton.jit
 def write_keys_kernel(
-    CACHE, UPDATE, SCALE, START, OUT, rows: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    CACHE, UPDATE, SCALE, START_ROW, OUT, rows: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Program t: UPDATE [n, WIDTH] row t as e4m3 into row START + t of OUT [rows, WIDTH], which is CACHE."""
+    """Program t: UPDATE [n, WIDTH] row t as e4m3 into row START_ROW + t of OUT [rows, WIDTH], which is CACHE."""
     token = tl.program_id(0)
-    row = tl.load(START).to(tl.int64) + token
+    row = tl.load(START_ROW).to(tl.int64) + token
     at = tl.arange(0, BLOCK)
-    width = tl.where((row >= 0) & (row < rows), WIDTH, 0)  # a wrong start must not reach other memory
+    width = tl.where((row >= 0) & (row < rows), WIDTH, 0)  # a wrong start_row must not reach other memory
     x = tl.load(UPDATE + token.to(tl.int64) * WIDTH + at, mask=at < WIDTH, other=0.0).to(tl.float32)
     scale = tl.load(SCALE + at // HEAD_DIM, mask=at < WIDTH, other=1.0)
     tl.store(OUT + row * WIDTH + at, to_e4m3(x, scale).to(tl.float8e4nv), mask=at < width)
@@ -76,7 +76,7 @@ def write_keys_kernel(
 
 @triton.jit
 def write_values_kernel(
-    CACHE, UPDATE, SCALE, START, OUT, tokens: tl.constexpr, rows: tl.constexpr, pitch: tl.constexpr,
+    CACHE, UPDATE, SCALE, START_ROW, OUT, tokens: tl.constexpr, rows: tl.constexpr, pitch: tl.constexpr,
     WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of tokens, head): UPDATE [tokens, WIDTH] as e4m3 into columns of OUT [heads, HEAD_DIM, pitch]."""
@@ -85,12 +85,12 @@ def write_values_kernel(
     element = tl.arange(0, DIM_BLOCK)[None, :]
     inside = (token < tokens) & (element < HEAD_DIM)
     x = tl.load(UPDATE + token * WIDTH + head * HEAD_DIM + element, mask=inside, other=0.0).to(tl.float32)
-    row = tl.load(START).to(tl.int64) + token
+    row = tl.load(START_ROW).to(tl.int64) + token
     target = OUT + (head * HEAD_DIM + element).to(tl.int64) * pitch + row
     tl.store(target, to_e4m3(x, tl.load(SCALE + head)).to(tl.float8e4nv), mask=inside & (row >= 0) & (row < rows))
 
 
-_WRITE = {"CACHE": "*fp8e4nv", "UPDATE": "*bf16", "SCALE": "*fp32", "START": "*i32", "OUT": "*fp8e4nv"}
+_WRITE = {"CACHE": "*fp8e4nv", "UPDATE": "*bf16", "SCALE": "*fp32", "START_ROW": "*i32", "OUT": "*fp8e4nv"}
 
 
 @functools.cache
@@ -155,31 +155,31 @@ def register_plugins(capability: int) -> None:
         partial, stats = (trtp.from_shape_expr((_UNUSED,), dtype=trt.float32) for _ in range(2))
         return q.like(), lse, partial, stats, *hidden(trtp.cdiv(q.shape_expr[1], QUERIES) * heads)
 
-    def ring_attention(q, k, v, valid, heads):
+    def ring_attention(q, k, v, valid_rows, heads):
         return attention_outputs(q, heads)
 
-    def ring_attention_kernel(q, k, v, valid, heads, outputs, tactic):
+    def ring_attention_kernel(q, k, v, valid_rows, heads, outputs, tactic):
         queries, rows, dim = _size(q, 1), _size(k, 2), _size(q, 2)
         return launch(compile_attention(queries, rows, heads, dim // heads, False, capability))
 
-    def ring_attention_fp8(q, k, v, valid, q_scale, k_scale, v_scale, heads):
+    def ring_attention_fp8(q, k, v, valid_rows, q_scale, k_scale, v_scale, heads):
         return attention_outputs(q, heads)
 
-    def ring_attention_fp8_kernel(q, k, v, valid, q_scale, k_scale, v_scale, heads, outputs, tactic):
+    def ring_attention_fp8_kernel(q, k, v, valid_rows, q_scale, k_scale, v_scale, heads, outputs, tactic):
         queries, rows, dim = _size(q, 1), _size(k, 1), _size(q, 2)
         return launch(compile_attention(queries, rows, heads, dim // heads, True, capability))
 
-    def write_keys_fp8(ring, update, scale, start):
+    def write_keys_fp8(ring, update, scale, start_row):
         return ring.aliased(), *hidden(1)
 
-    def write_keys_fp8_kernel(ring, update, scale, start, outputs, tactic):
+    def write_keys_fp8_kernel(ring, update, scale, start_row, outputs, tactic):
         heads, dim = _size(scale, 0), _size(ring, 2)
         return launch(compile_write_keys(_size(update, 1), _size(ring, 1), heads, dim // heads, capability))
 
-    def write_values_fp8(ring, update, scale, start):
+    def write_values_fp8(ring, update, scale, start_row):
         return ring.aliased(), *hidden(1)
 
-    def write_values_fp8_kernel(ring, update, scale, start, outputs, tactic):
+    def write_values_fp8_kernel(ring, update, scale, start_row, outputs, tactic):
         _, heads, head_dim, pitch = (_size(ring, axis) for axis in range(4))
         return launch(compile_write_values(_size(update, 1), pitch, heads, head_dim, capability))
 

@@ -82,7 +82,7 @@ def plugin_bodies() -> list[FunctionProto]:
         n("Constant", [], ["axis"], value_ints=[1]),
         n("Squeeze", ["k", "axis"], ["keys"]),
         n("Squeeze", ["v", "axis"], ["values"]),
-        n("Cast", ["valid"], ["rows"], to=TensorProto.INT64),
+        n("Cast", ["valid_rows"], ["rows"], to=TensorProto.INT64),
         n("Attention", ["q", "keys", "values", "", "", "", "rows"], ["out"]),
     ]
     for name in ("q_num_heads", "kv_num_heads"):
@@ -106,7 +106,7 @@ def plugin_bodies() -> list[FunctionProto]:
         n("Shape", ["k"], ["k_rows"], start=1, end=2),
         n("Constant", [], ["row_axis"], value_ints=[2]),
         n("Slice", ["v_padded", "begin", "k_rows", "row_axis"], ["v_heads"]),
-        n("Cast", ["valid"], ["rows"], to=TensorProto.INT64),
+        n("Cast", ["valid_rows"], ["rows"], to=TensorProto.INT64),
         n("Attention", ["q_heads", "k_heads", "v_heads", "", "", "", "rows"], ["out_heads"]),
         n("Transpose", ["out_heads"], ["out_split"], perm=[0, 2, 1, 3]),
         n("Shape", ["q"], ["q_shape"]),
@@ -129,10 +129,10 @@ def plugin_bodies() -> list[FunctionProto]:
         n("Cast", ["written"], ["out"], to=FP8),
     ]
     scales = ["q_scale", "k_scale", "v_scale"]
-    write = ["cache", "update", "scale", "start"]
+    write = ["cache", "update", "scale", "start_row"]
     return [
-        _function("ring_attention", ["q", "k", "v", "valid"], _ATTENTION_REST, dense, ["heads"]),
-        _function("ring_attention_fp8", ["q", "k", "v", "valid", *scales], _ATTENTION_REST, fp8, ["heads"]),
+        _function("ring_attention", ["q", "k", "v", "valid_rows"], _ATTENTION_REST, dense, ["heads"]),
+        _function("ring_attention_fp8", ["q", "k", "v", "valid_rows", *scales], _ATTENTION_REST, fp8, ["heads"]),
         _function("write_keys_fp8", write, _HIDDEN, keys),
         _function("write_values_fp8", write, _HIDDEN, values),
     ]
@@ -154,13 +154,13 @@ def _split(x: str, scale: str, as_: str) -> list[NodeProto]:
 
 
 def _scattered(cache: str, update: str, out: str, transposed: bool = False) -> list[NodeProto]:
-    """Rows of `update` into `cache` from row `start` on, in float32; transposed: rows are the last axis."""
+    """Rows of `update` into `cache` from `start_row` on, in float32; transposed: rows are the last axis."""
     n, turned = helper.make_node, [0, 1, 3, 2]
     rows, made = ("cache_rows", "made_rows") if transposed else ("cache_wide", out)
     return [
         n("Cast", [cache], ["cache_wide"], to=TensorProto.FLOAT),
         *([n("Transpose", ["cache_wide"], [rows], perm=turned)] if transposed else []),
-        n("Cast", ["start"], ["first"], to=TensorProto.INT64),
+        n("Cast", ["start_row"], ["first"], to=TensorProto.INT64),
         n("TensorScatter", [rows, update, "first"], [made], axis=-2, mode="linear"),
         *([n("Transpose", [made], [out], perm=turned)] if transposed else []),
     ]

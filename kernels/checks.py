@@ -1,4 +1,4 @@
-"""What several operations share: checks, words for an error message, block sizes for a row."""
+"""Helpers that several operations share: checks, parts of error messages, block sizes per row."""
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ def described(**tensors: Tensor | None) -> str:
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd records what is done to them: the kernels have no backward pass, the references do."""
+    """Whether autograd records these tensors: the kernels have no backward pass, the references do."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def fits_per_frame(x: Tensor, *values: Tensor) -> bool:
-    """Whether x is [B, F * n, dim], not empty, and all values [B or 1, F, 1, dim] of its dtype, dim contiguous."""
+    """Whether x is [B, F * n, dim], not empty, and all values are [B or 1, F, 1, dim] in its dtype, dim contiguous."""
     frames = values[0].shape[1] if values[0].ndim == 4 else 0
     if x.ndim != 3 or not x.numel() or not frames or x.shape[1] % frames:
         return False
@@ -33,11 +33,11 @@ def power_of_two(size: int) -> int:
 
 
 def head_and_tail(size: int) -> tuple[int, int]:
-    """Two powers of two that cover a row with little waste: 1536 -> 1024, 512; 8960 -> 8192, 1024; 128 -> 128, 0."""
+    """Two powers of two that cover a row with little padding: 1536 -> 1024, 512; 8960 -> 8192, 1024; 128 -> 128, 0."""
     head = 1 << (size.bit_length() - 1)
     return head, power_of_two(size - head) if size > head else 0
 
 
 def warps_for(block: int) -> int:
-    """Warps for one program over `block` elements: 16 a thread, at most 256 threads."""
+    """Warps for one program over `block` elements: 16 elements per thread, at most 256 threads."""
     return min(max(block // 512, 1), 8)

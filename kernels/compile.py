@@ -1,7 +1,7 @@
-"""The compile gate: every variant of every operation, compiled for sm_90 where there is no GPU.
+"""The compile gate: compiles every variant of every operation for sm_90, without a GPU.
 
-A stub takes the driver's place, so that launches go through Triton's real specialisation of their arguments (meta
-tensors have shapes, dtypes and alignment). For a process of its own: the stub cannot be taken out again.
+A stub replaces the driver, so that launches go through Triton's real specialisation of their arguments (meta tensors
+have shapes, dtypes and alignment). Use a separate process: the stub cannot be removed again.
 """
 
 import ctypes
@@ -18,12 +18,12 @@ import torch
 from kernels import launch, table
 
 CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
-SHARED_BYTES = 226 * 1024  # of the 227 KB that a block may have on sm_90
+SHARED_BYTES = 226 * 1024  # a block may have 227 KB on sm_90
 INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "QMMA", "UTMALDG", "UTMASTG", "LDGSTS", "USETMAXREG", "LDSM", "STSM")
 
 
 class _StubDriver:
-    """What Triton asks of a driver in order to compile."""
+    """The part of a driver that Triton needs to compile."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -46,7 +46,7 @@ class _StubDriver:
 
 
 def use_stub_driver() -> None:
-    """From now on this process compiles for sm_90 and can launch nothing. Raises ValueError where it cannot."""
+    """From now on this process only compiles, for sm_90. Raises ValueError if Triton cannot compile here."""
     if not launch.HAVE_TRITON:
         raise ValueError("compile gate: got no Triton, expected it installed")
     from triton import knobs
@@ -58,7 +58,7 @@ def use_stub_driver() -> None:
 
 
 def resources(cubin: bytes) -> dict[str, Any]:
-    """What machine code takes: {registers, stack_bytes, spills, instructions}; spills are local loads and stores."""
+    """What machine code uses: {registers, stack_bytes, spills, instructions}; spills are local loads and stores."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -80,10 +80,10 @@ def resources(cubin: bytes) -> dict[str, Any]:
 
 
 def compile_variants(ops: list[str] | None = None) -> list[dict[str, Any]]:
-    """Compile; one row a kernel: name, registers, shared_bytes, spills, ..., problems (empty where all is well).
+    """Compile; one row per kernel: name, registers, shared_bytes, spills, ..., problems (empty if there are none).
 
-    A variant of several kernels (attention and its merge) has several rows; an instruction that it needs may be in
-    any of them. Call use_stub_driver first.
+    A variant of several kernels (attention and its merge) has several rows; a needed instruction may be in any of
+    them. Call use_stub_driver first.
     """
     known = table.load_all()
     unknown = sorted(set(ops or ()) - set(known))
@@ -95,7 +95,7 @@ def compile_variants(ops: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 def compile_cuda() -> list[dict[str, Any]]:
-    """The same for the kernels in CUDA C++, built and loaded as their CMake file does; none without nvcc or sources."""
+    """The same for the kernels in CUDA C++, built with the flags of their CMake file; empty without nvcc or sources."""
     nvcc = shutil.which("nvcc")
     if nvcc is None or not CUDA_SOURCES.exists():
         return []

@@ -1,4 +1,4 @@
-"""The kernels in CUDA C++, csrc/cuda, loaded from the library that its CMake build leaves in build/cuda.
+"""The kernels in CUDA C++ (csrc/cuda), loaded from the library that their CMake build puts into build/cuda.
 
 cmake -S csrc/cuda -B build/cuda && cmake --build build/cuda
 """
@@ -16,7 +16,7 @@ POINTER, INT = ctypes.c_void_p, ctypes.c_int
 
 @cache
 def library(path: Path = LIBRARY) -> ctypes.CDLL:
-    """The library with its signatures; FileNotFoundError where it was not built, OSError where it does not load."""
+    """The library with its signatures. Raises FileNotFoundError if it was not built, OSError if it does not load."""
     if not path.exists():
         raise FileNotFoundError(f"CUDA kernels: got no {path}, expected it built by csrc/cuda/CMakeLists.txt")
     found = ctypes.CDLL(str(path))
@@ -30,7 +30,7 @@ def fp8_linear_cuda(
 ) -> Tensor:
     """kernels.fp8_linear in tiles of 128 x 160, for sm_90; sums in float32 every 128 products.
 
-    Tensors as kernels.fp8_linear.fp8_linear checks them. Raises ValueError for what the kernel does not do.
+    Expects tensors that kernels.fp8_linear.fp8_linear has checked. Raises ValueError for unsupported cases.
     """
     if x.device.type != "cuda" or out_dtype != torch.bfloat16:
         raise ValueError(f"fp8_linear_cuda: got {x.device}, {out_dtype}, expected a CUDA device and {torch.bfloat16}")

@@ -1,12 +1,12 @@
 """A linear layer on e4m3 operands: activations scaled per token, weights per output channel.
 
-The product itself is the library's (`torch._scaled_mm`, row-wise) unless a measurement chose the kernel here. That one
-is for products whose tiles fill the chip badly: 1560 x 1536 is 156 tiles of 128 x 128, on 132 multiprocessors two
-rounds with the second nearly empty. It does as many whole rounds of tiles as there are, cuts what is left over along K
-so that it fills one short round more, and adds these parts up in a second kernel, always in the same order.
+The library (`torch._scaled_mm`, row-wise) computes the product, unless a measurement chose the kernel in this file.
+The kernel is for products whose tiles fill the chip badly: 1560 x 1536 is 156 tiles of 128 x 128, which take 132
+multiprocessors two rounds, the second nearly empty. The kernel does the whole rounds of tiles first. It splits the
+remaining tiles along K so that they fill one short round, and a second kernel adds these parts in a fixed order.
 
-Hopper's FP8 multipliers sum with 14 bits or so. Over a short K that is lost in the rounding of the operands; over a
-long one it is not, so from `FAST_ACCUMULATION` on partial sums are added up in float32.
+Hopper's FP8 multipliers sum with about 14 bits. For a short K this error is below the rounding of the operands; for a
+long K it is not. So above `FAST_ACCUMULATION` partial sums are added in float32.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from kernels.cuda_library import fp8_linear_cuda
 from kernels.launch import launch, multiprocessors, tl, triton
 from kernels.table import Variant, implementation, register
 
-FAST_ACCUMULATION = 2048  # longest K that is summed in the multipliers alone
+FAST_ACCUMULATION = 2048  # longest K that the multipliers sum alone
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Tiles:
     warps: int = 8
 
 
-# (N, K) -> tiles that might beat the library, by the count of rounds; not measured. In a round's worth of time:
-# 1.2 instead of 2 for the second linear of the feed-forward; at K = 1536 the second launch eats the gain.
+# (N, K) -> tiles that might beat the library by their number of rounds; not measured. The feed-forward's second
+# linear takes 1.2 rounds instead of 2; at K = 1536 the second launch costs as much as it gains.
 CANDIDATES = {(1536, 8960): Tiles()}
-# The shapes of CANDIDATES where a measurement chose them; none was made yet, so the library does all.
+# The CANDIDATES that a measurement has chosen. None was made yet, so the library computes every shape.
 MEASURED_FASTER: frozenset[tuple[int, int]] = frozenset()
 
 
@@ -53,7 +53,7 @@ def fp8_linear_reference(
 def fp8_linear_library(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """As fp8_linear_reference, by cuBLASLt or CUTLASS."""
+    """Like fp8_linear_reference, by cuBLASLt or CUTLASS."""
     return torch._scaled_mm(
         x, weight.T, x_scale, weight_scale.T, bias, out_dtype=out_dtype, use_fast_accum=x.shape[1] <= FAST_ACCUMULATION
     )
@@ -63,7 +63,7 @@ def fp8_linear_library(
 def _finish(
     acc, X_SCALE, W_SCALE, BIAS, OUT, row, column, rows, N: tl.constexpr
 ):  # fmt: skip
-    """Scales and bias on a tile of sums acc at row [m], column [n]; stored to OUT [rows, N]."""
+    """Apply scales and bias to the tile of sums acc at row [m], column [n], and store it to OUT [rows, N]."""
     acc = acc * tl.load(X_SCALE + row, mask=row < rows, other=0.0)[:, None]
     acc = acc * tl.load(W_SCALE + column, mask=column < N, other=0.0)[None, :]
     if BIAS is not None:
@@ -78,7 +78,7 @@ def _multiply(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Programs below `whole` do one tile each; of those behind, SPLIT do a tile together, each a stretch of K.
+    """Programs below `whole` do one tile each; SPLIT of the later ones share a tile, each a stretch of K.
 
     X [rows, K], W [N, K] e4m3; OUT [rows, N]; PARTS [programs - whole, BLOCK_M, BLOCK_N] float32.
     """
@@ -112,7 +112,7 @@ def _add_parts(
     PARTS, X_SCALE, W_SCALE, BIAS, OUT, rows, whole, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, stripe): LANES rows of a tile that SPLIT programs did together."""
+    """Program (tile, stripe): adds LANES rows of a tile that SPLIT programs shared."""
     tile = tl.program_id(0)
     across: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     row = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -130,7 +130,7 @@ def fp8_linear_tiles(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype,
     tiles: Tiles = Tiles(), programs: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """As fp8_linear_reference, by the kernels here; `programs` a round, by default one a multiprocessor."""
+    """Like fp8_linear_reference, by the kernels here; `programs` per round, by default one per multiprocessor."""
     (rows, depth), columns = x.shape, weight.shape[0]
     programs = programs or multiprocessors(x.device)
     total = -(-rows // tiles.m) * -(-columns // tiles.n)
@@ -159,7 +159,7 @@ def _chosen(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     shape = (weight.shape[0], weight.shape[1])
-    tiled = shape in MEASURED_FASTER or x.device.type != "cuda"  # without a GPU: interpreted, or only compiled
+    tiled = shape in MEASURED_FASTER or x.device.type != "cuda"  # without a GPU: interpreter or compile gate
     return (fp8_linear_tiles if tiled else fp8_linear_library)(x, x_scale, weight, weight_scale, bias, out_dtype)
 
 
@@ -170,7 +170,7 @@ def fp8_linear(
     """(x * x_scale) (weight * weight_scale)^T + bias.
 
     x [M, K] and weight [N, K] e4m3, contiguous, K and N multiples of 16; x_scale [M, 1] and weight_scale [N, 1]
-    float32 (see kernels/quantize.py); bias [N] in out_dtype -> [M, N]. On a GPU the library gives bfloat16 only.
+    float32 (see kernels/quantize.py); bias [N] in out_dtype -> [M, N]. On a GPU the library returns bfloat16 only.
     Raises ValueError where shapes, dtypes or strides do not fit.
     """
     e4m3 = torch.float8_e4m3fn

@@ -1,4 +1,4 @@
-"""x + gate * y with one gate a frame: the residual connection of a modulated block, in one pass instead of two."""
+"""x + gate * y with one gate per frame: the residual connection of a modulated block, in one pass instead of two."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +20,7 @@ def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 def _gate_residual(
     X, Y, GATE, OUT, tokens, frames, gate_b, gate_f, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program a token: x, y [B * frames * tokens, DIM]."""
+    """One program per token: x, y [B * frames * tokens, DIM]."""
     row = tl.program_id(0).to(tl.int64)
     frame = row // tokens
     b, f = frame // frames, frame % frames
@@ -34,7 +34,7 @@ def _gate_residual(
 
 
 def gate_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """As gate_residual_reference, rounding included."""
+    """Like gate_residual_reference, rounding included."""
     (batch, length, dim), frames = x.shape, gate.shape[1]
     gate, block = gate.expand(batch, -1, -1, -1), power_of_two(dim)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -48,7 +48,7 @@ def gate_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + y * gate.
 
-    x, y [B, F * n, dim], gate [B, F, 1, dim] (one a frame; any strides but the last) -> [B, F * n, dim].
+    x, y [B, F * n, dim], gate [B, F, 1, dim] (one per frame; only the last stride is fixed) -> [B, F * n, dim].
     Raises ValueError where shapes or dtypes do not fit.
     """
     if x.shape != y.shape or x.dtype != y.dtype or not fits_per_frame(x, gate):

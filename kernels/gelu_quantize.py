@@ -1,7 +1,7 @@
-"""GELU (tanh form) of the feed-forward's inner activation, straight to e4m3 with one scale a token.
+"""GELU (tanh form) of the feed-forward's inner activation, straight to e4m3 with one scale per token.
 
-The quantiser of kernels/quantize.py with one step more between load and maximum. Without quantisation GELU is a single
-pass of the library already, and stays one.
+This is the quantiser of kernels/quantize.py with GELU between load and maximum. Without quantisation GELU already is
+a single pass of the library, so there is no kernel for it.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,7 @@
-"""Triton as the kernels see it: a stand-in where it is not installed, one way to launch, and what was compiled.
+"""How kernels use Triton: a stand-in where it is not installed, one way to launch, and a count of compiled variants.
 
-Kernels are written `@triton.jit` with both names from here, and started by `launch`, so that the same call runs on a
-GPU, in Triton's interpreter (TRITON_INTERPRET=1), or only compiles (`compiling`), with the specialisation of the
-real launch site each time.
+Kernels take `triton` and `tl` from here and are started by `launch`. The same call then runs on a GPU, runs in
+Triton's interpreter (TRITON_INTERPRET=1), or only compiles (`compiling`), always with the real launch's specialisation.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,38 +14,38 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # processors only: modules still import, and the references run
+except ImportError:  # no Triton: modules still import, and the references run
     triton = SimpleNamespace(jit=lambda function=None, **_: function if function else lambda f: f)
     tl = SimpleNamespace(constexpr=object)
 
 HAVE_TRITON = not isinstance(triton, SimpleNamespace)
 
-_kernels: set[Any] = set()  # every kernel launched so far: what compilations() counts
-_compiled: list[Any] | None = None  # while compiling: what was compiled, in order
+_kernels: set[Any] = set()  # every kernel launched so far, for compilations()
+_compiled: list[Any] | None = None  # inside compiling(): the compiled kernels, in order
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Start `kernel` on `grid` (up to three numbers); options are constexprs and num_warps, num_stages."""
-    options["enable_fp_fusion"] = True  # as Triton did by itself until 3.9, and later does not
+    """Start `kernel` on `grid` (up to three numbers); options are constexprs, num_warps and num_stages."""
+    options["enable_fp_fusion"] = True  # Triton's default until 3.9, but not later
     _kernels.add(kernel)
     if _compiled is not None:
         _compiled.append(kernel.warmup(*args, grid=grid, **options))
         return
-    triton.set_allocator(_scratch)  # by thread; descriptors made on the device live there
+    triton.set_allocator(_scratch)  # the allocator is per thread; descriptors made on the device live in this memory
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, **options)
 
 
 def compilations() -> int:
-    """Kernel variants compiled (or fetched from disk) for launches of this process; constant once all are warm."""
+    """Kernel variants that this process compiled or fetched from disk; constant once all are warm."""
     caches = (cache for kernel in _kernels for cache in getattr(kernel, "device_caches", {}).values())
     return sum(len(cache[0]) for cache in caches)
 
 
 @contextmanager
 def compiling() -> Iterator[list[Any]]:
-    """Launches, of any thread, only compile meanwhile; yields the list that they fill with compiled kernels."""
+    """Inside, launches of any thread only compile; yields the list that they fill with compiled kernels."""
     global _compiled
     before, _compiled = _compiled, []
     try:
@@ -56,9 +55,9 @@ def compiling() -> Iterator[list[Any]]:
 
 
 def warm(*calls: Callable[[], Any]) -> int:
-    """Compile what these calls launch and run none of it; returns how many variants were not there before.
+    """Compile what these calls launch without running it; returns the number of new variants.
 
-    A variant depends on dtypes, widths and head counts alone: token counts, valid rows and slots need no other.
+    A variant depends on dtypes, widths and head counts only, not on token counts, valid_rows or start_row.
     """
     before = compilations()
     with compiling():
@@ -68,7 +67,7 @@ def warm(*calls: Callable[[], Any]) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many run side by side; of the meta device as of an H100, of the interpreter a few."""
+    """The device's multiprocessors; for the meta device an H100's 132, for the interpreter a few."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132 if device.type == "meta" else 8

@@ -1,8 +1,8 @@
-"""A linear layer and GELU (tanh form): on a GPU one product of cuBLASLt, whose last step applies both bias and GELU.
+"""A linear layer and GELU (tanh form): on a GPU one product of cuBLASLt, whose epilogue applies bias and GELU.
 
-Saves the pass over the feed-forward's inner activation that GELU alone takes: 56 MB at 1560 x 8960 in bf16. The
-activation is then computed before anything is rounded. PyTorch's call for it is private, and exact (erf) on a
-processor: there the reference runs. The library's on either device, so it does not stand in the table.
+This saves GELU's own pass over the feed-forward's inner activation: 56 MB at 1560 x 8960 in bf16. The activation is
+then computed before anything is rounded. PyTorch's private call computes the exact form (erf) on a processor, so the
+reference runs there. Both implementations are the library's, so the operation is not in the table.
 """
 
 import torch
@@ -18,7 +18,7 @@ def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def linear_gelu_library(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As linear_gelu_reference, but rounded once; on a GPU only."""
+    """Like linear_gelu_reference, but rounded once; on a GPU only."""
     out = torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True)
     return out.unflatten(0, x.shape[:-1])
 

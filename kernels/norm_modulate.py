@@ -1,7 +1,7 @@
-"""LayerNorm with a scale and a shift, and optionally e4m3 with one scale a token, in one pass over the hidden state.
+"""LayerNorm with a scale and a shift, and optionally e4m3 with one scale per token, in one pass over the hidden state.
 
-Two forms of one kernel: `norm_modulate` (no weights of its own; 1 + scale and shift of every frame, from the timestep)
-and `layer_norm_affine` (a weight and a bias). In PyTorch the first is four passes.
+One kernel has two forms: `norm_modulate` (no weights of its own; 1 + scale and shift per frame, from the timestep)
+and `layer_norm_affine` (a weight and a bias). In PyTorch the first takes four passes.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def _layer_norm(
     X, SHIFT, SCALE, OUT, OUT_SCALE, tokens, frames, shift_b, shift_f, scale_b, scale_f, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
-    """One program a token: x [B * frames * tokens, DIM], float32 inside, rounded once."""
+    """One program per token: x [B * frames * tokens, DIM], float32 inside, rounded once."""
     row = tl.program_id(0).to(tl.int64)
     frame = row // tokens
     b, f = frame // frames, frame % frames
@@ -58,7 +58,7 @@ def _layer_norm(
 def _launch(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, plus_one: bool, out: Tensor, out_scale: Tensor | None = None
 ) -> None:
-    """shift and scale [B or 1, F, 1, dim], any strides but the last; fills out, and its scales where it is e4m3."""
+    """shift and scale [B or 1, F, 1, dim], last stride 1; fills out, and out_scale where out is e4m3."""
     (batch, length, dim), frames = x.shape, shift.shape[1]
     shift, scale, block = shift.expand(batch, -1, -1, -1), scale.expand(batch, -1, -1, -1), power_of_two(dim)
     launch(
@@ -69,28 +69,28 @@ def _launch(
 
 
 def norm_modulate_triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """As norm_modulate_reference, but rounded once."""
+    """Like norm_modulate_reference, but rounded once."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, shift, scale, eps, True, out)
     return out
 
 
 def norm_modulate_quantize_triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The same as e4m3 [B * F * n, dim] and its scales."""
+    """The same, returned as e4m3 [B * F * n, dim] and its scales."""
     out, out_scale = empty_rows(x)
     _launch(x, shift, scale, eps, True, out, out_scale)
     return out, out_scale
 
 
 def layer_norm_affine_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """As layer_norm_affine_reference."""
+    """Like layer_norm_affine_reference."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, bias[None, None, None], weight[None, None, None], eps, False, out)
     return out
 
 
 def layer_norm_affine_quantize_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The same as e4m3 [B * n, dim] and its scales."""
+    """The same, returned as e4m3 [B * n, dim] and its scales."""
     out, out_scale = empty_rows(x)
     _launch(x, bias[None, None, None], weight[None, None, None], eps, False, out, out_scale)
     return out, out_scale
@@ -111,7 +111,7 @@ def _check_affine(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift.
 
-    x [B, F * n, dim], shift and scale [B, F, 1, dim] (one a frame; any strides but the last) -> [B, F * n, dim].
+    x [B, F * n, dim], shift and scale [B, F, 1, dim] (one per frame; only the last stride is fixed) -> [B, F * n, dim].
     Raises ValueError where shapes or dtypes do not fit.
     """
     _check_modulation("norm_modulate", x, shift, scale)
@@ -120,7 +120,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) ->
 
 
 def norm_modulate_quantize(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """As norm_modulate -> e4m3 [B * F * n, dim], float32 scale [B * F * n, 1]; value = e4m3 * scale."""
+    """Like norm_modulate -> e4m3 [B * F * n, dim], float32 scale [B * F * n, 1]; value = e4m3 * scale."""
     _check_modulation("norm_modulate_quantize", x, shift, scale)
     return implementation("norm_modulate_quantize", x.device)(x, shift, scale, eps)
 
@@ -133,7 +133,7 @@ def layer_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
 
 
 def layer_norm_affine_quantize(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """As layer_norm_affine -> e4m3 [B * n, dim], float32 scale [B * n, 1]; value = e4m3 * scale."""
+    """Like layer_norm_affine -> e4m3 [B * n, dim], float32 scale [B * n, 1]; value = e4m3 * scale."""
     _check_affine("layer_norm_affine_quantize", x, weight, bias)
     return implementation("layer_norm_affine_quantize", x.device)(x, weight, bias, eps)
 

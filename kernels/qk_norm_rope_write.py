@@ -1,8 +1,8 @@
 """From the fused q, k, v product to attention's operands: RMSNorm of q and k, rotation, K and V into their cache rows.
 
-Both norms go over the full width, before the head split, and are rounded to the working dtype before the weight and
-after it, as published; the rotation of interleaved pairs is float32. One read of qkv, one write of q, k and v, instead
-of a dozen passes. Rows are written in a straight line from `start_row`: a chunk that would wrap is the caller's matter.
+Both norms go over the full width, before the head split. They are rounded to the working dtype before and after the
+weight, as published; the rotation of interleaved pairs is float32. The kernel reads qkv once and writes q, k and v
+once, where PyTorch takes a dozen passes. Rows are contiguous from `start_row`: the caller handles a chunk that wraps.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from kernels.quantize import E4M3_MAX, to_e4m3
 from kernels.rms_norm import rms_norm_reference
 from kernels.table import Variant, implementation, register
 
-Row = int | Tensor  # the first cache row to write: a number, or an int32 scalar on the device, read at replay
-_V_TOKENS = 64  # tokens of one tile of V that is written transposed
+StartRow = int | Tensor  # the first cache row to write: a number, or an int32 scalar on the device, read at replay
+_V_TOKENS = 64  # tokens per tile of V, which is written transposed
 
 
 def _rotated(x: Tensor, weight: Tensor, heads: int, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """RMSNorm over x [B, n, dim], heads split off, pairs rotated: [B, n, heads, d] in x's dtype."""
+    """RMSNorm over x [B, n, dim], split into heads, pairs rotated: [B, n, heads, d] in x's dtype."""
     normed = rms_norm_reference(x, weight, eps)
     wide = normed.to(torch.promote_types(x.dtype, torch.float32))
     even, odd = wide.unflatten(-1, (heads, -1, 2)).unbind(-1)
@@ -30,18 +30,18 @@ def _rotated(x: Tensor, weight: Tensor, heads: int, cos: Tensor, sin: Tensor, ep
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
-def _rows(start_row: Row, count: int, device: torch.device) -> Tensor:
+def _row_indices(start_row: StartRow, count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device) + start_row
 
 
 def qk_norm_rope_write_reference(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor,
-    start_row: Row, eps: float = 1e-6,
+    start_row: StartRow, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
     """qkv [B, n, 3 * dim]; cos, sin [n, d / 2]; caches [B, rows, H, d], written -> rotated q [B, n, H, d]."""
     heads = k_cache.shape[2]
     q, k, v = qkv.chunk(3, dim=-1)
-    rows = _rows(start_row, qkv.shape[1], qkv.device)
+    rows = _row_indices(start_row, qkv.shape[1], qkv.device)
     k_cache.index_copy_(1, rows, _rotated(k, k_weight, heads, cos, sin, eps).to(k_cache.dtype))
     v_cache.index_copy_(1, rows, v.unflatten(-1, (heads, -1)).to(v_cache.dtype))
     return _rotated(q, q_weight, heads, cos, sin, eps)
@@ -53,25 +53,25 @@ def _e4m3(x: Tensor, scale: Tensor) -> Tensor:
 
 def qk_norm_rope_write_fp8_reference(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor,
-    q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, start_row: Row, eps: float = 1e-6,
+    q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, start_row: StartRow, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
     """As above with e4m3 q, k_cache [B, rows, H, d] and v_cache [B, H, d, rows]; scales [H], value = e4m3 * scale."""
     heads = k_cache.shape[2]
     q, k, v = qkv.chunk(3, dim=-1)
-    rows = _rows(start_row, qkv.shape[1], qkv.device)
+    rows = _row_indices(start_row, qkv.shape[1], qkv.device)
     k8 = _e4m3(_rotated(k, k_weight, heads, cos, sin, eps), k_scale[:, None])
     v8 = _e4m3(v.unflatten(-1, (heads, -1)), v_scale[:, None]).permute(0, 2, 3, 1)
-    # Scattered as bytes: index_copy_ does not know e4m3 everywhere.
+    # Copied as bytes: index_copy_ does not support e4m3 on every device.
     k_cache.view(torch.uint8).index_copy_(1, rows, k8.view(torch.uint8))
     v_cache.view(torch.uint8).index_copy_(3, rows, v8.view(torch.uint8))
     return _e4m3(_rotated(q, q_weight, heads, cos, sin, eps), q_scale[:, None])
 
 
 @triton.jit
-def _first_row(START, ON_DEVICE: tl.constexpr):
+def _start_row(START_ROW, ON_DEVICE: tl.constexpr):
     if ON_DEVICE:
-        START = tl.load(START)
-    return START.to(tl.int64)
+        START_ROW = tl.load(START_ROW)
+    return START_ROW.to(tl.int64)
 
 
 @triton.jit
@@ -88,32 +88,32 @@ def _norm_rope(
     return tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(HEADS_BLOCK, DIM_BLOCK).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["Q_SCALE", "K_SCALE", "START", "tokens", "rows"])
+@triton.jit(do_not_specialize=["Q_SCALE", "K_SCALE", "START_ROW", "tokens", "rows"])
 def _qk_norm_rope_write(
-    QKV, Q_WEIGHT, K_WEIGHT, COS, SIN, Q, K, V, Q_SCALE, K_SCALE, START, tokens, rows, k_batch, v_batch, eps,
+    QKV, Q_WEIGHT, K_WEIGHT, COS, SIN, Q, K, V, Q_SCALE, K_SCALE, START_ROW, tokens, rows, k_batch, v_batch, eps,
     HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     FP8: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Program (token, b): QKV [B, tokens, 3, HEADS, DIM] -> Q [B, tokens, HEADS, DIM], rows of K and V.
 
-    K, V [B, rows, HEADS, DIM]; with FP8 the values are divided by their head's scale, and V is another kernel's.
+    K, V [B, rows, HEADS, DIM]. With FP8, q and k are divided by their head's scale, and another kernel writes V.
     """
     WIDTH: tl.constexpr = HEADS * DIM
     token = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
-    row = _first_row(START, ON_DEVICE) + token
+    row = _start_row(START_ROW, ON_DEVICE) + token
     head = tl.arange(0, HEADS_BLOCK)[:, None]
     element = tl.arange(0, DIM_BLOCK)[None, :]
     at = head * DIM + element
     inside = (head < HEADS) & (element < DIM)
-    # Everything is asked for before the first sum makes the program wait; V goes on at once.
+    # Issue every load before the first reduction, which waits; V is stored at once.
     source = QKV + (batch * tokens + token) * 3 * WIDTH + at
     q = tl.load(source, mask=inside, other=0.0)
     k = tl.load(source + WIDTH, mask=inside, other=0.0)
     pair = tl.arange(0, DIM_BLOCK // 2)[None, :]
     cos = tl.load(COS + token * (DIM // 2) + pair, mask=pair < DIM // 2, other=0.0)
     sin = tl.load(SIN + token * (DIM // 2) + pair, mask=pair < DIM // 2, other=0.0)
-    heads = tl.where((row >= 0) & (row < rows), HEADS, 0)  # a wrong start row must not reach other memory
+    heads = tl.where((row >= 0) & (row < rows), HEADS, 0)  # a wrong start_row must not reach other memory
     kept = (head < heads) & (element < DIM)
     if not FP8:
         v = tl.load(source + 2 * WIDTH, mask=inside, other=0.0)
@@ -129,12 +129,12 @@ def _qk_norm_rope_write(
     tl.store(K + batch * k_batch + row * WIDTH + at, k.to(K.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["V_SCALE", "START", "tokens", "rows"])
+@triton.jit(do_not_specialize=["V_SCALE", "START_ROW", "tokens", "rows"])
 def _write_v_transposed(
-    QKV, V, V_SCALE, START, tokens, rows, v_batch, pitch,
+    QKV, V, V_SCALE, START_ROW, tokens, rows, v_batch, pitch,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, TOKENS: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of tokens, head, b): V [B, HEADS, DIM, pitch] from QKV; token by token it would be single bytes."""
+    """Program (tile of tokens, head, b): V [B, HEADS, DIM, pitch] from QKV. Single tokens would store single bytes."""
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -143,16 +143,16 @@ def _write_v_transposed(
     source = QKV + ((batch * tokens + token) * 3 + 2) * HEADS * DIM + head * DIM + element
     v = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     v = to_e4m3(v, tl.load(V_SCALE + head)).to(tl.float8e4nv)
-    row = _first_row(START, ON_DEVICE) + token
+    row = _start_row(START_ROW, ON_DEVICE) + token
     target = V + batch * v_batch + (head * DIM + element).to(tl.int64) * pitch + row
     tl.store(target, v, mask=inside & (row >= 0) & (row < rows))
 
 
 def _write(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor,
-    start_row: Row, eps: float, q: Tensor, scales: tuple[Tensor, Tensor] | None,
+    start_row: StartRow, eps: float, q: Tensor, scales: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
-    """Launch for q and k, and for v where it is not transposed; fills q [B, n, H, d]."""
+    """Launch for q and k, and for v unless it is transposed; fills q [B, n, H, d]."""
     (batch, tokens, heads, dim), rows = q.shape, k_cache.shape[1]
     q_scale, k_scale = scales or (cos, cos)  # not read
     launch(
@@ -165,9 +165,9 @@ def _write(
 
 def qk_norm_rope_write_triton(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor,
-    start_row: Row, eps: float,
+    start_row: StartRow, eps: float,
 ) -> Tensor:  # fmt: skip
-    """As qk_norm_rope_write_reference, rounding included."""
+    """Like qk_norm_rope_write_reference, rounding included."""
     q = torch.empty(*qkv.shape[:2], *k_cache.shape[2:], dtype=qkv.dtype, device=qkv.device)
     _write(qkv, q_weight, k_weight, cos, sin, k_cache, v_cache, start_row, eps, q, None)
     return q
@@ -175,9 +175,9 @@ def qk_norm_rope_write_triton(
 
 def qk_norm_rope_write_fp8_triton(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor,
-    q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, start_row: Row, eps: float,
+    q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, start_row: StartRow, eps: float,
 ) -> Tensor:  # fmt: skip
-    """As qk_norm_rope_write_fp8_reference."""
+    """Like qk_norm_rope_write_fp8_reference."""
     q = torch.empty(*qkv.shape[:2], *k_cache.shape[2:], dtype=torch.float8_e4m3fn, device=qkv.device)
     _write(qkv, q_weight, k_weight, cos, sin, k_cache, v_cache, start_row, eps, q, (q_scale, k_scale))
     batch, tokens, heads, dim = q.shape
@@ -191,7 +191,7 @@ def qk_norm_rope_write_fp8_triton(
 
 def _check(
     op: str, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor,
-    v_cache: Tensor, start_row: Row, v_shape: tuple[int, ...],
+    v_cache: Tensor, start_row: StartRow, v_shape: tuple[int, ...],
 ) -> None:  # fmt: skip
     got = described(qkv=qkv, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
     heads, dim = k_cache.shape[2:] if k_cache.ndim == 4 else (0, 0)
@@ -219,13 +219,13 @@ def _check(
 
 def qk_norm_rope_write(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor,
-    start_row: Row, eps: float = 1e-6,
+    start_row: StartRow, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
     """Norm and rotate q and k, put k and v into cache rows start_row to start_row + n, return q.
 
     qkv [B, n, 3 * H * d] contiguous, q then k then v; weights [H * d]; cos, sin float32 [n, d / 2]; caches
-    [B, rows, H, d], each batch entry contiguous; start_row a number or an integer scalar on the device (then rows
-    beyond the cache are dropped, as nobody can look). Returns q [B, n, H, d] in qkv's dtype.
+    [B, rows, H, d], each batch entry contiguous; start_row a number or an integer scalar on the device. The host
+    cannot check a device scalar, so the kernel drops rows beyond the cache. Returns q [B, n, H, d] in qkv's dtype.
     Raises ValueError where shapes, dtypes or strides do not fit.
     """
     op, tensors = "qk_norm_rope_write", (qkv, q_weight, k_weight, cos, sin, k_cache, v_cache)
@@ -235,9 +235,9 @@ def qk_norm_rope_write(
 
 def qk_norm_rope_write_fp8(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor,
-    q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, start_row: Row, eps: float = 1e-6,
+    q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, start_row: StartRow, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
-    """The same for FP8 attention: value / scale of its head, held to +-448, in q, k_cache and v_cache, all e4m3.
+    """The same for FP8 attention: q, k_cache and v_cache are e4m3, each value / scale of its head, clamped to +-448.
 
     v_cache is transposed, [B, H, d, pitch] with pitch a multiple of 16 and at least k_cache's rows; scales [H]
     float32 on the device, value = e4m3 * scale. Returns e4m3 q [B, n, H, d].
@@ -264,21 +264,21 @@ def _full_size(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     return make(1, 1560, 4608), make(1536), make(1536), table, table, k, v
 
 
-def _start_rows() -> dict[str, Row]:
+def _start_rows() -> dict[str, StartRow]:
     return {"device row": torch.empty((), dtype=torch.int32, device="meta"), "host row": 1560}
 
 
 def _variants() -> Iterator[Variant]:
     tensors = _full_size(torch.bfloat16)
-    for name, row in _start_rows().items():
-        yield Variant(f"12 x 128 {name}", partial(qk_norm_rope_write_triton, *tensors, row, 1e-6))
+    for name, start_row in _start_rows().items():
+        yield Variant(f"12 x 128 {name}", partial(qk_norm_rope_write_triton, *tensors, start_row, 1e-6))
 
 
 def _fp8_variants() -> Iterator[Variant]:
     scale = torch.empty(12, device="meta")
     tensors = (*_full_size(torch.float8_e4m3fn), scale, scale, scale)
-    for name, row in _start_rows().items():
-        yield Variant(f"12 x 128 {name}", partial(qk_norm_rope_write_fp8_triton, *tensors, row, 1e-6))
+    for name, start_row in _start_rows().items():
+        yield Variant(f"12 x 128 {name}", partial(qk_norm_rope_write_fp8_triton, *tensors, start_row, 1e-6))
 
 
 register(

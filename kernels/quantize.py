@@ -1,7 +1,7 @@
-"""Rows to e4m3 with one scale a row: activations per token, weights per output channel.
+"""Rows to e4m3 with one scale per row: activations per token, weights per output channel.
 
-A row x is stored as q = x / scale with scale = max|x| / 448, so that x is about q * scale. A row of zeros has a tiny
-scale and stays zeros; a NaN stays NaN.
+A row x is stored as q = x / scale with scale = max|x| / 448, so that x is about q * scale. A row of zeros gets a tiny
+scale and stays zeros; a NaN stays a NaN.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from kernels.launch import launch, tl, triton
 from kernels.table import Variant, implementation, register
 
 E4M3_MAX = 448.0
-_SMALLEST = 1e-12  # least max|x| of a row: the scale of zeros must not be zero
+_SMALLEST = 1e-12  # lower bound for max|x| of a row, so that the scale of zeros is not zero
 
 
 def quantize_rows_reference(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,7 @@ def quantize_rows_reference(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tens
         x = F.gelu(x, approximate="tanh")
     rows = x.flatten(0, -2).float()
     scale = rows.abs().amax(-1, keepdim=True).clamp_min(_SMALLEST) / E4M3_MAX
-    # Above 464 the conversion gives NaN, it does not saturate.
+    # The conversion does not saturate: it gives NaN above 464.
     return (rows / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
@@ -37,7 +37,7 @@ def row_scale(peak):
 
 @triton.jit
 def to_e4m3(y, scale):
-    """y / scale, ready to be stored as e4m3: inside its range, NaN kept."""
+    """y / scale, clamped to e4m3's range, NaN kept."""
     return tl.clamp(y / scale, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -60,7 +60,7 @@ def _quantize_rows(
     X, OUT, SCALE,
     SIZE: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
-    """One program a row of X [rows, SIZE]; the row stays in registers between its maximum and its conversion."""
+    """One program per row of X [rows, SIZE]; the row stays in registers between its maximum and its conversion."""
     row = tl.program_id(0).to(tl.int64)
     X += row * SIZE
     OUT += row * SIZE
@@ -79,13 +79,13 @@ def _quantize_rows(
 
 
 def empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """For x [..., K]: e4m3 [rows, K] and float32 scale [rows, 1] to be filled."""
+    """Uninitialised results for x [..., K]: e4m3 [rows, K] and float32 scale [rows, 1]."""
     out = torch.empty(x.numel() // x.shape[-1], x.shape[-1], dtype=torch.float8_e4m3fn, device=x.device)
     return out, torch.empty(out.shape[0], 1, dtype=torch.float32, device=x.device)
 
 
 def quantize_rows_triton(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
-    """As quantize_rows_reference, but rounded once."""
+    """Like quantize_rows_reference, but rounded once."""
     out, scale = empty_rows(x)
     rows, size = out.shape
     head, tail = head_and_tail(size)
@@ -94,7 +94,7 @@ def quantize_rows_triton(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]
 
 
 def quantize_rows(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The checked call of operation `name`."""
+    """Check x, then run operation `name`."""
     if x.ndim < 2 or not x.is_floating_point() or not x.numel():
         raise ValueError(f"{name}: got {described(x=x)}, expected floating point [..., M, K], not empty")
     return implementation(name, x.device)(x)

@@ -1,7 +1,7 @@
 """Dense attention over the valid prefix of a ring cache.
 
-Every valid slot is attended and RoPE is baked into the cached keys, so key order does not matter and
-the whole operation is softmax(q k^T / sqrt(d)) v over rows [0, valid_rows): no mask, no gather, no roll.
+Every valid slot is attended and the cached keys already carry RoPE, so key order does not matter.
+The whole operation is softmax(q k^T / sqrt(d)) v over rows [0, valid_rows): no mask, no gather, no roll.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from kernels import table
 from kernels.checks import needs_gradient
 from kernels.stream_k_attention import ValidRows, attend
 
-HEAD_DIMS = (16, 32, 64, 128)  # that the kernel does; PyTorch does the others
+HEAD_DIMS = (16, 32, 64, 128)  # that the kernel supports; PyTorch computes the others
 
 
 def ring_attention_reference(q: Tensor, k: Tensor, v: Tensor, valid_rows: int) -> Tensor:
@@ -36,11 +36,11 @@ def ring_attention(
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend from q to the first `valid_rows` rows of k and v; rows behind them are never used.
+    """Attend from q to the first `valid_rows` rows of k and v; later rows are never used.
 
-    q [B, n, heads, d]; k, v [B, rows, heads, d]; returns [B, n, heads, d] in q's dtype, and with return_lse the
-    natural logarithm of the softmax's denominators, [B, heads, n] float32. A tensor of valid rows is not read by the
-    host, and nothing but its own value depends on it (it must be 1 to rows; the host cannot check that).
+    q [B, n, heads, d]; k, v [B, rows, heads, d]; returns [B, n, heads, d] in q's dtype. With return_lse it also
+    returns the natural logarithm of the softmax's denominators, [B, heads, n] float32. valid_rows may be an int32
+    tensor: the host does not read it and no launch depends on it. The caller must keep it in [1, rows].
     Raises ValueError where shapes, dtypes or, for the Triton kernel, strides do not fit.
     """
     check_query_key_value("ring_attention", q, k, v, valid_rows)
@@ -55,7 +55,7 @@ def ring_attention(
 
 
 def check_query_key_value(what: str, q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows) -> None:
-    """Shapes of q and k, devices, and the number of valid rows; raises ValueError."""
+    """Check the shapes of q and k, the devices, and valid_rows; raises ValueError."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"{what}: got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, "
                          "expected q [B, n, heads, d] and k, v [B, rows, heads, d]")  # fmt: skip
@@ -70,7 +70,7 @@ def check_query_key_value(what: str, q: Tensor, k: Tensor, v: Tensor, valid_rows
 
 
 def check_dense(what: str, **tensors: Tensor) -> None:
-    """The kernels read whole blocks by descriptor: contiguous, from an address that 16 divides; raises ValueError."""
+    """Check what block descriptors need: contiguous, at an address divisible by 16; raises ValueError."""
     for name, tensor in tensors.items():
         if not tensor.is_contiguous() or tensor.data_ptr() % 16:
             raise ValueError(f"{what}: got {name} with strides {tensor.stride()} at byte {tensor.data_ptr() % 16} "
@@ -78,7 +78,7 @@ def check_dense(what: str, **tensors: Tensor) -> None:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """PyTorch's attention; a tensor of valid rows stays where it is: every row is read, the invalid ones masked."""
+    """PyTorch's attention. Where valid_rows is a tensor every row is read, and the invalid ones are masked."""
     mask = None
     if isinstance(valid_rows, Tensor):
         mask = (torch.arange(k.shape[1], device=k.device) < valid_rows)[None]
@@ -102,11 +102,11 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: 
 
 def _variants() -> Iterator[table.Variant]:
     """1536 wide, 1560 queries, 4 latent frames of keys, narrow heads as in smaller models; a text of 512 rows."""
-    valid = torch.empty(1, dtype=torch.int32, device="meta")
+    valid_rows = torch.empty(1, dtype=torch.int32, device="meta")
     for head_dim in HEAD_DIMS:
         shape = 1536 // head_dim, head_dim
         q, k = (torch.empty(1, n, *shape, dtype=torch.bfloat16, device="meta") for n in (1560, 6240))
-        yield table.Variant(f"bf16 d={head_dim}", partial(_triton, q, k, k, valid, True), ("HGMMA", "UTMALDG"))
+        yield table.Variant(f"bf16 d={head_dim}", partial(_triton, q, k, k, valid_rows, True), ("HGMMA", "UTMALDG"))
     q, text = (torch.empty(1, n, 12, 128, dtype=torch.bfloat16, device="meta") for n in (1560, 512))
     yield table.Variant("bf16 text", partial(_triton, q, text, text, 512, True), ("HGMMA", "UTMALDG"))
 

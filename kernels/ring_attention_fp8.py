@@ -1,7 +1,7 @@
 """ring_attention on e4m3 keys and values: half the traffic, twice the rate of the tensor cores.
 
-FP8 products read both operands along the summed dimension, so values are cached transposed, [B, heads, d, pitch],
-one row of the cache a column. A tensor's scale, one a head, turns e4m3 back into the value: x = scale * x8.
+FP8 products read both operands along the summed dimension. So values are cached transposed, [B, heads, d, pitch]:
+a cache row is a column. Each tensor has one scale per head, which turns e4m3 back into the value: x = scale * x8.
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from kernels.stream_k_attention import ValidRows, attend
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-HEAD_DIMS = (32, 64, 128)  # that the kernel does; FP8 products take 32 numbers at a time
+HEAD_DIMS = (32, 64, 128)  # that the kernel supports; FP8 products take 32 numbers at a time
 
 
 def ring_attention_fp8_reference(
     q: Tensor, k: Tensor, v_t: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, valid_rows: int
 ) -> Tensor:
-    """The definition, in float64 on what the e4m3 numbers stand for -> float64 [B, n, heads, d]."""
+    """The definition, in float64, on the dequantised e4m3 numbers -> float64 [B, n, heads, d]."""
     if q.dtype != E4M3:
         q = (q.float() / q_scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     v = v_t[..., :valid_rows].double().permute(0, 3, 1, 2)
@@ -45,9 +45,9 @@ def ring_attention_fp8(
     q: Tensor, k: Tensor, v_t: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, valid_rows: ValidRows,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Attend from q to the first `valid_rows` rows of k and columns of v_t; what is behind them is never used.
+    """Attend from q to the first `valid_rows` rows of k and columns of v_t; later ones are never used.
 
-    q [B, n, heads, d] e4m3, or bf16 (divided by q_scale and rounded to e4m3 on the way in); k [B, rows, heads, d]
+    q [B, n, heads, d] e4m3, or bf16 (the kernel divides it by q_scale and rounds it to e4m3); k [B, rows, heads, d]
     e4m3; v_t [B, heads, d, pitch] e4m3, pitch >= rows a multiple of 16; scales [heads] float32 on the device.
     Returns [B, n, heads, d] bf16, and with return_lse [B, heads, n] float32. Raises ValueError as ring_attention does.
     """
@@ -74,7 +74,7 @@ Scales = tuple[Tensor, Tensor, Tensor]
 def _dequantised(
     q: Tensor, k: Tensor, v_t: Tensor, scales: Scales, valid_rows: ValidRows, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """ring_attention's own reference on bf16 copies: for processors and for comparison, not for speed."""
+    """ring_attention's own reference on bf16 copies: for processors and comparison, not for speed."""
     if q.dtype != E4M3:
         q = (q.float() / scales[0][:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     v = v_t[..., : k.shape[1]].permute(0, 3, 1, 2)
@@ -99,10 +99,10 @@ def _variants() -> Iterator[table.Variant]:
     for head_dim in HEAD_DIMS:
         heads = 1536 // head_dim
         k, v_t = meta(1, 6240, heads, head_dim), meta(1, heads, head_dim, 6240)
-        scale, valid = meta(heads, dtype=torch.float32), meta(1, dtype=torch.int32)
+        scale, valid_rows = meta(heads, dtype=torch.float32), meta(1, dtype=torch.int32)
         for dtype in (E4M3, torch.bfloat16):
             q = meta(1, 1560, heads, head_dim, dtype=dtype)
-            call = partial(_triton, q, k, v_t, (scale, scale, scale), valid, True)
+            call = partial(_triton, q, k, v_t, (scale, scale, scale), valid_rows, True)
             yield table.Variant(f"q {dtype} d={head_dim}", call, ("QGMMA", "UTMALDG"))
 
 

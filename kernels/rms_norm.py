@@ -1,6 +1,6 @@
-"""RMSNorm with a weight over the full width, as cross-attention's queries need it: one pass instead of five.
+"""RMSNorm with a weight over the full width, for cross-attention's queries: one pass instead of five.
 
-Rounded to the working dtype before the weight and after it, as published; float32 inside.
+The result is rounded to the working dtype before and after the weight, as published; float32 inside.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @triton.jit
 def _rms_norm(X, WEIGHT, OUT, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a row: X [rows, DIM]."""
+    """One program per row: X [rows, DIM]."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < DIM
@@ -34,7 +34,7 @@ def _rms_norm(X, WEIGHT, OUT, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As rms_norm_reference, rounding included."""
+    """Like rms_norm_reference, rounding included."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dim = x.shape[-1]
     block = power_of_two(dim)

@@ -1,8 +1,8 @@
 """One step of the flow-matching samplers: to the clean latent and back to the next noise level, in one pass.
 
-Without noise it is Euler's step x + (sigma' - sigma) flow, which at sigma' = 0 is the clean latent itself; with noise
-the clean latent is noised afresh to sigma'. Arithmetic is float64 on every device: a latent is small (100k numbers at
-832x480), so the step is one short launch either way, and the result does not depend on the device.
+Without noise it is Euler's step x + (sigma' - sigma) flow, which gives the clean latent at sigma' = 0. With noise it
+adds fresh noise to the clean latent, up to sigma'. Arithmetic is float64 on every device. A latent is small (100k
+numbers at 832x480), so the step is one short launch either way, and the result does not depend on the device.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from kernels.checks import described, needs_gradient
 from kernels.launch import launch, tl, triton
 from kernels.table import Variant, implementation, register
 
-Level = float | Tensor  # a noise level: a number, or a float32 scalar on the device that a CUDA graph reads at replay
+Level = float | Tensor  # a sigma: a number, or a float32 scalar on the device that a CUDA graph reads at replay
 _BLOCK = 1024
 
 
@@ -44,7 +44,7 @@ def _solver_step(
     X, FLOW, NOISE, OUT, sigma, sigma_next, size,
     SIGMA_ON_DEVICE: tl.constexpr, NEXT_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x, flow, noise [size]; noise None for Euler's step."""
+    """x, flow, noise [size]; noise is None for Euler's step."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     now, level = _number(sigma, SIGMA_ON_DEVICE), _number(sigma_next, NEXT_ON_DEVICE)
@@ -61,7 +61,7 @@ def _solver_step(
 
 
 def solver_step_triton(x: Tensor, flow: Tensor, sigma: Level, sigma_next: Level, noise: Tensor | None) -> Tensor:
-    """As solver_step_reference; levels that are given as Python floats are rounded to float32."""
+    """Like solver_step_reference; levels passed as Python floats are rounded to float32."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(
         _solver_step, (-(-x.numel() // _BLOCK),),
@@ -72,7 +72,7 @@ def solver_step_triton(x: Tensor, flow: Tensor, sigma: Level, sigma_next: Level,
 
 
 def solver_step(x: Tensor, flow: Tensor, sigma: Level, sigma_next: Level, noise: Tensor | None = None) -> Tensor:
-    """From x at noise level sigma to sigma_next: Euler's step, or with noise the clean latent noised afresh.
+    """From x at noise level sigma to sigma_next: Euler's step, or with noise the clean latent plus fresh noise.
 
     x, flow (noise - x) and noise of one shape; levels are numbers in [0, 1] or float32 scalars on the device.
     Returns the next x, in x's dtype. Raises ValueError where shapes do not fit.

@@ -1,12 +1,12 @@
 """The kernels behind ring_attention and ring_attention_fp8: attention cut evenly over the chip, and its merge.
 
-12 heads of 1560 queries are 156 tiles of 128 queries, on 132 multiprocessors two rounds with the second nearly empty.
-So the work is counted in (tile, block of keys) pairs instead, and each program takes an equal run of them (stream-K).
-A tile that one program did alone is written at once; of the others every program leaves a partial result, its sum of
-weighted values with maximum and sum of the weights, and a second kernel merges these. The number of valid rows is
-read on the device: no launch depends on it, so a CUDA graph replays for every state of the ring.
+12 heads of 1560 queries are 156 tiles of 128 queries. On 132 multiprocessors they take two rounds, the second nearly
+empty. So the work is counted in (tile, block of keys) pairs, and each program takes an equal run of them (stream-K).
+A program that does a whole tile writes its result at once. Programs that share a tile each store a partial result:
+the sum of weighted values, the maximum and the sum of the weights. A second kernel merges these. The number of valid
+rows is read on the device: no launch depends on it, so a CUDA graph replays for every state of the ring.
 
-Rows behind the valid ones may hold anything, NaN too: descriptors end at the last valid row, loads beyond give zero.
+Rows after the valid ones may hold anything, NaN too: descriptors end at the last valid row, loads beyond give zero.
 """
 
 import torch
@@ -17,36 +17,35 @@ from kernels.launch import launch, multiprocessors, tl, triton
 LOG2_E = 1.4426950408889634
 ValidRows = int | Tensor  # rows to attend to: a number, or an int32 on the device, read when the kernel runs
 
-
-QUERIES, KEYS = 128, 64  # a block; with 128 keys the registers do not suffice for two blocks of scores
+QUERIES, KEYS = 128, 64  # per block; with 128 keys two blocks of scores do not fit the registers
 STAGES, WARPS = 4, 8  # blocks of keys and values under way; two warpgroups
-LANES = 16  # queries that a program merges
+LANES = 16  # queries that one program merges
 
 
 @triton.jit
-def _valid(VALID, rows, ON_DEVICE: tl.constexpr):
+def _valid_rows(VALID_ROWS, rows, ON_DEVICE: tl.constexpr):
     if ON_DEVICE:
-        VALID = tl.load(VALID)
-    return tl.minimum(VALID, rows)
+        VALID_ROWS = tl.load(VALID_ROWS)
+    return tl.minimum(VALID_ROWS, rows)
 
 
 @triton.jit
-def _share(valid, queries, programs, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Blocks of keys a tile, pairs of tile and block a program, pairs in all."""
-    blocks = tl.cdiv(valid, BLOCK_N)
+def _share(valid_rows, queries, programs, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Blocks of keys per tile, (tile, block) pairs per program, pairs in all."""
+    blocks = tl.cdiv(valid_rows, BLOCK_N)
     total = tl.cdiv(queries, BLOCK_M) * HEADS * blocks
     return blocks, tl.cdiv(total, programs), total
 
 
 @triton.jit
 def _weigh(
-    acc, row_max, row_sum, scores, v_rows, row, column, valid, scale,
+    acc, row_max, row_sum, scores, v_rows, row, column, valid_rows, scale,
     BLOCK_N: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys from its scores on: online softmax, in powers of two by `scale`, and the product with v."""
+    """One block of keys, from its scores: online softmax in powers of two (by `scale`), then the product with v."""
     if MASKED:
-        scores = tl.where((row + tl.arange(0, BLOCK_N) < valid)[None, :], scores, -float("inf"))
-    # FP8 weights reach 2^8, so that small ones keep their bits; row_max carries the shift, which cancels.
+        scores = tl.where((row + tl.arange(0, BLOCK_N) < valid_rows)[None, :], scores, -float("inf"))
+    # FP8 weights are scaled to reach 2^8, so that small ones keep their bits; row_max carries the shift, which cancels.
     shift = 8 if FP8 else 0
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale - shift)
     weights = tl.math.exp2(scores * scale - new_max[:, None])
@@ -56,37 +55,39 @@ def _weigh(
     return acc, new_max, row_sum * fade + tl.sum(weights, 1)
 
 
-# Neither a token count nor where in a larger tensor a scalar or a scale lies may ask for another compilation.
+# Neither token counts nor the addresses of scalars and scales may cause another compilation.
 @triton.jit(
-    do_not_specialize=["VALID", "queries", "rows", "pitch", "programs"],
+    do_not_specialize=["VALID_ROWS", "queries", "rows", "pitch", "programs"],
     do_not_specialize_on_alignment=["Q_SCALE", "K_SCALE", "V_SCALE"],
 )
 def attend_kernel(
-    Q, K, V, VALID, Q_SCALE, K_SCALE, V_SCALE, OUT, LSE, PARTIAL, STATS, queries, rows, pitch, programs,
+    Q, K, V, VALID_ROWS, Q_SCALE, K_SCALE, V_SCALE, OUT, LSE, PARTIAL, STATS, queries, rows, pitch, programs,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ON_DEVICE: tl.constexpr, SCALE: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program c of batch entry b does pairs [c * share, (c + 1) * share) of its (tile, key block) pairs.
 
-    Q, OUT [B, queries, HEADS, d]; K [B, rows, HEADS, d]; V as K, or e4m3 [B, HEADS, d, pitch]; VALID rows;
+    Q, OUT [B, queries, HEADS, d]; K [B, rows, HEADS, d]; V as K, or e4m3 [B, HEADS, d, pitch];
     LSE [B, HEADS, queries]; PARTIAL [B, programs, 2, BLOCK_M, d] and STATS [B, programs, 2, 2, BLOCK_M] float32:
-    slot 0 for a tile begun by an earlier program, slot 1 for one that a later program goes on with.
+    entry 0 for a tile that an earlier program began, entry 1 for a tile that a later program continues.
     """
     program = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
-    valid = _valid(VALID, rows, ON_DEVICE)
-    blocks, share, total = _share(valid, queries, programs, HEADS, BLOCK_M, BLOCK_N)
+    valid_rows = _valid_rows(VALID_ROWS, rows, ON_DEVICE)
+    blocks, share, total = _share(valid_rows, queries, programs, HEADS, BLOCK_M, BLOCK_N)
     first = program * share
     last = tl.minimum(first + share, total)
     tiles = tl.cdiv(queries, BLOCK_M)
 
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     q_rows = tl.make_tensor_descriptor(Q + batch * queries * WIDTH, [queries, WIDTH], [WIDTH, 1], [BLOCK_M, HEAD_DIM])
-    k_rows = tl.make_tensor_descriptor(K + batch * rows * WIDTH, [valid, WIDTH], [WIDTH, 1], [BLOCK_N, HEAD_DIM])
+    k_rows = tl.make_tensor_descriptor(K + batch * rows * WIDTH, [valid_rows, WIDTH], [WIDTH, 1], [BLOCK_N, HEAD_DIM])
     if FP8:
-        v_rows = tl.make_tensor_descriptor(V + batch * WIDTH * pitch, [WIDTH, valid], [pitch, 1], [HEAD_DIM, BLOCK_N])
+        V += batch * WIDTH * pitch
+        v_rows = tl.make_tensor_descriptor(V, [WIDTH, valid_rows], [pitch, 1], [HEAD_DIM, BLOCK_N])
     else:
-        v_rows = tl.make_tensor_descriptor(V + batch * rows * WIDTH, [valid, WIDTH], [WIDTH, 1], [BLOCK_N, HEAD_DIM])
+        V += batch * rows * WIDTH
+        v_rows = tl.make_tensor_descriptor(V, [valid_rows, WIDTH], [WIDTH, 1], [BLOCK_N, HEAD_DIM])
 
     lane = tl.arange(0, BLOCK_M)
     element = tl.arange(0, HEAD_DIM)
@@ -94,9 +95,9 @@ def attend_kernel(
         begin = tl.maximum(first - tile * blocks, 0)
         end = tl.minimum(last - tile * blocks, blocks)
         head = tile // tiles
-        start = tile % tiles * BLOCK_M
+        first_query = tile % tiles * BLOCK_M
         column = head * HEAD_DIM
-        q = q_rows.load([start, column])
+        q = q_rows.load([first_query, column])
         scale = SCALE
         if FP8:
             q_scale = tl.load(Q_SCALE + head)
@@ -106,45 +107,56 @@ def attend_kernel(
         acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
         row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
-        # Scores of the next block are under way while the tensor cores would wait for this one's softmax.
+        # Issue the next block's scores first: the tensor cores then work during this block's softmax.
         scores = tl.dot(q, k_rows.load([begin * BLOCK_N, column]).T)
         for block in tl.range(begin, end - 1, num_stages=STAGES):
             row = block * BLOCK_N
             upcoming = tl.dot(q, k_rows.load([row + BLOCK_N, column]).T)
             acc, row_max, row_sum = _weigh(
-                acc, row_max, row_sum, scores, v_rows, row, column, valid, scale, BLOCK_N, FP8, False
+                acc, row_max, row_sum, scores, v_rows, row, column, valid_rows, scale, BLOCK_N, FP8, False
             )
             scores = upcoming
         acc, row_max, row_sum = _weigh(
-            acc, row_max, row_sum, scores, v_rows, (end - 1) * BLOCK_N, column, valid, scale, BLOCK_N, FP8, True
+            acc,
+            row_max,
+            row_sum,
+            scores,
+            v_rows,
+            (end - 1) * BLOCK_N,
+            column,
+            valid_rows,
+            scale,
+            BLOCK_N,
+            FP8,
+            True,
         )
         if FP8:
             acc = acc * tl.load(V_SCALE + head)
         if end - begin == blocks:
-            here = start + lane < queries
-            out = OUT + ((batch * queries + start + lane) * WIDTH + column)[:, None] + element[None, :]
+            here = first_query + lane < queries
+            out = OUT + ((batch * queries + first_query + lane) * WIDTH + column)[:, None] + element[None, :]
             tl.store(out, (acc / row_sum[:, None]).to(OUT.dtype.element_ty), here[:, None])
-            lse = LSE + (batch * HEADS + head) * queries + start + lane
+            lse = LSE + (batch * HEADS + head) * queries + first_query + lane
             tl.store(lse, (row_max + tl.math.log2(row_sum)) * 0.6931471805599453, here)
         else:
-            slot = (batch * programs + program) * 2 + (begin == 0).to(tl.int32)
-            tl.store(PARTIAL + (slot * BLOCK_M + lane)[:, None] * HEAD_DIM + element[None, :], acc)
-            stats = STATS + slot * 2 * BLOCK_M + lane
+            entry = (batch * programs + program) * 2 + (begin == 0).to(tl.int32)
+            tl.store(PARTIAL + (entry * BLOCK_M + lane)[:, None] * HEAD_DIM + element[None, :], acc)
+            stats = STATS + entry * 2 * BLOCK_M + lane
             tl.store(stats, row_max)
             tl.store(stats + BLOCK_M, row_sum)
 
 
-@triton.jit(do_not_specialize=["VALID", "queries", "rows", "programs"])
+@triton.jit(do_not_specialize=["VALID_ROWS", "queries", "rows", "programs"])
 def merge_kernel(
-    PARTIAL, STATS, VALID, OUT, LSE, queries, rows, programs,
+    PARTIAL, STATS, VALID_ROWS, OUT, LSE, queries, rows, programs,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ON_DEVICE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, part, b) merges LANES queries of a tile that several programs of attend_kernel did, in order."""
+    """Program (tile, stripe, b): merges LANES queries of a tile that several programs of attend_kernel shared."""
     tile = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
-    valid = _valid(VALID, rows, ON_DEVICE)
-    blocks, share, _ = _share(valid, queries, programs, HEADS, BLOCK_M, BLOCK_N)
+    valid_rows = _valid_rows(VALID_ROWS, rows, ON_DEVICE)
+    blocks, share, _ = _share(valid_rows, queries, programs, HEADS, BLOCK_M, BLOCK_N)
     first = tile * blocks // share
     last = ((tile + 1) * blocks - 1) // share
     if first == last:
@@ -155,14 +167,14 @@ def merge_kernel(
     row_max = tl.full([LANES], -float("inf"), tl.float32)
     row_sum = tl.zeros([LANES], tl.float32)
     for program in tl.range(first, last + 1):
-        slot = (batch * programs + program) * 2 + (program == first).to(tl.int32)
-        part_max = tl.load(STATS + slot * 2 * BLOCK_M + lane)
+        entry = (batch * programs + program) * 2 + (program == first).to(tl.int32)
+        part_max = tl.load(STATS + entry * 2 * BLOCK_M + lane)
         new_max = tl.maximum(row_max, part_max)
         fade = tl.math.exp2(row_max - new_max)
         grow = tl.math.exp2(part_max - new_max)
-        part = tl.load(PARTIAL + (slot * BLOCK_M + lane)[:, None] * HEAD_DIM + element[None, :])
+        part = tl.load(PARTIAL + (entry * BLOCK_M + lane)[:, None] * HEAD_DIM + element[None, :])
         acc = acc * fade[:, None] + part * grow[:, None]
-        row_sum = row_sum * fade + tl.load(STATS + (slot * 2 + 1) * BLOCK_M + lane) * grow
+        row_sum = row_sum * fade + tl.load(STATS + (entry * 2 + 1) * BLOCK_M + lane) * grow
         row_max = new_max
     tiles = tl.cdiv(queries, BLOCK_M)
     head = tile // tiles
@@ -176,11 +188,11 @@ def merge_kernel(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, valid: ValidRows, scales: tuple[Tensor, Tensor, Tensor] | None
+    q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, scales: tuple[Tensor, Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Both launches: q [B, n, H, d], k [B, rows, H, d], v alike or (with scales: FP8) [B, H, d, pitch], all contiguous.
+    """Both launches: q [B, n, H, d], k [B, rows, H, d], v as k or (with scales: FP8) [B, H, d, pitch], all contiguous.
 
-    Scales of q, k, v [H] float32. Returns out [B, n, H, d] and lse [B, H, n] float32.
+    The scales of q, k, v are float32 [H]. Returns out [B, n, H, d] and lse [B, H, n] float32.
     """
     batch, queries, heads, head_dim = q.shape
     programs = multiprocessors(q.device)
@@ -189,14 +201,14 @@ def attend(
     partial = q.new_empty((batch, programs, 2, QUERIES, head_dim), dtype=torch.float32)
     stats = q.new_empty((batch, programs, 2, 2, QUERIES), dtype=torch.float32)
     cut = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_M": QUERIES, "BLOCK_N": KEYS}
-    cut["ON_DEVICE"] = isinstance(valid, Tensor)
+    cut["ON_DEVICE"] = isinstance(valid_rows, Tensor)
     launch(
-        attend_kernel, (programs, batch), q, k, v, valid, *(scales or (lse, lse, lse)), out, lse, partial, stats,
+        attend_kernel, (programs, batch), q, k, v, valid_rows, *(scales or (lse, lse, lse)), out, lse, partial, stats,
         queries, k.shape[1], v.shape[-1], programs, **cut, SCALE=head_dim**-0.5 * LOG2_E, FP8=scales is not None,
         STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
     launch(
         merge_kernel, (-(-queries // QUERIES) * heads, QUERIES // LANES, batch),
-        partial, stats, valid, out, lse, queries, k.shape[1], programs, **cut, LANES=LANES, num_warps=4,
+        partial, stats, valid_rows, out, lse, queries, k.shape[1], programs, **cut, LANES=LANES, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -1,8 +1,8 @@
-"""What stands between two causal convolutions of the VAE: RMSNorm over channels, SiLU, the two past frames in front.
+"""The step between two causal convolutions of the VAE: RMSNorm over channels, SiLU, two past frames in front.
 
-In PyTorch that is a normalisation, an activation, a concatenation and a copy for the next cache; here each frame is
-read once and written once (its last two twice, as the next cache). The convolution itself stays with cuDNN, which
-wants channels-last memory: every tensor here is [.., C, .., H, W] in shape and [.., H, W, C] in memory.
+PyTorch takes a normalisation, an activation, a concatenation and a copy for the next cache. Here each frame is read
+once and written once (the last two twice, as the next cache). cuDNN computes the convolution and wants channels-last
+memory: every tensor here is [.., C, .., H, W] in shape and [.., H, W, C] in memory.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from kernels.checks import described, needs_gradient, power_of_two
 from kernels.launch import launch, tl, triton
 from kernels.table import Variant, implementation, register
 
-# The library divides by max(|x|, 1e-12); the tiny eps does no more than that: 0 stays 0.
+# The library divides by max(|x|, 1e-12). The tiny eps only keeps 0 at 0, as that does.
 _EPS = 1e-24
-_ELEMENTS = 4096  # of one program's tile of positions and channels
+_ELEMENTS = 4096  # per program: its tile of positions and channels
 
 
 def vae_norm_silu_reference(
@@ -41,7 +41,7 @@ def _norm_silu(
     next_batch, next_frame, eps,
     FRAMES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Program (positions, b) does all frames of its positions, so that CACHE_OUT may be CACHE itself.
+    """Program (positions, b): all frames of its positions, so that CACHE_OUT may be CACHE itself.
 
     X [B, FRAMES, positions, CHANNELS]; CACHE (or None), CACHE_OUT [B, 2, positions, CHANNELS];
     OUT [B, 2 + FRAMES, positions, CHANNELS], without a cache [B, FRAMES, positions, CHANNELS].
@@ -72,13 +72,13 @@ def _norm_silu(
         tl.store(OUT + at, newest, mask=inside)
         X += x_frame
         OUT += out_frame
-    tl.debug_barrier()  # one thread may write into the cache what another one reads there
+    tl.debug_barrier()  # one thread may overwrite cache elements that another thread still reads
     tl.store(CACHE_OUT + at, older, mask=inside)
     tl.store(CACHE_OUT + next_frame + at, newest, mask=inside)
 
 
 def _empty(like: Tensor, frames: int) -> Tensor:
-    """[B, C, frames, H, W] as `like` otherwise, channels last in memory."""
+    """Like `like` but [B, C, frames, H, W], channels last in memory."""
     b, c, _, h, w = like.shape
     return torch.empty(b, frames, h, w, c, dtype=like.dtype, device=like.device).permute(0, 4, 1, 2, 3)
 
@@ -86,7 +86,7 @@ def _empty(like: Tensor, frames: int) -> Tensor:
 def vae_norm_silu_triton(
     x: Tensor, gamma: Tensor, cache: Tensor | None, cache_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As vae_norm_silu_reference, but rounded once."""
+    """Like vae_norm_silu_reference, but rounded once."""
     batch, channels, frames, height, width = x.shape
     out = _empty(x, frames if cache is None else frames + 2)
     following = _empty(x, 2) if cache_out is None else cache_out
@@ -109,11 +109,11 @@ def _channels_last(x: Tensor) -> bool:
 def vae_norm_silu(
     x: Tensor, gamma: Tensor, cache: Tensor | None, cache_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """silu(x / rms(x) * gamma) behind the two frames of the cache: what the next causal convolution sees.
+    """The next causal convolution's input: the cache's two frames, then silu(x / rms(x) * gamma).
 
-    x [B, C, T, H, W]; gamma of C elements, as published; cache [B, C, 2, H, W]: the last two frames of the last call's
-    result, or None before the first frame, where nothing is put in front. On a GPU all are channels-last in memory.
-    cache_out, if given, receives the next cache and may be the cache itself (the buffers of a CUDA graph).
+    x [B, C, T, H, W]; gamma of C elements, as published; cache [B, C, 2, H, W]: the last two frames of the previous
+    call's result, or None before the first frame, where nothing is put in front. On a GPU all are channels-last in
+    memory. cache_out receives the next cache and may be the cache itself (the buffers of a CUDA graph).
     Returns [B, C, 2 + T, H, W] (T frames without a cache) and the next cache [B, C, 2, H, W], zeros before the start.
     Raises ValueError where shapes, dtypes or strides do not fit.
     """

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bench.adapters.protocol import Adapter
 from bench.commands.stream import chunks_for
@@ -85,7 +86,7 @@ def _open(name: str, source: models.Source, pipeline: Pipeline, args: argparse.N
     kind = next(key for key, value in DTYPES.items() if value == pipeline.dtype)
     settings = {
         "model": str(source.directory()), "height": pipeline.height, "width": pipeline.width,
-        "device": str(pipeline.device), "dtype": kind, "threads": args.threads, "steps": args.teacher_steps,
+        "device": str(pipeline.device), "dtype": kind, "threads": torch.get_num_threads(), "steps": args.teacher_steps,
         "guidance": args.guidance,
     }  # fmt: skip
     return Adapter(*_command(name), settings)

@@ -14,12 +14,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from engine.runtime.fused import FusedTransformer
 from torch import Tensor
 
 from bench.instruments.header import machine
 from bench.instruments.random_weights import RandomSource
 from bench.report import saved as results
-from distill.scores.evaluator import from_uint8
+from distill.scores.pixels import from_uint8
 from distill.scores.tasks import find_task
 from engine.config import TransformerConfig
 from engine.loader import FP8_KEEP, load
@@ -27,7 +28,6 @@ from engine.model.cache import FP8, CachedAttention, RingCache
 from engine.model.layers import Block
 from engine.model.rope import rope_tables
 from engine.model.transformer import WanTransformer
-from engine.runtime.fused import FusedTransformer
 from engine.runtime.passes import Pass
 from engine.stream import Pipeline
 from engine.weights.checkpoint import fill

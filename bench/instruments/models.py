@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bench.instruments.random_weights import RandomSource, write_text_encoder
+from engine import threads
 from engine.config import Runtime, TransformerConfig
 from engine.generators import family_of
 from engine.loader import EMBEDDED, assemble, load, load_bundle, make_stages
@@ -94,19 +95,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--eager", action="store_true", help="no fused kernels and no CUDA graphs on a GPU")
     command.add_argument("--backend", choices=("torch", "onnx", "aoti"), help="torch; with --bundle its first")
     command.add_argument("--device", default="auto")
-    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    command.add_argument("--threads", type=int, help="CPU threads; default: as in engine.run")
     command.add_argument("--prompt", default=PROMPT)
     command.add_argument("--seed", type=int, default=0)
 
 
 def source_of(args: argparse.Namespace) -> Source:
     """The weights that were asked for; sets the number of threads."""
-    if args.threads < 1:
-        raise ValueError(f"--threads: got {args.threads}, expected at least 1")
-    if args.backend and (args.backend == "torch") == bool(args.bundle):
-        raise ValueError(f"--backend: got {args.backend} {'with' if args.bundle else 'without'} --bundle, expected "
-                         "torch without one or one of its own with one")  # fmt: skip
-    torch.set_num_threads(args.threads)
+    if args.threads is not None:
+        threads.use(args.threads)
     return Source(
         args.model, args.random, args.bundle, args.backend, args.device, args.precision, args.height, args.width,
         args.fp8_attention, args.eager,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.instruments.flops import steady_index
 from bench.instruments.models import PROMPT, random_pipeline, torch_parts
-from engine.model.layers import Block, rms_norm
+from engine.model.layers import Block
 from engine.model.rope import apply_rope, rope_tables
 from engine.presets import PRESETS
 from engine.sampling.noise import PhiloxNoise
@@ -17,6 +17,7 @@ from engine.sampling.schedule import Schedule
 from engine.sampling.solvers import make_solver
 from engine.stream import Pipeline
 from kernels.ring_attention import ring_attention
+from kernels.rms_norm import rms_norm
 
 TOKENS, HEADS, HEAD_DIM = 64, 4, 32
 
@@ -52,8 +53,8 @@ def test_ring_attention_over_21_slots(benchmark) -> None:
 
 
 def test_rms_norm(benchmark) -> None:
-    x = _random(1, TOKENS, HEADS * HEAD_DIM)
-    benchmark(_inference(lambda: rms_norm(x)))
+    x, weight = _random(1, TOKENS, HEADS * HEAD_DIM), _random(HEADS * HEAD_DIM)
+    benchmark(_inference(lambda: rms_norm(x, weight)))
 
 
 def test_apply_rope(benchmark) -> None:
@@ -95,9 +96,8 @@ def test_block(benchmark) -> None:
     block.attn1.fuse()
     x, modulation, text = _random(1, TOKENS, dim), _random(1, 1, 6, dim), _random(1, 12, HEADS, HEAD_DIM)
     cos, sin = rope_tables([5], 8, 8, HEAD_DIM)
-    benchmark(
-        _inference(lambda: block(x, modulation, text, text, cos, sin, lambda q, k, v: ring_attention(q, k, v, TOKENS)))
-    )
+    attend = lambda layer, q, k, v: ring_attention(q, k, v, TOKENS)  # noqa: E731
+    benchmark(_inference(lambda: block(x, modulation, text, text, cos, sin, attend, 0)))
 
 
 def test_vae_steady(benchmark) -> None:

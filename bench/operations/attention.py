@@ -1,4 +1,4 @@
-"""Attention over a ring, in bf16 and FP8, beside every fused attention that PyTorch has on the device."""
+"""Attention over a ring, in bf16 and FP8, compared with every fused attention that PyTorch has on the device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +16,9 @@ from kernels.ring_attention_fp8 import E4M3, E4M3_MAX, ring_attention_fp8, ring_
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
-def _libraries(q: Tensor, k: Tensor, v: Tensor, rows: int) -> dict[str, Call]:
+def _libraries(q: Tensor, k: Tensor, v: Tensor, valid_rows: int) -> dict[str, Call]:
     """The library's best case: tensors already in its own layout, nothing left to skip."""
-    q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k[:, :rows], v[:, :rows]))
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k[:, :valid_rows], v[:, :valid_rows]))
 
     def plain() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -32,76 +32,76 @@ def _libraries(q: Tensor, k: Tensor, v: Tensor, rows: int) -> dict[str, Call]:
 
         try:
             one()
-        except RuntimeError:  # not built in, or not for this shape
+        except RuntimeError:  # not built in, or not supported for this shape
             continue
         found[f"sdpa {name}"] = one
     return found
 
 
 def _inputs(
-    device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, queries: int, rows: int, slots_rows: int
+    device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, queries: int, valid_rows: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
-    """q, k, v, valid rows; behind these k and v are NaN and must not be read. On a GPU the number is on the device."""
+    """q, k, v, valid_rows; later rows of k and v are NaN and must not be read. On a GPU valid_rows is on the device."""
     made = torch.Generator().manual_seed(0)
     q = torch.randn(1, queries, heads, head_dim, generator=made).to(device, dtype)
-    k, v = (torch.randn(1, slots_rows, heads, head_dim, generator=made).to(device, dtype) for _ in range(2))
+    k, v = (torch.randn(1, rows, heads, head_dim, generator=made).to(device, dtype) for _ in range(2))
     for tensor in (k, v):
-        tensor[:, rows:] = float("nan")
-    return q, k, v, torch.tensor(rows, dtype=torch.int32, device=device) if device.type == "cuda" else rows
+        tensor[:, valid_rows:] = float("nan")
+    return q, k, v, torch.tensor(valid_rows, dtype=torch.int32, device=device) if q.is_cuda else valid_rows
 
 
-def _cost(q: Tensor, rows: int, itemsize: int) -> Cost:
+def _cost(q: Tensor, valid_rows: int, itemsize: int) -> Cost:
     _, queries, heads, head_dim = q.shape
-    work = 4.0 * queries * rows * heads * head_dim
-    return Cost(work, 2.0 * heads * head_dim * (itemsize * rows + q.itemsize * queries), work)
+    work = 4.0 * queries * valid_rows * heads * head_dim
+    return Cost(work, 2.0 * heads * head_dim * (itemsize * valid_rows + q.itemsize * queries), work)
 
 
 def _ring_attention(
-    device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, queries: int, rows: int, slots_rows: int
+    device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, queries: int, valid_rows: int, rows: int
 ) -> Case:
-    q, k, v, valid = _inputs(device, dtype, heads, head_dim, queries, rows, slots_rows)
+    q, k, v, valid = _inputs(device, dtype, heads, head_dim, queries, valid_rows, rows)
     return Case(
-        "ring_attention", f"{queries} x {rows} of {slots_rows}, {heads} heads of {head_dim}",
-        lambda: ring_attention_reference(q.double(), k.double(), v.double(), rows),
+        "ring_attention", f"{queries} x {valid_rows} of {rows}, {heads} heads of {head_dim}",
+        lambda: ring_attention_reference(q.double(), k.double(), v.double(), valid_rows),
         lambda: ring_attention(q, k, v, valid),
-        _libraries(q, k, v, rows), _cost(q, rows, k.itemsize),
+        _libraries(q, k, v, valid_rows), _cost(q, valid_rows, k.itemsize),
     )  # fmt: skip
 
 
-def _emulated(q: Tensor, k: Tensor, v_t: Tensor, scales: list[Tensor], rows: int) -> Tensor:
-    """FP8 attention in eager PyTorch: the least that rounding the weights costs. For its error, not its speed."""
+def _emulated(q: Tensor, k: Tensor, v_t: Tensor, scales: list[Tensor], valid_rows: int) -> Tensor:
+    """FP8 attention in eager PyTorch, for its error, not its speed: the least error that rounded weights allow."""
     scale = (scales[0] * scales[1] * q.shape[-1] ** -0.5)[:, None, None]
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k[:, :rows].float()) * scale
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k[:, :valid_rows].float()) * scale
     weights = 256 * (scores - scores.amax(-1, keepdim=True)).exp()
-    out = torch.einsum("bhqk,bhdk->bqhd", weights.to(E4M3).float(), v_t[..., :rows].float())
+    out = torch.einsum("bhqk,bhdk->bqhd", weights.to(E4M3).float(), v_t[..., :valid_rows].float())
     return out / weights.sum(-1).transpose(1, 2)[..., None] * scales[2][:, None]
 
 
 def _ring_attention_fp8(
-    device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, queries: int, rows: int, slots_rows: int
+    device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, queries: int, valid_rows: int, rows: int
 ) -> Case:
-    """Beside fused attention in bf16, ours and the library's, on the same values."""
-    q, k, v, valid = _inputs(device, torch.bfloat16, heads, head_dim, queries, rows, slots_rows)
-    scales = [t[:, :rows].float().abs().amax((0, 1, 3)) / E4M3_MAX for t in (q, k, v)]
+    """Compared with fused attention in bf16, ours and the library's, on the same values."""
+    q, k, v, valid = _inputs(device, torch.bfloat16, heads, head_dim, queries, valid_rows, rows)
+    scales = [t[:, :valid_rows].float().abs().amax((0, 1, 3)) / E4M3_MAX for t in (q, k, v)]
     q8, k8, v8 = ((t.float() / scale[:, None]).to(E4M3) for t, scale in zip((q, k, v), scales, strict=True))
-    v_t = torch.zeros(1, heads, head_dim, -(-slots_rows // 16) * 16, device=device).to(E4M3)
-    v_t[..., :slots_rows] = v8.permute(0, 2, 3, 1)
+    v_t = torch.zeros(1, heads, head_dim, -(-rows // 16) * 16, device=device).to(E4M3)
+    v_t[..., :rows] = v8.permute(0, 2, 3, 1)
     q_scale, k_scale, v_scale = scales
     wide = ((t.float() * scale[:, None]).bfloat16() for t, scale in zip((q8, k8, v8), scales, strict=True))
     q, k, v = (t.contiguous() for t in wide)
     return Case(
-        "ring_attention_fp8", f"{queries} x {rows} of {slots_rows}, {heads} heads of {head_dim}",
-        lambda: ring_attention_fp8_reference(q8, k8, v_t, q_scale, k_scale, v_scale, rows),
+        "ring_attention_fp8", f"{queries} x {valid_rows} of {rows}, {heads} heads of {head_dim}",
+        lambda: ring_attention_fp8_reference(q8, k8, v_t, q_scale, k_scale, v_scale, valid_rows),
         lambda: ring_attention_fp8(q8, k8, v_t, q_scale, k_scale, v_scale, valid),
         {
-            "ring_attention bf16": lambda: ring_attention(q, k, v, valid), **_libraries(q, k, v, rows),
-            "eager fp8": lambda: _emulated(q8, k8, v_t, scales, rows),
+            "ring_attention bf16": lambda: ring_attention(q, k, v, valid), **_libraries(q, k, v, valid_rows),
+            "eager fp8": lambda: _emulated(q8, k8, v_t, scales, valid_rows),
         },
-        _cost(q8, rows, 1), speedup=2.0,
+        _cost(q8, valid_rows, 1), speedup=2.0,
     )  # fmt: skip
 
 
-# heads, head_dim, queries, valid rows, rows: the sprites model, odd sizes, Wan 1.3B at 160x96 and 832x480.
+# heads, head_dim, queries, valid_rows, rows: the sprites model, odd sizes, Wan 1.3B at 160x96 and 832x480.
 SHAPES: dict[str, tuple[Callable[..., Case], dict[str, list[tuple[Any, ...]]]]] = {
     "ring_attention": (
         _ring_attention,

@@ -1,4 +1,4 @@
-// greedy/greedy.h: the C boundary. Every function catches everything and turns it into a status.
+// greedy/greedy.h: the C boundary. Every function turns any exception into a status.
 #include <cstring>
 #include <new>
 
@@ -16,7 +16,7 @@ struct greedy_session {
         : session(std::move(bundle), seed) {}
 
     greedy::core::Session session;
-    std::shared_ptr<const greedy::core::Pictures> pictures;  // of the chunk that frames are taken from
+    std::shared_ptr<const greedy::core::Pictures> pictures;  // the chunk that frames are taken from
     std::uint32_t taken = 0;
     std::uint64_t frames = 0;
     mutable std::mutex mutex;  // guards the last failure
@@ -36,7 +36,7 @@ struct Failure {
     std::string text;
 };
 
-// Runs `work`; what it throws as a status and a line. Nothing it does allocates when memory has run out.
+// Runs `work` and returns an exception as a status and a line. Allocates nothing when memory has run out.
 template <typename Work>
 Failure guarded(Work&& work) noexcept {
     try {
@@ -55,7 +55,7 @@ Failure guarded(Work&& work) noexcept {
     }
 }
 
-// The line of a failure, or where there was no memory for one its name; nothing for a success.
+// Copies a failure's line, or the name of its status if there was no memory for a line. A success has an empty line.
 std::size_t copy_text(int status, const std::string& text, char* out, std::size_t size) noexcept {
     const char* line = status == GREEDY_OK ? "" : text.empty() ? greedy_status_name(status) : text.c_str();
     const std::size_t length = std::strlen(line);
@@ -72,7 +72,7 @@ int report(const Failure& failure, char* error, std::size_t size) noexcept {
     return failure.status;
 }
 
-// The same for a session, which keeps the text.
+// The same for a session, which keeps the line.
 template <typename Work>
 int session_call(greedy_session* session, Work&& work) noexcept {
     if (!session) return GREEDY_INVALID;
@@ -117,7 +117,7 @@ int greedy_bundle_open(greedy_bundle** bundle, const char* path, const greedy_se
         if (settings) chosen = *settings;
         if (chosen.parallel < 1 || chosen.parallel > 64)
             greedy::core::fail(GREEDY_INVALID, "parallel", std::to_string(chosen.parallel), "1 to 64");
-        *bundle = new greedy_bundle{std::make_shared<greedy::core::Bundle>(path, chosen)};
+        *bundle = new greedy_bundle{greedy::core::open_bundle(path, chosen)};
     });
     return report(failure, error, error_size);
 }
@@ -161,8 +161,7 @@ int greedy_open(greedy_session** session, greedy_bundle* bundle, uint64_t seed, 
 int greedy_set_prompt(greedy_session* session, const char* text, int recommit) {
     return session_call(session, [&] {
         need(text, "prompt");
-        if (!greedy::core::utf8_valid(text))
-            greedy::core::fail(GREEDY_INVALID, "prompt", "bytes that are no text", "UTF-8");
+        if (!greedy::core::utf8_valid(text)) greedy::core::fail(GREEDY_INVALID, "prompt", "malformed bytes", "UTF-8");
         session->session.set_text(text, recommit != 0);
     });
 }
@@ -232,9 +231,9 @@ greedy_frame* greedy_frame_ref(greedy_frame* frame) {
 
 void greedy_frame_unref(greedy_frame** frame) {
     if (!frame || !*frame) return;
-    Frame* given = static_cast<Frame*>(*frame);
+    Frame* held = static_cast<Frame*>(*frame);
     *frame = nullptr;
-    if (given->references.fetch_sub(1, std::memory_order_acq_rel) == 1) delete given;
+    if (held->references.fetch_sub(1, std::memory_order_acq_rel) == 1) delete held;
 }
 
 void greedy_cancel(greedy_session* session) {

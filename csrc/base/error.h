@@ -1,4 +1,4 @@
-// How the core reports what went wrong: exceptions inside, statuses at the C boundary.
+// Errors are exceptions inside the core, and statuses at the C boundary.
 #pragma once
 
 #include <stdexcept>

@@ -32,7 +32,8 @@ inline std::uint16_t to_float16(float value) {
     const std::uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
     if (magnitude >= 0x47800000)  // 2^16: infinite, or not a number
         return static_cast<std::uint16_t>(sign | (magnitude > 0x7F800000 ? 0x7E00 : 0x7C00));
-    if (magnitude < 0x38800000)  // below 2^-14: the addition shifts the subnormal's bits into place and rounds them
+    if (magnitude <
+        0x38800000)  // below 2^-14: the addition shifts the bits of the subnormal into place and rounds them
         return static_cast<std::uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3F000000));
     return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13));
 }
@@ -52,7 +53,7 @@ inline float rounded(float value, DType dtype) {
     return value;
 }
 
-// Arrays of `dtype` (float32, float16 or bfloat16) from and to floats.
+// These convert arrays of `dtype` (float32, float16 or bfloat16) from and to floats.
 inline void pack(const float* from, std::size_t count, DType dtype, void* to) {
     if (dtype == DType::float32) {
         if (count) std::memcpy(to, from, count * sizeof(float));

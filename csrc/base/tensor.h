@@ -17,8 +17,8 @@ struct Shape {
     std::array<std::int64_t, kMaxRank> sizes{};
 
     Shape() = default;
-    Shape(std::initializer_list<std::int64_t> given) {
-        for (std::int64_t size : given) sizes[rank++] = size;
+    Shape(std::initializer_list<std::int64_t> list) {
+        for (std::int64_t size : list) sizes[rank++] = size;
     }
     std::int64_t operator[](int i) const { return sizes[i]; }
     bool operator==(const Shape& other) const { return rank == other.rank && sizes == other.sizes; }

@@ -7,7 +7,7 @@
 
 namespace greedy::core {
 
-// Bytes of the first character, 1 to 4; 0 where there is none or it is malformed (overlong, surrogate, cut).
+// Bytes of the first character, 1 to 4; 0 if there is none or it is malformed (overlong, surrogate, cut).
 inline std::size_t utf8_length(std::string_view text) noexcept {
     if (text.empty()) return 0;
     const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };

@@ -1,9 +1,9 @@
-#include "greedy/noise.h"
+#include "core/noise.h"
 
 #include <algorithm>
 #include <cmath>
 
-namespace greedy {
+namespace greedy::core {
 namespace {
 
 constexpr std::uint64_t kMultiplier0 = 0xD2E7470EE14C6C93;
@@ -63,4 +63,4 @@ void philox_normal(std::uint64_t seed, std::uint64_t chunk, std::uint64_t draw, 
     }
 }
 
-}  // namespace greedy
+}  // namespace greedy::core

@@ -1,11 +1,12 @@
-// Every expression is written in the order in which engine/sampling/schedule.py has torch evaluate it, and this file is
-// compiled without contraction into fused operations, so that both give the same bits.
+// Every expression has the order of evaluation of torch in engine/sampling/schedule.py, and the compiler may not fuse
+// operations in this file. So both give the same bits.
 #include "core/schedule.h"
 
 #include <algorithm>
 #include <cmath>
 
 #include "base/half.h"
+#include "base/table.h"
 
 namespace greedy::core {
 
@@ -19,13 +20,13 @@ Schedule::Schedule(const Preset& preset) {
         sigmas_[i] = shift * s / (1.0f + rest * s);
         timesteps_[i] = sigmas_[i] * static_cast<float>(kGrid);
     }
-    for (const std::vector<double>& given : preset.steps) {
+    for (const std::vector<double>& listed : preset.steps) {
         const std::size_t count =
-            preset.stop_after ? std::min<std::size_t>(given.size(), preset.stop_after) : given.size();
+            preset.stop_after ? std::min<std::size_t>(listed.size(), preset.stop_after) : listed.size();
         std::vector<double> used;
         for (std::size_t i = 0; i < count; ++i)
-            used.push_back(preset.warped ? timesteps_[kGrid - static_cast<int>(given[i])]
-                                         : static_cast<float>(given[i]));
+            used.push_back(preset.warped ? timesteps_[kGrid - static_cast<int>(listed[i])]
+                                         : static_cast<float>(listed[i]));
         chunks_.push_back(std::move(used));
     }
 }
@@ -153,12 +154,26 @@ class UniPC : public Solver {
     std::vector<double> last_;  // sample that it started from
 };
 
+template <typename Kind>
+std::unique_ptr<Solver> make(const Schedule& schedule, DType dtype) {
+    return std::make_unique<Kind>(schedule, dtype);
+}
+
+const struct {
+    const char* name;
+    std::unique_ptr<Solver> (*make)(const Schedule& schedule, DType dtype);
+} kSolvers[] = {
+    {"renoise", make<Renoise>},
+    {"euler", make<Euler>},
+    {"unipc", make<UniPC>},
+};
+
 }  // namespace
 
-std::unique_ptr<Solver> make_solver(SolverKind kind, const Schedule& schedule, DType dtype) {
-    if (kind == SolverKind::renoise) return std::make_unique<Renoise>(schedule, dtype);
-    if (kind == SolverKind::euler) return std::make_unique<Euler>(schedule, dtype);
-    return std::make_unique<UniPC>(schedule, dtype);
+std::unique_ptr<Solver> make_solver(const std::string& name, const Schedule& schedule, DType dtype) {
+    return find_row(kSolvers, name, "solver").make(schedule, dtype);
 }
+
+void check_solver(const std::string& name, const std::string& where) { find_row(kSolvers, name, where); }
 
 }  // namespace greedy::core

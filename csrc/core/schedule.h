@@ -4,6 +4,7 @@
 #include <array>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "base/tensor.h"
@@ -20,12 +21,12 @@ class Schedule {
 
     struct Step {
         double t;
-        std::optional<double> next;  // none: the end of the chunk
+        std::optional<double> next;  // none at the end of the chunk
     };
     // Denoising steps of a chunk.
     std::vector<Step> steps(std::uint64_t chunk) const;
 
-    // Noise level at t: that of the nearest grid point; none is the end of the chunk, exactly 0.
+    // Noise level at t: that of the nearest grid point. Without t it is the end of the chunk, exactly 0.
     double sigma(std::optional<double> t) const;
 
     const std::array<float, kGrid>& sigmas() const { return sigmas_; }
@@ -36,18 +37,20 @@ class Schedule {
     std::vector<std::vector<double>> chunks_;
 };
 
-// One chunk's integration from noise to a clean latent. Values are floats that the bundle's type can hold: every step
-// ends with a rounding to it.
+// One chunk's integration from noise to a clean latent. Every step rounds its values to the bundle's type.
 class Solver {
   public:
     virtual ~Solver() = default;
-    // x from t to next, in place; `flow` and `fresh` have as many values; `fresh` is null unless renoises().
+    // Moves x from t to next, in place. `flow` and `fresh` have as many values; `fresh` is null unless renoises().
     virtual void step(std::vector<float>& x, const float* flow, const Schedule::Step& at, const float* fresh) = 0;
-    // Whether every step but the last wants fresh noise.
+    // Whether every step but the last needs fresh noise.
     virtual bool renoises() const { return false; }
 };
 
-// A fresh solver for one chunk; the schedule must outlive it.
-std::unique_ptr<Solver> make_solver(SolverKind kind, const Schedule& schedule, DType dtype);
+// A new solver for one chunk; the schedule must outlive it. To add one, write its class and a row in schedule.cpp.
+std::unique_ptr<Solver> make_solver(const std::string& name, const Schedule& schedule, DType dtype);
+
+// Throws Error(GREEDY_BAD_BUNDLE) where there is no such solver.
+void check_solver(const std::string& name, const std::string& where);
 
 }  // namespace greedy::core

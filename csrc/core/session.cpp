@@ -4,21 +4,33 @@
 
 #include "base/error.h"
 #include "base/half.h"
-#include "greedy/noise.h"
+#include "core/noise.h"
 
 namespace greedy::core {
+
+void check_preset(const Preset& preset, const std::string& where) {
+    find_family(preset.family, where + ".family").check(preset, where);
+    check_solver(preset.solver, where + ".solver");
+}
+
+std::shared_ptr<Bundle> open_bundle(const std::string& folder, const greedy_settings& settings) {
+    Manifest manifest = read_manifest(folder);
+    check_preset(manifest.preset, manifest_path(folder) + ".preset");
+    return std::make_shared<Bundle>(folder, std::move(manifest), settings);
+}
 
 Session::Session(std::shared_ptr<Bundle> bundle, std::uint64_t seed)
     : bundle_(std::move(bundle)),
       seed_(seed),
-      stages_(*bundle_, cancel_),
+      family_(find_family(manifest().preset.family, "family")),
+      stages_(*bundle_, family_.layout(manifest().preset), cancel_),
       schedule_(manifest().preset),
-      generator_(make_generator(stages_)) {}
+      generator_(family_.make(stages_)) {}
 
 void Session::set_prompt(Prompt prompt, bool recommit) {
     const std::lock_guard<std::mutex> lock(mutex_);
     prompt_ = prompt;
-    const bool due = pending_ && pending_->recommit;  // one that is still due stays due
+    const bool due = pending_ && pending_->recommit;  // an earlier recommit that is still due stays due
     pending_ = Request{std::move(prompt), recommit || due};
 }
 
@@ -33,16 +45,16 @@ void Session::set_tokens(const std::int64_t* ids, std::size_t count, bool recomm
     if (count == 0 || count > rows)
         fail(GREEDY_INVALID, "prompt", std::to_string(count) + " tokens", "1 to " + std::to_string(rows));
     const std::int64_t vocabulary = bundle_->vocabulary();
-    for (std::size_t i = 0; i < count; ++i)  // a graph may abort at one outside
+    for (std::size_t i = 0; i < count; ++i)  // a graph may abort at a token outside
         if (ids[i] < 0 || ids[i] >= vocabulary)
             fail(GREEDY_INVALID, "prompt", "token " + std::to_string(ids[i]), "0 to " + std::to_string(vocabulary - 1));
     Prompt prompt{{ids, ids + count}, std::vector<std::int64_t>(count, 1), {}};
-    prompt.ids.resize(rows, 0);  // masked, so any token will do
+    prompt.ids.resize(rows, 0);  // any token: it is masked
     prompt.mask.resize(rows, 0);
     set_prompt(std::move(prompt), recommit);
 }
 
-// A prompt that fails to encode stays pending, unless another one has been set meanwhile.
+// A prompt that fails to encode stays pending, unless a newer one was set meanwhile.
 void Session::apply_prompt() {
     std::optional<Request> request;
     {
@@ -76,7 +88,7 @@ void Session::push_frames(const std::uint8_t* rgb, std::size_t count) {
     const Manifest& m = manifest();
     const std::size_t temporal = static_cast<std::size_t>(m.temporal), chunk = static_cast<std::size_t>(m.preset.chunk);
     const std::size_t size = static_cast<std::size_t>(3 * m.height * m.width);
-    // As many latents as fill whole chunks: a longer clip loses its beginning, one shorter than a chunk is held still.
+    // As many latents as fill whole chunks. A longer clip loses its beginning; a shorter one repeats its last frame.
     const std::size_t latents = std::max<std::size_t>((1 + (count - 1) / temporal) / chunk, 1) * chunk;
     const std::size_t frames = 1 + temporal * (latents - 1);
     const std::size_t skipped = count > frames ? count - frames : 0;
@@ -104,14 +116,14 @@ void Session::push_latent(const float* latent, std::size_t frames) {
              "a multiple of " + std::to_string(chunk));
     const std::size_t channels = static_cast<std::size_t>(manifest().transformer.in_channels);
     const std::size_t area = stages_.frame_size() / channels;
-    given_.clear();
+    supplied_.clear();
     for (std::size_t first = 0; first < frames; first += chunk) {
         Latent part;
         part.reserve(chunk * stages_.frame_size());
         for (std::size_t c = 0; c < channels; ++c)
             for (std::size_t i = 0; i < chunk * area; ++i)
                 part.push_back(rounded(latent[(c * frames + first) * area + i], stages_.dtype()));
-        given_.push_back(std::make_shared<const Latent>(std::move(part)));
+        supplied_.push_back(std::make_shared<const Latent>(std::move(part)));
     }
 }
 
@@ -135,15 +147,15 @@ Latent Session::frame_of(const Latent& chunk, std::int64_t frame) const {
     return out;
 }
 
-// One chunk; publishes the one before, and nothing of its own.
+// Makes one chunk; publishes the chunk before it, and nothing of its own.
 std::shared_ptr<const Latent> Session::make() {
     apply_prompt();
-    // Committed only now: whoever watches has a chunk before its cache passes are paid for.
+    // Commits lazily, so that cache passes do not delay the frames of the chunk before.
     if (uncommitted_) {
-        generator_->commit(uncommitted_, uncommitted_given_);
+        generator_->commit(uncommitted_, uncommitted_supplied_);
         uncommitted_ = nullptr;
     }
-    if (!given_.empty()) return given_.front();
+    if (!supplied_.empty()) return supplied_.front();
     const std::uint64_t index = generator_->index();
     const std::unique_ptr<Solver> solver = make_solver(manifest().preset.solver, schedule_, stages_.dtype());
     auto x = std::make_shared<Latent>(noise(index, 0));
@@ -169,14 +181,14 @@ std::shared_ptr<const Pictures> Session::next_chunk() {
     pictures->count = static_cast<std::uint32_t>(pictures->rgb.size() / (3 * manifest().height * manifest().width));
     vae_cache_ = std::move(cache);
     uncommitted_ = std::move(x);
-    uncommitted_given_ = !given_.empty();
-    if (!given_.empty()) given_.pop_front();
+    uncommitted_supplied_ = !supplied_.empty();
+    if (!supplied_.empty()) supplied_.pop_front();
     return pictures;
 }
 
 void Session::flush() {
-    generator_ = make_generator(stages_);
-    given_.clear();
+    generator_ = family_.make(stages_);
+    supplied_.clear();
     uncommitted_ = nullptr;
     vae_cache_.clear();
     shown_ = 0;

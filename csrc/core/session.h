@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "core/generator.h"
+#include "core/families.h"
 #include "core/schedule.h"
 #include "runtime/bundle.h"
 
@@ -22,13 +22,19 @@ struct Pictures {
     std::uint32_t count;
 };
 
+// A preset must name a family and a solver that exist, and keep the family's limits. Throws Error(GREEDY_BAD_BUNDLE).
+void check_preset(const Preset& preset, const std::string& where);
+
+// A bundle whose preset is checked. Throws Error; see greedy_bundle_open.
+std::shared_ptr<Bundle> open_bundle(const std::string& folder, const greedy_settings& settings);
+
 class Session {
   public:
     Session(std::shared_ptr<Bundle> bundle, std::uint64_t seed);
 
-    // From any thread: what next_chunk starts with.
+    // The prompt of the next chunk; from any thread.
     struct Prompt {
-        std::vector<std::int64_t> ids, mask;  // or, where these are empty,
+        std::vector<std::int64_t> ids, mask;  // or, if these are empty,
         std::vector<float> embedding;         // [text_rows, text_dim]
     };
     void set_prompt(Prompt prompt, bool recommit);
@@ -54,13 +60,14 @@ class Session {
 
     const std::shared_ptr<Bundle> bundle_;
     const std::uint64_t seed_;
+    const Family& family_;
     std::atomic<bool> cancel_{false};
     Stages stages_;
     const Schedule schedule_;
     std::unique_ptr<Generator> generator_;
-    std::deque<std::shared_ptr<const Latent>> given_;  // chunks pushed and not shown yet
-    std::shared_ptr<const Latent> uncommitted_;        // the chunk shown last
-    bool uncommitted_given_ = false;
+    std::deque<std::shared_ptr<const Latent>> supplied_;  // chunks pushed and not shown yet
+    std::shared_ptr<const Latent> uncommitted_;           // the chunk shown last
+    bool uncommitted_supplied_ = false;
     Stages::VaeCache vae_cache_;
     std::uint64_t shown_ = 0;  // chunks
 
@@ -68,7 +75,7 @@ class Session {
         Prompt prompt;
         bool recommit;
     };
-    std::mutex mutex_;                // guards the two below
+    std::mutex mutex_;                // guards pending_ and prompt_
     std::optional<Request> pending_;  // set and not applied yet
     std::optional<Prompt> prompt_;    // set last
 };

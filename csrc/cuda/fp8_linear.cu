@@ -18,7 +18,7 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
                             const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-// The driver's function, asked for at run time: the library also loads where there is no driver.
+// The driver's function is looked up at run time, so that the library also loads without a driver.
 Encode encoder() {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;

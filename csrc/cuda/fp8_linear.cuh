@@ -1,11 +1,10 @@
 // A linear layer on e4m3 operands in tiles of 128 x 160: 1560 x 1536 is 130 of them, one round on 132 multiprocessors.
 //
-// Tiles of powers of two do it in two rounds, the second nearly empty; that is why this one is not left to Triton. A
-// block has two warpgroups that multiply, 64 rows each, and a third, of which one thread keeps `stages` copies under way
-// and which leaves its registers to the others. Products over 128 of the depth are summed by the tensor cores (to 14
-// bits or so) and then added up in float32.
+// Triton's tiles, powers of two, need two rounds, the second nearly empty. A block has two warpgroups that multiply, 64
+// rows each. One thread of a third keeps `stages` copies under way; its warpgroup leaves its registers to the others.
+// Tensor cores sum products over 128 of the depth (to 14 bits or so), and float32 adds up these sums.
 //
-// Written on the functions of sm90.cuh, which whoever includes this has included, or has put others in their place.
+// Uses the functions of sm90.cuh, which a file must include before this one, or replace by its own.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,7 +18,7 @@ using namespace greedy::sm90;
 constexpr int tile_m = 128, tile_n = 160, tile_k = 128;  // tile_k bytes are one row of a swizzled tile
 constexpr int stages = 6;
 constexpr int x_bytes = tile_m * tile_k, w_bytes = tile_n * tile_k, stage_bytes = x_bytes + w_bytes;
-// 1024 to align the first tile, and two barriers a stage.
+// 1024 bytes to align the first tile, and two barriers per stage.
 constexpr int shared_bytes = 1024 + stages * (stage_bytes + 2 * int(sizeof(uint64_t)));
 constexpr int groups = 2, warps = 4 * groups, threads = 128 * (groups + 1);
 
@@ -32,7 +31,7 @@ __global__ void __launch_bounds__(threads, 1)
              const __nv_bfloat16* __restrict__ bias, __nv_bfloat16* __restrict__ out, int rows, int columns,
              int depth) {
   extern __shared__ uint8_t memory[];
-  // Shared addresses: the tiles of x and weight a stage, a barrier a stage for what is there, one for what is used up.
+  // Shared addresses: per stage the tiles of x and weight, a barrier for full tiles, and one for used tiles.
   const uint32_t tiles = (shared_address(memory) + 1023) / 1024 * 1024;
   const uint32_t full = tiles + stages * stage_bytes, empty = full + stages * sizeof(uint64_t);
   const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
@@ -53,7 +52,7 @@ __global__ void __launch_bounds__(threads, 1)
     if (threadIdx.x % 128 == 0) {
       for (int step = 0; step < steps; ++step) {
         const int stage = step % stages, round = step / stages;
-        // Round r overwrites what round r - 1 left; that was used up in phase r - 1 of the barrier.
+        // Round r overwrites the tiles of round r - 1, which were used up in phase r - 1 of the barrier.
         if (round > 0) barrier_wait(empty + stage * sizeof(uint64_t), (round - 1) % 2);
         const uint32_t x_tile = tiles + stage * stage_bytes, arrived = full + stage * sizeof(uint64_t);
         barrier_expect(arrived, stage_bytes);
@@ -74,7 +73,7 @@ __global__ void __launch_bounds__(threads, 1)
       for (int k = 0; k < tile_k; k += 32) multiply_64x160x32(part, a + k / 16, b + k / 16, k);
       products_commit();
       products_wait(part);
-      // Every warp arrives: it knows of its own products alone.
+      // Every warp arrives, because it waits only for its own products.
       if (lane == 0) barrier_arrive(empty + stage * sizeof(uint64_t));
 #pragma unroll
       for (int i = 0; i < 80; ++i) sums[i] += part[i];

@@ -1,7 +1,7 @@
-/* Kernels in CUDA C++ for sm_90a. Plain C: no exception crosses, nothing is kept between calls, no stream is waited for.
+/* Kernels in CUDA C++ for sm_90a, in plain C: they throw nothing, keep no state and wait for no stream.
  *
- * Pointers are device memory, dense and row-major, aligned to 16 bytes. A call returns 0, or a negative status whose
- * words greedy_cuda_message has; then nothing was launched. Calls may be captured into a CUDA graph. */
+ * Pointers are device memory, dense and row-major, aligned to 16 bytes. A call returns 0, or it launches nothing and
+ * returns a negative status; greedy_cuda_message has its text. Calls may be captured into a CUDA graph. */
 #ifndef GREEDY_CUDA_H
 #define GREEDY_CUDA_H
 
@@ -26,7 +26,7 @@ GREEDY_CUDA_API int greedy_cuda_fp8_linear(const void* x, const float* x_scale, 
 /* Shared memory that a block of greedy_cuda_fp8_linear takes. */
 GREEDY_CUDA_API int greedy_cuda_fp8_linear_shared_bytes(void);
 
-/* What a status means: a static string. */
+/* The text of a status, a static string. */
 GREEDY_CUDA_API const char* greedy_cuda_message(int status);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-// Hopper's asynchronous units as functions of a line: barriers in shared memory, tile copies, warpgroup products.
+// Short functions for Hopper's asynchronous units: barriers in shared memory, tile copies, warpgroup products.
 #pragma once
 
 #include <cuda.h>
@@ -22,12 +22,12 @@ __device__ inline void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// One arrival, and `bytes` more that copies will bring.
+// Arrives once and announces `bytes` that copies will bring.
 __device__ inline void barrier_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Until the phase of this parity is over: parity 0 for the first phase, 1 for the second, 0 for the third.
+// Waits until the phase of this parity is over: parity 0 for the first phase, 1 for the second, 0 for the third.
 __device__ inline void barrier_wait(uint32_t barrier, int parity) {
   asm volatile(
       "{\n"
@@ -42,7 +42,7 @@ __device__ inline void barrier_wait(uint32_t barrier, int parity) {
       : "memory");
 }
 
-// The map's box at (column, row), what lies outside as zeros, to shared memory; arrives at the barrier by its bytes.
+// Copies the map's box at (column, row) to shared memory, zeros outside the matrix; its bytes arrive at the barrier.
 __device__ inline void copy_tile(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
@@ -56,7 +56,7 @@ __device__ inline uint64_t tile_descriptor(uint32_t address) {
   return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// Registers a thread from here on, for the whole warpgroup: given back, or taken from what others gave back.
+// Registers per thread from here on, for the whole warpgroup: it releases some, or takes those that others released.
 template <int count>
 __device__ inline void registers_down() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
@@ -69,7 +69,7 @@ __device__ inline void registers_up() {
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until all committed products of this warp are done. `sums` pins their results behind the wait.
+// Waits for all committed products of this warp. `sums` keeps the compiler from reading results before the wait.
 template <int count>
 __device__ inline void products_wait(float (&sums)[count]) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");

@@ -1,5 +1,5 @@
-// A host with a loop of its own, as a game has one: a thread streams, the loop shows the newest picture it has and
-// never waits for it. game_loop BUNDLE [TICKS]; the prompt changes half-way, as if a key had been pressed.
+// game_loop BUNDLE [TICKS]: a program with a loop of its own, such as a game. A thread streams; the loop shows the
+// newest picture and never waits for it. The prompt changes half-way, as if a key had been pressed.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -18,11 +18,11 @@ class Screen {
     }
     ~Screen() {
         closing_ = true;
-        session_.cancel();  // so that closing need not wait for a whole chunk
+        session_.cancel();  // closing then waits for one graph at most
         thread_.join();
     }
 
-    // Both are quick and may be called from any thread.
+    // Both return at once and may be called from any thread.
     void key(const std::string& prompt) { session_.set_prompt(prompt); }
     std::optional<greedy::Frame> newest() {
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -57,7 +57,7 @@ int main(int argc, char** argv) {
         Screen screen(bundle, 1, "a red circle moving right slowly on a gray background");
         for (int tick = 0; tick < ticks; ++tick) {
             if (tick == ticks / 2) screen.key("a blue square moving up quickly on a white background");
-            if (const auto frame = screen.newest())  // here a game would upload the texture
+            if (const auto frame = screen.newest())  // a game would upload the texture here
                 std::printf("tick %d shows frame %llu\n", tick, static_cast<unsigned long long>((*frame)->index));
             std::this_thread::sleep_for(std::chrono::milliseconds(16));
         }

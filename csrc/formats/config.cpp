@@ -1,9 +1,9 @@
 #include "formats/config.h"
 
 #include <cmath>
-#include <string_view>
 
 #include "base/error.h"
+#include "base/table.h"
 
 namespace greedy::core {
 namespace {
@@ -14,32 +14,25 @@ void check(bool good, const std::string& where, const std::string& got, const st
     if (!good) fail(GREEDY_BAD_BUNDLE, where, got, expected);
 }
 
-// The index of a name in a list; the enumerations have the same order.
-template <typename Enum, std::size_t N>
-Enum choice(const Json& value, const std::string& where, const std::string_view (&names)[N]) {
-    const std::string& given = value.string(where);
-    std::string all;
-    for (std::size_t i = 0; i < N; ++i) {
-        if (given == names[i]) return static_cast<Enum>(i);
-        all += (i ? ", " : "") + std::string(names[i]);
-    }
-    fail(GREEDY_BAD_BUNDLE, where, "'" + given.substr(0, 60) + "'", "one of " + all);
-}
+const struct {
+    const char* name;
+    CommitPolicy policy;
+} kCommits[] = {{"clean", CommitPolicy::clean}, {"noisy", CommitPolicy::noisy}, {"none", CommitPolicy::none}};
 
 double number_from(const Json& value, const std::string& where, double least, double most) {
-    const double given = value.number(where);
-    check(given >= least && given <= most, where, std::to_string(given),
+    const double number = value.number(where);
+    check(number >= least && number <= most, where, std::to_string(number),
           "a number from " + std::to_string(least) + " to " + std::to_string(most));
-    return given;
+    return number;
 }
 
 std::vector<std::vector<double>> steps_from(const Json& value, const std::string& where, bool warped) {
-    const Json::Array& given = value.array(where);
-    const bool nested = !given.empty() && given[0].is_array();
+    const Json::Array& rows = value.array(where);
+    const bool nested = !rows.empty() && rows[0].is_array();
     std::vector<std::vector<double>> steps;
-    for (std::size_t i = 0; i < (nested ? given.size() : 1); ++i) {
+    for (std::size_t i = 0; i < (nested ? rows.size() : 1); ++i) {
         steps.emplace_back();
-        for (const Json& item : (nested ? given[i] : value).array(where)) {
+        for (const Json& item : (nested ? rows[i] : value).array(where)) {
             const double step = item.number(where);
             const double before = steps.back().empty() ? std::nextafter(1000.0, 1001.0) : steps.back().back();
             check(step > 0 && step < before, where, std::to_string(step), "falling numbers in (0, 1000]");
@@ -53,9 +46,9 @@ std::vector<std::vector<double>> steps_from(const Json& value, const std::string
 
 }  // namespace
 
-TransformerConfig TransformerConfig::from(const Json& given, const std::string& where) {
+TransformerConfig TransformerConfig::from(const Json& values, const std::string& where) {
     TransformerConfig out;
-    for (const auto& [key, value] : given.object(where)) {
+    for (const auto& [key, value] : values.object(where)) {
         const std::string at = where + "." + key.substr(0, 60);
         if (key == "patch_size") {
             const Json::Array& sizes = value.array(at);
@@ -75,7 +68,7 @@ TransformerConfig TransformerConfig::from(const Json& given, const std::string& 
         } else if (key == "num_layers") {
             out.layers = value.integer(at, 1, 1024);
         } else if (key == "freq_dim" || key == "ffn_dim") {
-            value.integer(at, 1, kMost);  // matters to whoever compiles the graphs
+            value.integer(at, 1, kMost);  // only compiling the graphs needs it
         } else if (key == "eps") {
             value.number(at);
         } else if (key == "cross_attn_norm") {
@@ -90,13 +83,13 @@ TransformerConfig TransformerConfig::from(const Json& given, const std::string& 
     return out;
 }
 
-Preset Preset::from(const Json& given, const std::string& where) {
+Preset Preset::from(const Json& values, const std::string& where, std::int64_t version) {
     Preset out;
     const Json* steps = nullptr;
     std::int64_t first_chunk = 0;
-    out.family = choice<Family>(given.at("family", where), where + ".family", {"greedy", "causal"});
-    if (out.family == Family::causal) out.window = 1;
-    for (const auto& [key, value] : given.object(where)) {
+    out.family = values.at("family", where).string(where + ".family");
+    values.at("window", where);
+    for (const auto& [key, value] : values.object(where)) {
         const std::string at = where + "." + key.substr(0, 60);
         if (key == "chunk")
             out.chunk = value.integer(at, 1, kMost);
@@ -119,22 +112,19 @@ Preset Preset::from(const Json& given, const std::string& where) {
         else if (key == "context_timestep")
             out.context_timestep = number_from(value, at, 0, 1000);
         else if (key == "solver")
-            out.solver = choice<SolverKind>(value, at, {"renoise", "euler", "unipc"});
+            out.solver = value.string(at);
         else if (key == "commit")
-            out.commit = choice<CommitPolicy>(value, at, {"clean", "noisy", "none"});
+            out.commit = find_row(kCommits, value.string(at), at).policy;
         else
             check(key == "family", where, "unknown key " + key.substr(0, 60), "one of a preset's");
     }
     if (steps) out.steps = steps_from(*steps, where + ".steps", out.warped);
+    // Version 1 counts the window of a greedy preset in chunks before the current one.
+    if (version == 1 && out.family == "greedy") out.window = (out.window + 1) * out.chunk;
     const auto text = [](std::int64_t value) { return std::to_string(value); };
     check(first_chunk == 0 || first_chunk == out.chunk, where + ".first_chunk", text(first_chunk), "0 or chunk");
-    if (out.family == Family::greedy) {
-        check(out.max_position >= 2 * out.chunk, where + ".max_position", text(out.max_position), "two chunks or more");
-        check(out.commit == CommitPolicy::clean, where + ".commit", "another", "clean for the greedy family");
-        return out;
-    }
-    check(out.window >= out.attn_sink + out.chunk, where + ".window", text(out.window), "attn_sink + chunk or more");
-    check(out.attn_sink % out.chunk == 0, where + ".attn_sink", text(out.attn_sink), "whole chunks");
+    check(out.window >= out.chunk && out.window <= kMost, where + ".window", text(out.window) + " latent frames",
+          "chunk to " + text(kMost));
     check(out.window % out.chunk == 0, where + ".window", text(out.window), "whole chunks");
     return out;
 }

@@ -1,5 +1,4 @@
-// Everything a bundle's manifest fixes about the stream: the transformer's shape and the streaming preset.
-// The fields and their limits are those of engine/config.py, which says what each means.
+// A bundle's manifest fixes the transformer's shape and the streaming preset. engine/config.py documents the fields.
 #pragma once
 
 #include <cstdint>
@@ -17,25 +16,25 @@ struct TransformerConfig {
     std::int64_t text_dim = 4096, layers = 30;
 
     std::int64_t dim() const { return heads * head_dim; }
-    static TransformerConfig from(const Json& given, const std::string& where);
+    static TransformerConfig from(const Json& values, const std::string& where);
 };
 
-enum class Family { greedy, causal };
-enum class SolverKind { renoise, euler, unipc };
 enum class CommitPolicy { clean, noisy, none };
 
 struct Preset {
-    Family family = Family::greedy;
-    std::int64_t chunk = 1, window = 3, attn_sink = 0, max_position = 20, stop_after = 0;
+    std::string family;       // a row of core/families.cpp
+    std::int64_t chunk = 1;   // latent frames
+    std::int64_t window = 0;  // latent frames, the current chunk included
+    std::int64_t attn_sink = 0, max_position = 20, stop_after = 0;
     std::vector<std::vector<double>> steps = {{1000, 750, 500, 250}};
     bool warped = true;
     double shift = 5.0, context_timestep = 0.0;
-    SolverKind solver = SolverKind::renoise;
+    std::string solver = "renoise";  // a row of core/schedule.cpp
     CommitPolicy commit = CommitPolicy::clean;
 
-    // Throws Error(GREEDY_BAD_BUNDLE) where a graph of fixed shapes cannot run it: a first chunk of another size, a
-    // window or attention sink that is not whole chunks.
-    static Preset from(const Json& given, const std::string& where);
+    // From a manifest of `version` 1 or 2. Throws Error(GREEDY_BAD_BUNDLE) where graphs of fixed shapes cannot run it:
+    // a first chunk of another size, or a window that is not whole chunks. Family and solver are only looked up later.
+    static Preset from(const Json& values, const std::string& where, std::int64_t version);
 };
 
 }  // namespace greedy::core

@@ -1,4 +1,4 @@
-// A strict JSON reader (RFC 8259): UTF-8 only, no duplicate keys, limited depth. For manifests and tokenizers.
+// A strict JSON reader (RFC 8259) for manifests and tokenizers: UTF-8 only, no duplicate keys, limited depth.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ class Json {
     const Array& array(const std::string& where) const;
     const Object& object(const std::string& where) const;
 
-    // Of an object: a key's value or null pointer; the second form throws where there is none.
+    // A key's value in an object. Without the key, find returns null and at throws.
     const Json* find(std::string_view key) const;
     const Json& at(std::string_view key, const std::string& where) const;
 
@@ -42,7 +42,7 @@ class Json {
     struct Number {
         double value;
         std::uint64_t magnitude;
-        bool negative, whole;  // whole: written as an integer, and |value| is `magnitude`
+        bool negative, whole;  // whole: the text is an integer, and |value| is `magnitude`
     };
     friend class JsonParser;
     [[noreturn]] void refuse(const std::string& where, const std::string& expected) const;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <iterator>
 #include <set>
 #include <string_view>
 
@@ -12,27 +13,30 @@ namespace {
 
 constexpr std::int64_t kMostSize = 1 << 16;
 constexpr std::int64_t kMostDim = std::int64_t{1} << 32;
+// By version: 1, 2.
+constexpr RowNames kRowNames[] = {{"write_idx", "kv_len"}, {"start_row", "valid_rows"}};
+constexpr std::int64_t kNewest = std::size(kRowNames);
 constexpr std::int64_t kMostBytes = std::int64_t{1} << 44;
 
 void expect(bool good, const std::string& where, const std::string& got, const std::string& expected) {
     if (!good) fail(GREEDY_BAD_BUNDLE, where, got, expected);
 }
 
-// An object with these keys and no others; those that start with ? may be missing.
+// An object with these keys and no others. Keys that start with ? may be missing.
 class Fields {
   public:
-    Fields(const Json& given, const std::string& where, std::initializer_list<std::string_view> keys)
-        : given_(given), where_(where) {
-        for (const auto& member : given.object(where)) {
+    Fields(const Json& values, const std::string& where, std::initializer_list<std::string_view> keys)
+        : values_(values), where_(where) {
+        for (const auto& member : values.object(where)) {
             const auto known = [&](std::string_view key) { return member.first == key.substr(key[0] == '?'); };
             expect(std::any_of(keys.begin(), keys.end(), known), where, "unknown key " + member.first.substr(0, 60),
                    "only known ones");
         }
         for (std::string_view key : keys)
-            if (key[0] != '?') given.at(key, where);
+            if (key[0] != '?') values.at(key, where);
     }
 
-    const Json& operator[](std::string_view key) const { return given_.at(key, where_); }
+    const Json& operator[](std::string_view key) const { return values_.at(key, where_); }
     std::string at(std::string_view key) const { return where_ + "." + std::string(key); }
     std::string name(std::string_view key) const { return checked_name((*this)[key], at(key)); }
     std::int64_t size(std::string_view key) const { return (*this)[key].integer(at(key), 1, kMostSize); }
@@ -45,17 +49,17 @@ class Fields {
     }
 
   private:
-    const Json& given_;
+    const Json& values_;
     const std::string where_;
 };
 
-std::map<std::string, std::string> names_from(const Json& given, const std::string& where) {
+std::map<std::string, std::string> names_from(const Json& values, const std::string& where) {
     std::map<std::string, std::string> out;
-    for (const auto& [key, value] : given.object(where)) out.emplace(key, Fields::checked_name(value, where));
+    for (const auto& [key, value] : values.object(where)) out.emplace(key, Fields::checked_name(value, where));
     return out;
 }
 
-// Relative, inside the bundle, in one spelling.
+// A path must be relative, stay inside the bundle and have one spelling.
 std::string safe_path(const std::string& path, const std::string& where) {
     bool good = !path.empty() && path.front() != '/' && path.back() != '/' && path.find('\\') == std::string::npos;
     for (std::size_t begin = 0; good && begin <= path.size();) {
@@ -68,8 +72,8 @@ std::string safe_path(const std::string& path, const std::string& where) {
     return path;
 }
 
-TensorSpec tensor_from(const Json& given, const std::string& where) {
-    const Fields fields(given, where, {"name", "shape", "dtype"});
+TensorSpec tensor_from(const Json& values, const std::string& where) {
+    const Fields fields(values, where, {"name", "shape", "dtype"});
     TensorSpec spec;
     spec.name = fields.name("name");
     const Json::Array& sizes = fields["shape"].array(fields.at("shape"));
@@ -89,23 +93,23 @@ TensorSpec tensor_from(const Json& given, const std::string& where) {
     fail(GREEDY_BAD_BUNDLE, fields.at("dtype"), "'" + dtype.substr(0, 60) + "'", "a type that graphs take");
 }
 
-std::vector<TensorSpec> tensors_from(const Json& given, const std::string& where) {
+std::vector<TensorSpec> tensors_from(const Json& values, const std::string& where) {
     std::vector<TensorSpec> out;
-    const Json::Array& items = given.array(where);
+    const Json::Array& items = values.array(where);
     expect(items.size() <= 4096, where, std::to_string(items.size()) + " tensors", "at most 4096");
     for (const Json& item : items) out.push_back(tensor_from(item, where + "." + std::to_string(out.size())));
     return out;
 }
 
-GraphSpec graph_from(const Json& given, const std::string& where) {
-    const Fields fields(given, where, {"file", "inputs", "outputs", "weights", "aliases", "?mutates", "?source"});
+GraphSpec graph_from(const Json& values, const std::string& where) {
+    const Fields fields(values, where, {"file", "inputs", "outputs", "weights", "aliases", "?mutates", "?source"});
     GraphSpec spec;
     spec.file = safe_path(fields.name("file"), fields.at("file"));
     spec.inputs = tensors_from(fields["inputs"], fields.at("inputs"));
     spec.outputs = tensors_from(fields["outputs"], fields.at("outputs"));
     spec.weights = names_from(fields["weights"], fields.at("weights"));
     spec.aliases = names_from(fields["aliases"], fields.at("aliases"));
-    if (const Json* mutates = given.find("mutates"))
+    if (const Json* mutates = values.find("mutates"))
         for (const Json& item : mutates->array(fields.at("mutates")))
             spec.mutates.push_back(Fields::checked_name(item, fields.at("mutates")));
     const auto input = [&](const std::string& name) {
@@ -114,7 +118,7 @@ GraphSpec graph_from(const Json& given, const std::string& where) {
     for (const auto* side : {&spec.inputs, &spec.outputs}) {
         std::set<std::string_view> names;
         for (const TensorSpec& tensor : *side)
-            expect(names.insert(tensor.name).second, where, "two tensors " + tensor.name, "one of a name");
+            expect(names.insert(tensor.name).second, where, "two tensors " + tensor.name, "different names");
     }
     for (const auto& [output, name] : spec.aliases) {
         const auto same = [&](const TensorSpec& a, const TensorSpec& b) {
@@ -122,15 +126,15 @@ GraphSpec graph_from(const Json& given, const std::string& where) {
         };
         bool found = false;
         for (const TensorSpec& made : spec.outputs)
-            for (const TensorSpec& given : spec.inputs) found |= same(made, given);
+            for (const TensorSpec& input : spec.inputs) found |= same(made, input);
         expect(found, where, "an alias of " + name, "an output and an input of its shape");
     }
     for (const std::string& name : spec.mutates) expect(input(name), where, "a mutated " + name, "an input");
     return spec;
 }
 
-BackendSpec backend_from(const Json& given, const std::string& where) {
-    const Fields fields(given, where, {"backend", "target", "versions", "graphs"});
+BackendSpec backend_from(const Json& values, const std::string& where) {
+    const Fields fields(values, where, {"backend", "target", "versions", "graphs"});
     BackendSpec spec;
     spec.backend = fields.name("backend");
     spec.target = fields.name("target");
@@ -142,9 +146,9 @@ BackendSpec backend_from(const Json& given, const std::string& where) {
     return spec;
 }
 
-std::map<std::string, FileSpec> files_from(const Json& given, const std::string& where) {
+std::map<std::string, FileSpec> files_from(const Json& values, const std::string& where) {
     std::map<std::string, FileSpec> out;
-    for (const auto& [path, entry] : given.object(where)) {
+    for (const auto& [path, entry] : values.object(where)) {
         const std::string at = where + "." + path.substr(0, 80);
         const Fields fields(entry, at, {"bytes", "sha256"});
         const std::string& hash = fields["sha256"].string(at);
@@ -162,17 +166,18 @@ std::map<std::string, FileSpec> files_from(const Json& given, const std::string&
 Manifest Manifest::parse(std::string_view text, const std::string& where) {
     const Json json = Json::parse(text, where);
     const Json* version = json.find("version");
-    if (version && version->is_number()) version->integer(where + ": version", 1, 1);
+    if (version && version->is_number()) version->integer(where + ": version", 1, kNewest);
     const Fields fields(
         json, where,
         {"format", "version", "preset_name", "preset", "transformer", "precision", "height", "width", "fps", "spatial",
          "temporal", "text_rows", "weights", "tokenizer", "golden", "files", "backends"});
-    fields["version"].integer(fields.at("version"), 1, 1);
+    const std::int64_t number = fields["version"].integer(fields.at("version"), 1, kNewest);
     const std::string format = fields.name("format");
     expect(format == "greedy-bundle", fields.at("format"), "'" + format.substr(0, 60) + "'", "greedy-bundle");
     Manifest out;
     out.preset_name = fields.name("preset_name");
-    out.preset = Preset::from(fields["preset"], fields.at("preset"));
+    out.names = kRowNames[number - 1];
+    out.preset = Preset::from(fields["preset"], fields.at("preset"), number);
     out.transformer = TransformerConfig::from(fields["transformer"], fields.at("transformer"));
     out.precision = fields.name("precision");
     const bool known = out.precision == "fp32" || out.precision == "fp16" || out.precision == "bf16";

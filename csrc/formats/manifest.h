@@ -1,4 +1,4 @@
-// manifest.json of a bundle, with the schema of engine/bundles/manifest.py: what is inside and what it needs.
+// manifest.json lists a bundle's files and graphs. The schema is that of engine/bundles/manifest.py.
 #pragma once
 
 #include <map>
@@ -14,7 +14,7 @@ struct GraphSpec {
     std::string file;
     std::vector<TensorSpec> inputs, outputs;
     std::map<std::string, std::string> weights;  // the graph's constant -> key of weights.safetensors
-    std::map<std::string, std::string> aliases;  // output -> input that it is written over
+    std::map<std::string, std::string> aliases;  // output -> input in whose memory it is written
     std::vector<std::string> mutates;            // inputs that the graph writes and does not return
 };
 
@@ -29,7 +29,14 @@ struct FileSpec {
     std::string sha256;
 };
 
+// Names of two integer inputs of a transformer's graph: the first row to write, and the number of rows to attend to.
+struct RowNames {
+    const char* start_row;
+    const char* valid_rows;
+};
+
 struct Manifest {
+    RowNames names;  // by version
     std::string preset_name, precision, weights, tokenizer;
     Preset preset;
     TransformerConfig transformer;

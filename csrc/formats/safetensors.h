@@ -13,9 +13,8 @@ struct StoredTensor {
     const unsigned char* data;
 };
 
-// The tensors of a file of `size` bytes, which must outlive them. Every length, offset and overlap is checked; throws
-// Error(GREEDY_BAD_BUNDLE) with `where` in its text. A type that no graph here takes (integers of other widths, F64)
-// is left out.
+// The tensors of a file of `size` bytes, which must outlive them. Checks every length, offset and overlap; throws
+// Error(GREEDY_BAD_BUNDLE) with `where` in its text. Leaves out types that no graph takes (F64, other integers).
 std::map<std::string, StoredTensor> read_safetensors(const unsigned char* data, std::size_t size,
                                                      const std::string& where);
 

@@ -1,4 +1,4 @@
-// greedy-host: streams a bundle from the command line, without Python; an example of the whole interface.
+// greedy-host streams a bundle from the command line, without Python. It is an example of the whole interface.
 #include <cerrno>
 #include <chrono>
 #include <csignal>
@@ -10,31 +10,33 @@
 #include <vector>
 
 #include "greedy/greedy.hpp"
-#include "greedy/sinks.h"
+#include "host/sinks.h"
 
 namespace {
 
 constexpr const char* kUsage =
     "usage: greedy-host BUNDLE --prompt TEXT [options]\n"
-    "  --prompt TEXT          what to show\n"
+    "  --prompt TEXT          text to show\n"
     "  --prompt-at FRAME TEXT switch the prompt at a frame; may be repeated, in order\n"
-    "  --no-recommit          leave the past as it is when the prompt switches\n"
+    "  --no-recommit          keep the old prompt's keys and values when the prompt switches\n"
     "  --image FILE.ppm       start from a picture of the bundle's size\n"
     "  --frames N             stop after N frames; default: until Ctrl-C\n"
     "  --seed S               the same seed gives the same video (0)\n"
     "  --out TARGET           FILE.y4m, .rgb, .mp4 (with ffmpeg), - (stdout), null, checksum (-)\n"
-    "  --format y4m|rgb       what --out - writes (y4m)\n"
+    "  --format y4m|rgb       format of --out - (y4m)\n"
     "  --backend NAME         aoti, tensorrt, ...; default: the first of the bundle that opens\n"
-    "  --plugin-dir DIR       where plugins lie; default: beside the library\n"
-    "  --library-dir DIR      where libtorch_cpu.so lies\n"
+    "  --plugin-dir DIR       directory of the plugins; default: beside the library\n"
+    "  --library-dir DIR      directory of libtorch_cpu.so; default: $GREEDY_LIBRARY_DIR, or the installed torch\n"
+    "  --threads N            CPU threads; default: OMP_NUM_THREADS, else by the model's size\n"
     "  --no-verify            compare the hashes of graphs only\n"
     "  --json                 print times as the last line of stderr\n"
     "  --quiet                no log\n";
 
 struct Options {
     std::string bundle, image, out = "-", format;
-    std::vector<std::pair<std::uint64_t, std::string>> prompts;  // frame from which on, text
+    std::vector<std::pair<std::uint64_t, std::string>> prompts;  // first frame, text
     std::uint64_t frames = UINT64_MAX, seed = 0;
+    const char* threads = nullptr;
     bool recommit = true, json = false, quiet = false;
     greedy_settings settings;
 };
@@ -84,6 +86,8 @@ Options parse(int count, char** words) {
             out.settings.plugin_dir = next();
         else if (word == "--library-dir")
             out.settings.library_dir = next();
+        else if (word == "--threads")
+            out.threads = next();
         else if (word == "--no-verify")
             out.settings.verify = 0;
         else if (word == "--json")
@@ -99,6 +103,7 @@ Options parse(int count, char** words) {
     }
     if (out.bundle.empty()) throw Usage("BUNDLE: got none, expected a directory");
     if (out.prompts.empty() || out.prompts.front().first != 0) throw Usage("--prompt: got none, expected words");
+    if (out.threads && number("--threads", out.threads) == 0) throw Usage("--threads: got 0, expected at least 1");
     if (out.frames == 0) throw Usage("--frames: got 0, expected at least 1");
     return out;
 }
@@ -119,6 +124,13 @@ std::vector<std::uint8_t> read_ppm(const std::string& path, int width, int heigh
     return rgb;
 }
 
+// libtorch's OpenMP library reads these once, when a plugin loads it. Without the first one an idle thread spins for some
+// milliseconds before it sleeps, and takes a core from the process beside this one.
+void set_threads(const Options& options) {
+    setenv("OMP_WAIT_POLICY", "passive", 0);  // the user's own stays
+    if (options.threads) setenv("OMP_NUM_THREADS", options.threads, 1);
+}
+
 volatile std::sig_atomic_t stopped = 0;
 
 double since(std::chrono::steady_clock::time_point begun) {
@@ -132,14 +144,14 @@ void run(const Options& options) {
     const greedy_info info = bundle.info();
     greedy::Session session(bundle, options.seed);
     if (!options.image.empty()) session.push_frames(read_ppm(options.image, info.width, info.height).data(), 1);
-    const auto sink = greedy::open_sink(options.out, options.format, info.width, info.height, info.fps);
+    const auto sink = greedy::host::open_sink(options.out, options.format, info.width, info.height, info.fps);
     std::size_t prompt = 0;
     std::uint64_t frames = 0;
     double first_ms = 0, chunk_ms = 0;
     std::vector<double> chunks;
     const auto streaming = std::chrono::steady_clock::now();
     while (frames < options.frames && !stopped) {
-        // A prompt counts from the next chunk on, so frames that are already made are shown first.
+        // A prompt applies from the next chunk on, so frames that are already made are shown first.
         for (; prompt < options.prompts.size() && options.prompts[prompt].first <= frames; ++prompt)
             session.set_prompt(options.prompts[prompt].second, options.recommit);
         const auto asked = std::chrono::steady_clock::now();
@@ -175,6 +187,7 @@ int main(int count, char** words) {
     for (int number : {SIGINT, SIGTERM}) std::signal(number, [](int) { stopped = 1; });
     try {
         Options options = parse(count, words);
+        set_threads(options);
         if (!options.quiet)
             options.settings.log = [](void*, int level, const char* text) {
                 if (level <= GREEDY_LOG_INFO) std::fprintf(stderr, "%s\n", text);
@@ -185,8 +198,8 @@ int main(int count, char** words) {
         if (!*error.what()) return std::fputs(kUsage, stdout) < 0;
         std::fprintf(stderr, "error: %s (see --help)\n", error.what());
         return 2;
-    } catch (const greedy::OutputClosed&) {
-        return 0;  // the reader has seen enough
+    } catch (const greedy::host::OutputClosed&) {
+        return 0;  // the reader has ended the stream
     } catch (const greedy::StatusError& error) {
         std::fprintf(stderr, "error: %s\n", error.what());
         return error.status <= GREEDY_NO_MEMORY ? 1 : 2;

@@ -1,4 +1,4 @@
-#include "greedy/sinks.h"
+#include "host/sinks.h"
 
 #include <fcntl.h>
 #include <sys/socket.h>
@@ -13,16 +13,16 @@
 #include <utility>
 #include <vector>
 
-#include "base/error.h"
 #include "base/sha256.h"
+#include "greedy/greedy.hpp"
 
-namespace greedy {
-
-FrameSink::~FrameSink() = default;
-
+namespace greedy::host {
 namespace {
 namespace fs = std::filesystem;
-using core::fail;
+
+[[noreturn]] void fail(int status, const std::string& what, const std::string& got, const std::string& expected) {
+    throw StatusError(status, what + ": got " + got + ", expected " + expected);
+}
 
 [[noreturn]] void system_failure(const std::string& what) {
     fail(GREEDY_FAILED, what, std::strerror(errno), "it to work");
@@ -70,7 +70,7 @@ class Output {
         for (const char* at = static_cast<const char*>(data); size > 0;) {
             const ssize_t count = ::write(file_, at, size);
             if (count < 0 && errno == EINTR) continue;
-            if (count < 0 && errno == EPIPE) throw OutputClosed("output: got a reader that has gone, expected one");
+            if (count < 0 && errno == EPIPE) throw OutputClosed("output: got no reader, expected one");
             if (count < 0) system_failure("output " + name_);
             at += count;
             size -= static_cast<std::size_t>(count);
@@ -132,7 +132,7 @@ class RawSink : public FrameSink {
     bool empty_ = true;
 };
 
-// YUV4MPEG2, 4:4:4, BT.601 in limited range: what a reader assumes of a y4m, which has no field for it.
+// YUV4MPEG2, 4:4:4, BT.601 in limited range. The format has no field for the matrix, and readers assume this one.
 class Y4mSink : public RawSink {
   public:
     Y4mSink(const std::string& name, int width, int height, double fps)
@@ -165,7 +165,7 @@ class Y4mSink : public RawSink {
     std::vector<std::uint8_t> planes_;
 };
 
-// An ffmpeg process that reads raw frames. Over a socket, since a write to a pipe whose reader has died is a signal.
+// An ffmpeg process that reads raw frames from a socket: a write to a pipe whose reader has died raises a signal.
 class FfmpegSink : public FrameSink {
   public:
     FfmpegSink(const std::string& name, int width, int height, double fps)
@@ -183,7 +183,7 @@ class FfmpegSink : public FrameSink {
         std::vector<std::string> words = {"ffmpeg",   "-nostdin", "-loglevel", "error",  "-f", "rawvideo",
                                           "-pix_fmt", "rgb24",    "-s",        shape,    "-r", timing,
                                           "-i",       "pipe:0",   "-pix_fmt",  "yuv420p"};
-        if (suffix == "mp4" || suffix == "mov")  // plays up to its last whole frame, whatever happens
+        if (suffix == "mp4" || suffix == "mov")  // plays up to its last whole frame if the process dies
             words.insert(words.end(), {"-movflags", "frag_every_frame+empty_moov+default_base_moof"});
         words.insert(words.end(), {"-f", format, "-y", part_});
         start(words);
@@ -240,7 +240,7 @@ class FfmpegSink : public FrameSink {
         }
     }
 
-    // Closes its input and waits; the exit status, 127 where there is no ffmpeg.
+    // Closes the input, waits and returns the exit status, which is 127 without an ffmpeg.
     int finish() {
         ::close(socket_);
         int status = 0;
@@ -280,4 +280,4 @@ std::unique_ptr<FrameSink> open_sink(const std::string& target, const std::strin
     fail(GREEDY_INVALID, "output", target, ".y4m, .rgb, .mp4, .mkv, .webm, .mov, null, checksum or - (y4m or rgb)");
 }
 
-}  // namespace greedy
+}  // namespace greedy::host

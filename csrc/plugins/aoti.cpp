@@ -1,10 +1,11 @@
 // The aoti plugin: graphs compiled by AOTInductor, on a CPU or a CUDA device, through its C interface alone.
 //
-// No header and no library of torch is needed to build this: libtorch_cpu.so (and for CUDA libtorch_cuda.so) is loaded
-// when a device is opened, a graph's own shared object when it is loaded, and their C functions are looked up by name
+// The build needs no header and no library of torch. Opening a device loads libtorch_cpu.so (for CUDA libtorch_cuda.so
+// as well), loading a graph loads its shared object, and the C functions of both are looked up by name
 // (torch/csrc/inductor/aoti_torch/c/shim.h and aoti_runtime/interface.h; present since torch 2.11).
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -19,6 +20,7 @@
 #include "formats/json.h"
 #include "greedy/plugin.h"
 #include "guard.h"
+#include "threads.h"
 #include "torch_c.h"
 
 namespace {
@@ -32,7 +34,7 @@ struct Pair {             // AOTInductorConstantMapEntry
     Tensor value;
 };
 
-// Graphs run where they were compiled for, with the torch that compiled them.
+// Graphs run on the processor they were compiled for, with the torch that compiled them.
 void check_target(const char* target) {
     if (std::strncmp(target, "cuda", 4) == 0 || std::strcmp(target, "cpu") == 0) return;
 #if defined(__x86_64__)
@@ -47,18 +49,20 @@ void check_target(const char* target) {
 void check_version(const char* compiled, uint64_t loaded) {
     unsigned major = 0, minor = 0;
     if (!compiled || std::sscanf(compiled, "%u.%u", &major, &minor) != 2)
-        throw Failure(GREEDY_BAD_BUNDLE, "got no version of torch in the manifest, expected the one that compiled");
+        throw Failure(GREEDY_BAD_BUNDLE, "got no version of torch in the manifest, expected that of the compiler");
     const unsigned here = static_cast<unsigned>(loaded >> 56), here_minor = static_cast<unsigned>(loaded >> 48 & 0xFF);
     if (major != here || minor != here_minor)
         throw Failure(GREEDY_NO_BACKEND, std::string("got graphs of torch ") + compiled + ", expected " +
                                              std::to_string(here) + "." + std::to_string(here_minor) +
-                                             ", which was found");
+                                             ", which is installed");
 }
 
 class AotiDevice {
   public:
     explicit AotiDevice(const greedy_device_settings& settings)
-        : torch_(load_library(settings.library_dir, "libtorch_cpu.so")),
+        : library_(load_library(settings.library_dir, "libtorch_cpu.so")),
+          torch_(library_),
+          threads_(library_),
           parallel_(static_cast<size_t>(settings.parallel)),
           cuda_(std::strncmp(settings.target, "cuda", 4) == 0) {
         check_version(settings.version, torch_.abi_version());
@@ -71,9 +75,10 @@ class AotiDevice {
     }
 
     const Torch& torch() const { return torch_; }
+    Threads& threads() { return threads_; }
     bool cuda() const { return cuda_; }
     size_t parallel() const { return parallel_; }
-    int32_t dtype(int32_t given) const { return torch_.dtypes[given](); }
+    int32_t dtype(int32_t kind) const { return torch_.dtypes[kind](); }
 
     Owned empty(const int64_t* sizes, int64_t rank, int32_t dtype) const {
         Owned made(torch_);
@@ -81,7 +86,7 @@ class AotiDevice {
         return made;
     }
 
-    // Memory that stays somebody else's, as a tensor.
+    // A tensor over memory that it does not own.
     Owned view(void* data, const int64_t* sizes, int64_t rank, int32_t dtype, int32_t place) const {
         Owned made(torch_);
         check(torch_.from_blob(data, rank, sizes, packed(sizes, rank).data(), 0, dtype, place, 0, made.out()),
@@ -104,7 +109,7 @@ class AotiDevice {
             std::memcpy(to, from, bytes);
             return;
         }
-        // Any one-byte type will do; a copy between host and device returns when it is done.
+        // Any one-byte type works. A copy between host and device returns when it is done.
         const int64_t size = static_cast<int64_t>(bytes);
         const Owned target = view(to, &size, 1, dtype(GREEDY_FLOAT8_E4M3FN), to_place);
         const Owned source = view(const_cast<void*>(from), &size, 1, dtype(GREEDY_FLOAT8_E4M3FN), from_place);
@@ -113,20 +118,20 @@ class AotiDevice {
     int32_t here() const { return place_; }
     int32_t host() const { return torch_.cpu(); }
 
-    // One tensor for a weight, however many graphs take it: in place on a CPU, copied once to a GPU. Graphs get a view,
-    // because torch 2.13 never gives back what it keeps of a user-managed constant: then that is a few bytes.
+    // One tensor per weight, shared by all graphs: in place on a CPU, copied once to a GPU. Graphs get a view, because
+    // torch 2.13 never frees its handle of a user-managed constant; a leaked view costs only a few bytes.
     Tensor weight(const greedy_constant& constant) {
         const std::lock_guard<std::mutex> lock(mutex_);
         const greedy_tensor& spec = constant.tensor;
-        // An empty weight lies where the next one does.
+        // An empty weight has the address of the next one, so the key also holds type and shape.
         const Place at{constant.data, spec.dtype, {spec.shape, spec.shape + spec.rank}};
         const auto found = weights_.find(at);
         if (found != weights_.end()) return found->second;
         void* data = const_cast<void*>(constant.data);
         if (cuda_) {
-            const Owned given = view(data, spec.shape, spec.rank, dtype(spec.dtype), host());
+            const Owned source = view(data, spec.shape, spec.rank, dtype(spec.dtype), host());
             Owned copied = empty(spec.shape, spec.rank, dtype(spec.dtype));
-            check(torch_.copy(copied.get(), given.get(), 0), "copy");
+            check(torch_.copy(copied.get(), source.get(), 0), "copy");
             check(torch_.data(copied.get(), &data), "memory");
             copies_.push_back(std::move(copied));
         }
@@ -136,14 +141,28 @@ class AotiDevice {
   private:
     using Place = std::tuple<const void*, int32_t, std::vector<int64_t>>;  // address, type and shape
 
+    void* const library_;  // libtorch_cpu.so
     const Torch torch_;
+    Threads threads_;
     const size_t parallel_;
     const bool cuda_;
     int32_t place_;
     std::mutex mutex_;
     std::map<Place, Tensor> weights_;
-    std::vector<Owned> copies_;  // of the weights, on a GPU
+    std::vector<Owned> copies_;  // of the weights on a GPU
 };
+
+// Multiply-adds of a transformer's largest product over one chunk; 0 for other graphs.
+int64_t work_of(const greedy_graph_spec& spec) {
+    int64_t tokens = 0, largest = 0;
+    for (size_t i = 0; i < spec.input_count; ++i)
+        if (std::strcmp(spec.inputs[i].name, "rope_cos") == 0) tokens = spec.inputs[i].shape[0];
+    for (size_t i = 0; i < spec.constant_count; ++i) {
+        const greedy_tensor& weight = spec.constants[i].tensor;
+        if (weight.rank == 2) largest = std::max(largest, weight.shape[0] * weight.shape[1]);
+    }
+    return tokens * largest;
+}
 
 class AotiGraph {
   public:
@@ -154,6 +173,7 @@ class AotiGraph {
         if (!library_) throw Failure(GREEDY_BAD_BUNDLE, std::string("got a graph that does not load, ") + dlerror());
         try {
             open(spec);
+            if (!device.cuda()) device.threads().add(work_of(spec));
         } catch (...) {
             close();
             throw;
@@ -164,10 +184,11 @@ class AotiGraph {
     AotiGraph& operator=(const AotiGraph&) = delete;
 
     void run(void* const* inputs, greedy_buffer* outputs) const {
-        std::vector<Owned> given;
-        for (size_t i = 0; i < inputs_.size(); ++i) given.push_back(device_.view(inputs[i], inputs_[i].view()));
+        std::vector<Owned> views;
+        for (size_t i = 0; i < inputs_.size(); ++i) views.push_back(device_.view(inputs[i], inputs_[i].view()));
         std::vector<Tensor> in, out(outputs_.size(), nullptr);
-        for (Owned& tensor : given) in.push_back(tensor.release());  // the graph takes them over
+        for (Owned& tensor : views) in.push_back(tensor.release());  // the graph owns them from here on
+        const Threads::Lowered lowered(device_.threads());
         const int32_t code = run_(container_, in.data(), in.size(), out.data(), out.size(), nullptr, nullptr);
         std::vector<Owned> made;
         for (Tensor tensor : out) {
@@ -191,12 +212,12 @@ class AotiGraph {
         int32_t dtype;
         std::vector<int64_t> shape;
 
-        explicit Spec(const greedy_tensor& given)
-            : name(given.name), dtype(given.dtype), shape(given.shape, given.shape + given.rank) {}
+        explicit Spec(const greedy_tensor& tensor)
+            : name(tensor.name), dtype(tensor.dtype), shape(tensor.shape, tensor.shape + tensor.rank) {}
 
         greedy_tensor view() const { return {name.c_str(), dtype, static_cast<int32_t>(shape.size()), shape.data()}; }
 
-        // The type and shape of a [name, dtype, [sizes]].
+        // Whether a [name, dtype, [sizes]] has this type and shape.
         bool like(const Json::Array& said) const {
             const Json::Array& sizes = said[2].array("signature");
             bool same = said[1].string("signature") == kDtypes[dtype] && sizes.size() == shape.size();
@@ -234,13 +255,13 @@ class AotiGraph {
             throw Failure(GREEDY_BAD_BUNDLE, "got " + std::to_string(in) + " inputs and " + std::to_string(out) +
                                                  " outputs in the graph, expected " + std::to_string(inputs_.size()) +
                                                  " and " + std::to_string(outputs_.size()));
-        // A manifest without weights would leave those that the graph reads unset.
+        // A manifest without weights would leave the constants that the graph reads unset.
         if (spec.constant_count || (constants && !signature.at("constants", "signature").array("signature").empty()))
             bind(spec, constants, signature);
     }
 
-    // A graph says of itself what goes in and out; it checks nothing when it runs, so a manifest that lies about it
-    // would let it read or write past a buffer.
+    // A graph checks no shapes when it runs, so a wrong manifest would let it read or write past a buffer. Its own
+    // signature must therefore equal the manifest.
     Json check_signature() {
         int32_t (*call_spec)(Container, const char**, const char**);
         find("GetCallSpec", call_spec);
@@ -261,15 +282,15 @@ class AotiGraph {
         return json;
     }
 
-    // Weights lie outside the graph and stay there; it must want exactly those that the manifest gives it.
+    // Weights stay outside the graph. The graph must need exactly the weights in the manifest.
     void bind(const greedy_graph_spec& spec, size_t wanted, const Json& signature) {
         int32_t (*name_of)(Container, size_t, const char**), (*original_of)(Container, size_t, const char**);
         int32_t (*update)(Container, const Pair*, size_t, bool, bool);
         find("GetConstantName", name_of);
         find("GetConstantOriginalFQN", original_of);
         find("UpdateUserManagedConstantBufferPairs", update);
-        std::map<std::string, const greedy_constant*> given;
-        for (size_t i = 0; i < spec.constant_count; ++i) given[spec.constants[i].tensor.name] = &spec.constants[i];
+        std::map<std::string, const greedy_constant*> supplied;
+        for (size_t i = 0; i < spec.constant_count; ++i) supplied[spec.constants[i].tensor.name] = &spec.constants[i];
         std::map<std::string, const Json::Array*> said;
         for (const Json& entry : signature.at("constants", "signature").array("signature"))
             if (entry.array("signature").size() == 3)
@@ -279,8 +300,8 @@ class AotiGraph {
             const char *name = "", *original = "";
             name_of(container_, i, &name);
             original_of(container_, i, &original);
-            const auto found = given.find(name);
-            if (found == given.end())
+            const auto found = supplied.find(name);
+            if (found == supplied.end())
                 throw Failure(GREEDY_BAD_BUNDLE, std::string("got no weight for constant ") + name + ", expected one");
             const auto expected = said.find(original);
             if (expected == said.end() || !Spec(found->second->tensor).like(*expected->second))
@@ -295,7 +316,7 @@ class AotiGraph {
             throw Failure(GREEDY_BAD_BUNDLE, "got weights that the graph refuses" + last_error() + ", expected others");
     }
 
-    // An output is what the manifest says, contiguous.
+    // Checks an output against the manifest and makes it contiguous.
     greedy_buffer checked(Owned tensor, const Spec& spec) const {
         const Torch& torch = device_.torch();
         int64_t rank = 0, *sizes = nullptr, *strides = nullptr;

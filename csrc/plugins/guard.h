@@ -1,4 +1,4 @@
-// What every plugin does at the C boundary.
+// The C boundary of every plugin.
 #pragma once
 
 #include <cstdio>
@@ -10,7 +10,7 @@ namespace greedy::plugin {
 
 using Failure = core::Error;
 
-// Runs `work`; what it throws as a status, and a line in `error`.
+// Runs `work`; returns an exception as a status and writes its line to `error`.
 template <typename Work>
 int guarded(char* error, size_t size, Work&& work) noexcept {
     int status = GREEDY_OK;

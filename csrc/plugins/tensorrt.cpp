@@ -1,6 +1,5 @@
-// The tensorrt plugin: plans of TensorRT 11 on an NVIDIA GPU. Built where NvInfer.h is. Written against the published
-// headers and compiled against a stand-in of them, not executed: neither TensorRT nor a machine that has it was at
-// hand.
+// The tensorrt plugin: plans of TensorRT 11 on an NVIDIA GPU. It is built where NvInfer.h is found. It was written
+// against the published headers, and its tests run over a stand-in of them; it was never executed on TensorRT.
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
 
@@ -74,7 +73,7 @@ struct TrtDevice {
         const std::string found = std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + ".";
         if (!settings.version || std::strncmp(settings.version, found.c_str(), found.size()) != 0)
             throw Failure(GREEDY_NO_BACKEND, std::string("got plans of TensorRT ") +
-                                                 (settings.version ? settings.version : "nobody knows") +
+                                                 (settings.version ? settings.version : "an unknown version") +
                                                  ", expected " + found);
         runtime.reset(nvinfer1::createInferRuntime(logger));
         if (!runtime) throw Failure(GREEDY_NO_BACKEND, "got no TensorRT runtime, expected one");
@@ -157,15 +156,16 @@ class TrtGraph {
 
     // An alias lives as long as its input, and only the keys and values of a transformer are kept in place.
     static bool in_place(const std::string& graph, const std::string& input) {
-        const bool transformer = graph == "sdd" || graph == "etm" || graph == "sdd_context" || graph == "dit";
-        return transformer && (input.rfind("k_", 0) == 0 || input.rfind("v_", 0) == 0);
+        const auto begins = [](const std::string& name, const char* with) { return name.rfind(with, 0) == 0; };
+        const bool other = begins(graph, "vae_") || begins(graph, "prepare_text_") || graph == "encode_text";
+        return !other && (begins(input, "k_") || begins(input, "v_"));
     }
 
-    // A plan checks no sizes when it runs, so a manifest that lies would let it read or write past a buffer.
+    // A plan checks no sizes when it runs, so a wrong manifest would let it read or write past a buffer.
     std::string checked(const greedy_tensor& told, nvinfer1::TensorIOMode mode) const {
         const bool known = engine_->getTensorIOMode(told.name) == mode;
         const nvinfer1::Dims dims = known ? engine_->getTensorShape(told.name) : nvinfer1::Dims{};
-        size_t count = 1;  // the plan's caches have an axis more
+        size_t count = 1;  // the plan's caches have one more axis
         for (int32_t i = 0; i < dims.nbDims; ++i) count *= static_cast<size_t>(dims.d[i]);
         if (!known || count != count_of(told) || engine_->getTensorDataType(told.name) != type_of(told.dtype))
             throw Failure(GREEDY_BAD_BUNDLE,
@@ -173,7 +173,7 @@ class TrtGraph {
         return told.name;
     }
 
-    // Weights lie outside the plan and are put into it once.
+    // Weights lie outside the plan; loading puts them into it once.
     void refit(TrtDevice& device, const greedy_graph_spec& spec) {
         const std::unique_ptr<nvinfer1::IRefitter> refitter(nvinfer1::createInferRefitter(*engine_, device.logger));
         if (!refitter) throw Failure(GREEDY_FAILED, "got no refitter, expected one");

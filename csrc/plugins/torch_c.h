@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <fstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,7 +26,7 @@ void look_up(void* library, const char* name, Function& out, int status) {
     if (!out) throw Failure(status, std::string("got no function ") + name + ", expected torch 2.11 or newer");
 }
 
-// The functions of libtorch that are used.
+// The functions of libtorch that the plugin calls.
 struct Torch {
     int32_t (*cpu)(), (*cuda)() = nullptr;
     int32_t (*dtypes[5])();  // in the order of greedy_dtype
@@ -68,7 +69,7 @@ inline std::vector<int64_t> packed(const int64_t* sizes, int64_t rank) {
     return strides;
 }
 
-// A tensor handle that is given back, unless it is released to somebody else.
+// A tensor handle that the destructor deletes, unless it is released to another owner.
 class Owned {
   public:
     explicit Owned(const Torch& torch) : torch_(&torch) {}
@@ -98,20 +99,31 @@ inline std::string beside_this() {
     return slash == std::string::npos ? "." : path.substr(0, slash);
 }
 
-// A library of torch, from where it was said to be, or else from the first place that has one.
-inline void* load_library(const char* given, const char* name) {
-    const char* named = given ? given : std::getenv("GREEDY_LIBRARY_DIR");
-    std::vector<std::string> places = {named ? std::string(named) + "/" : beside_this() + "/"};
-    // In a Python environment this lies in engine/lib, beside which torch is installed.
-    if (!named) places.insert(places.end(), {beside_this() + "/../../torch/lib/", ""});
+// Directories that may hold torch's libraries: the named one alone; else the folder of this plugin, the torch that is
+// installed beside the Python package (this is engine/lib), the lines of library_dirs.txt, and the system's search
+// path.
+inline std::vector<std::string> library_places(const char* library_dir) {
+    const char* named = library_dir ? library_dir : std::getenv("GREEDY_LIBRARY_DIR");
+    if (named && *named) return {std::string(named) + "/"};
+    const std::string here = beside_this() + "/";
+    std::vector<std::string> places = {here, here + "../../torch/lib/"};
+    std::ifstream file(here + "library_dirs.txt");  // of an editable installation, written by setup.py
+    for (std::string line; std::getline(file, line);)
+        if (!line.empty()) places.push_back(line + "/");
+    places.push_back("");
+    return places;
+}
+
+inline void* load_library(const char* library_dir, const char* name) {
     std::string reason;
-    for (const std::string& place : places) {
+    for (const std::string& place : library_places(library_dir)) {
         if (void* library = dlopen((place + name).c_str(), RTLD_NOW | RTLD_GLOBAL)) return library;
         reason = dlerror();
     }
     throw Failure(GREEDY_NO_BACKEND,
                   std::string("got no ") + name + " (" + reason +
-                      "), expected it in library_dir, GREEDY_LIBRARY_DIR or the system's search path");
+                      "), expected it in library_dir, GREEDY_LIBRARY_DIR, beside the Python package or in the "
+                      "system's search path");
 }
 
 }  // namespace greedy::plugin

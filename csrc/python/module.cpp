@@ -1,5 +1,5 @@
-// engine._C: the C interface as Python objects; engine/bundles/native.py is what users import. Frames are views of the
-// core's own memory, and every call that computes lets other Python threads run.
+// engine._C: the C interface as Python objects; users import engine/bundles/native.py. Frames are views of the core's
+// own memory, and every call that computes lets other Python threads run.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -35,7 +35,7 @@ void translate(const greedy::StatusError& error) {
     }
 }
 
-// `count` frames of a chunk from `frame` on, [count, H, W, 3], read-only; they live as long as the array.
+// `count` frames of a chunk from `frame` on as a read-only array [count, H, W, 3], which keeps them alive.
 py::array view(greedy::Frame frame, py::ssize_t count) {
     const greedy_frame& first = *frame;
     const py::ssize_t width = first.width, height = first.height, stride = static_cast<py::ssize_t>(first.stride);
@@ -47,7 +47,7 @@ py::array view(greedy::Frame frame, py::ssize_t count) {
     return array;
 }
 
-// A session is for one thread at a time; here another one waits its turn. set_prompt and cancel need no turn.
+// A session takes one thread at a time, so other threads wait their turn. set_prompt and cancel need no turn.
 class PySession {
   public:
     PySession(const greedy::Bundle& bundle, std::uint64_t seed)
@@ -69,7 +69,7 @@ class PySession {
         work(*session);
     }
 
-    // A chunk that is made is given whole: a cancel that comes meanwhile is for the next one.
+    // Returns a chunk whole: a cancel between its frames applies to the next chunk.
     py::array next_chunk() {
         greedy::Frame first = alone([](greedy::Session& session) {
             greedy::Frame frame = session.next_frame();
@@ -115,9 +115,9 @@ class PySession {
 template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
-// The core reads as many values as the bundle's sizes say. Negative: any size.
-void expect(const py::array& given, const char* what, const std::vector<py::ssize_t>& sizes) {
-    const std::vector<py::ssize_t> shape(given.shape(), given.shape() + given.ndim());
+// The core reads as many values as the bundle's sizes say, so arrays must have them. A negative size is any size.
+void expect(const py::array& array, const char* what, const std::vector<py::ssize_t>& sizes) {
+    const std::vector<py::ssize_t> shape(array.shape(), array.shape() + array.ndim());
     bool same = shape.size() == sizes.size();
     for (std::size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] < 0 || shape[i] == sizes[i];
     if (same) return;
@@ -159,7 +159,7 @@ py::dict describe(const greedy::Bundle& bundle) {
 PYBIND11_MODULE(_C, module) {
     module.doc() = "The C++ core; see engine.bundles.native.";
     module.attr("version") = greedy_version();
-    // Before the translator below, which passes what it throws on to those before it.
+    // Must come before the translator below, because a translator passes its exceptions to those registered earlier.
     py::register_exception<Cancelled>(module, "Cancelled", PyExc_RuntimeError);
     py::register_exception_translator([](std::exception_ptr pointer) {
         try {

@@ -13,8 +13,12 @@ namespace {
 
 constexpr std::size_t kManifestLimit = std::size_t{1} << 26;
 
+}  // namespace
+
+std::string manifest_path(const std::string& folder) { return (fs::path(folder) / "manifest.json").string(); }
+
 Manifest read_manifest(const std::string& folder) {
-    const std::string path = (fs::path(folder) / "manifest.json").string();
+    const std::string path = manifest_path(folder);
     std::error_code error;
     if (!fs::is_directory(folder, error) || !fs::exists(path, error))
         fail(GREEDY_NOT_FOUND, "bundle", folder + " without manifest.json", "a bundle");
@@ -25,10 +29,8 @@ Manifest read_manifest(const std::string& folder) {
     return Manifest::parse(file.text(), path);
 }
 
-}  // namespace
-
-Bundle::Bundle(const std::string& folder, const greedy_settings& settings)
-    : folder_(folder), log_(settings.log), log_cookie_(settings.log_cookie), manifest_(read_manifest(folder)) {
+Bundle::Bundle(const std::string& folder, Manifest manifest, const greedy_settings& settings)
+    : folder_(folder), log_(settings.log), log_cookie_(settings.log_cookie), manifest_(std::move(manifest)) {
     for (const auto& entry : manifest_.files) check_file(entry.first, false);
     open_device(settings);
     const std::string tokenizer = manifest_.tokenizer + "/";
@@ -42,7 +44,7 @@ Bundle::Bundle(const std::string& folder, const greedy_settings& settings)
         if (entry.first.rfind("vae_encode", 0) != 0)
             graph(entry.first);
         else
-            check_file(entry.second.file, true);  // loaded only for pictures that are pushed
+            check_file(entry.second.file, true);  // loaded when pictures are pushed
     log(GREEDY_LOG_INFO, "opened " + folder + " with " + backend() + " for " + target());
 }
 
@@ -78,8 +80,7 @@ void Bundle::open_device(const greedy_settings& settings) {
             settings.library_dir, settings.parallel,
             settings.log,         settings.log_cookie};
         try {
-            device_ = std::make_unique<Device>(spec.backend, settings.plugin_dir ? settings.plugin_dir : own_folder(),
-                                               device);
+            device_ = std::make_unique<Device>(spec.backend, settings.plugin_dir, device);
             backend_ = &spec;
             return;
         } catch (const Error& error) {
@@ -119,7 +120,7 @@ const Tokenizer& Bundle::tokenizer() const {
 std::int64_t Bundle::vocabulary() const {
     const auto encoder = backend_->graphs.find("encode_text");
     const auto ends = [](std::string key, const std::string& end) {
-        std::replace(key.begin(), key.end(), '.', '_');  // as compilers may do
+        std::replace(key.begin(), key.end(), '.', '_');  // compilers may write it so
         return key.size() >= end.size() && key.compare(key.size() - end.size(), end.size(), end) == 0;
     };
     if (encoder != backend_->graphs.end())
@@ -145,7 +146,7 @@ const Graph& Bundle::graph(const std::string& name) {
         constants.push_back({weight->second.spec, weight->second.data});
         constants.back().spec.name = constant;
     }
-    // Graphs are code: they are never run unless they are what the manifest says.
+    // Graphs are code: one that differs from the manifest is never run.
     check_file(spec->second.file, true);
     const std::string file = (fs::path(folder_) / spec->second.file).string();
     auto loaded = std::make_unique<Graph>(*device_, name, file, spec->second, constants);

@@ -14,23 +14,27 @@
 
 namespace greedy::core {
 
+// <folder>/manifest.json.
+std::string manifest_path(const std::string& folder);
+Manifest read_manifest(const std::string& folder);
+
 class Bundle {
   public:
     // Throws Error; see greedy_bundle_open.
-    Bundle(const std::string& folder, const greedy_settings& settings);
+    Bundle(const std::string& folder, Manifest manifest, const greedy_settings& settings);
 
     const Manifest& manifest() const { return manifest_; }
     const std::string& backend() const { return backend_->backend; }
     const std::string& target() const { return backend_->target; }
     const Device& device() const { return *device_; }
 
-    // A graph, loaded when it is first asked for. Throws Error(GREEDY_BAD_BUNDLE) where there is none.
+    // A graph; the first call loads it. Throws Error(GREEDY_BAD_BUNDLE) where there is none.
     const Graph& graph(const std::string& name);
 
-    // Throws Error(GREEDY_INVALID) where the bundle's tokenizer is of a kind that is not supported.
+    // Throws Error(GREEDY_INVALID) if the bundle's tokenizer is of an unsupported kind.
     const Tokenizer& tokenizer() const;
 
-    // Token ids lie below this: rows of the text encoder's table, or what the tokenizer knows where that is not found.
+    // Token ids lie below this: the rows of the text encoder's table. Without such a table the tokenizer's ids count.
     std::int64_t vocabulary() const;
 
     void log(int level, const std::string& text) const;
@@ -43,13 +47,13 @@ class Bundle {
     const std::string folder_;
     const greedy_log_callback log_;
     void* const log_cookie_;
-    Manifest manifest_;
+    const Manifest manifest_;
     std::unique_ptr<MappedFile> weights_file_;
     std::map<std::string, StoredTensor> weights_;
     std::unique_ptr<Tokenizer> tokenizer_;
     std::string tokenizer_problem_;
     const BackendSpec* backend_ = nullptr;
-    std::unique_ptr<Device> device_;  // before the graphs, which need it to the end
+    std::unique_ptr<Device> device_;  // declared before the graphs, which it must outlive
     std::map<std::string, std::unique_ptr<Graph>> graphs_;
     std::mutex mutex_;
 };

@@ -11,7 +11,7 @@ namespace {
 
 constexpr std::size_t kMessage = 512;
 
-// Calls a plugin function that ends in (char *error, size_t size); throws what it reports.
+// Calls a plugin function that ends in (char *error, size_t size); throws the error that it reports.
 template <typename Function, typename... Arguments>
 void call(const std::string& what, Function function, Arguments... arguments) {
     char message[kMessage] = "";
@@ -23,8 +23,7 @@ greedy_tensor describe(const TensorSpec& spec) {
     return {spec.name.c_str(), static_cast<std::int32_t>(spec.dtype), spec.shape.rank, spec.shape.sizes.data()};
 }
 
-}  // namespace
-
+// The directory that holds this library, or the program that it is linked into.
 std::string own_folder() {
     Dl_info info;
     if (!dladdr(reinterpret_cast<const void*>(&greedy_version), &info) || !info.dli_fname) return ".";
@@ -33,6 +32,18 @@ std::string own_folder() {
     // A program that was found through PATH names itself without a directory.
     return (error ? std::filesystem::read_symlink("/proc/self/exe", error) : path).parent_path().string();
 }
+
+// A plugin lies in `folder`. Without one it lies beside this library, or where a program in bin, into which this
+// library is linked, was installed with its plugins in lib.
+std::filesystem::path plugin_path(const std::string& backend, const char* folder) {
+    const std::string name = "libgreedy_" + backend + ".so";
+    if (folder) return std::filesystem::path(folder) / name;
+    const std::filesystem::path own = own_folder(), beside = own / name, installed = own / ".." / GREEDY_LIBDIR / name;
+    std::error_code error;
+    return !std::filesystem::exists(beside, error) && std::filesystem::exists(installed, error) ? installed : beside;
+}
+
+}  // namespace
 
 Buffer::~Buffer() {
     if (device_) device_->plugin_->release(device_->device_, raw_);
@@ -77,13 +88,13 @@ std::size_t Graph::output_index(const std::string& name) const {
     fail(GREEDY_BAD_BUNDLE, name_, "no output " + name, "it");
 }
 
-Device::Device(const std::string& backend, const std::string& folder, const greedy_device_settings& settings) {
-    const std::filesystem::path path = std::filesystem::path(folder) / ("libgreedy_" + backend + ".so");
+Device::Device(const std::string& backend, const char* folder, const greedy_device_settings& settings) {
+    const std::filesystem::path path = plugin_path(backend, folder);
     std::error_code error;
     if (!std::filesystem::exists(path, error)) fail(GREEDY_NO_BACKEND, backend, "no plugin " + path.string(), "it");
     library_ = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library_) throw Error(GREEDY_NO_BACKEND, backend + ": got a plugin that does not load, " + dlerror());
-    // Never closed: a plugin's libraries leave threads and thread-local data behind that outlive any handle.
+    // The library is never closed: its threads and thread-local data outlive any handle.
     const auto get = reinterpret_cast<const greedy_plugin* (*)()>(dlsym(library_, "greedy_plugin_get"));
     plugin_ = get ? get() : nullptr;
     if (!plugin_ || plugin_->version != GREEDY_PLUGIN_VERSION)

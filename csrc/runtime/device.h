@@ -1,4 +1,4 @@
-// A plugin at work: RAII over the C interface of greedy/plugin.h.
+// RAII over the C interface of greedy/plugin.h.
 #pragma once
 
 #include <memory>
@@ -13,7 +13,7 @@ namespace greedy::core {
 
 class Device;
 
-// Device memory; gives itself back. The device must outlive it.
+// Device memory, released by the destructor. The device must outlive it.
 class Buffer {
   public:
     Buffer() = default;
@@ -38,7 +38,7 @@ class Buffer {
     greedy_buffer raw_{nullptr, nullptr};
 };
 
-// A weight as a graph wants it: its own name for it, and where the value lies in host memory.
+// A weight under the graph's own name, with its value in host memory.
 struct Constant {
     TensorSpec spec;
     const void* data;
@@ -53,8 +53,8 @@ class Graph {
     Graph(const Graph&) = delete;
     Graph& operator=(const Graph&) = delete;
 
-    // Device pointers in the order of inputs(), each to as many bytes as its spec says; a buffer for each output. One
-    // that is an alias is the input's memory: it lives no longer than that.
+    // Takes device pointers in the order of inputs(), each to as many bytes as its spec says. Returns a buffer for each
+    // output. An aliased output is the input's memory and must not outlive it.
     std::vector<Buffer> run(const std::vector<void*>& inputs) const;
 
     const std::string& name() const { return name_; }
@@ -72,9 +72,9 @@ class Graph {
 
 class Device {
   public:
-    // Loads `folder`/libgreedy_<backend>.so and opens its device. Throws Error(GREEDY_NO_BACKEND) where the plugin, or
-    // a library that it needs, is missing.
-    Device(const std::string& backend, const std::string& folder, const greedy_device_settings& settings);
+    // Loads libgreedy_<backend>.so and opens its device. `folder` holds it, or is null: see greedy_settings.plugin_dir.
+    // Throws Error(GREEDY_NO_BACKEND) where the plugin, or a library that it needs, is missing.
+    Device(const std::string& backend, const char* folder, const greedy_device_settings& settings);
     ~Device();
     Device(const Device&) = delete;
     Device& operator=(const Device&) = delete;
@@ -91,8 +91,5 @@ class Device {
     void* library_ = nullptr;
     void* device_ = nullptr;
 };
-
-// The directory that holds this library, or the program that it is linked into.
-std::string own_folder();
 
 }  // namespace greedy::core

@@ -6,12 +6,12 @@
 namespace greedy::core {
 
 // Valid slots are always a prefix: pinned slots fill first and stay, then writing goes round the rest. Graphs write the
-// slots that the next commit will own; only commit publishes them. A chunk never runs past the last slot: windows and
-// attention sinks are whole chunks.
+// slots that the next commit publishes. A chunk never runs past the last slot, because windows and attention sinks are
+// whole chunks.
 class Ring {
   public:
     struct Sizes {
-        std::int64_t layers, slots, pinned, slot_bytes;  // slot_bytes: of one layer's keys (or values) of one frame
+        std::int64_t layers, slots, pinned, slot_bytes;  // slot_bytes: one layer's keys (or values) of one frame
     };
 
     Ring(const Device& device, const Sizes& sizes)

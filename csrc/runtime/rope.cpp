@@ -7,7 +7,7 @@ namespace {
 
 constexpr double kTheta = 10000.0;
 
-// cos and sin of one position's pairs in a part of `dim` values; appended per position, [count, dim / 2].
+// cos and sin of the pairs in a part of `dim` values, for `count` positions: [count, dim / 2].
 RopeTable part(std::int64_t first, std::int64_t count, std::int64_t dim) {
     RopeTable out;
     for (std::int64_t position = first; position < first + count; ++position)

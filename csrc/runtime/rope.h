@@ -10,7 +10,8 @@ struct RopeTable {
     std::vector<float> cos, sin;  // [frames * high * wide, head_dim / 2]
 };
 
-// Of `frames` latent frames from a temporal position on, high x wide tokens each; any position, in double.
+// For `frames` latent frames from a temporal position on, high x wide tokens each. Any position works: angles are
+// doubles.
 RopeTable rope_table(std::int64_t position, std::int64_t frames, std::int64_t high, std::int64_t wide,
                      std::int64_t head_dim);
 

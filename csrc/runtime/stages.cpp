@@ -9,7 +9,7 @@
 namespace greedy::core {
 namespace {
 
-constexpr std::size_t kRopes = 4;  // tables kept: a chunk's steps and clamped positions use few
+constexpr std::size_t kRopes = 4;  // tables kept; a chunk's steps and clamped positions use few
 
 void require(const Graph& graph, const TensorSpec& spec, const Shape& shape, DType dtype) {
     if (spec.shape != shape || spec.dtype != dtype)
@@ -19,20 +19,20 @@ void require(const Graph& graph, const TensorSpec& spec, const Shape& shape, DTy
 
 bool is_float(DType dtype) { return dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16; }
 
-// Of a type that floats are packed to and from, whichever it is.
+// The spec must have a type that floats are packed to and from.
 void require_floats(const Graph& graph, const TensorSpec& spec, const Shape& shape) {
     if (!is_float(spec.dtype)) fail(GREEDY_BAD_BUNDLE, graph.name() + ": " + spec.name, spec.text(), "floats");
     require(graph, spec, shape, spec.dtype);
 }
 
-// [-1, 1] -> 0 to 255, to nearest even; what is not a number is black.
+// [-1, 1] -> 0 to 255, to nearest even; NaN is black.
 std::uint8_t pixel(float value) {
-    constexpr float kRounder = 0x1.8p23f;  // added and taken away, it leaves no bits behind the point
+    constexpr float kRounder = 0x1.8p23f;  // adding and subtracting it rounds to an integer
     const float scaled = (value + 1.0f) * 127.5f, clamped = scaled > 0 ? std::min(scaled, 255.0f) : 0.0f;
     return static_cast<std::uint8_t>(clamped + kRounder - kRounder);
 }
 
-// Floats to device memory as the type that a graph wants.
+// Copies floats to device memory, in the type of a graph's input.
 Buffer upload(const Device& device, const float* values, const TensorSpec& spec) {
     std::vector<char> bytes(spec.bytes());
     pack(values, static_cast<std::size_t>(spec.shape.count()), spec.dtype, bytes.data());
@@ -51,21 +51,23 @@ std::vector<float> floats(const Device& device, const Buffer& from, const Tensor
 
 }  // namespace
 
-Stages::Stages(Bundle& bundle, std::atomic<bool>& cancel)
-    : bundle_(bundle), device_(bundle.device()), cancel_(cancel), dtype_(DType::float32) {
-    const bool greedy = manifest().preset.family == Family::greedy;
-    const std::vector<std::string> names =
-        greedy ? std::vector<std::string>{"sdd", "etm", "sdd_context"} : std::vector<std::string>{"dit"};
-    for (const TensorSpec& spec : bundle.graph(names[0]).inputs())
+Stages::Stages(Bundle& bundle, Layout layout, std::atomic<bool>& cancel)
+    : bundle_(bundle), device_(bundle.device()), layout_(std::move(layout)), cancel_(cancel), dtype_(DType::float32) {
+    const char* first = layout_.graphs.front().name;
+    for (const TensorSpec& spec : bundle.graph(first).inputs())
         if (spec.name == "latent") dtype_ = spec.dtype;
-    if (!is_float(dtype_)) fail(GREEDY_BAD_BUNDLE, names[0], "latents of " + std::string(name_of(dtype_)), "floats");
-    for (const std::string& name : names) transformers_.emplace(name, resolve(name));
+    if (!is_float(dtype_)) fail(GREEDY_BAD_BUNDLE, first, "latents of " + std::string(name_of(dtype_)), "floats");
+    bool takes_c_f = false;
+    for (const PassGraph& graph : layout_.graphs) {
+        transformers_.emplace(graph.name, resolve(graph));
+        takes_c_f |= graph.takes_c_f;
+    }
     const TransformerConfig& config = manifest().transformer;
     latent_ = device_.allocate(frame_size() * manifest().preset.chunk * bytes_of(dtype_));
     t_ = device_.allocate(sizeof(float));
-    write_idx_ = device_.allocate(sizeof(std::int64_t));
-    kv_len_ = device_.allocate(sizeof(std::int64_t));
-    if (greedy)
+    start_row_ = device_.allocate(sizeof(std::int64_t));
+    valid_rows_ = device_.allocate(sizeof(std::int64_t));
+    if (takes_c_f)
         zero_ = device_.allocate(manifest().preset.chunk * manifest().tokens() * config.dim() * bytes_of(dtype_));
 }
 
@@ -74,13 +76,19 @@ std::size_t Stages::frame_size() const {
                                     manifest().latent_width());
 }
 
-// Every input must be one that this file feeds, of exactly the shape that it feeds: graphs do not check.
-Stages::Transformer Stages::resolve(const std::string& name) const {
+const Role& Stages::role(const std::string& name) const {
+    for (const Role& role : layout_.roles)
+        if (name == role.name) return role;
+    fail(GREEDY_FAILED, "stages", "role " + name, "one of the family's");
+}
+
+// Graphs check no shapes, so every input must be known here and have exactly the shape that is fed.
+Stages::Transformer Stages::resolve(const PassGraph& wanted) const {
+    const std::string name = wanted.name;
     const Manifest& m = manifest();
     const TransformerConfig& config = m.transformer;
     const std::int64_t n = m.preset.chunk * m.tokens(), pairs = config.head_dim / 2;
-    const bool etm = name == "etm", greedy = m.preset.family == Family::greedy;
-    const std::int64_t slots = !greedy ? m.preset.window : (etm ? m.preset.window + 1 : 3) * m.preset.chunk;
+    const std::int64_t slots = role(wanted.role).slots;
     const Shape latent{1, config.in_channels, m.preset.chunk, m.latent_height(), m.latent_width()};
     const Shape hidden{1, n, config.dim()};
     struct Known {
@@ -95,8 +103,8 @@ Stages::Transformer Stages::resolve(const std::string& name) const {
         {"c_f", Feed::c_f, hidden, dtype_},
         {"rope_cos", Feed::cos, {n, pairs}, DType::float32},
         {"rope_sin", Feed::sin, {n, pairs}, DType::float32},
-        {"write_idx", Feed::write_idx, {1}, DType::int64},
-        {"kv_len", Feed::kv_len, {1}, DType::int64},
+        {m.names.start_row, Feed::start_row, {1}, DType::int64},
+        {m.names.valid_rows, Feed::valid_rows, {1}, DType::int64},
     };
     const Shape text{1, m.text_rows, config.heads, config.head_dim}, rows{1, slots * m.tokens(), config.dim()};
     const Known kLayered[] = {{"text_k_", Feed::text_k, text, dtype_},
@@ -110,10 +118,10 @@ Stages::Transformer Stages::resolve(const std::string& name) const {
         const auto single =
             std::find_if(std::begin(kSingle), std::end(kSingle), [&](const Known& k) { return spec.name == k.name; });
         if (single != std::end(kSingle)) {
-            if (single->feed == Feed::c_f && !greedy)
-                fail(GREEDY_BAD_BUNDLE, name, "input c_f", "one of a causal transformer's stage");
+            if (single->feed == Feed::c_f && !wanted.takes_c_f)
+                fail(GREEDY_BAD_BUNDLE, name, "input c_f", "a graph without it");
             require(graph, spec, single->shape, single->dtype);
-            out.slots.push_back({single->feed, 0});
+            out.inputs.push_back({single->feed, 0});
             continue;
         }
         const std::size_t split = spec.name.rfind('_') + 1;
@@ -122,11 +130,11 @@ Stages::Transformer Stages::resolve(const std::string& name) const {
         std::int64_t layer = 0;
         while (layer < config.layers && std::to_string(layer) != spec.name.substr(split)) ++layer;
         if (layered == std::end(kLayered) || layer == config.layers)
-            fail(GREEDY_BAD_BUNDLE, name, "input " + spec.name, "one of a transformer's stage");
+            fail(GREEDY_BAD_BUNDLE, name, "input " + spec.name, "one of a transformer's");
         require(graph, spec, layered->shape, layered->dtype);
-        out.slots.push_back({layered->feed, layer});
+        out.inputs.push_back({layered->feed, layer});
     }
-    const std::string result = etm || name == "sdd_context" ? "hidden" : "flow";
+    const std::string result = wanted.result;
     if (graph.output_index(result) != 0) fail(GREEDY_BAD_BUNDLE, name, "another first output", result);
     require(graph, graph.outputs()[0], result == "hidden" ? hidden : latent, dtype_);
     return out;
@@ -136,7 +144,7 @@ void Stages::check_cancel() {
     if (cancel_.exchange(false)) throw Error(GREEDY_CANCELLED, "stream: cancelled");
 }
 
-std::vector<Buffer> Stages::run(const Graph& graph, const std::vector<void*>& inputs) {
+std::vector<Buffer> Stages::call(const Graph& graph, const std::vector<void*>& inputs) {
     check_cancel();
     return graph.run(inputs);
 }
@@ -160,24 +168,24 @@ const Stages::Rope& Stages::rope(std::int64_t position) {
     return ropes_.back();
 }
 
-Buffer Stages::transform(const Pass& pass, const Ring& ring, const TextKV& text) {
+Buffer Stages::run(const Pass& pass, const Ring& cache, const TextKV& text) {
     const Transformer& transformer = transformers_.at(pass.graph);
     const TextKV::Sides& sides = text.roles.at(pass.role);
     const Rope& table = rope(pass.position);
     const float t = static_cast<float>(pass.t);
-    const std::int64_t write_idx = pass.slot * manifest().tokens(), kv_len = pass.valid * manifest().tokens();
+    const std::int64_t start_row = pass.slot * manifest().tokens(), valid_rows = pass.valid * manifest().tokens();
     std::vector<char> latent(pass.latent.size() * bytes_of(dtype_));
     pack(pass.latent.data(), pass.latent.size(), dtype_, latent.data());
     device_.upload(latent_.data(), latent.data(), latent.size());
     device_.upload(t_.data(), &t, sizeof t);
-    device_.upload(write_idx_.data(), &write_idx, sizeof write_idx);
-    device_.upload(kv_len_.data(), &kv_len, sizeof kv_len);
+    device_.upload(start_row_.data(), &start_row, sizeof start_row);
+    device_.upload(valid_rows_.data(), &valid_rows, sizeof valid_rows);
     std::vector<void*> inputs;
-    inputs.reserve(transformer.slots.size());
-    for (std::size_t i = 0; i < transformer.slots.size(); ++i) {
-        const std::int64_t layer = transformer.slots[i].layer;
+    inputs.reserve(transformer.inputs.size());
+    for (std::size_t i = 0; i < transformer.inputs.size(); ++i) {
+        const std::int64_t layer = transformer.inputs[i].layer;
         const std::size_t offset = static_cast<std::size_t>(layer) * transformer.graph->inputs()[i].bytes();
-        switch (transformer.slots[i].feed) {
+        switch (transformer.inputs[i].feed) {
             case Feed::latent:
                 inputs.push_back(latent_.data());
                 break;
@@ -193,11 +201,11 @@ Buffer Stages::transform(const Pass& pass, const Ring& ring, const TextKV& text)
             case Feed::sin:
                 inputs.push_back(table.sin.data());
                 break;
-            case Feed::write_idx:
-                inputs.push_back(write_idx_.data());
+            case Feed::start_row:
+                inputs.push_back(start_row_.data());
                 break;
-            case Feed::kv_len:
-                inputs.push_back(kv_len_.data());
+            case Feed::valid_rows:
+                inputs.push_back(valid_rows_.data());
                 break;
             case Feed::text_k:
                 inputs.push_back(sides.k.at(offset));
@@ -206,14 +214,14 @@ Buffer Stages::transform(const Pass& pass, const Ring& ring, const TextKV& text)
                 inputs.push_back(sides.v.at(offset));
                 break;
             case Feed::k:
-                inputs.push_back(ring.k(layer));
+                inputs.push_back(cache.k(layer));
                 break;
             case Feed::v:
-                inputs.push_back(ring.v(layer));
+                inputs.push_back(cache.v(layer));
                 break;
         }
     }
-    return std::move(run(*transformer.graph, inputs)[0]);
+    return std::move(call(*transformer.graph, inputs)[0]);
 }
 
 Latent Stages::download(const Buffer& from, std::size_t count) const {
@@ -223,49 +231,48 @@ Latent Stages::download(const Buffer& from, std::size_t count) const {
 std::vector<float> Stages::encode_text(const std::vector<std::int64_t>& ids, const std::vector<std::int64_t>& mask) {
     const Graph& graph = bundle_.graph("encode_text");
     const std::int64_t rows = manifest().text_rows;
-    std::vector<Buffer> given;
+    std::vector<Buffer> buffers;
     std::vector<void*> inputs;
     for (const TensorSpec& spec : graph.inputs()) {
         require(graph, spec, {1, rows}, DType::int64);
         const bool known = spec.name == "ids" || spec.name == "mask";
         if (!known) fail(GREEDY_BAD_BUNDLE, graph.name(), "input " + spec.name, "ids or mask");
-        given.push_back(device_.allocate(spec.bytes()));
-        device_.upload(given.back().data(), (spec.name == "ids" ? ids : mask).data(), spec.bytes());
-        inputs.push_back(given.back().data());
+        buffers.push_back(device_.allocate(spec.bytes()));
+        device_.upload(buffers.back().data(), (spec.name == "ids" ? ids : mask).data(), spec.bytes());
+        inputs.push_back(buffers.back().data());
     }
     const std::size_t index = graph.output_index("text_emb");
     const TensorSpec& spec = graph.outputs()[index];
     require_floats(graph, spec, {1, rows, manifest().transformer.text_dim});
-    return floats(device_, run(graph, inputs)[index], spec);
+    return floats(device_, call(graph, inputs)[index], spec);
 }
 
 TextKV Stages::prepare_text(const std::vector<float>& embedding) {
     const Manifest& m = manifest();
     TextKV out;
-    const bool greedy = m.preset.family == Family::greedy;
-    for (const char* role : greedy ? std::vector<const char*>{"etm", "sdd"} : std::vector<const char*>{"dit"}) {
-        const Graph& graph = bundle_.graph(std::string("prepare_text_") + role);
+    for (const Role& role : layout_.roles) {
+        const Graph& graph = bundle_.graph(std::string("prepare_text_") + role.name);
         if (graph.inputs().size() != 1) fail(GREEDY_BAD_BUNDLE, graph.name(), "several inputs", "text_emb");
         const TensorSpec& input = graph.inputs()[0];
         require(graph, input, {1, m.text_rows, m.transformer.text_dim}, dtype_);
         const std::size_t k = graph.output_index("text_k"), v = graph.output_index("text_v");
         const Shape shape{m.transformer.layers, 1, m.text_rows, m.transformer.heads, m.transformer.head_dim};
         for (std::size_t side : {k, v}) require(graph, graph.outputs()[side], shape, dtype_);
-        const Buffer given = upload(device_, embedding.data(), input);
-        std::vector<Buffer> results = run(graph, {given.data()});
-        out.roles.emplace(role, TextKV::Sides{std::move(results[k]), std::move(results[v])});
+        const Buffer uploaded = upload(device_, embedding.data(), input);
+        std::vector<Buffer> results = call(graph, {uploaded.data()});
+        out.roles.emplace(role.name, TextKV::Sides{std::move(results[k]), std::move(results[v])});
     }
     return out;
 }
 
-// Inputs: `what`, then cache_0, ...; outputs: the result, then what the next call gets as its caches.
-Stages::VaeCache Stages::run_vae(const Graph& graph, const char* what, const Buffer& given, const VaeCache& cache,
-                                 Buffer& result) {
+// Inputs: `what`, then cache_0, ...; outputs: the result, then the caches of the next call.
+Stages::VaeCache Stages::call_vae(const Graph& graph, const char* what, const Buffer& input, const VaeCache& cache,
+                                  Buffer& result) {
     const std::vector<TensorSpec>& specs = graph.inputs();
     if (specs.size() != cache.size() + 1 || specs[0].name != what)
         fail(GREEDY_BAD_BUNDLE, graph.name(), std::to_string(specs.size()) + " inputs",
              what + (" and " + std::to_string(cache.size())) + " caches");
-    std::vector<void*> inputs = {given.data()};
+    std::vector<void*> inputs = {input.data()};
     for (std::size_t i = 0; i < cache.size(); ++i) {
         const std::string expected = "cache_" + std::to_string(i);
         if (specs[i + 1].name != expected)
@@ -273,7 +280,7 @@ Stages::VaeCache Stages::run_vae(const Graph& graph, const char* what, const Buf
         require(graph, specs[i + 1], cache[i].spec.shape, cache[i].spec.dtype);
         inputs.push_back(cache[i].buffer.data());
     }
-    std::vector<Buffer> outputs = run(graph, inputs);
+    std::vector<Buffer> outputs = call(graph, inputs);
     result = std::move(outputs[0]);
     VaeCache next;
     for (std::size_t i = 1; i < outputs.size(); ++i) next.push_back({std::move(outputs[i]), graph.outputs()[i]});
@@ -289,7 +296,7 @@ Stages::VaeCache Stages::decode(const Latent& latent, const VaeCache& cache, std
     require_floats(graph, in, {1, m.transformer.in_channels, 1, m.latent_height(), m.latent_width()});
     require_floats(graph, out, {1, 3, frames, m.height, m.width});
     Buffer shown;
-    VaeCache next = run_vae(graph, "latent", upload(device_, latent.data(), in), cache, shown);
+    VaeCache next = call_vae(graph, "latent", upload(device_, latent.data(), in), cache, shown);
     const std::vector<float> values = floats(device_, shown, out);
     const std::size_t area = static_cast<std::size_t>(m.height * m.width), plane = area * frames, begin = rgb.size();
     rgb.resize(begin + 3 * plane);
@@ -313,15 +320,16 @@ Stages::VaeCache Stages::encode(const std::uint8_t* rgb, const VaeCache& cache, 
         for (std::size_t channel = 0; channel < 3; ++channel)
             values[channel * plane + i] = static_cast<float>(rgb[3 * i + channel]) / 127.5f - 1.0f;
     Buffer made;
-    VaeCache next = run_vae(graph, "frames", upload(device_, values.data(), in), cache, made);
+    VaeCache next = call_vae(graph, "frames", upload(device_, values.data(), in), cache, made);
     for (float value : floats(device_, made, out)) latent.push_back(rounded(value, dtype_));
     return next;
 }
 
-Ring Stages::make_ring(std::int64_t slots, std::int64_t pinned) const {
+Ring Stages::make_cache(const std::string& name) const {
+    const Role& wanted = role(name);
     const TransformerConfig& config = manifest().transformer;
     const std::int64_t bytes = manifest().tokens() * config.dim() * static_cast<std::int64_t>(bytes_of(dtype_));
-    return Ring(device_, {config.layers, slots, pinned, bytes});
+    return Ring(device_, {config.layers, wanted.slots, wanted.pinned, bytes});
 }
 
 }  // namespace greedy::core

@@ -1,4 +1,4 @@
-// The stage functions of a bundle for one session, as engine/bundles/stages.py: what a graph gets and gives back.
+// The functions that a bundle's graphs compute, for one session, as engine/bundles/stages.py.
 #pragma once
 
 #include <atomic>
@@ -14,7 +14,37 @@ namespace greedy::core {
 // Values of a latent chunk on the host, [channels, frames, height, width], exactly representable in the bundle's type.
 using Latent = std::vector<float>;
 
-// A prompt's cross-attention keys and values, by role (etm and sdd, or dit): [layers, 1, rows, heads, head_dim].
+// A transformer. The graphs of a role share its text and its cache.
+struct Role {
+    const char* name;            // etm and sdd, or dit
+    std::int64_t slots, pinned;  // of the cache
+};
+
+// A graph that runs a role's transformer.
+struct PassGraph {
+    const char* name;  // etm, sdd_context, sdd or dit
+    const char* role;
+    const char* result;  // its first output: hidden or flow
+    bool takes_c_f;
+};
+
+// What a family of generators runs.
+struct Layout {
+    std::vector<Role> roles;
+    std::vector<PassGraph> graphs;
+};
+
+// One run of a graph over a chunk.
+struct Pass {
+    const char* graph;
+    const char* role;  // whose text
+    const Latent& latent;
+    double t;           // for a graph with that input
+    const Buffer* c_f;  // the same; null is zero
+    std::int64_t position, slot, valid;
+};
+
+// A prompt's cross-attention keys and values by role, [layers, 1, rows, heads, head_dim].
 struct TextKV {
     struct Sides {
         Buffer k, v;
@@ -24,21 +54,12 @@ struct TextKV {
 
 class Stages {
   public:
-    // `cancel` is looked at, and taken back, before every graph.
-    Stages(Bundle& bundle, std::atomic<bool>& cancel);
+    // Every call checks and clears `cancel` before it runs a graph.
+    Stages(Bundle& bundle, Layout layout, std::atomic<bool>& cancel);
 
-    // A pass of a transformer over one chunk.
-    struct Pass {
-        const char* graph;  // etm, sdd_context, sdd or dit
-        const char* role;   // whose text: etm, sdd or dit
-        const Latent& latent;
-        double t;           // where the graph has that input
-        const Buffer* c_f;  // the same; null is zero
-        std::int64_t position, slot, valid;
-    };
-    // Its first output: hidden or flow. Keys and values go to the ring.
-    Buffer transform(const Pass& pass, const Ring& ring, const TextKV& text);
-    // That, as floats; `count` values of the stream's type.
+    // Writes the pass's keys and values to the cache; returns the graph's first output, hidden or flow.
+    Buffer run(const Pass& pass, const Ring& cache, const TextKV& text);
+    // `count` values of the stream's type as floats.
     Latent download(const Buffer& from, std::size_t count) const;
 
     // ids and mask [text_rows] -> embedding [text_rows, text_dim]
@@ -60,39 +81,42 @@ class Stages {
     // Throws Error(GREEDY_CANCELLED) once for a cancel.
     void check_cancel();
 
-    Ring make_ring(std::int64_t slots, std::int64_t pinned) const;
+    Ring make_cache(const std::string& role) const;
     DType dtype() const { return dtype_; }
     const Manifest& manifest() const { return bundle_.manifest(); }
     std::size_t frame_size() const;  // values of a latent frame
 
   private:
-    // What an input of a transformer's graph is fed with, found out once.
-    enum class Feed { latent, t, c_f, cos, sin, write_idx, kv_len, text_k, text_v, k, v };
-    struct Slot {
+    // What an input of a transformer's graph is fed with, decided once.
+    enum class Feed { latent, t, c_f, cos, sin, start_row, valid_rows, text_k, text_v, k, v };
+    struct Input {
         Feed feed;
         std::int64_t layer;
     };
     struct Transformer {
         const Graph* graph;
-        std::vector<Slot> slots;
+        std::vector<Input> inputs;
     };
     struct Rope {
         std::int64_t position;
         Buffer cos, sin;
     };
 
-    Transformer resolve(const std::string& name) const;
+    const Role& role(const std::string& name) const;
+    Transformer resolve(const PassGraph& wanted) const;
     const Rope& rope(std::int64_t position);
-    std::vector<Buffer> run(const Graph& graph, const std::vector<void*>& inputs);
-    VaeCache run_vae(const Graph& graph, const char* what, const Buffer& given, const VaeCache& cache, Buffer& result);
+    std::vector<Buffer> call(const Graph& graph, const std::vector<void*>& inputs);
+    VaeCache call_vae(const Graph& graph, const char* what, const Buffer& input, const VaeCache& cache, Buffer& result);
 
     Bundle& bundle_;
     const Device& device_;
+    const Layout layout_;
     std::atomic<bool>& cancel_;
     DType dtype_;
     std::map<std::string, Transformer> transformers_;
-    Buffer latent_, t_, write_idx_, kv_len_, zero_;  // on the device, refilled before every pass
-    std::vector<Rope> ropes_;                        // the newest last
+    Buffer latent_, t_, start_row_, valid_rows_;  // on the device, refilled before every pass
+    Buffer zero_;                                 // c_f of chunk 0
+    std::vector<Rope> ropes_;                     // the newest last
 };
 
 }  // namespace greedy::core

@@ -1,4 +1,4 @@
-// What the test programs share: a check that counts, and does not stop.
+// A check for the test programs: it counts failures and does not stop.
 #pragma once
 
 #include <cstdio>

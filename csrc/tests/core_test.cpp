@@ -1,6 +1,5 @@
-// Checks schedules, solvers and position tables against vectors that tests/csrc/test_csrc_core.py wrote from the
-// engine's own: core_test VECTORS. A line is a JSON object; floats are their bits, as integers. What needs no vectors is checked
-// first.
+// core_test VECTORS checks schedules, solvers and position tables against vectors that tests/csrc/test_csrc_core.py
+// wrote with the engine. A line is a JSON object; floats are their bits, as integers. Tests without vectors come first.
 #include <cstring>
 #include <fstream>
 #include <set>
@@ -11,6 +10,7 @@
 #include "base/sha256.h"
 #include "check.h"
 #include "core/schedule.h"
+#include "core/session.h"
 #include "formats/json.h"
 #include "formats/manifest.h"
 #include "formats/safetensors.h"
@@ -44,7 +44,7 @@ void same_bits(const Values& got, const std::vector<float>& expected, const std:
 }
 
 void test_schedule(const Json& json) {
-    const Preset preset = Preset::from(json.at("preset", "vector"), "vector");
+    const Preset preset = Preset::from(json.at("preset", "vector"), "vector", 2);
     const Schedule schedule(preset);
     same_bits(schedule.sigmas(), floats(json.at("sigmas", "vector")), "sigmas");
     same_bits(schedule.timesteps(), floats(json.at("timesteps", "vector")), "timesteps");
@@ -62,7 +62,7 @@ void test_schedule(const Json& json) {
 }
 
 void test_solver(const Json& json) {
-    const Preset preset = Preset::from(json.at("preset", "vector"), "vector");
+    const Preset preset = Preset::from(json.at("preset", "vector"), "vector", 2);
     const Schedule schedule(preset);
     const std::string& name = json.at("dtype", "vector").string("vector");
     const DType dtype = name == "bfloat16" ? DType::bfloat16 : name == "float16" ? DType::float16 : DType::float32;
@@ -113,7 +113,7 @@ void test_json() {
 
 void test_sha256() {  // FIPS 180-4 examples
     const auto of = [](const std::string& text) {
-        Sha256 hash;  // in uneven parts, so that every way through `add` is taken
+        Sha256 hash;  // in uneven parts, so that `add` takes every branch
         for (std::size_t at = 0, size = 1; at < text.size(); at += size, size = size % 97 + 13)
             hash.add(reinterpret_cast<const unsigned char*>(text.data()) + at, std::min(size, text.size() - at));
         return hash.hex();
@@ -175,7 +175,34 @@ void test_text() {
     check(graphemes("e\xCC\x81\r\n\xF0\x9F\x87\xA9\xF0\x9F\x87\xAA\xF0\x9F\x87\xA9").size() == 4, "text: graphemes");
 }
 
-// What would never come to an end.
+// The window has one unit and the same limits in both versions.
+void test_presets() {
+    const auto window = [](const std::string& fields, std::int64_t version) -> std::int64_t {
+        try {
+            const Preset preset = Preset::from(Json::parse("{" + fields + "}", "preset"), "preset", version);
+            check_preset(preset, "preset");
+            return preset.window;
+        } catch (const Error& error) {
+            return error.status;
+        }
+    };
+    const std::string greedy = R"("family": "greedy", "max_position": 9)", causal = R"("family": "causal")";
+    check(window(greedy + R"(, "chunk": 2, "window": 3)", 1) == 8, "preset: greedy, version 1");
+    check(window(greedy + R"(, "chunk": 2, "window": 0)", 1) == 2, "preset: greedy without chunks before");
+    check(window(greedy + R"(, "chunk": 2, "window": 8)", 2) == 8, "preset: greedy, version 2");
+    check(window(causal + R"(, "chunk": 3, "window": 6)", 1) == 6, "preset: causal, version 1");
+    check(window(causal + R"(, "chunk": 3, "window": 6, "attn_sink": 3)", 2) == 6, "preset: causal, version 2");
+    for (const std::string& bad :
+         {greedy + R"(, "chunk": 2, "window": 0)", greedy + R"(, "chunk": 2, "window": 7)", greedy,
+          greedy + R"(, "chunk": 5, "window": 5)", greedy + R"(, "window": 4, "commit": "none")",
+          greedy + R"(, "window": 4, "solver": "heun")", causal + R"(, "chunk": 3, "window": 7)",
+          causal + R"(, "chunk": 3, "window": 3, "attn_sink": 3)", causal + R"(, "window": 4, "attn_sink": -1)",
+          causal + R"(, "chunk": 2, "window": 6, "attn_sink": 3)", std::string(R"("family": "other", "window": 4)")})
+        check(window(bad, 2) == GREEDY_BAD_BUNDLE, "preset: accepted " + bad);
+    check(window(greedy + R"(, "chunk": 1024, "window": 1048576)", 1) == GREEDY_BAD_BUNDLE, "preset: accepted 2^30");
+}
+
+// An empty mark would never let the split end.
 void test_tokenizer() {
     const auto status = [](const std::string& mark) {
         const std::string text =
@@ -203,6 +230,7 @@ int main(int argc, char** argv) {
     test_safetensors();
     test_text();
     test_tokenizer();
+    test_presets();
     std::ifstream file(argv[1]);
     std::set<std::string> kinds;
     std::size_t cases = 0;

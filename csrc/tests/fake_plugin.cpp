@@ -1,5 +1,6 @@
-// A plugin without a compiler: its graphs are short formulas, written once more in tests/support/fake_stages.py, so that
-// the core can be tested for what it feeds and keeps. It is built as libgreedy_aoti.so in a directory of its own.
+// A plugin whose graphs are short formulas instead of compiled code. tests/support/fake_stages.py has the same
+// formulas, so tests can compare the inputs and caches of both. It is built as libgreedy_aoti.so in a directory of its
+// own.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -13,7 +14,7 @@
 
 namespace {
 
-std::atomic<long> runs_left{-1};  // before a graph fails; negative: never
+std::atomic<long> runs_left{-1};  // until a graph fails; negative: none fails
 
 struct Spec {
     std::vector<int64_t> shape;
@@ -76,7 +77,9 @@ void transform(const Call& call) {
     const Spec& latent = call.spec("latent");  // [1, C, F, h, w]; a token is one latent pixel
     const int64_t channels = latent.shape[1], tokens = latent.shape[2] * latent.shape[3] * latent.shape[4];
     const int64_t dim = call.spec("k_0").shape[2], pairs = call.spec("rope_cos").shape[1];
-    const int64_t first = call.index("write_idx"), length = call.index("kv_len");
+    const bool old = call.has("write_idx");  // version 1 of a manifest
+    const int64_t first = call.index(old ? "write_idx" : "start_row");
+    const int64_t length = call.index(old ? "kv_len" : "valid_rows");
     std::vector<double> level(static_cast<size_t>(tokens)), seen(static_cast<size_t>(dim));
     for (int64_t n = 0; n < tokens; ++n)
         for (int64_t c = 0; c < channels; ++c)
@@ -214,5 +217,5 @@ const greedy_plugin kPlugin = {
 
 const greedy_plugin* greedy_plugin_get(void) { return &kPlugin; }
 
-// The graph that runs after `runs` others fails, once; negative: none.
+// One graph fails after `runs` others; negative: none fails.
 extern "C" GREEDY_API void fake_fail_after(long runs) { runs_left = runs; }

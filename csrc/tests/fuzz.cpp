@@ -1,11 +1,12 @@
-// Damaged input for everything that is read from a bundle. The first byte says what the rest is: m a manifest,
-// s safetensors, t a tokenizer.json, c a map of characters and a text. A libFuzzer target with clang; elsewhere
-// fuzz_driver.cpp calls it.
+// Feeds damaged input to every reader of a bundle. The first byte names the kind of the rest: m a manifest,
+// s safetensors, t a tokenizer.json, c a map of characters and a text. A libFuzzer target with clang; with other
+// compilers fuzz_driver.cpp calls it.
 #include <cstdint>
 #include <string>
 
 #include "base/error.h"
 #include "base/utf8.h"
+#include "core/session.h"
 #include "formats/manifest.h"
 #include "formats/safetensors.h"
 #include "text/charsmap.h"
@@ -15,7 +16,7 @@ namespace {
 
 using namespace greedy::core;
 
-// Reads every byte that a tensor claims, so that a checker sees one that lies outside.
+// Reads every byte of every tensor, so that a sanitizer sees one that lies outside.
 std::uint64_t sum_of(const std::string& rest) {
     std::uint64_t sum = 0;
     const auto* data = reinterpret_cast<const unsigned char*>(rest.data());
@@ -25,7 +26,7 @@ std::uint64_t sum_of(const std::string& rest) {
 }
 
 void read(char kind, const std::string& rest) {
-    if (kind == 'm') Manifest::parse(rest, "fuzz");
+    if (kind == 'm') check_preset(Manifest::parse(rest, "fuzz").preset, "fuzz");
     if (kind == 's') sum_of(rest);
     if (kind == 't') {
         const Tokenizer tokenizer(rest, R"({"pad_token": "<pad>", "model_max_length": 16})", "fuzz");
@@ -45,7 +46,7 @@ void read(char kind, const std::string& rest) {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     if (size == 0) return 0;
     try {
-        // A copy of its own size, so that a checker sees a read past the end.
+        // A copy of exact size, so that a sanitizer sees a read past the end.
         read(static_cast<char>(data[0]), std::string(reinterpret_cast<const char*>(data) + 1, size - 1));
     } catch (const Error& error) {
         if (error.status != GREEDY_BAD_BUNDLE) __builtin_trap();

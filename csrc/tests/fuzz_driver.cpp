@@ -1,5 +1,5 @@
-// Where there is no libFuzzer: fuzz CORPUS SECONDS [SEED [FILE]] damages the corpus in the ways that find most, for so
-// long. The same seed gives the same inputs; FILE, if given, holds the one that is being tried.
+// For compilers without libFuzzer: fuzz CORPUS SECONDS [SEED [FILE]] damages the corpus for so many seconds. The same
+// seed gives the same inputs; FILE, if named, holds the input that is being tried.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>

@@ -1,4 +1,4 @@
-/* The loop in the comment of greedy/greedy.h as a program: tests/csrc/test_csrc.py holds that it is the same, line by line. */
+/* The loop in the comment of greedy/greedy.h as a program; tests/csrc/test_csrc.py compares the two line by line. */
 #include <greedy/greedy.h>
 #include <stdio.h>
 

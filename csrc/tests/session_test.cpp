@@ -1,14 +1,18 @@
-// Sessions under stress, through the C interface, over graphs of formulas: session_test BUNDLE PLUGIN_DIR [REPEATS].
-// REPEATS divides how often things are repeated, for runs under valgrind and sanitizers; 1 is the whole of it.
+// session_test BUNDLE PLUGIN_DIR [DIVISOR] stresses sessions through the C interface, over graphs of formulas.
+// DIVISOR divides the number of repetitions, for runs under valgrind and sanitizers; 1 is the whole test.
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <new>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -16,7 +20,7 @@
 
 namespace {
 
-thread_local bool starved = false;  // new finds no memory
+thread_local bool starved = false;  // new fails
 
 }  // namespace
 
@@ -25,18 +29,18 @@ void* operator new(std::size_t size) {
     if (!made) throw std::bad_alloc();
     return made;
 }
-// The whole family, or a sanitizer's own new would meet this delete.
+// All forms are replaced, or a sanitizer's own new would meet this delete.
 void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
     return starved ? nullptr : std::malloc(size ? size : 1);
 }
 void* operator new[](std::size_t size) { return ::operator new(size); }
 void* operator new[](std::size_t size, const std::nothrow_t& quiet) noexcept { return ::operator new(size, quiet); }
-void operator delete(void* given) noexcept { std::free(given); }
-void operator delete(void* given, const std::nothrow_t&) noexcept { std::free(given); }
-void operator delete[](void* given) noexcept { std::free(given); }
-void operator delete[](void* given, std::size_t) noexcept { std::free(given); }
-void operator delete[](void* given, const std::nothrow_t&) noexcept { std::free(given); }
-void operator delete(void* given, std::size_t) noexcept { std::free(given); }
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
+void operator delete[](void* memory) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -59,7 +63,7 @@ greedy::Bundle open_bundle() {
 
 constexpr const char* kPrompt = "a red circle moving right";
 
-// Without memory a call still says so.
+// A call that finds no memory still reports it.
 void test_no_memory(const greedy::Bundle& bundle) {
     const std::string path = bundle_path;
     const std::int64_t ids[] = {3, 8, 1};
@@ -76,7 +80,7 @@ void test_no_memory(const greedy::Bundle& bundle) {
           "memory: none for a prompt");
 }
 
-// A sum over the pixels of the next frames that depends on their order (FNV-1a).
+// A hash (FNV-1a) of the pixels of the next frames.
 std::uint64_t digest_of(greedy::Session& session, int frames) {
     std::uint64_t hash = 14695981039346656037u;
     for (int i = 0; i < frames; ++i) {
@@ -161,7 +165,7 @@ void test_arguments() {
     check(greedy_next_frame(session, &frame) == GREEDY_OK && frame->index == 1 && frame->left == 3 && frame->chunk == 1,
           "frame: the second");
     greedy_close(&session);
-    const volatile std::uint8_t pixel = frame->data[3 * 16 * 8 - 1];  // an error under a sanitizer if it were gone
+    const volatile std::uint8_t pixel = frame->data[3 * 16 * 8 - 1];  // a sanitizer would see a freed frame
     check(!session && pixel > 0, "frame: outlives its session");
     greedy_frame_unref(&again);
     greedy_frame_unref(&frame);
@@ -169,6 +173,44 @@ void test_arguments() {
     greedy_bundle_close(&bundle);
     check(std::strcmp(greedy_status_name(-3), "GREEDY_BAD_BUNDLE") == 0, "names: one");
     check(std::strcmp(greedy_status_name(-99), "unknown status") == 0, "names: none");
+}
+
+std::string text_of(const std::filesystem::path& path) {
+    std::ifstream file(path);
+    return {std::istreambuf_iterator<char>(file), {}};
+}
+
+void replace_all(std::string& text, const std::string& old, const std::string& by) {
+    check(text.find(old) != std::string::npos, "version 2: no " + old);
+    for (std::size_t at = 0; (at = text.find(old, at)) != std::string::npos; at += by.size())
+        text.replace(at, old.size(), by);
+}
+
+// Version 2 of the manifest has other names for two inputs, and counts the window in latent frames.
+void test_version_2(const greedy::Bundle& bundle) {
+    const std::filesystem::path copy =
+        std::filesystem::temp_directory_path() / ("greedy_version_2." + std::to_string(getpid()));
+    std::filesystem::remove_all(copy);
+    std::filesystem::copy(bundle_path, copy, std::filesystem::copy_options::recursive);
+    std::string manifest = text_of(copy / "manifest.json");
+    for (const auto& [old, by] :
+         {std::pair("\"version\": 1", "\"version\": 2"), std::pair("\"window\": 3", "\"window\": 4"),
+          std::pair("\"write_idx\"", "\"start_row\""), std::pair("\"kv_len\"", "\"valid_rows\"")})
+        replace_all(manifest, old, by);
+    std::ofstream(copy / "manifest.json") << manifest;
+    const greedy_settings chosen = settings();
+    check(clean_digest(greedy::Bundle(copy.string(), &chosen), 8, 41) == clean_digest(bundle, 8, 41),
+          "version 2: another video");
+    // Version 1 does not take the new names.
+    replace_all(manifest, "\"version\": 2", "\"version\": 1");
+    std::ofstream(copy / "manifest.json") << manifest;
+    try {
+        greedy::Session(greedy::Bundle(copy.string(), &chosen), 8);
+        check(false, "version 2: its names accepted in version 1");
+    } catch (const greedy::StatusError& error) {
+        check(std::strstr(error.what(), "got input start_row"), std::string("version 2: said ") + error.what());
+    }
+    std::filesystem::remove_all(copy);
 }
 
 void test_tokens_are_the_text(const greedy::Bundle& bundle) {
@@ -188,7 +230,7 @@ void test_flush(const greedy::Bundle& bundle) {
     check(digest_of(session, 11) == first, "flush: another video");
 }
 
-// Whatever graph fails, the next call makes the same frames.
+// After a failure of any graph the next call makes the same frames.
 void test_failures(const greedy::Bundle& bundle) {
     void* plugin = dlopen((plugin_dir + "/libgreedy_aoti.so").c_str(), RTLD_NOW);
     const auto fail_after = reinterpret_cast<void (*)(long)>(plugin ? dlsym(plugin, "fake_fail_after") : nullptr);
@@ -230,7 +272,7 @@ void test_cancel_under_load(const greedy::Bundle& bundle) {
     std::atomic<bool> done{false};
     std::atomic<long> made{0};
     int asked = 0;
-    // One cancel a frame, at ever other moments: a thread that never stopped cancelling would let no frame be made.
+    // One cancel per frame, at changing moments: with a cancel at every moment no frame would be made.
     std::thread other([&] {
         while (!done) {
             const long before = made;
@@ -325,7 +367,7 @@ void test_memory(const greedy::Bundle& bundle) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc < 3) return std::fprintf(stderr, "usage: session_test BUNDLE PLUGIN_DIR [REPEATS]\n"), 2;
+    if (argc < 3) return std::fprintf(stderr, "usage: session_test BUNDLE PLUGIN_DIR [DIVISOR]\n"), 2;
     bundle_path = argv[1], plugin_dir = argv[2];
     divisor = argc > 3 ? std::max(1, std::atoi(argv[3])) : 1;
     try {
@@ -333,6 +375,7 @@ int main(int argc, char** argv) {
         const greedy::Bundle bundle = open_bundle();
         test_no_memory(bundle);
         test_tokens_are_the_text(bundle);
+        test_version_2(bundle);
         test_flush(bundle);
         test_failures(bundle);
         test_cancel_under_load(bundle);

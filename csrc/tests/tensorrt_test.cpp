@@ -1,4 +1,4 @@
-// The tensorrt plugin's own code over the stand-in of tests/stand_in: what it checks, binds, shares and gives back.
+// Tests the checks, bindings, aliases and releases of the tensorrt plugin over the stand-in of tests/stand_in.
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -28,7 +28,7 @@ int open_status(const char* target, const char* version) {
     return status;
 }
 
-// The status of loading a plan of this text as a graph with x, k_0 -> y, k_0_out.
+// Loads a plan of this text as a graph with x, k_0 -> y, k_0_out; returns the status.
 int load_status(void* device, const std::string& plan, void** graph, bool weight = false, const char* name = "sdd") {
     const std::string path = write(plan);
     const greedy_tensor inputs[] = {{"x", GREEDY_FLOAT32, 2, kShape}, {"k_0", GREEDY_FLOAT32, 2, kShape}};

@@ -1,6 +1,5 @@
-// The aoti plugin with a clock around every graph: built as libgreedy_aoti.so in a directory below the real one. When
-// the device is closed, the log gets how often graphs ran and for how long; what is left of a stream's time is the
-// core's.
+// The aoti plugin with a clock around every graph, built as libgreedy_aoti.so in a directory below the real one.
+// Closing the device logs the number of runs and their time; the rest of a stream's time is the core's.
 #include <dlfcn.h>
 #include <time.h>
 
@@ -17,7 +16,7 @@ struct Timed {
     void* device;
     greedy_log_callback log;
     void* cookie;
-    long runs = 0;  // of one session: this is no plugin for several at once
+    long runs = 0;  // for one session at a time
     double begun = 0, ms = 0;
 };
 

@@ -1,4 +1,4 @@
-// tokens FOLDER: prompts as JSON strings, one a line, from stdin; their ids, and how many are no padding, to stdout.
+// tokens FOLDER reads prompts from stdin, one JSON string per line. It writes the number of unpadded ids and all ids.
 #include <cstdio>
 #include <iostream>
 

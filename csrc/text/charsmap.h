@@ -13,11 +13,11 @@ class Charsmap {
     // From base64. Throws Error(GREEDY_BAD_BUNDLE).
     Charsmap(const std::string& base64, const std::string& where);
 
-    // Grapheme by grapheme, as the tokenizers library does it.
+    // Works grapheme by grapheme, as the tokenizers library does.
     std::string normalize(const std::string& text) const;
 
   private:
-    // What the shortest known prefix of `text` becomes, or null.
+    // The replacement of the shortest known prefix of `text`, or null.
     const char* find(std::string_view text) const;
 
     std::vector<std::uint32_t> trie_;  // a double array (Darts-clone)

@@ -17,7 +17,7 @@ struct Lower {
     const char* text;
 };
 struct Entity {
-    const char *name, *text;  // the name with its semicolon, where it has one
+    const char *name, *text;  // the name, with its semicolon if it has one
 };
 #include "text/text_tables.inc"
 
@@ -48,12 +48,12 @@ enum Break : std::uint32_t {
 };
 enum Conjunct : std::uint32_t { kNoConjunct, kConsonant, kConjunctExtend, kLinker };
 
-// What stands before a possible boundary, beside the character right before it.
+// The text before a possible boundary, apart from the last character.
 struct Before {
     Break last = kOther;
     bool pictogram = false;  // Extended_Pictographic Extend* ZWJ?
     bool consonant = false;  // Consonant [Extend Linker]*
-    bool linker = false;     // of which one is a linker
+    bool linker = false;     // one of these is a linker
     int regional = 0;        // regional indicators in a row
 };
 
@@ -96,7 +96,7 @@ constexpr std::uint16_t kWindows[32] = {0x20AC, 0x81,   0x201A, 0x0192, 0x201E, 
                                         0x90,   0x2018, 0x2019, 0x201C, 0x201D, 0x2022, 0x2013, 0x2014,
                                         0x02DC, 0x2122, 0x0161, 0x203A, 0x0153, 0x9D,   0x017E, 0x0178};
 
-// &#...: the character, or nothing where it is no character.
+// The character of &#...; empty if there is no such character.
 void append_numbered(std::uint64_t code, std::string& out) {
     if (code == 0 || (code >= 0xD800 && code <= 0xDFFF) || code > 0x10FFFF) return append_utf8(0xFFFD, out);
     if (code == 0x0D) return append_utf8(code, out);
@@ -106,7 +106,7 @@ void append_numbered(std::uint64_t code, std::string& out) {
     if (!none) append_utf8(static_cast<std::uint32_t>(code), out);
 }
 
-// An entity at `at`, which is an ampersand: appends what it stands for and returns its end, or `at`.
+// Appends the text of the entity at the ampersand `at` and returns the end of the entity. Without one returns `at`.
 std::size_t numbered(const std::string& text, std::size_t at, std::string& out) {
     std::size_t i = at + 2;
     const bool hex = i < text.size() && (text[i] == 'x' || text[i] == 'X');

@@ -1,4 +1,4 @@
-// What the tokenizer knows about text; the tables are in text_tables.inc. Strings are valid UTF-8.
+// Properties of characters for the tokenizer; the tables are in text_tables.inc. Strings are valid UTF-8.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +16,13 @@ struct Character {
 std::vector<Character> characters(std::string_view text);
 
 bool is_word(std::uint32_t code);   // \w of the tokenizers library
-bool is_space(std::uint32_t code);  // its white space, which is Unicode's
+bool is_space(std::uint32_t code);  // white space of the tokenizers library, which is Unicode's
 std::string lower_case(std::string_view text);
 
 // Extended grapheme clusters (Unicode Standard Annex 29).
 std::vector<std::string_view> graphemes(std::string_view text);
 
-// HTML entities resolved, white space folded: clean_prompt of engine/model/text.py.
+// Resolves HTML entities and folds white space, as clean_prompt of engine/model/text.py.
 std::string clean_prompt(const std::string& prompt);
 
 }  // namespace greedy::core

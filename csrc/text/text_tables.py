@@ -1,9 +1,9 @@
-"""Writes csrc/text/text_tables.inc: what the C++ tokenizer knows about characters, asked of the libraries it equals.
+"""Writes csrc/text/text_tables.inc: properties of characters for the C++ tokenizer, from the libraries it must equal.
 
     python csrc/text/text_tables.py        # needs tokenizers and regex, which come with transformers
 
-Letters, lower case and white space are those of the `tokenizers` library, asked character by character; white space of
-prompts is Python's; entities are those of `html`; grapheme boundaries are Unicode's, from `regex`.
+Letters, lower case and white space come from the `tokenizers` library, character by character; white space of prompts
+from Python; entities from `html`; grapheme boundaries from `regex`, which follows Unicode.
 """
 
 import html.entities
@@ -21,7 +21,7 @@ CONJUNCTS = ["Consonant", "Extend", "Linker"]
 
 
 def ranges(kinds: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """(code, kind) in order -> runs (first, last, kind), kind 0 left out."""
+    """(code, kind) in order -> runs (first, last, kind) without kind 0."""
     runs: list[tuple[int, int, int]] = []
     for code, kind in kinds:
         if kind and runs and runs[-1][1] == code - 1 and runs[-1][2] == kind:
@@ -32,7 +32,7 @@ def ranges(kinds: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
 
 
 def classes() -> list[tuple[int, int, int]]:
-    """Bits: 1 a word's character, 2 white space of the tokenizer, 4 white space of Python."""
+    """Bits: 1 word character, 2 white space of the tokenizer, 4 white space of Python."""
     words, spaces = pre_tokenizers.Whitespace(), pre_tokenizers.WhitespaceSplit()
 
     def kind(code: int) -> int:
@@ -50,7 +50,7 @@ def lower_case() -> list[tuple[int, str]]:
 
 
 def by_property(names: list[str], pattern: Callable[[str], str]) -> dict[int, int]:
-    """Code -> 1 + index of the name whose property it has."""
+    """Code -> 1 + index of its property in the names."""
     every = "".join(map(chr, CHARACTERS))
     return {
         ord(match): number

@@ -18,12 +18,12 @@ constexpr std::int64_t kMaxId = std::numeric_limits<std::int32_t>::max();
     fail(GREEDY_BAD_BUNDLE, where, got, "a kind of tokenizer that this library reads (see csrc/text/tokenizer.h)");
 }
 
-// The strings of a list of steps, each with a type; a Sequence is its members, null is none.
-std::vector<const Json*> steps_of(const Json* given, const char* members, const std::string& where) {
-    if (!given || given->is_null()) return {};
-    if (given->at("type", where).string(where) != "Sequence") return {given};
+// The steps in a normaliser or pre-tokeniser. A Sequence stands for its members, null for no step.
+std::vector<const Json*> steps_of(const Json* listed, const char* members, const std::string& where) {
+    if (!listed || listed->is_null()) return {};
+    if (listed->at("type", where).string(where) != "Sequence") return {listed};
     std::vector<const Json*> out;
-    for (const Json& step : given->at(members, where).array(where))
+    for (const Json& step : listed->at(members, where).array(where))
         for (const Json* inner : steps_of(&step, members, where)) out.push_back(inner);
     return out;
 }
@@ -61,10 +61,10 @@ std::string strip(const std::string& text, bool left, bool right) {
     return out;
 }
 
-// Runs of words' characters and runs of others, white space dropped: /\w+|[^\w\s]+/; or only split at white space.
+// Runs of word characters and runs of other characters without white space, /\w+|[^\w\s]+/; or splits at white space.
 std::vector<std::string> split_words(const std::string& text, bool at_marks) {
     std::vector<std::string> out;
-    int last = -1;  // the class of the run being filled; -1 none
+    int last = -1;  // class of the current run; -1 is none
     for (const Character& c : characters(text)) {
         const int kind = is_space(c.code) && !(at_marks && is_word(c.code)) ? -1 : at_marks ? is_word(c.code) : 0;
         if (kind >= 0 && kind != last) out.emplace_back();
@@ -83,7 +83,7 @@ struct Metaspace {
         if (prepend && !marked.empty() && marked.compare(0, mark.size(), mark) != 0) marked = mark + marked;
         if (!split) return {marked};
         std::vector<std::string> out;
-        for (std::size_t at = 0; at < marked.size();) {  // every mark begins a piece
+        for (std::size_t at = 0; at < marked.size();) {  // a piece begins at every mark
             const std::size_t end = std::min(
                 marked.find(mark, at + (marked.compare(at, mark.size(), mark) == 0 ? mark.size() : 0)), marked.size());
             out.push_back(marked.substr(at, end - at));
@@ -95,9 +95,9 @@ struct Metaspace {
 
 class WordLevel : public Tokenizer::Model {
   public:
-    WordLevel(const Json& given, const std::string& where) {
-        for (const auto& [word, id] : given.at("vocab", where).object(where)) ids_[word] = id.integer(where, 0, kMaxId);
-        const auto unknown = ids_.find(given.at("unk_token", where).string(where));
+    WordLevel(const Json& model, const std::string& where) {
+        for (const auto& [word, id] : model.at("vocab", where).object(where)) ids_[word] = id.integer(where, 0, kMaxId);
+        const auto unknown = ids_.find(model.at("unk_token", where).string(where));
         if (unknown == ids_.end()) fail(GREEDY_BAD_BUNDLE, where, "an unk_token outside the vocabulary", "one inside");
         unknown_ = unknown->second;
     }
@@ -121,11 +121,11 @@ class WordLevel : public Tokenizer::Model {
 // The most probable split into pieces of a SentencePiece model (Kudo, 2018).
 class Unigram : public Tokenizer::Model {
   public:
-    Unigram(const Json& given, const std::string& where) {
-        if (const Json* fallback = given.find("byte_fallback"); fallback && fallback->boolean(where))
+    Unigram(const Json& model, const std::string& where) {
+        if (const Json* fallback = model.find("byte_fallback"); fallback && fallback->boolean(where))
             refuse(where, "byte_fallback");
-        const Json::Array& vocab = given.at("vocab", where).array(where);
-        unknown_ = given.at("unk_id", where).integer(where, 0, static_cast<std::int64_t>(vocab.size()) - 1);
+        const Json::Array& vocab = model.at("vocab", where).array(where);
+        unknown_ = model.at("unk_id", where).integer(where, 0, static_cast<std::int64_t>(vocab.size()) - 1);
         double least = std::numeric_limits<double>::infinity();
         pieces_.reserve(vocab.size());
         for (const Json& entry : vocab) {
@@ -165,7 +165,7 @@ class Unigram : public Tokenizer::Model {
             }
             if (!single) offer(start, start + width, unknown_, unknown_score_);
         }
-        // Backwards; unknown characters in a row are one token.
+        // Backwards; consecutive unknown characters are one token.
         std::vector<std::int64_t> reversed;
         std::size_t unknown_end = 0;
         for (std::size_t end = text.size(); end > 0; end = nodes[end].start) {
@@ -199,8 +199,8 @@ class Unigram : public Tokenizer::Model {
     double unknown_score_;
 };
 
-bool flag(const Json& given, const char* key, const std::string& where) {
-    const Json* found = given.find(key);
+bool flag(const Json& token, const char* key, const std::string& where) {
+    const Json* found = token.find(key);
     return found && found->boolean(where);
 }
 
@@ -273,7 +273,7 @@ void Tokenizer::read_added(const Json& list, const std::string& where) {
         added_.push_back({text, token.at("id", where).integer(where, 0, kMaxId), flag(token, "lstrip", where),
                           flag(token, "rstrip", where)});
     }
-    // The longest that fits wins.
+    // The longest token that fits wins.
     std::stable_sort(added_.begin(), added_.end(),
                      [](const Added& a, const Added& b) { return a.text.size() > b.text.size(); });
 }
@@ -300,7 +300,7 @@ void Tokenizer::read_config(const Json& config, const std::string& where) {
     for (const char* side : {"padding_side", "truncation_side"})
         if (const Json* found = config.find(side); found && found->string(where) != "right")
             refuse(where, std::string(side) + " " + found->string(where).substr(0, 60));
-    // A tokenizer that names no limit reports an astronomical one.
+    // A tokenizer without a limit reports an astronomical one.
     if (const Json* limit = config.find("model_max_length"); limit && !limit->is_null())
         rows_ = static_cast<std::int64_t>(std::min(limit->number(where), static_cast<double>(kMaxRows)));
     if (rows_ < static_cast<std::int64_t>(before_.size() + after_.size()) + 1)
@@ -341,7 +341,7 @@ void Tokenizer::encode(const std::string& prompt, std::vector<std::int64_t>& ids
                        std::vector<std::int64_t>& mask) const {
     const std::string text = clean_prompt(prompt);
     ids.clear();
-    std::size_t plain = 0;  // where the text begins that no special token has taken
+    std::size_t plain = 0;  // start of the text after the last special token
     for (std::size_t at = 0; at < text.size();) {
         const auto fits = [&](const Added& token) { return text.compare(at, token.text.size(), token.text) == 0; };
         const auto found = std::find_if(added_.begin(), added_.end(), fits);

@@ -1,9 +1,8 @@
-// Hugging Face tokenizer.json of the kinds that bundles hold: word lists, and SentencePiece unigrams as (U)MT5 has
-// them.
+// Runs the kinds of Hugging Face tokenizer.json that bundles hold: word lists, and SentencePiece unigrams as in (U)MT5.
 //
-// Read and run are: normalisers Lowercase, Precompiled, Strip, Replace (of a string, or of / {2,}/); pre-tokenisers
-// Whitespace, WhitespaceSplit, Metaspace; sequences of these; models WordLevel and Unigram; special tokens in the text;
-// a TemplateProcessing of one text. Anything else is refused by the constructor, so nothing is tokenised wrongly.
+// Normalisers: Lowercase, Precompiled, Strip, Replace (of a string, or of / {2,}/). Pre-tokenisers: Whitespace,
+// WhitespaceSplit, Metaspace. Sequences of both. Models: WordLevel and Unigram. Special tokens in the text, and a
+// TemplateProcessing of one text. The constructor refuses everything else, so that no text is tokenised wrongly.
 #pragma once
 
 #include <cstdint>
@@ -27,10 +26,10 @@ class Tokenizer {
     // Rows of every prompt: the tokenizer's own limit, at most kMaxRows.
     std::int64_t rows() const { return rows_; }
 
-    // Of the ids that encode() gives.
+    // The largest id that encode() can return.
     std::int64_t largest_id() const;
 
-    // Ids and mask of a prompt (UTF-8), each rows() long, as engine/model/text.py's Tokenizer; longer prompts are cut.
+    // Ids and mask of a prompt (UTF-8), each rows() long, as Tokenizer of engine/model/text.py. Cuts longer prompts.
     void encode(const std::string& prompt, std::vector<std::int64_t>& ids, std::vector<std::int64_t>& mask) const;
 
     class Model {
@@ -44,7 +43,7 @@ class Tokenizer {
     struct Added {
         std::string text;
         std::int64_t id;
-        bool left, right;  // takes the white space on that side with it
+        bool left, right;  // removes the white space on that side
     };
     using Normalize = std::function<std::string(const std::string&)>;
     using Split = std::function<std::vector<std::string>(const std::string&)>;

@@ -1,11 +1,11 @@
-"""Richer captioned clips: a moving object, often a second one that stands still, and dynamics that no word states.
+"""Richer captioned clips: a moving object, often a second one that stands still, and motion that no caption states.
 
     "a red circle moving right slowly left of a blue square on a gray background"
 
-The caption says class, colour, first direction, coarse speed, background and, at the first frame, how the mover
-stands to the other object. It does not say: exact speed, sizes and places; that the mover bounces off the walls;
-whether it passes in front of the other object or behind it; whether it blinks, that is, goes on moving unseen for
-some frames. So a frame is not determined by the text and one other frame: the past matters.
+The caption states class, colour, first direction, coarse speed, background and, at the first frame, where the mover
+stands relative to the other object. It does not state exact speed, sizes and places, or that the mover bounces off the
+walls. Nor does it state whether the mover passes in front of the other object, or whether it blinks: a blinking mover
+goes on unseen for some frames. The text and one other frame therefore do not determine a frame: the past matters.
 
 A clip is float [3, T, 32, 32] in [-1, 1]; positions are in pixels, time in pixel frames.
 """
@@ -21,18 +21,18 @@ SPEED_RANGES = {"slowly": (0.3, 0.6), "quickly": (0.8, 1.2)}  # pixels per frame
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # mover minus other
 RADII = (5.0, 7.5)
 TWO_SHARE = 0.5  # share of the clips with a second object
-CROSS_SHARE = 0.4  # share of the candidates with two objects in each other's way that are kept
+CROSS_SHARE = 0.4  # share of the drawn scenes with crossing objects that are kept
 BLINK_SHARE = 0.35  # share of the clips whose mover blinks
-LATENT = 4  # frames of a latent frame; disappearances keep to them, so that a latent shows the mover or does not
+LATENT = 4  # pixel frames per latent frame; a mover blinks for whole latent frames
 HIDDEN = (1, 2)  # latent frames unseen in a row
 PERIOD = (3, 5)  # latent frames from one disappearance to the next
 MIN_OFFSET = 6.0  # pixels between the centres along the stated relation
-FIRST_LEG = 0.45  # the mover starts within this share of its way, so that the first direction shows
+FIRST_LEG = 0.45  # the mover starts within this share of its way, so that its first direction is seen
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object: two captioned facts, and radius and first centre (x, y) that no word states."""
+    """One drawn object: two captioned facts, and a radius and a first centre (x, y) that the caption leaves open."""
 
     colour: str
     shape: str
@@ -50,7 +50,7 @@ class Scene:
     background: str
     pace: float
     other: Thing | None = None
-    in_front: bool = True  # whether the mover hides the other object where they overlap
+    in_front: bool = True  # the mover hides the other object where they overlap
     period: int = 0  # frames between two disappearances; 0 never blinks
     hidden: int = 0  # frames unseen of every period
     phase: int = 0  # first frame of the first disappearance
@@ -82,7 +82,7 @@ def _whole(low: int, high: int, generator: torch.Generator) -> int:
 
 
 def _place(radius: float, direction: str | None, generator: torch.Generator) -> tuple[float, float]:
-    """A centre inside the walls; with a direction, on the first part of the way along it."""
+    """A centre inside the walls; with a direction, on the first part of the path along it."""
     centre = []
     for step in DIRECTIONS[direction] if direction else (0, 0):
         share = _between(0, 1, generator)
@@ -92,14 +92,14 @@ def _place(radius: float, direction: str | None, generator: torch.Generator) -> 
 
 
 def _apart(mover: Thing, other: Thing) -> bool:
-    """Neither touching nor askew: one of RELATIONS clearly holds."""
+    """Whether the objects do not touch and one of RELATIONS clearly holds."""
     dx, dy = (abs(a - b) for a, b in zip(mover.centre, other.centre, strict=True))
     clear = max(dx, dy) >= MIN_OFFSET and max(dx, dy) >= 1.3 * min(dx, dy)
     return clear and (dx * dx + dy * dy) ** 0.5 >= mover.radius + other.radius + 1
 
 
 def _cross(mover: Thing, direction: str, other: Thing) -> bool:
-    """Whether the mover's way leads over the other object."""
+    """Whether the mover's path leads over the other object."""
     across = 1 if DIRECTIONS[direction][0] else 0
     return abs(mover.centre[across] - other.centre[across]) < mover.radius + other.radius
 
@@ -123,7 +123,7 @@ def _draw(pool: tuple, generator: torch.Generator) -> Scene:
             break
     blinks = _between(0, 1, generator) < BLINK_SHARE
     hidden, period = LATENT * _whole(*HIDDEN, generator), LATENT * _whole(*PERIOD, generator)
-    phase = 1 + LATENT * _whole(1, period // LATENT, generator)  # seen in the first two latent frames
+    phase = 1 + LATENT * _whole(1, period // LATENT, generator)  # not in the first two latent frames
     return Scene(
         mover,
         facts.direction,

@@ -1,16 +1,14 @@
-"""Captioned latents on disk: safetensors shards and an index, written one by one and read in place.
+"""Captioned latents on disk: safetensors shards and an index, read in place.
 
-    folder/00000.safetensors   "latents" [n, C, F, h, w]; the metadata hold the captions and what made them
+    folder/00000.safetensors   "latents" [n, C, F, h, w]; the metadata hold the captions
     folder/index.json          format, latent shape and, for every shard, its name, number of clips and bytes
 
-A shard is written beside its name and renamed when whole, so every one that is there is complete and a writer that
-was stopped goes on with the missing ones. The index comes last: a folder without one is not finished. Every shard is
-checked by its header when the folder is opened, before any latent is read.
+A shard appears whole or not at all, so that a stopped writer resumes with the missing ones. The index comes last:
+a folder without it is not finished. Opening a folder checks the header of every shard before any latent is read.
 """
 
 import bisect
 import json
-import os
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.training.state import write_json
+from engine.files import whole_file, write_json
 
 FORMAT = 1
 INDEX = "index.json"
@@ -38,15 +36,12 @@ def write_shard(folder: Path, number: int, latents: Tensor, captions: Sequence[s
             f"shard {number}: got latents {list(latents.shape)} and {len(captions)} captions, "
             "expected [n, C, F, h, w] and n of them"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = shard_path(folder, number)
-    part = path.with_suffix(".part")
-    save_file({"latents": latents.contiguous()}, part, {"captions": json.dumps(list(captions))})
-    os.replace(part, path)
+    with whole_file(shard_path(folder, number)) as part:
+        save_file({"latents": latents.contiguous()}, part, {"captions": json.dumps(list(captions))})
 
 
 def write_index(folder: Path, shards: int, source: dict[str, Any]) -> None:
-    """Finish a folder of `shards` shards; `source` says what made them, for people."""
+    """Finish a folder of `shards` shards. `source` tells readers what made them; no code reads it."""
     entries, shape = [], None
     for number in range(shards):
         path = shard_path(folder, number)
@@ -56,7 +51,7 @@ def write_index(folder: Path, shards: int, source: dict[str, Any]) -> None:
 
 
 def _header(path: Path, shape: list[int] | None) -> tuple[int, list[int]]:
-    """Clips of a shard and the shape of one, from its header alone; both must fit `shape` and the captions."""
+    """Number of clips and shape of one clip, from a shard's header. Both must fit `shape` and the captions."""
     if not path.is_file():
         raise FileNotFoundError(f"shard: got no {path}, expected it")
     try:
@@ -74,7 +69,7 @@ def _header(path: Path, shape: list[int] | None) -> tuple[int, list[int]]:
 
 
 class Shards:
-    """A finished folder, open for reading; clips are numbered through all shards."""
+    """A finished folder, open for reading. Clip numbers run through all shards."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / INDEX).is_file():
@@ -102,7 +97,7 @@ class Shards:
 
     @property
     def frames(self) -> int:
-        """Latent frames of a clip."""
+        """Latent frames per clip."""
         return self.shape[1]
 
     def captions(self, clips: Sequence[int]) -> list[str]:

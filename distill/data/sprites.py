@@ -1,11 +1,10 @@
 """Captioned sprite clips: one object moving over a plain background on a torus.
 
-Everything the caption states can be read back from the pixels (`distill.scores.evaluator`), so a generated clip can be
-scored exactly. A clip is float [3, T, 32, 32] in [-1, 1]; positions are in pixels, time in pixel frames.
+The strict scorer (`distill.scores.strict`) reads every captioned fact back from the pixels, so that it scores generated
+clips exactly. A clip is float [3, T, 32, 32] in [-1, 1]; positions are in pixels, time in pixel frames.
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -79,14 +78,14 @@ def _held_out_captions() -> frozenset[str]:
 
 
 def held_out(spec: Spec) -> bool:
-    """Whether this combination of colour, shape, direction, speed and background is never trained on."""
+    """Whether no training clip shows this combination of colour, shape, direction, speed and background."""
     return spec.caption in _held_out_captions()
 
 
 def sample(count: int, generator: torch.Generator, *, hidden: bool = False) -> list[Spec]:
     """Draw specs from the training combinations, or (`hidden`) from the held-out ones.
 
-    Across its direction of motion the object stays inside the picture; along it, it starts anywhere.
+    Across its direction of motion the object stays inside the picture. Along that direction it starts anywhere.
     """
     pool = combinations(held_out=hidden)
     picks = torch.randint(len(pool), (count,), generator=generator).tolist()
@@ -104,7 +103,7 @@ def sample(count: int, generator: torch.Generator, *, hidden: bool = False) -> l
 
 
 def _distance(dx: Tensor, dy: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
-    """Signed distance (negative inside) to a circle, square or triangle (`shape` indexes SHAPES)."""
+    """Signed distance, negative inside, to a circle, square or triangle; `shape` indexes SHAPES."""
     circle = torch.sqrt(dx * dx + dy * dy + 1e-9) - radius
     square = torch.maximum(dx.abs(), dy.abs()) - 0.88 * radius
     triangle = torch.maximum(dy - 0.75 * radius, 0.866 * dx.abs() - 0.5 * dy - 0.55 * radius)
@@ -112,7 +111,7 @@ def _distance(dx: Tensor, dy: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
 
 
 def coverage(x: Tensor, y: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
-    """Share of every pixel covered by an object; arguments broadcast as [..., 1, 1] -> [..., 32, 32]."""
+    """Share of every pixel that an object covers; arguments broadcast as [..., 1, 1] -> [..., 32, 32]."""
     pixels = torch.arange(SIZE) + 0.5
     dx = (pixels[None, :] - x + SIZE / 2) % SIZE - SIZE / 2
     dy = (pixels[:, None] - y + SIZE / 2) % SIZE - SIZE / 2
@@ -131,10 +130,3 @@ def render(specs: list[Spec], frames: int) -> tuple[Tensor, Tensor]:
     colour = palette(COLOURS)[[list(COLOURS).index(s.colour) for s in specs]]
     ground, colour = ground[..., None, None, None], colour[..., None, None, None]
     return ground + (colour - ground) * cover, cover
-
-
-def clips(batch: int, frames: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, list[Spec]]]:
-    """Endless training batches: video, coverage, specs (never a held-out combination)."""
-    while True:
-        specs = sample(batch, generator)
-        yield (*render(specs, frames), specs)

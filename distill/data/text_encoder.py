@@ -7,15 +7,16 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5C
 from distill.data.scenes import RELATIONS
 from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SPEEDS
 
-ROWS = 16  # text rows of the transformer; the engine takes them from tokenizer.model_max_length
+ROWS = 16  # text rows of the transformer; the engine reads them from tokenizer.model_max_length
 DIM = 64
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Every word of the captions is a token; anything else is <unk>."""
+    """Every word of the captions is a token; any other word is <unk>."""
     words = ["<pad>", "</s>", "<unk>", "a", "and", "on", "moving", "background"]
     words += [*COLOURS, *SHAPES, *DIRECTIONS, *SPEEDS, *BACKGROUNDS]
-    words += [word for word in dict.fromkeys(" ".join(RELATIONS).split()) if word not in words]  # last: older ids stay
+    # New words come last, so that older ids stay.
+    words += [word for word in dict.fromkeys(" ".join(RELATIONS).split()) if word not in words]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -48,7 +49,7 @@ def build_text_encoder(vocabulary: int) -> UMT5EncoderModel:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, captions: list[str]) -> Tensor:
-    """Captions -> [B, rows, 64]; rows beyond the real tokens are zeroed after the encoder, as in Wan."""
+    """Captions -> [B, rows, 64]. Rows after the real tokens are zeroed behind the encoder, as in Wan."""
     rows = min(tokenizer.model_max_length, 512)
     tokens = tokenizer(captions, padding="max_length", max_length=rows, truncation=True, return_tensors="pt")
     tokens = tokens.to(encoder.device)

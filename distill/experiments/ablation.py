@@ -1,17 +1,16 @@
 """The ablation (Table 3 of the paper), long videos (Fig. 6) and quality against steps, on the embedded scale.
 
-    make ablation                     (python -m distill.ablation --config distill/configs/ablation.toml)
+    make ablation                     (python -m distill ablation --config distill/configs/ablation.toml)
 
-Trains every arm with every seed on the same data in the same steps, scores all of them on the same held-out prompts
-and noise, and writes tables and plots to docs/results/. What a run finds done under --out it skips, and it goes on
-inside a training that was stopped, so it may be ended and started at any time.
+Trains every arm with every seed, on the same data and for the same steps. Scores all arms on the same held-out prompts
+and noise. Writes tables and plots to --results. A run skips all that --out already holds and resumes a stopped
+training, so that it can end and start again at any time.
 """
 
-import argparse
 import json
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,28 @@ from distill.models.sampling import noised
 from distill.scores.dimensions import blinks
 from distill.scores.tasks import find_task
 from distill.stages import next_chunk, rl
-from distill.stages.next_chunk import AnyStudent, NextChunkConfig, draw_levels, load_student
+from distill.stages.next_chunk import AnyStudent, NextChunkConfig, draw_sigmas, load_student
 from distill.stages.rl import RlConfig
 from distill.training.draws import Draws
-from distill.training.state import load_config, run_stage, write_json
+from distill.training.stage import Stage, TableOptions
 from engine.config import Preset
+from engine.files import whole_file, write_json
+from engine.options import option, read_table
 from engine.presets import find_preset
 
-PARENTS = {"etm-rl": "etm", "etm-rl-critic": "etm", "no-etm-rl": "no-etm", "causal-rl": "causal"}  # what RL starts from
+# RL arm -> the arm that it starts from
+PARENTS = {"etm-rl": "etm", "etm-rl-critic": "etm", "no-etm-rl": "no-etm", "causal-rl": "causal"}
 CRITICS = ("etm-rl-critic", "causal-rl")
+
+
+@dataclass(frozen=True)
+class AblationOptions(TableOptions):
+    config: Path = option(
+        Path("distill/configs/ablation.toml"), "TOML file, also of [next_chunk], [rl]", metavar="FILE"
+    )
+    out: Path = option(Path("runs/ablation"), "folder of students and scores")
+    results: Path = option(Path("docs/results"), "folder of tables and plots")
+    report: bool = option(False, "train nothing; report the scores that --out holds")
 
 
 class Runner:
@@ -51,7 +63,7 @@ class Runner:
         self._same_settings()
 
     def _same_settings(self) -> None:
-        """What was made with other settings is no part of the same table."""
+        """Refuse a folder whose students were made with other settings: they do not belong in one table."""
         free = ("arms", "seeds", "steps")
         settings = {
             "ablation": {k: v for k, v in asdict(self.config).items() if k not in free},
@@ -61,12 +73,12 @@ class Runner:
         text, path = json.dumps(settings, indent=1), self.out / "settings.json"
         if path.is_file() and path.read_text() != text:
             raise ValueError(f"{path}: got other settings than today's, expected the same (or another --out)")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        with whole_file(path) as part:
+            part.write_text(text)
 
-    @torch.enable_grad()  # what measures a student trains it first if it has to
+    @torch.enable_grad()  # a measurement without gradients trains a missing student first
     def train(self, arm: str, seed: int) -> Path:
-        """The student of an arm and seed, trained unless it is there."""
+        """The student file of an arm and seed; trains a missing one."""
         config = self.config
         folder = self.out / f"{arm}-{seed}"
         path = folder / "student.pt"
@@ -82,7 +94,7 @@ class Runner:
             return path
         made = replace(self.made, seed=seed, steps=config.next_chunk_steps)
         if arm == "etm-longer":
-            # Other draws: with the same seed it would see its parent's first steps again.
+            # Another seed, so that it does not repeat the draws of its parent's first steps.
             made = replace(made, start=str(self.train("etm", seed)), steps=config.longer_steps, seed=seed + 1000)
         elif arm == "no-etm":
             made = replace(made, etm=False, rank=2 * made.rank)
@@ -93,15 +105,15 @@ class Runner:
 
     @torch.no_grad()
     def videos(
-        self, student: AnyStudent, preset: Preset, prompts: int, frames: int, guidance: float = 1.0, given: int = 0
+        self, student: AnyStudent, preset: Preset, prompts: int, frames: int, guidance: float = 1.0, supplied: int = 0
     ) -> list[Tensor]:
-        """Clips of the first prompts, always from the same noise; they go on from `given` drawn latent frames."""
+        """Clips of the first prompts, always from the same noise; they continue `supplied` drawn latent frames."""
         made = []
         for start in range(0, prompts, 16):
             specs = self.specs[start : min(start + 16, prompts)]
             seeds = Draws(self.config.prompt_seed, start, list(range(len(specs)))).seeds()
             emb = self.base.encode([spec.caption for spec in specs])
-            start_from = self.codec.encode(self.task.render(specs, 4 * given - 3)[0]) if given else None
+            start_from = self.codec.encode(self.task.render(specs, 4 * supplied - 3)[0]) if supplied else None
             if guidance != 1:
                 empty = self.base.encode([""] * len(specs))
                 with student.guided(guidance):
@@ -115,7 +127,7 @@ class Runner:
         return made
 
     def result(self, arm: str, seed: int) -> dict[str, Any]:
-        """Scores of an arm and seed, measured unless they are there."""
+        """Scores of an arm and seed; measures missing ones."""
         path = self.out / f"{arm}-{seed}" / "result.json"
         if path.is_file():
             return json.loads(path.read_text())
@@ -132,7 +144,7 @@ class Runner:
             "minutes": round(minutes, 1),
             "scores": self.task.score(videos, self.specs),
         }
-        if isinstance(self.specs[0], Scene):  # what no caption states, of the same clips
+        if isinstance(self.specs[0], Scene):  # a fact that no caption states, on the same clips
             shown = [blinks(video, spec) for video, spec in zip(videos, self.specs, strict=True)]
             result["blinking"] = sum(shown) / len(shown)
         if config.given:
@@ -146,10 +158,10 @@ class Runner:
 
     @torch.no_grad()
     def loss(self, arm: str, seed: int) -> dict[str, float]:
-        """Eq. 6 on drawn held-out clips with the same noise for every arm, measured unless it is there.
+        """Eq. 6 on drawn held-out clips, with the same noise for every arm; measures a missing one.
 
-        Clips are few and scores coarse; this pairs the arms frame by frame. `reappearing` is over the frames that show
-        a mover whose last latent frame was hidden: the text and two frames do not say where it is.
+        Clips are few and scores coarse; the loss pairs the arms frame by frame. `reappearing` averages the frames that
+        show a mover whose last latent frame was hidden: the text and two frames do not tell its place.
         """
         path = self.out / f"{arm}-{seed}" / "loss.json"
         if path.is_file():
@@ -160,9 +172,9 @@ class Runner:
             specs = self.specs[start : start + 16]
             clean = self.codec.encode(self.task.render(specs, 4 * self.config.frames - 3)[0])
             draws = Draws(self.config.prompt_seed, start, list(range(len(specs))))
-            t, noise = draw_levels((clean.shape[2],), made, draws), draws.normal(*clean.shape[1:])
+            sigma, noise = draw_sigmas((clean.shape[2],), made, draws), draws.normal(*clean.shape[1:])
             text = student.stages.prepare_text(self.base.encode([spec.caption for spec in specs]))
-            flow = student.flow(clean[:, :, :-1], noised(clean, noise, t), t, text)
+            flow = student.flow(clean[:, :, :-1], noised(clean, noise, sigma), sigma, text)
             errors.append((flow - (noise - clean)).square().mean((1, 3, 4))[:, 1:])
             if isinstance(specs[0], Scene):
                 shown = torch.stack([seen(spec, 4 * self.config.frames - 3)[::4] for spec in specs])
@@ -188,7 +200,7 @@ class Runner:
         return rows
 
     def trade_off(self, arm: str, seed: int) -> list[dict[str, float]]:
-        """Total score and relative cost of the same student with other numbers of steps."""
+        """Scores and relative cost of one student with other numbers of denoising steps."""
         path = self.out / "trade_off.json"
         if path.is_file():
             return json.loads(path.read_text())
@@ -205,39 +217,33 @@ class Runner:
         return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("distill/configs/ablation.toml"), help="TOML file")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of students and scores")
-    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of tables and plots")
-    parser.add_argument("--report", action="store_true", help="only write what is there, train nothing")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    config = load_config(arguments.config, "ablation", AblationConfig)
-    if arguments.report:
-        found = sorted(arguments.out.glob("*/result.json"))
-        if not found:
-            raise FileNotFoundError(f"results: got none in {arguments.out}, expected */result.json")
-        trade = arguments.out / "trade_off.json"
-        rows = json.loads(trade.read_text()) if trade.is_file() else []
-        results = [json.loads(path.read_text()) for path in found]
-        for result, path in zip(results, found, strict=True):
-            loss = path.with_name("loss.json")
-            result |= {"loss": json.loads(loss.read_text())} if loss.is_file() else {}
-        write_report(config, results, arguments.results, rows)
-        return
-    made = load_config(arguments.config, "next_chunk", NextChunkConfig)
-    runner = Runner(config, made, load_config(arguments.config, "rl", RlConfig), arguments.out)
+def saved_results(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+    """The results and the trade-off that a folder holds."""
+    found = sorted(out.glob("*/result.json"))
+    if not found:
+        raise FileNotFoundError(f"results: got none in {out}, expected */result.json")
+    results = []
+    for path in found:
+        loss = path.with_name("loss.json")
+        more = {"loss": json.loads(loss.read_text())} if loss.is_file() else {}
+        results.append(json.loads(path.read_text()) | more)
+    trade = out / "trade_off.json"
+    return results, json.loads(trade.read_text()) if trade.is_file() else []
+
+
+def run(config: AblationConfig, options: AblationOptions) -> None:
+    """Train, score and report every arm and seed; with --report only report."""
+    if options.report:
+        return write_report(config, *saved_results(options.out), options.results)
+    made = read_table(NextChunkConfig, options.config, "next_chunk")
+    runner = Runner(config, made, read_table(RlConfig, options.config, "rl"), options.out)
     results = []
     for seed in config.seeds:
         for arm in config.arms:
             results.append(runner.result(arm, seed) | {"loss": runner.loss(arm, seed)})
             print(json.dumps({"arm": arm, "seed": seed, "total": results[-1]["scores"]["total"]}), flush=True)
-            write_report(config, results, arguments.results, [])
-    write_report(config, results, arguments.results, runner.trade_off("etm", config.seeds[0]))
+            write_report(config, results, [], options.results)
+    write_report(config, results, runner.trade_off("etm", config.seeds[0]), options.results)
 
 
-if __name__ == "__main__":
-    run_stage(main)
+STAGE = Stage(AblationOptions, run, AblationConfig, "ablation")

@@ -1,17 +1,17 @@
 """Generate clips from held-out prompts and score them exactly, in VBench's vocabulary.
 
-    python -m distill.evaluate --model engine/assets/sprites --prompts 64 --seed 0 --frames 33 --json
-    python -m distill.evaluate --model runs/sprites --task sprites --frames 81 --thirds
-    python -m distill.evaluate --model Wan2.1-student --vbench VBench_full_info.json --out runs/vbench
+    python -m distill evaluate --model engine/assets/sprites --prompts 64 --seed 0 --frames 33 --json
+    python -m distill evaluate --model runs/sprites --task sprites --frames 81 --thirds
+    python -m distill evaluate --model Wan2.1-student --vbench VBench_full_info.json --out runs/vbench
 
-The student streams through the engine's public API, one prompt after another, as any user's would; --teacher runs
-the bidirectional teacher through the stock diffusers WanPipeline with classifier-free guidance. The last line is
-JSON: semantic, quality, total and every dimension with its standard error. --vbench writes the clips of VBench's own
-prompts and has the vbench package judge them, where it and its weights are installed.
+The student streams through the engine's public API, one prompt after another, as in any user's program. --teacher runs
+the bidirectional teacher through the stock diffusers WanPipeline, with classifier-free guidance. The last line is JSON:
+semantic, quality, total and every dimension with its standard error. --vbench writes clips of VBench's own prompts;
+the vbench package then scores them, where it and its weights are installed.
 """
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,51 @@ from torch import Tensor
 import engine
 from distill.data.sprites import Spec
 from distill.models.sampling import contact_sheet
-from distill.scores.evaluator import aggregate, evaluate, from_uint8
+from distill.scores.pixels import from_uint8
+from distill.scores.strict import aggregate, evaluate
 from distill.scores.tasks import TASKS, Task, find_task
-from distill.training.state import run_stage
+from distill.training.stage import Options, Stage
+from engine.options import option
 
 PARTS = ("first", "middle", "last")
 
 
+@dataclass(frozen=True)
+class EvaluateOptions(Options):
+    model: Path = option(Path("engine/assets/sprites"), "pipeline directory", metavar="DIR")
+    task: str = option("scenes", "task on which the model was trained", choices=sorted(TASKS))
+    prompts: int = option(64, "number of clips")
+    seed: int = option(0, "of the prompts and of the noise")
+    frames: int = option(33, "pixel frames per clip")
+    trained: bool = option(False, "prompts of the training side instead of held-out ones")
+    thirds: bool = option(False, "also the quality of each third of the clips")
+    teacher: bool = option(False, "the teacher, through diffusers' WanPipeline")
+    steps: int = option(20, "teacher: denoising steps")
+    guidance: float = option(2.0, "teacher: guidance scale")
+    preset: str = option("{}", "student: preset fields to replace, as JSON", metavar="JSON")
+    sheet: Path | None = option(None, "write a contact sheet of the first 12 clips", metavar="FILE")
+    vbench: Path | None = option(None, "VBench_full_info.json: run VBench itself instead", metavar="INFO")
+    out: Path = option(Path("runs/vbench"), "VBench: folder of clips and results", metavar="DIR")
+    json: bool = option(False, "print only the last line")
+
+    def __post_init__(self) -> None:
+        if self.prompts < 1 or self.frames < 1:
+            raise ValueError(f"got {self.prompts} prompts and {self.frames} frames, expected at least 1 of each")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The fields of --preset."""
+        try:
+            fields = json.loads(self.preset)
+        except json.JSONDecodeError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise ValueError(f"--preset: got {self.preset!r}, expected a JSON object")
+        return fields
+
+
 def student_videos(model: Path, specs: list[Any], frames: int, seed: int, preset: dict[str, Any]) -> list[Tensor]:
-    """One stream a prompt; clip i has seed `seed + i`."""
+    """One stream per prompt; clip i has seed `seed + i`."""
     pipeline = engine.load(model, overrides=preset, device="cpu")
     videos = []
     for i, spec in enumerate(specs):
@@ -85,7 +121,7 @@ def vbench_prompts(info: Path) -> list[str]:
 
 
 def run_vbench(model: Path, info: Path, out: Path, count: int, seed: int, frames: int) -> None:
-    """Write out/videos/PROMPT-i.mp4 for `count` prompts, five samples each as VBench wants, and have them judged."""
+    """Write out/videos/PROMPT-i.mp4 for `count` prompts, five samples each as VBench wants; VBench scores them."""
     try:
         from vbench import VBench
     except ImportError:
@@ -109,70 +145,39 @@ def run_vbench(model: Path, info: Path, out: Path, count: int, seed: int, frames
     judge.evaluate(videos_path=str(folder), name=model.name)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("engine/assets/sprites"), help="pipeline directory")
-    parser.add_argument("--task", choices=sorted(TASKS), default="scenes", help="what the model was trained to draw")
-    parser.add_argument("--prompts", type=int, default=64, help="number of clips")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts and of the noise")
-    parser.add_argument("--frames", type=int, default=33, help="pixel frames of a clip")
-    parser.add_argument("--trained", action="store_true", help="prompts seen in training instead of held-out ones")
-    parser.add_argument("--thirds", action="store_true", help="also the quality of each third of the clips")
-    parser.add_argument("--teacher", action="store_true", help="the teacher through diffusers' WanPipeline")
-    parser.add_argument("--steps", type=int, default=20, help="teacher: denoising steps")
-    parser.add_argument("--guidance", type=float, default=2.0, help="teacher: guidance scale")
-    parser.add_argument("--preset", type=json.loads, default={}, help="student: preset fields to replace, as JSON")
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet of the first 12 clips")
-    parser.add_argument("--vbench", type=Path, metavar="INFO", help="VBench_full_info.json: run VBench itself instead")
-    parser.add_argument("--out", type=Path, default=Path("runs/vbench"), help="VBench: folder of clips and results")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--json", action="store_true", help="only the last line")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-def main() -> None:
-    parser = _parser()
-    arguments = parser.parse_args()
-    if arguments.prompts < 1 or arguments.frames < 1:
-        parser.error(f"got {arguments.prompts} prompts and {arguments.frames} frames, expected at least 1 of each")
-    torch.set_num_threads(arguments.threads)
-    if arguments.vbench:
-        run_vbench(
-            arguments.model, arguments.vbench, arguments.out, arguments.prompts, arguments.seed, arguments.frames
-        )
-        return
-    task = find_task(arguments.task)
-    specs = task.draw(arguments.prompts, arguments.seed, hidden=not arguments.trained)
-    if arguments.teacher:
-        videos = teacher_videos(
-            arguments.model, specs, arguments.frames, arguments.seed, arguments.steps, arguments.guidance
-        )
+def run(options: EvaluateOptions) -> None:
+    """Make the clips, score them, and print a table and a line of JSON."""
+    if options.vbench:
+        return run_vbench(options.model, options.vbench, options.out, options.prompts, options.seed, options.frames)
+    overrides, task = options.overrides, find_task(options.task)
+    specs = task.draw(options.prompts, options.seed, hidden=not options.trained)
+    if options.teacher:
+        steps, guidance = options.steps, options.guidance
+        videos = teacher_videos(options.model, specs, options.frames, options.seed, steps, guidance)
     else:
-        videos = student_videos(arguments.model, specs, arguments.frames, arguments.seed, arguments.preset)
-    if arguments.sheet:
-        contact_sheet(videos[:12], arguments.sheet)
+        videos = student_videos(options.model, specs, options.frames, options.seed, overrides)
+    if options.sheet:
+        contact_sheet(videos[:12], options.sheet)
     found = task.score(videos, specs)
-    if not arguments.json:
+    if not options.json:
         for name, value in found.items():
             print(f"{name:>24} {value['mean']:.3f} +- {value['se']:.3f}  (n = {value['n']})")
     result: dict[str, Any] = {
-        "model": "teacher" if arguments.teacher else "student",
+        "model": "teacher" if options.teacher else "student",
         "task": task.name,
-        "prompts": arguments.prompts,
-        "frames": arguments.frames,
-        "seed": arguments.seed,
-        "held_out": not arguments.trained,
-        "preset": arguments.preset,
+        "prompts": options.prompts,
+        "frames": options.frames,
+        "seed": options.seed,
+        "held_out": not options.trained,
+        "preset": overrides,
         **{name: found[name]["mean"] for name in ("semantic", "quality", "total")},
         "dimensions": found,
     }
-    if isinstance(specs[0], Spec):  # the strict evaluator of one object on a torus: everything at once, or not
+    if isinstance(specs[0], Spec):  # the strict scorer knows one object on a torus only
         result["scores"] = aggregate([evaluate(video, spec) for video, spec in zip(videos, specs, strict=True)])
-    if arguments.thirds:
+    if options.thirds:
         result["thirds"] = thirds(task, videos, specs)
     print(json.dumps(result))
 
 
-if __name__ == "__main__":
-    run_stage(main)
+STAGE = Stage(EvaluateOptions, run)

@@ -1,10 +1,10 @@
-"""Several prompts streamed side by side into one picture that moves: the README's.
+"""Several prompts, streamed side by side into one moving picture: the README's.
 
-python -m distill.gallery --out docs/gallery.webp
+python -m distill gallery --out docs/gallery.webp
 """
 
-import argparse
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,27 @@ from PIL import Image, ImageDraw
 
 import engine
 from distill.data.scenes import sample
+from distill.training.stage import Options, Stage
 from engine.media.sinks import open_sink
+from engine.options import option
 
-LABEL = 14  # pixels of a line of text under a clip
-CHARACTER = 6  # pixels that a character takes at most, about
+LABEL = 14  # pixels per line of text under a clip
+CHARACTER = 6  # pixels per character, at most
+
+
+@dataclass(frozen=True)
+class GalleryOptions(Options):
+    out: str = option("docs/gallery.webp", "FILE.webp, .gif, .mp4 or DIR/", metavar="TARGET")
+    model: Path | None = option(None, "pipeline directory; default: the embedded model", metavar="DIR")
+    columns: int = option(4, "clips per row")
+    rows: int = option(2, "rows of clips")
+    frames: int = option(57, "pixel frames")
+    scale: int = option(6, "enlarge every pixel this many times each way")
+    seed: int = option(3, "of the prompts and of the noise")
 
 
 def labelled(frame: np.ndarray, text: str, scale: int) -> np.ndarray:
-    """frame [H, W, 3] enlarged `scale` times over its prompt in three lines."""
+    """frame [H, W, 3], enlarged `scale` times, above its prompt in three lines."""
     large = frame.repeat(scale, axis=0).repeat(scale, axis=1)
     strip = Image.new("RGB", (large.shape[1], 3 * LABEL), "white")
     lines = textwrap.wrap(text, large.shape[1] // CHARACTER)
@@ -28,29 +41,19 @@ def labelled(frame: np.ndarray, text: str, scale: int) -> np.ndarray:
     return np.concatenate([large, np.asarray(strip)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="docs/gallery.webp", help="FILE.webp, .gif, .mp4 or DIR/")
-    parser.add_argument("--model", type=Path, help="pipeline directory (default: the embedded model)")
-    parser.add_argument("--columns", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--frames", type=int, default=57)
-    parser.add_argument("--scale", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=3)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    pipeline = engine.load(args.model)
-    specs = sample(args.columns * args.rows, torch.Generator().manual_seed(args.seed), hidden=True)
+def run(options: GalleryOptions) -> None:
+    """Stream all clips, then write them frame by frame."""
+    pipeline = engine.load(options.model)
+    specs = sample(options.columns * options.rows, torch.Generator().manual_seed(options.seed), hidden=True)
     clips = []
     for number, spec in enumerate(specs):
-        with pipeline.stream(spec.caption, seed=args.seed + number, frames=args.frames) as stream:
-            clips.append([labelled(frame, spec.caption, args.scale) for frame in stream])
-    rows = [clips[i : i + args.columns] for i in range(0, len(clips), args.columns)]
-    height, width = clips[0][0].shape[0] * args.rows, clips[0][0].shape[1] * args.columns
-    with open_sink(args.out, pipeline.fps, (height, width)) as sink:
-        for number in range(args.frames):
+        with pipeline.stream(spec.caption, seed=options.seed + number, frames=options.frames) as stream:
+            clips.append([labelled(frame, spec.caption, options.scale) for frame in stream])
+    rows = [clips[i : i + options.columns] for i in range(0, len(clips), options.columns)]
+    height, width = clips[0][0].shape[0] * options.rows, clips[0][0].shape[1] * options.columns
+    with open_sink(options.out, pipeline.fps, (height, width)) as sink:
+        for number in range(options.frames):
             sink.write(np.concatenate([np.concatenate([clip[number] for clip in row], axis=1) for row in rows]))
 
 
-if __name__ == "__main__":
-    main()
+STAGE = Stage(GalleryOptions, run)

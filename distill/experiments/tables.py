@@ -1,12 +1,14 @@
-"""What an ablation compares, and how it is shown: Markdown, JSON, and pictures where matplotlib is installed."""
+"""The arms of an ablation, and its report: Markdown, JSON, and pictures where matplotlib is installed."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from engine.files import whole_file, write_json
+from engine.options import option
 
 ARMS = {
     "no-etm": "no ETM, no RL",
@@ -23,23 +25,27 @@ ARMS = {
 
 @dataclass(frozen=True)
 class AblationConfig:
-    task: str = "scenes"
-    vae: str = "runs/rich/vae/vae"
-    arms: tuple[str, ...] = ("no-etm", "etm", "etm-rl", "etm-cfg", "etm-longer", "etm-rl-critic")
-    seeds: tuple[int, ...] = (0, 1, 2)
-    next_chunk_steps: int = 200
-    rl_steps: int = 100
-    longer_steps: int = 50  # next-chunk steps that take as long as rl_steps of RL
-    causal_window: int = 7  # latent frames
-    guidance: float = 1.5  # of etm-cfg
-    prompts: int = 48
-    frames: int = 9  # latent frames of the table's clips
-    given: int = 2  # latent frames of truth that a second set of clips goes on from; 0 leaves it out
-    long_prompts: int = 16
-    long_frames: int = 41  # latent frames of the long clips; 0 leaves them out
-    window: int = 32  # pixel frames over which a long clip's quality is taken
-    steps: tuple[int, ...] = (1, 2, 4, 8)  # of the trade-off
-    prompt_seed: int = 5000
+    """The table [ablation]. Reports of older runs are read by these keys and those of the results."""
+
+    task: str = option("scenes", "task of prompts and scores: sprites or scenes")
+    vae: str = option("runs/rich/vae/vae", "VAE that decodes the clips")
+    arms: tuple[str, ...] = option(
+        ("no-etm", "etm", "etm-rl", "etm-cfg", "etm-longer", "etm-rl-critic"), "arms, of: " + ", ".join(ARMS)
+    )
+    seeds: tuple[int, ...] = option((0, 1, 2), "training seeds of every arm")
+    next_chunk_steps: int = option(200, "steps of next-chunk training")
+    rl_steps: int = option(100, "steps of RL")
+    longer_steps: int = option(50, "next-chunk steps that take as long as rl_steps of RL")
+    causal_window: int = option(7, "window of the causal arms, in latent frames")
+    guidance: float = option(1.5, "guidance scale of etm-cfg")
+    prompts: int = option(48, "held-out prompts")
+    frames: int = option(9, "latent frames per clip of the table")
+    given: int = option(2, "drawn latent frames that a second set of clips continues; 0: no second set")
+    long_prompts: int = option(16, "prompts of the long clips")
+    long_frames: int = option(41, "latent frames per long clip; 0: no long clips")
+    window: int = option(32, "pixel frames over which a long clip's quality is taken")
+    steps: tuple[int, ...] = option((1, 2, 4, 8), "denoising steps of the trade-off")
+    prompt_seed: int = option(5000, "of prompts and noise")
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.arms) - set(ARMS))
@@ -48,7 +54,7 @@ class AblationConfig:
 
 
 def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error over seeds."""
+    """Mean and standard error over seeds; NaN values are left out."""
     tensor = torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
     if not len(tensor):
         return math.nan, math.nan
@@ -57,7 +63,7 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def percent(values: list[float]) -> str:
-    """A table's cell: the mean in percent and its standard error."""
+    """A cell of a table: the mean in percent and its standard error."""
     mean, error = spread(values)
     return f"{100 * mean:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
 
@@ -65,7 +71,7 @@ def percent(values: list[float]) -> str:
 def table(
     results: list[dict[str, Any]], names: tuple[str, ...] = ("total", "quality", "semantic"), what: str = "scores"
 ) -> str:
-    """Markdown: a row an arm; mean over seeds and its standard error over seeds, of text-to-video or `given`."""
+    """Markdown, one row per arm: mean and standard error over seeds, of `scores` or `given` of the results."""
     lines = ["| arm | seeds | trained | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
     for arm, title in ARMS.items():
         mine = [r for r in results if r["arm"] == arm and what in r]
@@ -77,7 +83,7 @@ def table(
 
 
 def loss_table(results: list[dict[str, Any]]) -> str:
-    """Held-out Eq. 6, and its difference to the first arm there is, seed by seed: the noise is the same."""
+    """Held-out Eq. 6, and its difference to the first arm, seed by seed; the noise is the same."""
     names = ("all", "reappearing")
     lines = ["| arm | all frames | reappearing | difference, all | difference, reappearing |", "|---" * 5 + "|"]
     by = {(r["arm"], r["seed"]): r["loss"] for r in results if "loss" in r}
@@ -97,7 +103,7 @@ def loss_table(results: list[dict[str, Any]]) -> str:
 
 
 def time_table(config: AblationConfig, results: list[dict[str, Any]]) -> str:
-    """Quality of successive windows of long clips, a row an arm, mean over seeds."""
+    """Quality of successive windows of long clips, one row per arm, mean over seeds."""
     starts = [int(row["from"]) for row in results[0]["long"]]
     lines = [
         "| arm | " + " | ".join(f"{s}-{s + config.window - 1}" for s in starts) + " | last / first |",
@@ -113,7 +119,7 @@ def time_table(config: AblationConfig, results: list[dict[str, Any]]) -> str:
 
 
 def blinking_table(results: list[dict[str, Any]]) -> str:
-    """Share of the clips that blink, a row an arm, mean over seeds and its standard error."""
+    """Share of the clips that blink, one row per arm, mean and standard error over seeds."""
     lines = ["| arm | clips that blink |", "|---" * 2 + "|"]
     for arm, title in ARMS.items():
         mine = [r["blinking"] for r in results if r["arm"] == arm and "blinking" in r]
@@ -123,7 +129,7 @@ def blinking_table(results: list[dict[str, Any]]) -> str:
 
 
 def trade_table(rows: list[dict[str, float]]) -> str:
-    """Scores against denoising steps; errors over clips."""
+    """Scores against denoising steps; standard errors over clips."""
     lines = ["| steps | cost | total | quality | semantic |", "|---" * 5 + "|"]
     for row in rows:
         cells = [f"{100 * row[n]:.1f} ± {100 * row[n + '_se']:.1f}" for n in ("total", "quality", "semantic")]
@@ -132,7 +138,7 @@ def trade_table(rows: list[dict[str, float]]) -> str:
 
 
 def write_report(
-    config: AblationConfig, results: list[dict[str, Any]], folder: Path, trade: list[dict[str, float]]
+    config: AblationConfig, results: list[dict[str, Any]], trade: list[dict[str, float]], folder: Path
 ) -> None:
     """ablation.md with every table, ablation.json with every number, and plots."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,13 +162,14 @@ def write_report(
         parts += ["## What no caption states", about, blinking_table(results)]
     long = [r for r in results if r.get("long")]
     if long:
-        about = f"Quality of text-to-video, {config.long_prompts} prompts; a column a window of {config.window} frames."
+        about = f"Quality of text-to-video, {config.long_prompts} prompts, one column per {config.window} frames."
         parts += ["## Quality over time", about, time_table(config, long)]
     if trade:
         about = "The ETM student of the first seed; cost of a frame relative to four steps, in passes."
         parts += ["## Quality against steps", about, trade_table(trade)]
-    (folder / "ablation.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
-    (folder / "ablation.json").write_text(json.dumps({"results": results, "trade_off": trade}, indent=1) + "\n")
+    with whole_file(folder / "ablation.md") as part:
+        part.write_text("\n\n".join(text.strip() for text in parts) + "\n")
+    write_json(folder / "ablation.json", {"results": results, "trade_off": trade})
     plot(results, trade, folder)
 
 

@@ -1,4 +1,4 @@
-"""The frozen teacher of any pipeline directory: its transformer and its text side, read by the engine's loader."""
+"""The frozen teacher of a pipeline directory: its transformer and its text side, read as the engine reads them."""
 
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class Base:
 
     @property
     def models(self) -> list[nn.Module]:
+        """Every model of the teacher."""
         return [self.transformer, self.text_encoder]
 
     @torch.no_grad()

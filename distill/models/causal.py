@@ -1,7 +1,7 @@
-"""A student of the Self-Forcing family, to compare with: one causal transformer over a window of clean frames.
+"""A student of the Self-Forcing family, for comparison: one causal transformer over a window of clean frames.
 
-Frame f is denoised with the keys of the `window - 1` clean frames before it and its own, at positions that grow for
-ever; a clean frame sees as many before it. The engine streams it as its causal presets, committing clean frames.
+Frame f sees itself and the `window - 1` clean frames before it; so does a clean frame. Positions grow without limit.
+The engine streams this student like its causal presets and commits clean frames.
 """
 
 import copy
@@ -15,7 +15,7 @@ from engine.runtime.stages import TorchStages
 
 
 def causal_visible(frames: int, window: int) -> list[list[int]]:
-    """Clean frames 0 .. frames - 2, then noisy frames 0 .. frames - 1; a window counts the frame itself."""
+    """Who sees whom: clean frames 0 .. frames - 2, then noisy 0 .. frames - 1. `window` counts the frame itself."""
     context = frames - 1
     clean = [list(range(max(0, i - window + 1), i + 1)) for i in range(context)]
     noisy = [[*range(max(0, f - window + 1), f), context + f] for f in range(frames)]
@@ -33,31 +33,31 @@ class CausalStudent(Adapted):
         self.dit = add_lora(copy.deepcopy(teacher), lora_of(rank), recompute=recompute)
         self.stages = TorchStages({"dit": self.dit}, vae=None, text_encoder=None)
 
-    def flow(self, context: Tensor, noisy: Tensor, t: Tensor, text: dict[str, TextKV]) -> Tensor:
-        """Flow of every frame given its clean past; arguments as `Student.flow`."""
+    def flow(self, context: Tensor, noisy: Tensor, sigma: Tensor, text: dict[str, TextKV]) -> Tensor:
+        """The flow of every frame after its clean past; arguments as `Student.flow`."""
         frames = noisy.shape[2]
         return self._run(
-            context, noisy, t, text, causal_visible(frames, self.window), [*range(frames - 1), *range(frames)]
+            context, noisy, sigma, text, causal_visible(frames, self.window), [*range(frames - 1), *range(frames)]
         )
 
-    def next_flow(self, context: Tensor, noisy: Tensor, t: Tensor, text: dict[str, TextKV]) -> Tensor:
-        """Flow of the frame that follows context; arguments as `Student.next_flow`."""
+    def next_flow(self, context: Tensor, noisy: Tensor, sigma: Tensor, text: dict[str, TextKV]) -> Tensor:
+        """The flow of the frame that follows context; arguments as `Student.next_flow`."""
         frames = context.shape[2] + 1
         visible = causal_visible(frames, self.window)[: frames - 1]
         last = [*range(max(0, frames - self.window), frames - 1), frames - 1]
-        return self._run(context, noisy, t[:, None], text, [*visible, last], list(range(frames)))
+        return self._run(context, noisy, sigma[:, None], text, [*visible, last], list(range(frames)))
 
     def _run(
         self,
         context: Tensor,
         noisy: Tensor,
-        t: Tensor,
+        sigma: Tensor,
         text: dict[str, TextKV],
         visible: list[list[int]],
         positions: list[int],
     ) -> Tensor:
         past = context.shape[2]
-        levels = torch.cat([torch.zeros(len(t), past, device=t.device), t], 1) * 1000
+        t = torch.cat([torch.zeros(len(sigma), past, device=sigma.device), sigma], 1) * 1000
         rope = rope_for(self.dit, positions, noisy)
         latent = torch.cat([context, noisy], 2)
-        return self.dit(latent, levels, text["dit"], *rope, frame_attention(visible))[:, :, past:]
+        return self.dit(latent, t, text["dit"], *rope, frame_attention(visible))[:, :, past:]

@@ -1,8 +1,8 @@
 """The sprites VAE: a stock diffusers AutoencoderKLWan, small, with an exact parallel path for training.
 
-The stock encode and decode walk through time with caches. Without caches every layer sees the whole clip at once,
-which is faster and gives the same numbers, once the two temporal resamplers treat the first frame as the cached
-path does (`uncached`).
+The stock encode and decode walk through time with caches. Without caches every layer sees the whole clip at once.
+That is faster and gives the same numbers if the two temporal resamplers treat the first frame as the cached path does
+(`uncached`).
 """
 
 import types
@@ -35,7 +35,7 @@ def build_vae() -> AutoencoderKLWan:
 
 @torch.no_grad()
 def initialise(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """Start near a per-frame autoencoder that copies time; the default start learns only the background."""
+    """Start near a per-frame autoencoder that copies time. From the default start it learns only the background."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             frames, height, width = module.kernel_size
@@ -81,11 +81,11 @@ def _resample(self: WanResample, x: Tensor, feat_cache: None = None, feat_idx: N
 
 
 def _convolve(self: WanCausalConv3d, x: Tensor, cache_x: None = None) -> Tensor:
-    """WanCausalConv3d; as a 2-D convolution where time does not matter (one frame, or one tap in time)."""
+    """WanCausalConv3d, as a 2-D convolution where time does not matter (one frame, or one tap in time)."""
     taps, height, width = self.kernel_size
     batch, _, frames, _, _ = x.shape
     padding = (height // 2, width // 2)
-    if frames == 1 and self.stride[0] == 1:  # all but the last tap see zero padding
+    if frames == 1 and self.stride[0] == 1:  # all taps but the last see zero padding
         return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=padding)[:, :, None]
     if taps == 1 and self.stride[0] == 1:
         flat = F.conv2d(x.transpose(1, 2).flatten(0, 1), self.weight[:, :, 0], self.bias, padding=padding)
@@ -95,7 +95,7 @@ def _convolve(self: WanCausalConv3d, x: Tensor, cache_x: None = None) -> Tensor:
 
 @contextmanager
 def uncached(vae: AutoencoderKLWan) -> Iterator[None]:
-    """Within this context the encoder and the decoder may be called on whole clips."""
+    """Within this context the caller may run the encoder and the decoder on whole clips."""
     replaced = {WanResample: _resample, WanCausalConv3d: _convolve}
     changed = [m for m in vae.modules() if type(m) in replaced]
     for module in changed:
@@ -114,13 +114,13 @@ def encode_moments(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
 
 
 def decode_raw(vae: AutoencoderKLWan, latent: Tensor) -> Tensor:
-    """Latent as the VAE has it (not normalised) -> video, not clamped."""
+    """The VAE's own latent (not normalised) [B, 8, 1 + k, H/4, W/4] -> video [B, 3, 1 + 4k, H, W], not clamped."""
     with uncached(vae):
         return vae.decoder(vae.post_quant_conv(latent), first_chunk=True)
 
 
 class Codec:
-    """A frozen VAE with its latent statistics: pixels <-> the normalised latents that the models see."""
+    """A frozen VAE with its latent statistics: pixels <-> normalised latents, which the models see."""
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Rollouts: a student streams its own past through the engine's own stream, so training sees what inference does."""
+"""Rollouts: a student streams its own past through the engine's stream, so that training sees what inference does."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from engine.stream import Pipeline
 
 
 class SampleNoise:
-    """Noise of a batch whose samples have seeds of their own, each as a stream alone would draw it."""
+    """Noise of a batch whose samples have their own seeds. Each gets the noise that its own stream would draw."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.sources = [PhiloxNoise(seed) for seed in seeds]
@@ -29,14 +29,14 @@ class SampleNoise:
 
 
 def noise_levels(preset: Preset) -> Tensor:
-    """Noise levels of one chunk's denoising steps and the 0 they end at: [steps + 1]."""
+    """Sigmas of one chunk's denoising steps, and the 0 at their end: [steps + 1]."""
     schedule = Schedule(preset)
     return torch.tensor([schedule.sigma(t) for t, _ in schedule.steps(0)] + [0.0])
 
 
 def _pipeline(student: Adapted, preset: Preset, size: tuple[int, int]) -> Pipeline:
-    """The student as the engine runs it, on latents of `size` (height, width)."""
-    scale = VAEConfig()  # no pixels here: any scale will do
+    """The engine's pipeline of a student, on latents of `size` (height, width)."""
+    scale = VAEConfig()  # any scale will do: nothing here decodes to pixels
     height, width = (side * scale.scale_factor_spatial for side in size)
     model = next(iter(student.stages.models.values()))
     weight = model.proj_out.weight
@@ -61,14 +61,14 @@ def roll_out(
     size: tuple[int, int] = (8, 8),
     start: Tensor | None = None,
 ) -> Tensor:
-    """Stream latent frames [B, C, frames, h, w] from text_emb [B, rows, text_dim]; nothing is differentiated.
+    """Stream latent frames [B, C, frames, h, w] from text_emb [B, rows, text_dim], without gradients.
 
-    `seeds` are those of the B samples; `start` [B, C, k, h, w] gives the first k frames, as an image or a clip would.
+    `seeds` holds one seed per sample. `start` [B, C, k, h, w] replaces the first k frames, as an image or a clip would.
     """
     pipeline = _pipeline(student, preset, size)
     with pipeline.stream(text_emb.detach(), noise=SampleNoise(seeds), latents=start) as stream:
         latents = [stream.next_latent() for _ in range(frames)]
-    return torch.cat(latents, 2).clone()  # an ordinary tensor: a clone of an inference one, outside inference mode
+    return torch.cat(latents, 2).clone()  # outside inference mode a clone is an ordinary tensor
 
 
 def roll_into(
@@ -80,7 +80,7 @@ def roll_into(
     preset: Preset,
     size: tuple[int, int] = (8, 8),
 ) -> tuple[Tensor, Tensor]:
-    """Stream `frames` latent frames, then `steps` denoising steps into the next one; nothing is differentiated.
+    """Stream `frames` latent frames, then take `steps` denoising steps into the next one, without gradients.
 
     Returns the finished frames [B, C, frames, h, w] and the unfinished one [B, C, 1, h, w].
     """
@@ -88,7 +88,7 @@ def roll_into(
     generator, solver, noise = pipeline.generator, make_solver(preset.solver, schedule), SampleNoise(seeds)
     with pipeline.stream(text_emb.detach(), noise=noise) as stream, torch.inference_mode():
         latents = [stream.next_latent() for _ in range(frames)]
-        if latents:  # a stream commits a chunk when the next one is asked for
+        if latents:  # a stream commits a chunk only when the caller asks for the next one
             generator.commit(latents[-1], stream.state)
         batch, channels = len(text_emb), pipeline.config.in_channels
         wanted = 1 + (len(preset.steps[-1]) - 1 if solver.renoises else 0)

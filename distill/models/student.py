@@ -1,9 +1,9 @@
 """The student of the paper: ETM and SDD, both LoRA on one frozen teacher, and its differentiable passes.
 
-`Student.flow` computes every frame of a clip at once under masks that equal the streaming path: the ETM looks back
-`window` frames (Eq. 1); a noisy frame sees itself, the clean chunk 0 and the clean frame before it; the clean frame
-i >= 1, standing in as "last", sees chunk 0 and itself. Chunks are one latent frame. `Student.next_flow` is the same
-for the one frame that follows a given past.
+`Student.flow` computes all frames of a clip at once, under masks that equal the streaming path. The ETM looks back
+`window` frames (w of Eq. 1). A noisy frame sees itself, the clean chunk 0 and the clean frame before it. A clean frame
+i >= 1 takes the place of the last one: it sees chunk 0 and itself. Chunks are one latent frame.
+`Student.next_flow` computes the one frame that follows a past. Noise levels sigma lie in [0, 1].
 """
 
 import copy
@@ -19,18 +19,20 @@ import torch.utils.checkpoint
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 
+from engine.model.cache import RingCache
 from engine.model.layers import Attend
 from engine.model.rope import rope_tables
 from engine.model.transformer import TextKV, WanTransformer
+from engine.runtime.passes import Pass
 from engine.runtime.stages import TorchStages
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
 
 def frame_attention(visible: Sequence[Sequence[int]]) -> Attend:
-    """Self-attention over whole frames: frame i of the sequence looks at the frames visible[i].
+    """Self-attention over whole frames: frame i of the sequence sees the frames visible[i].
 
-    Frames that see equally many others share one attention call, so nothing is masked or padded.
+    Frames that see equally many others share one attention call, so that nothing is masked or padded.
     """
     groups: dict[int, list[int]] = defaultdict(list)
     for frame, seen in enumerate(visible):
@@ -57,7 +59,7 @@ def etm_visible(frames: int, window: int) -> list[list[int]]:
 
 
 def sdd_visible(frames: int) -> list[list[int]]:
-    """The SDD's sequence: clean frames 0 .. frames - 2, then noisy frames 0 .. frames - 1."""
+    """Who sees whom in the SDD's sequence: clean frames 0 .. frames - 2, then noisy frames 0 .. frames - 1."""
     context = frames - 1
     clean = [[0] if i == 0 else [0, i] for i in range(context)]
     noisy = [[*sorted({0, f - 1} if f else set()), context + f] for f in range(frames)]
@@ -65,13 +67,13 @@ def sdd_visible(frames: int) -> list[list[int]]:
 
 
 def sdd_positions(frames: int, max_position: int) -> list[int]:
-    """Temporal positions of that sequence: the current frame at min(index, p_max), the last one before it."""
+    """Temporal positions of that sequence: a noisy frame at min(index, p_max), the last clean one just before it."""
     clean = [min(i, max_position - 1) for i in range(frames - 1)]
     return clean + [min(f, max_position) for f in range(frames)]
 
 
 def rope_for(model: WanTransformer, positions: Sequence[int], latent: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of frames at temporal positions, for a latent's size, where it lies."""
+    """cos and sin for frames at temporal positions, for the size of a latent and on its device."""
     _, ph, pw = model.config.patch_size
     height, width = latent.shape[-2] // ph, latent.shape[-1] // pw
     cos, sin = rope_tables(positions, height, width, model.config.attention_head_dim)
@@ -92,7 +94,7 @@ def _recomputed(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 
 def add_lora(model: WanTransformer, lora: LoraConfig, *, recompute: bool = False) -> WanTransformer:
-    """Freeze a model and put an adapter on it, in float32 whatever the model is."""
+    """Freeze a model and put an adapter on it. The adapter is float32, whatever the model is."""
     model.requires_grad_(False)
     inject_adapter_in_model(lora, model)
     for parameter in model.parameters():
@@ -102,22 +104,22 @@ def add_lora(model: WanTransformer, lora: LoraConfig, *, recompute: bool = False
 
 
 def lora_of(rank: int) -> LoraConfig:
-    """An adapter of a rank on every Linear of the blocks."""
+    """LoRA of a rank on every Linear of the blocks."""
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights=True)
 
 
 class Adapted(nn.Module):
-    """A student: what of it is trained, and the stages that the engine streams it by."""
+    """A student: its trained parameters, and the stages by which the engine streams it."""
 
     stages: TorchStages
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
+        """Trained parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def load_trained(self, state: dict[str, Tensor]) -> None:
-        """Put trained parameters back; all of them, and no others."""
+        """Load trained parameters: all of them, and no others."""
         own = self.trained()
         if state.keys() != own.keys():
             raise ValueError(f"student: got {len(state)} trained tensors, expected {len(own)} (rank or layout differ)")
@@ -126,9 +128,9 @@ class Adapted(nn.Module):
 
 
 class Student(Adapted):
-    """SDD and ETM as LoRA on copies of a teacher; with fresh adapters both compute what the teacher computes.
+    """SDD and ETM as LoRA on copies of a teacher. With fresh adapters both compute what the teacher computes.
 
-    Without `etm` the temporal feature is never used (W_c stays zero), and nothing of the ETM is trained; twice the
+    Without `etm` the student never uses the temporal feature (W_c stays zero), and the ETM is not trained. Twice the
     rank then keeps the number of trained parameters nearly equal.
     """
 
@@ -159,28 +161,31 @@ class Student(Adapted):
 
     @contextmanager
     def guided(self, scale: float) -> Iterator[None]:
-        """Within this context a stream of [prompts, empty prompts] takes classifier-free guidance as its flow.
+        """Within this context a stream of [prompts, empty prompts] has the flow of classifier-free guidance.
 
-        Both halves of the batch get the same flow, so that they stay one video; give them the same noise.
+        Both halves of the batch get the same flow, so that they stay one video. The caller gives them the same noise.
         """
-        plain = self.stages.sdd
+        plain = self.stages.run
 
-        def sdd(*arguments: Any) -> Tensor:
-            given, free = plain(*arguments).chunk(2)
-            return (free + scale * (given - free)).repeat(2, 1, 1, 1, 1)
+        def run(step: Pass, cache: RingCache, text_kv: Any) -> Tensor:
+            result = plain(step, cache, text_kv)
+            if step.kind.graph != "sdd":
+                return result
+            v_text, v_empty = result.chunk(2)
+            return (v_empty + scale * (v_text - v_empty)).repeat(2, 1, 1, 1, 1)
 
-        self.stages.sdd = sdd  # type: ignore[method-assign]
+        self.stages.run = run  # type: ignore[method-assign]
         try:
             yield
         finally:
-            del self.stages.sdd
+            del self.stages.run
 
     def adapter(self, model: WanTransformer) -> dict[str, Tensor]:
-        """LoRA tensors of one of the two models under PEFT's file names."""
+        """LoRA tensors of one of the two models, with the keys of PEFT's files."""
         state = get_peft_model_state_dict(model)
         return {f"base_model.model.{key}": value for key, value in state.items()}
 
-    def features(self, context: Tensor, text: dict[str, TextKV]) -> Tensor:
+    def c_f(self, context: Tensor, text: dict[str, TextKV]) -> Tensor:
         """Eq. 2 for all frames at once: clean context [B, C, K, h, w] -> c_0 .. c_K, [B, (K + 1) * n, dim]; c_0 = 0."""
         batch, _, frames, _, _ = context.shape
         attend = frame_attention(etm_visible(frames, self.window))
@@ -189,44 +194,43 @@ class Student(Adapted):
         first = torch.zeros_like(hidden[:, : hidden.shape[1] // frames])
         return torch.cat([first, hidden], 1)
 
-    def flow(self, context: Tensor, noisy: Tensor, t: Tensor, text: dict[str, TextKV]) -> Tensor:
-        """Eq. 4 for every frame given its clean past; `text` is what `stages.prepare_text` returned.
+    def flow(self, context: Tensor, noisy: Tensor, sigma: Tensor, text: dict[str, TextKV]) -> Tensor:
+        """Eq. 4 for every frame after its clean past; `text` comes from `stages.prepare_text`.
 
         context [B, C, F - 1, h, w] holds clean frames 0 .. F - 2, noisy [B, C, F, h, w] frames 0 .. F - 1 at noise
-        levels t [B, F] in [0, 1]; returns the flow of every noisy frame, [B, C, F, h, w].
+        levels sigma [B, F]. Returns the flow of every noisy frame, [B, C, F, h, w].
         """
         batch, _, frames, _, _ = noisy.shape
-        if context.shape[2] != frames - 1 or t.shape != (batch, frames):
+        if context.shape[2] != frames - 1 or sigma.shape != (batch, frames):
             raise ValueError(
-                f"got {context.shape[2]} context frames and t {tuple(t.shape)}, "
+                f"got {context.shape[2]} context frames and sigma {tuple(sigma.shape)}, "
                 f"expected {frames - 1} and {(batch, frames)}"
             )
-        condition = None
+        c_f = None
         if frames > 1 and self.uses_etm:
-            features = self.features(context, text)
-            clean = torch.zeros_like(features[:, : features.shape[1] // frames * (frames - 1)])
-            condition = torch.cat([clean, features], 1)
-        levels = torch.cat([torch.zeros(batch, frames - 1, device=t.device), t], 1) * 1000
+            own = self.c_f(context, text)  # of the noisy frames; the clean ones have none
+            c_f = torch.cat([torch.zeros_like(own[:, : own.shape[1] // frames * (frames - 1)]), own], 1)
+        t = torch.cat([torch.zeros(batch, frames - 1, device=sigma.device), sigma], 1) * 1000
         rope = rope_for(self.sdd, sdd_positions(frames, self.max_position), noisy)
         attend = frame_attention(sdd_visible(frames))
         latent = torch.cat([context, noisy], 2)
-        return self.sdd(latent, levels, text["sdd"], *rope, attend, condition)[:, :, frames - 1 :]
+        return self.sdd(latent, t, text["sdd"], *rope, attend, c_f)[:, :, frames - 1 :]
 
-    def next_flow(self, context: Tensor, noisy: Tensor, t: Tensor, text: dict[str, TextKV]) -> Tensor:
-        """Eq. 4 for the frame that follows context [B, C, K, h, w]: noisy [B, C, 1, h, w], t [B] in [0, 1] -> flow.
+    def next_flow(self, context: Tensor, noisy: Tensor, sigma: Tensor, text: dict[str, TextKV]) -> Tensor:
+        """Eq. 4 for the frame that follows context [B, C, K, h, w]: noisy [B, C, 1, h, w], sigma [B] -> flow.
 
-        Differentiable through the SDD, its context and the ETM; equal to what the stream computes.
+        Differentiable through the SDD, its context and the ETM, and equal to the flow of the stream.
         """
         batch, _, frames, _, _ = context.shape
         positions = sdd_positions(frames + 1, self.max_position)
-        kept = sorted({0, frames - 1} if frames else set())  # of the context, what the SDD sees
-        condition = None
+        kept = sorted({0, frames - 1} if frames else set())  # the context frames that the SDD sees
+        c_f = None
         if frames and self.uses_etm:
-            features = self.features(context, text)
-            c_f = features[:, features.shape[1] // (frames + 1) * frames :]
-            condition = torch.cat([torch.zeros_like(c_f)] * len(kept) + [c_f], 1)
-        levels = torch.cat([torch.zeros(batch, len(kept), device=t.device), t[:, None]], 1) * 1000
+            every = self.c_f(context, text)
+            own = every[:, every.shape[1] // (frames + 1) * frames :]  # of the noisy frame
+            c_f = torch.cat([torch.zeros_like(own)] * len(kept) + [own], 1)
+        t = torch.cat([torch.zeros(batch, len(kept), device=sigma.device), sigma[:, None]], 1) * 1000
         rope = rope_for(self.sdd, [positions[i] for i in kept] + positions[-1:], noisy)
         attend = frame_attention([list(range(i + 1)) for i in range(len(kept) + 1)])
         latent = torch.cat([context[:, :, kept], noisy], 2)
-        return self.sdd(latent, levels, text["sdd"], *rope, attend, condition)[:, :, -1:]
+        return self.sdd(latent, t, text["sdd"], *rope, attend, c_f)[:, :, -1:]

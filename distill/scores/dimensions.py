@@ -1,12 +1,12 @@
-"""Scores of a clip in VBench's vocabulary, by exact rules on what `distill.scores.tracks` reads from its pixels.
+"""The scorer of every task: dimensions in VBench's vocabulary, by exact rules on a reading of `distill.scores.tracks`.
 
-Semantic dimensions compare with the caption, quality dimensions ask whether what is seen stays itself; all lie in
-[0, 1] and truth scores 1 up to pixel accuracy. Weights are VBench's: every dimension 1 except dynamic degree 0.5,
-total = (4 quality + semantic) / 5. A dimension that does not apply (a spatial relation with one object, a shape that
-was never seen unoccluded) is NaN and left out of means.
+Semantic dimensions compare with the caption. Quality dimensions ask whether objects and background stay the same. All
+lie in [0, 1], and a drawn clip scores 1 up to pixel accuracy. Weights are VBench's: every dimension 1 except dynamic
+degree 0.5; total = (4 quality + semantic) / 5. A dimension that does not apply is NaN and left out of means, for
+example a spatial relation with one object.
 
-The past counts: an object may be hidden, by another one or by blinking, but has to come back, where constant speed
-and the walls put it (motion smoothness), as what it was (subject consistency).
+The past counts. Another object may hide an object, and a mover may blink, but it has to come back. Motion smoothness
+asks whether it comes back where constant speed and the walls put it, subject consistency whether it looks as before.
 """
 
 import math
@@ -31,14 +31,14 @@ QUALITY = {
 }
 QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4.0, 1.0
 
-LAG = 3  # frames between two centres whose difference is a velocity
-MIN_PACE = 0.15  # pixels a frame of something that moves
+LAG = 3  # frames between the two centres of a velocity
+MIN_PACE = 0.15  # pixels per frame of something that moves
 PACES = {"slowly": (MIN_PACE, 0.7), "quickly": (0.7, 1.5)}
 MAX_STEP = 3.0  # pixels between two frames
-MAX_TURN = 1.0  # pixels of acceleration away from the walls
+MAX_TURN = 1.0  # pixels per frame^2, away from the walls
 WALL = 2.5  # pixels within which a wall may turn a mover round
-MAX_MISS = 3.0  # pixels between where a hidden mover reappears and where it should
-MAX_STRAY = 1.5  # pixels that something standing still may be away from its place
+MAX_MISS = 3.0  # pixels between the place where a hidden mover reappears and the expected one
+MAX_STRAY = 1.5  # pixels that an object at rest may be away from its place
 MIN_HIDDEN = 3  # frames; a shorter absence is flicker
 MAX_COVERED = 24  # frames behind another object
 SIZE_CHANGE, TONE_CHANGE, TONE_STEP = 0.25, 0.35, 0.25
@@ -62,10 +62,10 @@ def _runs(flags: Tensor) -> list[tuple[bool, int, int]]:
 
 
 def _lost(track: Track, max_hidden: int, begins: bool) -> Tensor:
-    """Frames [T] in which the object should be there and is not: bool.
+    """Frames in which the object should be visible and is not: bool [T].
 
-    Allowed are absences of up to `max_hidden` frames, though not where a video `begins`, and longer ones that begin or
-    end behind another object.
+    Absences of up to `max_hidden` frames are allowed, and longer ones that begin or end behind another object. A video
+    that `begins` with an absence has lost the object.
     """
     lost = torch.zeros_like(track.found)
     for found, first, end in _runs(track.found):
@@ -78,13 +78,13 @@ def _lost(track: Track, max_hidden: int, begins: bool) -> Tensor:
 
 
 def _share(hits: Tensor, among: Tensor) -> float:
-    """Share of the frames `among` that are `hits`; NaN where there are none."""
+    """Share of the frames `among` that are `hits`; NaN without such frames."""
     count = int(among.sum())
     return float((hits & among).sum()) / count if count else math.nan
 
 
 def _mean(values: Iterable[float]) -> float:
-    """Mean of what applies; NaN where nothing does."""
+    """Mean of the values that are not NaN; NaN without any."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 
@@ -100,7 +100,7 @@ def _hardly_seen(track: Track) -> bool:
 
 
 def _motion(track: Track) -> tuple[str | None, float, bool]:
-    """First direction (None without a steady motion along one axis), pace in pixels a frame, moving to the end."""
+    """First direction (None without a steady motion along one axis), pixels per frame, whether it moves to the end."""
     if len(track.clear) <= LAG:
         return None, 0.0, False
     moves = _wrapped(track.centre[LAG:] - track.centre[:-LAG])
@@ -128,7 +128,7 @@ def _motion(track: Track) -> tuple[str | None, float, bool]:
 
 
 def _reappears(track: Track, axis: int, before: int, after: int, walls: bool) -> bool:
-    """Whether the mover, unseen between two frames, comes back where its speed and the walls put it."""
+    """Whether a mover that is unseen between two frames comes back where its speed and the walls put it."""
     clear = track.clear.nonzero()[:, 0]
     clear = clear[clear <= before]
     moves = _wrapped(track.centre[clear[1:], axis] - track.centre[clear[:-1], axis])
@@ -151,7 +151,7 @@ def _reappears(track: Track, axis: int, before: int, after: int, walls: bool) ->
 
 
 def _smoothness(track: Track, moving: bool, walls: bool) -> float:
-    """Share of the frames without a jerk; a jump, or a return elsewhere, takes everything from there on."""
+    """Share of the frames without a jerk. A jump, or a return elsewhere, costs all frames from there on."""
     frames = len(track.clear)
     clear = track.clear.nonzero()[:, 0]
     if len(clear) < 3:
@@ -169,7 +169,7 @@ def _smoothness(track: Track, moving: bool, walls: bool) -> float:
         step = float(_wrapped(track.centre[after] - track.centre[before]).norm())
         if after == before + 1:
             fine = step <= MAX_STEP
-        elif bool(track.found[before + 1 : after].all()):  # occluded in part: followed all the time
+        elif bool(track.found[before + 1 : after].all()):  # occluded in part, but visible all the time
             fine = step <= MAX_STEP * (after - before)
         else:
             fine = _reappears(track, axis, before, after, walls)
@@ -179,7 +179,7 @@ def _smoothness(track: Track, moving: bool, walls: bool) -> float:
 
 
 def _consistency(track: Track, lost: Tensor) -> float:
-    """Share of the frames in which the object has the size, the colour and the shape of its first clear frames."""
+    """Share of the frames in which the object has the size, colour and shape of its first clear frames."""
     judged = track.found & (track.clear | ~track.touched) | lost
     if not bool(track.clear.any()):
         return 0.0 if bool(judged.any()) else math.nan
@@ -192,7 +192,7 @@ def _consistency(track: Track, lost: Tensor) -> float:
 
 
 def _flicker(reading: Reading, tracks: list[Track]) -> float:
-    """Share of the steps between frames in which nothing that should last comes, goes or changes its colour."""
+    """Share of the steps between frames in which no lasting object comes, goes or changes its colour."""
     steady = reading.ground_change < GROUND_STEP
     for track in tracks:
         both = track.clear[1:] & track.clear[:-1]
@@ -205,7 +205,7 @@ def _flicker(reading: Reading, tracks: list[Track]) -> float:
 
 
 def _fits(track: Track, scene: Scene, number: int) -> float:
-    """How well a track answers for an object of the caption, to tell which is meant."""
+    """How well a track fits object `number` of the caption."""
     thing = scene.mover if number == 0 else scene.other
     if thing is None:
         return 0.0
@@ -218,7 +218,7 @@ def _fits(track: Track, scene: Scene, number: int) -> float:
 
 
 def match(reading: Reading, scene: Scene) -> list[Track | None]:
-    """The tracks that stand for the caption's objects, mover first; None for one that is not there."""
+    """The tracks of the caption's objects, mover first; None for an object that the clip does not show."""
     wanted = 1 if scene.other is None else 2
     found: list[Track | None] = [*reading.tracks, *[None] * wanted]
 
@@ -229,9 +229,9 @@ def match(reading: Reading, scene: Scene) -> list[Track | None]:
 
 
 def blinks(video: Tensor, scene: Scene) -> bool:
-    """Whether the mover goes unseen for a latent frame or more and comes back, with nothing in front of it.
+    """Whether the mover vanishes for a latent frame or more and comes back, with nothing in front of it.
 
-    No score: the text does not state it. The share of such clips says whether a model still draws what is not stated.
+    This is no score, as no caption states it. The share of such clips tells whether a model still draws such facts.
     """
     mover = match(read(video), scene)[0]
     if mover is None:
@@ -248,8 +248,9 @@ def dimensions(
 ) -> dict[str, float]:
     """Every dimension of a clip, float [3, T, 32, 32] in [-1, 1], against its scene.
 
-    max_hidden: frames that an object may be unseen in a row; walls: whether movers bounce (otherwise a torus);
-    begins: whether the clip is a video's beginning and not a part of a longer one.
+    max_hidden  frames in a row that an object may be unseen
+    walls       movers bounce off walls; otherwise they cross a torus
+    begins      the clip is the beginning of a video, not a part of a longer one
     """
     reading = read(video)
     chosen = match(reading, scene)
@@ -302,7 +303,7 @@ def dimensions(
 
 
 def _relation(chosen: list[Track | None], scene: Scene) -> float:
-    """Whether the mover stands to the other object as stated, where both are first seen."""
+    """Whether the stated relation holds in the first frame that shows both objects."""
     if scene.other is None:
         return math.nan
     mover, other = chosen
@@ -318,7 +319,7 @@ def _relation(chosen: list[Track | None], scene: Scene) -> float:
 
 
 def _imaging(reading: Reading, chosen: list[Track | None]) -> float:
-    """How closely the objects are drawings, and how plain the background is."""
+    """How closely the objects match drawings, times how plain the background is."""
     low, high = SHARP
     sharp = [0.0 if t is None else float(((t.iou[t.clear] - low) / (high - low)).clamp(0, 1).mean()) for t in chosen]
     plain = (1 - (reading.ground_spread / GROUND_SPREAD - 0.2).clamp(0, 1)).mean()
@@ -329,7 +330,7 @@ def _imaging(reading: Reading, chosen: list[Track | None]) -> float:
 def summarise(scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Means and standard errors over clips of every dimension and of `semantic`, `quality`, `total`.
 
-    A clip's own semantic and quality are weighted means over what applies to it; their errors come from the clips.
+    Semantic and quality of one clip are weighted means over the dimensions that apply to it.
     """
     if not scores:
         raise ValueError("scores: got an empty list, expected at least one clip")

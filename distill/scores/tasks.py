@@ -1,4 +1,4 @@
-"""What a model is trained to draw: one interface to the kinds of captioned clips and to how they are scored."""
+"""Tasks: one interface to the kinds of captioned clips that a model learns to draw, and to their scores."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from distill.scores.dimensions import dimensions, summarise
 
 @dataclass(frozen=True)
 class Task:
-    """Specs are the task's own (`sprites.Spec`, `scenes.Scene`); each has a `caption`."""
+    """A kind of clips. Its specs are `sprites.Spec` or `scenes.Scene`; each has a `caption`."""
 
     name: str
     sample: Callable[..., list[Any]]  # (count, generator, hidden=False) -> specs
@@ -23,10 +23,11 @@ class Task:
     dimensions: Callable[..., dict[str, float]]  # (video, spec, begins=True) -> scores of one clip
 
     def draw(self, count: int, seed: int, *, hidden: bool = False) -> list[Any]:
+        """Specs from a seed: of the training side, or (`hidden`) held-out ones."""
         return self.sample(count, torch.Generator().manual_seed(seed), hidden=hidden)
 
     def score(self, videos: Iterable[Tensor], specs: list[Any], **options: Any) -> dict[str, dict[str, float]]:
-        """Means, standard errors and numbers of clips of every dimension, semantic, quality and total."""
+        """Mean, standard error and number of clips of every dimension and of semantic, quality and total."""
         clips = zip(videos, specs, strict=True)
         return summarise([self.dimensions(video, spec, **options) for video, spec in clips])
 
@@ -37,7 +38,7 @@ def _as_scene(spec: sprites.Spec) -> Scene:
 
 
 def _on_torus(video: Tensor, spec: sprites.Spec, **options: Any) -> dict[str, float]:
-    """One object that is always seen and leaves on one side to come back on the other."""
+    """One object that is always visible. It leaves on one side and comes back on the other."""
     return dimensions(video, _as_scene(spec), max_hidden=0, walls=False, **options)
 
 

@@ -1,8 +1,8 @@
-"""What a clip of sprites shows, read from its pixels alone: background, objects, and every object's way.
+"""The first half of `dimensions`: background, objects and every object's path, read from the pixels alone.
 
-Colours of objects are found in the cores of foreground regions; every foreground pixel then goes to the object whose
+The cores of foreground regions give the colours of objects. Every foreground pixel then goes to the object whose
 mixture with the background explains it best, so that blurred edges do not become objects of another colour. All
-geometry is on the torus, which includes scenes with walls, as nothing crosses them.
+geometry is on the torus. That includes scenes with walls, as nothing crosses them.
 """
 
 from dataclasses import dataclass
@@ -11,28 +11,36 @@ import torch
 from torch import Tensor
 
 from distill.data.sprites import BACKGROUNDS, COLOURS, SHAPES, SIZE, coverage, palette
-from distill.scores.evaluator import FOREGROUND_RADIUS, circular_mean, dilate, label_components, read_background
+from distill.scores.pixels import (
+    FOREGROUND_RADIUS,
+    check_video,
+    circular_mean,
+    component_areas,
+    dilate,
+    label_components,
+    read_background,
+)
 
 CORE_RADIUS = 0.5  # colour distance within which a core pixel names an object's colour
-CORE_PIXELS = 6  # core pixels of a colour in a frame that shows it
-CORE_SHARE = 0.2  # share of the frames that must show a colour for it to be an object
+CORE_PIXELS = 6  # core pixels of a colour that a frame needs to show it
+CORE_SHARE = 0.2  # share of the frames that must show a colour to make it an object
 MIN_AREA = 16  # pixels of an object
-WHOLE_AREA = 0.5  # share of its median area that a whole object has at least
-WHOLE_IOU = 0.9  # IoU with a drawing from which on a touched object is taken as whole
+WHOLE_AREA = 0.5  # least share of its median area that a whole object has
+WHOLE_IOU = 0.9  # least IoU with a drawing at which a touched object counts as whole
 MIN_EXTRA = 10  # pixels of a component that belongs to no object
 TRIANGLE = SHAPES.index("triangle")
 
 
 @dataclass(frozen=True)
 class Track:
-    """One object through T frames; measures are meaningful where `found`, shapes where `clear`."""
+    """One object through T frames. Measures are meaningful where `found`, shapes where `clear`."""
 
     colour: int  # index into COLOURS
-    found: Tensor  # [T] bool: there is enough of it
-    touched: Tensor  # [T] bool: another object touches it, or covers some of it
+    found: Tensor  # [T] bool: enough of it is visible
+    touched: Tensor  # [T] bool: another object touches it or covers a part
     clear: Tensor  # [T] bool: found whole
     centre: Tensor  # [T, 2] x, y of its centroid
-    radius: Tensor  # [T] of the drawing that fits best
+    radius: Tensor  # [T] of the best drawing
     area: Tensor  # [T] pixels, soft
     tone: Tensor  # [T, 3] median colour
     shape: Tensor  # [T] index into SHAPES
@@ -41,7 +49,7 @@ class Track:
 
 @dataclass(frozen=True)
 class Reading:
-    """A clip: per-frame background, objects by falling size, and frames with something else in them."""
+    """A clip: background per frame, objects by falling size, and the frames that show anything else."""
 
     grounds: Tensor  # [T] index into BACKGROUNDS, -1 where none covers enough
     ground_tone: Tensor  # [T, 3] median colour of the background's pixels
@@ -52,7 +60,7 @@ class Reading:
 
 
 def _unit() -> tuple[Tensor, float]:
-    """Areas of the shapes at radius 1 [shapes], and how far a triangle's centroid lies below its centre."""
+    """Areas of the shapes at radius 1 [shapes], and the distance of a triangle's centroid below its centre."""
     middle, radius = torch.tensor(SIZE / 2), 8.0
     shapes = torch.arange(len(SHAPES)).view(-1, 1, 1)
     drawn = coverage(middle, middle, torch.tensor(radius), shapes)
@@ -65,7 +73,7 @@ UNIT_AREA, TRIANGLE_DROP = _unit()
 
 
 def _fit(cover: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Best drawing for coverage [T, 32, 32] around centroid [T, 2]: shape, IoU and radius, each [T]."""
+    """The best drawing for coverage [T, 32, 32] around centroid [T, 2]: shape, IoU and radius, each [T]."""
     radius = (cover.sum((1, 2))[:, None] / UNIT_AREA).sqrt().clamp(2, 12)  # [T, shapes]
     drop = torch.zeros(len(SHAPES))
     drop[TRIANGLE] = TRIANGLE_DROP
@@ -79,7 +87,7 @@ def _fit(cover: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _object_colours(video: Tensor, foreground: Tensor) -> list[int]:
-    """Colours that enough frames show in the cores of their foreground, the most frequent first."""
+    """Colours that enough frames show in the cores of their foreground, most frequent first."""
     core = foreground & ~dilate(~foreground)
     distance, nearest = torch.cdist(video.permute(1, 2, 3, 0), palette(COLOURS)).min(-1)  # [T, 32, 32]
     named = core & (distance < CORE_RADIUS)
@@ -92,18 +100,13 @@ def _object_colours(video: Tensor, foreground: Tensor) -> list[int]:
 def _largest(mask: Tensor) -> tuple[Tensor, Tensor]:
     """The largest component of every frame of a mask [T, 32, 32], and its pixels [T]."""
     labels = label_components(mask)
-    areas = torch.zeros(len(mask), SIZE * SIZE + 1, dtype=torch.long)
-    areas.scatter_add_(1, labels.flatten(1), torch.ones_like(labels.flatten(1)))
-    areas[:, 0] = 0
-    area, which = areas.max(1)
+    area, which = component_areas(labels).max(1)
     return (labels == which.view(-1, 1, 1)) & mask, area
 
 
 def read(video: Tensor) -> Reading:
     """Read a clip, float [3, T, 32, 32] in [-1, 1]."""
-    if video.ndim != 4 or video.shape[0] != 3 or video.shape[2:] != (SIZE, SIZE):
-        raise ValueError(f"video: got {tuple(video.shape)}, expected (3, T, {SIZE}, {SIZE})")
-    video = video.float().clamp(-1, 1)
+    video = check_video(video)
     grounds, background = read_background(video)
     ground = palette(BACKGROUNDS)[background].view(3, 1, 1, 1)
     foreground = (video - ground).square().sum(0).sqrt() > FOREGROUND_RADIUS  # [T, 32, 32]
@@ -139,7 +142,7 @@ def read(video: Tensor) -> Reading:
 
 
 def _track(video: Tensor, index: int, colour: int, bodies: list[Tensor], share: Tensor) -> Track:
-    """Measure object `index` whose pixels are bodies[index] [T, 32, 32] and whose soft coverage is `share`."""
+    """Measure object `index`: its pixels are bodies[index] [T, 32, 32], its soft coverage is `share` [T, 32, 32]."""
     body = bodies[index]
     others = [other for i, other in enumerate(bodies) if i != index]
     rest = torch.stack(others).any(0) if others else torch.zeros_like(body)

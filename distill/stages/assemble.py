@@ -1,18 +1,16 @@
 """Put the trained parts together as one pipeline directory.
 
-    python -m distill.assemble --teacher runs/teacher/teacher --vae runs/vae/vae --student runs/student/student.pt \\
+    python -m distill assemble --teacher runs/teacher/teacher --vae runs/vae/vae --student runs/student/student.pt \\
         --out engine/assets/sprites
 
-The directory is a stock diffusers WanPipeline (float16 weights) with adapters/etm and adapters/sdd in PEFT's layout
-beside it. base.json in each adapter holds the hash of the base weights it belongs to; engine.json says how the
-student streams. Without --student only the teacher's pipeline is written.
+The directory is a stock diffusers WanPipeline with float16 weights. It also holds adapters/etm and adapters/sdd in
+PEFT's layout. base.json in each adapter holds the hash of its base weights; engine.json says how the student streams.
+Without --student the stage writes only the teacher's pipeline.
 """
 
-import argparse
 import json
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from diffusers import (
     AutoencoderKLWan,
@@ -28,20 +26,27 @@ from distill.data.text_encoder import build_tokenizer
 from distill.models.base import Base
 from distill.models.student import Student
 from distill.stages.next_chunk import load_student
+from distill.training.stage import Options, Stage
+from engine.files import whole_folder, write_json
+from engine.options import option
 from engine.weights.adapters import base_hash
 from engine.weights.sources import weight_files
 
 FPS = 8
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+@dataclass(frozen=True)
+class AssembleOptions(Options):
+    teacher: Path = option(Path("runs/teacher/teacher"), "folder of the teacher", metavar="DIR")
+    vae: Path = option(Path("runs/vae/vae"), "folder of the VAE", metavar="DIR")
+    student: Path | None = option(None, "student.pt of next_chunk or rl", metavar="FILE")
+    out: Path = option(Path("engine/assets/sprites"), "pipeline directory to write", metavar="DIR")
 
 
 def write_pipeline(teacher: Path, vae: Path, out: Path) -> None:
     """A stock WanPipeline directory with float16 weights."""
     pipeline = WanPipeline(
-        tokenizer=build_tokenizer(),  # a fresh one: a used one remembers padding and where it came from
+        tokenizer=build_tokenizer(),  # a fresh one: a used one stores its padding and its path
         text_encoder=UMT5EncoderModel.from_pretrained(teacher / "text_encoder").half(),
         vae=AutoencoderKLWan.from_pretrained(vae).half(),
         transformer=WanTransformer3DModel.from_pretrained(teacher / "transformer").half(),
@@ -50,11 +55,11 @@ def write_pipeline(teacher: Path, vae: Path, out: Path) -> None:
     pipeline.save_pretrained(out)
     for path in out.rglob("*.json"):
         content = json.loads(path.read_text())
-        if isinstance(content, dict) and "_name_or_path" in content:  # where it was trained is nobody's business
+        if isinstance(content, dict) and "_name_or_path" in content:  # the path of the training machine
             del content["_name_or_path"]
-            write_json(path, content)
+            write_json(path, content, indent=2)
     config = out / "text_encoder" / "config.json"  # stored small, computed in float32
-    write_json(config, {**json.loads(config.read_text()), "dtype": "float32"})
+    write_json(config, {**json.loads(config.read_text()), "dtype": "float32"}, indent=2)
 
 
 def write_adapters(student: Student, out: Path) -> None:
@@ -65,42 +70,34 @@ def write_adapters(student: Student, out: Path) -> None:
         folder.mkdir(parents=True)
         student.lora.save_pretrained(folder)
         config = json.loads((folder / "adapter_config.json").read_text())
-        config["target_modules"].sort()  # PEFT keeps a set: the same student, the same file
-        write_json(folder / "adapter_config.json", config)
+        config["target_modules"].sort()  # PEFT keeps a set; sorted, the same student gives the same file
+        write_json(folder / "adapter_config.json", config, indent=2)
         tensors = {key: value.half().contiguous() for key, value in student.adapter(model).items()}
         save_file(tensors, folder / "adapter_model.safetensors")
-        write_json(folder / "base.json", {"base_sha256": base})
+        write_json(folder / "base.json", {"base_sha256": base}, indent=2)
     weight = student.sdd.condition_proj.weight.detach().half().contiguous()
     save_file({"condition_proj.weight": weight}, out / "adapters" / "sdd" / "condition.safetensors")
 
 
 def assemble(teacher: Path, vae: Path, student: Path | None, out: Path) -> None:
-    """Write the whole directory beside its name and rename it when complete."""
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    write_pipeline(teacher, vae, part)
-    if student is not None:
-        model, config, _ = load_student(student, Base(part))
-        if not isinstance(model, Student):
-            raise ValueError(f"student: got family {config.family!r}, expected greedy")
-        write_adapters(model, part)
-        geometry = {"height": SIZE, "width": SIZE, "fps": FPS}
-        write_json(part / "engine.json", {**geometry, "preset": "greedy", "overrides": config.preset_fields()})
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
+    """Write the whole directory `out`; it replaces an older one."""
+    with whole_folder(out) as part:
+        write_pipeline(teacher, vae, part)
+        if student is not None:
+            model, config, _ = load_student(student, Base(part))
+            if not isinstance(model, Student):
+                raise ValueError(f"student: got family {config.family!r}, expected greedy")
+            write_adapters(model, part)
+            geometry = {"height": SIZE, "width": SIZE, "fps": FPS}
+            settings = {**geometry, "preset": "greedy", "overrides": config.preset_fields()}
+            write_json(part / "engine.json", settings, indent=2)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, default=Path("runs/teacher/teacher"))
-    parser.add_argument("--vae", type=Path, default=Path("runs/vae/vae"))
-    parser.add_argument("--student", type=Path, help="student.pt of distill.stages.next_chunk")
-    parser.add_argument("--out", type=Path, default=Path("engine/assets/sprites"))
-    arguments = parser.parse_args()
-    assemble(arguments.teacher, arguments.vae, arguments.student, arguments.out)
-    size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
-    print(f"{arguments.out}: {size / 1e6:.2f} MB")
+def run(options: AssembleOptions) -> None:
+    """Write the directory and print its size."""
+    assemble(options.teacher, options.vae, options.student, options.out)
+    size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
+    print(f"{options.out}: {size / 1e6:.2f} MB")
 
 
-if __name__ == "__main__":
-    main()
+STAGE = Stage(AssembleOptions, run)

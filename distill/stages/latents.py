@@ -1,9 +1,9 @@
 """A bank of captioned latents: drawn and encoded once, then read by every training stage.
 
-    python -m distill.latents --vae runs/vae/vae --out runs/bank
+    python -m distill latents --out runs/bank
 
-Writes two folders of shards (`distill.data.shards`), --out/images of one latent frame and --out/clips of all, float16
-and normalised. Only training combinations are drawn. A run that was stopped goes on with the missing shards.
+Writes two folders of shards (`distill.data.shards`): --out/images with one latent frame, --out/clips with all. Latents
+are float16 and normalised. Only training combinations are drawn. A stopped run resumes with the missing shards.
 """
 
 from dataclasses import dataclass
@@ -17,24 +17,32 @@ from distill.data.shards import Shards, shard_path, write_index, write_shard
 from distill.models.codec import Codec
 from distill.scores.tasks import Task, find_task
 from distill.training.draws import Draws, generator
-from distill.training.state import load_config, parse_arguments, run_stage
+from distill.training.stage import Stage, TableOptions
+from engine.options import option
 
-SHARD = 250  # clips a shard
-BATCH = 64  # pixel frames that are encoded at once, about
+SHARD = 250  # clips per shard
+BATCH = 64  # pixel frames per call of the encoder, about
 
 
 @dataclass(frozen=True)
 class BankConfig:
-    task: str = "sprites"
-    vae: str = "runs/vae/vae"
-    images: int = 20000
-    clips: int = 5000
-    frames: int = 33
-    seed: int = 100
+    """The table [bank]."""
+
+    task: str = option("sprites", "clips to draw: sprites or scenes")
+    vae: str = option("runs/vae/vae", "VAE that encodes them")
+    images: int = option(20000, "single frames to draw")
+    clips: int = option(5000, "clips to draw")
+    frames: int = option(33, "pixel frames per clip")
+    seed: int = option(100, "of the drawn clips")
+
+
+@dataclass(frozen=True)
+class BankOptions(TableOptions):
+    out: Path = option(Path("runs/bank"), "folder of the two folders of shards")
 
 
 class Bank:
-    """Captioned latents in memory; `draw` takes a random batch of images or of clip prefixes."""
+    """Captioned latents in memory. `draw` takes a random batch of images or of clip prefixes."""
 
     def __init__(self, images: Shards, clips: Shards) -> None:
         self.sets = [shards.read(range(len(shards))) for shards in (clips, images)]
@@ -45,7 +53,7 @@ class Bank:
 
     @property
     def frames(self) -> int:
-        """Latent frames of a clip."""
+        """Latent frames per clip."""
         return self.sets[0][0].shape[2]
 
     def draw(self, draws: Draws, frames: int) -> tuple[Tensor, list[str]]:
@@ -74,16 +82,13 @@ def encode_set(codec: Codec, task: Task, count: int, frames: int, seed: int, fol
     write_index(folder, shards, {"task": task.name, "pixel_frames": frames, "seed": seed})
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__, "runs/bank")
-    torch.set_num_threads(arguments.threads)
-    config = load_config(arguments.config, "bank", BankConfig)
+def run(config: BankConfig, options: BankOptions) -> None:
+    """Draw and encode both sets, and print the spread of the latent channels."""
     codec = Codec(AutoencoderKLWan.from_pretrained(config.vae))
     task = find_task(config.task)
-    encode_set(codec, task, config.images, 1, config.seed, arguments.out / "images")
-    encode_set(codec, task, config.clips, config.frames, config.seed, arguments.out / "clips")
-    print("bank: std", Bank.load(arguments.out).sets[0][0].std((0, 2, 3, 4)).tolist())
+    encode_set(codec, task, config.images, 1, config.seed, options.out / "images")
+    encode_set(codec, task, config.clips, config.frames, config.seed, options.out / "clips")
+    print("bank: std", Bank.load(options.out).sets[0][0].std((0, 2, 3, 4)).tolist())
 
 
-if __name__ == "__main__":
-    run_stage(main)
+STAGE = Stage(BankOptions, run, BankConfig, "bank")

@@ -1,13 +1,13 @@
 """Next-chunk training of the student (Eq. 6): every frame from its clean past, all frames of a clip in parallel.
 
-    python -m distill.next_chunk --config distill/configs/sprites.toml --out runs/student
-    accelerate launch --num_processes 8 -m distill.next_chunk --config ... --out ...
+    python -m distill next_chunk --config distill/configs/sprites.toml --out runs/student
+    accelerate launch --num_processes 8 -m distill next_chunk --config ... --out ...
 
-Two losses a step. Clips: flow matching on frames 1 .. F - 1, their past either the data or, for `roll_share` of the
-steps, what the student itself streams from the clip's first frame. First frames, which have only the text: their
-target is the teacher's classifier-free guidance, integrated over one sampling step (`first = "guided"`), so that the
-student needs neither guidance nor many steps; `first = "data"` is the plain Eq. 6.
-Writes --out/student.pt (adapters and W_c, averaged, and the config that made them).
+A step has two losses. Clips: flow matching on frames 1 .. F - 1. Their past is the data, or, in `roll_share` of the
+steps, the student's own stream from the first frame of the clip. First frames have only the text. With
+`first = "guided"` their target is the teacher's classifier-free guidance, integrated over one sampling step. The
+student then needs neither guidance nor many steps. `first = "data"` is the plain Eq. 6.
+Writes --out/student.pt: averaged adapters and W_c, and the config that made them.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -26,10 +26,12 @@ from distill.models.sampling import guided_flow, noised, shifted
 from distill.models.student import Student
 from distill.training.draws import Draws
 from distill.training.loop import FitConfig, Objective, accelerator_of, fit
-from distill.training.state import load_config, parse_arguments, run_stage, save_state
+from distill.training.stage import Stage, TrainingOptions
+from distill.training.state import save_state
 from engine.config import Preset
 from engine.generators import FAMILIES
 from engine.model.transformer import TextKV, WanTransformer
+from engine.options import option
 from engine.presets import find_preset
 
 AnyStudent = Student | CausalStudent
@@ -37,28 +39,30 @@ AnyStudent = Student | CausalStudent
 
 @dataclass(frozen=True)
 class NextChunkConfig(FitConfig):
-    teacher: str = "runs/teacher/teacher"
-    start: str = ""  # student.pt to go on from; none begins as the teacher
-    data: str = "runs/bank/clips"
-    family: str = "greedy"  # or causal: one causal transformer over `window` frames, the Self-Forcing family
-    rank: int = 64
-    etm: bool = True  # without it the student is a causal decoder on chunk 0 and the last chunk alone
-    window: int = 3
-    max_position: int = 4  # the SDD's positions stop growing here; longer training clips cover what lies beyond
-    frames: int = 9  # latent frames of a clip
-    first_batch: int = 16  # first frames a step: a multiple of batch
-    first: str = "guided"  # target of frame 0: guided or data
-    guidance: float = 2.0
-    substeps: int = 4  # teacher steps within one sampling step
-    sampling_steps: int = 4
-    sampling_shift: float = 2.0
-    solver: str = "euler"
-    on_schedule: float = 0.5  # share of noise levels that are exactly those of the sampling steps
-    shift: float = 3.0
-    roll_share: float = 0.5
-    roll_from: float = 0.25  # share of the run after which the student's own past is used
-    context_noise: float = 0.0  # largest noise level mixed into the past
-    caption_dropout: float = 0.0
+    """The table [next_chunk]. A student file holds these keys: renaming one makes older files unreadable."""
+
+    teacher: str = option("runs/teacher/teacher", "pipeline directory of the teacher")
+    start: str = option("", "student.pt to start from; empty: begin as the teacher")
+    data: str = option("runs/bank/clips", "folder of captioned latents")
+    family: str = option("greedy", "greedy; causal: one causal transformer, as in the Self-Forcing family")
+    rank: int = option(64, "of the LoRA adapters")
+    etm: bool = option(True, "false: a causal decoder that sees only chunk 0 and the last chunk")
+    window: int = option(3, "greedy: frames before the current one that the ETM sees (w of Eq. 1); causal: with it")
+    max_position: int = option(4, "largest temporal position of the SDD; longer clips cover the frames beyond it")
+    frames: int = option(9, "latent frames per clip")
+    first_batch: int = option(16, "first frames per step: a multiple of batch")
+    first: str = option("guided", "target of frame 0: guided or data")
+    guidance: float = option(2.0, "scale of the teacher's guidance for frame 0")
+    substeps: int = option(4, "teacher steps within one sampling step")
+    sampling_steps: int = option(4, "denoising steps per frame of the student")
+    sampling_shift: float = option(2.0, "shift of the student's noise schedule")
+    solver: str = option("euler", "of the student: euler, renoise or unipc")
+    on_schedule: float = option(0.5, "share of the noise levels that are exactly those of the sampling steps")
+    shift: float = option(3.0, "shift of the other noise levels")
+    roll_share: float = option(0.5, "share of the steps whose past is the student's own stream")
+    roll_from: float = option(0.25, "share of the run before the first such step")
+    context_noise: float = option(0.0, "largest noise level mixed into the past")
+    caption_dropout: float = option(0.0, "share of the samples that train without a caption")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,17 +76,18 @@ class NextChunkConfig(FitConfig):
             raise ValueError(f"first_batch: got {self.first_batch}, expected a multiple of batch ({self.batch})")
 
     def preset_fields(self) -> dict[str, Any]:
-        """The engine's preset fields that the student is trained with."""
-        given = {
+        """The fields of the engine's preset with which the student is trained."""
+        # The engine's window has the current frame in it; w of Eq. 1 leaves it out.
+        window = self.window + (self.family == "greedy")
+        shared = {
             "steps": list(range(1000, 0, -1000 // self.sampling_steps)),
             "warped": True,
             "shift": self.sampling_shift,
             "solver": self.solver,
             "chunk": 1,
-            # The engine counts latent frames, the current one included.
-            "window": self.window + (self.family == "greedy"),
+            "window": window,
         }
-        return given | ({"max_position": self.max_position} if self.family == "greedy" else {})
+        return shared | ({"max_position": self.max_position} if self.family == "greedy" else {})
 
     @property
     def preset_name(self) -> str:
@@ -93,7 +98,7 @@ class NextChunkConfig(FitConfig):
         return find_preset(self.preset_name, self.preset_fields())
 
     def student(self, base: Base) -> AnyStudent:
-        """A fresh student of this shape."""
+        """A fresh student of this shape, on the device of its teacher."""
         if self.family == "causal":
             return CausalStudent(base.transformer, self.rank, self.window, recompute=self.recompute).to(base.device)
         student = Student(
@@ -105,6 +110,11 @@ class NextChunkConfig(FitConfig):
             recompute=self.recompute,
         )
         return student.to(base.device)
+
+
+@dataclass(frozen=True)
+class NextChunkOptions(TrainingOptions):
+    out: Path = option(Path("runs/student"), "folder of checkpoints, logs and student.pt")
 
 
 def read_student(path: Path) -> tuple[dict[str, Tensor], NextChunkConfig]:
@@ -121,7 +131,7 @@ def read_student(path: Path) -> tuple[dict[str, Tensor], NextChunkConfig]:
 def load_student(
     path: Path, base: Base | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[AnyStudent, NextChunkConfig, Base]:
-    """A trained student, the config that made it and its teacher, whose frozen weights are in `dtype` (or as made)."""
+    """A trained student, the config that made it, and its teacher. `dtype` is of frozen weights (default: as made)."""
     trained, config = read_student(path)
     base = base or Base(Path(config.teacher), dtype or config.dtype, device)
     student = config.student(base)
@@ -130,7 +140,7 @@ def load_student(
 
 
 def begin_from(student: AnyStudent, path: Path, config: NextChunkConfig) -> None:
-    """Put the trained tensors of another student of the same shape and teacher into this one."""
+    """Load the trained tensors of another student of the same shape and teacher."""
     trained, made = read_student(path)
     for name in ("teacher", "family", "rank", "etm", "window", "max_position"):
         if getattr(made, name) != getattr(config, name):
@@ -140,11 +150,12 @@ def begin_from(student: AnyStudent, path: Path, config: NextChunkConfig) -> None
 
 
 def save_student(path: Path, trained: dict[str, Tensor], config: NextChunkConfig) -> None:
+    """Write a student file: its trained tensors and the config that made it."""
     save_state(path, {"student": {name: t.cpu() for name, t in trained.items()}, "config": asdict(config)})
 
 
-def draw_levels(shape: tuple[int, ...], config: NextChunkConfig, draws: Draws) -> Tensor:
-    """Noise levels [B, *shape] in (0, 1]: some exactly those of the sampling steps, the rest shifted logit-normal."""
+def draw_sigmas(shape: tuple[int, ...], config: NextChunkConfig, draws: Draws) -> Tensor:
+    """Noise levels sigma [B, *shape]: some are exactly those of the sampling steps, the rest shifted logit-normal."""
     grid = noise_levels(config.preset)[:-1]
     picked = grid[draws.choice(len(grid), *shape)]
     free = shifted(torch.sigmoid(draws.normal(*shape)), config.shift)
@@ -160,26 +171,26 @@ def segment_target(
     empty: TextKV,
     config: NextChunkConfig,
 ) -> Tensor:
-    """Mean flow of the guided teacher over sampling step `index` [B], from noisy [B, C, 1, h, w] at its start."""
+    """Mean flow of the guided teacher over sampling step `index` [B]; the step starts at noisy [B, C, 1, h, w]."""
     grid = noise_levels(config.preset).to(noisy.device)
     start, end = grid[index], grid[index + 1]
     latent, width = noisy, ((end - start) / config.substeps)
     for step in range(config.substeps):
-        t = (start + step * width)[:, None]
-        flow = guided_flow(teacher, latent, t, text, empty, config.guidance)
+        sigma = (start + step * width)[:, None]
+        flow = guided_flow(teacher, latent, sigma, text, empty, config.guidance)
         latent = latent + width.view(-1, 1, 1, 1, 1) * flow
     return (latent - noisy) / (end - start).view(-1, 1, 1, 1, 1)
 
 
 class NextChunk(Objective):
-    """Eq. 6 for some samples of a step."""
+    """Eq. 6 on some samples of a step."""
 
     def __init__(self, config: NextChunkConfig, base: Base, data: Shards) -> None:
         super().__init__()
         if config.frames > data.frames:
             raise ValueError(f"frames: got {config.frames}, expected at most the {data.frames} of {data.folder}")
         self.config, self.data = config, data
-        self._frozen = [base]  # in a list: no part of this module, neither moved nor synchronised
+        self._frozen = [base]  # a list hides it from this module, which then neither moves nor synchronises it
         self.student = config.student(base)
 
     @property
@@ -214,19 +225,19 @@ class NextChunk(Objective):
         emb = base.encode(captions)
         text = self.student.stages.prepare_text(emb)
         if config.first == "data":
-            t = draw_levels((1,), config, draws).to(latent)
-            noisy, target = noised(latent, noise, t), noise - latent
+            sigma = draw_sigmas((1,), config, draws).to(latent)
+            noisy, target = noised(latent, noise, sigma), noise - latent
         else:
             index = draws.choice(config.sampling_steps)
-            t = noise_levels(config.preset)[index][:, None].to(latent)
-            noisy = noised(latent, noise, t)
-            given = base.transformer.prepare_text(emb)
+            sigma = noise_levels(config.preset)[index][:, None].to(latent)
+            noisy = noised(latent, noise, sigma)
+            captioned = base.transformer.prepare_text(emb)
             empty = base.prepare([""] * len(captions))
-            target = segment_target(base.transformer, noisy, index.to(latent.device), given, empty, config)
-        return (self.student.flow(latent[:, :, :0], noisy, t, text) - target).square().mean()
+            target = segment_target(base.transformer, noisy, index.to(latent.device), captioned, empty, config)
+        return (self.student.flow(latent[:, :, :0], noisy, sigma, text) - target).square().mean()
 
     def next_frame_loss(self, draws: Draws, *, roll: bool) -> Tensor:
-        """Eq. 6 on frames 1 .. F - 1; with `roll` their past is the student's own, streamed from the real frame 0."""
+        """Eq. 6 on frames 1 .. F - 1. With `roll` the student streams their past from the real frame 0."""
         config = self.config
         latent, captions = self._read(draws, config.batch, config.frames)
         dropped = draws.uniform() < config.caption_dropout
@@ -240,9 +251,9 @@ class NextChunk(Objective):
         if config.context_noise:
             level = config.context_noise * draws.uniform(1, 1, 1, 1).to(latent)
             context = (1 - level) * context + level * draws.normal(*context.shape[1:]).to(latent)
-        t = draw_levels((config.frames,), config, draws).to(latent)
+        sigma = draw_sigmas((config.frames,), config, draws).to(latent)
         noise = draws.normal(*latent.shape[1:]).to(latent)
-        flow = self.student.flow(context, noised(latent, noise, t), t, text)
+        flow = self.student.flow(context, noised(latent, noise, sigma), sigma, text)
         return (flow - (noise - latent))[:, :, 1:].square().mean()
 
 
@@ -253,9 +264,9 @@ def train(
     stop_at: int | None = None,
     accelerator: Accelerator | None = None,
 ) -> dict[str, Tensor]:
-    """Run (or go on with) the training; the averaged parameters, also in out/student.pt when it is through."""
+    """Train, or resume. Returns the averaged parameters; a complete run also writes them to out/student.pt."""
     accelerator = accelerator or accelerator_of(config)
-    torch.manual_seed(config.seed)  # adapters start alike in every process
+    torch.manual_seed(config.seed)  # every process starts from the same adapters
     base = Base(Path(config.teacher), config.dtype, accelerator.device)
     objective = NextChunk(config, base, Shards(Path(config.data)))
     if config.start:
@@ -266,16 +277,8 @@ def train(
     return trained
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__, "runs/student", dry_run=True)
-    torch.set_num_threads(arguments.threads)
-    config = load_config(arguments.config, "next_chunk", NextChunkConfig)
-    if arguments.dry_run:
-        from distill.stages.plan import report
-
-        return report(arguments.config, "next_chunk", config)
-    train(config, arguments.out, arguments.out if arguments.tensorboard else None)
+def run(config: NextChunkConfig, options: NextChunkOptions) -> None:
+    train(config, options.out, options.board)
 
 
-if __name__ == "__main__":
-    run_stage(main)
+STAGE = Stage(NextChunkOptions, run, NextChunkConfig, "next_chunk")

@@ -1,10 +1,10 @@
-"""What a stage would take at full size, without running it: the models are built on the meta device and counted.
+"""The cost of next_chunk or rl at full size, without running it: models on the meta device, counted.
 
-    python -m distill.next_chunk --config distill/configs/wan2.1-1.3b.toml --dry-run
+    python -m distill next_chunk --config distill/configs/wan2.1-1.3b.toml --dry-run
 
-Counts are exact for parameters and optimiser states and follow the code for FLOPs (dense products and attention, two
-operations a multiply-add); activation memory is an estimate of what is kept for the backward pass. Nothing here was
-measured on the hardware that the config names.
+Parameters and optimiser states are exact counts. FLOPs follow the code: dense products and attention, two operations
+per multiply-add. Activation memory is an estimate of the tensors kept for the backward pass. No number here is a
+measurement on the hardware that the config names.
 """
 
 import json
@@ -17,33 +17,33 @@ from distill.models.student import Student
 from distill.stages.next_chunk import NextChunkConfig
 from distill.stages.rl import RlConfig
 from distill.training.loop import FitConfig, split
-from distill.training.state import load_config
 from engine.config import TransformerConfig
 from engine.model.transformer import WanTransformer
+from engine.options import option, read_table
 
 GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """The machine and the model that a plan is made for; only --dry-run reads it."""
+    """The table [cluster]: machine, model and data of a plan. Only --dry-run reads it."""
 
-    gpus: int = 64
-    memory_gib: float = 80.0  # a GPU
-    tflops: float = 400.0  # that a GPU is expected to sustain in 16 bits: an assumption, not a measurement
-    transformer: str = ""  # config.json of the transformer; none is Wan2.1-T2V-1.3B
-    text_encoder_gib: float = 10.6  # UMT5-xxl's encoder in bf16
-    text_embedding_gib: float = 2.0  # of it, which is never spread over the GPUs
-    text_rows: int = 512
-    height: int = 60  # latent pixels
-    width: int = 104
-    frames: int = 21  # latent frames of a clip
-    clips: int = 100_000  # of the data, for the length of an epoch
+    gpus: int = option(64, "number of GPUs")
+    memory_gib: float = option(80.0, "memory per GPU")
+    tflops: float = option(400.0, "sustained 16-bit TFLOP/s per GPU: an assumption, not a measurement")
+    transformer: str = option("", "config.json of the transformer; empty: Wan2.1-T2V-1.3B")
+    text_encoder_gib: float = option(10.6, "UMT5-xxl's encoder in bf16")
+    text_embedding_gib: float = option(2.0, "its embedding, which every GPU holds whole")
+    text_rows: int = option(512, "text rows per prompt")
+    height: int = option(60, "latent pixels")
+    width: int = option(104, "latent pixels")
+    frames: int = option(21, "latent frames per clip")
+    clips: int = option(100_000, "clips of the data, for the length of an epoch")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage's cost; memory in bytes a GPU, FLOPs of one step over all GPUs."""
+    """A stage's cost: memory in bytes per GPU, FLOPs per step over all GPUs."""
 
     parameters: int
     trained: int
@@ -68,7 +68,7 @@ def forward_flops(config: TransformerConfig, tokens: int, pairs: int, rows: int,
 
 
 def _passes(config: TransformerConfig, made: NextChunkConfig, n: int, frames: int, rows: int) -> tuple[float, float]:
-    """FLOPs for one clip of `frames` frames of n tokens: the teacher-forced student, and the bidirectional teacher."""
+    """FLOPs of the teacher-forced student and of the teacher, for one clip of `frames` frames of n tokens."""
     etm = sum(min(i, made.window) + 1 for i in range(frames - 1)) * n * n
     sdd = (sum(min(i, 1) + 1 for i in range(frames - 1)) + sum(min(i, 2) + 1 for i in range(frames))) * n * n
     student = forward_flops(config, (2 * frames - 1) * n, sdd, rows, 1)
@@ -78,7 +78,7 @@ def _passes(config: TransformerConfig, made: NextChunkConfig, n: int, frames: in
 
 
 def _one_frame(config: TransformerConfig, made: NextChunkConfig, n: int, rows: int) -> float:
-    """FLOPs to stream one frame: ETM, context and the denoising steps, each over a constant number of keys."""
+    """FLOPs to stream one frame: ETM, context and denoising steps, each over a constant number of keys."""
     etm = forward_flops(config, n, (made.window + 1) * n * n, rows, 0)
     sdd = forward_flops(config, n, 2 * n * n, rows, 0) + made.sampling_steps * forward_flops(
         config, n, 3 * n * n, rows, 0
@@ -87,7 +87,7 @@ def _one_frame(config: TransformerConfig, made: NextChunkConfig, n: int, rows: i
 
 
 def estimate(stage: str, config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -> Plan:
-    """The plan of a stage; `made` is the next-chunk config of the student (the stage's own, or RL's)."""
+    """The plan of a stage. `made` is the next-chunk config of its student."""
     shape = TransformerConfig()
     if cluster.transformer:
         shape = TransformerConfig.from_dict(json.loads(Path(cluster.transformer).read_text()))
@@ -103,7 +103,7 @@ def estimate(stage: str, config: FitConfig, made: NextChunkConfig, cluster: Clus
     micro = len(split(config.batch, config.micro, 0, cluster.gpus)[0])
     parallel, joint = _passes(shape, made, n, frames, rows)
     critics = 2 if getattr(config, "critic", "self") == "trained" else 1
-    # Backward through frozen weights costs one more forward, and another one where blocks are recomputed.
+    # A backward pass counts as two forward passes, and one more where blocks are recomputed.
     backward = 3.0 if config.recompute else 2.0
     if stage == "next_chunk":
         sequence = (3 * frames - 2) * n
@@ -122,7 +122,7 @@ def estimate(stage: str, config: FitConfig, made: NextChunkConfig, cluster: Clus
         clip = (middle + 0.5) * _one_frame(shape, made, n, rows) + step * (1 + backward) + judge + real
     width = 2 if config.precision == "bf16" else 4
     kept = sequence * shape.dim * shape.num_layers * width
-    # Whole blocks keep their norms, projections, attention and feed-forward; recomputed ones their input alone.
+    # Whole blocks keep norms, projections, attention and feed-forward; recomputed blocks keep only their input.
     kept *= 1 if config.recompute else 14 + 2 * shape.ffn_dim // shape.dim
     peak = sequence * (14 * shape.dim + 2 * shape.ffn_dim) * width if config.recompute else 0
     flops = clip * config.batch
@@ -132,7 +132,7 @@ def estimate(stage: str, config: FitConfig, made: NextChunkConfig, cluster: Clus
         parameters=frozen + base + trained * critics,
         trained=trained * critics,
         weights=int(held / (cluster.gpus if config.shard else 1) + embedding) + 4 * trained * critics,
-        optimiser=trained * critics * 4 * 3 + 4 * trained,  # gradient, two moments, and the average
+        optimiser=trained * critics * 4 * 3 + 4 * trained,  # gradient and two moments; the moving average
         activations=micro * (kept + peak),
         tokens=sequence * config.batch,
         flops=flops,
@@ -142,25 +142,25 @@ def estimate(stage: str, config: FitConfig, made: NextChunkConfig, cluster: Clus
 
 
 def report(path: Path, stage: str, config: NextChunkConfig | RlConfig) -> None:
-    """Print the plan, last as JSON; a stage that cannot fit raises ValueError."""
-    cluster = load_config(path, "cluster", ClusterConfig)
-    made = config if isinstance(config, NextChunkConfig) else load_config(path, "next_chunk", NextChunkConfig)
+    """Print the plan, last as JSON. A plan that does not fit raises ValueError."""
+    cluster = read_table(ClusterConfig, path, "cluster")
+    made = config if isinstance(config, NextChunkConfig) else read_table(NextChunkConfig, path, "next_chunk")
     plan = estimate(stage, config, made, cluster)
     lines = {
         "parameters": f"{plan.parameters / 1e9:.2f} G held, {plan.trained / 1e6:.1f} M trained",
-        "memory a GPU": f"{plan.memory / GIB:.1f} GiB = weights {plan.weights / GIB:.1f} + optimiser "
+        "memory per GPU": f"{plan.memory / GIB:.1f} GiB = weights {plan.weights / GIB:.1f} + optimiser "
         f"{plan.optimiser / GIB:.1f} + activations {plan.activations / GIB:.1f} (estimated)",
-        "tokens a step": f"{plan.tokens / 1e6:.2f} M",
-        "FLOPs a step": f"{plan.flops / 1e15:.1f} P",
-        "time a step": f"{plan.seconds:.1f} s at {cluster.tflops:g} TFLOP/s on each of {cluster.gpus} GPUs (assumed)",
-        "an epoch": f"{plan.steps_an_epoch} steps of {cluster.clips} clips; {config.steps} steps are "
+        "tokens per step": f"{plan.tokens / 1e6:.2f} M",
+        "FLOPs per step": f"{plan.flops / 1e15:.1f} P",
+        "time per step": f"{plan.seconds:.1f} s at {cluster.tflops:g} TFLOP/s on each of {cluster.gpus} GPUs (assumed)",
+        "epoch": f"{plan.steps_an_epoch} steps of {cluster.clips} clips; {config.steps} steps are "
         f"{config.steps / plan.steps_an_epoch:.1f} epochs, {config.steps * plan.seconds / 3600:.0f} h",
     }
     for name, text in lines.items():
-        print(f"{name:>14}  {text}")
+        print(f"{name:>15}  {text}")
     print(json.dumps({"stage": stage, **asdict(plan), "memory": plan.memory}))
     if plan.memory > cluster.memory_gib * GIB:
         raise ValueError(
-            f"memory: got {plan.memory / GIB:.1f} GiB a GPU, expected at most {cluster.memory_gib:g} "
+            f"memory: got {plan.memory / GIB:.1f} GiB per GPU, expected at most {cluster.memory_gib:g} "
             "(smaller micro, recompute = true, precision = 'bf16', shard = true)"
         )

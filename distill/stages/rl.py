@@ -1,17 +1,19 @@
-"""RL fine-tuning of the student (Eq. 7-10): the student's own rollouts, judged by the teacher's score against its own.
+"""RL fine-tuning of the student (Eq. 7-10): the teacher's score judges the student's own rollouts.
 
-    python -m distill.rl --config distill/configs/sprites.toml --out runs/rl
+    python -m distill rl --config distill/configs/sprites.toml --out runs/rl
 
-One f and one t of the sampling steps are drawn for the whole batch. The engine streams frames 0 .. f - 1 and goes
-into frame f down to t, without gradients; the student's step from there is repeated with them. Scores are read as
-velocities v = noise - x (Eq. 10 has the right sign only so): mu moves by -(v_real - v_gen).
+A step draws one frame f and one sampling step's sigma for the whole batch. Without gradients, the engine streams frames
+0 .. f - 1 and denoises frame f down to sigma. The student then repeats its next step with gradients. Scores are
+velocities v = noise - x; only with these does Eq. 10 have the right sign. mu moves by -(v_real - v_gen).
 
-    scores = "renoised"  mu is the predicted clean frame, noised again at t' in [clamp, 1 - clamp], as in DMD
-    scores = "literal"   mu is the next point of the solver, scored where it stands (at t = 0 after the last step)
-    critic = "self"      v_gen is the student's own decoder (the paper's); "trained": a fake score network learns it
-    context = "clean"    the teacher sees the rollout clean and frame f noisy; "noised": the whole clip at t'
+    scores = "renoised"  mu is the predicted clean frame, noised again at sigma' in [clamp, 1 - clamp], as in DMD
+    scores = "literal"   mu is the next point of the solver, scored at its own sigma (0 after the last step)
+    critic = "self"      v_gen comes from the student's own decoder, as in the paper
+    critic = "trained"   v_gen comes from a fake score network, trained beside the student
+    context = "clean"    the teacher sees the rollout clean and frame f noisy
+    context = "noised"   the teacher sees the whole clip at sigma'
 
-Writes --out/student.pt, as distill.stages.next_chunk does.
+Writes --out/student.pt, as stage next_chunk does.
 """
 
 from dataclasses import dataclass
@@ -28,28 +30,31 @@ from distill.models.sampling import guided_flow, noised, shifted
 from distill.stages.next_chunk import AnyStudent, NextChunkConfig, load_student, save_student
 from distill.training.draws import Draws
 from distill.training.loop import FitConfig, Objective, accelerator_of, fit
-from distill.training.state import load_config, parse_arguments, run_stage
+from distill.training.stage import Stage, TrainingOptions
+from engine.options import option
 
 SCORES, CRITICS, CONTEXTS = ("renoised", "literal"), ("self", "trained"), ("clean", "noised")
 
 
 @dataclass(frozen=True)
 class RlConfig(FitConfig):
-    student: str = "runs/student/student.pt"  # what next-chunk training made
-    data: str = "runs/bank/clips"  # prompts; the latents are not read but for their size
-    batch: int = 8
-    lr: float = 2e-4
-    frames: int = 9  # f is drawn below it
-    first_frame: bool = False  # draw f = 0 too, the frame from text alone (the paper starts at 1)
-    scores: str = "renoised"
-    critic: str = "self"
-    critic_lr: float = 2.0  # of a trained critic, against lr
-    critic_every: int = 2  # the student learns in one step of so many when the critic is trained
-    context: str = "clean"
-    guidance: float = 2.0  # of the teacher's score
-    clamp: float = 0.02
-    shift: float = 2.0  # of t'
-    normalise: bool = True  # divide by the teacher's mean error on clean frames, as DMD does
+    """The table [rl]."""
+
+    student: str = option("runs/student/student.pt", "student file to start from")
+    data: str = option("runs/bank/clips", "folder of captioned latents; only captions and latent size are read")
+    batch: int = option(8, "samples per step, over all processes")
+    lr: float = option(2e-4, "highest learning rate")
+    frames: int = option(9, "f is drawn below this number of latent frames")
+    first_frame: bool = option(False, "also draw f = 0, the frame from text alone; the paper starts at 1")
+    scores: str = option("renoised", "point of the scores: renoised or literal")
+    critic: str = option("self", "source of v_gen: self or trained")
+    critic_lr: float = option(2.0, "factor on lr for a trained critic")
+    critic_every: int = option(2, "with a trained critic, steps per update of the student")
+    context: str = option("clean", "past that the teacher sees: clean or noised")
+    guidance: float = option(2.0, "scale of the teacher's guidance")
+    clamp: float = option(0.02, "distance of sigma' from 0 and 1")
+    shift: float = option(2.0, "shift of sigma'")
+    normalise: bool = option(True, "divide by the teacher's mean error on clean frames, as DMD does")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,26 +68,31 @@ class RlConfig(FitConfig):
             )
 
 
-def direction(v_real: Tensor, v_gen: Tensor, mu: Tensor, noisy: Tensor, t: Tensor, *, normalise: bool) -> Tensor:
-    """What Eq. 10 subtracts from mu [B, C, 1, h, w]: v_real - v_gen, all of that shape; t [B].
+@dataclass(frozen=True)
+class RlOptions(TrainingOptions):
+    out: Path = option(Path("runs/rl"), "folder of checkpoints, logs and student.pt")
+
+
+def direction(v_real: Tensor, v_gen: Tensor, mu: Tensor, noisy: Tensor, sigma: Tensor, *, normalise: bool) -> Tensor:
+    """The part that Eq. 10 subtracts from mu: v_real - v_gen; all [B, C, 1, h, w], sigma [B].
 
     `normalise` is DMD's: the difference of the two clean predictions over the mean error of the teacher's.
     """
     difference = v_real - v_gen
     if not normalise:
         return difference
-    level = t.view(-1, 1, 1, 1, 1)
+    level = sigma.view(-1, 1, 1, 1, 1)
     error = (mu - (noisy - level * v_real)).abs().mean((1, 2, 3, 4), keepdim=True)
     return level * difference / error.clamp(min=1e-3)
 
 
 def rl_loss(mu: Tensor, away: Tensor) -> Tensor:
-    """Eq. 10: half the mean square of mu - sg(mu - away); its gradient by mu is `away` over the number of elements."""
+    """Eq. 10: half the mean square of mu - sg(mu - away). Its gradient by mu is `away` over the number of elements."""
     return 0.5 * (mu - (mu - away).detach()).square().mean()
 
 
 class Rl(Objective):
-    """Eq. 10 for some samples of a step, and the loss of a trained critic."""
+    """Eq. 10 on some samples of a step, and the loss of a trained critic."""
 
     def __init__(self, config: RlConfig, made: NextChunkConfig, base: Base, student: AnyStudent, data: Shards) -> None:
         super().__init__()
@@ -111,23 +121,23 @@ class Rl(Objective):
         config, preset = self.config, self.made.preset
         least = 0 if config.first_frame else 1
         frame = int(torch.randint(least, config.frames, (), generator=draws.shared))
-        levels = noise_levels(preset)
-        step = int(torch.randint(len(levels) - 1, (), generator=draws.shared))
+        sigmas = noise_levels(preset)
+        step = int(torch.randint(len(sigmas) - 1, (), generator=draws.shared))
         captions = self._captions(draws)
         emb = self.base.encode(captions)
         size = (self.data.shape[2], self.data.shape[3])
         past, noisy = roll_into(self.student, emb, frame, step, draws.seeds(), preset, size)
-        t = levels[step].expand(len(captions)).to(noisy)
+        sigma = sigmas[step].expand(len(captions)).to(noisy)
         text = self.student.stages.prepare_text(emb)
         learns = self.critic is None or draws.step % config.critic_every == 0
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            flow = self.student.next_flow(past, noisy, t, text)
-            clean = noisy - t.view(-1, 1, 1, 1, 1) * flow
-            mu = clean if config.scores == "renoised" else noisy + (levels[step + 1] - levels[step]) * flow
+            flow = self.student.next_flow(past, noisy, sigma, text)
+            clean = noisy - sigma.view(-1, 1, 1, 1, 1) * flow
+            mu = clean if config.scores == "renoised" else noisy + (sigmas[step + 1] - sigmas[step]) * flow
         parts: dict[str, Tensor] = {}
         loss = torch.zeros((), device=mu.device)
         if learns:
-            away = self.away(mu.detach(), past, float(levels[step + 1]), emb, captions, draws)
+            away = self.away(mu.detach(), past, float(sigmas[step + 1]), emb, captions, draws)
             loss = rl_loss(mu, away)
             parts = {"rl": loss, "away": away.square().mean()}
         if self.critic is not None:
@@ -138,44 +148,45 @@ class Rl(Objective):
     def _captions(self, draws: Draws) -> list[str]:
         return self.data.captions(draws.clips(self.config.batch, len(self.data)))
 
-    def _levels(self, draws: Draws) -> Tensor:
-        """t' [B] within the clamp."""
+    def _sigmas(self, draws: Draws) -> Tensor:
+        """sigma' [B] within the clamp."""
         free = shifted(draws.uniform(), self.config.shift)
         return self.config.clamp + (1 - 2 * self.config.clamp) * free
 
     @torch.no_grad()
-    def away(self, mu: Tensor, past: Tensor, level: float, emb: Tensor, captions: list[str], draws: Draws) -> Tensor:
-        """What the loss subtracts from mu; `level` is where the solver's next point stands."""
+    def away(self, mu: Tensor, past: Tensor, after: float, emb: Tensor, captions: list[str], draws: Draws) -> Tensor:
+        """The part that the loss subtracts from mu; `after` is sigma of the solver's next point."""
         config = self.config
         if config.scores == "literal":
-            t, noisy = torch.full((len(mu),), level).to(mu), mu
+            sigma, noisy = torch.full((len(mu),), after).to(mu), mu
         else:
-            t = self._levels(draws).to(mu)
-            noisy = noised(mu, draws.normal(*mu.shape[1:]).to(mu), t[:, None])
+            sigma = self._sigmas(draws).to(mu)
+            noisy = noised(mu, draws.normal(*mu.shape[1:]).to(mu), sigma[:, None])
         judge = self.student if self.critic is None else self.critic
-        v_gen = judge.next_flow(past, noisy, t, judge.stages.prepare_text(emb))
-        v_real = self.teacher_flow(past, noisy, t, emb, captions, draws)
-        return direction(v_real, v_gen, mu, noisy, t, normalise=config.normalise)
+        v_gen = judge.next_flow(past, noisy, sigma, judge.stages.prepare_text(emb))
+        v_real = self.teacher_flow(past, noisy, sigma, emb, captions, draws)
+        return direction(v_real, v_gen, mu, noisy, sigma, normalise=config.normalise)
 
     def teacher_flow(
-        self, past: Tensor, noisy: Tensor, t: Tensor, emb: Tensor, captions: list[str], draws: Draws
+        self, past: Tensor, noisy: Tensor, sigma: Tensor, emb: Tensor, captions: list[str], draws: Draws
     ) -> Tensor:
-        """The frozen teacher's guided velocity of the newest frame of the whole clip, [B, C, 1, h, w]."""
+        """The frozen teacher's guided velocity of the last frame of the clip, [B, C, 1, h, w]."""
         teacher = self.base.transformer
-        times = torch.zeros(len(past), past.shape[2] + 1, device=t.device)
+        sigmas = torch.zeros(len(past), past.shape[2] + 1, device=sigma.device)
         if self.config.context == "noised":
-            times[:] = t[:, None]
-            past = noised(past, draws.normal(*past.shape[1:]).to(past), times[:, :-1])
-        times[:, -1] = t
-        given, empty = teacher.prepare_text(emb), self.base.prepare([""] * len(captions))
+            sigmas[:] = sigma[:, None]
+            past = noised(past, draws.normal(*past.shape[1:]).to(past), sigmas[:, :-1])
+        sigmas[:, -1] = sigma
+        text, empty = teacher.prepare_text(emb), self.base.prepare([""] * len(captions))
         clip = torch.cat([past, noisy], 2)
-        return guided_flow(teacher, clip, times, given, empty, self.config.guidance)[:, :, -1:]
+        return guided_flow(teacher, clip, sigmas, text, empty, self.config.guidance)[:, :, -1:]
 
     def critic_loss(self, clean: Tensor, past: Tensor, emb: Tensor, draws: Draws) -> Tensor:
         """Flow matching of the fake score on the student's own frames."""
         assert self.critic is not None
-        t, noise = self._levels(draws).to(clean), draws.normal(*clean.shape[1:]).to(clean)
-        flow = self.critic.next_flow(past, noised(clean, noise, t[:, None]), t, self.critic.stages.prepare_text(emb))
+        sigma, noise = self._sigmas(draws).to(clean), draws.normal(*clean.shape[1:]).to(clean)
+        noisy, text = noised(clean, noise, sigma[:, None]), self.critic.stages.prepare_text(emb)
+        flow = self.critic.next_flow(past, noisy, sigma, text)
         return (flow - (noise - clean)).square().mean()
 
 
@@ -186,7 +197,7 @@ def train(
     stop_at: int | None = None,
     accelerator: Accelerator | None = None,
 ) -> dict[str, Tensor]:
-    """Run (or go on with) the fine-tuning; the averaged parameters, also in out/student.pt when it is through."""
+    """Fine-tune, or resume. Returns the averaged parameters; a complete run also writes them to out/student.pt."""
     accelerator = accelerator or accelerator_of(config)
     torch.manual_seed(config.seed)
     student, made, base = load_student(Path(config.student), None, accelerator.device, config.dtype)
@@ -197,16 +208,8 @@ def train(
     return trained
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__, "runs/rl", dry_run=True)
-    torch.set_num_threads(arguments.threads)
-    config = load_config(arguments.config, "rl", RlConfig)
-    if arguments.dry_run:
-        from distill.stages.plan import report
-
-        return report(arguments.config, "rl", config)
-    train(config, arguments.out, arguments.out if arguments.tensorboard else None)
+def run(config: RlConfig, options: RlOptions) -> None:
+    train(config, options.out, options.board)
 
 
-if __name__ == "__main__":
-    run_stage(main)
+STAGE = Stage(RlOptions, run, RlConfig, "rl")

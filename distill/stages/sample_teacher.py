@@ -1,10 +1,10 @@
 """Sample the training clips from the frozen teacher: captioned latents as shards, the students' data.
 
-    python -m distill.sample_teacher --config distill/configs/scenes.toml --out runs/teacher_clips
-    accelerate launch --num_processes 8 -m distill.sample_teacher --config ... --out ...
+    python -m distill sample_teacher --config distill/configs/scenes.toml --out runs/teacher_clips
+    accelerate launch --num_processes 8 -m distill sample_teacher --config ... --out ...
 
-Every clip's noise depends on (seed, its number) alone, so a run that was stopped, or one on more processes, writes the
-same files; processes take turns at shards, and the index is written when all are there.
+The noise of a clip depends on (seed, clip number) alone. A resumed run, or a run on more processes, therefore writes
+the same files. Processes take turns at shards. The index comes last, when all shards exist.
 """
 
 from dataclasses import dataclass
@@ -20,30 +20,38 @@ from distill.models.sampling import sample_joint
 from distill.scores.tasks import find_task
 from distill.training.draws import generator
 from distill.training.loop import PATIENCE, PRECISIONS, count_processes
-from distill.training.state import load_config, parse_arguments, run_stage
+from distill.training.stage import Stage, TableOptions
+from engine.options import option
 
 
 @dataclass(frozen=True)
 class SampleTeacherConfig:
-    teacher: str = "runs/teacher/teacher"
-    prompts: str = ""  # text file, one prompt a line, used in turn; none draws captions of the task's training side
-    task: str = "sprites"
-    clips: int = 1000
-    shard: int = 50  # clips a shard
-    batch: int = 10
-    frames: int = 9  # latent frames
-    height: int = 8  # latent pixels
-    width: int = 8
-    steps: int = 50
-    guidance: float = 2.0
-    shift: float = 3.0
-    precision: str = "fp32"  # of the teacher; latents are stored in 16 bits
-    seed: int = 7
+    """The table [sample_teacher]."""
+
+    teacher: str = option("runs/teacher/teacher", "pipeline directory of the teacher")
+    prompts: str = option("", "text file, one prompt per line, used in turn; empty: captions of the task")
+    task: str = option("sprites", "task whose training captions are drawn: sprites or scenes")
+    clips: int = option(1000, "clips to sample")
+    shard: int = option(50, "clips per shard")
+    batch: int = option(10, "clips per call of the teacher")
+    frames: int = option(9, "latent frames per clip")
+    height: int = option(8, "latent pixels")
+    width: int = option(8, "latent pixels")
+    steps: int = option(50, "denoising steps")
+    guidance: float = option(2.0, "scale of classifier-free guidance")
+    shift: float = option(3.0, "shift of the noise schedule")
+    precision: str = option("fp32", "fp32 or bf16, of the teacher; latents are stored in 16 bits")
+    seed: int = option(7, "of captions and noise")
 
     def __post_init__(self) -> None:
         sizes = (self.clips, self.shard, self.batch, self.frames, self.height, self.width, self.steps)
         if min(sizes) < 1 or self.precision not in PRECISIONS:
             raise ValueError(f"got {self}, expected positive sizes and a precision of {', '.join(PRECISIONS)}")
+
+
+@dataclass(frozen=True)
+class SampleTeacherOptions(TableOptions):
+    out: Path = option(Path("runs/teacher_clips"), "folder of the shards")
 
 
 def captions_of(config: SampleTeacherConfig, first: int, count: int) -> list[str]:
@@ -58,7 +66,7 @@ def captions_of(config: SampleTeacherConfig, first: int, count: int) -> list[str
         raise FileNotFoundError(f"prompts: got {path}, expected a text file")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"prompts: got an empty {path}, expected a prompt a line")
+        raise ValueError(f"prompts: got an empty {path}, expected one prompt per line")
     return [lines[clip % len(lines)] for clip in range(first, first + count)]
 
 
@@ -77,8 +85,8 @@ def sample_clips(base: Base, config: SampleTeacherConfig, first: int, captions: 
     return torch.cat(parts).to(torch.bfloat16 if config.precision == "bf16" else torch.float16)
 
 
-def run(config: SampleTeacherConfig, out: Path, accelerator: Accelerator, stop_at: int | None = None) -> None:
-    """Write (or go on with) all shards; `stop_at` ends after so many shards, as a kill would."""
+def write_clips(config: SampleTeacherConfig, out: Path, accelerator: Accelerator, stop_at: int | None = None) -> None:
+    """Write all missing shards, then the index. `stop_at` ends after so many shards, as a kill would."""
     base = Base(Path(config.teacher), PRECISIONS[config.precision], accelerator.device)
     shards = -(-config.clips // config.shard)
     accelerator.print(f"{out.name}: {count_processes(accelerator)}, {shards} shards", flush=True)
@@ -97,12 +105,9 @@ def run(config: SampleTeacherConfig, out: Path, accelerator: Accelerator, stop_a
         write_index(out, shards, source)
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__, "runs/teacher_clips")
-    torch.set_num_threads(arguments.threads)
-    config = load_config(arguments.config, "sample_teacher", SampleTeacherConfig)
-    run(config, arguments.out, Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[PATIENCE]))
+def run(config: SampleTeacherConfig, options: SampleTeacherOptions) -> None:
+    """Sample on whatever device and processes there are."""
+    write_clips(config, options.out, Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[PATIENCE]))
 
 
-if __name__ == "__main__":
-    run_stage(main)
+STAGE = Stage(SampleTeacherOptions, run, SampleTeacherConfig, "sample_teacher")

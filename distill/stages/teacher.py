@@ -1,11 +1,11 @@
 """Train the bidirectional teacher and its text encoder on the latent bank; resumes from --out.
 
-    python -m distill.teacher --config distill/configs/sprites.toml --out runs/teacher
-    torchrun --nproc_per_node 2 -m distill.teacher --config ... --out ...
+    python -m distill teacher --config distill/configs/sprites.toml --out runs/teacher
+    torchrun --nproc_per_node 2 -m distill teacher --config ... --out ...
 
-Images first, then clips. Every clip of a batch gets its noise levels in one of three ways: independent per frame, a
-clean prefix of random length (t = 0, not in the loss), or one level for the clip. The mixture is what makes motion
-follow the prompt, and it lets the same teacher judge a frame after a clean past.
+Images come first, then clips. Every clip gets its noise levels sigma in one of three ways: one per frame, a clean
+prefix of random length (sigma = 0, not in the loss), or one for the whole clip. This mixture makes motion follow the
+prompt, and it lets the same teacher judge a frame after a clean past.
 Writes --out/teacher/{transformer,text_encoder,tokenizer} in the stock layouts.
 """
 
@@ -29,9 +29,11 @@ from distill.scores.tasks import find_task
 from distill.stages.latents import Bank
 from distill.training.draws import Draws
 from distill.training.loop import FitConfig, Objective, accelerator_of, fit
-from distill.training.state import load_config, parse_arguments, run_stage
+from distill.training.stage import Stage, TrainingOptions
 from engine.config import TransformerConfig
+from engine.files import write_json
 from engine.model.transformer import TextKV, WanTransformer
+from engine.options import option
 
 SPRITES = TransformerConfig(
     patch_size=(1, 1, 1),
@@ -48,30 +50,36 @@ SPRITES = TransformerConfig(
 
 @dataclass(frozen=True)
 class TeacherConfig(FitConfig):
-    task: str = "sprites"
-    start: str = ""  # teacher to go on from; none begins anew
-    bank: str = "runs/bank"
-    vae: str = "runs/vae/vae"
-    image_steps: int = 1200
-    steps: int = 10000  # all of them, images included
-    batch: int = 64  # images of a step; clips go by the cycle
-    # Latent frames and clips of successive steps, until the late share of the run and in it.
-    cycle: tuple[tuple[int, int], ...] = ((5, 8), (2, 20), (9, 6), (3, 14), (5, 8), (1, 40), (9, 6), (3, 14))
-    late_cycle: tuple[tuple[int, int], ...] = ((9, 6), (5, 8), (9, 6), (3, 14), (9, 6), (1, 40))
-    late_share: float = 0.4
-    lr: float = 2e-3
-    warmup: int = 100
-    decay: float = 0.4
-    weight_decay: float = 0.01
-    ema: float = 0.997
-    caption_dropout: float = 0.1
-    image_shift: float = 2.0
-    video_shift: float = 3.0
-    independent: float = 0.3  # share of clips with a noise level per frame
-    prefix: float = 0.4  # share of clips with a clean prefix
-    save_every: int = 250
-    score_every: int = 1500  # 0 never scores
-    log_every: int = 25
+    """The table [teacher]."""
+
+    task: str = option("sprites", "task that scores the teacher: sprites or scenes")
+    start: str = option("", "teacher to start from; empty: a new one")
+    bank: str = option("runs/bank", "folder of captioned latents that stage latents wrote")
+    vae: str = option("runs/vae/vae", "VAE that decodes clips to score")
+    image_steps: int = option(1200, "first steps, on images only")
+    steps: int = option(10000, "optimiser steps, images included")
+    batch: int = option(64, "images per step; `cycle` sets the number of clips")
+    cycle: tuple[tuple[int, int], ...] = option(
+        ((5, 8), (2, 20), (9, 6), (3, 14), (5, 8), (1, 40), (9, 6), (3, 14)),
+        "latent frames and clips of successive steps",
+    )
+    late_cycle: tuple[tuple[int, int], ...] = option(
+        ((9, 6), (5, 8), (9, 6), (3, 14), (9, 6), (1, 40)), "the same for the last `late_share` of the steps"
+    )
+    late_share: float = option(0.4, "share of the steps that take `late_cycle`")
+    lr: float = option(2e-3, "highest learning rate")
+    warmup: int = option(100, "steps of linear warm-up")
+    decay: float = option(0.4, "share of the steps over which the learning rate falls")
+    weight_decay: float = option(0.01, "of Muon and AdamW")
+    ema: float = option(0.997, "decay of the moving average of the trained weights")
+    caption_dropout: float = option(0.1, "share of the samples that train without a caption")
+    image_shift: float = option(2.0, "shift of the noise levels of images")
+    video_shift: float = option(3.0, "shift of the noise levels of clips")
+    independent: float = option(0.3, "share of the clips with one noise level per frame")
+    prefix: float = option(0.4, "share of the clips with a clean prefix")
+    save_every: int = option(250, "steps between two checkpoints")
+    score_every: int = option(1500, "steps between two scores; 0: never score")
+    log_every: int = option(25, "steps between two progress lines")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,8 +87,13 @@ class TeacherConfig(FitConfig):
             raise ValueError("got shard or recompute, expected neither: a teacher this small needs none")
 
 
+@dataclass(frozen=True)
+class TeacherOptions(TrainingOptions):
+    out: Path = option(Path("runs/teacher"), "folder of checkpoints, logs and the teacher")
+
+
 class Teacher(nn.Module):
-    """The transformer and the text encoder that is trained with it."""
+    """A transformer and a text encoder, trained together."""
 
     def __init__(self, config: TransformerConfig = SPRITES) -> None:
         super().__init__()
@@ -99,7 +112,7 @@ class Teacher(nn.Module):
         return self.transformer.prepare_text(self.encode(captions))
 
     def save(self, folder: Path) -> None:
-        """Write the stock diffusers and transformers layouts, in float16: a student is trained on what ships."""
+        """Write the stock layouts of diffusers and transformers, in float16: a student trains on shipped weights."""
         stock = WanTransformer3DModel(**asdict(self.transformer.config), rope_max_seq_len=1024)
         stock.load_state_dict(self.transformer.state_dict())
         stock.half().save_pretrained(folder / "transformer")
@@ -108,7 +121,7 @@ class Teacher(nn.Module):
 
 
 def load_teacher(folder: Path) -> Teacher:
-    """Read a trained teacher from its stock layout, frozen, with today's tokenizer; new words get fresh embeddings."""
+    """Read a trained teacher from its stock layout, frozen, with today's tokenizer. New words get fresh embeddings."""
     shape = TransformerConfig.from_dict(json.loads((folder / "transformer" / "config.json").read_text()))
     teacher = Teacher(shape)
     weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -120,22 +133,22 @@ def load_teacher(folder: Path) -> Teacher:
     return teacher.eval().requires_grad_(False)
 
 
-def draw_times(frames: int, shift: float, config: TeacherConfig, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Noise levels t [B, frames] in [0, 1] and loss weights [B, frames] that sum to 1 (0 on a clean prefix)."""
+def draw_sigmas(frames: int, shift: float, config: TeacherConfig, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Noise levels sigma [B, frames] and loss weights [B, frames] that sum to 1 (0 on a clean prefix)."""
 
     def draw(count: int) -> Tensor:
         normal = torch.sigmoid(draws.normal(count))
         return shifted(torch.where(draws.uniform(count) < 0.25, draws.uniform(count), normal), shift)
 
-    t = draw(1).expand(-1, frames)
+    sigma = draw(1).expand(-1, frames)
     if frames == 1:
-        return t, torch.ones_like(t)
+        return sigma, torch.ones_like(sigma)
     kind = draws.uniform(1)
-    t = torch.where(kind < config.independent, draw(frames), t)
+    sigma = torch.where(kind < config.independent, draw(frames), sigma)
     length = 1 + draws.choice(frames - 1, 1)
     clean = (kind > 1 - config.prefix) & (torch.arange(frames) < length)
     judged = (~clean).float()
-    return t.masked_fill(clean, 0.0), judged / judged.sum(1, keepdim=True)
+    return sigma.masked_fill(clean, 0.0), judged / judged.sum(1, keepdim=True)
 
 
 def batch_shape(step: int, config: TeacherConfig) -> tuple[int, int]:
@@ -149,7 +162,7 @@ def batch_shape(step: int, config: TeacherConfig) -> tuple[int, int]:
 
 
 class FlowMatching(Objective):
-    """Eq. 3, 4 for some samples of a step."""
+    """Flow matching (Eq. 3, 4) on some samples of a step."""
 
     def __init__(self, config: TeacherConfig, bank: Bank) -> None:
         super().__init__()
@@ -179,11 +192,11 @@ class FlowMatching(Objective):
         latent, captions = self.bank.draw(draws, frames)
         dropped = draws.uniform() < config.caption_dropout
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
-        t, weight = draw_times(frames, config.image_shift if frames == 1 else config.video_shift, config, draws)
+        sigma, weight = draw_sigmas(frames, config.image_shift if frames == 1 else config.video_shift, config, draws)
         device = self.teacher.transformer.proj_out.weight.device
-        latent, t, weight = (part.to(device) for part in (latent, t, weight))
+        latent, sigma, weight = (part.to(device) for part in (latent, sigma, weight))
         noise = draws.normal(*latent.shape[1:]).to(device)
-        flow = joint_flow(self.teacher.transformer, noised(latent, noise, t), t, self.teacher.prepare(captions))
+        flow = joint_flow(self.teacher.transformer, noised(latent, noise, sigma), sigma, self.teacher.prepare(captions))
         error = (flow - (noise - latent)).square().mean((1, 3, 4))
         return (error * weight).sum(1).mean(), {}
 
@@ -220,7 +233,7 @@ def score(
     hidden: bool,
     sheet: Path | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Scores of generated clips of `frames` latent frames by the task's own evaluator."""
+    """The task's scores of generated clips of `frames` latent frames."""
     task = find_task(name)
     specs = task.draw(count, seed, hidden=hidden)
     videos = generate(teacher, codec, [spec.caption for spec in specs], frames, seed + 1)
@@ -236,13 +249,13 @@ def train(
     stop_at: int | None = None,
     accelerator: Accelerator | None = None,
 ) -> Teacher:
-    """Run (or go on with) the training and return the averaged teacher; `stop_at` ends it early, as a kill would."""
+    """Train, or resume, and return the averaged teacher. `stop_at` ends the run early, as a kill would."""
     bank, averaged = Bank.load(Path(config.bank)), Teacher().eval()
     accelerator = accelerator or accelerator_of(config)
     codec = None
     if config.score_every and accelerator.is_main_process:
         codec = Codec(AutoencoderKLWan.from_pretrained(config.vae))
-    torch.manual_seed(config.seed)  # weights start alike in every process
+    torch.manual_seed(config.seed)  # every process starts from the same weights
     objective = FlowMatching(config, bank)
 
     def watch(done: int, mean: dict[str, Tensor]) -> None:
@@ -258,23 +271,20 @@ def train(
     return averaged
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__, "runs/teacher")
-    torch.set_num_threads(arguments.threads)
-    config = load_config(arguments.config, "teacher", TeacherConfig)
+def run(config: TeacherConfig, options: TeacherOptions) -> None:
+    """Train, then write the teacher and its scores on held-out captions."""
     accelerator = accelerator_of(config)
-    teacher = train(config, arguments.out, arguments.out if arguments.tensorboard else None, None, accelerator)
+    teacher = train(config, options.out, options.board, None, accelerator)
     if not accelerator.is_main_process:
         return
-    teacher.save(arguments.out / "teacher")
+    teacher.save(options.out / "teacher")
     if not config.score_every:
         return
     codec = Codec(AutoencoderKLWan.from_pretrained(config.vae))
     frames = Bank.load(Path(config.bank)).frames
-    scores = score(teacher, codec, config.task, 64, frames, 4242, hidden=True, sheet=arguments.out / "final.png")
-    (arguments.out / "report.json").write_text(json.dumps(scores, indent=1))
+    scores = score(teacher, codec, config.task, 64, frames, 4242, hidden=True, sheet=options.out / "final.png")
+    write_json(options.out / "report.json", scores)
     print(json.dumps(scores))
 
 
-if __name__ == "__main__":
-    run_stage(main)
+STAGE = Stage(TeacherOptions, run, TeacherConfig, "teacher")

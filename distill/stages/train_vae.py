@@ -1,6 +1,6 @@
 """Train the sprites VAE (a stock AutoencoderKLWan) on clips of growing length; resumes from --out.
 
-    python -m distill.train_vae --config distill/configs/sprites.toml --out runs/vae
+    python -m distill train_vae --config distill/configs/sprites.toml --out runs/vae
 
 Writes --out/vae/ (diffusers layout, with latents_mean and latents_std) and --out/report.json.
 """
@@ -16,32 +16,42 @@ from torch import Tensor
 
 from distill.models.codec import LATENT_CHANNELS, build_vae, decode_raw, encode_moments, initialise
 from distill.scores.tasks import find_task
-from distill.training.state import Progress, load_config, load_state, parse_arguments, run_stage, save_state, set_lr
+from distill.training.stage import Stage, TrainingOptions
+from distill.training.state import Progress, load_state, save_state, set_lr
+from engine.files import write_json
+from engine.options import option
 
 
 @dataclass(frozen=True)
 class VaeConfig:
-    task: str = "sprites"
-    start: str = ""  # VAE to go on from; none begins anew
-    steps: int = 3000
-    lr: float = 2e-3
-    warmup: int = 50
-    weight_decay: float = 1e-4
-    foreground_weight: float = 8.0
-    kl_weight: float = 2e-4
-    image_share: float = 0.35  # share of the steps on single frames, at the start
-    short_share: float = 0.75  # until here 5-frame clips, after it longer ones too
-    short: tuple[int, int] = (5, 8)  # frames, clips
-    long: tuple[tuple[int, int], ...] = ((9, 5), (17, 3), (33, 2))
-    images: int = 16
-    clip: float = 1.0
-    seed: int = 0
-    save_every: int = 200
-    log_every: int = 20
+    """The table [vae]."""
+
+    task: str = option("sprites", "clips to draw: sprites or scenes")
+    start: str = option("", "VAE to start from; empty: a new one")
+    steps: int = option(3000, "optimiser steps")
+    lr: float = option(2e-3, "highest learning rate")
+    warmup: int = option(50, "steps of linear warm-up")
+    weight_decay: float = option(1e-4, "of AdamW")
+    foreground_weight: float = option(8.0, "extra weight of the error on objects")
+    kl_weight: float = option(2e-4, "weight of the KL term")
+    image_share: float = option(0.35, "first share of the steps: single frames only")
+    short_share: float = option(0.75, "until this share of the steps: short clips; after it long ones too")
+    short: tuple[int, int] = option((5, 8), "frames and clips of a short batch")
+    long: tuple[tuple[int, int], ...] = option(((9, 5), (17, 3), (33, 2)), "frames and clips of the long batches")
+    images: int = option(16, "images per batch of single frames")
+    clip: float = option(1.0, "largest norm of the gradient")
+    seed: int = option(0, "of the weights; the data takes the next one")
+    save_every: int = option(200, "steps between two checkpoints")
+    log_every: int = option(20, "steps between two progress lines")
+
+
+@dataclass(frozen=True)
+class VaeOptions(TrainingOptions):
+    out: Path = option(Path("runs/vae"), "folder of checkpoints, logs and the VAE")
 
 
 def batch_shape(step: int, config: VaeConfig) -> tuple[int, int]:
-    """Frames and clips of a step: images first, then short clips, then longer ones; always some images."""
+    """Frames and clips of a step: images first, then short clips, then longer ones. Every fifth step takes images."""
     done = step / config.steps
     if done < config.image_share or step % 5 == 0:
         return 1, config.images
@@ -51,7 +61,7 @@ def batch_shape(step: int, config: VaeConfig) -> tuple[int, int]:
 
 
 def loss_of(vae: AutoencoderKLWan, video: Tensor, cover: Tensor, config: VaeConfig) -> Tensor:
-    """Foreground-weighted squared and absolute error, and a little KL."""
+    """Foreground-weighted squared and absolute error, plus the KL term."""
     with torch.autocast("cpu", torch.bfloat16):
         mean, log_var = encode_moments(vae, video).float().chunk(2, 1)
         log_var = log_var.clamp(-12, 4)
@@ -65,7 +75,7 @@ def loss_of(vae: AutoencoderKLWan, video: Tensor, cover: Tensor, config: VaeConf
 
 @torch.no_grad()
 def validate(vae: AutoencoderKLWan, name: str, frames: int, count: int, seed: int = 999) -> dict[str, object]:
-    """PSNR (all, foreground, foreground per frame) and evaluator scores of reconstructions of training-split clips."""
+    """PSNR (all, foreground, foreground per frame) and scores of reconstructed clips of the training side."""
     task = find_task(name)
     specs = task.draw(count, seed)
     video, cover = task.render(specs, frames)
@@ -89,7 +99,7 @@ def validate(vae: AutoencoderKLWan, name: str, frames: int, count: int, seed: in
 def latent_statistics(
     vae: AutoencoderKLWan, name: str, clips: int = 96, frames: int = 33
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of every latent channel over training clips."""
+    """Mean and standard deviation of every latent channel, over training clips."""
     task = find_task(name)
     specs = task.draw(clips, 5)
     parts = [encode_moments(vae, task.render(specs[i : i + 8], frames)[0]) for i in range(0, clips, 8)]
@@ -98,7 +108,7 @@ def latent_statistics(
 
 
 def train(config: VaeConfig, out: Path, board: Path | None = None, stop_at: int | None = None) -> AutoencoderKLWan:
-    """Run (or go on with) the training; `stop_at` ends it early, as a kill would."""
+    """Train, or resume. `stop_at` ends the run early, as a kill would."""
     torch.manual_seed(config.seed)
     task = find_task(config.task)
     vae = AutoencoderKLWan.from_pretrained(config.start) if config.start else initialise(build_vae())
@@ -138,18 +148,15 @@ def train(config: VaeConfig, out: Path, board: Path | None = None, stop_at: int 
     return vae
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__, "runs/vae")
-    torch.set_num_threads(arguments.threads)
-    config = load_config(arguments.config, "vae", VaeConfig)
-    vae = train(config, arguments.out, arguments.out if arguments.tensorboard else None).eval()
+def run(config: VaeConfig, options: VaeOptions) -> None:
+    """Train, then write the VAE and its report."""
+    vae = train(config, options.out, options.board).eval()
     mean, std = latent_statistics(vae, config.task)
     vae.register_to_config(latents_mean=mean, latents_std=std)
-    vae.save_pretrained(arguments.out / "vae")
+    vae.save_pretrained(options.out / "vae")
     report = {str(frames): validate(vae, config.task, frames, 32) for frames in (1, 5, 17, 33)}
-    (arguments.out / "report.json").write_text(json.dumps(report, indent=1))
+    write_json(options.out / "report.json", report)
     print(json.dumps(report))
 
 
-if __name__ == "__main__":
-    run_stage(main)
+STAGE = Stage(VaeOptions, run, VaeConfig, "vae")

@@ -1,6 +1,6 @@
-"""Randomness that depends on (seed, step, sample) alone, so that nothing has to be saved and no process differs.
+"""Randomness that depends on (seed, step, sample) alone.
 
-A run that is resumed, or spread over other processes, draws for sample i of step n what any other run draws.
+A resumed run, and a run on other processes, draw the same numbers for sample i of step n. No generator state is saved.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ def _permutation(seed: int, epoch: int, count: int) -> list[int]:
 
 
 def clip_number(seed: int, position: int, count: int) -> int:
-    """Which of `count` clips stands at a position of the endless sequence of shuffled epochs."""
+    """The clip, of `count`, at a position of the endless sequence of shuffled epochs."""
     epoch, place = divmod(position, count)
     return _permutation(seed, epoch, count)[place]
 
 
 class Draws:
-    """The draws of one step: `shared` is the same for the whole batch, the others are sample by sample."""
+    """The draws of one step: `shared` is one generator for the whole batch; the methods draw sample by sample."""
 
     def __init__(self, seed: int, step: int, samples: list[int]) -> None:
         """`samples` are the numbers of this process's samples in the global batch."""
@@ -45,13 +45,13 @@ class Draws:
         return torch.stack([torch.rand(shape, generator=own) for own in self._own])
 
     def choice(self, options: int, *shape: int) -> Tensor:
-        """[B, *shape] of whole numbers below `options`."""
+        """[B, *shape] of integers from 0 to `options` - 1."""
         return torch.stack([torch.randint(options, shape, generator=own) for own in self._own])
 
     def seeds(self) -> list[int]:
-        """A seed of the engine's noise for every sample."""
+        """One seed per sample for the engine's noise."""
         return [int(torch.randint(2**62, (), generator=own)) for own in self._own]
 
     def clips(self, batch: int, count: int) -> list[int]:
-        """The clips of these samples when every step takes the next `batch` of `count` shuffled ones."""
+        """The clips of these samples. Every step takes the next `batch` of `count` shuffled clips."""
         return [clip_number(self.seed, self.step * batch + sample, count) for sample in self.samples]

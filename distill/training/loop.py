@@ -1,8 +1,8 @@
-"""The training loop of the student's stages: one process or many, killed and resumed, always the same losses.
+"""The training loop of teacher, next_chunk and rl. Resumed runs have the same losses, and so have several processes.
 
-An objective is a module whose forward takes the draws of some samples and returns their mean loss and its named
-parts. All randomness comes from the draws, which depend on (seed, step, sample) alone; a step's samples are split over
-processes and micro-batches, so neither changes the result (up to rounding). `accelerate launch` gives the processes.
+An objective is a module. Its forward takes the draws of some samples and returns their mean loss and its named parts.
+All randomness comes from the draws, which depend on (seed, step, sample) alone. The loop splits a step's samples over
+processes and micro-batches, which changes nothing but rounding. `accelerate launch` or `torchrun` starts the processes.
 """
 
 import json
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from distill.training.draws import Draws
 from distill.training.sharding import shard_frozen
 from distill.training.state import Ema, Progress, load_state, save_state, set_lr, trapezoid
+from engine.files import whole_file
+from engine.options import option
 
-# Processes wait for the one that scores, or that has a shard more to write, longer than the libraries' minutes.
+# Processes wait for the one that scores or writes one more shard. The libraries' default of minutes is too short.
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=12))
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,22 +33,22 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class FitConfig:
     """What the stages that `fit` trains share."""
 
-    steps: int = 1000
-    batch: int = 4  # samples a step, over all processes
-    micro: int = 0  # samples a forward pass; 0 takes all that a process has
-    lr: float = 1e-3
-    warmup: int = 50
-    decay: float = 0.5  # share of the steps over which the rate falls
-    weight_decay: float = 0.0
-    betas: tuple[float, ...] = (0.9, 0.98)
-    clip: float = 1.0
-    ema: float = 0.99
-    precision: str = "fp32"  # bf16: frozen weights in bf16, products in bf16, trained weights in fp32
-    recompute: bool = False  # recompute activations block by block (gradient checkpointing)
-    shard: bool = False  # spread frozen weights over the processes (FSDP2): less memory, more traffic
-    seed: int = 0
-    save_every: int = 100
-    log_every: int = 10
+    steps: int = option(1000, "optimiser steps")
+    batch: int = option(4, "samples per step, over all processes")
+    micro: int = option(0, "samples per forward pass; 0: all samples of a process")
+    lr: float = option(1e-3, "highest learning rate")
+    warmup: int = option(50, "steps of linear warm-up")
+    decay: float = option(0.5, "share of the steps over which the learning rate falls")
+    weight_decay: float = option(0.0, "of AdamW")
+    betas: tuple[float, ...] = option((0.9, 0.98), "of AdamW")
+    clip: float = option(1.0, "largest norm of the gradient")
+    ema: float = option(0.99, "decay of the moving average of the trained weights")
+    precision: str = option("fp32", "fp32; bf16: frozen weights and products in bf16, trained weights in fp32")
+    recompute: bool = option(False, "recompute activations block by block (gradient checkpointing)")
+    shard: bool = option(False, "spread frozen weights over the processes (FSDP2): less memory, more traffic")
+    seed: int = option(0, "of weights, data order and noise")
+    save_every: int = option(100, "steps between two checkpoints")
+    log_every: int = option(10, "steps between two progress lines")
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -58,31 +60,33 @@ class FitConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of frozen weights."""
+        """The dtype of frozen weights."""
         return PRECISIONS[self.precision]
 
 
 class Objective(nn.Module):
-    """A stage's loss. `groups` maps a name to parameters and the factor of their learning rate."""
+    """A stage's loss."""
 
     def groups(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
+        """Trained parameters by group: name -> (parameters, factor of their learning rate)."""
         raise NotImplementedError
 
     def optimizers(self, config: FitConfig) -> list[torch.optim.Optimizer]:
-        """AdamW on every group; a param group's "factor" multiplies the learning rate."""
+        """AdamW on every group. "factor" of a param group multiplies the learning rate."""
         groups = [{"params": list(named.values()), "factor": factor} for named, factor in self.groups().values()]
         betas = (config.betas[0], config.betas[1])
         return [torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay)]
 
     def frozen(self) -> list[nn.Module]:
-        """Models beside this module that are only read; with `shard` their weights are spread over the processes."""
+        """Models beside this module that are only read. With `shard` the processes share their weights."""
         return []
 
     def batch(self, step: int, config: FitConfig) -> int:
-        """Samples of a step, over all processes."""
+        """Samples per step, over all processes."""
         return config.batch
 
     def forward(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of the samples of `draws`, and its named parts."""
         raise NotImplementedError
 
 
@@ -106,16 +110,17 @@ def split(batch: int, micro: int, rank: int, processes: int) -> list[list[int]]:
     own = batch // processes
     micro = micro or own
     if own % micro:
-        raise ValueError(f"micro: got {micro}, expected a divisor of the {own} samples of a process")
+        raise ValueError(f"micro: got {micro}, expected a divisor of the {own} samples per process")
     first = rank * own
     return [list(range(start, start + micro)) for start in range(first, first + own, micro)]
 
 
 def _keep_losses(path: Path, steps: int) -> None:
-    """Drop the lines that a killed run wrote after its last checkpoint."""
+    """Drop the lines that a killed run wrote after its last checkpoint, at `steps`."""
     if path.is_file():
         lines = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= steps]
-        path.write_text("".join(lines))
+        with whole_file(path) as part:
+            part.write_text("".join(lines))
 
 
 def fit(
@@ -127,10 +132,10 @@ def fit(
     stop_at: int | None = None,
     watch: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Train (or go on from out/state.pt) and return the averaged parameters of the first group.
+    """Train, or resume from out/state.pt, and return the averaged parameters of the first group.
 
-    out/losses.jsonl gets a line a step. `stop_at` ends early, as a kill would; `watch` is called in the main process
-    with the steps done and the average so far.
+    out/losses.jsonl gets one line per step. `stop_at` ends the run early, as a kill would. After every step the main
+    process calls `watch` with the number of steps done and the average so far.
     """
     for batch in sorted({objective.batch(step, config) for step in range(config.steps)}):
         split(batch, config.micro, accelerator.process_index, accelerator.num_processes)
@@ -153,7 +158,7 @@ def fit(
             factors = [group.get("factor", 1.0) for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
             for group, factor in zip(optimizer.param_groups, factors, strict=True):
-                group["factor"] = factor  # today's, as the learning rate is
+                group["factor"] = factor  # from today's config, as the learning rate is
         first = state["step"]
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)

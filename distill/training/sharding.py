@@ -1,9 +1,9 @@
 """Frozen weights spread over the processes (FSDP2), for teachers that do not fit one device beside their students.
 
-Only frozen Linear layers are sharded, each gathered while it is called: they are all of a transformer but its norms,
-and a student calls some of them outside of their blocks. (Of a text encoder the embedding stays whole.) What is trained
-stays whole in every process and is averaged by DDP, so checkpoints, moving averages and optimisers are the same with
-and without.
+Only frozen Linear layers are sharded, and each is gathered while it is called. They hold nearly all weights of a
+transformer, and a student calls some of them outside of their blocks. The embedding of a text encoder stays whole.
+Trained parameters stay whole in every process, and DDP averages their gradients. Checkpoints, moving averages and
+optimisers are therefore the same with and without sharding.
 """
 
 from collections.abc import Iterable
@@ -16,15 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def shard_frozen(trained: nn.Module, others: Iterable[nn.Module], device: str) -> int:
-    """Shard the frozen Linear layers of a module that DDP is about to wrap and of others; how many there were."""
+    """Shard the frozen Linear layers of a module that DDP is about to wrap, and of others. Returns their number."""
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     count = 0
     for module in (trained, *others):
         for part in module.modules():
             if isinstance(part, nn.Linear) and not any(p.requires_grad for p in part.parameters()):
-                fully_shard(part, mesh=mesh, reshard_after_forward=True)  # roots, which each is, would stay gathered
+                # Each layer is a root of its own, and by default roots stay gathered.
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
                 assert isinstance(part, FSDPModule)
-                part.unshard()  # makes its buffers, which must not be a rollout's inference tensors
+                part.unshard()  # makes its buffers now; a rollout would make them as inference tensors
                 part.reshard()
                 count += 1
     frozen = [name for name, p in trained.named_parameters() if not p.requires_grad]

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.threads import use
+
 
 def _core() -> ModuleType:
     try:
@@ -39,12 +41,16 @@ class NativePipeline:
     """An opened bundle. backend is aoti or tensorrt; None is the bundle's first that opens here.
 
     verify compares every sha256 (of graphs it is always compared); parallel is how many streams may be inside one graph
-    at once. Raises ValueError, FileNotFoundError, or ImportError where a library is missing (got and expected).
+    at once; threads is the process's number of CPU threads (None leaves it; small graphs take fewer). Raises
+    ValueError, FileNotFoundError, or ImportError where a library is missing (got and expected).
     """
 
     def __init__(
-        self, folder: str | Path, backend: str | None = None, *, verify: bool = True, parallel: int = 1
-    ) -> None:
+        self, folder: str | Path, backend: str | None = None, *, verify: bool = True, parallel: int = 1,
+        threads: int | None = None,
+    ) -> None:  # fmt: skip
+        if threads is not None:
+            use(threads)
         found = find_spec("torch")
         library_dir = str(Path(found.origin).parent / "lib") if found and found.origin else None
         self._bundle = _core().Bundle(

@@ -46,8 +46,9 @@ class OnnxGraph:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        # Every session has threads of its own; while one works, those of the others would spin on the same cores.
+        # Every session has threads of its own, which would spin while another session, or another process, works.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         # The fusions of quantised products know integers only, and spoil graphs whose Q/DQ is FP8.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         given = [_ort_value(ort, value) for value in weights.values()]

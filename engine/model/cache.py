@@ -7,10 +7,16 @@ attends to rows [0, valid * tokens) and nothing is ever moved.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.qk_norm_rope_write import qk_norm_rope_write, qk_norm_rope_write_fp8
+from kernels.ring_attention import ring_attention
+from kernels.ring_attention_fp8 import ring_attention_fp8
+from kernels.table import has_kernel
 
 FP8 = torch.float8_e4m3fn
 
@@ -38,6 +44,8 @@ class RingCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(transposed if self.fp8 else shape, dtype=dtype, device=device)
         self.committed = 0  # latent frames published since the last reset
+        # Static scales of FP8 attention, one per head: after their norms q and k fit e4m3 as they are, and so does v.
+        self.unit = torch.ones(heads, device=device) if self.fp8 else None
 
     def reset(self) -> None:
         """Forget every frame; the memory stays."""
@@ -98,18 +106,38 @@ class RingCache:
 class CachedAttention:
     """Self-attention over a cache: writes its keys and values to `slot` on, then attends to `valid` slots.
 
-    Called with (layer, q, k, v), each [B, tokens, heads, head_dim]. Fused kernels do both themselves and only read
-    `start_row` and `valid_rows`. slot and valid are numbers, or int32 scalars on the device that a CUDA graph reads
-    anew.
+    Called with (layer, q, k, v), each [B, tokens, heads, head_dim]. Where `in_kernels` says so, `fused` goes
+    the whole way from the product of q, k and v. slot and valid are numbers, or int32 scalars on the device that a
+    CUDA graph reads anew.
     """
 
     cache: RingCache
     slot: int | Tensor
     valid: int | Tensor
 
-    def wraps(self, frames: int) -> bool:
-        """Whether a chunk goes round the ring's end. A slot on the device is not checked: the caller sees to it."""
-        return not isinstance(self.slot, Tensor) and self.slot + frames > self.cache.slots
+    def in_kernels(self, tokens: int) -> bool:
+        """Whether a chunk's q, k and v go straight from their product into the ring and to attention.
+
+        So they do where a kernel does that, where the slot is on the device, and in FP8. A chunk that goes round the
+        ring's end does not; a slot on the device is not checked: the caller sees to it that it does not wrap.
+        """
+        if isinstance(self.slot, Tensor):
+            return True
+        wraps = self.slot + tokens // self.cache.tokens > self.cache.slots
+        return not wraps and (self.cache.fp8 or has_kernel("qk_norm_rope_write", self.cache.k.device))
+
+    def fused(
+        self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+    ) -> Tensor:
+        """From qkv [B, n, 3 * dim], not normalised, to attention's result [B, n, heads, d]; K and V go to the ring."""
+        k, v = self.cache.view(layer)
+        norms = q_weight, k_weight, cos, sin, k, v
+        if not self.cache.fp8:
+            q = qk_norm_rope_write(qkv, *norms, self.start_row, eps)
+            return ring_attention(q, k, v, self.valid_rows)
+        one = cast(Tensor, self.cache.unit)
+        q = qk_norm_rope_write_fp8(qkv, *norms, one, one, one, self.start_row, eps)
+        return ring_attention_fp8(q, k, v, one, one, one, self.valid_rows)
 
     @cached_property
     def start_row(self) -> int | Tensor:

@@ -5,14 +5,30 @@ statistics and rotations are float32.
 """
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.model.cache import CachedAttention
+from engine.model.fp8 import Fp8Linear, linear_of, same
 from engine.model.rope import apply_rope
+from kernels.gate_residual import gate_residual
+from kernels.gelu_quantize import gelu, gelu_quantize
+from kernels.linear_gelu import linear_gelu
+from kernels.norm_modulate import (
+    layer_norm_affine,
+    layer_norm_affine_quantize,
+    norm_modulate,
+    norm_modulate_quantize,
+)
+from kernels.quantize import quantize_per_token
+from kernels.ring_attention import ring_attention
+from kernels.rms_norm import rms_norm
 
+QKV = Tensor | tuple[Tensor, Tensor, Tensor]  # one tensor [B, n, 3 * dim], or three [B, n, dim]
 # (layer, q, k, v) -> out, each [B, tokens, heads, head_dim]: how a block's self-attention finds its keys.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -27,8 +43,8 @@ def dense_attention(mask: Tensor | None = None) -> Attend:
     return attend
 
 
-def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / rms(x) over the last dimension: float32 inside, rounded to x's dtype before any weight."""
+def rms_unit(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / rms(x) over the last dimension: float32 inside, rounded to x's dtype."""
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -42,7 +58,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.eps) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -51,61 +67,75 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
+        self.to_q: nn.Module | None = nn.Linear(dim, dim)
+        self.to_k: nn.Module | None = nn.Linear(dim, dim)
+        self.to_v: nn.Module | None = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
-        self._fused: tuple[Tensor, Tensor] | None = None  # weight and bias of q, k, v as one product
+        self.joint: nn.Module | None = None  # q, k and v as one product, in place of the three
+        self._fused: tuple[Tensor, Tensor] | None = None  # weight and bias of the three, which are views of them
 
     def fuse(self) -> None:
         """Make q, k, v one product from now on; the three parameters become views of it, so it costs no memory.
 
         For weights that stay where they are: later moves or assignments are not followed.
         """
-        projections = (self.to_q, self.to_k, self.to_v)
+        projections: Any = (self.to_q, self.to_k, self.to_v)
         weight = torch.cat([p.weight for p in projections])
         bias = torch.cat([p.bias for p in projections])
         for p, w, b in zip(projections, weight.chunk(3), bias.chunk(3), strict=True):
             p.weight, p.bias = nn.Parameter(w, requires_grad=False), nn.Parameter(b, requires_grad=False)
         self._fused = weight, bias
 
-    def fused(self) -> tuple[Tensor, Tensor]:
+    def separate(self) -> None:
+        """Take back `fuse`: three products, of whatever modules stand there."""
+        self._fused = None
+
+    def joined_weights(self) -> tuple[Tensor, Tensor]:
         """Weight [3 * dim, dim] and bias [3 * dim] of q, k, v as one product, after `fuse`."""
         if self._fused is None:
             raise ValueError("attention: got three projections, expected a call of fuse before")
         return self._fused
 
-    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, n, dim] -> three of [B, n, heads, head_dim]"""
-        if self._fused is None:
-            return self.query(x), *self.key_value(x)
-        q, k, v = F.linear(x, *self._fused).chunk(3, dim=-1)
-        heads = (self.heads, -1)
-        return self.norm_q(q).unflatten(-1, heads), self.norm_k(k).unflatten(-1, heads), v.unflatten(-1, heads)
+    def join(self, joint: nn.Module) -> None:
+        """Put one module [dim -> 3 * dim] in the place of the three, which are let go."""
+        self.joint, self._fused = joint, None
+        self.to_q = self.to_k = self.to_v = None
 
-    def query(self, x: Tensor) -> Tensor:
-        """[B, n, dim] -> [B, n, heads, head_dim]"""
-        return self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))
+    def query_key_value(self, plain: Callable[..., Tensor], quantize: Callable[..., Any], *args: Any) -> QKV:
+        """q, k, v [B, n, dim] each, not normalised, of plain(*args): in one tensor where they are one product."""
+        if self.joint is not None:
+            return linear_of(self.joint, plain, quantize, *args)
+        x = plain(*args)
+        if self._fused is not None:
+            return F.linear(x, *self._fused)
+        return self.to_q(x), self.to_k(x), self.to_v(x)  # type: ignore[misc]
+
+    def rotated(self, qkv: QKV, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k normalised and rotated, and v: [B, n, heads, head_dim] each."""
+        q, k, v = qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
+        heads = (self.heads, -1)
+        q, k = self.norm_q(q).unflatten(-1, heads), self.norm_k(k).unflatten(-1, heads)
+        q, k = apply_rope(torch.cat([q, k], dim=2), cos, sin).chunk(2, dim=2)
+        return q, k, v.unflatten(-1, heads)
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, n, dim] -> two of [B, n, heads, head_dim]"""
-        key = self.norm_k(self.to_k(x)).unflatten(-1, (self.heads, -1))
-        return key, self.to_v(x).unflatten(-1, (self.heads, -1))
+        """[B, n, dim] -> two of [B, n, heads, head_dim]; for text."""
+        key = self.norm_k(self.to_k(x)).unflatten(-1, (self.heads, -1))  # type: ignore[misc]
+        return key, self.to_v(x).unflatten(-1, (self.heads, -1))  # type: ignore[misc]
 
     def output(self, x: Tensor) -> Tensor:
         """[B, n, heads, head_dim] -> [B, n, dim]"""
-        return self.to_out[0](x.flatten(2))
+        return linear_of(self.to_out[0], same, quantize_per_token, x.flatten(2))
 
 
 class _GeluProjection(nn.Module):
+    """The published layout's place for the first product."""
+
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        self.proj: nn.Module = nn.Linear(dim, inner)
 
 
 class FeedForward(nn.Module):
@@ -114,51 +144,60 @@ class FeedForward(nn.Module):
         # Index 1 is a dropout in the published layout; it holds no weights.
         self.net = nn.ModuleList([_GeluProjection(dim, inner), nn.Identity(), nn.Linear(inner, dim)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x [B, F * n, dim] with one shift and scale [B, F, 1, dim] a frame."""
-    frames = shift.shape[1]
-    return (x.unflatten(1, (frames, -1)) * (1 + scale) + shift).flatten(1, 2)
-
-
-def gate(x: Tensor, by: Tensor) -> Tensor:
-    """x [B, F * n, dim] times one gate [B, F, 1, dim] a frame."""
-    return (x.unflatten(1, (by.shape[1], -1)) * by).flatten(1, 2)
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        """LayerNorm and modulation of x [B, F * n, dim] by shift and scale [B, F, 1, dim], then the two products."""
+        up, down = cast(_GeluProjection, self.net[0]).proj, self.net[2]
+        if type(up) is nn.Linear and not isinstance(down, Fp8Linear):
+            return down(linear_gelu(norm_modulate(x, shift, scale, eps), up.weight, up.bias))
+        inner = linear_of(up, norm_modulate, norm_modulate_quantize, x, shift, scale, eps)
+        return linear_of(down, gelu, gelu_quantize, inner)
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and feed-forward under per-frame modulation."""
+    """Self-attention, cross-attention and feed-forward under per-frame modulation.
+
+    Operations of kernels/ run a kernel on a GPU and their PyTorch definition elsewhere, and wherever a gradient is
+    needed. Linears may be replaced by other modules: LoRA, or FP8, whose activations the kernel ahead quantises.
+    """
 
     def __init__(self, dim: int, heads: int, ffn_dim: int, eps: float, cross_attn_norm: bool) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.eps = eps
         self.attn1 = Attention(dim, heads, eps)
         self.norm2 = nn.LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
         self.attn2 = Attention(dim, heads, eps)
-        self.norm3 = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
         self, x: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor, cos: Tensor, sin: Tensor,
-        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        attend: Attend, layer: int,
     ) -> Tensor:  # fmt: skip
         """x [B, F * n, dim], modulation [B, F, 6, dim], text_k and text_v [B, rows, heads, head_dim]."""
         shift, scale, gate_sa, shift_ff, scale_ff, gate_ff = (
             (self.scale_shift_table[:, None] + modulation).unsqueeze(3).unbind(2)
         )
-        h = modulate(self.norm1(x), shift, scale)
-        query, key, value = self.attn1.query_key_value(h)
-        query, key = apply_rope(torch.cat([query, key], dim=2), cos, sin).chunk(2, dim=2)
-        x = x + gate(self.attn1.output(attend(query, key, value)), gate_sa)
+        qkv = self.attn1.query_key_value(norm_modulate, norm_modulate_quantize, x, shift, scale, self.eps)
+        x = gate_residual(x, self.attn1.output(self._self_attention(qkv, cos, sin, attend, layer)), gate_sa)
 
-        query = self.attn2.query(self.norm2(x))
-        out = F.scaled_dot_product_attention(query.transpose(1, 2), text_k.transpose(1, 2), text_v.transpose(1, 2))
-        x = x + self.attn2.output(out.transpose(1, 2))
-        return x + gate(self.ffn(modulate(self.norm3(x), shift_ff, scale_ff)), gate_ff)
+        query = self.attn2.norm_q(self._cross_query(x)).unflatten(-1, (self.attn2.heads, -1))
+        x = x + self.attn2.output(ring_attention(query, text_k, text_v, text_k.shape[1]))
+        return gate_residual(x, self.ffn(x, shift_ff, scale_ff, self.eps), gate_ff)
+
+    def _self_attention(self, qkv: QKV, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
+        """[B, n, heads, head_dim]"""
+        first = self.attn1
+        if isinstance(attend, CachedAttention) and attend.in_kernels(len(cos)):
+            joined = qkv if isinstance(qkv, Tensor) else torch.cat(qkv, dim=-1)
+            return attend.fused(layer, joined, first.norm_q.weight, first.norm_k.weight, cos, sin, first.norm_q.eps)
+        return attend(layer, *first.rotated(qkv, cos, sin))
+
+    def _cross_query(self, x: Tensor) -> Tensor:
+        norm, to_q = self.norm2, cast(nn.Module, self.attn2.to_q)
+        if isinstance(norm, nn.LayerNorm):
+            normed = norm.weight, norm.bias, norm.eps
+            return linear_of(to_q, layer_norm_affine, layer_norm_affine_quantize, x, *normed)
+        return linear_of(to_q, same, quantize_per_token, x)
 
 
 def time_features(t: Tensor, dim: int) -> Tensor:

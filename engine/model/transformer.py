@@ -12,7 +12,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from engine.config import TransformerConfig
-from engine.model.layers import Attend, Block, ConditionEmbedder, modulate, rms_norm
+from engine.model.layers import Attend, Block, ConditionEmbedder, rms_unit
+from kernels.norm_modulate import norm_modulate
 
 # Cross-attention K and V of every layer: [layers, B, rows, heads, head_dim], or as many tensors without the first axis.
 TextKV = tuple[Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor]
@@ -66,10 +67,7 @@ class WanTransformer(nn.Module):
         """
         hidden, embedding, modulation = self.embed(latent, t, c_f)
         for layer, block in enumerate(self.blocks):
-            hidden = block(
-                hidden, modulation, text_kv[0][layer], text_kv[1][layer], cos, sin,
-                lambda q, k, v, layer=layer: attend(layer, q, k, v),
-            )  # fmt: skip
+            hidden = block(hidden, modulation, text_kv[0][layer], text_kv[1][layer], cos, sin, attend, layer)
         return hidden, embedding
 
     def embed(self, latent: Tensor, t: Tensor, c_f: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +78,7 @@ class WanTransformer(nn.Module):
         if c_f is not None:
             if self.condition_proj is None:
                 raise ValueError("transformer: got c_f, expected none: this one has no condition_proj")
-            hidden = hidden + self.condition_proj(rms_norm(c_f))
+            hidden = hidden + self.condition_proj(rms_unit(c_f))
         return hidden, *self.condition_embedder.time(t)
 
     def forward(
@@ -94,7 +92,7 @@ class WanTransformer(nn.Module):
     def head(self, hidden: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:
         """The flow, shaped as `latent`, from the last hidden state and the time embedding."""
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).unsqueeze(3).unbind(2)
-        patches = self.proj_out(modulate(self.norm_out(hidden), shift, scale))
+        patches = self.proj_out(norm_modulate(hidden, shift, scale, self.norm_out.eps))
         pt, ph, pw = self.config.patch_size
         b, _, f, h, w = latent.shape
         patches = patches.reshape(b, f // pt, h // ph, w // pw, pt, ph, pw, -1)

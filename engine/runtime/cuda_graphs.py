@@ -90,11 +90,10 @@ class GraphedStages:
     capabilities = Capabilities(moves_vae_cache=True)
 
     def __init__(self, stages: TorchStages, capturer: Callable[[torch.device], Capture] = Capturer) -> None:
-        if stages.fused is None:
-            raise ValueError("cuda graphs: got stages without fused kernels, expected them (slots on the device)")
+        if stages.eager:
+            raise ValueError("cuda graphs: got eager stages, expected kernels (slots are on the device)")
         self._stages = stages
-        self.models, self.fused = stages.models, stages.fused
-        self.vae, self.text_encoder = stages.vae, stages.text_encoder
+        self.models, self.vae, self.text_encoder = stages.models, stages.vae, stages.text_encoder
         self.encode_text, self.prepare_text = stages.encode_text, stages.prepare_text
         self.vae_encode = stages.vae_encode
         self._lock = threading.RLock()  # streams of several threads share the graphs' static tensors

@@ -1,5 +1,6 @@
 """The torch backend: Stages on this project's own modules."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,14 +10,14 @@ from engine.model.cache import CachedAttention, RingCache
 from engine.model.text import encode_text
 from engine.model.transformer import TextKV, WanTransformer
 from engine.model.vae import VAE
-from engine.runtime.fused import FusedTransformer
 from engine.runtime.passes import Capabilities, Pass
+from kernels.table import use
 
 
 class TorchStages:
-    """Holds weights and nothing else; `models` maps etm and sdd, or dit, to their transformers.
+    """Holds weights and nothing else; `models` maps each role to its transformer.
 
-    Where `fused` holds the same transformers on fused kernels, the passes run on those.
+    eager: PyTorch's own operations also where there are kernels.
     """
 
     name = "torch"
@@ -24,11 +25,9 @@ class TorchStages:
     make_cache = RingCache
 
     def __init__(
-        self, models: dict[str, WanTransformer], vae: VAE | None, text_encoder: nn.Module | None,
-        fused: dict[str, FusedTransformer] | None = None,
-    ) -> None:  # fmt: skip
-        self.models, self.vae, self.text_encoder = models, vae, text_encoder
-        self.fused = fused
+        self, models: dict[str, WanTransformer], vae: VAE | None, text_encoder: nn.Module | None, eager: bool = False
+    ) -> None:
+        self.models, self.vae, self.text_encoder, self.eager = models, vae, text_encoder, eager
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         return encode_text(need(self.text_encoder, "text encoder"), ids, mask)
@@ -38,13 +37,11 @@ class TorchStages:
 
     def run(self, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
         role, attend = step.kind.role, CachedAttention(cache, step.slot, step.valid)
-        # Fused kernels write rows in one run.
-        fused = self.fused is not None and not attend.wraps(step.frames)
-        model: Any = (self.fused if fused else self.models)[role]  # type: ignore[index]
-        latent = step.latent
+        model, latent = self.models[role], step.latent
         t = latent.new_zeros(latent.shape[0], dtype=torch.float32) if step.t is None else step.t
         arguments = latent, t, text_kv[role], step.cos, step.sin, attend, step.c_f
-        return model.encode(*arguments)[0] if step.kind.hidden else model(*arguments)
+        with use("reference") if self.eager else nullcontext():
+            return model.encode(*arguments)[0] if step.kind.hidden else model(*arguments)
 
     def vae_first(self, latent: Tensor) -> tuple[Tensor, Any]:
         return need(self.vae, "VAE").first(latent)

@@ -4,18 +4,22 @@
 """
 
 import random
+import re
+import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from csrc_tools import build, cmake, missing_tool
+from csrc_tools import HANG, build, cmake, missing_tool
 
 from engine import __version__
 from engine.sampling.noise import PhiloxNoise
 
 ROOT = Path(__file__).parents[2]
+HEADERS = ROOT / "csrc" / "include" / "greedy"
+PUBLIC = ("greedy.h", "greedy.hpp", "plugin.h")
 VECTORS = ROOT / "csrc" / "tests" / "noise_vectors.txt"
 TOP = 2**64 - 1
 # (seed, chunk, draw, count); the last one has an angle so small that the + 1 in its uniform number shows.
@@ -31,12 +35,15 @@ add_executable(consumer main.cpp)
 target_link_libraries(consumer PRIVATE greedy::core)
 """,
     "main.cpp": """
-#include <greedy/noise.h>
+#include <greedy/greedy.hpp>
+#include <greedy/plugin.h>
 #include <cstdio>
 int main() {
-    std::uint64_t word;
-    greedy::philox_words(5, 6, 7, &word, 1);
-    std::printf("%llu", static_cast<unsigned long long>(word));
+    try {
+        greedy::Bundle("/nowhere");
+    } catch (const greedy::StatusError& error) {
+        std::printf("%s %s %s", greedy_version(), greedy_status_name(error.status), error.what());
+    }
 }
 """,
 }
@@ -73,17 +80,15 @@ def write_vectors(path: Path, draws: Iterable[Draw]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-@pytest.fixture(params=["static", "shared"])
-def library(request, native_build) -> Path:
-    """The core alone, as a library of either kind."""
-    if request.param == "static":
-        return native_build
+@pytest.fixture(scope="module")
+def shared_build() -> Path:
+    """The core alone, as a shared library."""
     return build("shared", "-DBUILD_SHARED_LIBS=ON", "-DGREEDY_BUILD_TESTS=OFF",
                  "-DCMAKE_BUILD_TYPE=Debug", "-DGREEDY_BUILD_TOOLS=OFF")  # fmt: skip
 
 
 def noise_test(build: Path, vectors: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([build / "noise_test", vectors], capture_output=True, text=True, timeout=60)
+    return subprocess.run([build / "noise_test", vectors], capture_output=True, text=True, timeout=HANG)
 
 
 def test_known_draws_are_current():
@@ -98,12 +103,12 @@ def test_known_draws_are_current():
 
 def test_ctest_passes(native_build):
     ran = subprocess.run(["ctest", "--test-dir", native_build, "--output-on-failure", "--no-tests=error"],
-                         capture_output=True, text=True, timeout=60)  # fmt: skip
+                         capture_output=True, text=True, timeout=HANG)  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 def test_the_loop_in_the_header_is_the_one_that_is_run():
-    header = (ROOT / "csrc" / "include" / "greedy" / "greedy.h").read_text().split("Status:")[0].splitlines()
+    header = (HEADERS / "greedy.h").read_text().split("Status:")[0].splitlines()
     loop = [line.removeprefix(" *     ") for line in header if line.startswith(" *     ")]
     program = [
         line.removeprefix("    ") for line in (ROOT / "csrc" / "tests" / "header_loop.c").read_text().splitlines()
@@ -115,12 +120,14 @@ def test_the_loop_in_the_header_is_the_one_that_is_run():
 def test_headers_compile_alone(tmp_path):
     if reason := missing_tool():
         pytest.skip(f"the C++ core is not built: {reason}")
-    for name, words in (("greedy.h", ["cc", "-std=c99"]), ("plugin.h", ["cc", "-std=c99"]), ("greedy.hpp", ["c++"]),
-                        ("sinks.h", ["c++"]), ("noise.h", ["c++", "-std=c++17"])):  # fmt: skip
-        source = tmp_path / f"{name}.{'c' if words[0] == 'cc' else 'cpp'}"
-        source.write_text(f"#include <greedy/{name}>\n")
-        flags = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", f"-I{ROOT / 'csrc' / 'include'}"]
-        ran = subprocess.run([*words, *flags, source], capture_output=True, text=True, timeout=60)
+    for name, words in (("greedy/greedy.h", ["cc", "-std=c99"]), ("greedy/plugin.h", ["cc", "-std=c99"]),
+                        ("greedy/greedy.hpp", ["c++"]), ("host/sinks.h", ["c++"]),
+                        ("core/noise.h", ["c++", "-std=c++17"])):  # fmt: skip
+        source = tmp_path / f"{Path(name).name}.{'c' if words[0] == 'cc' else 'cpp'}"
+        source.write_text(f"#include <{name}>\n")
+        places = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
+        flags = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", *places]
+        ran = subprocess.run([*words, *flags, source], capture_output=True, text=True, timeout=HANG)
         assert ran.returncode == 0, ran.stderr
 
 
@@ -134,7 +141,7 @@ def test_damaged_input_under_sanitizers():
     tests = ROOT / "csrc" / "tests"
     for words in ([folder / "fuzz", tests / "corpus", "30", "1"],
                   [folder / "session_test", tests / "fake.bundle", folder / "fake_plugin", "20"]):  # fmt: skip
-        ran = subprocess.run(words, capture_output=True, text=True, timeout=200)
+        ran = subprocess.run(words, capture_output=True, text=True, timeout=HANG)
         assert ran.returncode == 0, ran.stdout + ran.stderr
         print(ran.stdout)
 
@@ -171,14 +178,27 @@ def test_a_wrong_vector_is_noticed(native_build, tmp_path, damage):
     assert ran.returncode == (2 if damage in ("short", "empty") else 1), ran.stdout + ran.stderr
 
 
-def test_installed_package_is_usable(library, tmp_path):
-    cmake("--install", library, "--prefix", tmp_path / "prefix")
+@pytest.mark.parametrize("kind", ["native_build", "shared_build"])
+def test_installed_package_is_usable(request, tmp_path, kind):
+    cmake("--install", request.getfixturevalue(kind), "--prefix", tmp_path / "prefix")
     for name, text in CONSUMER.items():
         (tmp_path / name).write_text(text)
     cmake("-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")
     cmake("--build", tmp_path / "build")
-    ran = subprocess.run([tmp_path / "build" / "consumer"], capture_output=True, text=True, timeout=60)
-    assert (ran.returncode, ran.stdout) == (0, str(draw(5, 6, 7, 1)[0][0]))
+    ran = subprocess.run([tmp_path / "build" / "consumer"], capture_output=True, text=True, timeout=HANG)
+    said = f"{__version__} GREEDY_NOT_FOUND bundle: got /nowhere without manifest.json, expected a bundle"
+    assert (ran.returncode, ran.stdout) == (0, said)
+    assert {path.name for path in (tmp_path / "prefix" / "include" / "greedy").iterdir()} == set(PUBLIC)
+
+
+def test_the_library_exports_the_c_interface_alone(shared_build):
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    words = ["nm", "--dynamic", "--defined-only", "--format=posix", shared_build / "libgreedy_core.so"]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=HANG, check=True)
+    declared = re.findall(r"^GREEDY_API .*?(greedy_\w+)\(", (HEADERS / "greedy.h").read_text(), re.MULTILINE)
+    assert len(declared) > 15
+    assert sorted(line.split()[0] for line in ran.stdout.splitlines()) == sorted(declared)
 
 
 if __name__ == "__main__":

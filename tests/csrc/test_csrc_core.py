@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from csrc_tools import HANG
 
 from engine.config import Preset
 from engine.model.rope import rope_tables
@@ -89,7 +90,7 @@ def write_vectors(path: Path, seeds: int) -> None:
 
 
 def core_test(build: Path, vectors: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([build / "core_test", vectors], capture_output=True, text=True, timeout=60)
+    return subprocess.run([build / "core_test", vectors], capture_output=True, text=True, timeout=HANG)
 
 
 def test_recorded_vectors_are_current():

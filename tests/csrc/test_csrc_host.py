@@ -8,6 +8,7 @@ from pathlib import Path
 import fake_stages
 import numpy as np
 import pytest
+from csrc_tools import HANG
 
 from engine.media.sinks import open_sink
 
@@ -23,7 +24,7 @@ def host(native_build, tmp_path):
         plugins = native_build / "fake_plugin"
         fixed = [fake_stages.RECORDED, "--plugin-dir", plugins, "--quiet", "--prompt", "a red circle"]
         given = [native_build / "greedy-host", *fixed, *words]
-        return subprocess.run(given, cwd=tmp_path, env=env, capture_output=True, timeout=60)
+        return subprocess.run(given, cwd=tmp_path, env=env, capture_output=True, timeout=HANG)
 
     return run
 
@@ -124,6 +125,6 @@ def test_a_picture_comes_first(host, tmp_path):
 def test_a_reader_that_leaves_ends_the_stream(native_build):
     words = f"{native_build}/greedy-host {fake_stages.RECORDED} --plugin-dir {native_build}/fake_plugin --prompt a"
     script = f"{words} --quiet --frames 20000 | head -c 1000 | wc -c; echo ${{PIPESTATUS[0]}}"
-    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=HANG)
     assert ran.stdout.split() == ["1000", "0"]
     assert not ran.stderr

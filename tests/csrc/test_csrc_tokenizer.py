@@ -8,6 +8,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from csrc_tools import HANG
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from engine.model.text import Tokenizer as Engine
@@ -44,7 +45,7 @@ def prompts() -> list[str]:
 
 def tokens(build: Path, folder: Path, given: list[str]) -> subprocess.CompletedProcess[str]:
     lines = "".join(json.dumps(text) + "\n" for text in given)
-    return subprocess.run([build / "tokens", folder], input=lines, capture_output=True, text=True, timeout=120)
+    return subprocess.run([build / "tokens", folder], input=lines, capture_output=True, text=True, timeout=HANG)
 
 
 def same_tokens(build: Path, folder: Path, given: list[str]) -> None:
@@ -141,7 +142,7 @@ def test_another_kind_is_refused(native_build, tmp_path, change, said):
 
 
 def test_tables_of_characters_are_current():
-    spec = importlib.util.spec_from_file_location("text_tables", ROOT / "csrc" / "text_tables.py")
+    spec = importlib.util.spec_from_file_location("text_tables", ROOT / "csrc" / "text" / "text_tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     assert tables.OUT.read_text(encoding="utf-8") == tables.text()

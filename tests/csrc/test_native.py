@@ -1,9 +1,11 @@
 """The C++ core streams what Python streams: any kind of stream over graphs of formulas, and real graphs end to end."""
 
+import copy
 import dataclasses
 import gc
 import importlib.util
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import fake_stages
 import numpy as np
 import pytest
 import torch
+from csrc_tools import HANG, ROOT, cmake
 from safetensors.torch import load_file
 
 import engine.run
@@ -126,6 +129,33 @@ def test_every_kind_of_stream_is_pythons(fake, tmp_path, name, start):
     got = chunks_of(native.stream("a red circle", seed=5, **given))
     assert np.std(np.concatenate(expected)) > 5  # there is something to compare
     close(got, expected)
+
+
+ROWS = {"write_idx": "start_row", "kv_len": "valid_rows"}
+
+
+def as_version_2(manifest: dict) -> dict:
+    """A manifest of version 1 as version 2 has it: other names of two inputs, a greedy window in latent frames."""
+    preset = manifest["preset"]
+    frames = (preset["window"] + 1) * preset["chunk"] if preset["family"] == "greedy" else preset["window"]
+    changed = copy.deepcopy(manifest) | {"version": 2, "preset": preset | {"window": frames}}
+    for backend in changed["backends"].values():
+        for graph in backend["graphs"].values():
+            for side in (graph["inputs"], graph["outputs"]):
+                for tensor in side:
+                    tensor["name"] = ROWS.get(tensor["name"], tensor["name"])
+    return changed
+
+
+@pytest.mark.parametrize("name", ["greedy-unipc-chunks", "greedy-renoise-no-window", "longlive"])
+def test_both_versions_of_a_manifest_stream_the_same(fake, tmp_path, name):
+    old = fake_stages.write_fake_bundle(tmp_path / "old.bundle", PRESETS[name])
+    new = Path(shutil.copytree(old, tmp_path / "new.bundle"))
+    manifest = json.loads((old / "manifest.json").read_text())
+    assert manifest["version"] == 1
+    (new / "manifest.json").write_text(json.dumps(as_version_2(manifest)))
+    mine, theirs = (chunks_of(fake(folder).stream("a red circle", seed=5)) for folder in (new, old))
+    assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 def native_latents(clip: np.ndarray, preset: Preset) -> torch.Tensor:
@@ -342,7 +372,7 @@ def test_host_gives_pythons_video(native_build, aoti_bundle, pipeline, tmp_path)
     words = ["--prompt", "a red circle moving right", "--prompt-at", "41", "a blue square", "--frames", "81", "--seed",
              "3", "--library-dir", libraries, "--backend", "aoti", "--out", tmp_path / "host.rgb"]  # fmt: skip
     ran = subprocess.run(
-        [native_build / "greedy-host", aoti_bundle, *words], capture_output=True, text=True, timeout=120
+        [native_build / "greedy-host", aoti_bundle, *words], capture_output=True, text=True, timeout=HANG
     )
     assert ran.returncode == 0, ran.stderr
     assert engine.run.main(["--bundle", str(aoti_bundle), "--backend", "aoti", "--prompt", "a red circle moving right",
@@ -351,6 +381,54 @@ def test_host_gives_pythons_video(native_build, aoti_bundle, pipeline, tmp_path)
     mine, theirs = (np.fromfile(tmp_path / f"{name}.rgb", np.uint8).astype(int) for name in ("host", "python"))
     assert mine.size == 81 * pipeline.height * pipeline.width * 3
     assert np.abs(mine - theirs).max() <= 2
+
+
+TORCH = Path(torch.__file__).parent
+
+
+@pytest.fixture
+def site(native_build, tmp_path) -> Path:
+    """A site-packages folder that holds engine's native files as a wheel has them. Importing this engine fails."""
+    cmake("--install", native_build, "--prefix", tmp_path / "site" / "engine")
+    (tmp_path / "site" / "engine" / "__init__.py").write_text("raise AssertionError('engine was imported')\n")
+    return tmp_path / "site"
+
+
+def streamed(bundle: Path, *program: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs greedy-host without the environment variables of this process."""
+    words = [*program, bundle, "--prompt", "a red circle", "--frames", "5", "--out", "checksum", "--quiet"]
+    return subprocess.run(words, env={"OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=HANG)
+
+
+def test_host_finds_the_torch_it_is_installed_with(site, aoti_bundle, tmp_path, monkeypatch):
+    program = site / "engine" / "bin" / "greedy-host"
+    alone = streamed(aoti_bundle, program)
+    assert alone.returncode == 1
+    assert "got no libtorch_cpu.so" in alone.stderr
+    expected = streamed(aoti_bundle, program, "--library-dir", TORCH / "lib").stdout
+    assert len(expected) == 65
+    # A wheel: torch lies beside engine.
+    (site / "torch").symlink_to(TORCH)
+    assert streamed(aoti_bundle, program).stdout == expected
+    assert streamed(aoti_bundle, program, GREEDY_LIBRARY_DIR="/nowhere").returncode == 1  # a variable overrides
+    (site / "torch").unlink()
+    # An editable installation: setup.py wrote where torch lies.
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    folders = runpy.run_path(str(ROOT / "setup.py"))["torch_libraries"]()
+    assert TORCH / "lib" in folders
+    (site / "engine" / "lib" / "library_dirs.txt").write_text("".join(f"{folder}\n" for folder in folders))
+    assert streamed(aoti_bundle, program).stdout == expected
+
+
+def test_host_script_finds_torch_elsewhere(site, aoti_bundle):
+    script = ROOT / "csrc" / "host" / "greedy-host"
+    ran = streamed(aoti_bundle, sys.executable, script, PYTHONPATH=str(site))
+    assert (ran.returncode, len(ran.stdout)) == (0, 65), ran.stderr
+    shutil.rmtree(site / "engine" / "bin")
+    ran = streamed(aoti_bundle, sys.executable, script, PYTHONPATH=str(site))
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(f"error: got no {site / 'engine' / 'bin' / 'greedy-host'}, expected ")
+    assert ran.stderr.count("\n") == 1
 
 
 def test_command_line_takes_the_native_backend(core, aoti_bundle, tmp_path, capsys):

@@ -1,7 +1,6 @@
 """Teacher sampling, plans, evaluation and the ablation's bookkeeping, on models that were not trained."""
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill.__main__ import main
 from distill.data.shards import Shards
 from distill.experiments import ablation, evaluate
 from distill.experiments.ablation import Runner
@@ -20,16 +20,15 @@ from distill.experiments.tables import ARMS, AblationConfig, table, write_report
 from distill.models.codec import build_vae
 from distill.models.student import Student
 from distill.scores.tasks import find_task
-from distill.stages import next_chunk, rl
 from distill.stages.next_chunk import NextChunkConfig, read_student
 from distill.stages.plan import ClusterConfig, _passes, estimate, forward_flops
 from distill.stages.rl import RlConfig
-from distill.stages.sample_teacher import SampleTeacherConfig, run
+from distill.stages.sample_teacher import SampleTeacherConfig, write_clips
 from distill.stages.teacher import Teacher
-from distill.training.state import load_config
 from engine.config import TransformerConfig
 from engine.model import rope
 from engine.model.transformer import WanTransformer
+from engine.options import read_table
 
 ROOT = Path(__file__).parents[2]
 WAN = ROOT / "distill" / "configs" / "wan2.1-1.3b.toml"
@@ -51,18 +50,18 @@ def sampled(teacher: Path) -> tuple[SampleTeacherConfig, Path]:
     config = SampleTeacherConfig(
         teacher=str(teacher / "teacher"), task="scenes", clips=5, shard=2, batch=2, frames=3, steps=2
     )
-    run(config, teacher / "clips", Accelerator(cpu=True))
+    write_clips(config, teacher / "clips", Accelerator(cpu=True))
     return config, teacher / "clips"
 
 
 def test_teacher_clips_resume(sampled: tuple[SampleTeacherConfig, Path], tmp_path: Path) -> None:
     config, folder = sampled
-    run(config, tmp_path, Accelerator(cpu=True), stop_at=1)
+    write_clips(config, tmp_path, Accelerator(cpu=True), stop_at=1)
     assert not (tmp_path / "index.json").exists()
     with pytest.raises(FileNotFoundError, match="finished"):
         Shards(tmp_path)
     first = (tmp_path / "00000.safetensors").stat().st_mtime_ns
-    run(config, tmp_path, Accelerator(cpu=True))
+    write_clips(config, tmp_path, Accelerator(cpu=True))
     assert (tmp_path / "00000.safetensors").stat().st_mtime_ns == first  # not made again
     assert (tmp_path / "index.json").read_text() == (folder / "index.json").read_text()
     for path in folder.glob("*.safetensors"):
@@ -71,7 +70,7 @@ def test_teacher_clips_resume(sampled: tuple[SampleTeacherConfig, Path], tmp_pat
 
 def test_a_clip_does_not_depend_on_its_batch(sampled: tuple[SampleTeacherConfig, Path], tmp_path: Path) -> None:
     config, folder = sampled
-    run(replace(config, batch=1, shard=5), tmp_path, Accelerator(cpu=True))
+    write_clips(replace(config, batch=1, shard=5), tmp_path, Accelerator(cpu=True))
     whole, alone = (Shards(path).read(range(5)) for path in (folder, tmp_path))
     assert whole[1] == alone[1]
     assert (whole[0] - alone[0]).abs().max() <= 2e-3  # half precision on disk
@@ -148,43 +147,32 @@ def test_plan_counts_what_is_trained(tmp_path: Path) -> None:
     assert spread.weights - 4 * spread.trained == pytest.approx(embedding + (frozen - embedding) / 2)
 
 
-@pytest.mark.parametrize(("stage", "section"), [(next_chunk, "next_chunk"), (rl, "rl")])
-def test_dry_run_of_wan(
-    stage: ModuleType, section: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", [section, "--config", str(WAN), "--dry-run"])
-    stage.main()
+@pytest.mark.parametrize("stage", ["next_chunk", "rl"])
+def test_dry_run_of_wan(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([stage, "--config", str(WAN), "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert plan["stage"] == section
+    assert plan["stage"] == stage
     assert 3e8 < plan["trained"] < 4e8  # rank 128 on every Linear of two copies of 30 blocks, and W_c
     assert plan["memory"] < 80 * 2**30
 
 
-@pytest.mark.slow
-def test_dry_run_refuses_what_cannot_fit(tmp_path: Path) -> None:
+def test_dry_run_refuses_what_cannot_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "c.toml"
     path.write_text(WAN.read_text().replace("memory_gib = 80.0", "memory_gib = 24.0"))
-    done = subprocess.run(
-        [sys.executable, "-m", "distill.next_chunk", "--config", str(path), "--dry-run"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: memory: got ")
-    assert "expected at most 24" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert main(["next_chunk", "--config", str(path), "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: memory: got ")
+    assert "expected at most 24" in line
 
 
 def test_wan_config_is_the_papers() -> None:
-    made, tuned = load_config(WAN, "next_chunk", NextChunkConfig), load_config(WAN, "rl", RlConfig)
+    made, tuned = read_table(NextChunkConfig, WAN, "next_chunk"), read_table(RlConfig, WAN, "rl")
     assert (made.batch, made.lr, made.window) == (1024, 1e-5, 3)
     assert (tuned.batch, tuned.lr) == (256, 2e-6)
     assert list(made.preset.steps) == [(1000.0, 750.0, 500.0, 250.0)]
-    clips = load_config(WAN, "cluster", ClusterConfig).clips
+    clips = read_table(ClusterConfig, WAN, "cluster").clips
     assert [round(stage.steps * stage.batch / clips) for stage in (made, tuned)] == [10, 3]
-    sampled = load_config(WAN, "sample_teacher", SampleTeacherConfig)
+    sampled = read_table(SampleTeacherConfig, WAN, "sample_teacher")
     assert (sampled.height * 8, sampled.width * 8, 4 * sampled.frames - 3) == (480, 832, 81)
 
 
@@ -202,23 +190,16 @@ def test_thirds_see_a_collapse() -> None:
 
 @pytest.mark.parametrize("task", [None, "sprites"])
 @pytest.mark.slow
-def test_evaluate_command(task: str | None) -> None:
+def test_evaluate_command(task: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     """The shipped model, two prompts of its own task or of sprites: the last line is JSON with every dimension."""
     options = ["--prompts", "2", "--frames", "17", "--seed", "3", "--json", *(["--task", task] if task else [])]
-    done = subprocess.run(
-        [sys.executable, "-m", "distill.evaluate", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    assert main(["evaluate", *options]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["total"] == pytest.approx((4 * result["quality"] + result["semantic"]) / 5, abs=2e-4)
     assert {"object_class", "color", "scene", "motion_smoothness"} <= set(result["dimensions"])
     assert result["dimensions"]["color"]["n"] == 2
     assert result["task"] == (task or "scenes")
-    assert ("scores" in result) == (task == "sprites")  # the strict evaluator's, of one object
+    assert ("scores" in result) == (task == "sprites")  # the strict scorer's, of one object
 
 
 def test_vbench_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,11 +276,15 @@ def test_ablation_skips_what_is_done(
     assert measured(again) == results
     with pytest.raises(ValueError, match="other settings"):
         Runner(replace(config, prompts=2), made, tuned, tmp_path)
-    write_report(config, results, tmp_path / "docs", trade)
+    write_report(config, results, trade, tmp_path / "docs")
     text = (tmp_path / "docs/ablation.md").read_text()
     assert all(ARMS[arm] in text for arm in config.arms)
     assert "What no caption states" in text
     assert json.loads((tmp_path / "docs/ablation.json").read_text())["results"] == results
+    assert main(["ablation", "--report", "--out", str(tmp_path), "--results", str(tmp_path / "again")]) == 0
+    reported = json.loads((tmp_path / "again/ablation.json").read_text())
+    assert reported["trade_off"] == trade
+    assert sorted(reported["results"], key=lambda r: r["arm"]) == sorted(results, key=lambda r: r["arm"])
 
 
 def test_table_is_over_seeds() -> None:

@@ -27,12 +27,11 @@ from distill.stages import next_chunk, rl, teacher, train_vae
 from distill.stages.latents import Bank
 from distill.stages.next_chunk import NextChunkConfig, load_student, segment_target
 from distill.stages.rl import RlConfig
-from distill.stages.sample_teacher import SampleTeacherConfig, run
-from distill.stages.teacher import SPRITES, Teacher, TeacherConfig, draw_times
+from distill.stages.sample_teacher import SampleTeacherConfig, write_clips
+from distill.stages.teacher import SPRITES, Teacher, TeacherConfig, draw_sigmas
 from distill.stages.train_vae import VaeConfig
 from distill.training.draws import Draws
 from distill.training.loop import split
-from distill.training.state import load_config
 
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))
@@ -216,7 +215,7 @@ def in_two_processes(command: list[str]) -> str:
 
 def launch(stage: str, config: Path, out: Path) -> str:
     """Run the stage in two processes; what it printed."""
-    printed = in_two_processes(["-m", f"distill.{stage}", "--config", str(config), "--out", str(out)])
+    printed = in_two_processes(["-m", "distill", stage, "--config", str(config), "--out", str(out)])
     assert f"{out.name}: 2 processes" in printed
     return printed
 
@@ -299,7 +298,7 @@ def together(
     sampled = SampleTeacherConfig(teacher=str(small_teacher), clips=4, shard=1, batch=1, frames=2, steps=2)
     jobs: list[tuple[str, Any, tuple]] = [
         ("freed", in_processes.sharding_frees_what_it_gathered, ()),
-        ("sample", in_processes.with_accelerator, (run, sampled, folder / "sample")),
+        ("sample", in_processes.with_accelerator, (write_clips, sampled, folder / "sample")),
     ]
     for stage, module, config in (("next_chunk", next_chunk, next_chunk_config), ("rl", rl, tuned)):
         for shard in (False, True):
@@ -340,7 +339,7 @@ def test_two_processes_fine_tune_as_one(together: Together, fine_tuned_alone: Pa
 
 def test_two_processes_sample_as_one(together: Together, tmp_path: Path) -> None:
     assert "sample: 2 processes" in together.printed("sample")
-    run(together.sample, tmp_path / "one", Accelerator(cpu=True))
+    write_clips(together.sample, tmp_path / "one", Accelerator(cpu=True))
     one, two = (Shards(folder).read(range(4)) for folder in (tmp_path / "one", together.folder / "sample"))
     torch.testing.assert_close(two[0], one[0])
     assert two[1] == one[1]
@@ -376,44 +375,23 @@ def test_segment_target_of_one_substep_is_the_guided_flow(trained_teacher: tuple
     config = NextChunkConfig(substeps=1, sampling_shift=2.0)
     noisy, index = torch.randn(4, 8, 1, 8, 8), torch.arange(4)
     text, empty = model.prepare(["a red circle"] * 4), model.prepare([""] * 4)
-    t = noise_levels(config.preset)[index][:, None]
-    expected = guided_flow(model.transformer, noisy, t, text, empty, config.guidance)
+    sigma = noise_levels(config.preset)[index][:, None]
+    expected = guided_flow(model.transformer, noisy, sigma, text, empty, config.guidance)
     got = segment_target(model.transformer, noisy, index, text, empty, config)
     assert (got - expected).abs().max() <= 1e-5
     finer = segment_target(model.transformer, noisy, index, text, empty, replace(config, substeps=4))
     assert (finer - expected).abs().max() > 1e-6
 
 
-def test_times_are_clean_prefixes_or_not() -> None:
-    t, weight = draw_times(5, 3.0, TeacherConfig(), Draws(0, 0, list(range(200))))
-    assert ((t == 0) == (weight == 0)).all()
-    assert 0 <= t.min() <= t.max() <= 1
+def test_sigmas_are_clean_prefixes_or_not() -> None:
+    sigma, weight = draw_sigmas(5, 3.0, TeacherConfig(), Draws(0, 0, list(range(200))))
+    assert ((sigma == 0) == (weight == 0)).all()
+    assert 0 <= sigma.min() <= sigma.max() <= 1
     torch.testing.assert_close(weight.sum(1), torch.ones(200))  # something is always left to learn
-    shared = (t == t[:, :1]).all(1).float().mean()
+    shared = (sigma == sigma[:, :1]).all(1).float().mean()
     assert 0.2 < shared < 0.4
 
 
 def test_bank_refuses_what_does_not_fit(bank: Path) -> None:
     with pytest.raises(ValueError, match="at most 3"):
         Bank.load(bank).draw(Draws(0, 0, [0]), 5)
-
-
-@dataclass(frozen=True)
-class Example:
-    steps: int = 1
-
-
-def test_config_is_strict(tmp_path: Path) -> None:
-    path = tmp_path / "c.toml"
-    path.write_text("[vae]\nsteps = 3\nstep = 4\n")
-    with pytest.raises(ValueError, match="unknown keys"):
-        load_config(path, "vae", Example)
-    with pytest.raises(ValueError, match="expected \\[teacher\\]"):
-        load_config(path, "teacher", Example)
-    path.write_text("[vae]\nsteps = 'three'\n")
-    with pytest.raises(ValueError, match="expected int"):
-        load_config(path, "vae", Example)
-    with pytest.raises(FileNotFoundError):
-        load_config(tmp_path / "none.toml", "vae", Example)
-    path.write_text("[vae]\nsteps = 3\n")
-    assert load_config(path, "vae", Example) == Example(3)

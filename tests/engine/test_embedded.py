@@ -8,7 +8,7 @@ from torch import Tensor
 
 import engine
 from distill.data.scenes import Scene
-from distill.scores.evaluator import from_uint8
+from distill.scores.pixels import from_uint8
 from distill.scores.tasks import find_task
 from engine.loader import EMBEDDED
 from engine.stream import Pipeline

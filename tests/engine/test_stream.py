@@ -223,7 +223,7 @@ def test_a_clip_is_continued(request, family, given, kept):
 
 
 def test_an_image_is_held_where_a_chunk_needs_more(pipeline):
-    wide = with_preset(pipeline, chunk=3)
+    wide = with_preset(pipeline, chunk=3, window=12)
     image = picture(2)
     latents = wide.encode_clip(image)
     assert latents.shape[2] == 3

@@ -21,7 +21,7 @@ from kernels.ring_attention_fp8 import ring_attention_fp8_reference
 ROOT = Path(__file__).parents[2]
 KERNELS = """
 import json, re, sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 import stand_in_tensorrt as s
 sys.modules["tensorrt"], sys.modules["tensorrt.plugin"] = s.module(), s.plugin_module()
 from export.tensorrt_plugin import register_plugins
@@ -90,7 +90,7 @@ def test_fp8_bodies_are_what_the_kernels_compute() -> None:
         helper.make_node("write_keys_fp8", ["k", "ku", "ks", "at"], ["k_out", "a", "b"], **more),
         helper.make_node("write_values_fp8", ["v", "vu", "vs", "at"], ["v_out", "c", "d"], **more),
         helper.make_node(
-            "ring_attention_fp8", ["q", "k_out", "v_out", "valid", "qs", "ks", "vs"],
+            "ring_attention_fp8", ["q", "k_out", "v_out", "valid_rows", "qs", "ks", "vs"],
             ["out", *"efghi"], heads=heads, **more,
         ),
     ]  # fmt: skip
@@ -100,7 +100,7 @@ def test_fp8_bodies_are_what_the_kernels_compute() -> None:
     graph = helper.make_graph(
         nodes, "g",
         [*(info(n, TensorProto.FLOAT8E4M3FN, s) for n, s in kinds.items()), *small,
-         *(info(n, TensorProto.INT32, [1]) for n in ("at", "valid"))],
+         *(info(n, TensorProto.INT32, [1]) for n in ("at", "valid_rows"))],
         [info("out", TensorProto.FLOAT, [1, tokens, heads * dim]),
          *(info(f"{n}_out", TensorProto.FLOAT8E4M3FN, s) for n, s in kinds.items())],
         [helper.make_tensor(n, TensorProto.FLOAT, [heads], x.tolist()) for n, x in scales.items()],
@@ -118,11 +118,11 @@ def test_fp8_bodies_are_what_the_kernels_compute() -> None:
     torch.manual_seed(0)
     for chunk in range(7):
         q, k, v = (torch.randn(1, tokens, heads * dim) * 2 for _ in range(3))
-        start, valid = chunk % slots * tokens, min(chunk + 1, slots) * tokens
+        start_row, valid_rows = chunk % slots * tokens, min(chunk + 1, slots) * tokens
         binding, out = session.io_binding(), torch.empty(1, tokens, heads * dim)
         for name, value in (("q", q), ("ku", k), ("vu", v)):
             binding.bind_cpu_input(name, value.numpy())
-        for name, value in (("at", start), ("valid", valid)):
+        for name, value in (("at", start_row), ("valid_rows", valid_rows)):
             binding.bind_cpu_input(name, np.array([value], np.int32))
         made = {name: torch.empty_like(cache) for name, cache in caches.items()}
         for name, cache in caches.items():
@@ -136,11 +136,11 @@ def test_fp8_bodies_are_what_the_kernels_compute() -> None:
         q8, k8, v8 = (
             (parts[n] / scales[f"{n}s"][:, None]).clamp(-448, 448).to(torch.float8_e4m3fn) for n in ("q", "k", "v")
         )
-        mine["k"].view(torch.uint8)[:, start : start + tokens] = k8.flatten(2).view(torch.uint8)
-        mine["v"].view(torch.uint8)[..., start : start + tokens] = v8.view(torch.uint8).permute(0, 2, 3, 1)
+        mine["k"].view(torch.uint8)[:, start_row : start_row + tokens] = k8.flatten(2).view(torch.uint8)
+        mine["v"].view(torch.uint8)[..., start_row : start_row + tokens] = v8.view(torch.uint8).permute(0, 2, 3, 1)
         for name in caches:
             assert torch.equal(caches[name].view(torch.uint8), mine[name].view(torch.uint8)), (chunk, name)
         expected = ring_attention_fp8_reference(
-            q8, mine["k"].unflatten(-1, (heads, dim)), mine["v"], *scales.values(), valid
+            q8, mine["k"].unflatten(-1, (heads, dim)), mine["v"], *scales.values(), valid_rows
         )
         assert float((out - expected.flatten(2)).norm() / expected.norm()) <= 1e-5

@@ -37,14 +37,14 @@ def caches(device, dtype, batch, heads, dim, rows):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_float64(device, dtype, shape):
-    batch, space, heads, dim, rows, start = shape
+    batch, space, heads, dim, rows, start_row = shape
     tensors = inputs(device, dtype, batch, space, heads, dim)
     tokens = space[0] * space[1]
 
-    def outcome(call, dtype, *tensors, row=start):
+    def outcome(call, dtype, *tensors, row=start_row):
         k, v, ring = caches(device, dtype, batch, heads, dim, rows)
         q = call(*tensors, k, v, row)
-        written = slice(start, start + tokens)
+        written = slice(start_row, start_row + tokens)
         found = torch.stack([q, k[:, written], v[:, written]])
         k[:, written] = v[:, written] = float("nan")
         assert ring.isnan().all()  # nothing else was touched
@@ -56,35 +56,35 @@ def test_against_float64(device, dtype, shape):
     found = outcome(qk_norm_rope_write, dtype, *tensors)
     for one, two, three in zip(found, plain, truth, strict=True):
         assert_as_good(one, two, three)
-    for row in (torch.tensor(start, dtype=torch.int32), torch.tensor([start])):
+    for row in (torch.tensor(start_row, dtype=torch.int32), torch.tensor([start_row])):
         assert torch.equal(outcome(qk_norm_rope_write, dtype, *tensors, row=row.to(device)), found)
 
 
 @pytest.mark.parametrize("row", ["host", "device"])
 def test_fp8(device, row):
-    batch, space, heads, dim, rows, pitch, start = 2, (33, 2), 3, 32, 140, 144, 67
+    batch, space, heads, dim, rows, pitch, start_row = 2, (33, 2), 3, 32, 140, 144, 67
     tokens = space[0] * space[1]
     tensors = inputs(device, torch.bfloat16, batch, space, heads, dim)
     # V's last head is scaled so low that it must saturate, to +-448 and not to NaN.
     scales = torch.tensor([[0.03, 0.02, 0.01], [0.02, 0.01, 0.03], [0.02, 0.01, 0.001]], device=device)
     k16, v16, _ = caches(device, torch.float64, batch, heads, dim, rows)
     q16 = qk_norm_rope_write_reference(
-        *(t.double() for t in tensors[:3]), *tensors[3:], k16, v16, start
+        *(t.double() for t in tensors[:3]), *tensors[3:], k16, v16, start_row
     )  # fmt: skip
-    span = slice(start, start + tokens)
+    span = slice(start_row, start_row + tokens)
     truths = [q16, k16[:, span], v16[:, span]]
     outcomes = []
     for setting in ("reference", "triton"):
         k = torch.full((batch, rows, heads, dim), float("nan"), device=device).to(torch.float8_e4m3fn)
         v = torch.full((batch, heads, dim, pitch), float("nan"), device=device).to(torch.float8_e4m3fn)
-        at = start if row == "host" else torch.tensor(start, dtype=torch.int32, device=device)
+        at = start_row if row == "host" else torch.tensor(start_row, dtype=torch.int32, device=device)
         with table.use(setting):
             q = qk_norm_rope_write_fp8(*tensors, k, v, *scales, at)
         assert q.dtype == torch.float8_e4m3fn
         found = [q.float(), k.float()[:, span], v.float()[..., span].permute(0, 3, 1, 2)]
-        assert k.float()[:, :start].isnan().all()
+        assert k.float()[:, :start_row].isnan().all()
         assert k.float()[:, span.stop :].isnan().all()
-        assert v.float()[..., :start].isnan().all()
+        assert v.float()[..., :start_row].isnan().all()
         assert v.float()[..., span.stop :].isnan().all()
         assert found[2][:, :, 2].abs().max() == 448
         outcomes.append([x.double() * s.double()[:, None] for x, s in zip(found, scales, strict=True)])
@@ -96,9 +96,9 @@ def test_fp8(device, row):
 def test_rows_beyond_the_cache_are_dropped(device):
     """Only a row on the device can be that wrong: nobody may look at it."""
     tensors = inputs(device, torch.float32, 1, (4, 1), 2, 32)
-    for start, written in ((4, slice(4, 6)), (-2, slice(0, 2))):
+    for start_row, written in ((4, slice(4, 6)), (-2, slice(0, 2))):
         k, v, ring = caches(device, torch.float32, 3, 2, 32, 6)
-        qk_norm_rope_write(*tensors, k[1:2], v[1:2], torch.tensor(start, dtype=torch.int32, device=device))
+        qk_norm_rope_write(*tensors, k[1:2], v[1:2], torch.tensor(start_row, dtype=torch.int32, device=device))
         assert torch.cat([k[1, written], v[1, written]]).isfinite().all()
         k[1, written] = v[1, written] = float("nan")
         assert ring.isnan().all()

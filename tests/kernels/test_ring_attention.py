@@ -1,4 +1,4 @@
-"""ring_attention and ring_attention_fp8 against float64: ragged lengths, every head size, NaN behind the valid rows."""
+"""ring_attention and ring_attention_fp8 against float64: ragged lengths, every head size, NaN in later rows."""
 
 import pytest
 import torch
@@ -17,26 +17,27 @@ def _seed():
     torch.manual_seed(0)
 
 
-def make(device, n, rows, heads, head_dim, valid, batch=1, dtype=torch.bfloat16):
-    """q, k, v; behind `valid` rows k and v are NaN."""
+def make(device, n, rows, heads, head_dim, valid_rows, batch=1, dtype=torch.bfloat16):
+    """q, k, v; k and v are NaN from row `valid_rows` on."""
     q = torch.randn(batch, n, heads, head_dim, device=device).to(dtype)
     k, v = torch.randn(2, batch, rows, heads, head_dim, device=device).to(dtype)
-    k[:, valid:], v[:, valid:] = float("nan"), float("nan")
+    k[:, valid_rows:], v[:, valid_rows:] = float("nan"), float("nan")
     return q, k, v
 
 
-def plain(q, k, v, valid):
-    return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k[:, :valid], v[:, :valid]))).transpose(1, 2)
+def plain(q, k, v, valid_rows):
+    q, k, v = (x.transpose(1, 2) for x in (q, k[:, :valid_rows], v[:, :valid_rows]))
+    return scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def log_sum(q, k, valid):
-    return (torch.einsum("bqhd,bkhd->bhqk", q.double(), k[:, :valid].double()) * q.shape[-1] ** -0.5).logsumexp(-1)
+def log_sum(q, k, valid_rows):
+    return (torch.einsum("bqhd,bkhd->bhqk", q.double(), k[:, :valid_rows].double()) * q.shape[-1] ** -0.5).logsumexp(-1)
 
 
 # On a GPU also at full size: 832x480, three and four latent frames of keys.
 FULL = [(1560, 6240, 12, 128, 4680, 1), (1560, 6240, 12, 128, 6240, 1)] if torch.cuda.is_available() else []
 SHAPES = [
-    # n, rows, heads, head_dim, valid, batch
+    # n, rows, heads, head_dim, valid_rows, batch
     (37, 100, 2, 32, 100, 1),
     (37, 300, 2, 64, 256, 1),
     (200, 300, 1, 128, 299, 1),
@@ -47,16 +48,16 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("n", "rows", "heads", "head_dim", "valid", "batch"), SHAPES)
-def test_attention_is_as_good_as_pytorchs(device, n, rows, heads, head_dim, valid, batch):
-    q, k, v = make(device, n, rows, heads, head_dim, valid, batch)
-    truth = ring_attention_reference(q.double(), k.double(), v.double(), valid)
-    found, lse = ring_attention(q, k, v, torch.tensor(valid, dtype=torch.int32, device=device), return_lse=True)
+@pytest.mark.parametrize(("n", "rows", "heads", "head_dim", "valid_rows", "batch"), SHAPES)
+def test_attention_is_as_good_as_pytorchs(device, n, rows, heads, head_dim, valid_rows, batch):
+    q, k, v = make(device, n, rows, heads, head_dim, valid_rows, batch)
+    truth = ring_attention_reference(q.double(), k.double(), v.double(), valid_rows)
+    found, lse = ring_attention(q, k, v, torch.tensor(valid_rows, dtype=torch.int32, device=device), return_lse=True)
     assert found.dtype == q.dtype
-    assert_as_good(found, plain(q, k, v, valid), truth)
+    assert_as_good(found, plain(q, k, v, valid_rows), truth)
     assert lse.dtype == torch.float32
-    assert (lse - log_sum(q, k, valid)).abs().max() < 1e-4
-    assert torch.equal(ring_attention(q, k, v, valid), found)
+    assert (lse - log_sum(q, k, valid_rows)).abs().max() < 1e-4
+    assert torch.equal(ring_attention(q, k, v, valid_rows), found)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 5, 40])
@@ -72,15 +73,15 @@ def test_any_number_of_programs_gives_the_same(device, programs, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_one_graph_serves_every_state_of_the_ring(device):
-    """Captured once; replayed for other numbers of valid rows it gives, bit for bit, what a fresh call gives."""
+    """Captured once, replayed for other valid_rows: bit for bit the result of a fresh call."""
     q, k, v = make(device, 1560, 6240, 12, 128, 6240)
-    valid = torch.tensor([1560], dtype=torch.int32, device=device)
-    ring_attention(q, k, v, valid)
+    valid_rows = torch.tensor([1560], dtype=torch.int32, device=device)
+    ring_attention(q, k, v, valid_rows)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = ring_attention(q, k, v, valid)
+        found = ring_attention(q, k, v, valid_rows)
     for rows in (1, 1560, 3121, 6240):
-        valid.fill_(rows)
+        valid_rows.fill_(rows)
         graph.replay()
         assert torch.equal(found, ring_attention(q, k, v, rows))
 
@@ -115,21 +116,21 @@ def test_what_the_kernel_does_not_do_pytorch_does(device, dtype, head_dim):
     assert head_dim not in HEAD_DIMS or dtype == torch.float32
     q, k, v = make(device, 9, 40, 2, head_dim, 33, dtype=dtype)
     truth = ring_attention_reference(q.double(), k.double(), v.double(), 33)
-    for valid in (33, torch.tensor([33], dtype=torch.int32, device=device)):
-        found, lse = ring_attention(q, k, v, valid, return_lse=True)
+    for valid_rows in (33, torch.tensor([33], dtype=torch.int32, device=device)):
+        found, lse = ring_attention(q, k, v, valid_rows, return_lse=True)
         assert_as_good(found, plain(q, k, v, 33), truth)
         assert (lse - log_sum(q, k, 33)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("valid", [torch.tensor([3, 4], dtype=torch.int32), torch.tensor(3)])
-def test_valid_rows_are_one_int32(device, valid):
+@pytest.mark.parametrize("valid_rows", [torch.tensor([3, 4], dtype=torch.int32), torch.tensor(3)])
+def test_valid_rows_are_one_int32(device, valid_rows):
     q, k, v = make(device, 4, 16, 1, 32, 16)
     with pytest.raises(ValueError, match=r"ring_attention: got valid_rows .*expected one int32"):
-        ring_attention(q, k, v, valid.to(device))
+        ring_attention(q, k, v, valid_rows.to(device))
 
 
-def make_fp8(device, n, rows, heads, head_dim, valid, query_dtype, batch=1):
-    """q, k, v_t, scales a head that use e4m3's range; behind `valid` rows NaN."""
+def make_fp8(device, n, rows, heads, head_dim, valid_rows, query_dtype, batch=1):
+    """q, k, v_t, scales per head that use e4m3's range; NaN from row `valid_rows` on."""
     q, k, v = (torch.randn(batch, m, heads, head_dim, device=device) for m in (n, rows, rows))
     spread = torch.linspace(0.5, 2.0, heads, device=device)[:, None]
     q, k, v = q * spread, k / spread, v * spread
@@ -137,35 +138,35 @@ def make_fp8(device, n, rows, heads, head_dim, valid, query_dtype, batch=1):
     q8, k8, v8 = ((x / s[:, None]).to(E4M3) for x, s in zip((q, k, v), scales, strict=True))
     pitch = -(-rows // 16) * 16
     v_t = torch.full((batch, heads, head_dim, pitch), float("nan"), device=device).to(E4M3)
-    v_t[..., :valid] = v8.permute(0, 2, 3, 1)[..., :valid]
-    k8.view(torch.uint8)[:, valid:] = 0x7F
+    v_t[..., :valid_rows] = v8.permute(0, 2, 3, 1)[..., :valid_rows]
+    k8.view(torch.uint8)[:, valid_rows:] = 0x7F
     return q8 if query_dtype == E4M3 else q.to(query_dtype), k8, v_t, *scales
 
 
-def plain_fp8(q, k, v_t, q_scale, k_scale, v_scale, valid):
+def plain_fp8(q, k, v_t, q_scale, k_scale, v_scale, valid_rows):
     """The same arithmetic in PyTorch: e4m3 products, weights rounded to e4m3 once a row's largest is 2^8."""
     if q.dtype != E4M3:
         q = (q.float() / q_scale[:, None]).clamp(-448, 448).to(E4M3)
     scale = (q_scale * k_scale * q.shape[-1] ** -0.5)[:, None, None]
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k[:, :valid].float()) * scale
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k[:, :valid_rows].float()) * scale
     weights = 256 * (scores - scores.amax(-1, keepdim=True)).exp()
-    out = torch.einsum("bhqk,bhdk->bqhd", weights.to(E4M3).float(), v_t[..., :valid].float())
+    out = torch.einsum("bhqk,bhdk->bqhd", weights.to(E4M3).float(), v_t[..., :valid_rows].float())
     return out / weights.sum(-1).transpose(1, 2)[..., None] * v_scale[:, None]
 
 
 @pytest.mark.parametrize("query_dtype", [E4M3, torch.bfloat16])
-@pytest.mark.parametrize(("n", "rows", "heads", "head_dim", "valid", "batch"), [
+@pytest.mark.parametrize(("n", "rows", "heads", "head_dim", "valid_rows", "batch"), [
     (37, 100, 2, 32, 100, 1), (37, 300, 2, 64, 256, 2), (140, 300, 1, 128, 299, 1), (1, 90, 3, 32, 1, 1), *FULL,
 ])  # fmt: skip
-def test_fp8_attention(device, n, rows, heads, head_dim, valid, batch, query_dtype):
-    case = make_fp8(device, n, rows, heads, head_dim, valid, query_dtype, batch)
-    truth = ring_attention_fp8_reference(*case, valid)
-    found, lse = ring_attention_fp8(*case, torch.tensor(valid, dtype=torch.int32, device=device), return_lse=True)
+def test_fp8_attention(device, n, rows, heads, head_dim, valid_rows, batch, query_dtype):
+    case = make_fp8(device, n, rows, heads, head_dim, valid_rows, query_dtype, batch)
+    truth = ring_attention_fp8_reference(*case, valid_rows)
+    found, lse = ring_attention_fp8(*case, torch.tensor(valid_rows, dtype=torch.int32, device=device), return_lse=True)
     assert found.dtype == torch.bfloat16
-    assert_as_good(found, plain_fp8(*case, valid), truth, floor=2**-8)  # the result itself is rounded to bf16
+    assert_as_good(found, plain_fp8(*case, valid_rows), truth, floor=2**-8)  # the result itself is rounded to bf16
     assert lse.shape == (batch, heads, n)
     with table.use("reference"):
-        assert_as_good(ring_attention_fp8(*case, valid), plain_fp8(*case, valid), truth, floor=2**-8)
+        assert_as_good(ring_attention_fp8(*case, valid_rows), plain_fp8(*case, valid_rows), truth, floor=2**-8)
 
 
 def test_fp8_attention_reads_what_the_writer_left(device):
@@ -177,12 +178,12 @@ def test_fp8_attention_reads_what_the_writer_left(device):
     cos, sin = angles.cos(), angles.sin()
     wide = [torch.full((1, rows, heads, head_dim), float("nan"), device=device).bfloat16() for _ in range(2)]
     narrow = wide[0].to(E4M3), wide[1].permute(0, 2, 3, 1).contiguous().to(E4M3)
-    for start in (0, n):
+    for start_row in (0, n):
         qkv = torch.randn(1, n, 3 * width, device=device).bfloat16()
-        q = qk_norm_rope_write(qkv, weight, weight, cos, sin, *wide, start)
-        q8 = qk_norm_rope_write_fp8(qkv, weight, weight, cos, sin, *narrow, one, one, one, start)
-        expected = ring_attention(q, *wide, start + n).float()
-        found = ring_attention_fp8(q8, *narrow, one, one, one, start + n).float()
+        q = qk_norm_rope_write(qkv, weight, weight, cos, sin, *wide, start_row)
+        q8 = qk_norm_rope_write_fp8(qkv, weight, weight, cos, sin, *narrow, one, one, one, start_row)
+        expected = ring_attention(q, *wide, start_row + n).float()
+        found = ring_attention_fp8(q8, *narrow, one, one, one, start_row + n).float()
         assert (found - expected).square().mean().sqrt() < 0.08 * expected.square().mean().sqrt()
 
 

@@ -53,7 +53,7 @@ def build(kind: str, *options: str, targets: tuple[str, ...] = ()) -> Path:
     launcher = ["-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"] if shutil.which("ccache") else []
 
     def make(folder: Path) -> None:
-        cmake("-S", ROOT, "-B", folder, *launcher, *options)
+        cmake("-S", ROOT, "-B", folder, "-DCMAKE_INSTALL_LIBDIR=lib", *launcher, *options)  # lib: as setup.py has it
         parallel = str(min(os.cpu_count() or 1, 4))
         cmake("--build", folder, "--parallel", parallel, *(("--target", *targets) if targets else ()))
 

@@ -1,10 +1,10 @@
-// The kernel of fp8_linear.cuh on a processor: a thread for every thread of a block, and in place of sm90.cuh what the
-// PTX manual says these instructions do. Shows that indices, swizzles, edges and barriers fit together; not that the
-// manual was understood, nor anything about speed.
+// The kernel of fp8_linear.cuh on a processor: one thread for every thread of a block, and sm90.cuh replaced by the
+// instructions as the PTX manual describes them. It tests that indices, swizzles, edges and barriers fit together. It
+// does not test our reading of the manual, nor speed.
 //
-// Shared memory is a buffer in which every tile is kept as the copy engine swizzles it: bits 4 to 6 of an address are
-// exclusive-ored with bits 7 to 9. Products happen at once where a GPU may still be at it until products_wait; a tile
-// that is overwritten too early is then wrong all the same, since the copy does not wait for anything but barriers.
+// Shared memory is a buffer that holds every tile as the copy engine swizzles it: bits 4 to 6 of an address are
+// exclusive-ored with bits 7 to 9. Products happen at once; a GPU may still compute them until products_wait. A tile
+// that is overwritten too early still gives a wrong result, because the copy waits only for barriers.
 
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
@@ -46,13 +46,14 @@ struct CUtensorMap {
 };
 
 namespace greedy::fp8_linear {
-uint8_t memory[232448];  // what a block may have
+uint8_t memory[232448];  // the limit of a block
 }
 
 static std::barrier<>* block;
 static std::vector<std::unique_ptr<std::barrier<>>>* warps_of_block;
 static void __syncthreads() { block->arrive_and_wait(); }
-static void together() { (*warps_of_block)[threadIdx.x / 32]->arrive_and_wait(); }  // what is .aligned waits for its warp
+// .aligned instructions wait for their warp.
+static void together() { (*warps_of_block)[threadIdx.x / 32]->arrive_and_wait(); }
 
 namespace greedy::sm90 {
 
@@ -114,7 +115,7 @@ void products_wait(float (&)[count]) {
   together();
 }
 
-// Of sm90.cuh's own making: see there.
+// As sm90.cuh makes it.
 uint64_t tile_descriptor(uint32_t address) {
   return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
@@ -156,7 +157,7 @@ namespace {
 
 using namespace greedy::fp8_linear;
 
-// Largest error of a product of random numbers, as a part of what rounding to bfloat16 may cost.
+// Largest error of a product of random numbers, as a part of the rounding error of bfloat16.
 double error(int rows, int columns, int depth, bool with_bias) {
   std::mt19937 random(rows + columns + depth);
   std::normal_distribution<float> normal;

@@ -1,4 +1,4 @@
-// greedy.h for C++: the same functions as objects that give themselves back; a negative status becomes an exception.
+// greedy.h for C++: objects that close themselves; a negative status becomes an exception.
 //
 //     greedy::Bundle bundle("sprites.bundle");
 //     greedy::Session session(bundle, 1);

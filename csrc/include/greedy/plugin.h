@@ -1,8 +1,8 @@
-/* What an execution plugin gives the core: buffers on a device, and compiled graphs that run on them.
+/* An execution plugin gives the core buffers on a device, and compiled graphs that run on them.
  *
  * A plugin is a shared library libgreedy_<backend>.so that exports greedy_plugin_get. It links nothing of the core.
- * Functions return GREEDY_OK or a negative greedy_status with one line in `error` (always terminated). All of them may
- * be called by several threads at once on one device; a graph runs for as many callers at once as `parallel` says.
+ * Functions return GREEDY_OK or a negative greedy_status with one line in `error` (always terminated). Several threads
+ * may call them at once on one device; a graph runs for `parallel` callers at once.
  */
 #ifndef GREEDY_PLUGIN_H
 #define GREEDY_PLUGIN_H
@@ -17,7 +17,7 @@ extern "C" {
 
 enum greedy_dtype { GREEDY_FLOAT32 = 0, GREEDY_FLOAT16, GREEDY_BFLOAT16, GREEDY_FLOAT8_E4M3FN, GREEDY_INT64 };
 
-/* Shape and type of one input, output or constant; tensors are contiguous. */
+/* Shape and type of one input, output or constant. Tensors are contiguous. */
 typedef struct greedy_tensor {
     const char *name;
     int32_t dtype;
@@ -25,31 +25,30 @@ typedef struct greedy_tensor {
     const int64_t *shape;
 } greedy_tensor;
 
-/* A weight in host memory that stays valid, and the same, until the device is closed. */
+/* A weight in host memory, valid and unchanged until the device is closed. */
 typedef struct greedy_constant {
-    greedy_tensor tensor; /* its name is the graph's own */
+    greedy_tensor tensor; /* under the graph's own name */
     const void *data;
 } greedy_constant;
 
 typedef struct greedy_graph_spec {
-    const char *name, *file; /* the stage; the path of the compiled graph */
+    const char *name, *file; /* the graph's name in the manifest; the path of the compiled graph */
     const greedy_tensor *inputs, *outputs;
     size_t input_count, output_count;
     const greedy_constant *constants;
     size_t constant_count;
-    const int32_t *aliases; /* for every output: the input in whose memory it is written, or -1 */
+    const int32_t *aliases; /* per output: the input in whose memory it is written, or -1 */
 } greedy_graph_spec;
 
-/* Device memory; `owner` is the plugin's, NULL where the memory is an input's. Offsets into `data` may be passed
-   wherever an input is. */
+/* Device memory. `owner` belongs to the plugin and is NULL for an input's memory. Inputs may be offsets into `data`. */
 typedef struct greedy_buffer {
     void *data, *owner;
 } greedy_buffer;
 
 typedef struct greedy_device_settings {
     const char *target;      /* of the manifest: cpu-x86_64-avx2, cuda-sm90, ... */
-    const char *version;     /* of the library that compiled the graphs, as the manifest has it, or NULL */
-    const char *library_dir; /* NULL: the environment, then beside the plugin, then the system's search path */
+    const char *version;     /* of the library that compiled the graphs, from the manifest, or NULL */
+    const char *library_dir; /* as greedy_settings has it, or NULL */
     int parallel;
     greedy_log_callback log;
     void *log_cookie;
@@ -64,11 +63,11 @@ typedef struct greedy_plugin {
     void (*unload)(void *device, void *graph);
     int (*allocate)(void *device, size_t bytes, greedy_buffer *buffer, char *error, size_t size); /* zeroed */
     void (*release)(void *device, greedy_buffer buffer);
-    /* Copies of bytes; when one returns, `from` may be reused. */
+    /* Copy bytes; after the call `from` may be reused. */
     int (*upload)(void *device, void *to, const void *from, size_t bytes, char *error, size_t size);
     int (*download)(void *device, void *to, const void *from, size_t bytes, char *error, size_t size);
     int (*copy)(void *device, void *to, const void *from, size_t bytes, char *error, size_t size);
-    /* inputs in the order of the spec; on success every output is a new buffer of the caller's. */
+    /* inputs are in the order of the spec; on success the caller owns every output as a new buffer. */
     int (*run)(void *device, void *graph, void *const *inputs, greedy_buffer *outputs, char *error, size_t size);
 } greedy_plugin;
 

@@ -1,6 +1,6 @@
-// What csrc/plugins/tensorrt.cpp uses of TensorRT 11: the published declarations, and an engine that is a list of
-// tensors. A plan is text, a line a tensor: "in|out NAME TYPE COUNT [ALIASED INPUT]", or "weight NAME"; a run adds 1 to
-// the first float of every output. It is there for the plugin's own code: nothing of TensorRT is tested with it.
+// The part of TensorRT 11 that csrc/plugins/tensorrt.cpp uses: the published declarations over an engine that is a list
+// of tensors. A plan is text, one line per tensor: "in|out NAME TYPE COUNT [ALIASED INPUT]", or "weight NAME". A run
+// adds 1 to the first float of every output. It tests the plugin's own code, nothing of TensorRT.
 #pragma once
 
 #include <cstdint>

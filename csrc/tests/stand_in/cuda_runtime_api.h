@@ -1,5 +1,4 @@
-// What csrc/plugins/tensorrt.cpp uses of the CUDA runtime, on the host: so that the plugin compiles and runs without a
-// GPU.
+// The part of the CUDA runtime that csrc/plugins/tensorrt.cpp uses, on the host: the plugin then runs without a GPU.
 #pragma once
 
 #include <cstdlib>

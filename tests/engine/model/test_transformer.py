@@ -11,7 +11,7 @@ from tiny import CPU, dense, latents_of, reference_of, text_of, transformer
 
 from bench.instruments.parity import model_config
 from engine.config import TransformerConfig
-from engine.model.layers import RMSNorm, dense_attention, rms_norm
+from engine.model.layers import RMSNorm, dense_attention, rms_unit
 from engine.model.rope import rope_tables
 from engine.model.transformer import WanTransformer
 from engine.weights.checkpoint import load_transformer
@@ -214,12 +214,12 @@ def test_rms_norm_uses_the_eps_it_is_given(eps):
     torch.manual_seed(0)
     x = torch.randn(4, 7, 32) * eps**0.5
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
-    assert (rms_norm(x, eps) - exact).abs().max() < 1e-6
+    assert (rms_unit(x, eps) - exact).abs().max() < 1e-6
     norm = RMSNorm(32, eps)
     norm.weight.data = torch.randn(32)
     assert (norm(x) - exact * norm.weight.double()).abs().max() < 1e-6
     other = {1e-6: 1e-5, 1e-5: 1e-6, 1e-2: 1e-6}[eps]
-    assert (rms_norm(x, other) - exact).abs().max() > 1e-2
+    assert (rms_unit(x, other) - exact).abs().max() > 1e-2
 
 
 def test_rms_norm_rounds_before_its_weight():
@@ -234,8 +234,8 @@ def test_rms_norm_rounds_before_its_weight():
 def test_eps_reaches_every_norm():
     model = transformer(0, eps=1e-3)
     found = [m.eps for m in model.modules() if hasattr(m, "eps")]
-    # Three layer norms and four query/key norms a block, and the last one.
-    assert found == [1e-3] * (2 * 7 + 1)
+    # The block's own for two layer norms, one with weights, four of queries and keys; and the last one.
+    assert found == [1e-3] * (2 * 6 + 1)
 
 
 @pytest.mark.parametrize(

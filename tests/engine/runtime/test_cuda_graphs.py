@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from engine.runtime.cuda_graphs import GraphedStages
-from engine.runtime.fused import FusedTransformer
 from engine.runtime.stages import TorchStages
 
 PROMPT, OTHER = "a red circle moving right", "a blue square on gray"
@@ -36,8 +35,7 @@ def stand_in(device):
 
 def fused(pipeline):
     stages = pipeline.stages
-    transformers = {role: FusedTransformer(model) for role, model in stages.models.items()}
-    return TorchStages(stages.models, stages.vae, stages.text_encoder, transformers)
+    return TorchStages(stages.models, stages.vae, stages.text_encoder)
 
 
 def graphed(pipeline):
@@ -108,9 +106,9 @@ def test_a_prompt_switch_and_an_image(pipeline):
     assert np.abs(run(pipeline) - run(graphed(pipeline))).max() <= 1
 
 
-def test_stages_without_fused_kernels_are_refused(pipeline):
-    with pytest.raises(ValueError, match="got stages without fused kernels"):
-        GraphedStages(pipeline.stages)
+def test_eager_stages_are_refused(pipeline):
+    with pytest.raises(ValueError, match="got eager stages"):
+        GraphedStages(TorchStages(pipeline.stages.models, None, None, eager=True))
 
 
 def test_a_decoding_that_fails_ends_the_stream(pipeline, monkeypatch):

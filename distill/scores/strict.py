@@ -1,25 +1,31 @@
-"""The strict evaluator: what a clip shows, read from its pixels and compared with its spec.
+"""The strict scorer of one object on a torus (`sprites`): does a clip show every fact of its caption?
 
-Per frame: the background by majority, the largest torus-connected foreground component, its colour by median, its
-shape by the best soft IoU against drawn templates (at least `IOU_FLOOR`), its centre by a circular mean. Over the
-clip: direction and speed from the trajectory through all frames; one lost frame or one jump loses both.
+Per frame it reads the background by majority, and the largest torus-connected foreground component. Of that it reads
+the colour by median, the shape by the best soft IoU with drawn templates (at least `IOU_FLOOR`), and the centre by a
+circular mean. Over the clip it reads direction and speed from the path through all frames. One lost frame or one jump
+loses both.
 """
 
 import math
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZE, SPEEDS, Spec, coverage, palette
+from distill.scores.pixels import (
+    FOREGROUND_RADIUS,
+    check_video,
+    circular_mean,
+    component_areas,
+    dilate,
+    label_components,
+    read_background,
+)
 
 IOU_FLOOR = 0.6
-BACKGROUND_RADIUS = 0.35  # colour distance within which a pixel is background, when voting
-FOREGROUND_RADIUS = 0.55  # colour distance beyond which a pixel belongs to an object
 COLOUR_RADIUS = 0.6
-MIN_BACKGROUND = 0.4  # share of the frame
 MIN_AREA, MAX_AREA = 30, 400  # pixels of an object
 MIN_SECOND = 12  # pixels of a component that counts as another object
 MAX_FRAGMENTS = 0.15  # area of all other components against the object's
@@ -30,7 +36,7 @@ SPEED_TOLERANCE = 0.25
 
 @dataclass(frozen=True)
 class Scores:
-    """One clip, each in [0, 1]: shares of frames, except for direction, speed and all_right (0 or 1)."""
+    """Scores of one clip in [0, 1]: shares of frames, but direction, speed and all_right are 0 or 1."""
 
     background: float
     one_object: float
@@ -43,7 +49,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class _Objects:
-    """The largest object of every frame of a clip; `found` [T] says where there is one."""
+    """The largest object of every frame of a clip; the rest is meaningful where `found`."""
 
     found: Tensor  # [T] bool
     single: Tensor  # [T] bool
@@ -52,43 +58,9 @@ class _Objects:
     centre: Tensor  # [T, 2] x, y
 
 
-def from_uint8(frames: list[np.ndarray] | np.ndarray) -> Tensor:
-    """uint8 frames [T, 32, 32, 3] -> float video [3, T, 32, 32] in [-1, 1]."""
-    stack = np.asarray(frames)
-    if stack.ndim != 4 or stack.shape[-1] != 3 or stack.dtype != np.uint8:
-        raise ValueError(f"frames: got {stack.dtype} {stack.shape}, expected uint8 [T, H, W, 3]")
-    return torch.from_numpy(stack.copy()).permute(3, 0, 1, 2).float() / 127.5 - 1
-
-
-def _neighbours(mask: Tensor) -> list[Tensor]:
-    return [mask.roll(step, axis) for axis in (-1, -2) for step in (1, -1)]
-
-
-def dilate(mask: Tensor) -> Tensor:
-    """A mask and its 4-neighbours on the torus."""
-    return torch.stack([mask, *_neighbours(mask)]).any(0)
-
-
-def label_components(mask: Tensor) -> Tensor:
-    """Foreground [T, 32, 32] -> labels [T, 32, 32]: 4-neighbour components on the torus, 0 for background."""
-    labels = torch.arange(1, SIZE * SIZE + 1).view(1, SIZE, SIZE) * mask
-    while True:
-        grown = torch.stack([labels, *_neighbours(labels)]).amax(0) * mask
-        if torch.equal(grown, labels):
-            return labels
-        labels = grown
-
-
-def circular_mean(weight: Tensor) -> Tensor:
-    """Centre [T, 2] (x, y) on the torus of non-negative weights [T, 32, 32]."""
-    angle = (torch.arange(SIZE) + 0.5) * 2 * math.pi / SIZE
-    axes = torch.stack([weight.sum(1), weight.sum(2)], 1)  # [T, 2, 32]
-    return torch.atan2((axes * angle.sin()).sum(-1), (axes * angle.cos()).sum(-1)) * SIZE / (2 * math.pi) % SIZE
-
-
 @cache
 def _templates() -> Tensor:
-    """Drawn objects with their centroid at (16, 16): [shapes, radii, 32, 32]."""
+    """Centre y, radius and shape of drawings whose centroid lies at (16, 16): each [shapes, radii, 1, 1]."""
     radii = torch.arange(5.5, 9.51, 0.5).view(1, -1, 1, 1)
     shapes = torch.arange(len(SHAPES)).view(-1, 1, 1, 1)
     middle = torch.tensor(SIZE / 2)
@@ -100,7 +72,7 @@ def _templates() -> Tensor:
 
 
 def _shape_ious(cover: Tensor, centre: Tensor) -> Tensor:
-    """Best soft IoU over radii of an object's coverage [T, 32, 32] with every shape at its centre -> [T, shapes]."""
+    """Best soft IoU, over radii, of an object's coverage [T, 32, 32] with every shape at its centre: [T, shapes]."""
     y, radius, shape = _templates()  # each [shapes, radii, 1, 1]
     x = centre[:, 0].view(-1, 1, 1, 1, 1)
     drawn = coverage(x, y + (centre[:, 1] - SIZE / 2).view(-1, 1, 1, 1, 1), radius, shape)
@@ -108,25 +80,12 @@ def _shape_ious(cover: Tensor, centre: Tensor) -> Tensor:
     return (torch.minimum(drawn, cover).sum((-1, -2)) / torch.maximum(drawn, cover).sum((-1, -2))).amax(-1)
 
 
-def read_background(video: Tensor) -> tuple[Tensor, int]:
-    """Per frame the background index (-1 where none covers enough) [T], and the clip's majority."""
-    colours = palette(BACKGROUNDS)
-    distance, nearest = torch.cdist(video.permute(1, 2, 3, 0).reshape(-1, 3), colours).min(1)
-    votes = torch.nn.functional.one_hot(nearest, len(colours)) * (distance < BACKGROUND_RADIUS)[:, None]
-    votes = votes.view(video.shape[1], -1, len(colours)).sum(1)  # [T, backgrounds]
-    covered, frame = votes.max(1)
-    frame = torch.where(covered > MIN_BACKGROUND * SIZE * SIZE, frame, -1)
-    return frame, int(votes.sum(0).argmax())
-
-
 def _objects(video: Tensor, background: int) -> _Objects:
-    """Find and measure the largest object in every frame of a video [3, T, 32, 32]."""
+    """Find and measure the largest object of every frame of a video [3, T, 32, 32]."""
     ground = palette(BACKGROUNDS)[background].view(3, 1, 1, 1)
     labels = label_components((video - ground).square().sum(0).sqrt() > FOREGROUND_RADIUS)
     frames = labels.shape[0]
-    areas = torch.zeros(frames, SIZE * SIZE + 1, dtype=torch.long)
-    areas.scatter_add_(1, labels.flatten(1), torch.ones_like(labels.flatten(1)))
-    areas[:, 0] = 0
+    areas = component_areas(labels)
     area, largest = areas.max(1)
     found = (area >= MIN_AREA) & (area <= MAX_AREA)
     others = areas.sum(1) - area
@@ -153,7 +112,7 @@ def _objects(video: Tensor, background: int) -> _Objects:
 
 
 def _motion(objects: _Objects) -> tuple[str | None, float]:
-    """Direction of a steady motion through all frames (None if there is none) and its pixels per frame."""
+    """Direction of a steady motion through all frames (None without one), and its pixels per frame."""
     if not bool(objects.found.all()) or len(objects.centre) < 2:
         return None, 0.0
     steps = (objects.centre[1:] - objects.centre[:-1] + SIZE / 2) % SIZE - SIZE / 2
@@ -167,10 +126,8 @@ def _motion(objects: _Objects) -> tuple[str | None, float]:
 
 
 def evaluate(video: Tensor, spec: Spec) -> Scores:
-    """Score one clip, float [3, T, 32, 32] in [-1, 1], against what its caption says."""
-    if video.ndim != 4 or video.shape[0] != 3 or video.shape[2:] != (SIZE, SIZE):
-        raise ValueError(f"video: got {tuple(video.shape)}, expected (3, T, {SIZE}, {SIZE})")
-    video = video.float().clamp(-1, 1)
+    """Score one clip, float [3, T, 32, 32] in [-1, 1], against its caption."""
+    video = check_video(video)
     grounds, background = read_background(video)
     objects = _objects(video, background)
     direction, pace = _motion(objects)

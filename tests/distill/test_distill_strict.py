@@ -1,4 +1,4 @@
-"""The evaluator gives truth full marks, and every corruption loses exactly where it should."""
+"""The strict scorer gives truth full marks, and every kind of damage costs exactly the facts it touches."""
 
 import dataclasses
 
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, Spec, render, sample
-from distill.scores.evaluator import aggregate, evaluate, from_uint8
+from distill.scores.pixels import from_uint8
+from distill.scores.strict import aggregate, evaluate
 
 FRAMES = 33
 NAMES = ("background", "one_object", "colour", "shape", "direction", "speed", "all_right")

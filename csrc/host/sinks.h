@@ -1,0 +1,41 @@
+// Where greedy-host writes frames: y4m, raw RGB, an ffmpeg process, a checksum, nowhere.
+//
+//     auto sink = open_sink("out.y4m", "", width, height, fps);
+//     sink->write(frame->data);  // for every frame
+//     sink->close();
+//
+// Functions throw greedy::StatusError ("what: got X, expected Y"). A sink belongs to one thread at a time.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+namespace greedy::host {
+
+// The reader at the other end of standard output has gone: an ordinary way for a stream to end.
+class OutputClosed : public std::runtime_error {
+  public:
+    using std::runtime_error::runtime_error;
+};
+
+class FrameSink {
+  public:
+    // Without close before it, nothing that was written is kept.
+    virtual ~FrameSink() = default;
+    // One RGB frame, tightly packed.
+    virtual void write(const std::uint8_t* rgb) = 0;
+    // Gives the whole output its name. A stream without frames leaves no output.
+    virtual void close() = 0;
+    // sha256 of all frames where the target was `checksum`, else empty; after close.
+    virtual std::string digest() const { return {}; }
+};
+
+// `null` counts, `checksum` hashes, `-` is stdout in `format` ("y4m" if empty, or "rgb"). Any other target is a file,
+// and its suffix decides: .y4m, .rgb, or what an ffmpeg in PATH writes (.mp4, .mkv, .webm, .mov). A file grows as
+// `.<name>.part` beside its name. OutputClosed is only thrown in a program that ignores SIGPIPE.
+std::unique_ptr<FrameSink> open_sink(const std::string& target, const std::string& format, int width, int height,
+                                     double fps);
+
+}  // namespace greedy::host

@@ -1,0 +1,87 @@
+"""FP8 for the large products of the blocks: e4m3 weights, one scale per output channel; activations, one per token."""
+
+import copy
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from kernels.fp8_linear import fp8_linear
+from kernels.quantize import quantize_per_channel, quantize_per_token
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Fp8Linear(nn.Module):
+    """Stands for a Linear: y = x W^T + b with weight e4m3 [N, K], scale float32 [N, 1], bias [N] as it was."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        values, scale = quantize_per_channel(weight.detach())
+        self.register_buffer("weight", values)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, n, K] -> [B, n, N]"""
+        values, scales = quantize_per_token(x)
+        return self.product(values, scales, len(x))
+
+    def product(self, values: Tensor, scales: Tensor, batch: int) -> Tensor:
+        """Of an activation that a kernel has quantised: e4m3 [B * n, K] and scales [B * n, 1] -> [B, n, N]."""
+        return fp8_linear(values, scales, self.weight, self.scale, self.bias).unflatten(0, (batch, -1))
+
+
+def linear_of(linear: nn.Module, plain: Callable[..., Tensor], quantize: Callable[..., Any], *args: Any) -> Tensor:
+    """linear(plain(*args)); where the linear is in FP8, `quantize` does the same and quantises on its way."""
+    if isinstance(linear, Fp8Linear):
+        values, scales = quantize(*args)
+        return linear.product(values, scales, len(args[0]))  # the first argument is the activation [B, n, ...]
+    return linear(plain(*args))
+
+
+def same(x: Tensor) -> Tensor:
+    """For `linear_of`, where nothing stands between the activation and its product."""
+    return x
+
+
+def to_fp8(model: M, keep: Sequence[str], role: str) -> M:
+    """A twin of a WanTransformer with FP8 products. It shares every other weight, and holds no second copy of these.
+
+    Products whose name fits a pattern of `keep`, with its role (`sdd.blocks.3.ffn.net.2`) or without, stay as they
+    are; q, k and v of self-attention are one product.
+    """
+    model = twin(model)
+
+    def wanted(names: list[str]) -> bool:
+        return not any(fnmatchcase(n, p) or fnmatchcase(f"{role}.{n}", p) for n in names for p in keep)
+
+    def replace(owner: nn.Module, leaf: str, name: str) -> None:
+        if wanted([name]):
+            linear: Any = getattr(owner, leaf)
+            setattr(owner, leaf, Fp8Linear(linear.weight, linear.bias))
+
+    blocks: Any = model.blocks
+    for number, block in enumerate(blocks):
+        name = f"blocks.{number}"
+        if wanted([f"{name}.attn1.to_{part}" for part in "qkv"]):
+            block.attn1.join(Fp8Linear(*block.attn1.joined_weights()))
+        replace(block.attn1.to_out, "0", f"{name}.attn1.to_out.0")
+        replace(block.attn2, "to_q", f"{name}.attn2.to_q")
+        replace(block.attn2.to_out, "0", f"{name}.attn2.to_out.0")
+        replace(block.ffn.net[0], "proj", f"{name}.ffn.net.0.proj")
+        replace(block.ffn.net, "2", f"{name}.ffn.net.2")
+    return model
+
+
+def twin(module: M) -> M:
+    """A copy of the structure whose parameters and buffers are the original's."""
+    made = copy.copy(module)
+    made._modules = {name: child and twin(child) for name, child in module._modules.items()}
+    made._buffers, made._parameters = dict(module._buffers), dict(module._parameters)
+    return made

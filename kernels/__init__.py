@@ -1,1 +1,0 @@
-"""One operation a file: PyTorch reference, kernels, checked wrapper; `table` chooses. Knows torch and triton."""
