@@ -18,24 +18,26 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+if TYPE_CHECKING:  # pydantic is imported where a value needs it: plain options do without
+    from pydantic import ValidationError
 
 Options = TypeVar("Options")
 
 
 def option(
     default: Any = MISSING, help: str = "", *, metavar: str | tuple[str, ...] | None = None,
-    choices: Iterable[str] | None = None, exclusive: str = "",
+    choices: Iterable[str] | None = None, exclusive: str = "", positional: bool = False,
 ) -> Any:  # fmt: skip
     """A dataclass field with what `--help` says of it. Without a default the option is required.
 
-    choices    the values that a text may have; a Literal type needs none
-    exclusive  options that share this word cannot be used together
+    choices     the values that a text, or each text of a tuple, may have; a Literal type needs none
+    exclusive   options that share this word cannot be used together
+    positional  on the command line the value stands without --NAME
     """
     about = {"help": help, "metavar": metavar, "choices": tuple(choices) if choices else None, "exclusive": exclusive}
-    return field(default=default, metadata=about)
+    return field(default=default, metadata=about | {"positional": positional})
 
 
 def read(kind: type[Options], values: Mapping[str, Any], what: str) -> Options:
@@ -48,8 +50,8 @@ def read(kind: type[Options], values: Mapping[str, Any], what: str) -> Options:
     typed = {}
     for name, value in values.items():
         typed[name] = _typed(hints[name], value, f"{what}: {name}")
-        choices = about[name].get("choices")
-        if choices and typed[name] not in choices:
+        choices, got = about[name].get("choices"), typed[name]
+        if choices and not all(one in choices for one in (got if isinstance(got, tuple) else [got])):
             raise ValueError(f"{what}: {name}: got {value!r}, expected one of {', '.join(choices)}")
     required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
     if missing := [name for name in required if name not in typed]:
@@ -122,7 +124,7 @@ def add_options(
         key, group = f.metadata.get("exclusive"), where
         if key:
             group = exclusive[key] = exclusive.get(key) or where.add_mutually_exclusive_group()
-        group.add_argument("--" + f.name.replace("_", "-"), **_argument(f, hints[f.name], defaults))
+        group.add_argument(_spelled(f), **_argument(f, hints[f.name], defaults))
 
 
 def chosen(args: argparse.Namespace, kind: type) -> dict[str, Any]:
@@ -135,8 +137,32 @@ def options_of(args: argparse.Namespace, kind: type[Options]) -> Options:
     return kind(**chosen(args, kind))
 
 
+def command_line(options: Any) -> list[str]:
+    """The arguments that `options_of` reads as these options; defaults are left out."""
+    found: list[str] = []
+    for f in fields(options):
+        name, value = _spelled(f), getattr(options, f.name)
+        if value is None or value == f.default:
+            continue
+        if f.metadata.get("positional"):
+            found.append(str(value))
+        elif isinstance(value, bool):
+            found.append(name if value else name.replace("--", "--no-", 1))
+        else:
+            for one in value if isinstance(value, tuple) else [value]:
+                found += [name, *map(str, one if isinstance(one, tuple) else [one])]
+    return found
+
+
+def _spelled(f: "Field[Any]") -> str:
+    """A field's name on the command line."""
+    return f.name if f.metadata.get("positional") else "--" + f.name.replace("_", "-")
+
+
 def _typed(hint: Any, value: Any, what: str) -> Any:
     """A plain value as a field's type. Numbers are not made of texts; lists become tuples, texts become paths."""
+    from pydantic import TypeAdapter, ValidationError
+
     adapter = TypeAdapter(hint)
     try:
         # JSON rules are the strict ones that still know no tuples and no paths.
@@ -152,14 +178,19 @@ def _argument(f: "Field[Any]", hint: Any, defaults: bool) -> dict[str, Any]:
     if defaults and not any(default is empty for empty in (None, MISSING, (), "", False, True)):
         help = f"{help} ({default})".strip()
     arguments: dict[str, Any] = {"help": help.replace("%", "%%"), "default": argparse.SUPPRESS}
-    if default is MISSING and f.default_factory is MISSING:
+    required = default is MISSING and f.default_factory is MISSING
+    if f.metadata.get("positional"):
+        # Python 3.11 would look for SUPPRESS among the choices.
+        arguments = {"help": arguments["help"]} | ({} if required else {"nargs": "?", "default": default})
+    elif required:
         arguments["required"] = True
     core = _core(hint)
     if core is bool:
         return arguments | {"action": "store_true" if default is False else argparse.BooleanOptionalAction}
     choices = get_args(core) if get_origin(core) is Literal else about.get("choices")
     if choices:
-        return arguments | {"choices": choices}
+        several = {"action": _Append} if get_origin(core) is tuple else {}
+        return arguments | several | {"choices": choices}
     metavar = about.get("metavar")
     if get_origin(core) is tuple and not _annotated(hint):  # given several times, or once for each place
         inner = get_args(core)[0]
@@ -168,6 +199,9 @@ def _argument(f: "Field[Any]", hint: Any, defaults: bool) -> dict[str, Any]:
             arguments["nargs"], inner = len(get_args(inner)), get_args(inner)[0]
         return arguments | {"type": _reader(inner), "metavar": metavar or "VALUE"}
     return arguments | {"type": _reader(hint), "metavar": metavar or getattr(core, "__name__", "value").upper()}
+
+
+_PLAIN: dict[Any, str] = {int: "a valid integer", float: "a valid number", str: "a text", Path: "a path"}
 
 
 class _Append(argparse.Action):
@@ -194,6 +228,19 @@ def _annotated(hint: Any) -> bool:
 
 def _reader(hint: Any) -> Any:
     """What argparse calls on an option's text."""
+    core = _core(hint)
+    if core in _PLAIN and not _annotated(hint):
+
+        def plain(text: str) -> Any:
+            try:
+                return core(text)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"got {text!r}, expected {_PLAIN[core]}") from None
+
+        return plain
+
+    from pydantic import TypeAdapter, ValidationError
+
     adapter = TypeAdapter(hint)
 
     def convert(text: str) -> Any:
@@ -205,7 +252,7 @@ def _reader(hint: Any) -> Any:
     return convert
 
 
-def _told(what: str, value: Any, error: ValidationError) -> str:
+def _told(what: str, value: Any, error: "ValidationError") -> str:
     """'WHAT: got VALUE, expected ...' of a failed validation."""
     first = error.errors(include_url=False)[0]
     reason = first.get("ctx", {}).get("error")

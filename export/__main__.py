@@ -1,27 +1,52 @@
 """python -m export: a model and a preset -> a bundle that runs without them.
 
 python -m export --out BUNDLE [--model DIR] [--preset NAME] [--backend NAME]...   write
-python -m export inspect BUNDLE                                                   what is inside
-python -m export verify BUNDLE [--backend NAME]...                                hashes, then the golden frames again
+python -m export inspect BUNDLE                                                   list the content
+python -m export verify BUNDLE [--backend NAME]...                                check hashes, replay the golden frames
 
 tensorrt is written against TensorRT 11 and was not executed by us (docs/tensorrt.md).
-A bundle with aoti or tensorrt holds machine code, which whoever opens it runs: take one only from where you would take
-a program.
+A bundle with aoti or tensorrt holds machine code, which runs when the bundle is opened. Open such a bundle only if you
+would run a program from the same source.
 """
 
-import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from engine.bundles.manifest import read_manifest
+from engine.bundles.registry import BACKENDS
 from engine.loader import EMBEDDED, load, settings_of
+from engine.options import Parser, add_options, option, options_of
 from engine.runtime.device import PRECISIONS
 from engine.stream import Pipeline
-from export.calibrate import calibrate, read_calibration
+from export.calibrate import DEFAULT_PROMPT, Source, calibrate, read_calibration
 from export.fp8 import GRANULARITIES, Recipe, quantize
 from export.tensorrt import BuildOptions
-from export.tensorrt_onnx import ATTENTIONS
 from export.write import COUNTED, TOLERANCE, verify_bundle, write_bundle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Source):
+    what: Literal["write", "inspect", "verify"] = option("write", "what to do", positional=True)
+    bundle: Path | None = option(None, "for inspect and verify", metavar="BUNDLE", positional=True)
+    out: Path | None = option(None, "new directory to write", metavar="BUNDLE")
+    checkpoint: Path | None = option(None, "transformer weights instead of the directory's", metavar="FILE")
+    adapter: tuple[Path, ...] = option((), "PEFT LoRA folder to merge; may be repeated", metavar="PATH")
+    backend: tuple[str, ...] = option(
+        (), "may be repeated: one bundle for several, the first is its default (onnx)", choices=BACKENDS
+    )
+    precision: str = option("fp32", "of the graphs", choices=PRECISIONS)
+    fp8_activations: str = option(
+        "tensor", "one calibrated scale per tensor, or one scale per token found at run time (not for tensorrt)",
+        choices=GRANULARITIES,
+    )  # fmt: skip
+    calibration: Path | None = option(None, "from export.calibrate, or ModelOpt's amax", metavar="FILE")
+    device: Literal["cpu", "cuda"] = option("cpu", "what aoti compiles for")
+    reuse: Path | None = option(None, "copy its compiled graphs where nothing changed", metavar="BUNDLE")
+    prompt: str = option(DEFAULT_PROMPT, "of the golden frames", metavar="TEXT")
+    seed: int = option(0, "of the golden frames (0)")
 
 
 def _inspect(folder: Path) -> int:
@@ -39,7 +64,7 @@ def _inspect(folder: Path) -> int:
     return 0
 
 
-def _verify(folder: Path, backends: list[str]) -> int:
+def _verify(folder: Path, backends: Sequence[str]) -> int:
     worst = verify_bundle(folder, backends)
     precision = read_manifest(folder).precision
     allowed, counted = TOLERANCE[precision], COUNTED[precision]
@@ -49,80 +74,50 @@ def _verify(folder: Path, backends: list[str]) -> int:
     return 0 if max(worst.values()) <= allowed else 1
 
 
-def _export(args: argparse.Namespace) -> int:
-    if args.out is None:
+def _export(options: Options, plans: BuildOptions) -> int:
+    if options.out is None:
         raise ValueError("export: got no --out, expected a new directory")
-    folder = args.model or EMBEDDED
-    tokenizer, backends = folder / "tokenizer", args.backend or ["onnx"]
-    fp8, around = args.precision == "fp8", "fp32" if "onnx" in backends else "bf16"  # what is not FP8
+    folder = options.model or EMBEDDED
+    tokenizer, backends = folder / "tokenizer", options.backend or ("onnx",)
+    fp8, around = options.precision == "fp8", "fp32" if "onnx" in backends else "bf16"  # around: all that is not FP8
     pipeline = load(
-        args.model, preset=args.preset, checkpoint=args.checkpoint, adapters=args.adapter, device=args.device,
-        dtype=around if fp8 else args.precision, height=args.height, width=args.width,
+        options.model, preset=options.preset, checkpoint=options.checkpoint, adapters=options.adapter,
+        device=options.device, dtype=around if fp8 else options.precision, height=options.height, width=options.width,
     )  # fmt: skip
-    pipeline = _quantized(pipeline, args, settings_of(folder)["fp8_keep"]) if fp8 else pipeline
-    if args.attention == "plugin_fp8" and not fp8:
-        raise ValueError(f"--attention: got plugin_fp8 with --precision {args.precision}, expected fp8 with it")
-    plans = BuildOptions(args.attention, strip=args.strip, timing_cache=args.timing_cache)
-    for line in write_bundle(pipeline, args.out, tokenizer, args.prompt, args.seed, backends, args.reuse, plans):
+    pipeline = _quantized(pipeline, options, settings_of(folder)["fp8_keep"]) if fp8 else pipeline
+    if plans.attention == "plugin_fp8" and not fp8:
+        raise ValueError(f"--attention: got plugin_fp8 with --precision {options.precision}, expected fp8 with it")
+    lines = write_bundle(
+        pipeline, options.out, tokenizer, options.prompt, options.seed, backends, options.reuse, plans
+    )  # fmt: skip
+    for line in lines:
         print(line, file=sys.stderr)
-    print(args.out)
+    print(options.out)
     return 0
 
 
-def _quantized(pipeline: Pipeline, args: argparse.Namespace, keep: list[str]) -> Pipeline:
-    recipe, amax = Recipe(args.fp8_activations, tuple(keep)), None
-    if args.calibration is not None:
-        amax = read_calibration(args.calibration)
+def _quantized(pipeline: Pipeline, options: Options, keep: list[str]) -> Pipeline:
+    recipe, amax = Recipe(options.fp8_activations, tuple(keep)), None
+    if options.calibration is not None:
+        amax = read_calibration(options.calibration)
     elif recipe.activations == "tensor":
         print("calibrating on --prompt alone (export.calibrate takes more)", file=sys.stderr)
-        amax = calibrate(pipeline, [args.prompt], seeds=(0, 1))
+        amax = calibrate(pipeline, [options.prompt], seeds=(0, 1))
     return quantize(pipeline, recipe, amax)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", nargs="?", choices=("write", "inspect", "verify"), default="write")
-    parser.add_argument("bundle", nargs="?", type=Path, help="for inspect and verify")
-    parser.add_argument("--out", type=Path, metavar="BUNDLE", help="new directory to write")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="pipeline directory (default: the embedded model)")
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="transformer weights instead of the directory's"
-    )
-    parser.add_argument("--adapter", type=Path, action="append", default=[], metavar="PATH")
-    parser.add_argument("--preset", metavar="NAME|FILE.toml")
-    parser.add_argument(
-        "--backend", choices=("onnx", "aoti", "tensorrt"), action="append", default=[],
-        help="may be repeated: one bundle for several, the first is its default (onnx)",
-    )  # fmt: skip
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    parser.add_argument(
-        "--fp8-activations", choices=GRANULARITIES, default="tensor",
-        help="one scale a tensor, calibrated, or one a token, found as it goes (not for tensorrt)",
-    )  # fmt: skip
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="from export.calibrate, or ModelOpt's amax")
-    parser.add_argument(
-        "--attention", choices=ATTENTIONS, default="native",
-        help="tensorrt: its own, or our kernel as a plugin (plugin_fp8: on FP8 caches)",
-    )  # fmt: skip
-    parser.add_argument("--strip", action="store_true", help="tensorrt: weights outside the plans, shared")
-    parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="tensorrt: kernels measured before")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what aoti compiles for (cpu)")
-    parser.add_argument("--reuse", type=Path, metavar="BUNDLE", help="copy its compiled graphs where nothing changed")
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
-    parser.add_argument(
-        "--prompt", default="a red circle moving right slowly on a gray background", help="of the golden frames"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the golden frames")
+    parser = Parser(prog="python -m export", description=__doc__)
+    add_options(parser, Options)
+    add_options(parser, BuildOptions, "tensorrt", skip=["level"])
     args = parser.parse_args(argv)
+    options = options_of(args, Options)
     try:
-        if args.what == "write":
-            return _export(args)
-        if args.bundle is None:
-            raise ValueError(f"{args.what}: got no bundle, expected a directory")
-        return _inspect(args.bundle) if args.what == "inspect" else _verify(args.bundle, args.backend)
+        if options.what == "write":
+            return _export(options, options_of(args, BuildOptions))
+        if options.bundle is None:
+            raise ValueError(f"{options.what}: got no bundle, expected a directory")
+        return _inspect(options.bundle) if options.what == "inspect" else _verify(options.bundle, options.backend)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,8 @@
 """Program -> a shared object of AOTInductor, loadable through its C ABI by a host without Python.
 
-Weights stay outside (the host binds them, shared by all graphs), but those of the VAE on a CPU: there the compiler may
-fold and re-order them. Both at once, freezing with weights outside, crashes when run, so there is no such option.
+Weights stay outside: the host binds them, and all graphs share them. Only the VAE's weights on a CPU lie inside, where
+the compiler may fold and re-order them. Frozen graphs with weights outside crash at run time, so there is no such
+option.
 """
 
 import hashlib
@@ -21,8 +22,8 @@ from torch.fx.graph import CodeGen
 from engine.bundles.aoti import open_object, signature, target_of
 from export.program import Program
 
-# x86-64-v3 whatever the machine that compiles has, so that the bundle runs on more than its twin; no debug information,
-# which would hold paths. The wrapper only calls kernels: optimising it costs a third of the time and gains nothing.
+# x86-64-v3 on every compiling machine, so that the bundle also runs on other processors. No debug information, which
+# would hold paths. The wrapper only calls kernels: optimising it takes a third of the time and gains nothing.
 OPTIONS = {
     "aot_inductor.compile_wrapper_opt_level": "O0",
     "aot_inductor.enable_frame_pointer": False,
@@ -34,10 +35,10 @@ OPTIONS = {
 
 
 def source_of(program: Program, device: torch.device) -> str:
-    """sha256 of what the compiler sees: program, shapes, options, versions; values only where they are frozen."""
-    told = [torch.__version__, target_of(device), _options(program, device)]
-    told += [spec.model_dump() for spec in (*program.inputs, *program.outputs)]
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    """sha256 of the compiler's input: program, shapes, options, versions; of values only where they are frozen."""
+    settings = [torch.__version__, target_of(device), _options(program, device)]
+    settings += [spec.model_dump() for spec in (*program.inputs, *program.outputs)]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(program.text.encode())
     if _frozen(program, device):
         for value in program.constants.values():
@@ -46,18 +47,18 @@ def source_of(program: Program, device: torch.device) -> str:
 
 
 def compile_program(program: Program, device: torch.device, file: Path) -> None:
-    """Write the shared object. Ten seconds to minutes. ValueError where it would need Python to run."""
+    """Write the shared object, in ten seconds to minutes. Raises ValueError where it would need Python to run."""
     for node in program.traced.graph.nodes:
         if isinstance(node.target, OpOverload) and node.target.namespace not in ("aten", "prims", "higher_order"):
             raise ValueError(f"aoti: {program.graph.name}: got operator {node.target}, expected torch's own only")
     module = program.traced.module(check_guards=False)
-    for name, value in program.traced.constants.items():  # plain attributes would lose their names
+    for name, value in program.traced.constants.items():  # constants that are plain attributes would lose their names
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         if leaf not in owner._buffers:
             delattr(owner, leaf)
             owner.register_buffer(leaf, value)
-    module.graph._codegen = CodeGen()  # flat inputs and outputs, no trees of them
+    module.graph._codegen = CodeGen()  # inputs and outputs are flat, not trees
     module.recompile()
     outside = {} if _frozen(program, device) else program.constants
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
@@ -72,7 +73,7 @@ def compile_program(program: Program, device: torch.device, file: Path) -> None:
 
 
 def constants_of(program: Program, device: torch.device, file: Path) -> dict[str, Tensor]:
-    """The shared object's own names for the constants that it leaves outside -> their values."""
+    """{name in the shared object: value} of the constants that stay outside."""
     if _frozen(program, device):
         return {}
     names: dict[str, str] = open_object(file, device).get_constant_names_to_original_fqns()

@@ -1,21 +1,22 @@
-"""Largest input magnitude of every linear that can be FP8, seen while the model itself streams.
+"""Largest input magnitude of every linear that can be FP8, observed while the model streams.
 
     python -m export.calibrate --out amax.json [--model DIR] [--prompts FILE] [--seeds 2] [--chunks 12]
 
 `python -m export --precision fp8 --calibration amax.json` uses it.
 """
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from engine.loader import load
+from engine.options import Parser, add_options, option, options_of
 from engine.runtime.device import DTYPES
 from engine.stream import Pipeline
 from export.fp8 import quantizable, replace_linears
@@ -23,8 +24,28 @@ from export.fp8 import quantizable, replace_linears
 DEFAULT_PROMPT = "a red circle moving right slowly on a gray background"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Options: which model streams, under which preset, at which size."""
+
+    model: Path | None = option(None, "pipeline directory; default: the embedded model", metavar="DIR")
+    preset: str | None = option(None, "default: the model's own", metavar="NAME|FILE.toml")
+    height: int | None = option(None, "pixels; default: the model's own")
+    width: int | None = option(None, "pixels; default: the model's own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Source):
+    out: Path = option(help="where amax is written", metavar="FILE.json")
+    precision: str = option("fp32", "in which the model streams", choices=DTYPES)
+    prompts: Path | None = option(None, "one per line; default: one for the embedded model", metavar="FILE")
+    seeds: int = option(2, "streams per prompt")
+    chunks: int = option(12, "latent chunks per stream")
+    percentile: float = option(100.0, "100 is the maximum")
+
+
 class _Observer(nn.Module):
-    """A linear that remembers the largest magnitude, or a percentile of it, of what it was given."""
+    """A linear that remembers the largest magnitude of its inputs, or the largest percentile of one call."""
 
     def __init__(self, linear: nn.Linear, percentile: float) -> None:
         super().__init__()
@@ -42,7 +63,7 @@ def calibrate(
 ) -> dict[str, float]:
     """{ROLE.blocks.N.NAME: amax} over streams of `chunks` latent chunks for every prompt and seed.
 
-    percentile 100 is the maximum; less is taken within each call, and the largest over the calls is kept.
+    percentile 100 is the maximum. A smaller one is taken within each call, and the largest over all calls is kept.
     """
     if not 0 < percentile <= 100:
         raise ValueError(f"calibrate: got percentile {percentile}, expected more than 0, at most 100")
@@ -75,8 +96,8 @@ def write_calibration(amax: dict[str, float], path: Path) -> None:
 def read_calibration(path: Path) -> dict[str, float]:
     """amax from our JSON, or from a ModelOpt state dict: a .safetensors, or a .pt of tensors only.
 
-    There it is NAME.input_quantizer._amax. Names without a role hold for every role. Raises FileNotFoundError or
-    ValueError.
+    ModelOpt calls it NAME.input_quantizer._amax. A name without a role holds for every role. Raises FileNotFoundError
+    or ValueError.
     """
     if not path.is_file():
         raise FileNotFoundError(f"calibration: got no file {path}, expected one")
@@ -97,7 +118,7 @@ def _from_json(path: Path) -> object:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: got no JSON, expected a calibration ({error})") from None
     if not isinstance(content, dict) or content.get("format") != "greedy-amax":
-        raise ValueError(f"{path}: got no format greedy-amax, expected what export.calibrate writes")
+        raise ValueError(f"{path}: got no format greedy-amax, expected a file of export.calibrate")
     return content.get("amax")
 
 
@@ -108,7 +129,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # every kind of damage has its own
+    except Exception as error:  # each kind of damage raises another one
         raise ValueError(f"{path}: got no state dict of tensors, expected one ({str(error)[:100]})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got {type(content).__name__}, expected a state dict")
@@ -117,7 +138,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _checked(path: Path, amax: object) -> dict[str, float]:
     if not isinstance(amax, dict) or not amax:
-        raise ValueError(f"{path}: got no amax, expected one a linear")
+        raise ValueError(f"{path}: got no amax, expected one per linear")
     for name, value in amax.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise ValueError(f"{path}: {name}: got amax {value!r}, expected a finite number")
@@ -125,33 +146,24 @@ def _checked(path: Path, amax: object) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m export.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="pipeline directory (default: the embedded model)")
-    parser.add_argument("--preset", metavar="NAME|FILE.toml")
-    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="in which the model streams")
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: one for the embedded model)")
-    parser.add_argument("--seeds", type=int, default=2, help="streams a prompt")
-    parser.add_argument("--chunks", type=int, default=12, help="latent chunks a stream")
-    parser.add_argument("--percentile", type=float, default=100.0, help="100 is the maximum")
-    args = parser.parse_args(argv)
+    parser = Parser(prog="python -m export.calibrate", description=__doc__)
+    add_options(parser, Options)
+    options = options_of(parser.parse_args(argv), Options)
     try:
         prompts = [DEFAULT_PROMPT]
-        if args.prompts is not None:
-            prompts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if options.prompts is not None:
+            lines = options.prompts.read_text(encoding="utf-8").splitlines()
+            prompts = [line.strip() for line in lines if line.strip()]
         pipeline = load(
-            args.model, preset=args.preset, device="cpu", dtype=args.precision, height=args.height, width=args.width
-        )
-        amax = calibrate(pipeline, prompts, range(args.seeds), args.chunks, args.percentile)
-        write_calibration(amax, args.out)
+            options.model, preset=options.preset, device="cpu", dtype=options.precision, height=options.height,
+            width=options.width,
+        )  # fmt: skip
+        amax = calibrate(pipeline, prompts, range(options.seeds), options.chunks, options.percentile)
+        write_calibration(amax, options.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(args.out)
+    print(options.out)
     return 0
 
 

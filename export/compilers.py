@@ -24,32 +24,32 @@ from export.tensorrt_onnx import spell_for_tensorrt
 
 
 class Compiler(ABC):
-    """Makes one file of one traced stage."""
+    """Makes one file of one traced graph."""
 
     backend: str
     target: str
     suffix: str
-    in_place = False  # graphs write their caches where they lie
+    in_place = False  # whether graphs write their caches in place
 
     @property
     @abstractmethod
     def versions(self) -> dict[str, str]:
-        """Of the packages that the result depends on."""
+        """Versions of the packages that the result depends on."""
 
     @abstractmethod
     def write(self, program: Program, file: Path) -> dict[str, Tensor]:
-        """Compile into `file`; returns the constants that it leaves outside, by the names that it knows them by."""
+        """Compile into `file`. Returns the constants that stay outside, by the names that the file uses."""
 
     def signature(self, program: Program) -> tuple[list[TensorSpec], list[TensorSpec]]:
-        """Inputs and outputs of what `write` makes."""
+        """Inputs and outputs of the graph that `write` makes."""
         return program.inputs, program.outputs
 
     def source(self, program: Program) -> str | None:
-        """sha256 of what decides the result; None where making it again is quick enough."""
+        """sha256 of everything that decides the result; None where compiling again is quick enough."""
         return None
 
     def adopt(self, program: Program, file: Path) -> dict[str, Tensor]:
-        """As `write`, of a file that was made of a program with the same source."""
+        """Like `write`, for a file that was already made from a program with the same source."""
         raise NotImplementedError
 
 
@@ -65,7 +65,7 @@ class OnnxCompiler(Compiler):
         return {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript")}
 
     def write(self, program: Program, file: Path) -> dict[str, Tensor]:
-        # The exporter takes a traced program where it takes a module, and need not trace again.
+        # The exporter also takes a traced program, and then does not trace again.
         made = to_onnx(replace(program.graph, module=cast(nn.Module, program.traced)))
         file.write_bytes(made.model.SerializeToString())
         return {name: _tensor(value) for name, value in made.weights.items()}
@@ -155,7 +155,7 @@ def compiler_of(backend: str, device: torch.device, plans: BuildOptions | None =
 
 
 def _tensor(value: np.ndarray) -> Tensor:
-    """numpy has no bfloat16 and no FP8 of its own; torch does not know those of ml_dtypes."""
+    """A numpy array as a tensor. torch does not know bfloat16 and FP8 of ml_dtypes, so their bytes are viewed."""
     foreign = {ml_dtypes.bfloat16: torch.bfloat16, ml_dtypes.float8_e4m3fn: torch.float8_e4m3fn}
     dtype = foreign.get(value.dtype.type)
     value = np.ascontiguousarray(value)

@@ -1,9 +1,9 @@
 """FP8 for the linears of the transformer blocks: e4m3 weights and activations; everything else stays as it is.
 
-A quantised pipeline is a pipeline like any other, whose chosen linears are `LinearFP8`. Their operator computes in
-PyTorch what the exported graph will compute: export.onnx_graph spells it as QuantizeLinear and DequantizeLinear.
-Embeddings, time and text embedders, W_c, norms and proj_out lie outside the blocks and are never quantised; the text's
-keys and values are made once a prompt, so they are not either.
+A quantised pipeline is an ordinary pipeline whose chosen linears are `LinearFP8`. Their operator computes in PyTorch
+what the exported graph computes: export.onnx_graph spells it as QuantizeLinear and DequantizeLinear. Embeddings, time
+and text embedders, W_c, norms and proj_out lie outside the blocks and are never quantised. Nor are the linears for the
+text's keys and values, because they run only once per prompt.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ from engine.stream import Pipeline
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
-SMALLEST = 1e-12  # least max|x| of a row: the scale of zeros must not be zero
+SMALLEST = 1e-12  # least max|x| of a row, so that the scale of zeros is not zero
 GRANULARITIES = ("tensor", "token")
-_ONCE = ("attn2.to_k", "attn2.to_v")  # run once a prompt
+_ONCE = ("attn2.to_k", "attn2.to_v")  # run once per prompt
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is quantised, and how.
+    """Which linears are quantised, and how.
 
-    activations  tensor: one scale a linear, from a calibration; token: one scale a token, found as it goes
+    activations  tensor: one scale per linear, from a calibration; token: one scale per token, found at run time
     keep         linears that stay as they are: shell patterns of blocks.N.NAME, or of ROLE.blocks.N.NAME for one
-                 transformer only, say "sdd.blocks.0.*" (a model's own are fp8_keep of its engine.json)
+                 transformer only, say "sdd.blocks.0.*" (a model's own patterns are fp8_keep in its engine.json)
     """
 
     activations: str = "tensor"
@@ -51,7 +51,7 @@ def scale_of(amax: Tensor) -> Tensor:
 
 
 def to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale, rounded to nearest even and clamped; the conversion alone would make NaN of what is too large."""
+    """x / scale, clamped and rounded to nearest even; without the clamp the conversion gives NaN for large values."""
     return (x.float() / scale.float()).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
@@ -59,7 +59,7 @@ def to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
 def linear_fp8(
     x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """x [M, K] times e4m3 weight [K, N] with weight_scale [N]; input_scale [] or None for one scale a row of x."""
+    """x [M, K] times e4m3 weight [K, N] with weight_scale [N]; input_scale [], or None for one scale per row of x."""
     scale = scale_of(x.abs().amax(-1, keepdim=True)) if input_scale is None else input_scale
     out = (to_e4m3(x, scale).to(x.dtype) * scale) @ (weight.to(x.dtype) * weight_scale)
     return out if bias is None else out + bias
@@ -71,10 +71,10 @@ def _(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | Non
 
 
 class LinearFP8(nn.Module):
-    """Stands for a Linear: its weight as e4m3 [in, out] with one scale an output channel, its bias as it was."""
+    """Replaces a Linear: its weight as e4m3 [in, out] with one scale per output channel; its bias stays as it is."""
 
     def __init__(self, linear: nn.Linear, amax: float | None) -> None:
-        """amax is the largest input magnitude to represent; None takes each token's own."""
+        """amax is the largest input magnitude that is represented; None takes the maximum of each token."""
         super().__init__()
         dtype, weight = linear.weight.dtype, linear.weight.detach()
         scale = scale_of(weight.abs().amax(1)).to(dtype)
@@ -102,11 +102,11 @@ def quantizable(pipeline: Pipeline) -> list[str]:
 
 
 def quantize(pipeline: Pipeline, recipe: Recipe, amax: Mapping[str, float] | None = None) -> Pipeline:
-    """The pipeline with FP8 linears; it shares every other weight with the one given.
+    """The pipeline with FP8 linears. It shares all other weights with `pipeline`.
 
-    amax gives each linear's largest input magnitude (see export.calibrate), under its full name or, for all roles
-    alike, without ROLE; needed where recipe.activations is "tensor". Raises ValueError where one is missing, or where
-    a pattern of recipe.keep matches nothing.
+    amax holds each linear's largest input magnitude (see export.calibrate), under its full name, or without ROLE for
+    all roles alike. It is needed where recipe.activations is "tensor". Raises ValueError where one is missing, or
+    where a pattern of recipe.keep matches nothing.
     """
     names = quantizable(pipeline)
     for pattern in recipe.keep:

@@ -1,8 +1,8 @@
 """The engine's passes, text encoder and VAE as functions of tensors: caches in, first and valid rows as tensors.
 
 A `Graph` is a module with named example inputs. Everything it needs is an argument, so that any tracer can take it.
-Caches are spelled in two ways: as updated outputs, by two custom operators of this file that a compiler translates
-(ONNX cannot write an input), or written in place by what torch has (AOTInductor: no operator of ours in its graphs).
+Caches are written in two ways. For ONNX, which cannot write an input, two custom operators of this file return updated
+caches, and a compiler translates them. For AOTInductor, torch's own operators write the caches in place.
 """
 
 from collections.abc import Callable
@@ -51,18 +51,18 @@ def _(q: Tensor, k: Tensor, v: Tensor, length: Tensor, heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """One stage: the module, its inputs in order with example values, its outputs' names, and what it writes."""
+    """One function: its module, its inputs in order with example values, the names of its outputs, what it writes."""
 
     name: str
     module: nn.Module
     inputs: dict[str, Tensor]
     outputs: list[str]
     aliases: dict[str, str] = field(default_factory=dict)  # output -> input that it replaces
-    mutates: list[str] = field(default_factory=list)  # inputs that it writes itself
+    mutates: list[str] = field(default_factory=list)  # inputs that it writes in place
 
 
 class _Function(nn.Module):
-    """A function of tensors, with the modules whose weights it uses; results are contiguous, as hosts expect them."""
+    """A function of tensors, with the modules whose weights it uses. Its results are contiguous, as hosts expect."""
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], **modules: nn.Module) -> None:
         super().__init__()
@@ -75,9 +75,9 @@ class _Function(nn.Module):
 
 
 def stage_graphs(pipeline: Pipeline, in_place: bool = False) -> list[Graph]:
-    """Every stage of a pipeline of the torch backend, batch 1, at the pipeline's size and preset.
+    """The graphs of a pipeline of the torch backend: batch 1, at the pipeline's size and preset.
 
-    in_place: key/value caches are written where they lie instead of returned.
+    in_place: graphs write key/value caches in place instead of returning them.
     """
     stages, preset = pipeline.stages, pipeline.preset
     if not isinstance(stages, TorchStages) or stages.vae is None or stages.text_encoder is None:
@@ -158,7 +158,7 @@ def _transformer(
 def _functional_attention(
     model: WanTransformer, past: tuple[Tensor, ...], index: Tensor, length: Tensor
 ) -> tuple[Attend, list[Tensor]]:
-    """Attention that writes to and reads from caches [B, rows, dim] functionally; and the list of updated ones."""
+    """Attention on caches [B, rows, dim] that returns updated caches; and the list of these."""
     layers, heads = model.config.num_layers, model.config.num_attention_heads
     updated = list(past)
 
@@ -174,9 +174,9 @@ def _functional_attention(
 def _in_place_attention(
     model: WanTransformer, past: tuple[Tensor, ...], index: Tensor, length: Tensor
 ) -> tuple[Attend, list[Tensor]]:
-    """The same on caches that are written where they lie; rows behind the valid ones are not read."""
+    """The same, but caches are written in place. Rows behind the valid ones are not read."""
     layers, heads = model.config.num_layers, model.config.num_attention_heads
-    rows = cast(int, length.item())  # a tracer keeps it open; int() would ask for its value
+    rows = cast(int, length.item())  # stays symbolic for a tracer; int() would need its value
     torch._check(rows > 0)
     torch._check(rows <= past[0].shape[1])
 

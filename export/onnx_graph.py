@@ -18,7 +18,7 @@ from export.fp8 import E4M3_MAX, SMALLEST
 from export.graphs import Graph
 
 OPSET = 24
-INLINE_BYTES = 1024  # smaller constants stay in the graph
+INLINE_BYTES = 1024  # constants up to this size stay in the graph
 DOMAIN = "greedy"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 Spelling = Callable[[NodeProto, ModelProto], list[NodeProto]]
@@ -26,14 +26,14 @@ Spelling = Callable[[NodeProto, ModelProto], list[NodeProto]]
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """A model whose large constants are only named, and their values."""
+    """A model that only names its large constants, and their values."""
 
     model: ModelProto
     weights: dict[str, np.ndarray]
 
 
 def _register() -> values.Opset:
-    """Schemas that keep our operators whole through the exporter; their native spelling comes afterwards."""
+    """Register schemas that keep our operators whole through the exporter. Native spellings replace them later."""
     optional = OpSchema.FormalParameterOption.Optional
     index, weight = "tensor(int64)", "tensor(float8e4m3fn)"
 
@@ -59,7 +59,7 @@ def _register() -> values.Opset:
 
 
 def to_onnx(graph: Graph, spell: Callable[[ModelProto], None] | None = None) -> OnnxGraph:
-    """Export, spell our operators natively (or as `spell` does), take large constants out, check."""
+    """Export, take large constants out, spell our operators natively (or as `spell` does), check."""
     ops = _register()
 
     def write(cache: Any, update: Any, index: Any) -> Any:
@@ -72,7 +72,7 @@ def to_onnx(graph: Graph, spell: Callable[[ModelProto], None] | None = None) -> 
         return ops.linear_fp8(x, weight, weight_scale, input_scale, bias)
 
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # the exporter lists every optional library that is not there
+    logging.disable(logging.WARNING)  # the exporter warns of every optional library that is missing
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -88,7 +88,7 @@ def to_onnx(graph: Graph, spell: Callable[[ModelProto], None] | None = None) -> 
     finally:
         logging.disable(before)
     assert program is not None
-    weights = _take_out(program.model)  # before anything is serialised: protobuf ends at 2 GB
+    weights = _take_out(program.model)  # before anything is serialised, because protobuf holds at most 2 GB
     model = ir.to_proto(program.model)
     (spell or spell_natively)(model)
     _strip(model)
@@ -102,7 +102,7 @@ def spell_natively(model: ModelProto) -> None:
 
 
 def rewrite(model: ModelProto, spellings: Mapping[str, Spelling]) -> None:
-    """Replace every node of our domain by what its spelling makes of it."""
+    """Replace every node of our domain by the nodes of its spelling."""
     nodes: list[NodeProto] = []
     for node in model.graph.node:
         nodes += spellings[node.op_type](node, model) if node.domain == DOMAIN else [node]
@@ -127,8 +127,8 @@ def _attention(node: NodeProto, model: ModelProto) -> list[NodeProto]:
 def qdq_linear(node: NodeProto, model: ModelProto) -> list[NodeProto]:
     """linear_fp8 as QuantizeLinear -> DequantizeLinear -> MatMul, both factors dequantised right before the product.
 
-    The zero point is the absent one: 0. Weight [in, out] has a scale a column; x [rows, in] one scale, or one a row,
-    found by the graph itself.
+    The zero point is absent, which means 0. Weight [in, out] has one scale per column. x [rows, in] has one scale, or
+    one per row that the graph computes.
     """
     x, weight, weight_scale, scale, bias = [*node.input, "", ""][:5]
     out = node.output[0]
@@ -166,7 +166,7 @@ def _dtype_of(model: ModelProto, constant: str) -> int:
 
 
 def _strip(model: ModelProto) -> None:
-    """Stack traces and module paths of the machine that exported are nobody's business."""
+    """Remove stack traces and module paths, which would show folders of the exporting machine."""
     for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
@@ -191,7 +191,7 @@ def _take_out(model: ir.Model) -> dict[str, np.ndarray]:
 
 
 def _with_weights_as_inputs(model: ModelProto) -> ModelProto:
-    """The same graph for the checker, which would look for the weights on disk."""
+    """The same graph with weights as inputs, because the checker would look for outside weights on disk."""
     copy = ModelProto()
     copy.CopyFrom(model)
     outside = [t for t in copy.graph.initializer if t.data_location == TensorProto.EXTERNAL]

@@ -1,4 +1,4 @@
-"""A traced stage, what its compiler gets: one trace a graph, whatever becomes of it."""
+"""A traced graph: the input of every compiler. Each graph is traced once."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ from export.graphs import Graph
 
 @dataclass(frozen=True)
 class Program:
-    """A stage as torch.export's program, with its signature."""
+    """A graph as torch.export's program, with its signature."""
 
     graph: Graph
     traced: ExportedProgram
@@ -23,14 +23,14 @@ class Program:
 
     @cached_property
     def constants(self) -> dict[str, Tensor]:
-        """Everything it reads but its inputs, by the names it had in the module."""
+        """All tensors that it reads but its inputs, by their names in the module."""
         every, used = {**self.traced.state_dict, **self.traced.constants}, {n.name for n in self._nodes()}
         specs = self.traced.graph_signature.input_specs
         return {spec.target: every[spec.target] for spec in specs if spec.target in every and spec.arg.name in used}
 
     @property
     def text(self) -> str:
-        """Every operation, spelled the same for modules that differ in weights, or in parts that nobody reads."""
+        """Every operation. Modules that differ only in weights, or in parts that are not read, have the same text."""
         lines = [f"{node.format_node()} {node.meta.get('val')}" for node in self._nodes()]
         return "\n".join([*lines, *(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in self.constants.items())])
 
@@ -39,7 +39,7 @@ class Program:
 
 
 def trace(graph: Graph) -> Program:
-    """Trace a stage; nothing is computed. Strides become part of the program: contiguous ones, as callers give them."""
+    """Trace a graph; nothing is computed. Strides become part of the program, so inputs are made contiguous."""
     graph = replace(graph, inputs={name: value.contiguous() for name, value in graph.inputs.items()})
     with torch.no_grad():
         traced = torch.export.export(graph.module.eval(), tuple(graph.inputs.values()), strict=False)

@@ -1,7 +1,7 @@
 """Program -> a plan of TensorRT 11. Written against TensorRT 11, not executed by us (see docs/tensorrt.md).
 
-Networks are strongly typed: the graph's own types and its Q/DQ decide. Shapes are static, so there is one profile and
-none to describe. Weights go to the parser from memory, because graphs here only name them.
+Networks are strongly typed: the graph's own types and its Q/DQ nodes decide. Shapes are static, so no profile is
+described. Weights go to the parser from memory, because graphs here only name them.
 """
 
 import os
@@ -13,24 +13,23 @@ import torch
 from torch import Tensor
 
 from engine.bundles.tensorrt import require_tensorrt
+from engine.options import option
 from export.tensorrt_onnx import ATTENTIONS
 from export.tensorrt_plugin import register_plugins
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How plans are built.
+    """How plans are built; also the command-line options of `python -m export`, but for `level`."""
 
-    attention     native: TensorRT's own; plugin: our kernel, compiled into the plan; plugin_fp8: on e4m3 caches
-    level         0 to 5: how long TensorRT searches for kernels
-    strip         leave weights out; the loader puts those of weights.safetensors in
-    timing_cache  file with measured kernels, read if it is there, written afterwards; None is none
-    """
-
-    attention: str = "native"
-    level: int = 3
-    strip: bool = False
-    timing_cache: Path | None = None
+    attention: str = option(
+        "native", "TensorRT's own, our kernel compiled into the plan, or our kernel on e4m3 caches", choices=ATTENTIONS
+    )
+    level: int = option(3, "0 to 5: how long TensorRT searches for kernels")
+    strip: bool = option(False, "leave weights out of the plans; the loader adds those of weights.safetensors")
+    timing_cache: Path | None = option(
+        None, "measured kernels: read if the file exists, written afterwards", metavar="FILE"
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.level <= 5:
@@ -72,7 +71,7 @@ def build_plan(model: bytes, weights: dict[str, Tensor], options: BuildOptions) 
 
 
 def _parse(trt: Any, network: Any, logger: Any, model: bytes, weights: dict[str, Tensor]) -> None:
-    """The graph into the network; weights are read where they lie, so they must live until the plan is built."""
+    """Parse the graph into the network. The weights are not copied: they must live until the plan is built."""
     parser = trt.OnnxParser(network, logger)
     good = parser.load_model_proto(model)
     for name, tensor in weights.items():

@@ -1,7 +1,7 @@
-"""A stage graph in TensorRT's operators, TRT_KVCacheUpdate and TRT_Attention, or in our plugins, with ONNX bodies.
+"""A graph in TensorRT's operators, TRT_KVCacheUpdate and TRT_Attention, or in our plugins, with ONNX bodies.
 
-TensorRT's parser takes these names for plugins or for layers of its own; any other runtime finds a function of the same
-name in the file and runs that. So what the graph computes is checked in ONNX Runtime, although TensorRT is not there.
+TensorRT's parser reads these names as plugins or as layers of its own. Any other runtime finds a function of the same
+name in the file and runs that. So ONNX Runtime can check the graph's results without TensorRT.
 """
 
 import math
@@ -14,7 +14,7 @@ from export.onnx_graph import DOMAIN, OPSET, qdq_linear, rewrite
 from export.tensorrt_plugin_onnx import Casts, Fp8Caches, int32, plugin_attention, plugin_bodies
 
 ATTENTIONS = ("native", "plugin", "plugin_fp8")
-_SILENT = ("softcap", "qk_matmul_output_mode", "is_causal")  # attributes of Attention that say nothing at 0
+_SILENT = ("softcap", "qk_matmul_output_mode", "is_causal")  # attributes of Attention that have no effect at 0
 TRT_DOMAIN = "trt"  # TensorRT reads the operator's name only
 _WHOLE: dict[str, Any] = {"axis": -2, "mode": "linear", "update_form": "padded_bhnd"}
 _FORMS: dict[str, Any] = {
@@ -23,11 +23,11 @@ _FORMS: dict[str, Any] = {
 
 
 def spell_for_tensorrt(model: ModelProto, attention: str = "native") -> None:
-    """Replace our operators, and what TensorRT does not read as ONNX means it.
+    """Replace our operators, and those operators that TensorRT reads differently from ONNX.
 
-    attention is one of ATTENTIONS: `native`, TensorRT's own; `plugin`, our kernel on caches that TensorRT writes;
-    `plugin_fp8`, our kernels on e4m3 caches, K [1, rows, dim] and V [1, heads, d, rows up to a multiple of 16].
-    Other caches become [1, 1, rows, dim], the four dimensions that TRT_KVCacheUpdate asks for, in the same bytes.
+    attention is one of ATTENTIONS. `native` is TensorRT's own; `plugin` is our kernel on caches that TensorRT writes;
+    `plugin_fp8` is our kernels on e4m3 caches, K [1, rows, dim] and V [1, heads, d, rows up to a multiple of 16].
+    Other caches become [1, 1, rows, dim], because TRT_KVCacheUpdate needs four dimensions; their bytes are the same.
     Raises ValueError where activations are quantised per token.
     """
     if attention not in ATTENTIONS:
@@ -59,7 +59,7 @@ def spell_for_tensorrt(model: ModelProto, attention: str = "native") -> None:
 
 
 def _cache_update(node: NodeProto, model: ModelProto, casts: Casts) -> list[NodeProto]:
-    """cache [1, 1, rows, dim] with update [1, n, dim] from row index[0] on, at the same address."""
+    """Write update [1, n, dim] into cache [1, 1, rows, dim] from row index[0] on; the result has the same address."""
     cache, update, index = node.input
     out = node.output[0]
     _add(model, helper.make_tensor("trt_axis_1", TensorProto.INT64, [1], [1]))
@@ -71,7 +71,10 @@ def _cache_update(node: NodeProto, model: ModelProto, casts: Casts) -> list[Node
 
 
 def _attention(node: NodeProto, model: ModelProto, casts: Casts) -> list[NodeProto]:
-    """q [1, n, dim] to the first length[0] rows of k, v [1, 1, rows, dim]; TRT_Attention neither splits nor scales."""
+    """q [1, n, dim] attends to the first length[0] rows of k, v [1, 1, rows, dim].
+
+    TRT_Attention neither splits heads nor scales, so nodes around it do both.
+    """
     q, k, v, length = node.input
     out, heads = node.output[0], helper.get_node_attr_value(node, "heads")
     _constants(model, q, heads)
@@ -92,7 +95,7 @@ def _attention(node: NodeProto, model: ModelProto, casts: Casts) -> list[NodePro
 
 
 def _constants(model: ModelProto, q: str, heads: int) -> None:
-    """The constants of rewritten attentions: those of a transformer all have the same heads."""
+    """Add the constants of rewritten attentions once: all attentions of a transformer have the same heads."""
     kind = next(value.type.tensor_type for value in model.graph.value_info if value.name == q)
     dim = kind.shape.dim[-1].dim_value
     _add(model, helper.make_tensor("trt_split_heads", TensorProto.INT64, [4], [1, -1, heads, dim // heads]))
@@ -112,7 +115,7 @@ def _static_linear(node: NodeProto, model: ModelProto) -> list[NodeProto]:
 
 
 def _four_dimensions(model: ModelProto, caches: set[str]) -> None:
-    """[1, rows, dim] -> [1, 1, rows, dim] for the caches, which are inputs and outputs of the network."""
+    """Declare the caches as [1, 1, rows, dim] instead of [1, rows, dim]; they are inputs and outputs of the network."""
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         if value.name in caches:
             shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -121,7 +124,7 @@ def _four_dimensions(model: ModelProto, caches: set[str]) -> None:
 
 
 def _single_precision(model: ModelProto) -> None:
-    """float64 -> float32: TensorRT has no other. What it meets are the angles of the time embedding."""
+    """float64 -> float32, because TensorRT has no float64. Only the angles of the time embedding are float64."""
     wide, single = TensorProto.DOUBLE, TensorProto.FLOAT
     for tensor in model.graph.initializer:
         if tensor.data_type == wide:
@@ -136,7 +139,7 @@ def _single_precision(model: ModelProto) -> None:
 
 
 def _default_attention(model: ModelProto) -> None:
-    """Attributes that say nothing are left out: TensorRT's parser refuses some even at their defaults."""
+    """Remove attributes that have no effect: TensorRT's parser refuses some even at their defaults."""
     for node in model.graph.node:
         if node.op_type == "Attention":
             told = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

@@ -1,10 +1,9 @@
 """Our attention kernel, and writes into FP8 caches, as TensorRT plugins compiled ahead of time: PTX inside the plan.
 
-Written against TensorRT 11, not executed by us. A plugin of this kind starts one kernel with the addresses of its
-inputs, then of its outputs, and nothing else that is not an int32. So sizes are constants of the compiled kernel, and
-the two addresses that Triton appends to every kernel (memory for descriptors, memory for profiling) are simply two more
-outputs. Attention starts one program a tile, where the engine's own launch cuts tiles to fill the chip: with that there
-would be a second kernel.
+Written against TensorRT 11, not executed by us. A plugin of this kind starts one kernel. Its arguments are the
+addresses of its inputs, then of its outputs; all others must be int32. So sizes are constants of the compiled kernel.
+Triton appends two addresses to every kernel (memory for descriptors, memory for profiling): these are two more outputs.
+Attention starts one program per tile. The engine's own launch cuts tiles to fill the chip, which needs a second kernel.
 """
 
 import functools
@@ -17,20 +16,20 @@ from kernels.quantize import to_e4m3
 from kernels.stream_k_attention import LOG2_E, attend_kernel
 
 NAMESPACE = "greedy"
-# The oldest PTX that knows the loads of these kernels. CUDA 13.0 refuses Triton's own choice, 9.4.
+# The oldest PTX version with the loads of these kernels. CUDA 13.0 refuses Triton's own choice, 9.4.
 PTX_VERSION = 86
-# A project that uses such plugins found that they may take 48 KiB of shared memory, no more; these fit.
-QUERIES, KEYS, WARPS = 64, 64, 4  # a tile, a block of keys, and who does one
-STAGES = {False: 1, True: 2}  # blocks under way: bf16, FP8
+# A project that uses such plugins found a limit of 48 KiB of shared memory; these kernels stay below it.
+QUERIES, KEYS, WARPS = 64, 64, 4  # queries of a tile, keys of a block, warps of a program
+STAGES = {False: 1, True: 2}  # blocks of keys in flight: bf16, FP8
 SHARED_BYTES = 48 * 1024
-DESCRIPTOR_BYTES = 3 * 128  # that a program of attention keeps: of queries, keys and values
+DESCRIPTOR_BYTES = 3 * 128  # per program of attention: descriptors of queries, keys and values
 _UNUSED = 16  # elements of an output that is never written
-_SMALL = ("VALID_ROWS", "START_ROW", "SCALE", "Q_SCALE", "K_SCALE", "V_SCALE")  # may lie anywhere
+_SMALL = ("VALID_ROWS", "START_ROW", "SCALE", "Q_SCALE", "K_SCALE", "V_SCALE")  # need no alignment
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a plugin hands to TensorRT."""
+    """A compiled kernel, as a plugin gives it to TensorRT."""
 
     name: str
     ptx: str
@@ -42,7 +41,7 @@ class Kernel:
 @functools.cache
 def compile_attention(queries: int, rows: int, heads: int, head_dim: int, fp8: bool, capability: int = 90) -> Kernel:
     """Q [queries, heads, d], K and V [rows, heads, d] bf16; or e4m3 with V [heads, d, rows up to a multiple of 16]."""
-    programs = -(-queries // QUERIES) * heads  # a tile and a head each
+    programs = -(-queries // QUERIES) * heads  # one per tile and head
     cache = "*fp8e4nv" if fp8 else "*bf16"
     pointers = {"Q": "*bf16", "K": cache, "V": cache, "VALID_ROWS": "*i32", "OUT": "*bf16", "LSE": "*fp32"}
     pointers |= {"PARTIAL": "*fp32", "STATS": "*fp32"}
@@ -115,14 +114,14 @@ def _compile(
     function: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int, grid: tuple[int, int],
     capability: int,
 ) -> Kernel:  # fmt: skip
-    """A kernel whose parameters are the given pointers, in its own order, and Triton's two."""
+    """Compile a kernel. Its parameters are `pointers`, in its own order, and Triton's two."""
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = function.arg_names
     signature = {name: pointers.get(name, "constexpr") for name in names}
-    # TensorRT's tensors begin where 256 divides the address.
+    # Addresses of TensorRT's tensors are multiples of 256.
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers and n not in _SMALL}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps, "ptx_version": PTX_VERSION, "enable_fp_fusion": True}
@@ -140,17 +139,17 @@ def _compile(
 
 @functools.cache
 def register_plugins(capability: int) -> None:
-    """Make the plugins known to TensorRT, for a GPU of this compute capability (90: Hopper); once a process."""
+    """Register the plugins with TensorRT for a GPU of this compute capability (90: Hopper), once per process."""
     import tensorrt as trt
     import tensorrt.plugin as trtp
 
     def hidden(programs: Any) -> tuple[Any, Any]:
-        """Triton's own two: descriptors of every program, and profiles, which nobody takes."""
+        """Triton's own two outputs: descriptors of every program, and profiles, which are not used."""
         descriptors = trtp.from_shape_expr((programs * (DESCRIPTOR_BYTES // 4),), dtype=trt.int32)
         return descriptors, trtp.from_shape_expr((_UNUSED,), dtype=trt.int32)
 
     def attention_outputs(q: Any, heads: int) -> tuple[Any, ...]:
-        """out, logarithms of the softmax's denominators, two for cut tiles, which there are none of, and Triton's."""
+        """out, logarithms of the softmax's denominators, two unused ones for cut tiles, and Triton's two."""
         lse = trtp.from_shape_expr((1, heads, q.shape_expr[1]), dtype=trt.float32)
         partial, stats = (trtp.from_shape_expr((_UNUSED,), dtype=trt.float32) for _ in range(2))
         return q.like(), lse, partial, stats, *hidden(trtp.cdiv(q.shape_expr[1], QUERIES) * heads)
@@ -196,7 +195,7 @@ def register_plugins(capability: int) -> None:
         (write_keys_fp8, write_keys_fp8_kernel, 3),
         (write_values_fp8, write_values_fp8_kernel, 3),
     ):
-        # TensorRT reads from the annotations what is a tensor, what a number, and how many come out.
+        # TensorRT reads from the annotations which arguments are tensors or numbers, and how many outputs there are.
         kinds = {name: int if name == "heads" else trtp.TensorDesc for name in inspect.signature(describe).parameters}
         describe.__annotations__ = kinds | {"return": tuple[(trtp.TensorDesc,) * outputs]}  # type: ignore[misc]
         name = f"{NAMESPACE}::{describe.__name__}"

@@ -1,7 +1,7 @@
-"""Our TensorRT plugins as ONNX nodes, and what they compute as ONNX functions for every other runtime.
+"""Our TensorRT plugins as ONNX nodes, and ONNX functions that compute the same in every other runtime.
 
-Node and plugin agree in name, inputs and outputs with export.tensorrt_plugin. Outputs behind the first are memory that
-only the compiled kernel knows; the functions give zeros for them, and nothing reads them.
+Nodes have the names, inputs and outputs of the plugins in export.tensorrt_plugin. Outputs after the first are memory of
+the compiled kernel. The functions return zeros for them, and no node reads them.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ Casts = dict[str, NodeProto]
 
 
 def int32(name: str, casts: Casts) -> str:
-    """Positions are int64 in every backend's contract, int32 in TensorRT's layers and in our kernels."""
+    """The name of an int32 copy: positions are int64 in all bundles, int32 in TensorRT's layers and our kernels."""
     casts.setdefault(name, helper.make_node("Cast", [name], [f"{name}_int32"], to=TensorProto.INT32))
     return f"{name}_int32"
 
@@ -34,9 +34,9 @@ def plugin_attention(node: NodeProto, model: ModelProto, casts: Casts) -> list[N
 
 
 class Fp8Caches:
-    """Spellings for e4m3 caches: K [1, rows, dim], V [1, heads, d, pitch], scale 1 a head as in the torch backend.
+    """Spellings for e4m3 caches: K [1, rows, dim], V [1, heads, d, pitch]; scale 1 per head, as in the torch backend.
 
-    Normed keys, and values, fit e4m3 as they are.
+    Normed keys and values fit the range of e4m3 without another scale.
     """
 
     def __init__(self, model: ModelProto) -> None:

@@ -1,4 +1,4 @@
-"""A pipeline of the torch backend -> a bundle directory, written beside its name and renamed when whole."""
+"""A pipeline of the torch backend -> a bundle directory, written beside its name and renamed when complete."""
 
 import hashlib
 import math
@@ -36,22 +36,23 @@ from export.program import trace
 from export.tensorrt import BuildOptions
 
 GOLDEN_CHUNKS = 3
-# Grey levels that golden frames may differ from torch's of the same precision, or from a backend's own when replayed:
-# the largest difference, for bf16 and fp8 the mean. There a rounding that goes the other way moves everything after it.
+# Allowed difference, in grey levels, of golden frames from torch's frames of the same precision, and of replayed frames
+# from the stored ones. It is the largest difference; for bf16 and fp8 the mean, because one other rounding there
+# changes all later values.
 TOLERANCE = {"fp32": 2, "fp16": 4, "bf16": 2, "fp8": 2}
 COUNTED = {"fp32": "at most", "fp16": "at most", "bf16": "on average", "fp8": "on average"}
 _GOLDEN = "golden.safetensors"
 
 
 class WeightStore:
-    """Large constants of all graphs, each content once."""
+    """Large constants of all graphs; equal contents are stored once."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._key_of: dict[str, str] = {}
 
     def add(self, graph: str, name: str, value: Tensor) -> str:
-        """The key under which this content is kept: where it was first seen."""
+        """The key of this content: the graph and the name under which it was first added."""
         value = value.detach().cpu().contiguous()
         digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
@@ -62,7 +63,7 @@ class WeightStore:
 
 
 class Reusable:
-    """Compiled graphs by what they were made from: those of an older bundle, and those written since."""
+    """Compiled graphs by the hash of their source: graphs of an older bundle, and graphs written since."""
 
     def __init__(self, folder: Path | None) -> None:
         self._files: dict[str, Path] = {}
@@ -76,7 +77,7 @@ class Reusable:
                     self._files[spec.source] = folder / spec.file
 
     def copy(self, source: str | None, file: Path) -> bool:
-        """Copy the graph made from `source` to `file`, where there is one; else `file` is the one for the next."""
+        """Copy the graph of `source` to `file`, and return whether there was one. Else `file` becomes that graph."""
         if source is None:
             return False
         found = self._files.setdefault(source, file)
@@ -89,11 +90,11 @@ def write_bundle(
     pipeline: Pipeline, out: Path, tokenizer: Path, prompt: str, seed: int = 0, backends: Sequence[str] = ("onnx",),
     reuse: Path | None = None, plans: BuildOptions | None = None,
 ) -> Iterator[str]:  # fmt: skip
-    """Write `out`, yielding a line of progress for each step; the golden frames are replayed before the rename.
+    """Write `out`, yielding a line of progress for each step. The golden frames are replayed before the rename.
 
-    tokenizer is the directory to copy, prompt and seed make the golden frames; the first backend is the one that a
-    loader takes unless told otherwise. Compiled graphs of the bundle `reuse` that would come out the same are copied.
-    plans says how TensorRT builds. Raises ValueError where `out` exists.
+    tokenizer is the directory to copy; prompt and seed make the golden frames. The first backend is a loader's default.
+    Compiled graphs of the bundle `reuse` are copied where they would come out the same. plans are TensorRT's build
+    options. Raises ValueError where `out` exists.
     """
     if out.exists():
         raise ValueError(f"export: got {out}, which exists, expected a new directory")
@@ -144,7 +145,7 @@ def _write(
 def _compile(
     pipeline: Pipeline, compiler: Compiler, spec: BackendSpec, part: Path, store: WeightStore, older: Reusable
 ) -> Iterator[str]:
-    """Every stage into graphs/<backend>-<target>/ and into `spec`; a line for each."""
+    """Compile every graph into graphs/<backend>-<target>/ and describe it in `spec`; yields a line for each."""
     folder = part / "graphs" / spec.key
     folder.mkdir(parents=True)
     stages = stage_graphs(pipeline, compiler.in_place)
@@ -165,7 +166,7 @@ def _compile(
 
 
 def _add_golden(part: Path, manifest: Manifest, golden: dict[str, Tensor]) -> Iterator[str]:
-    """Replay the frames on what was written, compare with torch's, keep them beside those."""
+    """Replay the golden frames on the written bundle, compare them with torch's, and store them beside these."""
     allowed = TOLERANCE[manifest.precision]
     for key, backend in manifest.backends.items():
         try:
@@ -207,10 +208,10 @@ def golden_frames(pipeline: Pipeline, prompt: str, seed: int) -> np.ndarray:
 
 
 def verify_bundle(folder: Path, backends: Sequence[str] = ()) -> dict[str, int]:
-    """Check every hash, replay the golden frames of `backends` (all of them where empty).
+    """Check every hash, then replay the golden frames on `backends` (on all where empty).
 
-    Returns the difference in grey levels of each, as TOLERANCE counts it: to the frames that it gave when it was
-    exported, or to torch's where it could not run there.
+    Returns each backend's difference in grey levels, as TOLERANCE counts it: from the frames that it gave when it was
+    exported, or from torch's where it could not run there.
     """
     manifest = read_manifest(folder)
     check_hashes(folder, manifest)

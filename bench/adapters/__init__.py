@@ -1,1 +1,1 @@
-"""Other engines in the same race, each a process that speaks JSON lines; the protocol is in docs/benchmarks.md."""
+"""Other engines in the race. Each is a process that speaks JSON lines; docs/benchmarks.md describes the protocol."""

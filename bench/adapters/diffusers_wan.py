@@ -1,4 +1,4 @@
-"""diffusers' WanPipeline as an adapter: the bidirectional model, every frame at once, with classifier-free guidance.
+"""diffusers' WanPipeline as an adapter: the bidirectional model makes all frames at once, with guidance.
 
 python -m bench.adapters.diffusers_wan      # speaks JSON lines on stdin and stdout
 """
@@ -14,7 +14,7 @@ from engine.runtime.device import DTYPES
 
 
 class WanVideo:
-    """Whole videos; frames appear when the last one does."""
+    """Makes whole videos: all frames appear at the end."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         from diffusers import WanPipeline
@@ -23,7 +23,7 @@ class WanVideo:
 
         logging.disable_progress_bar()
         encoder_logging.disable_progress_bar()
-        # The newer name of torch_dtype is unknown to the oldest version that setup.py allows.
+        # torch_dtype has a newer name, which the oldest version that setup.py allows does not know.
         warnings.filterwarnings("ignore", category=FutureWarning)
         torch.set_num_threads(int(settings["threads"]))
         self.settings = settings

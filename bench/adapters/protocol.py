@@ -1,8 +1,8 @@
 """Both ends of the adapter protocol: `Adapter` races a subprocess, `serve` turns an engine into one.
 
-One JSON object a line. Requests: {"op": "open", ...settings}, {"op": "generate", "prompt", "seed", "frames"},
-{"op": "close"}. Answers: {"ok": true, ...} to open and close; to generate any number of {"frames": made so far} while
-the video is made, then {"ok": true, "frames": all of them}; {"error": "..."} instead of any of them.
+One JSON object per line. Requests: {"op": "open", ...settings}, {"op": "generate", "prompt", "seed", "frames"},
+{"op": "close"}. Answers to open and close: {"ok": true, ...}. Answers to generate: any number of {"frames": made so
+far} while the video is made, then {"ok": true, "frames": all of them}. {"error": "..."} can replace any answer.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Video:
-    """One video: frames, seconds until it was whole, and (seconds, frames so far) of every progress line."""
+    """One video: frames, seconds until it was complete, and (seconds, frames so far) of every progress line."""
 
     frames: int
     seconds: float
@@ -31,11 +31,11 @@ class Video:
 
 
 class Adapter:
-    """A subprocess under test. The clock is ours: from the request to the line that says the frames are there."""
+    """A subprocess under test. This side measures: from the request to the line that announces the frames."""
 
     def __init__(self, name: str, command: list[str], settings: dict[str, Any]) -> None:
         self.name = name
-        # Libraries count threads as they are imported, before any request arrives.
+        # Libraries read the number of threads when they are imported, before any request arrives.
         environment = os.environ | {"OMP_NUM_THREADS": str(settings["threads"])} if "threads" in settings else None
         try:
             self._process = subprocess.Popen(
@@ -61,7 +61,7 @@ class Adapter:
         return Video(frames, seconds, progress)
 
     def close(self) -> None:
-        """End the process; it gets five seconds to go by itself."""
+        """End the process. It has five seconds to end by itself before it is killed."""
         with suppress(OSError, ValueError):
             self._send({"op": "close"})
             if self._process.stdin:
@@ -89,8 +89,8 @@ class Adapter:
     def _ask(
         self, request: dict[str, Any], start: float = 0.0, progress: list[tuple[float, int]] | None = None
     ) -> dict[str, Any]:
-        """The answer that ends a request; progress lines are kept with the time they came."""
-        with suppress(BrokenPipeError):  # the missing answer says it
+        """Send a request and return the answer that ends it. Progress lines are kept with their times."""
+        with suppress(BrokenPipeError):  # reported below, as a missing answer
             self._send(request)
         while True:
             line = self._process.stdout.readline() if self._process.stdout else ""
@@ -113,16 +113,16 @@ class Adapter:
 
 
 class Engine(Protocol):
-    """What an adapter wraps."""
+    """An engine behind an adapter."""
 
     def generate(self, prompt: str, seed: int, frames: int) -> Iterator[int]:
-        """Make a video; yield the number of frames that are on the host so far, last of all `frames`."""
+        """Make a video. Yields the number of frames that are on the host so far; the last number is `frames`."""
         ...
 
 
 def serve(build: Callable[[dict[str, Any]], tuple[Engine, dict[str, Any]]]) -> None:
-    """Answer requests on stdin until `close`; `build(settings)` gives the engine and what to say about it."""
-    # What libraries print must not come between the lines of the protocol.
+    """Answer requests on stdin until `close`. `build(settings)` returns the engine and the answer to `open`."""
+    # Libraries that print must not disturb the protocol, so their stdout goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     engine: Engine | None = None

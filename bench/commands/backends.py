@@ -1,8 +1,7 @@
-"""What each step of the fast path gives, on the same weights in one run: plain PyTorch, torch.compile, fused kernels,
+"""The gain of each step of the fast path, on the same weights in one run: plain PyTorch, torch.compile, fused kernels,
 CUDA graphs, FP8; and the frame-wise self-forcing preset on the fastest of them in bf16.
 """
 
-import argparse
 import copy
 import sys
 import time
@@ -19,24 +18,35 @@ from bench.instruments import check, models
 from bench.instruments.flops import steady_index
 from bench.instruments.header import machine, print_header, stream_header
 from bench.instruments.spread import interleaved, paired_ratio, quartiles, table
-from bench.report import saved as results
+from bench.report import saved
 from engine.loader import FP8_KEEP, make_stages
 from engine.model.cache import FP8
+from engine.model.fp8 import to_fp8
 from engine.model.layers import Attend, Block
 from engine.model.transformer import TextKV, WanTransformer
+from engine.options import option
 from engine.presets import find_preset
 from engine.runtime.cuda_graphs import GraphedStages
-from engine.runtime.fused import FusedTransformer
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline, Stream
 from kernels.launch import compilations
 
 SELF_FORCING = "self-forcing-framewise"
-EMBEDDING_ROWS = 512  # of the prompt that time to first frame starts from, as Wan's
+EMBEDDING_ROWS = 512  # as Wan's prompts have; the time to the first frame starts from such an embedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(saved.Reported, models.Source):
+    rounds: int = option(10, "rounds of the race")
+    burst: int = option(4, "chunks that a variant streams in a round")
+    chunks: int = option(200, "chunks of the long runs")
+    report: tuple[str, ...] = option(
+        (), "long runs; may be repeated; default: graphs and fp8, without a GPU kernels", metavar="VARIANT"
+    )
 
 
 class _Compiled:
-    """A WanTransformer whose block is one torch.compile'd function: what a user gets without kernels of ours.
+    """A WanTransformer whose block is one function under torch.compile: the speed that a user gets without our kernels.
 
     Attention over the cache stays outside, as a graph break; every layer runs the same compiled code.
     """
@@ -48,7 +58,7 @@ class _Compiled:
         self._layer, self._attend = 0, cast(Attend, None)
         self._outside = torch.compiler.disable(self._self_attention)
 
-    def _self_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._attend(self._layer, q, k, v)
 
     def encode(
@@ -59,7 +69,7 @@ class _Compiled:
         self._attend = attend
         for layer, block in enumerate(self.model.blocks):
             self._layer, text = layer, (text_kv[0][layer], text_kv[1][layer])
-            hidden = self._block(cast(Block, block), hidden, modulation, *text, cos, sin, self._outside)
+            hidden = self._block(cast(Block, block), hidden, modulation, *text, cos, sin, self._outside, 0)
         return hidden, embedding
 
     def __call__(
@@ -71,9 +81,9 @@ class _Compiled:
 
 
 def variants(pipeline: Pipeline) -> dict[str, Pipeline]:
-    """Pipelines on one eager pipeline's weights, slowest first."""
+    """Pipelines that share one eager pipeline's weights, slowest first."""
     eager, gpu = models.torch_parts(pipeline), pipeline.device.type == "cuda"
-    vae = copy.deepcopy(eager.vae)  # the eager ones keep theirs as it is
+    vae = copy.deepcopy(eager.vae)  # fuse() changes a VAE, and the eager pipelines keep theirs
     if vae is not None:
         vae.fuse()
 
@@ -81,14 +91,14 @@ def variants(pipeline: Pipeline) -> dict[str, Pipeline]:
         return GraphedStages(stages) if gpu else stages
 
     def fast(fp8: bool) -> TorchStages:
-        fused = {role: FusedTransformer(model, fp8, FP8_KEEP, role) for role, model in eager.models.items()}
-        return TorchStages(eager.models, vae, eager.text_encoder, fused)
+        models = {role: to_fp8(model, FP8_KEEP, role) if fp8 else model for role, model in eager.models.items()}
+        return TorchStages(models, vae, eager.text_encoder)
 
     compiled = cast(dict[str, WanTransformer], {role: _Compiled(model) for role, model in eager.models.items()})
     bf16, fp8 = fast(False), fast(True)
     found = {
         "eager": pipeline,
-        "compile": replace(pipeline, stages=TorchStages(compiled, eager.vae, eager.text_encoder)),
+        "compile": replace(pipeline, stages=TorchStages(compiled, eager.vae, eager.text_encoder, eager=True)),
         "kernels": replace(pipeline, stages=bf16),
     }
     if gpu:
@@ -99,7 +109,7 @@ def variants(pipeline: Pipeline) -> dict[str, Pipeline]:
 
 
 def self_forcing(pipeline: Pipeline) -> Pipeline:
-    """The frame-wise causal preset on the weights of a greedy pipeline; on a GPU with kernels and graphs."""
+    """The frame-wise causal preset on a greedy pipeline's weights; on a GPU with kernels and CUDA graphs."""
     eager = models.torch_parts(pipeline)
     stages = make_stages({"dit": eager.models["sdd"]}, copy.deepcopy(eager.vae), eager.text_encoder, pipeline.device)
     return replace(pipeline, stages=stages, preset=find_preset(SELF_FORCING), preset_name=SELF_FORCING)
@@ -107,7 +117,7 @@ def self_forcing(pipeline: Pipeline) -> Pipeline:
 
 @torch.inference_mode()
 def flow_errors(found: dict[str, Pipeline], seed: int) -> dict[str, float]:
-    """rms error of the second chunk's latent against the eager one's, over its rms: same noise, same prompt."""
+    """rms error of the second chunk's latent against the eager latent, over its rms; same noise, same prompt."""
     latents = {}
     for name, pipeline in found.items():
         with pipeline.stream(_embedding(pipeline), seed=seed) as made:
@@ -118,7 +128,7 @@ def flow_errors(found: dict[str, Pipeline], seed: int) -> dict[str, float]:
 
 
 def first_frame_ms(pipeline: Pipeline, repeats: int = 5) -> float:
-    """From a prompt's embedding to the first frame on the host, warm: the median of some streams."""
+    """Milliseconds from a prompt's embedding to the first frame on the host, warm: the median of `repeats` streams."""
     samples = []
     for seed in range(repeats):
         embedding = _embedding(pipeline)
@@ -143,13 +153,13 @@ def _finish(pipeline: Pipeline) -> None:
 
 @dataclass
 class _Lane:
-    """An open stream whose chunks are timed in turn with the others'."""
+    """An open stream of the race."""
 
     stream: Stream
     pipeline: Pipeline
 
     def seconds(self, chunks: int) -> float:
-        """A chunk's share of a run of some: within a run a stream looks ahead as it does for a user."""
+        """Seconds per chunk over `chunks` chunks in a row, in which the stream looks ahead as it does for a user."""
         _finish(self.pipeline)
         start = time.perf_counter()
         for _ in range(chunks):
@@ -159,13 +169,14 @@ class _Lane:
 
 
 def _made(found: dict[str, Pipeline]) -> dict[str, int]:
-    """Kernels compiled by now, and graphs captured."""
-    graphs = {name: getattr(p.stages, "captured", 0) for name, p in found.items()}
+    """How many kernels were compiled and how many graphs captured so far."""
+    graphed = {name: p.stages for name, p in found.items() if isinstance(p.stages, GraphedStages)}
+    graphs = {name: graphed[name].captured if name in graphed else 0 for name in found}
     return {"kernels": compilations(), **graphs}
 
 
 def race(found: dict[str, Pipeline], prompt: str, seed: int, rounds: int, burst: int) -> dict[str, Any]:
-    """Milliseconds a steady chunk of every variant, in turn, and the ratio to eager."""
+    """Milliseconds per steady chunk of every variant, measured in turn, and their ratio to eager."""
     lanes = {name: _Lane(pipeline.stream(prompt, seed=seed), pipeline) for name, pipeline in found.items()}
     for name, lane in lanes.items():
         lane.seconds(max(steady_index(found[name].preset), 4))
@@ -190,43 +201,43 @@ def race(found: dict[str, Pipeline], prompt: str, seed: int, rounds: int, burst:
     }
 
 
-def reports(found: dict[str, Pipeline], source: models.Source, args: argparse.Namespace) -> dict[str, Any]:
-    """The whole report of `bench stream` for the long runs: stages, percentiles, memory, MFU."""
+def reports(found: dict[str, Pipeline], options: Options) -> dict[str, Any]:
+    """The whole report of `bench stream` for the long runs: parts, percentiles, memory, MFU."""
     made = {}
-    for name in args.report or (["graphs", "fp8"] if "graphs" in found else ["kernels"]):
+    for name in options.report or (["graphs", "fp8"] if "graphs" in found else ["kernels"]):
         if name not in found:
             raise ValueError(f"--report: got {name}, expected one of {', '.join(found)}")
-        frames = args.chunks * found[name].preset.chunk * found[name].temporal
+        frames = options.chunks * found[name].preset.chunk * found[name].temporal
         make = partial(found.__getitem__, name)
-        report, checks = stream.measure(make, source.label, args.prompt, args.seed, frames, 1, "null")
+        report, checks = stream.measure(make, options.label, options.prompt, options.seed, frames, 1, "null")
         if check.refused(checks):
             raise RuntimeError(f"{name}: got a red check, expected none")
         made[name] = report
-        print(f"{name}: {args.chunks} chunks, {report['fps_steady']:.1f} fps", file=sys.stderr)
+        print(f"{name}: {options.chunks} chunks, {report['fps_steady']:.1f} fps", file=sys.stderr)
     return made
 
 
-def measure(source: models.Source, args: argparse.Namespace) -> tuple[dict[str, Any], list[check.Check]]:
-    """Checks and errors first, then everything in turn, then the long runs."""
-    base = source.pipeline("greedy")
-    report: dict[str, Any] = {"machine": machine(base.device), "stream": stream_header(base, source.label)}
+def measure(options: Options) -> tuple[dict[str, Any], list[check.Check]]:
+    """Checks and errors first, then the race of all variants, then the long runs."""
+    base = options.pipeline("greedy")
+    report: dict[str, Any] = {"machine": machine(base.device), "stream": stream_header(base, options.label)}
     found = variants(base)
     racing = found | {SELF_FORCING: self_forcing(base)}
     checks = [c for i, (name, p) in enumerate(racing.items()) if name != "compile"
-              for c in check.run(p, args.prompt, args.seed, i > 0)]  # fmt: skip
-    errors = flow_errors(found, args.seed)
+              for c in check.run(p, options.prompt, options.seed, i > 0)]  # fmt: skip
+    errors = flow_errors(found, options.seed)
     for name, error in errors.items():
         limit = check.FP8_TOLERANCE if "fp8" in name else check.TOLERANCE[base.dtype]
         checks.append(check.Check(f"latent of {name}", error <= limit, f"rms error {error:.1e}, limit {limit:.0e}"))
     report["checks"] = [asdict(c) for c in checks]
     if not all(c.passed for c in checks):
         return report, checks
-    rows = race(racing, args.prompt, args.seed, args.rounds, args.burst)
+    rows = race(racing, options.prompt, options.seed, options.rounds, options.burst)
     for name, row in rows.items():
         row |= {"error": errors.get(name), "ttff_from_embedding_ms": first_frame_ms(racing[name])}
     report |= {
         "variants": rows,
-        "reports": reports(found, source, args),
+        "reports": reports(found, options),
         "timings": {name: row["ms_per_chunk"] for name, row in rows.items()},
         "commit": report["machine"]["commit"],
         "device": report["machine"]["device"],
@@ -246,33 +257,17 @@ def print_report(r: dict[str, Any]) -> None:
         stream.print_report(report)
 
 
-def run(args: argparse.Namespace) -> int:
-    source = models.source_of(args)
-    if source.bundle or args.rounds < 1 or args.burst < 1 or args.chunks < 8:
-        raise ValueError(f"got {'a bundle' if source.bundle else f'{args.rounds} rounds of {args.burst}'} and "
-                         f"{args.chunks} chunks, expected a model, at least 1 round of 1 and 8 chunks")  # fmt: skip
-    source = replace(source, eager=True, precision="bf16")
-    report, checks = measure(source, args)
-    if not args.json:
+def run(options: Options) -> int:
+    options.prepare()
+    if options.bundle or options.rounds < 1 or options.burst < 1 or options.chunks < 8:
+        got = "a bundle" if options.bundle else f"{options.rounds} rounds of {options.burst}"
+        raise ValueError(f"got {got} and {options.chunks} chunks, expected a model, at least 1 round of 1 and 8 chunks")
+    report, checks = measure(replace(options, eager=True, precision="bf16"))
+    if not options.json:
         print_header(report["machine"], report["stream"])
     if check.refused(checks):
         return 1
-    if not args.json:
+    if not options.json:
         print_report(report)
-    results.emit(args, "backends", report)
+    saved.emit(options, "backends", report)
     return 0
-
-
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser(
-        "backends", help="what kernels, CUDA graphs and FP8 give, on the same weights in bf16"
-    )
-    models.add_arguments(command)
-    command.add_argument("--rounds", type=int, default=10, help="rounds of the race")
-    command.add_argument("--burst", type=int, default=4, help="chunks a variant streams in a round")
-    command.add_argument("--chunks", type=int, default=200, help="chunks of the long runs")
-    command.add_argument(
-        "--report", action="append", metavar="VARIANT", help="long runs; default: graphs and fp8, without a GPU kernels"
-    )
-    results.add_arguments(command)
-    command.set_defaults(run=run)

@@ -1,6 +1,5 @@
-"""A race in one run: presets of this engine, and other engines, in turn on the same weights and threads."""
+"""A race in one run: presets of this engine and other engines take turns on the same weights and threads."""
 
-import argparse
 import shlex
 import sys
 import time
@@ -20,7 +19,8 @@ from bench.instruments import check, models
 from bench.instruments.flops import bidirectional_cost, chunk_cost, steady_index, total, vae_cost
 from bench.instruments.header import machine, print_header, stream_header
 from bench.instruments.spread import interleaved, paired_ratio, quartiles, table
-from bench.report import saved as results
+from bench.report import saved
+from engine.options import option
 from engine.runtime.device import DTYPES
 from engine.stream import Pipeline
 
@@ -29,9 +29,36 @@ BASELINE = "self-forcing-framewise"
 BUILT_IN = {"diffusers": [sys.executable, "-m", "bench.adapters.diffusers_wan"]}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(saved.Reported, models.Source):
+    presets: str = option(",".join(PRESETS), "presets that race", metavar="A,B,...")
+    baseline: str = option(BASELINE, "the preset that ratios are taken to", metavar="PRESET")
+    frames: int = option(129, "frames per video, 1 + 4k")
+    rounds: int = option(3, "videos of each")
+    with_bundle: tuple[Path, ...] = option((), "race a bundle's graphs too; may be repeated", metavar="DIR")
+    pairs: int = option(30, "chunks side by side, greedy against the baseline")
+    adapter: tuple[str, ...] = option(
+        (), "another engine; may be repeated; default: diffusers; none: no other engine", metavar="NAME[=COMMAND]"
+    )
+    teacher_steps: int = option(50, "steps of bidirectional engines")
+    guidance: float = option(5.0, "their classifier-free guidance")
+    plot: Path | None = option(None, "draw into this folder", metavar="DIR")
+
+    @property
+    def names(self) -> list[str]:
+        """The presets, one by one."""
+        return self.presets.split(",")
+
+    @property
+    def adapters(self) -> list[str]:
+        """The other engines. Random weights cannot be read by another process, so none is the default there."""
+        chosen = self.adapter or (() if self.random else ("diffusers",))
+        return [name for name in chosen if name != "none"]
+
+
 @dataclass(frozen=True)
 class Lap:
-    """One video: milliseconds a frame once it runs steadily, seconds in all, (seconds, frames so far)."""
+    """One video: milliseconds per frame once it runs steadily, seconds in all, (seconds, frames so far)."""
 
     ms_per_frame: float
     seconds: float
@@ -40,7 +67,7 @@ class Lap:
 
 
 def our_lap(pipeline: Pipeline, prompt: str, seed: int, frames: int) -> Lap:
-    """One video as a user gets it."""
+    """Time one video as a user gets it."""
     count, begin = chunks_for(pipeline, frames), steady_index(pipeline.preset)
     begin = begin if count > begin else 1
     progress: list[tuple[float, int]] = []
@@ -75,25 +102,25 @@ def _row(name: str, laps: list[Lap], base: list[Lap]) -> dict[str, Any]:
 
 
 def _command(name: str) -> tuple[str, list[str]]:
-    """Name and command of an adapter as it was asked for."""
+    """Name and command of an adapter, from the text of --adapter."""
     label, equals, command = name.partition("=")
     if not equals and label not in BUILT_IN:
         raise ValueError(f"--adapter: got {name!r}, expected {', '.join(BUILT_IN)} or NAME=COMMAND")
     return label, shlex.split(command) if equals else BUILT_IN[label]
 
 
-def _open(name: str, source: models.Source, pipeline: Pipeline, args: argparse.Namespace) -> Adapter:
+def _open(name: str, pipeline: Pipeline, options: Options) -> Adapter:
     kind = next(key for key, value in DTYPES.items() if value == pipeline.dtype)
     settings = {
-        "model": str(source.directory()), "height": pipeline.height, "width": pipeline.width,
-        "device": str(pipeline.device), "dtype": kind, "threads": torch.get_num_threads(), "steps": args.teacher_steps,
-        "guidance": args.guidance,
+        "model": str(options.directory()), "height": pipeline.height, "width": pipeline.width,
+        "device": str(pipeline.device), "dtype": kind, "threads": torch.get_num_threads(),
+        "steps": options.teacher_steps, "guidance": options.guidance,
     }  # fmt: skip
     return Adapter(*_command(name), settings)
 
 
 def _flops(pipeline: Pipeline) -> dict[str, float]:
-    """GFLOP a frame, with and without the VAE: of this pipeline's steady chunk."""
+    """GFLOP per frame of this pipeline's steady chunk, with and without the VAE."""
     rows = pipeline.tokenizer.rows if pipeline.tokenizer else 0
     costs = chunk_cost(pipeline, rows, models.vae_config(pipeline))
     per = pipeline.preset.chunk * pipeline.temporal * 1e9
@@ -102,7 +129,7 @@ def _flops(pipeline: Pipeline) -> dict[str, float]:
 
 
 def duel(a: Pipeline, b: Pipeline, prompt: str, seed: int, pairs: int, decoded: bool) -> dict[str, Any]:
-    """Steady chunks of two streams in turn, each pair a moment apart: what a costs over what b costs."""
+    """Time steady chunks of two streams in turn, each pair a moment apart: the ratio of a's time to b's."""
     seconds: tuple[list[float], list[float]] = ([], [])
     with a.stream(prompt, seed=seed) as first, b.stream(prompt, seed=seed) as second:
         steps = [s.next_chunk if decoded else s.next_latent for s in (first, second)]
@@ -118,8 +145,8 @@ def duel(a: Pipeline, b: Pipeline, prompt: str, seed: int, pairs: int, decoded: 
     return paired_ratio(*seconds) | ms
 
 
-def _claim(pipelines: dict[str, Pipeline], args: argparse.Namespace) -> dict[str, Any] | None:
-    """The greedy chunk against the frame-wise causal chunk with a window of 21 frames: same geometry, same run."""
+def _claim(pipelines: dict[str, Pipeline], options: Options) -> dict[str, Any] | None:
+    """Time the greedy chunk against the frame-wise causal chunk with a window of 21 frames, at the same geometry."""
     if not {"greedy", BASELINE} <= set(pipelines):
         return None
     ours, base = pipelines["greedy"], pipelines[BASELINE]
@@ -127,29 +154,29 @@ def _claim(pipelines: dict[str, Pipeline], args: argparse.Namespace) -> dict[str
     return {
         "flops_ratio": counted[0]["gflop_per_frame"] / counted[1]["gflop_per_frame"],
         "flops_ratio_without_vae": counted[0]["latent_gflop_per_frame"] / counted[1]["latent_gflop_per_frame"],
-        "time_ratio": duel(ours, base, args.prompt, args.seed, args.pairs, decoded=True),
-        "time_ratio_without_vae": duel(ours, base, args.prompt, args.seed, args.pairs, decoded=False),
+        "time_ratio": duel(ours, base, options.prompt, options.seed, options.pairs, decoded=True),
+        "time_ratio_without_vae": duel(ours, base, options.prompt, options.seed, options.pairs, decoded=False),
     }
 
 
-def measure(source: models.Source, args: argparse.Namespace) -> tuple[dict[str, Any], list[check.Check]]:
-    """Race everything; where a check is red there are no numbers."""
-    baseline = args.baseline if args.baseline in args.presets else args.presets[0]
+def measure(options: Options) -> tuple[dict[str, Any], list[check.Check]]:
+    """Race all engines. Where a check is red the report has no numbers."""
+    baseline = options.baseline if options.baseline in options.names else options.names[0]
     pipelines: dict[str, Pipeline] = {}
     families: dict[str, Pipeline] = {}
-    for name in args.presets:
-        made = families.get(models.family(name))
-        pipelines[name] = models.with_preset(made, name) if made else source.pipeline(name)
-        families.setdefault(models.family(name), pipelines[name])
+    for name in options.names:
+        made = families.get(models.family_name(name))
+        pipelines[name] = models.with_preset(made, name) if made else options.pipeline(name)
+        families.setdefault(models.family_name(name), pipelines[name])
     one = pipelines[baseline]
-    for folder in args.with_bundle:
+    for folder in options.with_bundle:
         made = models.open_bundle(folder)
         if (made.height, made.width, made.dtype) != (one.height, one.width, one.dtype):
             raise ValueError(f"bundle {folder.name}: got {made.width}x{made.height} {made.dtype}, "
                              f"expected {one.width}x{one.height} {one.dtype}")  # fmt: skip
         pipelines[f"{made.stages.name} {made.preset_name}"] = made
-    report: dict[str, Any] = {"machine": machine(one.device), "stream": stream_header(one, source.label)}
-    checks = [c for i, p in enumerate(pipelines.values()) for c in check.run(p, args.prompt, args.seed, i > 0)]
+    report: dict[str, Any] = {"machine": machine(one.device), "stream": stream_header(one, options.label)}
+    checks = [c for i, p in enumerate(pipelines.values()) for c in check.run(p, options.prompt, options.seed, i > 0)]
     report["checks"] = [asdict(c) for c in checks]
     if not all(c.passed for c in checks):
         return report, checks
@@ -159,22 +186,22 @@ def measure(source: models.Source, args: argparse.Namespace) -> tuple[dict[str, 
     about: dict[str, str] = {}
     with ExitStack() as stack:
         race: dict[str, Callable[[], Lap]] = {
-            name: partial(our_lap, p, args.prompt, args.seed, args.frames) for name, p in pipelines.items()
+            name: partial(our_lap, p, options.prompt, options.seed, options.frames) for name, p in pipelines.items()
         }
-        for asked in args.adapter:
-            adapter = stack.enter_context(_open(asked, source, one, args))
+        for text in options.adapters:
+            adapter = stack.enter_context(_open(text, one, options))
             about[adapter.name] = str(adapter.about.get("about", adapter.name))
             laps[adapter.name] = []
-            race[adapter.name] = partial(adapter_lap, adapter, args.prompt, args.seed, args.frames)
-            shorter = sorted({1 + 4 * max(1, args.frames // part // 4) for part in (8, 4, 2)})
-            # The shortest one first and once more: whatever is set up at the first call is no part of the race.
-            timed = [adapter.generate(args.prompt, args.seed, n) for n in (shorter[0], *shorter)][1:]
+            race[adapter.name] = partial(adapter_lap, adapter, options.prompt, options.seed, options.frames)
+            shorter = sorted({1 + 4 * max(1, options.frames // part // 4) for part in (8, 4, 2)})
+            # The shortest video is made twice, because the first call also sets things up.
+            timed = [adapter.generate(options.prompt, options.seed, n) for n in (shorter[0], *shorter)][1:]
             lengths[adapter.name] = [[video.frames, video.seconds] for video in timed]
         for name in pipelines:
             race[name]()  # warm up
-        for number, name, lap in interleaved(race, args.rounds):
+        for number, name, lap in interleaved(race, options.rounds):
             laps[name].append(lap)
-            print(f"round {number + 1}: {name} {lap.ms_per_frame:.2f} ms a frame", file=sys.stderr)
+            print(f"round {number + 1}: {name} {lap.ms_per_frame:.2f} ms per frame", file=sys.stderr)
 
     rows = {}
     for name, found in laps.items():
@@ -182,18 +209,18 @@ def measure(source: models.Source, args: argparse.Namespace) -> tuple[dict[str, 
         if name in pipelines:
             row |= {"about": f"this engine, {name}", **_flops(models.on_torch(pipelines[name], one))}
         else:
-            row |= {"about": about[name], "cumulative": lengths[name] + [[args.frames, row["video_seconds"]]]}
+            row |= {"about": about[name], "cumulative": lengths[name] + [[options.frames, row["video_seconds"]]]}
         rows[name] = row
-    _teacher_flops(rows.get("diffusers"), one, args)
+    _teacher_flops(rows.get("diffusers"), one, options)
     for row in rows.values():
         if "gflop_per_frame" in row:
             row["flops_ratio"] = row["gflop_per_frame"] / rows[baseline]["gflop_per_frame"]
     report |= {
-        "frames": args.frames,
-        "rounds": args.rounds,
+        "frames": options.frames,
+        "rounds": options.rounds,
         "baseline": baseline,
         "variants": list(rows.values()),
-        "claim": _claim(pipelines, args),
+        "claim": _claim(pipelines, options),
         "timings": {name: row["ms_per_frame"] for name, row in rows.items()},
         "commit": report["machine"]["commit"],
         "device": report["machine"]["device"],
@@ -201,17 +228,17 @@ def measure(source: models.Source, args: argparse.Namespace) -> tuple[dict[str, 
     return report, checks
 
 
-def _teacher_flops(row: dict[str, Any] | None, pipeline: Pipeline, args: argparse.Namespace) -> None:
-    """GFLOP a frame of the bidirectional video, counted as ours are."""
+def _teacher_flops(row: dict[str, Any] | None, pipeline: Pipeline, options: Options) -> None:
+    """Add the GFLOP per frame of the bidirectional video, counted in the same way as ours."""
     vae, rows = models.vae_config(pipeline), pipeline.tokenizer.rows if pipeline.tokenizer else 0
     if row is None or vae is None:
         return
-    latents = 1 + (args.frames - 1) // pipeline.temporal
+    latents = 1 + (options.frames - 1) // pipeline.temporal
     height, width = pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
-    model = bidirectional_cost(pipeline, latents, rows, args.teacher_steps, args.guidance > 1).flops
+    model = bidirectional_cost(pipeline, latents, rows, options.teacher_steps, options.guidance > 1).flops
     decode = [vae_cost(vae, height, width, 4, steady).flops for steady in (False, True)]
-    row["latent_gflop_per_frame"] = model / args.frames / 1e9
-    row["gflop_per_frame"] = (model + decode[0] + (latents - 1) * decode[1]) / args.frames / 1e9
+    row["latent_gflop_per_frame"] = model / options.frames / 1e9
+    row["gflop_per_frame"] = (model + decode[0] + (latents - 1) * decode[1]) / options.frames / 1e9
 
 
 def print_report(r: dict[str, Any]) -> None:
@@ -235,50 +262,28 @@ def print_report(r: dict[str, Any]) -> None:
                   f"({took['ours']['median']:.2f} of {took['base']['median']:.2f} ms)")  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
-    source = models.source_of(args)
-    if source.bundle:
+def run(options: Options) -> int:
+    options.prepare()
+    if options.bundle:
         raise ValueError("--bundle: got one, expected --with-bundle beside the torch model")
-    if args.rounds < 1 or args.frames < 9 or args.frames % 4 != 1:
-        raise ValueError(f"got {args.rounds} rounds of {args.frames} frames, expected at least 1 of 1 + 4k, k > 1")
-    if args.adapter is None:
-        args.adapter = [] if source.random else ["diffusers"]
-    args.adapter = [name for name in args.adapter if name != "none"]
-    for name in args.adapter:
-        _command(name)
-        source.directory()  # refuses weights that no other process can read
-    report, checks = measure(source, args)
-    if not args.json:
+    if options.rounds < 1 or options.frames < 9 or options.frames % 4 != 1:
+        raise ValueError(
+            f"got {options.rounds} rounds of {options.frames} frames, expected at least 1 of 1 + 4k, k > 1"
+        )
+    for text in options.adapters:
+        _command(text)
+        options.directory()  # refuses weights that no other process can read
+    report, checks = measure(options)
+    if not options.json:
         print_header(report["machine"], report["stream"])
     if check.refused(checks):
         return 1
     print(f"{len(checks)} checks passed", file=sys.stderr)
-    if not args.json:
+    if not options.json:
         print_report(report)
-    if args.plot:
+    if options.plot:
         from bench.report import plots
 
-        plots.draw("compare", report, args.plot)
-    results.emit(args, "compare", report)
+        plots.draw("compare", report, options.plot)
+    saved.emit(options, "compare", report)
     return 0
-
-
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser("compare", help="presets, backends and other engines, interleaved in one run")
-    models.add_arguments(command)
-    command.add_argument("--presets", type=lambda text: text.split(","), default=list(PRESETS), metavar="A,B,...")
-    command.add_argument("--baseline", default=BASELINE, metavar="PRESET")
-    command.add_argument("--frames", type=int, default=129, help="frames a video, 1 + 4k")
-    command.add_argument("--rounds", type=int, default=3)
-    command.add_argument(
-        "--with-bundle", type=Path, action="append", default=[], metavar="DIR", help="race a bundle's graphs too"
-    )
-    command.add_argument("--pairs", type=int, default=30, help="chunks side by side, greedy against the baseline")
-    command.add_argument(
-        "--adapter", action="append", metavar="NAME[=COMMAND]", help="another engine; default: diffusers; none: nobody"
-    )
-    command.add_argument("--teacher-steps", type=int, default=50, help="steps of bidirectional engines")
-    command.add_argument("--guidance", type=float, default=5.0, help="their classifier-free guidance")
-    command.add_argument("--plot", type=Path, metavar="DIR", help="draw into this folder")
-    results.add_arguments(command)
-    command.set_defaults(run=run)

@@ -1,11 +1,10 @@
-"""Many streams on one machine: what all of them get together, what each one gets, and how many hold a frame rate."""
+"""Many streams on one machine: their rate together, the rate of each, and how many hold a frame rate."""
 
-import argparse
 import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,22 +12,31 @@ import torch
 from bench.instruments import check, memory, models
 from bench.instruments.header import machine, print_header, stream_header
 from bench.instruments.spread import quartiles, summary, table
-from bench.report import saved as results
+from bench.report import saved
+from engine.options import option
 from engine.stream import Pipeline, Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(saved.Reported, models.PresetSource):
+    target_fps: float | None = option(None, "frames per second of every stream; default: the model's own")
+    max_streams: int = option(64, "the most that are tried")
+    seconds: float = option(4.0, "of every trial")
+    mode: Literal["threads", "turns"] = option("threads", "a thread for each stream, or one thread for all in turn")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """N streams at once. `ms` is every chunk of every stream; fps adds up all of them."""
+    """N streams at once. `ms` holds every chunk of every stream; fps is the sum over all streams."""
 
     streams: int
     fps: float
-    each: list[float]  # frames a second of every stream
+    each: list[float]  # frames per second of every stream
     ms: list[float]
     worst_p99: float  # of one stream
     fairness: float  # Jain's index: 1 when all get the same, 1 / N when one gets everything
     state_mb: float  # caches and prompt of one stream
-    growth_mb: float  # resident memory a stream
+    growth_mb: float  # resident memory per stream
 
 
 def fairness(each: list[float]) -> float:
@@ -40,10 +48,10 @@ def trial(
     pipeline: Pipeline, prompt: str, streams: int, *, chunks: int | None = None, seconds: float | None = None,
     mode: str = "threads",
 ) -> Trial:  # fmt: skip
-    """Run `streams` streams for so many chunks each, or so many seconds.
+    """Run `streams` streams for `chunks` chunks each, or for `seconds` seconds.
 
-    threads  every stream in a thread of its own, the processor's threads shared out among them
-    turns    one thread asks every stream for a chunk in turn
+    threads  every stream has a thread of its own, and the processor's threads are shared out among them
+    turns    one thread asks each stream for a chunk in turn
     """
     before = memory.resident_mb()
     opened = [pipeline.stream(prompt, seed=number) for number in range(streams)]
@@ -96,7 +104,7 @@ def _until(going: Any, step: Any, number: int, stream: Stream) -> None:
 
 
 def _in_threads(jobs: list[Any]) -> list[BaseException]:
-    """Run jobs at once; what they raised."""
+    """Run jobs at the same time; returns the exceptions that they raised."""
     failures: list[BaseException] = []
 
     def guarded(job: Any) -> None:
@@ -114,7 +122,7 @@ def _in_threads(jobs: list[Any]) -> list[BaseException]:
 
 
 def largest(holds: Any, most: int) -> int:
-    """The largest N up to `most` for which holds(N), if a larger number never holds where a smaller one fails."""
+    """The largest N up to `most` for which holds(N) is true, provided that no N above a failing one holds."""
     good, bad = 0, None
     n = 1
     while bad is None and n <= most:
@@ -128,23 +136,23 @@ def largest(holds: Any, most: int) -> int:
     return good
 
 
-def run(args: argparse.Namespace) -> int:
-    source = models.source_of(args)
-    if args.seconds <= 0 or args.max_streams < 1 or (args.target_fps or 1) <= 0:
-        raise ValueError(f"got {args.seconds} seconds, {args.max_streams} streams, {args.target_fps} fps, "
+def run(options: Options) -> int:
+    options.prepare()
+    if options.seconds <= 0 or options.max_streams < 1 or (options.target_fps or 1) <= 0:
+        raise ValueError(f"got {options.seconds} seconds, {options.max_streams} streams, {options.target_fps} fps, "
                          "expected positive numbers")  # fmt: skip
-    pipeline = source.pipeline(args.preset)
-    if check.refused(check.run(pipeline, args.prompt, args.seed)):
+    pipeline = options.pipeline(options.preset)
+    if check.refused(check.run(pipeline, options.prompt, options.seed)):
         return 1
-    target = args.target_fps or pipeline.fps
+    target = options.target_fps or pipeline.fps
     trials: dict[int, Trial] = {}
 
     def holds(count: int) -> bool:
-        trials[count] = found = trial(pipeline, args.prompt, count, seconds=args.seconds, mode=args.mode)
+        trials[count] = found = trial(pipeline, options.prompt, count, seconds=options.seconds, mode=options.mode)
         print(f"{count} streams: {found.fps:.1f} fps together, slowest {min(found.each):.1f}", file=sys.stderr)
         return min(found.each) >= target
 
-    best = largest(holds, args.max_streams)
+    best = largest(holds, options.max_streams)
     where = machine(pipeline.device)
     points: list[dict[str, Any]] = [
         {"streams": t.streams, "fps": t.fps, "slowest_fps": min(t.each), "ms_per_chunk": summary(t.ms),
@@ -152,28 +160,16 @@ def run(args: argparse.Namespace) -> int:
         for _, t in sorted(trials.items())
     ]  # fmt: skip
     result = {
-        "machine": where, "stream": stream_header(pipeline, source.label), "target_fps": target, "mode": args.mode,
-        "streams_at_target": best, "capped": best == args.max_streams, "points": points,
+        "machine": where, "stream": stream_header(pipeline, options.label), "target_fps": target, "mode": options.mode,
+        "streams_at_target": best, "capped": best == options.max_streams, "points": points,
         "timings": {f"{t.streams} streams": quartiles(t.ms) for t in trials.values()},
         "device": where["device"], "commit": where["commit"],
     }  # fmt: skip
-    if not args.json:
+    if not options.json:
         print_header(where, result["stream"])
         rows = [{k: p[k] for k in p if k != "ms_per_chunk"} | {"p50_ms": p["ms_per_chunk"]["p50"]} for p in points]
         print("\n" + table(rows))
         more = " (the most that was tried)" if result["capped"] else ""
-        print(f"\n{best} streams hold {target:g} frames a second each{more}")
-    results.emit(args, "load", result)
+        print(f"\n{best} streams hold {target:g} frames per second each{more}")
+    saved.emit(options, "load", result)
     return 0
-
-
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser("load", help="concurrent streams: together, each, and how many hold a frame rate")
-    models.add_arguments(command)
-    command.add_argument("--preset", metavar="NAME|FILE.toml", help="default: the model's own")
-    command.add_argument("--target-fps", type=float, help="frames a second of every stream; default: the model's own")
-    command.add_argument("--max-streams", type=int, default=64)
-    command.add_argument("--seconds", type=float, default=4.0, help="of every trial")
-    command.add_argument("--mode", choices=("threads", "turns"), default="threads")
-    results.add_arguments(command)
-    command.set_defaults(run=run)

@@ -1,19 +1,34 @@
 """All measurements of one model on this machine, each in a process of its own, and the page about them."""
 
-import argparse
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from bench.instruments.models import SHAPES
-from bench.report import page as report
-from bench.report import saved as results
+from bench.report import page
+from bench.report.saved import Stored
+from engine.options import option
 
-# (command, its arguments, its arguments where only the way through is tried)
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Stored):
+    model: Path | None = option(None, "pipeline directory; default: the embedded model", metavar="DIR")
+    bundle: Path | None = option(None, "a bundle of the model: its graphs race too", metavar="DIR")
+    random: str | None = option(None, "random weights of this shape", choices=SHAPES)
+    height: int | None = option(None, "pixels")
+    width: int | None = option(None, "pixels")
+    threads: int | None = option(None, "CPU threads")
+    device: str | None = option(None, "auto, cpu, cuda, cuda:1, ...", metavar="DEVICE")
+    quick: bool = option(False, "seconds instead of minutes: does it all run?")
+    save: bool = option(False, "write results and docs/performance.md")
+    out: Path = option(page.PAGE, "the page", metavar="FILE")
+
+
+# (command, its arguments, its arguments with --quick; none leave the command out)
 PLAN: list[tuple[str, list[str], list[str]]] = [
     ("stream", ["--preset", "greedy"], ["--preset", "greedy", "--frames", "20", "--rounds", "1"]),
     (
@@ -29,10 +44,10 @@ PLAN: list[tuple[str, list[str], list[str]]] = [
 ]
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     names = ("model", "random", "height", "width", "threads", "device")
-    model = {f"--{name}": str(getattr(args, name)) for name in names if getattr(args, name) is not None}
-    where = ["--save", "--results", str(args.results)] if args.save else []
+    model = {f"--{name}": str(getattr(options, name)) for name in names if getattr(options, name) is not None}
+    where = ["--save", "--results", str(options.results)] if options.save else []
     busy = psutil.cpu_percent(0.5)
     if busy > 20:
         print(
@@ -40,43 +55,27 @@ def run(args: argparse.Namespace) -> int:
         )
     start = time.perf_counter()
     plan = list(PLAN)
-    if args.bundle:
-        graphs = ["--bundle", str(args.bundle)]
+    if options.bundle:
+        graphs = ["--bundle", str(options.bundle)]
         plan.insert(1, ("stream", graphs, [*graphs, "--frames", "20", "--rounds", "1"]))
-        race = ["--with-bundle", str(args.bundle)]
+        race = ["--with-bundle", str(options.bundle)]
         plan = [(c, [*full, *race], [*quick, *race]) if c == "compare" else (c, full, quick) for c, full, quick in plan]
     for command, full, quick in plan:
-        given = quick if args.quick else full
-        if args.quick and not quick:
+        own = quick if options.quick else full
+        if options.quick and not quick:
             continue
         # Operations have shapes of their own, and a bundle is its own model.
-        fixed = command == "kernels" or "--bundle" in given
-        own = [a for option, value in model.items() if not fixed or option in ("--threads", "--device")
-               for a in (option, value)]  # fmt: skip
-        print(f"\n== bench {command} {' '.join(given)}", flush=True)
+        fixed = command == "kernels" or "--bundle" in own
+        shared = [a for name, value in model.items() if not fixed or name in ("--threads", "--device")
+                  for a in (name, value)]  # fmt: skip
+        print(f"\n== bench {command} {' '.join(own)}", flush=True)
         begun = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "bench", command, *given, *own, *where], check=False)
+        done = subprocess.run([sys.executable, "-m", "bench", command, *own, *shared, *where], check=False)
         if done.returncode:
             print(f"error: bench {command} ended with status {done.returncode}", file=sys.stderr)
             return done.returncode
         print(f"== {time.perf_counter() - begun:.0f} s", flush=True)
-    if args.save:
-        print(f"wrote {report.generate(args.results, args.out).name}")
+    if options.save:
+        print(f"wrote {page.generate(options.results, options.out).name}")
     print(f"all of it took {time.perf_counter() - start:.0f} s")
     return 0
-
-
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser("all", help="stream, compare, scaling, load, kernels; with --save also the page")
-    command.add_argument("--model", type=Path, metavar="DIR", help="pipeline directory (default: the embedded model)")
-    command.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of the model: its graphs race too")
-    command.add_argument("--random", choices=tuple(SHAPES))
-    command.add_argument("--height", type=int)
-    command.add_argument("--width", type=int)
-    command.add_argument("--threads", type=int, help="CPU threads")
-    command.add_argument("--device")
-    command.add_argument("--quick", action="store_true", help="seconds instead of minutes: does it all run?")
-    command.add_argument("--save", action="store_true", help="write results and docs/performance.md")
-    command.add_argument("--results", type=Path, default=results.FOLDER, metavar="DIR", help="default: bench/results")
-    command.add_argument("--out", type=Path, default=report.PAGE, metavar="FILE", help="default: docs/performance.md")
-    command.set_defaults(run=run)

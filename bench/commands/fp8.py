@@ -1,33 +1,33 @@
-"""What FP8 costs in quality: errors of every stage beside fp32, and scores of the clips that come out.
+"""The loss of quality by FP8: the error of each pass against fp32, and the scores of the clips that come out.
 
 python -m bench fp8 [--prompts 32] [--sensitivity]
 
-Errors are relative to the fp32 stage's output, both on the inputs of one fp32 stream: so they do not pile up. Scores
-are the exact evaluator's on the embedded model, every row with the same prompts and seeds.
+Each pass runs in fp32 and in FP8 on the inputs of one fp32 stream, so errors do not accumulate over passes. An error is
+relative to the fp32 output. Scores are the exact evaluator's, on the embedded model; all rows have the same prompts and
+seeds.
 """
 
-import argparse
 import copy
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from engine.runtime.fused import FusedTransformer
 from torch import Tensor
 
 from bench.instruments.header import machine
 from bench.instruments.random_weights import RandomSource
-from bench.report import saved as results
+from bench.report import saved
 from distill.scores.pixels import from_uint8
 from distill.scores.tasks import find_task
 from engine.config import TransformerConfig
 from engine.loader import FP8_KEEP, load
 from engine.model.cache import FP8, CachedAttention, RingCache
-from engine.model.layers import Block
+from engine.model.fp8 import to_fp8
 from engine.model.rope import rope_tables
 from engine.model.transformer import WanTransformer
+from engine.options import option
 from engine.runtime.passes import Pass
 from engine.stream import Pipeline
 from engine.weights.checkpoint import fill
@@ -38,8 +38,17 @@ SCORES = ("semantic", "quality", "total", "object_class", "direction", "speed")
 CALIBRATION = {"prompts": 12, "seed": 7, "chunks": 9}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(saved.Reported):
+    prompts: int = option(32, "held-out clips")
+    frames: int = option(33, "frames per clip")
+    seed: int = option(20, "of the first clip")
+    sensitivity: bool = option(False, "also one block, and one kind of linear, at a time")
+    blocks: int = option(0, "instead: N random full-width blocks, a product at a time", metavar="N")
+
+
 class _Beside:
-    """Stages that answer with the reference's results and note how far the others are off on the same inputs."""
+    """A backend that returns the reference's results and records the errors of other backends on the same inputs."""
 
     name = "torch"
 
@@ -51,33 +60,32 @@ class _Beside:
         return getattr(self.stages, name)  # text and VAE are not compared
 
     def run(self, step: Pass, cache: RingCache, text_kv: Any) -> Tensor:
-        if step.kind.graph == "sdd_context":  # its result is not used
-            return self.stages.run(step, cache, text_kv)
-        results = {}
+        made = {}
         for key, other in self.others.items():
-            dtype = other.dtype
-            twin = copy.copy(cache)
+            if step.kind.graph == "sdd_context":  # its result is not used
+                continue
+            dtype, twin = other.dtype, copy.copy(cache)
             twin.k, twin.v = cache.k.to(dtype, copy=True), cache.v.to(dtype, copy=True)
-            cast = {role: tuple(x.to(dtype) for x in pair) for role, pair in text_kv.items()}
+            text = {role: tuple(x.to(dtype) for x in pair) for role, pair in text_kv.items()}
             c_f = None if step.c_f is None else step.c_f.to(dtype)
-            low = replace(step, latent=step.latent.to(dtype), c_f=c_f)
-            results[key] = other.stages.run(low, twin, cast).float()
+            made[key] = other.stages.run(replace(step, latent=step.latent.to(dtype), c_f=c_f), twin, text).float()
         expected = self.stages.run(step, cache, text_kv)
         size = float(expected.square().sum())
-        for key, got in results.items():
-            self.squares.setdefault((key, step.kind.graph), []).append((float((got - expected).square().sum()), size))
+        for key, got in made.items():
+            off = float((got - expected).square().sum())
+            self.squares.setdefault((key, step.kind.graph), []).append((off, size))
         return expected
 
     def errors(self, key: str) -> dict[str, float]:
-        """{stage: |other - fp32| / |fp32|} over all calls."""
+        """{pass: |other - fp32| / |fp32|} over all calls."""
         sums = {name: np.sum(pairs, axis=0) for (other, name), pairs in self.squares.items() if other == key}
         return {name: float(np.sqrt(off / size)) for name, (off, size) in sums.items()}
 
 
-def stage_errors(
+def pass_errors(
     reference: Pipeline, others: dict[str, Pipeline], prompts: Iterable[str], chunks: int
 ) -> dict[str, dict[str, float]]:
-    """{variant: {stage: relative error}} on the inputs that streams of the reference produce."""
+    """{variant: {pass: relative error}} on the inputs that streams of the reference produce."""
     beside = _Beside(reference, others)
     watched = replace(reference, stages=beside)
     for seed, prompt in enumerate(prompts):
@@ -88,7 +96,7 @@ def stage_errors(
 
 
 def clips(pipeline: Pipeline, prompts: list[str], seed: int, frames: int) -> list[Tensor]:
-    """One clip a prompt, float [3, frames, H, W]; clip i has seed `seed + i`."""
+    """One clip per prompt, float [3, frames, H, W]; clip i has seed `seed + i`."""
     videos = []
     for i, prompt in enumerate(prompts):
         with pipeline.stream(prompt, seed=seed + i, frames=frames) as stream:
@@ -112,7 +120,7 @@ def sensitivity(
         ]  # fmt: skip
         kept = tuple(name for name in names if name not in inside)
         others[group] = quantize(reference, Recipe("tensor", kept), amax)
-    return stage_errors(reference, others, prompts, chunks)
+    return pass_errors(reference, others, prompts, chunks)
 
 
 PRODUCTS = ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -122,8 +130,8 @@ PRODUCTS = ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ffn
 def block_errors(seeds: int, side: int = 16) -> dict[str, dict[str, float]]:
     """Error of a random block of Wan2.1-1.3B's width with one product in FP8, with all, with FP8 attention too.
 
-    rms error of what the block adds to its input, over its rms, beside the same block in float32; bf16 is what the
-    rest is to be judged by. side x side tokens, after a chunk of as many in the cache; inputs and weights are normal.
+    The error is that of the block's output minus its input, against the same block in float32: rms error over rms. The
+    row bf16 is the yardstick. side x side tokens attend to as many in the cache; inputs and weights are normal.
     """
     config = TransformerConfig(num_layers=1)
     keeps = {"bf16": ["*"], "fp8 all": [], "fp8 as by default": list(FP8_KEEP)}
@@ -136,96 +144,82 @@ def block_errors(seeds: int, side: int = 16) -> dict[str, dict[str, float]]:
         model.fuse()
         inputs = [torch.randn(1, side**2, config.dim) for _ in range(2)]
         text, t = model.prepare_text(torch.randn(1, 512, config.text_dim)), torch.tensor([500.0])
-        truth = _added(FusedTransformer(model), inputs, text, t, torch.float32)
+        truth = _added(model, inputs, text, t, torch.float32)
         narrow = model.to(torch.bfloat16)
         narrow.fuse()
         for name, keep in (keeps | {"fp8 all, attention": []}).items():
-            fused = FusedTransformer(narrow, fp8=True, keep=keep)
-            got = _added(fused, inputs, text, t, FP8 if "attention" in name else torch.bfloat16)
+            got = _added(to_fp8(narrow, keep, "sdd"), inputs, text, t, FP8 if "attention" in name else torch.bfloat16)
             error = float((got - truth).square().mean().sqrt() / truth.square().mean().sqrt())
             found.setdefault(name, []).append(error)
     return {name: {"mean": float(np.mean(e)), "most": max(e)} for name, e in found.items()}
 
 
-def _added(fused: FusedTransformer, inputs: list[Tensor], text: Any, t: Tensor, kv: torch.dtype) -> Tensor:
-    """What the block adds to the second input, with the first one's keys and values in the cache: float32."""
-    model, config = fused.model, fused.model.config
+def _added(model: WanTransformer, inputs: list[Tensor], text: Any, t: Tensor, kv: torch.dtype) -> Tensor:
+    """The block's output minus its input for the second input; the first one's keys and values are cached. float32."""
+    config = model.config
     dtype, tokens = model.proj_out.weight.dtype, inputs[0].shape[1]
     side = int(tokens**0.5)
     cache = RingCache(1, 1, 2, tokens, config.num_attention_heads, config.attention_head_dim, dtype=kv)
     _, modulation = model.condition_embedder.time(t[:, None])
-    modulation = cast(Block, model.blocks[0]).scale_shift_table[:, None] + modulation
     for slot, x in enumerate(inputs):
         cos, sin = rope_tables([slot], side, side, config.attention_head_dim)
         k, v = (part[0].to(dtype) for part in text)
         x = x.to(dtype)
-        out = fused.blocks[0](x, modulation, k, v, cos, sin, 0, CachedAttention(cache, slot, slot + 1))
+        out = model.blocks[0](x, modulation, k, v, cos, sin, CachedAttention(cache, slot, slot + 1), 0)
     return out.float() - x.float()
 
 
-def run(args: argparse.Namespace) -> int:
-    if args.blocks:
-        return _run_blocks(args)
-    if args.prompts < 1 or args.frames < 2:
-        raise ValueError(f"fp8: got {args.prompts} prompts and {args.frames} frames, expected at least 1 and 2")
+def run(options: Options) -> int:
+    if options.blocks:
+        return _run_blocks(options)
+    if options.prompts < 1 or options.frames < 2:
+        raise ValueError(f"fp8: got {options.prompts} prompts and {options.frames} frames, expected at least 1 and 2")
     task = find_task("scenes")
     torch.set_num_threads(1)
     reference = load(device="cpu", precision="fp32")
     seen = [spec.caption for spec in task.draw(CALIBRATION["prompts"], CALIBRATION["seed"])]
     amax = calibrate(reference, seen, chunks=CALIBRATION["chunks"])
-    # "engine": what --precision fp8 streams on; the others are what an export holds.
+    # "engine fp8" is what --precision fp8 streams on; the others are what an export holds.
     others = {name: load(device="cpu", precision=kind) for name, kind in (("bf16", "bf16"), ("engine fp8", "fp8"))}
     for granularity in GRANULARITIES:
         others[f"fp8 {granularity}"] = quantize(reference, Recipe(granularity), amax)
         last = f"blocks.{reference.config.num_layers - 1}.*"
         others[f"fp8 {granularity}, {last} kept"] = quantize(reference, Recipe(granularity, (last,)), amax)
-    specs = task.draw(args.prompts, args.seed, hidden=True)
+    specs = task.draw(options.prompts, options.seed, hidden=True)
     prompts = [spec.caption for spec in specs]
-    errors = stage_errors(reference, others, prompts[:8], CALIBRATION["chunks"])
+    errors = pass_errors(reference, others, prompts[:8], CALIBRATION["chunks"])
     rows: dict[str, Any] = {}
     for name, pipeline in {"fp32": reference, **others}.items():
-        made = clips(pipeline, prompts, args.seed, args.frames)
+        made = clips(pipeline, prompts, options.seed, options.frames)
         rows[name] = {"errors": errors.get(name, {}), "scores": task.score(made, specs)}
-        if not args.json:
+        if not options.json:
             print(_row(name, rows[name]), flush=True)
-    result: dict[str, Any] = {"machine": machine(torch.device("cpu")), "prompts": args.prompts, "frames": args.frames}
-    result |= {"seed": args.seed, "calibration": CALIBRATION, "rows": rows}
-    if args.sensitivity:
+    result: dict[str, Any] = {
+        "machine": machine(torch.device("cpu")),
+        "prompts": options.prompts,
+        "frames": options.frames,
+    }
+    result |= {"seed": options.seed, "calibration": CALIBRATION, "rows": rows}
+    if options.sensitivity:
         result["sensitivity"] = sensitivity(reference, amax, prompts[:4], CALIBRATION["chunks"])
-        if not args.json:
+        if not options.json:
             for group, found in result["sensitivity"].items():
-                print(f"{group:28} " + "  ".join(f"{stage} {error:.2e}" for stage, error in found.items() if error))
-    results.emit(args, "fp8", result)
+                print(f"{group:28} " + "  ".join(f"{name} {error:.2e}" for name, error in found.items() if error))
+    saved.emit(options, "fp8", result)
     return 0
 
 
-def _run_blocks(args: argparse.Namespace) -> int:
-    rows = block_errors(args.blocks)
-    if not args.json:
+def _run_blocks(options: Options) -> int:
+    rows = block_errors(options.blocks)
+    if not options.json:
         for name, error in rows.items():
             print(f"{name:24} {error['mean']:.2e}  at most {error['most']:.2e}")
-    results.emit(args, "fp8-blocks", {"machine": machine(torch.device("cpu")), "blocks": args.blocks, "rows": rows})
+    result = {"machine": machine(torch.device("cpu")), "blocks": options.blocks, "rows": rows}
+    saved.emit(options, "fp8", result, "blocks")
     return 0
 
 
 def _row(name: str, row: dict[str, Any]) -> str:
-    errors = "  ".join(f"{stage} {error:.2e}" for stage, error in row["errors"].items())
+    errors = "  ".join(f"{name} {error:.2e}" for name, error in row["errors"].items())
     scores = "  ".join(f"{key} {row['scores'][key]['mean']:.3f} ± {row['scores'][key]['se']:.3f}" for key in SCORES)
     return f"{name:30} {errors:30}  {scores}"
-
-
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser("fp8", help="quality of FP8 on the embedded model: stage errors, evaluator's scores")
-    command.add_argument("--prompts", type=int, default=32, help="held-out clips")
-    command.add_argument("--frames", type=int, default=33)
-    command.add_argument("--seed", type=int, default=20)
-    command.add_argument("--sensitivity", action="store_true", help="also one block, and one kind of linear, at a time")
-    command.add_argument(
-        "--blocks",
-        type=int,
-        default=0,
-        metavar="N",
-        help="instead: N random full-width blocks, a product at a time",
-    )
-    results.add_arguments(command)
-    command.set_defaults(run=run)

@@ -1,27 +1,35 @@
 """Every operation of kernels/ against its float64 reference, then against the best library call, in turn."""
 
-import argparse
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from bench.instruments import ceilings
+from bench.instruments import ceilings, models
 from bench.instruments.header import machine, print_header
 from bench.instruments.spread import interleaved, paired_ratio, quartiles, table
 from bench.operations import attention as attention_cases
 from bench.operations import others as kernel_cases
 from bench.operations.others import Call, Case
-from bench.report import saved as results
+from bench.report import saved
+from engine.options import option
 from engine.runtime.device import DTYPES
 from kernels import compile
 
-# op -> its maker, and the shapes for a device.
+# op -> its maker, and its shapes for each device.
 SHAPES = {**attention_cases.SHAPES, **kernel_cases.SHAPES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(saved.Reported, models.Machine):
+    op: tuple[str, ...] = option((), "one of " + ", ".join(SHAPES) + "; may be repeated; default: all", metavar="OP")
+    compile_only: bool = option(False, "compile every variant for sm_90, run nothing")
+    rounds: int = option(20, "in which every implementation has its turn")
+    precision: str = option("auto", "auto: bf16 on a GPU, else fp32", choices=("auto", *DTYPES))
 
 
 def cases(device: torch.device, dtype: torch.dtype, ops: list[str]) -> list[Case]:
@@ -33,7 +41,7 @@ def cases(device: torch.device, dtype: torch.dtype, ops: list[str]) -> list[Case
 
 
 def errors(case: Case) -> dict[str, float]:
-    """rms error over rms of the truth, ours and the library's."""
+    """rms error over the truth's rms: ours, and each library call's."""
     truth = case.value(case.reference()).double()
     size = truth.square().mean().sqrt()
     calls = {"ours": case.ours, **case.library}
@@ -42,7 +50,7 @@ def errors(case: Case) -> dict[str, float]:
 
 
 def _repeated(call: Call, device: torch.device, repeats: int) -> Call:
-    """`repeats` calls as one; on a GPU a CUDA graph of them, or launching would be what is timed."""
+    """`repeats` calls as one. On a GPU they are one CUDA graph, so that launches are not timed."""
     if device.type != "cuda":
         return lambda: [call() for _ in range(repeats)]
     call()
@@ -67,7 +75,7 @@ def _seconds(call: Call, device: torch.device) -> float:
 
 @torch.inference_mode()
 def measure(device: torch.device, dtype: torch.dtype, ops: list[str], rounds: int) -> dict[str, Any]:
-    """Errors first: ours may have twice the library's in the same precision, else there are no numbers for it."""
+    """Errors first. An operation with more than twice the library's error in the same precision gets no numbers."""
     found = cases(device, dtype, ops)
     limits = ceilings.measure(device, dtype)
     rows, timings = [], {}
@@ -99,13 +107,13 @@ def measure(device: torch.device, dtype: torch.dtype, ops: list[str], rounds: in
     return {"ceilings": limits.as_dict(), "cases": rows, "timings": timings}
 
 
-def _compile_only(args: argparse.Namespace) -> int:
-    """Compile every variant for sm_90, no GPU needed; 1 where one spills, is too large or lacks an instruction."""
+def _compile_only(options: Options) -> int:
+    """Compile every variant for sm_90; no GPU. Returns 1 where one spills, is too large or lacks an instruction."""
     compile.use_stub_driver()
-    rows = compile.compile_variants(args.op)
-    if not args.op or "fp8_linear" in args.op:
+    rows = compile.compile_variants(list(options.op))
+    if not options.op or "fp8_linear" in options.op:
         rows += compile.compile_cuda()
-    if not args.json:
+    if not options.json:
         print(table([
             {"kernel": row["name"], "registers": row["registers"], "shared": row["shared_bytes"],
              "spills": row["spills"], "found": " ".join(row["instructions"])}
@@ -117,25 +125,22 @@ def _compile_only(args: argparse.Namespace) -> int:
     return 1 if red else 0
 
 
-def run(args: argparse.Namespace) -> int:
-    if args.compile_only:
-        return _compile_only(args)
-    name = args.device
+def run(options: Options) -> int:
+    if options.compile_only:
+        return _compile_only(options)
+    name = options.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if args.threads < 1 or args.rounds < 1:
-        raise ValueError(f"got {args.threads} threads and {args.rounds} rounds, expected at least 1 of both")
-    torch.set_num_threads(args.threads)
-    kind = args.precision if args.precision != "auto" else "fp32" if device.type == "cpu" else "bf16"
+    if options.rounds < 1:
+        raise ValueError(f"--rounds: got {options.rounds}, expected at least 1")
+    options.set_threads()
+    kind = options.precision if options.precision != "auto" else "fp32" if device.type == "cpu" else "bf16"
     where = machine(device)
-    result = {
-        "machine": where,
-        "precision": kind,
-        **measure(device, DTYPES[kind], args.op or list(SHAPES), args.rounds),
-    }
+    result: dict[str, Any] = {"machine": where, "precision": kind}
+    result |= measure(device, DTYPES[kind], list(options.op or SHAPES), options.rounds)
     result |= {"device": where["device"], "commit": where["commit"]}
-    if not args.json:
+    if not options.json:
         print_header(where)
         print("\n" + table([
             {"op": row["op"], "shape": row["shape"], "error": row["errors"]["ours"], "ms": row["ms"]["ours"]["median"],
@@ -149,17 +154,5 @@ def run(args: argparse.Namespace) -> int:
               f"expected at most twice the library's", file=sys.stderr)  # fmt: skip
     if red:
         return 1
-    results.emit(args, "kernels", result)
+    saved.emit(options, "kernels", result)
     return 0
-
-
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser("kernels", help="each operation against its reference and the best library call")
-    command.add_argument("--op", action="append", help="one of " + ", ".join(SHAPES) + "; default: all")
-    command.add_argument("--compile-only", action="store_true", help="compile every variant for sm_90, run nothing")
-    command.add_argument("--rounds", type=int, default=20)
-    command.add_argument("--device", default="auto")
-    command.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
-    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    results.add_arguments(command)
-    command.set_defaults(run=run)

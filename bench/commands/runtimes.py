@@ -1,13 +1,12 @@
 """The backends of a bundle against torch's modules, in one run: chunks in turn, so that all see the same machine.
 
-Where the C++ core is built, it streams the bundle as well, under the name native: whole chunks only, since its stages
-are out of Python's reach.
+Where the C++ core is built, it streams the bundle as well, under the name native. Only its whole chunks are timed,
+since Python cannot reach its passes.
 """
 
-import argparse
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,18 +19,30 @@ from bench.instruments.flops import steady_index
 from bench.instruments.header import machine, print_header, stream_header
 from bench.instruments.meter import Meter, MeteredPipeline
 from bench.instruments.spread import interleaved, paired_ratio, quartiles, table
-from bench.report import saved as results
+from bench.report import saved
 from engine.bundles.native import NativePipeline, NativeStream
 from engine.config import Preset
 from engine.loader import load
+from engine.options import option
 from engine.runtime.device import DTYPES
 from engine.stream import Pipeline, Stream
 
 Pipelines = dict[str, Pipeline | NativePipeline]
+PARTS = ("etm", "sdd_context", "sdd", "dit", "dit_context", "vae", "chunk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(saved.Reported):
+    bundle: Path = option(help="the bundle whose backends race", metavar="DIR")
+    model: Path | None = option(None, "what it was exported from; default: the embedded model", metavar="DIR")
+    pairs: int = option(60, "chunks of each backend")
+    check_chunks: int = option(21, "chunks compared first")
+    prompt: str = option(models.PROMPT, "of every stream", metavar="TEXT")
+    seed: int = option(0, "of the noise (0)")
 
 
 def agreement(pipelines: Pipelines, prompt: str, seed: int, chunks: int) -> list[check.Check]:
-    """Frames of every backend against torch's."""
+    """Compare the frames of every backend with torch's."""
     frames = {}
     for name, pipeline in pipelines.items():
         with pipeline.stream(prompt, seed=seed) as stream:
@@ -45,7 +56,7 @@ def agreement(pipelines: Pipelines, prompt: str, seed: int, chunks: int) -> list
 
 
 def race(pipelines: Pipelines, preset: Preset, prompt: str, seed: int, pairs: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of `pairs` steady chunks of every backend, in turn: whole, and by stage."""
+    """Seconds of `pairs` steady chunks of every backend, in turn: of the whole chunk and of its parts."""
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in pipelines}
     with ExitStack() as stack:
         streams = {}
@@ -60,59 +71,59 @@ def race(pipelines: Pipelines, preset: Preset, prompt: str, seed: int, pairs: in
             streams[name] = stream, meter
         turns = {name: partial(_chunk, *opened) for name, opened in streams.items()}
         for _, name, spent in interleaved(turns, pairs):
-            for label, value in spent.items():
-                seconds[name].setdefault(label, []).append(value)
+            for part, value in spent.items():
+                seconds[name].setdefault(part, []).append(value)
     return seconds
 
 
 def _chunk(stream: Stream | NativeStream, meter: Meter) -> dict[str, float]:
-    """Seconds of one chunk by stage, and of all of it."""
+    """Seconds of one chunk, and of its parts."""
     meter.take()
     start = meter.now()
     stream.next_chunk()
     return {"chunk": meter.now() - start} | meter.take()[0]
 
 
-def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[check.Check]]:
-    """Median milliseconds a chunk by stage and backend, and the ratio to torch over pairs of chunks."""
+def measure(options: Options) -> tuple[dict[str, Any], list[check.Check]]:
+    """Median milliseconds per chunk by part and backend, and the ratio to torch over pairs of chunks."""
     from engine.bundles.manifest import read_manifest  # extra packages that only bundles need
 
-    manifest = read_manifest(args.bundle)
+    manifest = read_manifest(options.bundle)
     if manifest.precision not in DTYPES:
         raise ValueError(f"bundle: got precision {manifest.precision}, expected one that torch's modules have")
     modules = load(
-        args.model, preset=manifest.preset_name, device="cpu", dtype=manifest.precision, height=manifest.height,
+        options.model, preset=manifest.preset_name, device="cpu", dtype=manifest.precision, height=manifest.height,
         width=manifest.width,
     )  # fmt: skip
     pipelines: Pipelines = {"torch": modules}
     for backend in manifest.backends.values():
-        pipelines[backend.backend] = models.open_bundle(args.bundle, backend.backend)
+        pipelines[backend.backend] = models.open_bundle(options.bundle, backend.backend)
     if "aoti" in pipelines and find_spec("engine._C"):
-        pipelines["native"] = NativePipeline(args.bundle, "aoti")
-    checks = agreement(pipelines, args.prompt, args.seed, args.check_chunks)
+        pipelines["native"] = NativePipeline(options.bundle, "aoti")
+    checks = agreement(pipelines, options.prompt, options.seed, options.check_chunks)
     report: dict[str, Any] = {"machine": machine(modules.device)}
-    report |= {"stream": stream_header(modules, f"bundle {args.bundle.name}"), "checks": [asdict(c) for c in checks]}
+    report |= {"stream": stream_header(modules, f"bundle {options.bundle.name}"), "checks": [asdict(c) for c in checks]}
     if not all(c.passed for c in checks):
         return report, checks
-    seconds = race(pipelines, modules.preset, args.prompt, args.seed, args.pairs)
-    stages = {}
-    for label in ("etm", "sdd_context", "sdd", "dit", "dit_context", "vae", "chunk"):
-        if label in seconds["torch"]:
-            stages[label] = {
-                name: {"ms": quartiles([1e3 * s for s in found[label]])}
-                | ({} if name == "torch" else {"ratio": paired_ratio(found[label], seconds["torch"][label])})
+    seconds = race(pipelines, modules.preset, options.prompt, options.seed, options.pairs)
+    parts = {}
+    for part in PARTS:
+        if part in seconds["torch"]:
+            parts[part] = {
+                name: {"ms": quartiles([1e3 * s for s in found[part]])}
+                | ({} if name == "torch" else {"ratio": paired_ratio(found[part], seconds["torch"][part])})
                 for name, found in seconds.items()
-                if label in found
+                if part in found
             }
-    report |= {"pairs": args.pairs, "backends": list(pipelines), "stages": stages}
+    report |= {"pairs": options.pairs, "backends": list(pipelines), "stages": parts}  # the key of stored results
     report |= {key: report["machine"][key] for key in ("commit", "device")}
     return report, checks
 
 
 def print_report(r: dict[str, Any]) -> None:
     rows = []
-    for label, found in r["stages"].items():
-        row: dict[str, Any] = {"stage": label}
+    for part, found in r["stages"].items():
+        row: dict[str, Any] = {"part": part}
         for name in r["backends"]:
             timed = found.get(name)
             row[f"{name} ms"] = timed["ms"]["median"] if timed else ""
@@ -121,32 +132,22 @@ def print_report(r: dict[str, Any]) -> None:
             if timed and "ratio" in timed:
                 row[f"{name} / torch"] = "{median:.3f} [{low:.3f}, {high:.3f}]".format(**timed["ratio"])
         rows.append(row)
-    print(f"\n{r['pairs']} chunks of each in turn; median ms a chunk, ratio to torch: median [95% interval]\n")
+    print(f"\n{r['pairs']} chunks of each in turn; median ms per chunk, ratio to torch: median [95% interval]\n")
     print(table(rows, 3))
 
 
-def run(args: argparse.Namespace) -> int:
-    if args.pairs < 1 or args.check_chunks < 1:
-        raise ValueError(f"got {args.pairs} pairs, {args.check_chunks} chunks to check, expected at least 1 of both")
-    report, checks = measure(args)
-    if not args.json:
+def run(options: Options) -> int:
+    if options.pairs < 1 or options.check_chunks < 1:
+        raise ValueError(
+            f"got {options.pairs} pairs, {options.check_chunks} chunks to check, expected at least 1 of both"
+        )
+    report, checks = measure(options)
+    if not options.json:
         print_header(report["machine"], report["stream"])
     if check.refused(checks):
         return 1
     print("; ".join(c.detail for c in checks), file=sys.stderr)
-    if not args.json:
+    if not options.json:
         print_report(report)
-    results.emit(args, "runtimes", report)
+    saved.emit(options, "runtimes", report)
     return 0
-
-
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser("runtimes", help="a bundle's backends against torch's modules, chunk by chunk")
-    command.add_argument("--bundle", type=Path, required=True, metavar="DIR")
-    command.add_argument("--model", type=Path, metavar="DIR", help="what it was exported from (the embedded model)")
-    command.add_argument("--pairs", type=int, default=60, help="chunks of each backend")
-    command.add_argument("--check-chunks", type=int, default=21, help="chunks compared first")
-    command.add_argument("--prompt", default=models.PROMPT)
-    command.add_argument("--seed", type=int, default=0)
-    results.add_arguments(command)
-    command.set_defaults(run=run)

@@ -1,38 +1,46 @@
 """How a stream's cost grows: not with its length; with resolution, chunk, window, steps, streams, threads."""
 
-import argparse
 import gc
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.commands import concurrent as load
+from bench.commands import concurrent
 from bench.instruments import check, models
 from bench.instruments.flops import bidirectional_cost, chunk_cost, steady_index, stream_costs, total
 from bench.instruments.header import machine, print_header, stream_header
 from bench.instruments.memory import resident_mb
 from bench.instruments.meter import MODEL, Meter, MeteredPipeline
 from bench.instruments.spread import interleaved, line_fit, power_fit, quartiles, table
-from bench.report import saved as results
+from bench.report import saved
+from engine.options import option
 from engine.stream import Pipeline, Stream
 
 SWEEPS = ("resolution", "chunk", "window", "steps", "threads", "streams")
-_DONE = (1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)
+_STEPS = (1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(saved.Reported, models.PresetSource):
+    chunks: int = option(400, "length of the stream", metavar="N")
+    sweep: str = option("", "also measure along " + ", ".join(SWEEPS), metavar="A,B|all")
+    rounds: int = option(12, "chunks measured at each point of a sweep")
+    plot: Path | None = option(None, "draw into this folder", metavar="DIR")
 
 
 def scaling(pipeline: Pipeline, prompt: str, chunks: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Yield {"chunk": i} for progress, then the report.
 
     The first twentieth (at least 10 chunks) is warm-up; of the rest the first and the last quarter are compared.
-    A machine's own speed drifts, so beside every chunk runs one of a stream that is always young: what is compared is
-    the time of a chunk over that of its neighbour.
+    A machine's own speed drifts. So each chunk has a neighbour from a stream that is always young, and its time is
+    taken over the neighbour's.
     """
     if chunks < 40:
         raise ValueError(f"chunks: got {chunks}, expected at least 40")
@@ -49,8 +57,8 @@ def scaling(pipeline: Pipeline, prompt: str, chunks: int, seed: int = 0) -> Iter
             start = time.perf_counter()
             stream.next_chunk()
             seconds.append(time.perf_counter() - start)
-            stages, _ = meter.take()
-            model.append(sum(stages.get(label, 0.0) for label in MODEL))
+            parts, _ = meter.take()
+            model.append(sum(parts.get(part, 0.0) for part in MODEL))
             young.append(control.seconds())
             resident.append(resident_mb())
             yield {"chunk": index + 1}
@@ -76,7 +84,7 @@ def scaling(pipeline: Pipeline, prompt: str, chunks: int, seed: int = 0) -> Iter
 
 
 class _Young:
-    """A stream that starts over before it can grow old, past its first chunks whenever it is timed."""
+    """A stream that starts over every LIFE chunks. Its caches are full whenever it is timed."""
 
     LIFE = 20
 
@@ -102,7 +110,7 @@ class _Young:
 
 
 def variants(pipeline: Pipeline, sweep: str) -> dict[int, Pipeline]:
-    """The pipelines of a sweep by the value that changes."""
+    """The pipelines of a sweep, by the value that the sweep changes."""
     preset = pipeline.preset
 
     def changed(**fields: Any) -> Pipeline:
@@ -115,7 +123,7 @@ def variants(pipeline: Pipeline, sweep: str) -> dict[int, Pipeline]:
         made = [replace(pipeline, height=height, width=width) for height, width in sizes]
         return {p.height // unit[0] * (p.width // unit[1]): p for p in made}
     if sweep == "steps":
-        return {count: changed(steps=(_DONE[:count],), stop_after=0) for count in (1, 2, 4, 8)}
+        return {count: changed(steps=(_STEPS[:count],), stop_after=0) for count in (1, 2, 4, 8)}
     if preset.family == "greedy":
         if sweep == "chunk":
             chunks, most = preset.window // preset.chunk, preset.max_position
@@ -134,7 +142,7 @@ def _timed_chunk(stream: Stream) -> float:
 
 
 def turns(pipelines: dict[int, Pipeline], prompt: str, seed: int, rounds: int) -> dict[int, list[float]]:
-    """Milliseconds of steady chunks, one chunk of every variant in turn."""
+    """Milliseconds of steady chunks; each round times one chunk of every variant."""
     streams: dict[int, Stream] = {value: p.stream(prompt, seed=seed) for value, p in pipelines.items()}
     ms: dict[int, list[float]] = {value: [] for value in streams}
     for value, stream in streams.items():
@@ -148,7 +156,7 @@ def turns(pipelines: dict[int, Pipeline], prompt: str, seed: int, rounds: int) -
 
 
 def sweep_points(pipeline: Pipeline, sweep: str, prompt: str, seed: int, rounds: int) -> list[dict[str, Any]]:
-    """One sweep: value, milliseconds a chunk, counted FLOPs of it."""
+    """One sweep: at each value the milliseconds and the counted FLOPs per chunk."""
     if sweep == "threads":
         before = torch.get_num_threads()
         points = []
@@ -160,7 +168,7 @@ def sweep_points(pipeline: Pipeline, sweep: str, prompt: str, seed: int, rounds:
     if sweep == "streams":
         points = []
         for count in (1, 2, 4):
-            trial = load.trial(pipeline, prompt, count, chunks=max(5, rounds // 2))
+            trial = concurrent.trial(pipeline, prompt, count, chunks=max(5, rounds // 2))
             points.append({"value": count, "ms_per_chunk": quartiles(trial.ms), "fps": trial.fps})
         return points
     found = variants(pipeline, sweep)
@@ -178,10 +186,10 @@ def sweep_points(pipeline: Pipeline, sweep: str, prompt: str, seed: int, rounds:
 
 
 def claim(pipeline: Pipeline, sweeps: dict[str, list[dict[str, Any]]], time_ratio: float) -> dict[str, Any] | None:
-    """The paper's (w + T) F L^2, term by term, in counted FLOPs and in time; only the greedy family claims it.
+    """The paper's (w + T) F L^2, term by term, in counted FLOPs and in time. The paper claims it for the greedy family.
 
-    A chunk of L tokens attends to (w + 1) L keys in the ETM, 2 L in the context pass and 3 L in each of T steps:
-    attention is 4 d layers L^2 (w + 3 T + 3), so linear in w, T and the number of chunks F, quadratic in L.
+    A chunk of L tokens attends to (w + 1) L keys in the ETM, 2 L in the context pass and 3 L in each of T steps. So
+    attention takes 4 d layers L^2 (w + 3 T + 3): linear in w, T and the number of chunks F, quadratic in L.
     """
     if pipeline.preset.family != "greedy" or not {"window", "steps", "resolution"} <= set(sweeps):
         return None
@@ -243,37 +251,37 @@ def print_claim(c: dict[str, Any]) -> None:
     print(table(lines))
 
 
-def run(args: argparse.Namespace) -> int:
-    source = models.source_of(args)
-    if source.bundle and args.sweep:
+def run(options: Options) -> int:
+    options.prepare()
+    if options.bundle and options.sweep:
         raise ValueError("--sweep: got a bundle, whose shapes are fixed, expected a model")
-    asked = SWEEPS if args.sweep == "all" else tuple(filter(None, args.sweep.split(",")))
+    asked = SWEEPS if options.sweep == "all" else tuple(filter(None, options.sweep.split(",")))
     unknown = sorted(set(asked) - set(SWEEPS))
     if unknown:
         raise ValueError(f"--sweep: got {', '.join(unknown)}, expected all or some of {', '.join(SWEEPS)}")
-    pipeline = source.pipeline(args.preset)
-    if check.refused(check.run(pipeline, args.prompt, args.seed)):
+    pipeline = options.pipeline(options.preset)
+    if check.refused(check.run(pipeline, options.prompt, options.seed)):
         return 1
     result: dict[str, Any] = {}
-    for result in scaling(pipeline, args.prompt, args.chunks, args.seed):
+    for result in scaling(pipeline, options.prompt, options.chunks, options.seed):
         if "chunk" in result and sys.stderr.isatty():
-            print(f"\rchunk {result['chunk']} of {args.chunks}", end="", file=sys.stderr)
+            print(f"\rchunk {result['chunk']} of {options.chunks}", end="", file=sys.stderr)
     if sys.stderr.isatty():
         print(file=sys.stderr)
     where = machine(pipeline.device)
     result |= {"device": where["device"], "commit": where["commit"], "machine": where}
-    result |= {"stream": stream_header(pipeline, source.label)}
+    result |= {"stream": stream_header(pipeline, options.label)}
     if asked:
-        sweeps = {name: sweep_points(pipeline, name, args.prompt, args.seed, args.rounds) for name in asked}
+        sweeps = {name: sweep_points(pipeline, name, options.prompt, options.seed, options.rounds) for name in asked}
         result |= {"sweeps": sweeps, "claim": claim(pipeline, sweeps, result["time_ratio"])}
         result["timings"] = {f"{name} {p['value']}": p["ms_per_chunk"] for name in asked for p in sweeps[name]}
-    if args.plot:
+    if options.plot:
         from bench.report import plots
 
-        plots.draw("scaling", result, args.plot)
-    if not args.json:
+        plots.draw("scaling", result, options.plot)
+    if not options.json:
         print_report(result)
-    results.emit(args, "scaling", result)
+    saved.emit(options, "scaling", result)
     return 0
 
 
@@ -291,15 +299,3 @@ def print_report(result: dict[str, Any]) -> None:
         print("\n" + table(rows))
     if result.get("claim"):
         print_claim(result["claim"])
-
-
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser("scaling", help="time and memory a chunk: early and late in one stream, and sweeps")
-    command.add_argument("--chunks", type=int, default=400, metavar="N")
-    models.add_arguments(command)
-    command.add_argument("--preset")
-    command.add_argument("--sweep", default="", metavar="A,B|all", help="also measure along " + ", ".join(SWEEPS))
-    command.add_argument("--rounds", type=int, default=12, help="chunks measured at each point of a sweep")
-    command.add_argument("--plot", type=Path, metavar="DIR", help="draw into this folder")
-    results.add_arguments(command)
-    command.set_defaults(run=run)

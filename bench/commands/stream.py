@@ -1,6 +1,5 @@
-"""One stream: time to the first frame, time a chunk, frames a second with and without what, memory, limits."""
+"""One stream: time to the first frame, time per chunk, frames per second with and without VAE and text, memory."""
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -16,18 +15,26 @@ from bench.instruments.flops import Cost, chunk_cost, steady_index, text_cost, t
 from bench.instruments.header import machine, print_header, stream_header
 from bench.instruments.meter import ChunkTimes, metered_chunks
 from bench.instruments.spread import quartiles, summary, table
-from bench.report import saved as results
+from bench.report import saved
 from engine.media.sinks import Sink, open_sink
+from engine.options import option
 from engine.stream import Pipeline
 
-UNEXPLAINED = 0.05  # share of a chunk that the stage table may leave without a name
-LABELS = ("text", "etm", "sdd_context", "sdd", "dit_context", "dit", "noise", "solver", "cache", "vae", "transfer",
-          "sink", "other")  # fmt: skip
+UNEXPLAINED = 0.05  # largest share of a chunk that the table of parts may leave unnamed
+PARTS = ("text", "etm", "sdd_context", "sdd", "dit_context", "dit", "noise", "solver", "cache", "vae", "transfer",
+         "sink", "other")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(saved.Reported, models.PresetSource):
+    frames: int | None = option(None, "default: enough for 20 chunks with full caches")
+    rounds: int = option(3, "streams measured")
+    sink: str = option("null", "where frames go: null, checksum, FILE.mp4, ...", metavar="TARGET")
 
 
 @dataclass(frozen=True)
 class PlainRun:
-    """One stream without a meter: seconds before the first chunk, and of every chunk with its sink."""
+    """One stream without a meter: seconds before the first chunk, and seconds of each chunk with its sink."""
 
     opening: float
     chunks: list[float]
@@ -58,7 +65,7 @@ def write_all(sink: Sink, frames: np.ndarray) -> None:
 
 
 def chunks_for(pipeline: Pipeline, frames: int | None) -> int:
-    """Chunks that give at least `frames` frames; by default enough for 20 that cost what all later ones cost."""
+    """How many chunks give at least `frames` frames; None asks for 20 chunks at the steady cost."""
     if frames is None:
         return steady_index(pipeline.preset) + 20
     if frames < 1:
@@ -71,22 +78,25 @@ def chunks_for(pipeline: Pipeline, frames: int | None) -> int:
 
 
 def steady_from(pipeline: Pipeline, chunks: int) -> int:
-    """First chunk that counts: where caches are full, or, in a stream too short for that, the second."""
+    """The first chunk that counts: the first with full caches, or the second where the stream is too short for that."""
     index = steady_index(pipeline.preset)
     return index if chunks - index >= 5 else 1
 
 
-def stage_table(chunks: list[ChunkTimes]) -> tuple[dict[str, float], float]:
-    """Mean milliseconds a chunk by label, adding up to the chunk's own time, and the share no label explained."""
+def part_table(chunks: list[ChunkTimes]) -> tuple[dict[str, float], float]:
+    """Mean milliseconds per chunk of each part, and the share of the chunk that no part explained.
+
+    The unexplained time is added to `other`, so that the parts add up to the chunk's own time.
+    """
     whole = float(np.mean([c.total for c in chunks]))
-    stages = {label: float(np.mean([c.stages.get(label, 0.0) for c in chunks])) for label in LABELS}
-    unexplained = 1 - sum(stages.values()) / whole
+    parts = {part: float(np.mean([c.parts.get(part, 0.0) for c in chunks])) for part in PARTS}
+    unexplained = 1 - sum(parts.values()) / whole
     if abs(unexplained) > UNEXPLAINED:
-        raise RuntimeError(f"stage table: got {1 - unexplained:.1%} of the chunk's time, expected 95% to 105%")
-    stages["other"] += unexplained * whole
-    used = any(label in c.stages for c in chunks for label in ("etm", "sdd"))
-    unused = ("dit", "dit_context") if used else ("etm", "sdd_context", "sdd")
-    return {label: 1e3 * value for label, value in stages.items() if label not in unused}, unexplained
+        raise RuntimeError(f"parts: got {1 - unexplained:.1%} of the chunk's time, expected 95% to 105%")
+    parts["other"] += unexplained * whole
+    greedy = any(part in c.parts for c in chunks for part in ("etm", "sdd"))
+    unused = ("dit", "dit_context") if greedy else ("etm", "sdd_context", "sdd")
+    return {part: 1e3 * value for part, value in parts.items() if part not in unused}, unexplained
 
 
 def step_times(chunks: list[ChunkTimes]) -> list[float]:
@@ -96,14 +106,14 @@ def step_times(chunks: list[ChunkTimes]) -> list[float]:
 
 
 def roofline(
-    stages_ms: dict[str, float], costs: dict[str, Cost], limits: ceilings.Ceilings
+    parts_ms: dict[str, float], costs: dict[str, Cost], limits: ceilings.Ceilings
 ) -> dict[str, dict[str, float]]:
-    """Per stage: counted work, and the time it would take at the measured ceilings."""
+    """For each part: its counted work, and the time that this work takes at the measured ceilings."""
     return {
         name: {
-            "ms": stages_ms.get(name, 0.0), "gflop": cost.flops / 1e9, "mb": cost.bytes / 1e6,
-            "floor_ms": 1e3 * limits.floor(cost), "mfu": limits.mfu(cost, stages_ms.get(name, 0.0) / 1e3),
-            "mbu": limits.mbu(cost, stages_ms.get(name, 0.0) / 1e3),
+            "ms": parts_ms.get(name, 0.0), "gflop": cost.flops / 1e9, "mb": cost.bytes / 1e6,
+            "floor_ms": 1e3 * limits.floor(cost), "mfu": limits.mfu(cost, parts_ms.get(name, 0.0) / 1e3),
+            "mbu": limits.mbu(cost, parts_ms.get(name, 0.0) / 1e3),
         }
         for name, cost in costs.items()
     }  # fmt: skip
@@ -112,13 +122,13 @@ def roofline(
 def measure(
     make: Callable[[], Pipeline], label: str, prompt: str, seed: int, frames: int | None, rounds: int, sink: str
 ) -> tuple[dict[str, Any], list[check.Check]]:
-    """The report on the pipeline that `make` loads, and the checks that allow it: a red one, and it has no numbers."""
+    """The report on the pipeline that `make` loads, and its checks. Where a check is red the report has no numbers."""
     start = time.perf_counter()
     pipeline = make()
     load, loaded_mb = time.perf_counter() - start, memory.settle()
     size = pipeline.height, pipeline.width
-    open_sink(sink, pipeline.fps, size).abort()  # refused now rather than after minutes
-    # The very first chunk of the process, with whatever it has to set up.
+    open_sink(sink, pipeline.fps, size).abort()  # a bad sink is refused now rather than after minutes
+    # The first chunk of the process includes all set-up.
     start = time.perf_counter()
     first, _, _ = metered_chunks(pipeline, prompt, 1, seed)
     ttff = time.perf_counter() - start
@@ -133,7 +143,7 @@ def measure(
     begin = steady_from(pipeline, chunks)
     memory.reset_peak(pipeline.device)
     plain, metered, vae_cache, state_bytes = [], [], 0, 0
-    for _ in range(rounds):  # side by side, so that both see the same machine
+    for _ in range(rounds):  # plain and metered streams alternate, so that both see the same machine
         with open_sink(sink, pipeline.fps, size) as out:
             plain.append(plain_run(pipeline, prompt, chunks, seed, out))
         with open_sink(sink, pipeline.fps, size) as out:
@@ -146,19 +156,19 @@ def measure(
 
     steady_ms = [1e3 * s for run in plain for s in run.chunks[begin:]]
     timed = [c for _, times in metered for c in times[begin:]]
-    stages_ms, unexplained = stage_table(timed)
+    parts_ms, unexplained = part_table(timed)
     metered_ms = 1e3 * float(np.mean([c.total for c in timed]))
     per_chunk = timed[-1].frames
     rows = pipeline.tokenizer.rows if pipeline.tokenizer else 0
     costs = chunk_cost(pipeline, rows, models.vae_config(pipeline), begin if begin > 1 else chunks - 1)
     cost, ms = total(costs), summary(steady_ms)
-    # Where the VAE is a compiled graph its work is not counted, so neither is its time.
-    busy = (ms["p50"] if "vae" in costs else sum(stages_ms[name] for name in costs)) / 1e3
-    encoder = getattr(pipeline.stages, "text_encoder", None)
+    # The work of a compiled VAE is not counted, so its time is not either.
+    busy = (ms["p50"] if "vae" in costs else sum(parts_ms[name] for name in costs)) / 1e3
+    encoder = pipeline.stages.modules().get("text_encoder")
     prompt_cost = text_cost(pipeline.config, rows, 2 if pipeline.preset.family == "greedy" else 1, 1, encoder)
     whole = [run.opening + sum(run.chunks) for run in plain]
-    # A share, because the metered stream of a round is another one than the plain stream.
-    vae = sum(c.stages.get("vae", 0.0) for _, times in metered for c in times)
+    # The VAE's time is taken as a share, because the metered stream of a round is not the plain stream.
+    vae = sum(c.parts.get("vae", 0.0) for _, times in metered for c in times)
     rest = 1 - vae / sum(c.total for _, times in metered for c in times)
     count = plain[0].frames
     report |= {
@@ -175,28 +185,28 @@ def measure(
         "ttff_split_ms": {
             "load": 1e3 * load,
             "text": 1e3 * (ttff - first[0].total),
-            "first_chunk": 1e3 * (first[0].total - sum(first[0].stages.get(k, 0.0) for k in ("vae", "transfer"))),
-            "decode": 1e3 * sum(first[0].stages.get(k, 0.0) for k in ("vae", "transfer")),
+            "first_chunk": 1e3 * (first[0].total - sum(first[0].parts.get(k, 0.0) for k in ("vae", "transfer"))),
+            "decode": 1e3 * sum(first[0].parts.get(k, 0.0) for k in ("vae", "transfer")),
         },
         "ttff_warm_ms": 1e3 * float(np.median([run.opening + run.chunks[0] for run in plain])),
         "prompt_ms": 1e3 * float(np.median([opening.get("text", 0.0) for opening, _ in metered])),
         "ms_per_chunk": ms,
         "jitter_ms": float(np.mean(np.abs(np.diff(steady_ms)))) if len(steady_ms) > 1 else 0.0,
-        "stages_ms": stages_ms,
+        "stages_ms": parts_ms,  # the key of stored results
         "steps_ms": step_times(timed),
         "metered_ms_per_chunk": metered_ms,
         "unexplained": unexplained,
         "peak_memory_mb": peak,
         "memory_mb": memory.breakdown(pipeline, state_bytes, vae_cache, loaded_mb, peak),
         "ceilings": limits.as_dict(),
-        "roofline": roofline(stages_ms, costs, limits),
+        "roofline": roofline(parts_ms, costs, limits),
         "text_gflop": prompt_cost.flops / 1e9,
         "gflop_per_chunk": cost.flops / 1e9,
         "floor_ms": 1e3 * sum(limits.floor(c) for c in costs.values()),
         "mfu": limits.mfu(cost, busy),
         "mbu": limits.mbu(cost, busy),
         "timings": {"chunk": quartiles(steady_ms)} | {
-            name: quartiles([1e3 * c.stages.get(name, 0.0) for c in timed]) for name in costs
+            name: quartiles([1e3 * c.parts.get(name, 0.0) for c in timed]) for name in costs
         },
         "commit": report["machine"]["commit"],
         "device": report["machine"]["device"],
@@ -205,20 +215,20 @@ def measure(
 
 
 def print_report(r: dict[str, Any]) -> None:
-    """The report for eyes."""
+    """Print the report for people."""
     ms, split, memory_mb = r["ms_per_chunk"], r["ttff_split_ms"], r["memory_mb"]
     lines = {
-        "fps": f"{r['fps']:.2f} of everything, {r['fps_without_vae']:.2f} without VAE, "
+        "fps": f"{r['fps']:.2f} all included, {r['fps_without_vae']:.2f} without VAE, "
         f"{r['fps_without_text']:.2f} without text, {r['fps_steady']:.2f} steady",
         "first frame": f"{r['ttff_ms']:.1f} ms cold, {r['ttff_warm_ms']:.1f} ms warm; cold: text {split['text']:.1f}, "
         f"first chunk {split['first_chunk']:.1f}, decode {split['decode']:.1f}; loading took {split['load']:.0f}",
-        "ms a chunk": f"p50 {ms['p50']:.2f}, p90 {ms['p90']:.2f}, p99 {ms['p99']:.2f}, max {ms['max']:.2f}, "
-        f"jitter {r['jitter_ms']:.2f}; {r['frames_per_chunk']} frames a chunk",
+        "ms per chunk": f"p50 {ms['p50']:.2f}, p90 {ms['p90']:.2f}, p99 {ms['p99']:.2f}, max {ms['max']:.2f}, "
+        f"jitter {r['jitter_ms']:.2f}; {r['frames_per_chunk']} frames per chunk",
         "denoising calls": ", ".join(f"{step:.2f}" for step in r["steps_ms"]) + " ms",
         "memory": f"{r['peak_memory_mb']:.0f} MB at the peak: "
         + ", ".join(f"{name} {mb:.0f}" for name, mb in memory_mb.items()),
         "ceilings": f"{r['ceilings']['flops'] / 1e9:.1f} GFLOP/s, {r['ceilings']['bytes'] / 1e9:.1f} GB/s in this run",
-        "limits": f"MFU {r['mfu']:.1%}, MBU {r['mbu']:.1%}, roofline floor {r['floor_ms']:.2f} ms a chunk",
+        "limits": f"MFU {r['mfu']:.1%}, MBU {r['mbu']:.1%}, roofline floor {r['floor_ms']:.2f} ms per chunk",
     }
     print()
     for name, line in lines.items():
@@ -228,40 +238,31 @@ def print_report(r: dict[str, Any]) -> None:
     rows = []
     for name, value in r["stages_ms"].items():
         line = r["roofline"].get(name, {})
-        rows.append({"stage": name, "ms": value, "share": f"{value / whole:.1%}"} | {
+        rows.append({"part": name, "ms": value, "share": f"{value / whole:.1%}"} | {
             key: line.get(key) for key in ("gflop", "mb", "floor_ms", "mfu")})  # fmt: skip
-    rows.append({"stage": "chunk", "ms": whole, "share": "100%", "gflop": r["gflop_per_chunk"],
+    rows.append({"part": "chunk", "ms": whole, "share": "100%", "gflop": r["gflop_per_chunk"],
                  "floor_ms": r["floor_ms"], "mfu": r["mfu"]})  # fmt: skip
     print(table(rows, 3))
 
 
-def run(args: argparse.Namespace) -> int:
-    source = models.source_of(args)
-    if args.rounds < 1:
-        raise ValueError(f"--rounds: got {args.rounds}, expected at least 1")
-    make = partial(source.pipeline, args.preset)
-    report, checks = measure(make, source.label, args.prompt, args.seed, args.frames, args.rounds, args.sink)
-    shown = sys.stderr if args.json else sys.stdout
-    if not args.json:
+def run(options: Options) -> int:
+    options.prepare()
+    if options.rounds < 1:
+        raise ValueError(f"--rounds: got {options.rounds}, expected at least 1")
+    make = partial(options.pipeline, options.preset)
+    report, checks = measure(
+        make, options.label, options.prompt, options.seed, options.frames, options.rounds, options.sink
+    )
+    shown = sys.stderr if options.json else sys.stdout
+    if not options.json:
         print_header(report["machine"], report["stream"])
     for c in checks:
         print(f"{'ok' if c.passed else 'RED':16} {c.name}: {c.detail}", file=shown)
     if check.refused(checks):
         return 1
-    if not args.json:
+    if not options.json:
         print_report(report)
     what = report["stream"]
     backend = "" if what["backend"] == "torch" else f"-{what['backend']}"
-    results.emit(args, f"stream-{Path(what['preset']).stem}{backend}", report)
+    saved.emit(options, "stream", report, f"{Path(what['preset']).stem}{backend}")
     return 0
-
-
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser("stream", help="one stream: fps, first frame, stages, memory, limits")
-    models.add_arguments(command)
-    command.add_argument("--preset", metavar="NAME|FILE.toml", help="default: the model's own")
-    command.add_argument("--frames", type=int, help="default: enough for 20 chunks with full caches")
-    command.add_argument("--rounds", type=int, default=3, help="streams measured")
-    command.add_argument("--sink", default="null", help="where frames go: null, checksum, FILE.mp4, ...")
-    results.add_arguments(command)
-    command.set_defaults(run=run)

@@ -1,4 +1,4 @@
-"""What the device can do at best, timed in the same run: a large matrix product or convolution, and a large copy."""
+"""The best rates of the device, timed in the same run: a large matrix product or convolution, and a large copy."""
 
 import time
 from collections.abc import Callable
@@ -13,21 +13,21 @@ from bench.instruments.flops import Cost
 
 @dataclass(frozen=True)
 class Ceilings:
-    """FLOP/s of a matrix product or convolution in the model's precision, bytes/s of a copy (read plus written)."""
+    """FLOP/s of a matrix product or convolution in the model's precision; bytes/s of a copy (read plus written)."""
 
     flops: float
     bytes: float
 
     def floor(self, cost: Cost) -> float:
-        """Seconds that a stage takes at the least: whichever of arithmetic and traffic is slower."""
+        """The least seconds for this work: those of arithmetic or those of traffic, whichever are more."""
         return max(cost.flops / self.flops, cost.bytes / self.bytes)
 
     def mfu(self, cost: Cost, seconds: float) -> float:
-        """Share of the FLOP ceiling in use."""
+        """Share of the FLOP ceiling that this work reached."""
         return cost.flops / seconds / self.flops if seconds else 0.0
 
     def mbu(self, cost: Cost, seconds: float) -> float:
-        """Share of the copy ceiling that the least traffic makes up."""
+        """Share of the copy ceiling that the least traffic of this work reached."""
         return cost.bytes / seconds / self.bytes if seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -35,7 +35,7 @@ class Ceilings:
 
 
 def best_seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """The quickest of some runs: for a ceiling, not for a speed."""
+    """The quickest of `repeats` runs. This suits a ceiling; speeds are medians."""
     wait = torch.cuda.synchronize if device.type == "cuda" else None
     best = float("inf")
     for _ in range(repeats + 1):  # the first warms up
@@ -51,11 +51,11 @@ def best_seconds(call: Callable[[], Any], device: torch.device, repeats: int) ->
 
 @torch.inference_mode()
 def measure(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> Ceilings:
-    """Both ceilings, in about a second."""
+    """Measure both ceilings, in about a second."""
     side, length = (8192, 1 << 28) if device.type == "cuda" else (1024, 1 << 25)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     rate = 2.0 * side**3 / best_seconds(lambda: torch.mm(a, b), device, repeats)
-    # On some processors one library is quicker than the other.
+    # On some processors the library for convolutions is quicker than the one for matrix products.
     channels, size = (512, 128) if device.type == "cuda" else (128, 64)
     image = torch.randn(1, channels, size, size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Is what is about to be measured right? A red check means no numbers."""
+"""Checks that run before a measurement. Where one is red, the measurement gives no numbers."""
 
 import sys
 from dataclasses import dataclass
@@ -10,10 +10,11 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from bench.instruments import parity
+from bench.instruments import recordings
 from bench.instruments.header import ROOT, precision_of
 from bench.instruments.meter import Meter, MeteredPipeline
 from bench.instruments.models import torch_parts
+from engine.bundles.stages import GraphStages
 from engine.generators.base import Geometry
 from engine.model.layers import dense_attention
 from engine.model.rope import rope_tables
@@ -23,9 +24,9 @@ CASES = ROOT / "tests" / "data" / "causal"
 # Largest rms error of a flow over its rms, against the dense pass in the same dtype: order of summation only.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
-FP8_TOLERANCE = 0.25  # e4m3 holds 4 bits of a number; 30 random blocks add that up
+FP8_TOLERANCE = 0.25  # e4m3 holds 4 bits of a number; 30 random blocks add up its errors
 
-GREY_LEVELS = 2  # of 255, for another runtime
+GREY_LEVELS = 2  # of 255; allowed to another runtime
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,22 @@ class Check:
 
 
 def run(pipeline: Pipeline, prompt: str, seed: int = 0, replayed: bool = False) -> list[Check]:
-    """Every check that fits this pipeline: a recorded case, metered against plain, then streaming against dense.
+    """Run the checks that fit this pipeline: a recorded case, metered against plain, then streaming against dense.
 
-    Compiled graphs have no dense pass: they must give their bundle's golden frames again. The recorded case says the
-    same of every pipeline; where it was `replayed` in this process it is not run again.
+    Compiled graphs have no dense pass: they must give their bundle's golden frames again. The recorded case does not
+    depend on the pipeline: it is skipped where it was already `replayed` in this process.
     """
     checks = [recorded(CASES)] if CASES.is_dir() and not replayed else []
     checks.append(metered_equals_plain(pipeline, prompt, seed))
     if pipeline.stages.name == "torch":
         checks.append(streaming_equals_dense(pipeline))
-    elif (folder := getattr(pipeline.stages, "folder", None)) is not None:
-        checks.append(golden(pipeline, folder))
+    elif isinstance(pipeline.stages, GraphStages):
+        checks.append(golden(pipeline, pipeline.stages.folder))
     return checks
 
 
 def refused(checks: list[Check]) -> bool:
-    """Whether a check is red, said on stderr: whoever asked prints no numbers and exits with 1."""
+    """Whether a check is red. Names it on stderr; the caller then prints no numbers and exits with 1."""
     red = [c for c in checks if not c.passed]
     for c in red:
         print(f"error: {c.name}: {c.detail}; so there are no numbers", file=sys.stderr)
@@ -59,30 +60,30 @@ def refused(checks: list[Check]) -> bool:
 
 
 def recorded(folder: Path) -> Check:
-    """The longest recorded float32 case of public streaming code, through the engine."""
-    recording = parity.read_recording(folder)
+    """Replay the longest recorded float32 case of public streaming code through the engine."""
+    recording = recordings.read_recording(folder)
     exact = [case for case in recording.cases if case.dtype == torch.float32]
     case = max(exact, key=lambda case: (case.tensors["output"].numel(), case.name))
-    error = parity.replay(case, recording, torch.device("cpu")) - case.tensors["output"].float()
-    largest, limit = float(error.abs().max()), parity.TOLERANCE[torch.float32][0]
+    error = recordings.replay(case, recording, torch.device("cpu")) - case.tensors["output"].float()
+    largest, limit = float(error.abs().max()), recordings.TOLERANCE[torch.float32][0]
     return Check(f"recorded case {case.name}", largest <= limit, f"largest error {largest:.1e}, limit {limit:.0e}")
 
 
 def metered_equals_plain(pipeline: Pipeline, prompt: str, seed: int, chunks: int = 3) -> Check:
-    """The frames that are timed are, bit for bit, the frames that a user gets."""
+    """The metered stream gives bit for bit the frames that a user gets."""
     metered = MeteredPipeline.of(pipeline, Meter(pipeline.device))
     with pipeline.stream(prompt, seed=seed) as plain, metered.stream(prompt, seed=seed) as timed:
         pairs = [(plain.next_chunk(), timed.next_chunk()) for _ in range(chunks)]
     worst = max(int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in pairs)
-    # Bit for bit on a processor; on a GPU libraries may choose another algorithm from one call to the next.
+    # On a GPU libraries may choose another algorithm from one call to the next, so a small difference is allowed.
     limit = 0 if pipeline.device.type == "cpu" else GREY_LEVELS
-    alive = len({a[-1].tobytes() for a, _ in pairs}) == chunks  # a picture that stands still would pass for equal
+    alive = len({a[-1].tobytes() for a, _ in pairs}) == chunks  # two pictures that stand still would be equal too
     detail = f"{chunks} chunks, at most {worst} grey levels off, {'all' if alive else 'NOT all'} different"
     return Check("metered frames are the plain ones", worst <= limit and alive, detail)
 
 
 def golden(pipeline: Pipeline, folder: Path) -> Check:
-    """A bundle's recorded frames, at most GREY_LEVELS off."""
+    """The pipeline gives a bundle's recorded frames, at most GREY_LEVELS off."""
     from engine.bundles.manifest import read_manifest  # extra packages that only bundles need
 
     run = read_manifest(folder).golden
@@ -96,11 +97,9 @@ def golden(pipeline: Pipeline, folder: Path) -> Check:
 
 @torch.inference_mode()
 def streaming_equals_dense(pipeline: Pipeline) -> Check:
-    """One denoising call after two finished chunks: cached, against a masked pass over all frames without a cache."""
+    """Compare a denoising call on caches of two chunks with one masked pass over all frames, without a cache."""
     preset, config = pipeline.preset, pipeline.config
-    geometry = Geometry.of(
-        config, 1, pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
-    )  # fmt: skip
+    geometry = Geometry.of(config, 1, pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial)
     past = 2 if preset.family == "greedy" else min(2, preset.window // preset.chunk - 1)
     random = torch.Generator().manual_seed(0)
     shape = (1, geometry.channels, preset.chunk, geometry.height, geometry.width)
@@ -126,7 +125,7 @@ def _pass(
     pipeline: Pipeline, role: str, chunks: list[Tensor], positions: list[int], ts: list[float],
     sees: list[list[bool]], text_kv: Any, c_f: Tensor | None = None, hidden: bool = False,
 ) -> Tensor:  # fmt: skip
-    """All chunks at once, each at its own position and timestep; returns the newest one's flow or hidden state."""
+    """One pass over all chunks, each at its position and timestep; returns the newest one's flow or hidden state."""
     model, frames = torch_parts(pipeline).models[role], chunks[0].shape[2]
     latent = torch.cat(chunks, dim=2)
     _, ph, pw = pipeline.config.patch_size
@@ -135,7 +134,7 @@ def _pass(
     cos, sin = (table.to(latent.device) for table in rope_tables(where, high, wide, pipeline.config.attention_head_dim))
     t = torch.tensor([t for t in ts for _ in range(frames)], dtype=torch.float32, device=latent.device)[None]
     tokens = frames * high * wide
-    if c_f is not None:  # zero for the chunks before the newest: the context passes have none
+    if c_f is not None:  # zero for the chunks before the newest: context passes have no c_f
         c_f = torch.cat([c_f.new_zeros(1, (len(chunks) - 1) * tokens, c_f.shape[2]), c_f], 1)
     attend = dense_attention(_mask(sees, tokens, latent.device))
     if hidden:
@@ -153,9 +152,8 @@ def _dense_causal(pipeline: Pipeline, chunks: list[Tensor], t: float, text_kv: A
 def _dense_greedy(pipeline: Pipeline, chunks: list[Tensor], t: float, text_kv: Any) -> Tensor:
     preset, past = pipeline.preset, chunks[:-1]
     positions = [i * preset.chunk for i in range(len(chunks))]
-    window = [
-        [0 <= query - key < preset.window // preset.chunk for key in range(len(past))] for query in range(len(past))
-    ]
+    reach = preset.window // preset.chunk
+    window = [[0 <= query - key < reach for key in range(len(past))] for query in range(len(past))]
     c_f = _pass(pipeline, "etm", past, positions[:-1], [0.0] * len(past), window, text_kv, hidden=True)
     current = min(positions[-1], preset.max_position)
     clamped = [*(min(p, preset.max_position - preset.chunk) for p in positions[:-1]), current]

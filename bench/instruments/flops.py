@@ -1,8 +1,9 @@
-"""FLOPs and bytes of every stage, counted: from shapes, with the very loop that runs, on tensors without data.
+"""FLOPs and bytes of every pass and of the VAE, counted from shapes: the engine's own loop runs on meta tensors.
 
-A multiplication and an addition are two FLOPs. Counted are matrix products, attention products and convolutions; not
-norms, activations, rotations and softmax (a few percent of time, less of arithmetic). Bytes are the least that must
-move: weights once a call, cached keys and values that are read, those that are written, inputs and outputs.
+A multiplication and an addition are two FLOPs. Matrix products, attention products and convolutions are counted; norms,
+activations, rotations and softmax are not (a few percent of the time, less of the arithmetic). Bytes are the least that
+must move: weights once per call, cached keys and values that are read or written, inputs and outputs. Both come from
+the same shapes here. torch.utils.flop_counter, which knows FLOPs only, checks the FLOPs in a test.
 """
 
 from collections import defaultdict
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Preset, TransformerConfig
-from engine.generators import family_of
 from engine.model.cache import RingCache
 from engine.model.vae import VAE, AttentionBlock, CausalConv3d, Past, VAEConfig
 from engine.runtime.passes import Capabilities, Pass, Stages
@@ -24,7 +24,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Cost:
-    """`attention` is the part of `flops` that self-attention's two products take."""
+    """FLOPs and bytes. `attention` is the share of `flops` in self-attention's two products."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -43,23 +43,24 @@ def total(costs: dict[str, Cost]) -> Cost:
 
 def transformer_cost(
     config: TransformerConfig, frames: int, tokens: int, keys: int, rows: int, itemsize: int, *,
-    batch: int = 1, timesteps: int | None = None, head: bool = True, conditioned: bool = False, cached: bool = True,
+    batch: int = 1, timesteps: int | None = None, head: bool = True, c_f: bool = False, cached: bool = True,
 ) -> Cost:  # fmt: skip
-    """One pass over `frames` frames of `tokens` tokens whose self-attention sees `keys` keys, text has `rows` rows.
+    """One pass over `frames` frames of `tokens` tokens. Self-attention sees `keys` keys; the text has `rows` rows.
 
-    timesteps  embeddings computed (one a frame by default; a bidirectional model has one)
+    timesteps  time embeddings that are computed (one per frame by default; a bidirectional model computes one)
     head       whether norm_out and proj_out run (a pass that only writes caches ends before them)
-    cached     whether keys and values go through a cache: written once, read once a layer
+    c_f        whether the temporal feature is an input, which W_c projects
+    cached     whether keys and values go through a cache: written once, read once per layer
     """
     n, d, layers = frames * tokens, config.dim, config.num_layers
     patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-    linear = 6 * d * d + 2 * d * config.ffn_dim  # self q k v o, cross q o, feed-forward: weights a layer
+    linear = 6 * d * d + 2 * d * config.ffn_dim  # self q k v o, cross q o, feed-forward: weights per layer
     embed = patch * config.in_channels * d
     out = patch * config.out_channels * d if head else 0
     time = config.freq_dim * d + d * d + 6 * d * d
-    condition_weights = d * d if conditioned else 0
+    c_f_weights = d * d if c_f else 0
     attention = 4.0 * layers * n * keys * d
-    per_token = layers * linear + embed + out + condition_weights
+    per_token = layers * linear + embed + out + c_f_weights
     when = frames if timesteps is None else timesteps
     flops = 2.0 * n * per_token + 2.0 * when * time + attention + 4.0 * layers * n * rows * d
     weights = per_token + time
@@ -69,7 +70,7 @@ def transformer_cost(
 
 
 def text_cost(config: TransformerConfig, rows: int, models: int, itemsize: int, encoder: nn.Module | None) -> Cost:
-    """A prompt: the encoder, then embedding and cross-attention keys and values for each of `models` transformers."""
+    """A prompt: the encoder, then embeddings and cross-attention keys and values of `models` transformers."""
     d = config.dim
     weights = config.text_dim * d + d * d + 2 * config.num_layers * d * d
     cost = Cost(2.0 * rows * weights, weights * itemsize) * models
@@ -82,21 +83,21 @@ def text_cost(config: TransformerConfig, rows: int, models: int, itemsize: int, 
 
 
 def vae_cost(config: VAEConfig, height: int, width: int, itemsize: int, steady: bool = True) -> Cost:
-    """One latent [height, width] through the decoder: every convolution's shapes, read off the module as it runs."""
+    """One latent [height, width] through the decoder. Hooks read the shapes while the module runs on meta tensors."""
     with META:
         vae = VAE(config)
     counted: list[Cost] = []
 
-    def convolution(module: nn.Module, given: tuple[Any, ...], result: Tensor) -> None:
+    def convolution(module: nn.Module, inputs: tuple[Any, ...], result: Tensor) -> None:
         conv = cast(nn.Conv3d, module)
         taps = conv.weight[0, 0].numel()
-        if isinstance(module, CausalConv3d) and cast(Past, given[1]).given is None:
-            taps //= conv.weight.shape[2]  # before the first frame lie zeros: only the last tap runs
-        moved = given[0].numel() + result.numel() + conv.weight.numel()
+        if isinstance(module, CausalConv3d) and cast(Past, inputs[1]).given is None:
+            taps //= conv.weight.shape[2]  # zeros stand before the first frame: only the last tap runs
+        moved = inputs[0].numel() + result.numel() + conv.weight.numel()
         counted.append(Cost(2.0 * result.numel() * conv.weight.shape[1] * taps, moved * itemsize))
 
-    def attention(module: nn.Module, given: tuple[Any, ...], result: Tensor) -> None:
-        images, channels, high, wide = given[0].shape
+    def attention(module: nn.Module, inputs: tuple[Any, ...], result: Tensor) -> None:
+        images, channels, high, wide = inputs[0].shape
         products = 4.0 * images * (high * wide) ** 2 * channels
         counted.append(Cost(products, 0.0, products))
 
@@ -116,7 +117,7 @@ def vae_cost(config: VAEConfig, height: int, width: int, itemsize: int, steady: 
 
 
 class CountingStages:
-    """A backend that computes nothing and adds up what each call would cost."""
+    """A backend that computes nothing and records the cost of each call."""
 
     name = "counting"
     capabilities = Capabilities()
@@ -126,6 +127,9 @@ class CountingStages:
         self.config, self.itemsize = config, itemsize
         self.calls: list[tuple[str, Cost]] = []
 
+    def modules(self) -> dict[str, nn.Module]:
+        return {}
+
     def prepare_text(self, text_emb: Tensor) -> int:
         return text_emb.shape[1]
 
@@ -133,7 +137,7 @@ class CountingStages:
         latent, kind = step.latent, step.kind
         cost = transformer_cost(
             self.config, step.frames, cache.tokens, int(step.valid) * cache.tokens, text_kv, self.itemsize,
-            batch=latent.shape[0], head=not kind.hidden, conditioned=step.c_f is not None,
+            batch=latent.shape[0], head=not kind.hidden, c_f=step.c_f is not None,
         )  # fmt: skip
         self.calls.append((kind.graph, cost))
         width = self.config.dim
@@ -146,13 +150,13 @@ class _EmptyNoise:
 
 
 def steady_index(preset: Preset) -> int:
-    """The first chunk that costs what all later ones cost: caches full, step lists at their last entry."""
-    chunks = family_of(preset).steady(preset)
+    """The first chunk at the steady cost: caches are full, step lists have reached their last entry."""
+    chunks = preset.window + 1 if preset.family == "greedy" else -(-preset.window // preset.chunk)
     return max(chunks, len(preset.steps) - 1, 2) + 1
 
 
 def stream_costs(pipeline: Pipeline, chunks: int, rows: int) -> list[dict[str, Cost]]:
-    """The transformers' cost of each of the first `chunks` chunks (the commit before it included), by stage."""
+    """The transformers' cost of each of the first `chunks` chunks by pass, the commit before the chunk included."""
     stages = CountingStages(pipeline.config, pipeline.dtype.itemsize)
     counted = replace(pipeline, stages=cast(Stages, stages), device=META, tokenizer=None)
     text = torch.empty(1, rows, pipeline.config.text_dim, device=META)
@@ -162,7 +166,7 @@ def stream_costs(pipeline: Pipeline, chunks: int, rows: int) -> list[dict[str, C
         stream.next_latent()
         costs: dict[str, Cost] = defaultdict(Cost)
         for number, (name, cost) in enumerate(stages.calls):
-            # A causal model's cache pass for the chunk before comes first.
+            # A causal model's first pass is the cache pass for the chunk before.
             cache_pass = name == "dit" and number == 0 and index > 0 and pipeline.preset.commit == "clean"
             costs["dit_context" if cache_pass else name] += cost
         found.append(dict(costs))
@@ -172,7 +176,7 @@ def stream_costs(pipeline: Pipeline, chunks: int, rows: int) -> list[dict[str, C
 def chunk_cost(
     pipeline: Pipeline, rows: int, vae: VAEConfig | None = None, index: int | None = None
 ) -> dict[str, Cost]:
-    """Cost of chunk `index` (a steady one by default) by stage; with `vae`, its decoding too."""
+    """Cost of chunk `index` (a steady one by default) by part: its passes, and with `vae` its decoding."""
     index = steady_index(pipeline.preset) if index is None else index
     costs = stream_costs(pipeline, index + 1, rows)[-1]
     if vae is not None:
@@ -184,7 +188,7 @@ def chunk_cost(
 
 
 def bidirectional_cost(pipeline: Pipeline, frames: int, rows: int, steps: int, guidance: bool = True) -> Cost:
-    """A whole video of `frames` latent frames by the bidirectional model: every frame sees every frame, every step."""
+    """A whole video of `frames` latent frames by the bidirectional model: in each step every frame sees all frames."""
     tokens = (pipeline.height // pipeline.spatial // pipeline.config.patch_size[1]) * (
         pipeline.width // pipeline.spatial // pipeline.config.patch_size[2]
     )

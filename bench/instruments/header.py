@@ -1,4 +1,4 @@
-"""What a number was measured on: machine, software, model, geometry."""
+"""The conditions of a measurement: machine, software, model, geometry."""
 
 import platform
 import subprocess
@@ -12,13 +12,14 @@ import torch
 
 import engine
 from engine.model.cache import FP8
+from engine.model.fp8 import Fp8Linear
 from engine.stream import Pipeline
 
 ROOT = Path(__file__).parents[2]
 
 
 def _processor() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name where the system knows it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -29,11 +30,11 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with + where files differ from it; empty outside a checkout."""
+    """The checkout's commit, with + where tracked files differ from it; empty outside a checkout."""
     try:
         git = ["git", "-C", str(ROOT)]
         found = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
-        # Untracked files are no part of the program, results least of all.
+        # Untracked files, such as results, do not belong to the program.
         changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no", "--", "engine", "kernels",
                                   "bench"], capture_output=True, text=True, check=True)  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
@@ -64,7 +65,7 @@ def _accelerator(device: torch.device) -> dict[str, Any]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Hardware, software, commit, and how busy the machine was with other work."""
+    """Hardware, software, commit, and the load by other work."""
     return {
         "device": _accelerator(device).get("gpu") or f"{device.type}: {_processor()}",
         "processor": _processor(),
@@ -81,14 +82,15 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def precision_of(pipeline: Pipeline) -> str:
-    """What the blocks compute in: float32, bfloat16, fp8, and whether attention is FP8 as well."""
-    fused = getattr(pipeline.stages, "fused", None) or {}
-    products = "fp8" if any(model.fp8 for model in fused.values()) else str(pipeline.dtype).removeprefix("torch.")
+    """The precision of the blocks: float32, bfloat16 or fp8, and whether attention is FP8 as well."""
+    parts = (part for module in pipeline.stages.modules().values() for part in module.modules())
+    fp8 = any(isinstance(part, Fp8Linear) for part in parts)
+    products = "fp8" if fp8 else str(pipeline.dtype).removeprefix("torch.")
     return products + (", fp8 attention" if pipeline.kv_dtype == FP8 else "")
 
 
 def stream_header(pipeline: Pipeline, model: str) -> dict[str, Any]:
-    """What was streamed: weights, preset, steps, geometry."""
+    """The stream: weights, preset, steps, geometry."""
     preset, config = pipeline.preset, pipeline.config
     return {
         "model": model,
@@ -108,7 +110,7 @@ def stream_header(pipeline: Pipeline, model: str) -> dict[str, Any]:
 
 
 def print_header(*parts: dict[str, Any]) -> None:
-    """The header as lines of a report."""
+    """Print the header as lines of a report."""
     for part in parts:
         for key, value in part.items():
             if isinstance(value, dict):

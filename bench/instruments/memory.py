@@ -1,4 +1,4 @@
-"""Peak memory, and what it is made of."""
+"""Peak memory, and its composition."""
 
 import ctypes
 import gc
@@ -25,7 +25,7 @@ def resident_mb() -> float:
 
 
 def settle() -> float:
-    """Resident MB once what loading left behind is given back, where the system can."""
+    """Give free memory back to the system, where that is possible; returns the resident MB."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -33,7 +33,7 @@ def settle() -> float:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak so far (loading's), where the system can."""
+    """Forget the peak so far, which loading caused, where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -42,7 +42,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_mb(device: torch.device) -> float:
-    """Largest memory since `reset_peak`: allocated on a GPU, resident on a processor."""
+    """Largest memory since `reset_peak`: allocated memory on a GPU, resident memory on a processor."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MB
     try:
@@ -53,7 +53,7 @@ def peak_mb(device: torch.device) -> float:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors inside a state: caches, prompt keys and values, kept latents."""
+    """Bytes of all tensors in a state: caches, keys and values of the prompt, kept latents."""
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, RingCache):
@@ -68,25 +68,22 @@ def tensor_bytes(value: Any) -> int:
 
 
 def weights_mb(pipeline: Pipeline) -> dict[str, float]:
-    """MB of weights: everything but the VAE, and the VAE."""
-    stages: Any = pipeline.stages
-    rest = *getattr(stages, "models", {}).values(), getattr(stages, "text_encoder", None)
-    # A bundle's graphs share one file of weights, the VAE's among them.
-    mapped = tensor_bytes(getattr(getattr(stages, "weights", None), "tensors", {}))
-    mapped += sum(model.fp8_bytes for model in (getattr(stages, "fused", None) or {}).values())
-    return {"weights": (weight_bytes(*rest) + mapped) / MB, "vae": weight_bytes(getattr(stages, "vae", None)) / MB}
+    """MB of weights: `vae`, and `weights` for all others."""
+    modules = pipeline.stages.modules()
+    vae = modules.pop("vae", None)
+    # A bundle's graphs share one file of weights, which holds the VAE's too.
+    weights = weight_bytes(*modules.values()) + pipeline.stages.mapped_bytes()
+    return {"weights": weights / MB, "vae": weight_bytes(vae) / MB}
 
 
 def breakdown(
     pipeline: Pipeline, state_bytes: int, vae_cache_bytes: int, loaded_mb: float, peak: float
 ) -> dict[str, float]:
-    """MB by purpose. `process` is what the process held after loading beside the weights: interpreter, libraries.
+    """MB by purpose. `process` is the memory after loading without the weights: interpreter and libraries.
 
-    `activations` is what the peak leaves over, the allocator's slack included.
+    `activations` is the rest of the peak, the allocator's slack included.
     """
     parts = weights_mb(pipeline)
     process = max(0.0, loaded_mb - sum(parts.values())) if pipeline.device.type != "cuda" else 0.0
-    parts = {
-        "weights": parts["weights"], "caches": state_bytes / MB, "vae": parts["vae"] + vae_cache_bytes / MB
-    }  # fmt: skip
+    parts = {"weights": parts["weights"], "caches": state_bytes / MB, "vae": parts["vae"] + vae_cache_bytes / MB}
     return parts | {"activations": max(0.0, peak - process - sum(parts.values())), "process": process}

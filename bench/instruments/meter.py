@@ -1,8 +1,8 @@
-"""Where a chunk's time goes, without a timer in the loop: everything the loop calls is wrapped.
+"""Where a chunk's time goes. The loop has no timer: the meter wraps the functions that the loop calls.
 
-Time is exclusive: at any moment exactly one label is charged, the innermost call's. Between calls the loop itself
-runs; what it does there is known from the call before: after noise the draws go to the device (transfer), after a
-denoising call the solver runs, after the VAE the frames go to the host (transfer). The rest is `other`.
+A part is a row of the table. At any moment exactly one part is charged: the part of the innermost call. Between calls
+the loop itself runs, and the call before tells what it does: after noise it moves the draws to the device (transfer),
+after a denoising call it runs the solver, after the VAE it moves frames to the host (transfer). The rest is `other`.
 """
 
 import time
@@ -22,16 +22,16 @@ from engine.runtime.passes import Pass, Stages
 from engine.sampling.noise import NoiseSource
 from engine.stream import Pipeline, Stream
 
-# Function of the backend -> label in the table; a transformer's pass has the name of its graph.
-LABELS = {
+# Function of a backend -> part. A transformer's pass is the part that its graph names.
+PART_OF = {
     "encode_text": "text", "prepare_text": "text", "vae_first": "vae", "vae_steady": "vae", "vae_encode": "vae",
 }  # fmt: skip
-MODEL = ("etm", "sdd_context", "sdd", "dit", "dit_context", "vae")  # labels of model calls
+MODEL = ("etm", "sdd_context", "sdd", "dit", "dit_context", "vae")  # parts that are calls of a model
 _AFTER = {"noise": "transfer", "denoise": "solver", "vae": "transfer"}
 
 
 class Meter:
-    """Seconds by label since the last `take`; calls by label, inclusive, in order."""
+    """Seconds of each part since the last `take`, and of each call of a part, inner calls included, in order."""
 
     def __init__(self, device: torch.device) -> None:
         self._wait = torch.cuda.synchronize if device.type == "cuda" else None
@@ -42,7 +42,7 @@ class Meter:
         self._mark = self.now()
 
     def now(self) -> float:
-        """The clock, once the device has done what it was given."""
+        """The clock, read after the device has finished its work."""
         if self._wait is not None:
             self._wait()
         return time.perf_counter()
@@ -54,21 +54,21 @@ class Meter:
         return now
 
     @contextmanager
-    def span(self, call: str, label: str) -> Iterator[None]:
-        """Charge what runs inside to `label`; `call` says what the loop does next."""
+    def span(self, call: str, part: str) -> Iterator[None]:
+        """Charge the code inside to `part`; `call` tells what the loop does next."""
         start = self._charge()
-        self._stack.append(label)
+        self._stack.append(part)
         try:
             yield
         finally:
             end = self._charge()
             self._stack.pop()
-            self.calls[label].append(end - start)
+            self.calls[part].append(end - start)
             if len(self._stack) == 1:
                 self._stack[0] = _AFTER.get(call, "other")
 
     def take(self) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Everything since the last call, and a fresh start: the boundary between two chunks."""
+        """Seconds and calls since the last `take`. It is called between two chunks and starts afresh."""
         self._charge()
         seconds, calls = dict(self._seconds), dict(self.calls)
         self._seconds, self.calls = defaultdict(float), defaultdict(list)
@@ -80,28 +80,28 @@ class Meter:
 
 
 class MeteredStages:
-    """A backend whose functions are timed; a causal model's cache pass is told from its denoising steps."""
+    """A backend whose functions are timed. A causal model's cache pass has a part of its own: dit_context."""
 
     def __init__(self, stages: Stages, meter: Meter) -> None:
         self._stages, self._meter = stages, meter
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._stages, name)
-        return self._timed(LABELS[name], found) if name in LABELS else found
+        return self._timed(PART_OF[name], found) if name in PART_OF else found
 
     def run(self, step: Pass, cache: RingCache, text_kv: Any) -> Tensor:
-        label = step.kind.graph
-        cache_pass = label == "dit" and self._meter.committing()
-        with self._meter.span(label, "dit_context" if cache_pass else label):
+        part = step.kind.graph
+        cache_pass = part == "dit" and self._meter.committing()
+        with self._meter.span(part, "dit_context" if cache_pass else part):
             return self._stages.run(step, cache, text_kv)
 
-    def _timed(self, label: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         meter = self._meter
 
         def run(*args: Any) -> Any:
-            with meter.span(label, label):
+            with meter.span(part, part):
                 result = call(*args)
-            if label == "vae" and isinstance(result, tuple):
+            if part == "vae" and isinstance(result, tuple):
                 meter.vae_cache_bytes = sum(t.nbytes for t in result[1] if isinstance(t, Tensor))
             return result
 
@@ -109,7 +109,7 @@ class MeteredStages:
 
 
 class MeteredGenerator:
-    """denoise and commit, timed; a commit's own time is the caches' (slot copies), a denoising call's own is other."""
+    """Times denoise and commit. Outside model calls a commit copies slots (cache); a denoising call is `other`."""
 
     def __init__(self, generator: Generator, meter: Meter) -> None:
         self._generator, self._meter = generator, meter
@@ -140,15 +140,15 @@ class MeteredNoise:
 
 @dataclass(frozen=True)
 class MeteredPipeline(Pipeline):
-    """A pipeline that charges a meter; weights are shared with the one it was made from."""
+    """A pipeline that charges a meter. It shares its weights with the pipeline that it was made from."""
 
     meter: Meter = field(kw_only=True)
 
     @classmethod
     def of(cls, pipeline: Pipeline, meter: Meter) -> "MeteredPipeline":
-        parts = {f.name: getattr(pipeline, f.name) for f in fields(Pipeline)}
-        parts["stages"] = cast(Stages, MeteredStages(pipeline.stages, meter))
-        return cls(**parts, meter=meter)
+        values = {f.name: getattr(pipeline, f.name) for f in fields(Pipeline)}
+        values["stages"] = cast(Stages, MeteredStages(pipeline.stages, meter))
+        return cls(**values, meter=meter)
 
     @cached_property
     def generator(self) -> Generator:
@@ -162,24 +162,24 @@ class MeteredPipeline(Pipeline):
 
 @dataclass
 class ChunkTimes:
-    """One chunk: seconds from outside, seconds by label, calls by label."""
+    """One chunk: its seconds measured from outside, the seconds of each part, the seconds of each call of a part."""
 
     total: float
-    stages: dict[str, float]
+    parts: dict[str, float]
     calls: dict[str, list[float]]
     frames: int
 
     @property
     def residual(self) -> float:
-        """Share of the chunk that no label explains (clock reads, the meter's own bookkeeping)."""
-        return 1 - sum(self.stages.values()) / self.total
+        """Share of the chunk that no part explains (clock reads, the meter's own bookkeeping)."""
+        return 1 - sum(self.parts.values()) / self.total
 
 
 def metered_chunks(
     pipeline: Pipeline, prompt: str | Tensor, chunks: int, seed: int = 0,
     write: Callable[[Any], None] = lambda frames: None,
 ) -> tuple[list[ChunkTimes], dict[str, float], Meter]:  # fmt: skip
-    """Stream `chunks` chunks under a meter: their times, the seconds before the first, and the meter."""
+    """Stream `chunks` chunks under a meter. Returns their times, the seconds before the first, and the meter."""
     meter = Meter(pipeline.device)
     with MeteredPipeline.of(pipeline, meter).stream(prompt, seed=seed) as stream:
         opening, _ = meter.take()

@@ -1,8 +1,7 @@
-"""Which weights a measurement runs on: the embedded model, a directory, or random ones of a known shape."""
+"""Which weights a measurement runs on: the embedded model, a directory, a bundle, or random ones of a known shape."""
 
-import argparse
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from bench.instruments.random_weights import RandomSource, write_text_encoder
 from engine import threads
+from engine.bundles.registry import BACKENDS
 from engine.config import Runtime, TransformerConfig
 from engine.generators import family_of
 from engine.loader import EMBEDDED, assemble, load, load_bundle, make_stages
@@ -18,14 +18,15 @@ from engine.model.cache import FP8
 from engine.model.text import Tokenizer, load_text_encoder
 from engine.model.transformer import WanTransformer
 from engine.model.vae import VAE, VAEConfig
+from engine.options import option
 from engine.presets import find_preset
-from engine.runtime.device import DTYPES, PRECISIONS
+from engine.runtime.device import device_of, dtype_of
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
 from engine.weights.checkpoint import fill
 
 PROMPT = "a red circle moving right slowly on a gray background"
-# Shapes for --random: transformer, VAE, (height, width), whether a processor can stream it at that size.
+# Shapes for --random: transformer, VAE, (height, width), and whether a processor can stream it at that size.
 SHAPES = {
     "wan2.1-1.3b": (TransformerConfig(), VAEConfig(), (480, 832), False),
     "tiny": (
@@ -35,20 +36,51 @@ SHAPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where pipelines come from; `pipeline` can be asked for several presets of the same weights."""
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Options: where a measurement runs."""
 
-    model: Path | None
-    random: str | None
-    bundle: Path | None
-    backend: str | None
-    device: str
-    precision: str
-    height: int | None
-    width: int | None
-    fp8_attention: bool = False
-    eager: bool = False
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", metavar="DEVICE")
+    threads: int | None = option(None, "CPU threads; default: as in engine.run", metavar="N")
+
+    def set_threads(self) -> None:
+        """Set the number of CPU threads where the user chose one."""
+        if self.threads is not None:
+            threads.use(self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Runtime):
+    """Options: which weights are measured, and how they run. `pipeline` loads them, under any preset of theirs."""
+
+    model: Path | None = option(
+        None, "pipeline directory; default: the embedded model", metavar="DIR", exclusive="weights"
+    )
+    random: str | None = option(
+        None, "random weights of this shape; wan2.1-1.3b on a processor only with a small --height and --width",
+        choices=SHAPES, exclusive="weights",
+    )  # fmt: skip
+    bundle: Path | None = option(
+        None, "a bundle's compiled graphs instead of modules", metavar="DIR", exclusive="weights"
+    )
+    backend: str | None = option(None, "torch; with --bundle its first", choices=("torch", *BACKENDS))
+    height: int | None = option(None, "pixels; default: the model's own")
+    width: int | None = option(None, "pixels; default: the model's own")
+    prompt: str = option(PROMPT, "of every stream", metavar="TEXT")
+    seed: int = option(0, "of the noise (0)")
+
+    def prepare(self) -> None:
+        """Refuse options that contradict each other, and set the number of threads."""
+        if self.backend and (self.backend == "torch") == bool(self.bundle):
+            raise ValueError(f"--backend: got {self.backend} {'with' if self.bundle else 'without'} --bundle, expected "
+                             "torch without one or one of its own with one")  # fmt: skip
+        if self.threads is not None:
+            threads.use(self.threads)
+
+    @property
+    def runtime(self) -> Runtime:
+        """The options that every loader takes."""
+        return Runtime(**{f.name: getattr(self, f.name) for f in fields(Runtime)})
 
     @property
     def label(self) -> str:
@@ -59,59 +91,29 @@ class Source:
         return self.model.name if self.model else "embedded sprites"
 
     def pipeline(self, preset: str | None = None) -> Pipeline:
-        """Loaded weights under a preset (the model's own where None)."""
+        """Load the weights under a preset; None takes the model's own."""
         if self.bundle is not None:
             return open_bundle(self.bundle, self.backend, preset)
         if self.random is None:
-            return load(
-                self.model, preset=preset, device=self.device, dtype=self.precision, height=self.height,
-                width=self.width, fp8_attention=self.fp8_attention, eager=self.eager,
-            )  # fmt: skip
-        return random_pipeline(
-            self.random, preset or "greedy", self.device, self.precision, self.height, self.width,
-            self.fp8_attention, self.eager,
-        )  # fmt: skip
+            return load(self.model, preset=preset, height=self.height, width=self.width, runtime=self.runtime)
+        return random_pipeline(self.random, preset or "greedy", self.runtime, self.height, self.width)
 
     def directory(self) -> Path:
-        """The weights on disk, for engines in other processes."""
+        """The weights on disk, for engines that run in other processes."""
         if self.random or self.bundle:
             raise ValueError(f"adapter: got {self.label}, expected weights on disk (--model)")
         return self.model or EMBEDDED
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """What every measurement of a stream takes."""
-    model = command.add_mutually_exclusive_group()
-    model.add_argument("--model", type=Path, metavar="DIR", help="pipeline directory (default: the embedded model)")
-    model.add_argument(
-        "--random", choices=tuple(SHAPES),
-        help="random weights of this shape; wan2.1-1.3b on a processor only with a small --height and --width",
-    )  # fmt: skip
-    model.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle's compiled graphs instead of modules")
-    command.add_argument("--height", type=int)
-    command.add_argument("--width", type=int)
-    command.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
-    command.add_argument("--fp8-attention", action="store_true", help="self-attention on e4m3 as well")
-    command.add_argument("--eager", action="store_true", help="no fused kernels and no CUDA graphs on a GPU")
-    command.add_argument("--backend", choices=("torch", "onnx", "aoti"), help="torch; with --bundle its first")
-    command.add_argument("--device", default="auto")
-    command.add_argument("--threads", type=int, help="CPU threads; default: as in engine.run")
-    command.add_argument("--prompt", default=PROMPT)
-    command.add_argument("--seed", type=int, default=0)
+@dataclass(frozen=True, kw_only=True)
+class PresetSource(Source):
+    """Options: weights, and the one preset under which they stream."""
 
-
-def source_of(args: argparse.Namespace) -> Source:
-    """The weights that were asked for; sets the number of threads."""
-    if args.threads is not None:
-        threads.use(args.threads)
-    return Source(
-        args.model, args.random, args.bundle, args.backend, args.device, args.precision, args.height, args.width,
-        args.fp8_attention, args.eager,
-    )  # fmt: skip
+    preset: str | None = option(None, "default: the model's own", metavar="NAME|FILE.toml")
 
 
 def open_bundle(folder: Path, backend: str | None = None, preset: str | None = None) -> Pipeline:
-    """A bundle; its preset and its size are what it was exported with."""
+    """A bundle. Its preset and its size were fixed when it was exported."""
     pipeline = load_bundle(folder, backend)
     if preset not in (None, pipeline.preset_name):
         raise ValueError(f"bundle: got preset {preset!r}, expected {pipeline.preset_name!r}")
@@ -119,21 +121,16 @@ def open_bundle(folder: Path, backend: str | None = None, preset: str | None = N
 
 
 def random_pipeline(
-    shape: str, preset: str, device: str = "auto", precision: str = "auto", height: int | None = None,
-    width: int | None = None, fp8_attention: bool = False, eager: bool = False,
-) -> Pipeline:  # fmt: skip
-    """A pipeline of random weights, made in memory. The text encoder is a small stand-in of the right width."""
+    shape: str, preset: str, runtime: Runtime | None = None, height: int | None = None, width: int | None = None
+) -> Pipeline:
+    """A pipeline of random weights, made in memory. Its text encoder is a small stand-in of the right width."""
     config, vae_config, (high, wide), anywhere = SHAPES[shape]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(device)
+    runtime = runtime or Runtime()
+    place = device_of(runtime.device)
     if place.type == "cpu" and not anywhere and not (height and width):
-        raise ValueError(f"random {shape} on {device}: got {wide}x{high}, expected a small --height and --width, "
+        raise ValueError(f"random {shape} on {place}: got {wide}x{high}, expected a small --height and --width, "
                          "such as 64 96: a full-size chunk takes minutes there")  # fmt: skip
-    if precision == "auto":
-        precision = "fp32" if place.type == "cpu" else "bf16"
-    fp8 = precision == "fp8"
-    dtype, style = DTYPES["bf16" if fp8 else precision], find_preset(preset)
+    dtype, style = dtype_of(runtime.precision, place), find_preset(preset)
     height, width = height or high, width or wide
     for what, pixels, patch in (("height", height, config.patch_size[1]), ("width", width, config.patch_size[2])):
         unit = vae_config.scale_factor_spatial * patch
@@ -151,16 +148,15 @@ def random_pipeline(
         write_text_encoder(Path(folder), config.text_dim, dtype)
         tokenizer = Tokenizer(Path(folder) / "tokenizer")
         encoder = load_text_encoder(Path(folder) / "text_encoder", dtype, place)
-    runtime = Runtime(precision="fp8" if fp8 else "auto", fp8_attention=fp8_attention, eager=eager)
     stages = make_stages(models, vae, encoder, place, runtime)
     return assemble(
         stages, config, style, dtype, place, tokenizer=tokenizer, name=preset, height=height, width=width,
-        vae_config=vae_config, kv_dtype=FP8 if fp8_attention else None,
+        vae_config=vae_config, kv_dtype=FP8 if runtime.fp8_attention else None,
     )  # fmt: skip
 
 
-def family(preset: str) -> str:
-    """Presets of a family run on the same weights."""
+def family_name(preset: str) -> str:
+    """The family of a preset. Presets of one family run on the same weights."""
     return find_preset(preset).family
 
 
@@ -177,13 +173,14 @@ def torch_parts(pipeline: Pipeline) -> TorchStages:
 
 
 def on_torch(pipeline: Pipeline, other: Pipeline) -> Pipeline:
-    """The pipeline with another's stages, for counting: a bundle computes what its modules would."""
+    """The pipeline with the modules of `other` where it has none: FLOPs of a bundle are counted on these."""
     return pipeline if pipeline.stages.name == "torch" else replace(pipeline, stages=other.stages)
 
 
 def vae_config(pipeline: Pipeline) -> VAEConfig | None:
     """The VAE's shape, where the backend has the module."""
-    return getattr(getattr(pipeline.stages, "vae", None), "config", None)
+    vae = pipeline.stages.modules().get("vae")
+    return cast(VAE, vae).config if vae is not None else None
 
 
 def weight_bytes(*modules: nn.Module | None) -> int:

@@ -1,7 +1,7 @@
-"""A pipeline directory in Wan2.1's diffusers layout with random weights: for measuring and for testing at full size.
+"""A pipeline directory in Wan2.1's diffusers layout with random weights, for measurements and tests at full size.
 
-The text encoder is a small one of Wan's width (4096): its output is what the transformer sees, its own 5.7 billion
-parameters are not what is measured here.
+The text encoder is a small one of Wan's width (4096). The transformer sees only its output, and the 5.7 billion
+parameters of the real one are not measured here.
 """
 
 import json
@@ -57,7 +57,7 @@ def write_text_encoder(folder: Path, width: int, dtype: torch.dtype) -> None:
 
 
 class RandomSource:
-    """Random tensors of a module's names and shapes, for the loader to fill it with."""
+    """Random tensors with a module's names and shapes; the loader fills the module with them."""
 
     def __init__(self, module: nn.Module, label: str, seed: int = 0) -> None:
         self.label, self._seed = label, seed
@@ -78,7 +78,7 @@ class RandomSource:
 
 
 def _write(folder: Path, kind: str, config: dict[str, Any], shapes: Mapping[str, Tensor], dtype: torch.dtype) -> int:
-    """One component: its config.json and its tensors, shard by shard, so that memory holds one shard."""
+    """Write one component: its config.json, and its tensors shard by shard, so that memory holds one shard."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"_class_name": kind} | config, indent=2))
     groups: list[list[str]] = [[]]
@@ -102,7 +102,7 @@ def _write(folder: Path, kind: str, config: dict[str, Any], shapes: Mapping[str,
 
 
 def _random(name: str, shape: torch.Size) -> Tensor:
-    """Gains at one, biases small, everything else so scaled that activations keep their size."""
+    """Gains near one, small biases, and other weights scaled so that activations keep their size."""
     if len(shape) > 1 and "scale_shift_table" not in name and "gamma" not in name:
         return torch.randn(shape) / (shape[1:].numel() ** 0.5)
     gain = 1.0 if "norm" in name and name.endswith(("weight", "gamma")) else 0.0

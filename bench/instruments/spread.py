@@ -1,4 +1,4 @@
-"""Medians, percentiles and confidence intervals: what a noisy machine's samples say, and no more."""
+"""Medians, percentiles and confidence intervals of samples from a noisy machine."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
-    """Mean, percentiles and largest of some samples, in their own unit."""
+    """Mean, percentiles and maximum of the samples, in their own unit."""
     if not len(samples):
         raise ValueError("samples: got none, expected at least one")
     q = np.percentile(samples, [50, 90, 99])
@@ -21,13 +21,13 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
 
 
 def quartiles(samples: Sequence[float]) -> dict[str, float]:
-    """What `bench diff` compares: the median and the middle half."""
+    """The median and the middle half, which `bench diff` compares."""
     q1, median, q3 = np.percentile(samples, [25, 50, 75])
     return {"median": float(median), "q1": float(q1), "q3": float(q3), "samples": len(samples)}
 
 
 def bootstrap(samples: Sequence[float], draws: int = 2000, level: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of the median, by resampling; with fewer than three samples, their range."""
+    """Confidence interval of the median, by resampling; the range where there are fewer than three samples."""
     values = np.asarray(samples, dtype=float)
     if len(values) < 3:
         return float(values.min()), float(values.max())
@@ -46,9 +46,9 @@ def paired_ratio(ours: Sequence[float], base: Sequence[float]) -> dict[str, floa
 
 
 def interleaved(variants: Mapping[K, Callable[[], T]], rounds: int) -> Iterable[tuple[int, K, T]]:
-    """(round, name, result) of every variant in every round; each round starts with another one.
+    """(round, name, result) of every variant in every round; each round starts with another variant.
 
-    So a machine that slows down for a while slows all of them, and nobody always runs behind the same neighbour.
+    A machine that slows down for a while then slows all of them, and no variant always follows the same one.
     """
     names = list(variants)
     for number in range(rounds):
@@ -58,7 +58,7 @@ def interleaved(variants: Mapping[K, Callable[[], T]], rounds: int) -> Iterable[
 
 
 def line_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
-    """Least squares y = intercept + slope x, and the share of variance it explains."""
+    """Least squares y = intercept + slope x, and the share of the variance that it explains."""
     slope, intercept = np.polyfit(x, y, 1)
     rest = np.asarray(y) - (intercept + slope * np.asarray(x))
     spread = float(np.sum((np.asarray(y) - np.mean(y)) ** 2))

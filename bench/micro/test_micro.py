@@ -1,4 +1,4 @@
-"""pytest-benchmark timings of single operations, layers, stages and whole chunks, on random weights."""
+"""pytest-benchmark timings of single operations, layers, the VAE and whole chunks, on random weights."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bench.instruments.flops import steady_index
 from bench.instruments.models import PROMPT, random_pipeline, torch_parts
+from engine.config import Runtime
 from engine.model.layers import Block
 from engine.model.rope import apply_rope, rope_tables
 from engine.presets import PRESETS
@@ -24,7 +25,7 @@ TOKENS, HEADS, HEAD_DIM = 64, 4, 32
 
 @lru_cache
 def _pipeline(preset: str) -> Pipeline:
-    return random_pipeline("tiny", preset, "cpu")
+    return random_pipeline("tiny", preset, Runtime(device="cpu"))
 
 
 def _random(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention over a ring, in bf16 and FP8, compared with every fused attention that PyTorch has on the device."""
+"""Cases of attention over a ring, in bf16 and FP8, beside every fused attention of PyTorch on the device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
 
 
 def _libraries(q: Tensor, k: Tensor, v: Tensor, valid_rows: int) -> dict[str, Call]:
-    """The library's best case: tensors already in its own layout, nothing left to skip."""
+    """The library's best case: tensors in its own layout that hold only valid rows."""
     q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k[:, :valid_rows], v[:, :valid_rows]))
 
     def plain() -> Tensor:
@@ -41,13 +41,13 @@ def _libraries(q: Tensor, k: Tensor, v: Tensor, valid_rows: int) -> dict[str, Ca
 def _inputs(
     device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, queries: int, valid_rows: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
-    """q, k, v, valid_rows; later rows of k and v are NaN and must not be read. On a GPU valid_rows is on the device."""
+    """q, k, v, valid rows; later rows of k and v are NaN and must not be read. On a GPU the number is on the device."""
     made = torch.Generator().manual_seed(0)
     q = torch.randn(1, queries, heads, head_dim, generator=made).to(device, dtype)
     k, v = (torch.randn(1, rows, heads, head_dim, generator=made).to(device, dtype) for _ in range(2))
     for tensor in (k, v):
         tensor[:, valid_rows:] = float("nan")
-    return q, k, v, torch.tensor(valid_rows, dtype=torch.int32, device=device) if q.is_cuda else valid_rows
+    return q, k, v, torch.tensor(valid_rows, dtype=torch.int32, device=device) if device.type == "cuda" else valid_rows
 
 
 def _cost(q: Tensor, valid_rows: int, itemsize: int) -> Cost:
@@ -59,17 +59,17 @@ def _cost(q: Tensor, valid_rows: int, itemsize: int) -> Cost:
 def _ring_attention(
     device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, queries: int, valid_rows: int, rows: int
 ) -> Case:
-    q, k, v, valid = _inputs(device, dtype, heads, head_dim, queries, valid_rows, rows)
+    q, k, v, device_rows = _inputs(device, dtype, heads, head_dim, queries, valid_rows, rows)
     return Case(
         "ring_attention", f"{queries} x {valid_rows} of {rows}, {heads} heads of {head_dim}",
         lambda: ring_attention_reference(q.double(), k.double(), v.double(), valid_rows),
-        lambda: ring_attention(q, k, v, valid),
+        lambda: ring_attention(q, k, v, device_rows),
         _libraries(q, k, v, valid_rows), _cost(q, valid_rows, k.itemsize),
     )  # fmt: skip
 
 
 def _emulated(q: Tensor, k: Tensor, v_t: Tensor, scales: list[Tensor], valid_rows: int) -> Tensor:
-    """FP8 attention in eager PyTorch, for its error, not its speed: the least error that rounded weights allow."""
+    """FP8 attention in eager PyTorch. Its error is the least that rounding allows; its speed does not count."""
     scale = (scales[0] * scales[1] * q.shape[-1] ** -0.5)[:, None, None]
     scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k[:, :valid_rows].float()) * scale
     weights = 256 * (scores - scores.amax(-1, keepdim=True)).exp()
@@ -80,8 +80,8 @@ def _emulated(q: Tensor, k: Tensor, v_t: Tensor, scales: list[Tensor], valid_row
 def _ring_attention_fp8(
     device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, queries: int, valid_rows: int, rows: int
 ) -> Case:
-    """Compared with fused attention in bf16, ours and the library's, on the same values."""
-    q, k, v, valid = _inputs(device, torch.bfloat16, heads, head_dim, queries, valid_rows, rows)
+    """FP8 attention beside fused attention in bf16, ours and the library's, on the same values."""
+    q, k, v, device_rows = _inputs(device, torch.bfloat16, heads, head_dim, queries, valid_rows, rows)
     scales = [t[:, :valid_rows].float().abs().amax((0, 1, 3)) / E4M3_MAX for t in (q, k, v)]
     q8, k8, v8 = ((t.float() / scale[:, None]).to(E4M3) for t, scale in zip((q, k, v), scales, strict=True))
     v_t = torch.zeros(1, heads, head_dim, -(-rows // 16) * 16, device=device).to(E4M3)
@@ -92,9 +92,9 @@ def _ring_attention_fp8(
     return Case(
         "ring_attention_fp8", f"{queries} x {valid_rows} of {rows}, {heads} heads of {head_dim}",
         lambda: ring_attention_fp8_reference(q8, k8, v_t, q_scale, k_scale, v_scale, valid_rows),
-        lambda: ring_attention_fp8(q8, k8, v_t, q_scale, k_scale, v_scale, valid),
+        lambda: ring_attention_fp8(q8, k8, v_t, q_scale, k_scale, v_scale, device_rows),
         {
-            "ring_attention bf16": lambda: ring_attention(q, k, v, valid), **_libraries(q, k, v, valid_rows),
+            "ring_attention bf16": lambda: ring_attention(q, k, v, device_rows), **_libraries(q, k, v, valid_rows),
             "eager fp8": lambda: _emulated(q8, k8, v_t, scales, valid_rows),
         },
         _cost(q8, valid_rows, 1), speedup=2.0,

@@ -1,6 +1,6 @@
-"""What `python -m bench kernels` measures, but for attention: every other operation beside plain PyTorch.
+"""Cases of all operations but attention, each beside plain PyTorch.
 
-Plain PyTorch is the code that the model would run without kernels/; on a GPU also compiled by torch.compile.
+Plain PyTorch is the code that the model would run without kernels/. On a GPU it also runs under torch.compile.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.instruments.flops import Cost
-from engine.model.layers import gate, modulate, rms_norm
+from engine.model.layers import rms_unit
 from engine.model.rope import apply_rope, rope_tables
 from kernels.cuda_library import LIBRARY, fp8_linear_cuda
 from kernels.fp8_linear import CANDIDATES, fp8_linear, fp8_linear_library, fp8_linear_reference, fp8_linear_tiles
@@ -35,23 +35,23 @@ def same(result: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One operation on one shape: calls without arguments, all on the same inputs."""
+    """One operation at one shape: calls without arguments, all on the same inputs."""
 
     op: str
     shape: str
-    reference: Call  # in float64; the truth
+    reference: Call  # the truth, in float64
     ours: Call
     library: dict[str, Call]  # plain PyTorch, best known first
     cost: Cost
-    value: Callable[[Any], Tensor] = same  # a call's result -> what is compared with the truth
-    speedup: float = 1.0  # of the arithmetic over the precision that the ceiling is measured in
+    value: Callable[[Any], Tensor] = same  # a call's result -> the tensor that is compared
+    speedup: float = 1.0  # of this arithmetic over the arithmetic of the measured ceiling
 
 
 def _beside(
     op: str, shape: str, ours: Callable[..., Any], plain: Callable[..., Any], args: tuple[Any, ...], traffic: float,
     value: Callable[[Any], Tensor] = same, truth: Callable[..., Any] | None = None,
 ) -> Case:  # fmt: skip
-    """An operation that moves `traffic` bytes; the truth is `truth`, or the plain code, on float64 inputs."""
+    """An operation that moves `traffic` bytes. The truth is `truth`, or else the plain code, on float64 inputs."""
     wide = tuple(a.double() if isinstance(a, Tensor) else a for a in args)
     library: dict[str, Call] = {"eager": partial(plain, *args)}
     if any(isinstance(a, Tensor) and a.is_cuda for a in args):
@@ -74,7 +74,7 @@ def _first(result: tuple[Tensor, ...]) -> Tensor:
 
 
 def _quantised(plain: Callable[..., Tensor]) -> Callable[..., Any]:
-    """`plain` and then e4m3; in float64 it stays what it is: the truth of a quantiser is its input."""
+    """`plain`, then rounded to e4m3. In float64 it is not rounded, because the truth of a quantiser is its input."""
 
     def both(*args: Tensor) -> Any:
         out = plain(*args)
@@ -84,7 +84,8 @@ def _quantised(plain: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def _normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6).unflatten(1, (shift.shape[1], -1))
+    return (normed * (1 + scale) + shift).flatten(1, 2)
 
 
 def _norm_modulate(device: torch.device, dtype: torch.dtype, tokens: int, dim: int) -> Case:
@@ -102,7 +103,7 @@ def _norm_modulate_quantize(device: torch.device, dtype: torch.dtype, tokens: in
 
 
 def _gated(x: Tensor, y: Tensor, by: Tensor) -> Tensor:
-    return x + gate(y, by)
+    return x + (y.unflatten(1, (by.shape[1], -1)) * by).flatten(1, 2)
 
 
 def _gate_residual(device: torch.device, dtype: torch.dtype, tokens: int, dim: int) -> Case:
@@ -150,8 +151,8 @@ def _qk_norm_rope_write(
     def plain(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, ...]:
         q, k, v = qkv.chunk(3, dim=-1)
         q, k = (
-            (rms_norm(q) * q_weight).unflatten(-1, (heads, dim)),
-            (rms_norm(k) * k_weight).unflatten(-1, (heads, dim)),
+            (rms_unit(q) * q_weight).unflatten(-1, (heads, dim)),
+            (rms_unit(k) * k_weight).unflatten(-1, (heads, dim)),
         )
         q, k = apply_rope(torch.cat([q, k], dim=2), cos, sin).chunk(2, dim=2)
         cache[0, :, -tokens:].copy_(k)
@@ -169,7 +170,7 @@ def _qk_norm_rope_write(
 
 
 def _solver_step(device: torch.device, dtype: torch.dtype, height: int, width: int) -> Case:
-    """Renoising one latent frame; levels on the device, as a CUDA graph reads them."""
+    """Renoise one latent frame. The noise levels are on the device, as a CUDA graph needs them."""
     x, noise, flow = _random(device, torch.float32, *[(1, 16, 1, height, width)] * 3)
     sigma, level = torch.tensor([0.9375, 0.75], device=device)
 
@@ -184,7 +185,7 @@ def _solver_step(device: torch.device, dtype: torch.dtype, height: int, width: i
 
 
 def _fp8_linear(device: torch.device, dtype: torch.dtype, rows: int, columns: int, depth: int) -> Case:
-    """Beside the library's row-wise product; on a GPU also the product in `dtype`, and tiles nobody has chosen yet."""
+    """Beside the library's row-wise product; on a GPU also the product in `dtype`, and candidate tiles."""
     x, weight, bias = _random(device, torch.bfloat16, (rows, depth), (columns, depth), (columns,))
     x_pair, weight_pair = quantize_per_token(x), quantize_per_channel(weight)
     args = (*x_pair, *weight_pair, bias, torch.bfloat16)
@@ -220,7 +221,7 @@ def _vae_norm_silu(
 _WIDTHS: dict[str, list[tuple[int, ...]]] = {"cpu": [(37, 96), (60, 1536)], "cuda": [(1560, 1536)]}
 _INNER: dict[str, list[tuple[int, ...]]] = {"cpu": [(60, 8960)], "cuda": [(1560, 8960)]}
 
-# op -> its maker, and the shapes for a device: small on a processor, Wan 1.3B at 832x480 on a GPU.
+# op -> its maker, and its shapes for each device: small on a processor, Wan 1.3B at 832x480 on a GPU.
 SHAPES: dict[str, tuple[Callable[..., Case], dict[str, list[tuple[int, ...]]]]] = {
     "norm_modulate": (_norm_modulate, _WIDTHS),
     "norm_modulate_quantize": (_norm_modulate_quantize, _WIDTHS),

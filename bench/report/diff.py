@@ -1,16 +1,24 @@
-"""Two results side by side: what got slower, beyond 10% and beyond the noise of both.
+"""Two results side by side: which timings got slower by more than 10% and by more than the noise of both.
 
-Reads saved results of this harness and pytest-benchmark's JSON alike.
+Reads saved results of this harness and pytest-benchmark's JSON.
 """
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.instruments.spread import table
+from bench.report.saved import Printed
+from engine.options import option
 from engine.weights.sources import read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Printed):
+    old: Path = option(help="a saved result", metavar="OLD.json", positional=True)
+    new: Path = option(help="a later one", metavar="NEW.json", positional=True)
+    threshold: float = option(0.10, "share of time that counts")
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,10 @@ def _machine(result: dict[str, Any]) -> str:
 
 
 def compare(old: dict[str, Timing], new: dict[str, Timing], threshold: float = 0.10) -> list[Change]:
-    """Changes of what both hold. Flagged is a median beyond the threshold whose middle half leaves the other's."""
+    """Changes of the timings that both hold.
+
+    A change is flagged where the median moved by more than the threshold and the two middle halves do not overlap.
+    """
     changes = []
     for name in [name for name in old if name in new]:
         a, b = old[name], new[name]
@@ -62,30 +73,21 @@ def compare(old: dict[str, Timing], new: dict[str, Timing], threshold: float = 0
     return changes
 
 
-def run(args: argparse.Namespace) -> int:
-    before, after = read_json(args.old), read_json(args.new)
-    old, new = timings(before, args.old), timings(after, args.new)
-    changes = compare(old, new, args.threshold)
+def run(options: Options) -> int:
+    before, after = read_json(options.old), read_json(options.new)
+    old, new = timings(before, options.old), timings(after, options.new)
+    changes = compare(old, new, options.threshold)
     if not changes:
-        raise ValueError(f"got no timing that {args.old.name} and {args.new.name} share, expected at least one")
+        raise ValueError(f"got no timing that {options.old.name} and {options.new.name} share, expected at least one")
     machines = _machine(before), _machine(after)
     slower = [c for c in changes if c.verdict == "slower"]
-    if args.json:
+    if options.json:
         print(json.dumps({"changes": [vars(c) for c in changes], "slower": len(slower), "machines": machines}))
     else:
         if machines[0] != machines[1]:
             print(f"different machines: {machines[0]} against {machines[1]}")
         print(table([{"timing": c.name, "old": c.old, "new": c.new, "ratio": c.ratio, "": c.verdict} for c in changes]))
         for name in sorted(set(old) ^ set(new)):
-            print(f"only in {(args.old if name in old else args.new).name}: {name}")
+            print(f"only in {(options.old if name in old else options.new).name}: {name}")
         print(f"{len(slower)} of {len(changes)} slower")
     return 1 if slower else 0
-
-
-def add_parser(commands: Any) -> None:
-    command = commands.add_parser("diff", help="two saved results: what got slower beyond noise; exit 1 if anything")
-    command.add_argument("old", type=Path)
-    command.add_argument("new", type=Path)
-    command.add_argument("--threshold", type=float, default=0.10, help="share of time that counts (0.10)")
-    command.add_argument("--json", action="store_true", help="print the result as one JSON line")
-    command.set_defaults(run=run)

@@ -22,7 +22,7 @@ def _caption(result: dict[str, Any]) -> str:
 
 
 def _plain_ticks(ax: Any) -> None:
-    """Numbers instead of powers of ten, few of them."""
+    """A few plain numbers as ticks instead of powers of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     for axis in (ax.xaxis, ax.yaxis):
@@ -32,7 +32,7 @@ def _plain_ticks(ax: Any) -> None:
 
 
 def _compare(result: dict[str, Any], plt: Any) -> dict[str, Any]:
-    """Cumulative time against frames, and throughput against latency."""
+    """Two pictures: cumulative time against frames, and throughput against latency."""
     growth, ax = plt.subplots(figsize=(7, 4.5))
     for v in result["variants"]:
         frames, seconds = zip(*v["cumulative"], strict=True)
@@ -47,7 +47,9 @@ def _compare(result: dict[str, Any], plt: Any) -> dict[str, Any]:
     for v in result["variants"]:
         ax.plot(v["latency_ms"], v["fps"], "o")
         ax.annotate(v["name"], (v["latency_ms"], v["fps"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
-    ax.set(xlabel="ms to the first frame", ylabel="frames a second", xscale="log", yscale="log", title=_caption(result))
+    ax.set(
+        xlabel="ms to the first frame", ylabel="frames per second", xscale="log", yscale="log", title=_caption(result)
+    )
     ax.title.set_fontsize(9)
     ax.margins(0.2)
     ax.grid(alpha=0.3, which="both")
@@ -56,7 +58,7 @@ def _compare(result: dict[str, Any], plt: Any) -> dict[str, Any]:
 
 
 def _scaling(result: dict[str, Any], plt: Any) -> dict[str, Any]:
-    """One panel a sweep: milliseconds a chunk, measured, and what the counted FLOPs predict from the first point."""
+    """One panel per sweep: measured milliseconds per chunk, beside counted FLOPs scaled to the last point."""
     sweeps = result.get("sweeps", {})
     if not sweeps:
         return {}
@@ -70,7 +72,7 @@ def _scaling(result: dict[str, Any], plt: Any) -> dict[str, Any]:
         ax.errorbar(x, y, yerr=[low, high], marker="o", label="measured")
         if all("gflop" in p for p in points):
             ax.plot(x, [y[-1] * p["gflop"] / points[-1]["gflop"] for p in points], "--", label="counted FLOPs, scaled")
-        ax.set(xlabel=name, ylabel="ms a chunk")
+        ax.set(xlabel=name, ylabel="ms per chunk")
         ax.set_ylim(bottom=0)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
@@ -83,7 +85,7 @@ _PLOTS: dict[str, Callable[[dict[str, Any], Any], dict[str, Any]]] = {"compare":
 
 
 def draw(kind: str, result: dict[str, Any], folder: Path, suffix: str = "") -> list[Path]:
-    """Write a kind's pictures into a folder; returns their paths."""
+    """Write the pictures of one kind of result into a folder; returns their paths."""
     if kind not in _PLOTS:
         return []
     plt = _pyplot()
@@ -91,7 +93,7 @@ def draw(kind: str, result: dict[str, Any], folder: Path, suffix: str = "") -> l
     written = []
     for name, figure in _PLOTS[kind](result, plt).items():
         path = folder / f"{name}{suffix}.png"
-        # No date or version inside: the same numbers give the same file.
+        # The file holds no date and no version, so that the same numbers give the same file.
         figure.savefig(path, dpi=90, bbox_inches="tight", metadata={"Software": None})
         plt.close(figure)
         written.append(path)

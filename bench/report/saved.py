@@ -1,23 +1,38 @@
-"""Results on disk: one JSON a measurement, with the machine and the date in it and in its name."""
+"""Results on disk: one JSON file per measurement. Its content and its name hold the machine and the date."""
 
-import argparse
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.instruments.header import ROOT
+from engine.options import command_line, option
 from engine.weights.sources import read_json
 
 FOLDER = ROOT / "bench" / "results"
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """How every measurement reports."""
-    command.add_argument("--json", action="store_true", help="print only the result, as one JSON line")
-    command.add_argument("--save", action="store_true", help="also write it to --results, named by device and date")
-    command.add_argument("--results", type=Path, default=FOLDER, metavar="DIR", help="default: bench/results")
+@dataclass(frozen=True, kw_only=True)
+class Printed:
+    """Options: how a result is printed."""
+
+    json: bool = option(False, "print only the result, as one JSON line")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Options: the folder of saved results."""
+
+    results: Path = option(FOLDER, "where results are saved", metavar="DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reported(Printed, Stored):
+    """Options: how a measurement reports."""
+
+    save: bool = option(False, "also write the result to --results, named by device and date")
 
 
 def device_slug(machine: dict[str, Any]) -> str:
@@ -26,21 +41,25 @@ def device_slug(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _arguments(given: list[str]) -> str:
-    """The command line without what is only about this machine's folders."""
+def _arguments(line: list[str]) -> str:
+    """The command line without the options and the folders that only matter on this machine."""
     kept, skip = [], False
-    for argument in given:
+    for argument in line:
         if not skip and argument not in ("--save", "--results"):
             kept.append(Path(argument).name if "/" in argument else argument)
         skip = argument == "--results"
     return " ".join(kept)
 
 
-def emit(args: argparse.Namespace, name: str, result: dict[str, Any]) -> None:
-    """Save where asked; the result is the last line of stdout."""
-    if args.save:
-        result["arguments"] = _arguments(sys.argv[1:])
-        path = args.results / f"{name}-{device_slug(result['machine'])}-{result['machine']['date']}.json"
+def emit(options: Reported, command: str, result: dict[str, Any], variant: str = "") -> None:
+    """Save the result where --save asks for it, then print it: it is the last line of stdout.
+
+    The file's name starts with the command and, where there is one, the variant.
+    """
+    if options.save:
+        result["arguments"] = _arguments([command, *command_line(options)])
+        name = f"{command}-{variant}" if variant else command
+        path = options.results / f"{name}-{device_slug(result['machine'])}-{result['machine']['date']}.json"
         write(path, result)
         print(f"saved {path.name}", file=sys.stderr)
     print(json.dumps(result), flush=True)
@@ -55,7 +74,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def newest(folder: Path) -> dict[str, dict[str, Any]]:
-    """{"stream-greedy-cpu-2-cores": result}: the newest of every measurement, by the date in its name."""
+    """{"stream-greedy-cpu-2-cores": result}: the newest result of each measurement, by the date in its name."""
     found: dict[str, tuple[str, Path]] = {}
     for path in sorted(folder.glob("*.json")):
         match = re.fullmatch(r"(.+)-(\d{4}-\d\d-\d\d)", path.stem)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.bundles.manifest import BackendSpec, GraphSpec, Manifest, TensorSpec, check_hash
 from engine.generators import family_of
@@ -97,6 +97,12 @@ class GraphStages(ABC):
         if name not in self._graphs:
             self._graphs[name] = self._open(name)
         return self._graphs[name](inputs)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {}
+
+    def mapped_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.weights.tensors.values())
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.run_graph("encode_text", {"ids": ids, "mask": mask})["text_emb"]

@@ -95,7 +95,7 @@ class GraphedStages:
         self._stages = stages
         self.models, self.vae, self.text_encoder = stages.models, stages.vae, stages.text_encoder
         self.encode_text, self.prepare_text = stages.encode_text, stages.prepare_text
-        self.vae_encode = stages.vae_encode
+        self.vae_encode, self.modules, self.mapped_bytes = stages.vae_encode, stages.modules, stages.mapped_bytes
         self._lock = threading.RLock()  # streams of several threads share the graphs' static tensors
         device = next(iter(stages.models.values())).proj_out.weight.device
         self._capture, self._capture_vae = capturer(device), capturer(device)  # the VAE runs beside the others

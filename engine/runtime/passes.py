@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.model.cache import RingCache
 
@@ -70,6 +70,14 @@ class Stages(Protocol):
 
     name: str
     capabilities: Capabilities
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The PyTorch modules that hold its weights, by role, `vae` and `text_encoder`; none where graphs do."""
+        ...
+
+    def mapped_bytes(self) -> int:
+        """Bytes of weights that no module holds."""
+        ...
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids and mask, int64 [B, rows], to text_emb [B, rows, text_dim]."""

@@ -29,6 +29,13 @@ class TorchStages:
     ) -> None:
         self.models, self.vae, self.text_encoder, self.eager = models, vae, text_encoder, eager
 
+    def modules(self) -> dict[str, nn.Module]:
+        parts = self.models | {"vae": self.vae, "text_encoder": self.text_encoder}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def mapped_bytes(self) -> int:
+        return 0
+
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         return encode_text(need(self.text_encoder, "text encoder"), ids, mask)
 

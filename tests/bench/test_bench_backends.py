@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from engine.runtime.fused import FusedBlock
 
 from bench.__main__ import main
 from bench.commands import backends
 from bench.instruments import ceilings
-from engine.runtime.fused import FusedBlock
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from bench.__main__ import _parser, main
+from bench.__main__ import COMMANDS, main, parse
 from bench.adapters.protocol import Adapter
 from bench.commands import everything, gpu_check
 from bench.instruments import ceilings, models
@@ -18,6 +18,7 @@ from bench.instruments.flops import Cost
 from bench.instruments.header import ROOT
 from engine.model.transformer import WanTransformer
 from engine.model.vae import VAEConfig
+from engine.options import command_line
 
 TOY = """
 import sys, time
@@ -82,11 +83,14 @@ def test_stream(model_dir, capsys, limits):
 
 
 def test_stream_saves_what_it_says(model_dir, capsys, limits, tmp_path):
-    given = ["stream", "--model", str(model_dir), "--preset", "self-forcing", "--frames", "40", "--rounds", "1"]
-    assert main([*given, "--json", "--save", "--results", str(tmp_path)]) == 0
+    command = ["stream", "--model", str(model_dir), "--preset", "self-forcing", "--frames", "40", "--rounds", "1"]
+    assert main([*command, "--json", "--save", "--results", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("stream-self-forcing-cpu-")
-    assert json.loads(path.read_text()) == last_line(capsys)
+    found = last_line(capsys)
+    assert json.loads(path.read_text()) == found
+    again = parse(found["arguments"].split())[1]
+    assert (again.preset, again.frames, again.rounds, again.json) == ("self-forcing", 40, 1, True)
 
 
 @pytest.mark.slow
@@ -193,6 +197,22 @@ def test_bad_input_gets_one_line(capsys, command):
     assert err[0].startswith("error: ")
 
 
+@pytest.mark.parametrize("name", [*COMMANDS])
+def test_every_command_has_help(capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert f"python -m bench {name}" in capsys.readouterr().out
+
+
+def test_options_become_the_same_command_line():
+    asked = ["compare", "--random", "tiny", "--presets", "greedy,diagonal", "--adapter", "a=b c", "--adapter", "none",
+             "--with-bundle", "b", "--guidance", "3.5", "--eager", "--json"]  # fmt: skip
+    module, options = parse(asked)
+    assert options.adapters == ["a=b c"]
+    assert parse(["compare", *command_line(options)]) == (module, options)
+
+
 def test_full_size_shape():
     config, vae, size, anywhere = models.SHAPES["wan2.1-1.3b"]
     assert (size, anywhere, vae) == ((480, 832), False, VAEConfig())
@@ -223,10 +243,10 @@ def test_everything_asks_for_what_exists(monkeypatch, tmp_path, quick):
     assert main(["all", *given, "--save", "--results", str(tmp_path), "--out", str(tmp_path / "p.md")]) == 0
     assert {command[0] for command in asked} == {"stream", "compare", "scaling", "load", "kernels"}
     for command in asked:
-        parsed = vars(_parser().parse_args(command))
-        assert (parsed["threads"], parsed["save"], parsed["results"]) == (2, True, tmp_path)
-        assert command[0] == "kernels" or parsed["bundle"] or str(parsed["model"]) == "m"
-        assert command[0] != "compare" or [str(b) for b in parsed["with_bundle"]] == ["b"]
+        options = parse(command)[1]
+        assert (options.threads, options.save, options.results) == (2, True, tmp_path)
+        assert command[0] == "kernels" or options.bundle or str(options.model) == "m"
+        assert command[0] != "compare" or [str(b) for b in options.with_bundle] == ["b"]
     assert (tmp_path / "p.md").is_file()
 
 
@@ -299,7 +319,7 @@ def test_gpu_check_asks_for_what_exists(smoke):
         if module == "pytest":
             assert Path(command[0]).exists()
         else:
-            assert _parser().parse_args(command).device == ("cpu" if smoke else "cuda")
+            assert parse(command)[1].device == ("cpu" if smoke else "cuda")
 
 
 @pytest.mark.slow

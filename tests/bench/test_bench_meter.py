@@ -18,21 +18,21 @@ PROMPT = "a red circle"
 
 
 @pytest.mark.parametrize("family", ["pipeline", "causal"])
-def test_every_moment_has_one_label(request, family):
+def test_every_moment_has_one_part(request, family):
     chunks, opening, meter = metered_chunks(request.getfixturevalue(family), PROMPT, 8)
     assert opening["text"] > 0
     for chunk in chunks:
         assert abs(chunk.residual) < 0.05
     model = {"etm", "sdd_context", "sdd"} if family == "pipeline" else {"dit", "dit_context"}
-    assert chunks[-1].stages.keys() >= model | {"noise", "solver", "cache", "vae", "transfer", "sink", "other"}
-    assert all(value >= 0 for value in chunks[-1].stages.values())
+    assert chunks[-1].parts.keys() >= model | {"noise", "solver", "cache", "vae", "transfer", "sink", "other"}
+    assert all(value >= 0 for value in chunks[-1].parts.values())
     assert meter.vae_cache_bytes > 0
 
 
 def test_nothing_is_committed_before_the_first_chunk(pipeline, causal):
     for made, label in ((pipeline, "etm"), (causal, "dit_context")):
         chunks, _, _ = metered_chunks(made, PROMPT, 2)
-        assert label not in chunks[0].stages
+        assert label not in chunks[0].parts
         assert len(chunks[1].calls[label]) == 1
 
 
@@ -55,16 +55,16 @@ def test_time_goes_to_the_stage_that_spends_it(pipeline):
     chunks, _, _ = metered_chunks(slow, PROMPT, 4)
     before, _, _ = metered_chunks(pipeline, PROMPT, 4)
     for label in ("vae", "sdd", "transfer"):
-        grew = min(c.stages[label] for c in chunks[1:]) - min(c.stages[label] for c in before[1:])
+        grew = min(c.parts[label] for c in chunks[1:]) - min(c.parts[label] for c in before[1:])
         assert (grew > 0.015) == (label == "vae")
 
 
-def test_stage_table_adds_up(pipeline):
+def test_the_parts_add_up(pipeline):
     chunks, _, _ = metered_chunks(pipeline, PROMPT, 6)
-    stages, unexplained = stream.stage_table(chunks[1:])
-    assert sum(stages.values()) == pytest.approx(1e3 * np.mean([c.total for c in chunks[1:]]))
+    parts, unexplained = stream.part_table(chunks[1:])
+    assert sum(parts.values()) == pytest.approx(1e3 * np.mean([c.total for c in chunks[1:]]))
     assert abs(unexplained) < stream.UNEXPLAINED
-    assert "dit" not in stages
+    assert "dit" not in parts
 
 
 def test_a_table_with_a_hole_is_refused(pipeline):
@@ -72,7 +72,7 @@ def test_a_table_with_a_hole_is_refused(pipeline):
     for chunk in chunks:
         chunk.total *= 1.5
     with pytest.raises(RuntimeError, match="expected 95% to 105%"):
-        stream.stage_table(chunks)
+        stream.part_table(chunks)
 
 
 def test_a_failing_stage_leaves_the_meter_whole(pipeline):

@@ -19,8 +19,7 @@ from bench.instruments.spread import (
     summary,
     table,
 )
-from bench.report import page as report
-from bench.report import saved as results
+from bench.report import page, saved
 from bench.report.diff import Timing, compare
 
 MACHINE = {
@@ -140,15 +139,15 @@ def stream_result(preset="greedy", date="2026-01-02", **changes):
 def test_newest_result_of_each_measurement(tmp_path):
     for name, fps in (("stream-greedy-cpu-2-cores-2026-01-02", 1.0), ("stream-greedy-cpu-2-cores-2026-03-01", 2.0),
                       ("stream-greedy-cpu-8-cores-2025-12-31", 3.0)):  # fmt: skip
-        results.write(tmp_path / f"{name}.json", {"fps": fps})
+        saved.write(tmp_path / f"{name}.json", {"fps": fps})
     (tmp_path / "notes.json").write_text("{}")
-    found = results.newest(tmp_path)
+    found = saved.newest(tmp_path)
     assert {name: r["fps"] for name, r in found.items()} == {
         "stream-greedy-cpu-2-cores": 2.0, "stream-greedy-cpu-8-cores": 3.0}  # fmt: skip
 
 
 def test_page(tmp_path):
-    results.write(tmp_path / "r" / "stream-greedy-cpu-2-cores-2026-01-02.json", stream_result())
+    saved.write(tmp_path / "r" / "stream-greedy-cpu-2-cores-2026-01-02.json", stream_result())
     assert main(["report", "--results", str(tmp_path / "r"), "--out", str(tmp_path / "docs" / "page.md")]) == 0
     text = (tmp_path / "docs" / "page.md").read_text()
     assert "| greedy | 100 | 150 | 101 | 30 | 20 | 40 | 50 | 4 | 400 | 2.5 | 50% | 20 |" in text
@@ -170,7 +169,7 @@ def test_page_without_results(tmp_path, capsys):
 
 
 def test_published_numbers_name_conditions_and_source():
-    lines = report._published()
+    lines = page._published()
     rows = [line for line in lines if line.startswith("| ")][1:]
     assert len(rows) >= 8
     assert all(len(re.split(r" ?\| ?", row.strip("| "))) >= 7 for row in rows)
@@ -179,21 +178,21 @@ def test_published_numbers_name_conditions_and_source():
 
 def test_saved_results_are_reproducible():
     """Every result in the repository still reads, and the page can be made of them."""
-    if not results.FOLDER.is_dir():
+    if not saved.FOLDER.is_dir():
         pytest.skip("no results in this checkout")
-    for name, result in results.newest(results.FOLDER).items():
-        assert name.endswith(results.device_slug(result["machine"]))
+    for name, result in saved.newest(saved.FOLDER).items():
+        assert name.endswith(saved.device_slug(result["machine"]))
         assert not re.search(r"(^|\s)/\w", result.get("arguments", ""))
-    assert report.page(results.FOLDER, {}).startswith("# Performance")
+    assert page.page(saved.FOLDER, {}).startswith("# Performance")
 
 
 def test_command_line_is_kept_without_folders():
-    given = ["stream", "--model", "/home/x/wan", "--save", "--results", "/tmp/y", "--preset", "greedy"]
-    assert results._arguments(given) == "stream --model wan --preset greedy"
+    line = ["stream", "--model", "/home/x/wan", "--save", "--results", "/tmp/y", "--preset", "greedy"]
+    assert saved._arguments(line) == "stream --model wan --preset greedy"
 
 
 def test_documents_name_every_command():
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     for command in ("stream", "compare", "scaling", "kernels", "load", "diff", "report", "all", "parity", "fullsize"):
         assert f"bench {command}" in text
-    assert isinstance(report.PAGE, Path)
+    assert isinstance(page.PAGE, Path)

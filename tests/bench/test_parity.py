@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.__main__ import main
-from bench.instruments.parity import TOLERANCE, preset_of, read_recording, replay
+from bench.instruments.recordings import TOLERANCE, preset_of, read_recording, replay
 
 DATA = Path(__file__).parents[1] / "data" / "causal"
 CASES = 18
@@ -178,20 +178,20 @@ def test_no_case_is_no_success(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["chunk3_local6_sink1", "chunk3_global"])
 def test_every_denoising_call_and_the_cache_are_as_recorded(name, monkeypatch):
     """Not the result alone: where the recording holds flows or layer 0's keys, these too."""
-    import bench.instruments.parity
+    import bench.instruments.recordings
 
     recording = read_recording(DATA)
     case = next(case for case in recording.cases if case.name == name)
     flows, states = [], []
 
-    class Spy(bench.instruments.parity.TorchStages):
+    class Spy(bench.instruments.recordings.TorchStages):
         def run(self, step, cache, text_kv):
             flow = super().run(step, cache, text_kv)
             flows.append(flow)
             states.append(cache)
             return flow
 
-    monkeypatch.setattr(bench.instruments.parity, "TorchStages", Spy)
+    monkeypatch.setattr(bench.instruments.recordings, "TorchStages", Spy)
     replay(case, recording, torch.device("cpu"))
     if "call_flow" in case.tensors:
         expected = case.tensors["call_flow"].transpose(2, 3)  # [call, B, C, n, h, w]

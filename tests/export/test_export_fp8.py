@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import engine.run
-from bench.commands.fp8 import sensitivity, stage_errors
+from bench.commands.fp8 import pass_errors, sensitivity
 from engine.bundles.manifest import GraphSpec
 from engine.bundles.onnx import OnnxGraph as Session
 from engine.stream import Pipeline
@@ -335,10 +335,10 @@ def test_calibrate_cli(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_stage_errors_are_measured_on_one_stream(pipeline: Pipeline, amax: dict[str, float]) -> None:
+def test_pass_errors_are_measured_on_one_stream(pipeline: Pipeline, amax: dict[str, float]) -> None:
     same = quantize(pipeline, Recipe("token", tuple(quantizable(pipeline)[1:])))  # one linear of the ETM
     others = {"one": same, "all": quantize(pipeline, TOKEN)}
-    errors = stage_errors(pipeline, others, [PROMPT], 4)
+    errors = pass_errors(pipeline, others, [PROMPT], 4)
     assert errors["one"]["sdd"] == 0
     assert 0 < errors["one"]["etm"] < errors["all"]["etm"] < 0.2
     assert 0 < errors["all"]["sdd"] < 0.2

@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from tiny import CPU, dense, latents_of, reference_of, text_of, transformer
 
-from bench.instruments.parity import model_config
+from bench.instruments.recordings import model_config
 from engine.config import TransformerConfig
 from engine.model.layers import RMSNorm, dense_attention, rms_unit
 from engine.model.rope import rope_tables

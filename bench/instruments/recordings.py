@@ -1,8 +1,8 @@
-"""Replay what public streaming code computed, through the ordinary engine path, and compare.
+"""Replay streams that public code computed, through the ordinary engine path, and compare.
 
 A directory of cases holds model*.safetensors (weights in Self-Forcing's names), cases.json / cases.safetensors
 (model config, and per case its settings, noise, renoise draws and output) and any further pair of NAME.json /
-NAME.safetensors with cases for the same weights. Everything is inferred from a case's own entry.
+NAME.safetensors with cases for the same weights. A case's own entry holds all its settings.
 """
 
 from collections.abc import Iterator
@@ -23,11 +23,11 @@ from engine.stream import Stream
 from engine.weights.checkpoint import load_transformer
 from engine.weights.sources import SafetensorsSource, read_json
 
-# dtype -> largest (max_abs_error, rms_error) that passes. Processors sum bf16 products in different orders: the largest
-# error may be two units in the last place of values from 4 to 8, where latents end, the mean what bf16 is from fp32
-# anyway (the recording 8.2e-3). Measured on one more processor 3.2e-2 and 6.7e-3; faults start at .13.
+# dtype -> largest (max_abs_error, rms_error) that passes. Processors sum bf16 products in different orders. So the
+# largest error may be two units in the last place of values from 4 to 8, where latents end. The rms error may be that
+# of bf16 against fp32 (8.2e-3 in the recording). Another processor gave 3.2e-2 and 6.7e-3; faults start at .13.
 TOLERANCE = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (2**-4, 8e-3)}
-_CONTEXT_FRAMES = 21  # frames the public code keeps when attention is global
+_CONTEXT_FRAMES = 21  # frames that the public code keeps when attention is global
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Case:
 
     name: str
     entry: dict[str, Any]
-    tensors: dict[str, Tensor]  # noise, output, perhaps renoise and initial_latent
+    tensors: dict[str, Tensor]  # noise, output; some cases also have renoise or initial_latent
     text: Tensor  # [B, rows, text_dim]
 
     @property
@@ -75,26 +75,25 @@ _MODEL_KEYS = (
 )  # fmt: skip
 
 
-def _require(given: dict[str, Any], names: tuple[str, ...], where: object) -> None:
-    missing = [name for name in names if name not in given]
+def _require(raw: dict[str, Any], names: tuple[str, ...], where: object) -> None:
+    missing = [name for name in names if name not in raw]
     if missing:
-        raise ValueError(f"{where}: got keys {', '.join(given)}, expected also {', '.join(missing)}")
+        raise ValueError(f"{where}: got keys {', '.join(raw)}, expected also {', '.join(missing)}")
 
 
-def model_config(given: dict[str, Any]) -> TransformerConfig:
+def model_config(raw: dict[str, Any]) -> TransformerConfig:
     """A transformer config from Wan's own key names."""
-    _require(given, _MODEL_KEYS, "model_config")
+    _require(raw, _MODEL_KEYS, "model_config")
     return TransformerConfig(
-        patch_size=tuple(given["patch_size"]), num_attention_heads=given["num_heads"],
-        attention_head_dim=given["dim"] // given["num_heads"], in_channels=given["in_dim"],
-        out_channels=given["out_dim"], text_dim=given["text_dim"], freq_dim=given["freq_dim"],
-        ffn_dim=given["ffn_dim"], num_layers=given["num_layers"], cross_attn_norm=given["cross_attn_norm"],
-        eps=given["eps"],
+        patch_size=tuple(raw["patch_size"]), num_attention_heads=raw["num_heads"],
+        attention_head_dim=raw["dim"] // raw["num_heads"], in_channels=raw["in_dim"], out_channels=raw["out_dim"],
+        text_dim=raw["text_dim"], freq_dim=raw["freq_dim"], ffn_dim=raw["ffn_dim"], num_layers=raw["num_layers"],
+        cross_attn_norm=raw["cross_attn_norm"], eps=raw["eps"],
     )  # fmt: skip
 
 
 def read_recording(folder: Path) -> Recording:
-    """Every case of a directory."""
+    """Read every case of a directory."""
     main = read_json(folder / "cases.json")
     _require(main, ("model_config", "latent_hw"), folder / "cases.json")
     weights = sorted(folder.glob("model*.safetensors"))
@@ -139,7 +138,7 @@ def _case(name: str, entry: dict[str, Any], held: dict[str, Tensor], texts: dict
 
 
 def preset_of(case: Case, shift: float) -> Preset:
-    """The preset that a case was recorded with."""
+    """The preset of a recorded case."""
     entry = case.entry
     window, chunk = entry["local_attn_size"], entry["chunk"]
     total = case.tensors["output"].shape[1]
@@ -154,7 +153,7 @@ def preset_of(case: Case, shift: float) -> Preset:
 
 
 def _steps_of(entry: dict[str, Any], context: float) -> tuple[tuple[tuple[float, ...], ...], bool, bool]:
-    """(steps of every chunk, whether chunks end in a context pass, whether the steps are still to be warped)."""
+    """(steps of every chunk, whether chunks end in a context pass, whether the preset still has to warp the steps)."""
     calls = entry.get("calls")
     if not calls:
         if entry.get("warped_steps"):
@@ -162,13 +161,13 @@ def _steps_of(entry: dict[str, Any], context: float) -> tuple[tuple[tuple[float,
         rest = tuple(map(float, entry["steps"]))
         first = entry.get("first_chunk_steps")
         return ((tuple(map(float, first)), rest) if first else (rest,)), True, entry.get("warped", True)
-    # The calls say exactly what ran, also where a pipeline has step lists of its own for the first chunks.
+    # `calls` lists all passes, also where a pipeline has step lists of its own for the first chunks.
     chunks = [[c["timestep"] for c in group] for _, group in groupby(calls, key=lambda c: c["current_start"])]
-    given = [ts for ts in chunks if ts == [0.0]]  # initial latents: one clean pass each
-    generated = chunks[len(given) :]
+    supplied = [ts for ts in chunks if ts == [0.0]]  # initial latents: one clean pass each
+    generated = chunks[len(supplied) :]
     clean = all(ts[-1] == context and len(ts) > 1 for ts in generated)
     rows = [tuple(ts[:-1] if clean else ts) for ts in generated]
-    return (*[rows[0]] * len(given), *rows), clean, False
+    return (*[rows[0]] * len(supplied), *rows), clean, False
 
 
 def replay(case: Case, recording: Recording, device: torch.device) -> Tensor:
@@ -177,7 +176,7 @@ def replay(case: Case, recording: Recording, device: torch.device) -> Tensor:
     source = SafetensorsSource([recording.weights], str(recording.weights))
     model = load_transformer(recording.config, source, case.dtype, device)
     model.fuse()
-    # No VAE takes part, so pixels are whatever makes the latent's size come out.
+    # No VAE takes part. The size in pixels only has to give the latent's size.
     height, width = recording.latent_hw
     pipeline = assemble(
         TorchStages({"dit": model}, None, None), recording.config, preset, case.dtype, device,
@@ -200,7 +199,7 @@ def replay(case: Case, recording: Recording, device: torch.device) -> Tensor:
 
 
 def _draws(stream: Stream, case: Case, noise: Tensor, first: int, sizes: list[int]) -> dict[tuple[int, int], Tensor]:
-    """Recorded draws by (chunk, number); renoise rows are batch-major frames, one draw after all but the last step."""
+    """Recorded draws by (chunk, number). Renoise rows are batch-major frames: one draw after each step but the last."""
     draws: dict[tuple[int, int], Tensor] = {}
     rows, row, start, batch = case.tensors.get("renoise"), 0, 0, len(noise)
     for chunk, size in enumerate(sizes, start=first):
