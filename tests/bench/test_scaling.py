@@ -58,7 +58,7 @@ def test_a_stream_that_stays_the_same(pipeline):
 
 @pytest.mark.slow
 def test_a_stream_that_grows_is_seen(pipeline):
-    result = result_of(replace(pipeline, stages=Leaking(pipeline.stages, 0.0005, 1)), 100)
+    result = result_of(replace(pipeline, stages=Leaking(pipeline.stages, 0.002, 1)), 60)
     assert result["time_ratio"] > 1.3
     assert result["memory_growth_mb"] > 10
 

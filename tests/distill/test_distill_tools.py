@@ -156,7 +156,6 @@ def test_dry_run_of_wan(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["memory"] < 80 * 2**30
 
 
-@pytest.mark.slow
 def test_dry_run_refuses_what_cannot_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "c.toml"
     path.write_text(WAN.read_text().replace("memory_gib = 80.0", "memory_gib = 24.0"))

@@ -48,9 +48,10 @@ def key_of(*told: object, files: Iterable[Path] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
-def sources(*folders: str, suffixes: tuple[str, ...] = (".py",)) -> list[Path]:
-    """Every file of these folders of the repository with one of these suffixes."""
-    return [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in suffixes]
+def sources(*folders: str) -> list[Path]:
+    """Every file of these folders of the repository that Python or a compiler may read."""
+    found = (file for folder in folders for file in (ROOT / folder).rglob("*"))
+    return [file for file in found if file.is_file() and file.suffix != ".pyc"]
 
 
 def _mark(folder: Path) -> Path:

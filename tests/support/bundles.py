@@ -51,7 +51,8 @@ def _tools() -> str:
 @cache
 def _code() -> str:
     """Everything that decides a bundle, beside the pipeline."""
-    return key_of(files=[*sources("engine", "export", "kernels"), ROOT / "tests/support/tiny.py", Path(__file__)])
+    code = [file for file in sources("engine", "export", "kernels") if file.suffix == ".py"]
+    return key_of(files=[*code, ROOT / "tests/support/tiny.py", Path(__file__)])
 
 
 def bundle(kind: str, pipeline: Pipeline, tokenizer: Path, backends: Sequence[str] = ("onnx",)) -> Path:

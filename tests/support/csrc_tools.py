@@ -63,7 +63,7 @@ def build(kind: str, *options: str, targets: tuple[str, ...] = ()) -> Path:
 def _key(options: tuple[str, ...], targets: tuple[str, ...]) -> str:
     """Sources, options, tools, and the directories that a build keeps absolute paths of."""
     read = [ROOT / "CMakeLists.txt", ROOT / "engine" / "__init__.py"]
-    read += sources("csrc", suffixes=(".h", ".hpp", ".c", ".cpp"))
+    read += sources("csrc")
     environment = [os.environ.get(name) for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_GENERATOR")]
     tools = [_said_version(tool) for tool in ("cmake", str(_compiler()))]
     module = version("pybind11") if find_spec("pybind11") else None
