@@ -160,7 +160,7 @@ def assemble(
     """A pipeline of parts already in memory (tests, parity, random weights)."""
     scale = vae_config or VAEConfig()
     return Pipeline(
-        stages, tokenizer, manifest.transformer_value(), preset, name, dtype, device, height, width, fps,
+        stages, tokenizer, config, preset, name, dtype, device, height, width, fps,
         scale.scale_factor_spatial, scale.scale_factor_temporal, kv_dtype,
     )  # fmt: skip
 
