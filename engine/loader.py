@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -27,6 +27,9 @@ from engine.threads import settle, work_of
 from engine.weights.adapters import merge_adapter, merge_lora_file
 from engine.weights.checkpoint import fill, load_transformer
 from engine.weights.sources import TensorSource, open_source, read_json
+
+if TYPE_CHECKING:
+    from engine.bundles.manifest import Manifest
 
 EMBEDDED = Path(__file__).parent / "assets" / "sprites"
 # Cross-attention's output goes into the hidden state without a gate, so its rounding does too: of all products the one
@@ -171,6 +174,13 @@ def threads_of(
     return settle(threads, work_of(preset.chunk * tokens, config.dim, config.ffn_dim))
 
 
+def threads_of_bundle(threads: int | None, manifest: "Manifest", device: torch.device) -> int:
+    """The same for a bundle's model."""
+    config = manifest.transformer_value()
+    geometry = Geometry.of(config, 1, manifest.height // manifest.spatial, manifest.width // manifest.spatial)
+    return threads_of(threads, config, manifest.preset_value(), geometry.tokens, device)
+
+
 def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int | None = None) -> Pipeline:
     """A pipeline that runs on a bundle's compiled graphs; size, preset and precision are the bundle's.
 
@@ -191,14 +201,12 @@ def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int 
     if tokenizer.rows != manifest.text_rows:
         raise ValueError(f"bundle: got a tokenizer of {tokenizer.rows} rows, expected {manifest.text_rows}")
     device, preset = torch.device(found[0].target.split("-")[0]), manifest.preset_value()
-    config = manifest.transformer_value()
-    geometry = Geometry.of(config, 1, manifest.height // manifest.spatial, manifest.width // manifest.spatial)
-    count = threads_of(threads, config, preset, geometry.tokens, device)
+    count = threads_of_bundle(threads, manifest, device)
     stages = BACKENDS[found[0].backend].load()(folder, manifest, found[0], count, device)
     graph = found[0].graphs[family_of(preset).passes[0].graph]
     latent, keys = (next(spec for spec in graph.inputs if spec.name == name) for name in ("latent", "k_0"))
     return Pipeline(
-        stages, tokenizer, config, preset, manifest.preset_name,
+        stages, tokenizer, manifest.transformer_value(), preset, manifest.preset_name,
         TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
         manifest.spatial, manifest.temporal, TENSOR_DTYPES[keys.dtype],
     )  # fmt: skip

@@ -21,7 +21,7 @@ from engine.bundles.manifest import read_manifest
 from engine.bundles.native import NativePipeline, NativeStream
 from engine.bundles.registry import BACKENDS
 from engine.config import Preset, Runtime
-from engine.loader import EMBEDDED, is_untrained, load, load_bundle, settings_of
+from engine.loader import EMBEDDED, is_untrained, load, load_bundle, settings_of, threads_of_bundle
 from engine.media.sinks import ChecksumSink, OutputClosed, Sink, open_sink
 from engine.media.sources import read_clip, read_image
 from engine.options import Parser, add_options, chosen, option, options_of
@@ -290,7 +290,9 @@ def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePip
     model, bundle, backend = job.model, job.bundle.bundle, job.bundle.backend
     if bundle is not None:
         if backend == "native":  # the C++ core reads the bundle itself, and chooses among its backends
-            return NativePipeline(bundle, threads=job.runtime.threads)
+            native = NativePipeline(bundle, threads=job.runtime.threads)
+            threads_of_bundle(job.runtime.threads, read_manifest(bundle), native.device)
+            return native
         return load_bundle(bundle, backend, threads=job.runtime.threads)
     if backend not in (None, "torch"):
         raise ValueError(f"--backend: got {backend}, expected --bundle with it (python -m export writes one)")

@@ -32,7 +32,7 @@ def _libraries(q: Tensor, k: Tensor, v: Tensor, valid_rows: int) -> dict[str, Ca
 
         try:
             one()
-        except RuntimeError:  # not built in, or not supported for this shape
+        except RuntimeError:  # not built in, or not for this shape
             continue
         found[f"sdpa {name}"] = one
     return found
@@ -101,7 +101,7 @@ def _ring_attention_fp8(
     )  # fmt: skip
 
 
-# heads, head_dim, queries, valid_rows, rows: the sprites model, odd sizes, Wan 1.3B at 160x96 and 832x480.
+# heads, head_dim, queries, valid rows, rows: the sprites model, odd sizes, Wan 1.3B at 160x96 and 832x480.
 SHAPES: dict[str, tuple[Callable[..., Case], dict[str, list[tuple[Any, ...]]]]] = {
     "ring_attention": (
         _ring_attention,

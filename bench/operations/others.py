@@ -83,6 +83,16 @@ def _quantised(plain: Callable[..., Tensor]) -> Callable[..., Any]:
     return both
 
 
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """As published: x [B, F * n, dim] with one shift and scale [B, F, 1, dim] per frame."""
+    return (x.unflatten(1, (shift.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2)
+
+
+def gate(x: Tensor, by: Tensor) -> Tensor:
+    """As published: x [B, F * n, dim] times one gate [B, F, 1, dim] per frame."""
+    return (x.unflatten(1, (by.shape[1], -1)) * by).flatten(1, 2)
+
+
 def _normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6).unflatten(1, (shift.shape[1], -1))
     return (normed * (1 + scale) + shift).flatten(1, 2)

@@ -1,5 +1,5 @@
 // Self-Forcing, CausVid, LongLive, First-Frame Enhancement, Diagonal Distillation: one causal transformer.
-// As CausalGenerator of engine/generators.
+// As engine/generators/causal.py.
 #include <deque>
 
 #include "base/error.h"
@@ -7,6 +7,8 @@
 
 namespace greedy::core {
 namespace {
+
+constexpr PassKind kDit = {"dit", "dit", false, false};
 
 class CausalGenerator : public Generator {
   public:
@@ -30,9 +32,9 @@ class CausalGenerator : public Generator {
         if (supplied || preset_.commit != CommitPolicy::none) {
             cache_.commit(preset_.chunk);
             const auto chunks = [&](std::int64_t frames) { return static_cast<std::size_t>(frames / preset_.chunk); };
-            const bool pin = pinned_.size() < chunks(preset_.attn_sink);
+            const bool pin = sink_.size() < chunks(preset_.attn_sink);
             if (!pin && window_.size() == chunks(preset_.window - preset_.attn_sink)) window_.pop_front();
-            (pin ? pinned_ : window_).push_back({position_, std::move(x)});
+            (pin ? sink_ : window_).push_back({position_, std::move(x)});
         }
         staged_ = false;
         position_ += preset_.chunk;
@@ -48,8 +50,7 @@ class CausalGenerator : public Generator {
 
   private:
     Buffer run(const Latent& x, double t, std::int64_t position) {
-        const std::int64_t slot = cache_.next_slot(), valid = cache_.valid(preset_.chunk);
-        return stages_.run({"dit", "dit", x, t, nullptr, position, slot, valid}, cache_, text_);
+        return stages_.run({kDit, x, position, cache_.next_slot(), cache_.valid(preset_.chunk), t}, cache_, text_);
     }
 
     // After a prompt switch: one clean pass over the latents that are still cached, at their own positions.
@@ -57,7 +58,7 @@ class CausalGenerator : public Generator {
     void refresh() {
         if (!stale_) return;
         cache_.reset();
-        for (const std::deque<Finished>* chunks : {&pinned_, &window_})
+        for (const std::deque<Finished>* chunks : {&sink_, &window_})
             for (const Finished& chunk : *chunks) {
                 run(*chunk.latent, preset_.context_timestep, chunk.position);
                 cache_.commit(preset_.chunk);
@@ -69,7 +70,7 @@ class CausalGenerator : public Generator {
     const Preset& preset_;
     Ring cache_;
     TextKV text_;
-    std::deque<Finished> pinned_, window_;
+    std::deque<Finished> sink_, window_;  // the attention sink and the rest
     std::int64_t position_ = 0;
     bool stale_ = false;   // the cache was written for another prompt
     bool staged_ = false;  // the last denoising call's keys and values are in place for the next commit
@@ -82,9 +83,7 @@ void check(const Preset& preset, const std::string& where) {
         fail(GREEDY_BAD_BUNDLE, where + ".attn_sink", std::to_string(preset.attn_sink), "whole chunks");
 }
 
-Layout layout(const Preset& preset) {
-    return {{{"dit", preset.window, preset.attn_sink}}, {{"dit", "dit", "flow", false}}};
-}
+Layout layout(const Preset& preset) { return {{{"dit", preset.window, preset.attn_sink}}, {kDit}}; }
 
 std::unique_ptr<Generator> make(Stages& stages) { return std::make_unique<CausalGenerator>(stages); }
 

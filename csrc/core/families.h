@@ -14,7 +14,7 @@ namespace greedy::core {
 struct Family {
     // Throws Error(GREEDY_BAD_BUNDLE) where a preset is outside the family's limits.
     void (*check)(const Preset& preset, const std::string& where);
-    // Its roles and graphs.
+    // Its kinds of pass, and the cache of every role.
     Layout (*layout)(const Preset& preset);
     // A stream's generator; set_text comes before any other call. `stages` must outlive it.
     std::unique_ptr<Generator> (*make)(Stages& stages);

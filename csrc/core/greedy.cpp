@@ -1,5 +1,5 @@
 // Greedy Distill: the ETM reads each finished chunk once, the SDD denoises the next one (Eq. 2-5, Alg. 1).
-// As GreedyGenerator of engine/generators.
+// As engine/generators/greedy.py.
 #include <algorithm>
 #include <deque>
 
@@ -8,6 +8,10 @@
 
 namespace greedy::core {
 namespace {
+
+constexpr PassKind kEtm = {"etm", "etm", false, true};
+constexpr PassKind kSddContext = {"sdd_context", "sdd", false, true};
+constexpr PassKind kSdd = {"sdd", "sdd", true, false};
 
 class GreedyGenerator : public Generator {
   public:
@@ -22,7 +26,7 @@ class GreedyGenerator : public Generator {
         const std::int64_t position = std::min(position_, preset_.max_position);
         const std::int64_t valid = static_cast<std::int64_t>(1 + std::min<std::uint64_t>(index_, 2)) * preset_.chunk;
         const Buffer* c_f = c_f_ ? &c_f_ : nullptr;
-        const Buffer flow = stages_.run({"sdd", "sdd", x, t, c_f, position, 0, valid}, sdd_, text_);
+        const Buffer flow = stages_.run({kSdd, x, position, 0, valid, t, c_f}, sdd_, text_);
         return stages_.download(flow, x.size());
     }
 
@@ -47,17 +51,16 @@ class GreedyGenerator : public Generator {
   private:
     // c_f from a finished chunk: its own keys and those of the chunks before it in the window (Eq. 1, 2).
     Buffer temporal(const Latent& x, std::int64_t position) {
-        const std::int64_t slot = etm_.next_slot(), valid = etm_.valid(preset_.chunk);
-        return stages_.run({"etm", "etm", x, 0.0, nullptr, position, slot, valid}, etm_, text_);
+        return stages_.run({kEtm, x, position, etm_.next_slot(), etm_.valid(preset_.chunk)}, etm_, text_);
     }
 
     // Clean keys and values of a finished chunk for the SDD; chunk 0 sees itself, later ones also chunk 0. The pass
     // writes to the current chunk's slot, and its result is copied to its place when it is whole.
     void context(const Latent& x, std::int64_t position) {
-        const std::int64_t slots = (position == 0 ? 1 : 2) * preset_.chunk;
+        const std::int64_t seen = (position == 0 ? 1 : 2) * preset_.chunk;
         const std::int64_t at = std::min(position, preset_.max_position - preset_.chunk);
-        stages_.run({"sdd_context", "sdd", x, 0.0, nullptr, at, 0, slots}, sdd_, text_);
-        sdd_.copy(0, slots, preset_.chunk);
+        stages_.run({kSddContext, x, at, 0, seen}, sdd_, text_);
+        sdd_.copy(0, seen, preset_.chunk);
     }
 
     // After a prompt switch: passes the ETM's window, chunk 0 and the last chunk again, under the new prompt.
@@ -94,8 +97,7 @@ void check(const Preset& preset, const std::string& where) {
 }
 
 Layout layout(const Preset& preset) {
-    return {{{"etm", preset.window, 0}, {"sdd", 3 * preset.chunk, 0}},
-            {{"etm", "etm", "hidden", false}, {"sdd_context", "sdd", "hidden", false}, {"sdd", "sdd", "flow", true}}};
+    return {{{"etm", preset.window, 0}, {"sdd", 3 * preset.chunk, 0}}, {kEtm, kSddContext, kSdd}};
 }
 
 std::unique_ptr<Generator> make(Stages& stages) { return std::make_unique<GreedyGenerator>(stages); }

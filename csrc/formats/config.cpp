@@ -88,7 +88,9 @@ Preset Preset::from(const Json& values, const std::string& where, std::int64_t v
     const Json* steps = nullptr;
     std::int64_t first_chunk = 0;
     out.family = values.at("family", where).string(where + ".family");
-    values.at("window", where);
+    // Version 1 counts the window of a greedy preset in chunks before the current one.
+    const bool chunks_before = version == 1 && out.family == "greedy";
+    out.window = chunks_before ? 3 : 4;
     for (const auto& [key, value] : values.object(where)) {
         const std::string at = where + "." + key.substr(0, 60);
         if (key == "chunk")
@@ -119,8 +121,7 @@ Preset Preset::from(const Json& values, const std::string& where, std::int64_t v
             check(key == "family", where, "unknown key " + key.substr(0, 60), "one of a preset's");
     }
     if (steps) out.steps = steps_from(*steps, where + ".steps", out.warped);
-    // Version 1 counts the window of a greedy preset in chunks before the current one.
-    if (version == 1 && out.family == "greedy") out.window = (out.window + 1) * out.chunk;
+    if (chunks_before) out.window = (out.window + 1) * out.chunk;
     const auto text = [](std::int64_t value) { return std::to_string(value); };
     check(first_chunk == 0 || first_chunk == out.chunk, where + ".first_chunk", text(first_chunk), "0 or chunk");
     check(out.window >= out.chunk && out.window <= kMost, where + ".window", text(out.window) + " latent frames",

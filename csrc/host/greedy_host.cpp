@@ -124,8 +124,8 @@ std::vector<std::uint8_t> read_ppm(const std::string& path, int width, int heigh
     return rgb;
 }
 
-// libtorch's OpenMP library reads these once, when a plugin loads it. Without the first one an idle thread spins for some
-// milliseconds before it sleeps, and takes a core from the process beside this one.
+// libtorch's OpenMP library reads these once, when a plugin loads it. Without the first one an idle thread spins for
+// some milliseconds before it sleeps, and takes a core from the process beside this one.
 void set_threads(const Options& options) {
     setenv("OMP_WAIT_POLICY", "passive", 0);  // the user's own stays
     if (options.threads) setenv("OMP_NUM_THREADS", options.threads, 1);

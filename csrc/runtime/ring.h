@@ -5,13 +5,13 @@
 
 namespace greedy::core {
 
-// Valid slots are always a prefix: pinned slots fill first and stay, then writing goes round the rest. Graphs write the
-// slots that the next commit publishes. A chunk never runs past the last slot, because windows and attention sinks are
-// whole chunks.
+// Valid slots are always a prefix: the attention sink fills first and stays, then writing goes round the rest. Graphs
+// write the slots that the next commit publishes. A chunk never runs past the last slot, because windows and attention
+// sinks are whole chunks.
 class Ring {
   public:
     struct Sizes {
-        std::int64_t layers, slots, pinned, slot_bytes;  // slot_bytes: one layer's keys (or values) of one frame
+        std::int64_t layers, slots, attn_sink, slot_bytes;  // slot_bytes: one layer's keys (or values) of one frame
     };
 
     Ring(const Device& device, const Sizes& sizes)
@@ -22,8 +22,8 @@ class Ring {
 
     // Slot that the next frame goes to.
     std::int64_t next_slot() const {
-        const std::int64_t pinned = sizes_.pinned;
-        return committed_ < sizes_.slots ? committed_ : pinned + (committed_ - pinned) % (sizes_.slots - pinned);
+        const std::int64_t sink = sizes_.attn_sink;
+        return committed_ < sizes_.slots ? committed_ : sink + (committed_ - sink) % (sizes_.slots - sink);
     }
     // Valid slots once `frames` more frames are written.
     std::int64_t valid(std::int64_t frames) const { return std::min(committed_ + frames, sizes_.slots); }

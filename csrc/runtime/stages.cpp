@@ -53,21 +53,21 @@ std::vector<float> floats(const Device& device, const Buffer& from, const Tensor
 
 Stages::Stages(Bundle& bundle, Layout layout, std::atomic<bool>& cancel)
     : bundle_(bundle), device_(bundle.device()), layout_(std::move(layout)), cancel_(cancel), dtype_(DType::float32) {
-    const char* first = layout_.graphs.front().name;
+    const char* first = layout_.passes.front().graph;
     for (const TensorSpec& spec : bundle.graph(first).inputs())
         if (spec.name == "latent") dtype_ = spec.dtype;
     if (!is_float(dtype_)) fail(GREEDY_BAD_BUNDLE, first, "latents of " + std::string(name_of(dtype_)), "floats");
-    bool takes_c_f = false;
-    for (const PassGraph& graph : layout_.graphs) {
-        transformers_.emplace(graph.name, resolve(graph));
-        takes_c_f |= graph.takes_c_f;
+    bool conditioned = false;
+    for (const PassKind& kind : layout_.passes) {
+        transformers_.emplace(kind.graph, resolve(kind));
+        conditioned |= kind.conditioned;
     }
     const TransformerConfig& config = manifest().transformer;
     latent_ = device_.allocate(frame_size() * manifest().preset.chunk * bytes_of(dtype_));
     t_ = device_.allocate(sizeof(float));
     start_row_ = device_.allocate(sizeof(std::int64_t));
     valid_rows_ = device_.allocate(sizeof(std::int64_t));
-    if (takes_c_f)
+    if (conditioned)
         zero_ = device_.allocate(manifest().preset.chunk * manifest().tokens() * config.dim() * bytes_of(dtype_));
 }
 
@@ -76,19 +76,19 @@ std::size_t Stages::frame_size() const {
                                     manifest().latent_width());
 }
 
-const Role& Stages::role(const std::string& name) const {
-    for (const Role& role : layout_.roles)
-        if (name == role.name) return role;
-    fail(GREEDY_FAILED, "stages", "role " + name, "one of the family's");
+const RoleRing& Stages::ring(const std::string& role) const {
+    for (const RoleRing& ring : layout_.rings)
+        if (role == ring.role) return ring;
+    fail(GREEDY_FAILED, "stages", "role " + role, "one of the family's");
 }
 
 // Graphs check no shapes, so every input must be known here and have exactly the shape that is fed.
-Stages::Transformer Stages::resolve(const PassGraph& wanted) const {
-    const std::string name = wanted.name;
+Stages::Transformer Stages::resolve(const PassKind& kind) const {
+    const std::string name = kind.graph;
     const Manifest& m = manifest();
     const TransformerConfig& config = m.transformer;
     const std::int64_t n = m.preset.chunk * m.tokens(), pairs = config.head_dim / 2;
-    const std::int64_t slots = role(wanted.role).slots;
+    const std::int64_t slots = ring(kind.role).slots;
     const Shape latent{1, config.in_channels, m.preset.chunk, m.latent_height(), m.latent_width()};
     const Shape hidden{1, n, config.dim()};
     struct Known {
@@ -118,7 +118,7 @@ Stages::Transformer Stages::resolve(const PassGraph& wanted) const {
         const auto single =
             std::find_if(std::begin(kSingle), std::end(kSingle), [&](const Known& k) { return spec.name == k.name; });
         if (single != std::end(kSingle)) {
-            if (single->feed == Feed::c_f && !wanted.takes_c_f)
+            if (single->feed == Feed::c_f && !kind.conditioned)
                 fail(GREEDY_BAD_BUNDLE, name, "input c_f", "a graph without it");
             require(graph, spec, single->shape, single->dtype);
             out.inputs.push_back({single->feed, 0});
@@ -134,9 +134,9 @@ Stages::Transformer Stages::resolve(const PassGraph& wanted) const {
         require(graph, spec, layered->shape, layered->dtype);
         out.inputs.push_back({layered->feed, layer});
     }
-    const std::string result = wanted.result;
+    const std::string result = kind.hidden ? "hidden" : "flow";
     if (graph.output_index(result) != 0) fail(GREEDY_BAD_BUNDLE, name, "another first output", result);
-    require(graph, graph.outputs()[0], result == "hidden" ? hidden : latent, dtype_);
+    require(graph, graph.outputs()[0], kind.hidden ? hidden : latent, dtype_);
     return out;
 }
 
@@ -169,8 +169,8 @@ const Stages::Rope& Stages::rope(std::int64_t position) {
 }
 
 Buffer Stages::run(const Pass& pass, const Ring& cache, const TextKV& text) {
-    const Transformer& transformer = transformers_.at(pass.graph);
-    const TextKV::Sides& sides = text.roles.at(pass.role);
+    const Transformer& transformer = transformers_.at(pass.kind.graph);
+    const TextKV::Sides& sides = text.roles.at(pass.kind.role);
     const Rope& table = rope(pass.position);
     const float t = static_cast<float>(pass.t);
     const std::int64_t start_row = pass.slot * manifest().tokens(), valid_rows = pass.valid * manifest().tokens();
@@ -250,8 +250,8 @@ std::vector<float> Stages::encode_text(const std::vector<std::int64_t>& ids, con
 TextKV Stages::prepare_text(const std::vector<float>& embedding) {
     const Manifest& m = manifest();
     TextKV out;
-    for (const Role& role : layout_.roles) {
-        const Graph& graph = bundle_.graph(std::string("prepare_text_") + role.name);
+    for (const RoleRing& ring : layout_.rings) {
+        const Graph& graph = bundle_.graph(std::string("prepare_text_") + ring.role);
         if (graph.inputs().size() != 1) fail(GREEDY_BAD_BUNDLE, graph.name(), "several inputs", "text_emb");
         const TensorSpec& input = graph.inputs()[0];
         require(graph, input, {1, m.text_rows, m.transformer.text_dim}, dtype_);
@@ -260,7 +260,7 @@ TextKV Stages::prepare_text(const std::vector<float>& embedding) {
         for (std::size_t side : {k, v}) require(graph, graph.outputs()[side], shape, dtype_);
         const Buffer uploaded = upload(device_, embedding.data(), input);
         std::vector<Buffer> results = call(graph, {uploaded.data()});
-        out.roles.emplace(role.name, TextKV::Sides{std::move(results[k]), std::move(results[v])});
+        out.roles.emplace(ring.role, TextKV::Sides{std::move(results[k]), std::move(results[v])});
     }
     return out;
 }
@@ -325,11 +325,11 @@ Stages::VaeCache Stages::encode(const std::uint8_t* rgb, const VaeCache& cache, 
     return next;
 }
 
-Ring Stages::make_cache(const std::string& name) const {
-    const Role& wanted = role(name);
+Ring Stages::make_cache(const std::string& role) const {
+    const RoleRing& size = ring(role);
     const TransformerConfig& config = manifest().transformer;
     const std::int64_t bytes = manifest().tokens() * config.dim() * static_cast<std::int64_t>(bytes_of(dtype_));
-    return Ring(device_, {config.layers, wanted.slots, wanted.pinned, bytes});
+    return Ring(device_, {config.layers, size.slots, size.attn_sink, bytes});
 }
 
 }  // namespace greedy::core

@@ -14,34 +14,33 @@ namespace greedy::core {
 // Values of a latent chunk on the host, [channels, frames, height, width], exactly representable in the bundle's type.
 using Latent = std::vector<float>;
 
-// A transformer. The graphs of a role share its text and its cache.
-struct Role {
-    const char* name;            // etm and sdd, or dit
-    std::int64_t slots, pinned;  // of the cache
+// A transformer's kind of pass; each kind is one graph of a bundle.
+struct PassKind {
+    const char* graph;  // etm, sdd_context, sdd or dit
+    const char* role;   // whose prompt and cache it uses: etm, sdd or dit
+    bool conditioned;   // the ETM's feature c_f is an input
+    bool hidden;        // the result is the last hidden state; else it is the flow
 };
 
-// A graph that runs a role's transformer.
-struct PassGraph {
-    const char* name;  // etm, sdd_context, sdd or dit
+// One run of a transformer over one chunk.
+struct Pass {
+    const PassKind& kind;
+    const Latent& latent;
+    std::int64_t position, slot, valid;
+    double t = 0;                 // for a graph with that input
+    const Buffer* c_f = nullptr;  // where the kind is conditioned; null is zero
+};
+
+// Size of one role's cache, in slots (latent frames); the first `attn_sink` are never evicted.
+struct RoleRing {
     const char* role;
-    const char* result;  // its first output: hidden or flow
-    bool takes_c_f;
+    std::int64_t slots, attn_sink;
 };
 
 // What a family of generators runs.
 struct Layout {
-    std::vector<Role> roles;
-    std::vector<PassGraph> graphs;
-};
-
-// One run of a graph over a chunk.
-struct Pass {
-    const char* graph;
-    const char* role;  // whose text
-    const Latent& latent;
-    double t;           // for a graph with that input
-    const Buffer* c_f;  // the same; null is zero
-    std::int64_t position, slot, valid;
+    std::vector<RoleRing> rings;
+    std::vector<PassKind> passes;
 };
 
 // A prompt's cross-attention keys and values by role, [layers, 1, rows, heads, head_dim].
@@ -57,7 +56,7 @@ class Stages {
     // Every call checks and clears `cancel` before it runs a graph.
     Stages(Bundle& bundle, Layout layout, std::atomic<bool>& cancel);
 
-    // Writes the pass's keys and values to the cache; returns the graph's first output, hidden or flow.
+    // Writes the pass's keys and values to the cache; returns its result.
     Buffer run(const Pass& pass, const Ring& cache, const TextKV& text);
     // `count` values of the stream's type as floats.
     Latent download(const Buffer& from, std::size_t count) const;
@@ -102,8 +101,8 @@ class Stages {
         Buffer cos, sin;
     };
 
-    const Role& role(const std::string& name) const;
-    Transformer resolve(const PassGraph& wanted) const;
+    const RoleRing& ring(const std::string& role) const;
+    Transformer resolve(const PassKind& kind) const;
     const Rope& rope(std::int64_t position);
     std::vector<Buffer> call(const Graph& graph, const std::vector<void*>& inputs);
     VaeCache call_vae(const Graph& graph, const char* what, const Buffer& input, const VaeCache& cache, Buffer& result);

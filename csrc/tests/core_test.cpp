@@ -190,10 +190,11 @@ void test_presets() {
     check(window(greedy + R"(, "chunk": 2, "window": 3)", 1) == 8, "preset: greedy, version 1");
     check(window(greedy + R"(, "chunk": 2, "window": 0)", 1) == 2, "preset: greedy without chunks before");
     check(window(greedy + R"(, "chunk": 2, "window": 8)", 2) == 8, "preset: greedy, version 2");
+    check(window(greedy + R"(, "chunk": 2)", 1) == 8 && window(greedy, 2) == 4, "preset: greedy without a window");
     check(window(causal + R"(, "chunk": 3, "window": 6)", 1) == 6, "preset: causal, version 1");
     check(window(causal + R"(, "chunk": 3, "window": 6, "attn_sink": 3)", 2) == 6, "preset: causal, version 2");
     for (const std::string& bad :
-         {greedy + R"(, "chunk": 2, "window": 0)", greedy + R"(, "chunk": 2, "window": 7)", greedy,
+         {greedy + R"(, "chunk": 2, "window": 0)", greedy + R"(, "chunk": 2, "window": 7)",
           greedy + R"(, "chunk": 5, "window": 5)", greedy + R"(, "window": 4, "commit": "none")",
           greedy + R"(, "window": 4, "solver": "heun")", causal + R"(, "chunk": 3, "window": 7)",
           causal + R"(, "chunk": 3, "window": 3, "attn_sink": 3)", causal + R"(, "window": 4, "attn_sink": -1)",

@@ -1,10 +1,10 @@
-"""x + gate * y against float64, and bit for bit against the engine's layers."""
+"""x + gate * y against float64, and bit for bit against the published formula."""
 
 import pytest
 import torch
 from closeness import assert_as_good
 
-from engine.model.layers import gate
+from bench.operations.others import gate
 from kernels import table
 from kernels.gate_residual import gate_residual, gate_residual_reference
 
@@ -24,7 +24,7 @@ def test_against_float64(device, dtype, dim):
     assert_as_good(gate_residual(*tensors), gate_residual_reference(*tensors), truth)
 
 
-def test_rounds_as_the_layers_of_the_engine_do(device):
+def test_rounds_as_the_published_formula(device):
     x, y, by = inputs(device, torch.bfloat16, tokens=37, frames=1)
     expected = x + gate(y, by)
     assert torch.equal(gate_residual(x, y, by), expected)

@@ -1,10 +1,10 @@
-"""LayerNorm with modulation or weights, plain and quantised, against float64 and against the engine's own layers."""
+"""LayerNorm with modulation or weights, plain and quantised, against float64 and against the published formulas."""
 
 import pytest
 import torch
 from closeness import assert_as_good
 
-from engine.model.layers import modulate
+from bench.operations.others import modulate
 from kernels import table
 from kernels.norm_modulate import (
     layer_norm_affine,
@@ -92,7 +92,7 @@ def test_a_bad_token_stays_alone(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reference_is_the_layers_of_the_engine(device, dtype):
+def test_reference_is_the_published_formula(device, dtype):
     x, shift, scale = inputs(device, dtype)
     norm = torch.nn.LayerNorm(x.shape[2], 1e-6, elementwise_affine=False)
     affine = torch.nn.LayerNorm(x.shape[2], 1e-6, device=device, dtype=dtype)

@@ -5,7 +5,7 @@ import torch
 from closeness import assert_as_good, error
 
 from engine.model.cache import RingCache
-from engine.model.layers import rms_norm
+from engine.model.layers import rms_unit
 from engine.model.rope import apply_rope, rope_tables
 from kernels import table
 from kernels.qk_norm_rope_write import (
@@ -110,7 +110,7 @@ def test_rounds_as_the_layers_of_the_engine_do(device, dtype):
     tensors = qkv, q_weight, k_weight, cos, sin = inputs(device, dtype, 1, space, heads, dim)
     expected = RingCache(1, 1, 3, 15, heads, dim, dtype=dtype, device=device)
     q, k, v = qkv.chunk(3, dim=-1)
-    q, k = ((rms_norm(x) * w).unflatten(-1, (heads, dim)) for x, w in ((q, q_weight), (k, k_weight)))
+    q, k = ((rms_unit(x) * w).unflatten(-1, (heads, dim)) for x, w in ((q, q_weight), (k, k_weight)))
     q, k = apply_rope(torch.cat([q, k], dim=2), cos, sin).chunk(2, dim=2)
     expected.write(0, 2, k, v.unflatten(-1, (heads, dim)))
     for setting in ("reference", "triton"):

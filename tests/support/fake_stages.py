@@ -3,7 +3,7 @@
 What the C++ core feeds its graphs with, keeps and publishes is then compared with the engine's own loop, for every kind
 of stream, in seconds.
 
-`python tests/support/fake_stages.py` writes csrc/tests/fake.bundle.
+`python tests/support/fake_stages.py` writes csrc/tests/fake.bundle, whose manifest keeps version 1.
 """
 
 import dataclasses
@@ -18,9 +18,12 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from engine.bundles.manifest import ROW_INPUTS
 from engine.config import Preset, TransformerConfig
+from engine.generators import FAMILIES
 from engine.model.cache import RingCache
 from engine.model.text import Tokenizer
+from engine.runtime.passes import Capabilities, Pass
 from engine.stream import Pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +42,8 @@ class FakeStages:
     """The formulas of csrc/tests/fake_plugin.cpp in float64, results in float32."""
 
     name = "fake"
+    capabilities = Capabilities()
+    make_cache = RingCache
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         values = (ids[..., None] * 31 + torch.arange(CONFIG.text_dim) * 7) % 97
@@ -50,10 +55,8 @@ class FakeStages:
         layers = range(CONFIG.num_layers)
         return [(emb[:, (n + i) % wide].mean().item(), emb[:, (2 * n + 3 * i) % wide].mean().item()) for n in layers]
 
-    def _pass(
-        self, latent: Tensor, t: Tensor | None, c_f: Tensor | None, cos: Tensor, sin: Tensor, slot: int, valid: int,
-        cache: RingCache, text: list[tuple[float, float]],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def _pass(self, step: Pass, cache: RingCache, text: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+        latent, t, c_f, cos, sin = step.latent, step.t, step.c_f, step.cos, step.sin
         level = latent[0].double().mean(0).flatten()[:, None]
         pair = torch.arange(CONFIG.dim) % cos.shape[1]
         seen = torch.zeros(CONFIG.dim, dtype=torch.float64)
@@ -65,31 +68,17 @@ class FakeStages:
             if t is not None:
                 v = v + 1e-4 * t.double()
             heads = (1, -1, CONFIG.num_attention_heads, CONFIG.attention_head_dim)
-            cache.write(layer, slot, k.float().reshape(heads), v.float().reshape(heads))
+            cache.write(layer, step.slot, k.float().reshape(heads), v.float().reshape(heads))
             for side in cache.view(layer):
-                seen += side[0, : valid * cache.tokens].flatten(1).double().mean(0)
+                seen += side[0, : step.valid * cache.tokens].flatten(1).double().mean(0)
         return level, seen
 
-    def _hidden(self, *args: Any) -> Tensor:
-        level, seen = self._pass(*args)
-        return (0.5 * level + 0.5 * seen).float()[None]
-
-    def _flow(self, latent: Tensor, *args: Any) -> Tensor:
-        _, seen = self._pass(latent, *args)
+    def run(self, step: Pass, cache: RingCache, text_kv: list[tuple[float, float]]) -> Tensor:
+        level, seen = self._pass(step, cache, text_kv)
+        if step.kind.hidden:
+            return (0.5 * level + 0.5 * seen).float()[None]
         share = seen[torch.arange(CONFIG.in_channels) % CONFIG.dim]
-        return (0.7 * latent.double() + 0.3 * share[None, :, None, None, None]).float()
-
-    def etm(self, latent, cos, sin, slot, valid, cache, text_kv) -> Tensor:
-        return self._hidden(latent, None, None, cos, sin, slot, valid, cache, text_kv)
-
-    def sdd_context(self, latent, cos, sin, slot, valid, cache, text_kv) -> None:
-        self._hidden(latent, None, None, cos, sin, slot, valid, cache, text_kv)
-
-    def sdd(self, latent, t, c_f, cos, sin, valid, cache, text_kv) -> Tensor:
-        return self._flow(latent, t, c_f, cos, sin, 0, valid, cache, text_kv)
-
-    def dit(self, latent, t, cos, sin, slot, valid, cache, text_kv) -> Tensor:
-        return self._flow(latent, t, None, cos, sin, slot, valid, cache, text_kv)
+        return (0.7 * step.latent.double() + 0.3 * share[None, :, None, None, None]).float()
 
     def vae_first(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         return self._decode(latent, latent, 1), latent
@@ -119,11 +108,11 @@ def fake_pipeline(preset: Preset) -> Pipeline:
 
 
 def _tensors(**shapes: list[int]) -> list[dict[str, Any]]:
-    whole = {"ids", "mask", "write_idx", "kv_len"}
+    whole = {"ids", "mask", *ROW_INPUTS[1], *ROW_INPUTS[2]}
     return [{"name": n, "shape": s, "dtype": "int64" if n in whole else "float32"} for n, s in shapes.items()]
 
 
-def _graphs(preset: Preset, rows: int) -> dict[str, tuple[list, list]]:
+def _graphs(preset: Preset, rows: int, version: int) -> dict[str, tuple[list, list]]:
     n, layers = preset.chunk * TOKENS, range(CONFIG.num_layers)
     heads = [CONFIG.num_attention_heads, CONFIG.attention_head_dim]
     latent, one = [1, CONFIG.in_channels, preset.chunk, HIGH, WIDE], [1, CONFIG.in_channels, 1, HIGH, WIDE]
@@ -134,21 +123,20 @@ def _graphs(preset: Preset, rows: int) -> dict[str, tuple[list, list]]:
         angles = {f"rope_{side}": [n, CONFIG.attention_head_dim // 2] for side in ("cos", "sin")}
         text = {f"text_{side}_{i}": [1, rows, *heads] for side in "kv" for i in layers}
         caches = {f"{side}_{i}": [1, slots * TOKENS, CONFIG.dim] for side in "kv" for i in layers}
-        return _tensors(latent=latent, **more, **angles, write_idx=[1], kv_len=[1], **text, **caches)
+        integers = {name: [1] for name in ROW_INPUTS[version]}
+        return _tensors(latent=latent, **more, **angles, **integers, **text, **caches)
 
     def vae(frames: int) -> list[int]:
         return [1, 3, frames, HEIGHT, WIDTH]
 
-    greedy = preset.family == "greedy"
+    family = FAMILIES[preset.family]
     graphs = {f"prepare_text_{role}": (_tensors(text_emb=emb), _tensors(text_k=text_kv, text_v=text_kv))
-              for role in (("etm", "sdd") if greedy else ("dit",))}  # fmt: skip
+              for role in family.roles()}  # fmt: skip
     graphs["encode_text"] = _tensors(ids=[1, rows], mask=[1, rows]), _tensors(text_emb=emb)
-    if greedy:
-        graphs["etm"] = transformer((preset.window + 1) * preset.chunk), _tensors(hidden=hidden)
-        graphs["sdd_context"] = transformer(3 * preset.chunk), _tensors(hidden=hidden)
-        graphs["sdd"] = transformer(3 * preset.chunk, t=[1], c_f=hidden), _tensors(flow=latent)
-    else:
-        graphs["dit"] = transformer(preset.window, t=[1]), _tensors(flow=latent)
+    for kind in family.passes:
+        more = ({"t": [1]} if kind.timed else {}) | ({"c_f": hidden} if kind.conditioned else {})
+        result = _tensors(hidden=hidden) if kind.hidden else _tensors(flow=latent)
+        graphs[kind.graph] = transformer(family.rings(preset)[kind.role].slots, **more), result
     graphs["vae_first"] = _tensors(latent=one), _tensors(frames=vae(1), cache_0_out=one)
     graphs["vae_steady"] = _tensors(latent=one, cache_0=one), _tensors(frames=vae(TEMPORAL), cache_0_out=one)
     graphs["vae_encode_first"] = _tensors(frames=vae(1)), _tensors(latent=one, cache_0_out=one)
@@ -156,13 +144,19 @@ def _graphs(preset: Preset, rows: int) -> dict[str, tuple[list, list]]:
     return graphs
 
 
-def write_fake_bundle(folder: Path, preset: Preset) -> Path:
-    """A bundle whose graphs are empty files; only the fake plugin runs it."""
+def _fields(preset: Preset, version: int) -> dict[str, Any]:
+    """The preset in a manifest. Version 1 counts a greedy window in chunks before the current one."""
+    chunks = version == 1 and preset.family == "greedy"
+    return dataclasses.asdict(preset) | ({"window": preset.window // preset.chunk - 1} if chunks else {})
+
+
+def write_fake_bundle(folder: Path, preset: Preset, version: int = 2) -> Path:
+    """A bundle whose graphs are empty files; only the fake plugin runs it. `version` is that of its manifest."""
     shutil.copytree(TOKENIZER, folder / "tokenizer")
     save_file({"nothing": np.zeros(1, np.float32)}, folder / "weights.safetensors")
     save_file({"frames": np.zeros((1, HEIGHT, WIDTH, 3), np.uint8)}, folder / "golden.safetensors")
     graphs = {}
-    for name, (inputs, outputs) in _graphs(preset, Tokenizer(TOKENIZER).rows).items():
+    for name, (inputs, outputs) in _graphs(preset, Tokenizer(TOKENIZER).rows, version).items():
         file = folder / "graphs" / "aoti-cpu" / f"{name}.so"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{name}\n")
@@ -179,7 +173,7 @@ def write_fake_bundle(folder: Path, preset: Preset) -> Path:
     }
     backend = {"backend": "aoti", "target": "cpu", "versions": {"torch": "2.13.0"}, "graphs": graphs}
     manifest = {
-        "format": "greedy-bundle", "version": 1, "preset_name": "fake", "preset": dataclasses.asdict(preset),
+        "format": "greedy-bundle", "version": version, "preset_name": "fake", "preset": _fields(preset, version),
         "transformer": dataclasses.asdict(CONFIG), "precision": "fp32", "height": HEIGHT, "width": WIDTH, "fps": 8.0,
         "spatial": SPATIAL, "temporal": TEMPORAL, "text_rows": Tokenizer(TOKENIZER).rows,
         "weights": "weights.safetensors", "tokenizer": "tokenizer",
@@ -192,4 +186,4 @@ def write_fake_bundle(folder: Path, preset: Preset) -> Path:
 
 if __name__ == "__main__":
     shutil.rmtree(RECORDED, ignore_errors=True)
-    write_fake_bundle(RECORDED, Preset("greedy", solver="euler", shift=2.0, max_position=4))
+    write_fake_bundle(RECORDED, Preset("greedy", solver="euler", shift=2.0, max_position=4), version=1)
