@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
             lines = options.prompts.read_text(encoding="utf-8").splitlines()
             prompts = [line.strip() for line in lines if line.strip()]
         pipeline = load(
-            options.model, preset=options.preset, device="cpu", dtype=options.precision, height=options.height,
+            options.model, preset=options.preset, device="cpu", precision=options.precision, height=options.height,
             width=options.width,
         )  # fmt: skip
         amax = calibrate(pipeline, prompts, range(options.seeds), options.chunks, options.percentile)

@@ -92,7 +92,7 @@ def measure(options: Options) -> tuple[dict[str, Any], list[check.Check]]:
     if manifest.precision not in DTYPES:
         raise ValueError(f"bundle: got precision {manifest.precision}, expected one that torch's modules have")
     modules = load(
-        options.model, preset=manifest.preset_name, device="cpu", dtype=manifest.precision, height=manifest.height,
+        options.model, preset=manifest.preset_name, device="cpu", precision=manifest.precision, height=manifest.height,
         width=manifest.width,
     )  # fmt: skip
     pipelines: Pipelines = {"torch": modules}

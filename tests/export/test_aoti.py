@@ -18,7 +18,9 @@ from engine.bundles.manifest import GraphSpec, TensorSpec, read_manifest
 from engine.bundles.onnx import OnnxGraph
 from engine.bundles.stages import NotHere, Weights
 from engine.generators.base import Geometry
+from engine.generators.greedy import ETM
 from engine.loader import load_bundle
+from engine.runtime.passes import Pass
 from engine.stream import Pipeline
 from export.__main__ import main as export_main
 from export.aoti import compile_program, constants_of, source_of
@@ -175,7 +177,7 @@ def test_slots_outside_the_cache(aoti_bundle: Path, backend: str, slot: int, val
     state = loaded.generator.open(geometry, loaded.stages.prepare_text(loaded.encode_prompt(PROMPT)))
     cos, sin = state.rope.at(0, 1)
     with pytest.raises(ValueError, match=r"etm: got slot .* expected"):
-        loaded.stages.etm(torch.randn(1, 8, 1, 4, 6), cos, sin, slot, valid, state.etm, state.text_kv)
+        loaded.stages.run(Pass(ETM, torch.randn(1, 8, 1, 4, 6), cos, sin, slot, valid), state.etm, state.text_kv)
 
 
 def test_weights_are_shared(aoti_bundle: Path) -> None:

@@ -182,8 +182,8 @@ def test_a_graph_that_the_manifest_lacks(damaged: Path) -> None:
 
 
 def test_wrong_version(damaged: Path) -> None:
-    edit(damaged, lambda m: m.update(version=2))
-    refused(damaged, "version 2")
+    edit(damaged, lambda m: m.update(version=3))
+    refused(damaged, "version 3")
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "graphs/../../outside", "./a", "a\\b"])
