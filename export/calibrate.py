@@ -6,7 +6,6 @@
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.files import write_json
 from engine.loader import load
 from engine.options import Parser, add_options, option, options_of
 from engine.runtime.device import DTYPES
@@ -87,10 +87,8 @@ def calibrate(
 
 
 def write_calibration(amax: dict[str, float], path: Path) -> None:
-    """JSON, written beside and renamed."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps({"format": "greedy-amax", "amax": amax}, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """JSON, whole or not at all."""
+    write_json(path, {"format": "greedy-amax", "amax": amax})
 
 
 def read_calibration(path: Path) -> dict[str, float]:

@@ -4,7 +4,6 @@ Networks are strongly typed: the graph's own types and its Q/DQ nodes decide. Sh
 described. Weights go to the parser from memory, because graphs here only name them.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.bundles.tensorrt import require_tensorrt
+from engine.files import whole_file
 from engine.options import option
 from export.tensorrt_onnx import ATTENTIONS
 from export.tensorrt_plugin import register_plugins
@@ -95,6 +95,5 @@ def _read_timings(config: Any, file: Path | None) -> None:
 
 def _write_timings(config: Any, file: Path | None) -> None:
     if file is not None:
-        part = file.with_name(f".{file.name}.part")
-        part.write_bytes(bytes(config.get_timing_cache().serialize()))
-        os.replace(part, file)
+        with whole_file(file) as part:
+            part.write_bytes(bytes(config.get_timing_cache().serialize()))

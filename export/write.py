@@ -27,6 +27,7 @@ from engine.bundles.manifest import (
     read_manifest,
 )
 from engine.bundles.stages import NotHere
+from engine.files import whole_folder
 from engine.loader import load_bundle
 from engine.stream import Pipeline
 from export.compilers import Compiler, compiler_of
@@ -105,13 +106,8 @@ def write_bundle(
     if not backends or len(set(backends)) != len(backends):
         raise ValueError(f"export: got backends {', '.join(backends) or 'none'}, expected each once")
     compilers = [compiler_of(backend, pipeline.device, plans) for backend in backends]
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with whole_folder(out) as part:
         yield from _write(pipeline, part, tokenizer, prompt, seed, compilers, Reusable(reuse))
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write(

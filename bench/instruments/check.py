@@ -1,6 +1,7 @@
 """Checks that run before a measurement. Where one is red, the measurement gives no numbers."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bench.instruments.header import ROOT, precision_of
 from bench.instruments.meter import Meter, MeteredPipeline
 from bench.instruments.models import torch_parts
 from engine.bundles.stages import GraphStages
+from engine.config import Preset
 from engine.generators.base import Geometry
 from engine.model.layers import dense_attention
 from engine.model.rope import rope_tables
@@ -100,7 +102,9 @@ def streaming_equals_dense(pipeline: Pipeline) -> Check:
     """Compare a denoising call on caches of two chunks with one masked pass over all frames, without a cache."""
     preset, config = pipeline.preset, pipeline.config
     geometry = Geometry.of(config, 1, pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial)
-    past = 2 if preset.family == "greedy" else min(2, preset.window // preset.chunk - 1)
+    if preset.family not in DENSE:
+        raise ValueError(f"check: got family {preset.family!r}, expected one with a dense pass: {', '.join(DENSE)}")
+    dense, past = DENSE[preset.family](preset)
     random = torch.Generator().manual_seed(0)
     shape = (1, geometry.channels, preset.chunk, geometry.height, geometry.width)
     chunks = [torch.randn(shape, generator=random).to(pipeline.device, pipeline.dtype) for _ in range(past + 1)]
@@ -110,7 +114,7 @@ def streaming_equals_dense(pipeline: Pipeline) -> Check:
     for chunk in chunks[:-1]:
         pipeline.generator.commit(chunk, state, supplied=True)
     flow = pipeline.generator.denoise(chunks[-1], t, state)
-    expected = (_dense_greedy if preset.family == "greedy" else _dense_causal)(pipeline, chunks, t, text_kv)
+    expected = dense(pipeline, chunks, t, text_kv)
     error = float((flow - expected).float().square().mean().sqrt() / expected.float().square().mean().sqrt())
     limit = FP8_TOLERANCE if "fp8" in precision_of(pipeline) else TOLERANCE[pipeline.dtype]
     return Check("streaming equals a dense masked pass", error <= limit, f"rms error {error:.1e}, limit {limit:.0e}")
@@ -159,3 +163,10 @@ def _dense_greedy(pipeline: Pipeline, chunks: list[Tensor], t: float, text_kv: A
     clamped = [*(min(p, preset.max_position - preset.chunk) for p in positions[:-1]), current]
     sees = [[key <= query for key in range(len(chunks))] for query in range(len(chunks))]
     return _pass(pipeline, "sdd", chunks, clamped, [0.0] * len(past) + [t], sees, text_kv, c_f=c_f)
+
+
+# Family -> its dense pass, and how many finished chunks that pass can stand for.
+DENSE: dict[str, Callable[[Preset], tuple[Callable[..., Tensor], int]]] = {
+    "greedy": lambda preset: (_dense_greedy, 2),
+    "causal": lambda preset: (_dense_causal, min(2, preset.window // preset.chunk - 1)),
+}

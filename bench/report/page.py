@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.instruments.header import ROOT
 from bench.report import plots, saved
+from engine.files import whole_file
 from engine.options import option
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -233,10 +234,8 @@ def generate(folder: Path, target: Path) -> Path:
         kind = name.removesuffix(f"-{slug}")
         drawn = plots.draw(kind, r, target.parent / "plots", f"-{slug}")
         pictures[name] = [path.relative_to(target.parent).as_posix() for path in drawn]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    part.write_text(page(folder, pictures), encoding="utf-8")
-    part.replace(target)
+    with whole_file(target) as part:
+        part.write_text(page(folder, pictures), encoding="utf-8")
     return target
 
 

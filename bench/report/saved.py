@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.instruments.header import ROOT
+from engine.files import write_json
 from engine.options import command_line, option
 from engine.weights.sources import read_json
 
@@ -60,17 +61,9 @@ def emit(options: Reported, command: str, result: dict[str, Any], variant: str =
         result["arguments"] = _arguments([command, *command_line(options)])
         name = f"{command}-{variant}" if variant else command
         path = options.results / f"{name}-{device_slug(result['machine'])}-{result['machine']['date']}.json"
-        write(path, result)
+        write_json(path, result)
         print(f"saved {path.name}", file=sys.stderr)
     print(json.dumps(result), flush=True)
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """A file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def newest(folder: Path) -> dict[str, dict[str, Any]]:

@@ -70,7 +70,7 @@ void Bundle::check_file(const std::string& name, bool hash) const {
 
 void Bundle::open_device(const greedy_settings& settings) {
     std::string names;
-    std::unique_ptr<Error> last;
+    std::string reasons;  // of the backends that do not open
     for (const auto& [name, spec] : manifest_.backends) {
         names += (names.empty() ? "" : ", ") + name;
         if (settings.backend && settings.backend != spec.backend) continue;
@@ -86,10 +86,10 @@ void Bundle::open_device(const greedy_settings& settings) {
         } catch (const Error& error) {
             if (error.status != GREEDY_NO_BACKEND) throw;
             log(GREEDY_LOG_INFO, name + " does not open here: " + error.what());
-            last = std::make_unique<Error>(error);
+            reasons += (reasons.empty() ? "" : "; ") + std::string(error.what());
         }
     }
-    if (last) throw Error(*last);
+    if (!reasons.empty()) throw Error(GREEDY_NO_BACKEND, reasons);
     fail(GREEDY_NO_BACKEND, "bundle", std::string("no backend ") + settings.backend, "one of " + names);
 }
 

@@ -25,6 +25,8 @@ from typing import Protocol, Self
 
 import numpy as np
 
+from engine.files import part_of
+
 HELD_LIMIT = 1 << 30  # bytes of frames that gif and webp may hold: their writer wants all frames at once
 CRF = 18  # x264's quality: visually close to lossless
 
@@ -107,10 +109,6 @@ def _need(module: str, what: str) -> ModuleType:
         package = {"av": "av", "PIL.Image": "pillow"}[module]
         expected = f"it installed (extra `video`, or pip install {package}); .y4m and .rgb need no package"
         raise ImportError(f"{what} output: got no package {package}, expected {expected}") from error
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
 
 
 class BaseSink:
@@ -197,7 +195,7 @@ class Output:
             # our own descriptor: after a broken pipe nothing is left in sys.stdout to fail again at exit
             file = io.FileIO(os.dup(sys.stdout.fileno()), "w")
         else:
-            file = io.FileIO(_part(path), "w")
+            file = io.FileIO(part_of(path), "w")
         self.stream = io.BufferedWriter(file)
 
     def write(self, data) -> int:
@@ -214,13 +212,13 @@ class Output:
             self.stream.truncate(self.end)  # a write that Ctrl-C cut short is no part of the file
         self.stream.close()
         if self.path is not None:
-            os.replace(_part(self.path), self.path)
+            os.replace(part_of(self.path), self.path)
 
     def drop(self) -> None:
         with suppress(OSError):
             self.stream.close()
         if self.path is not None:
-            _part(self.path).unlink(missing_ok=True)
+            part_of(self.path).unlink(missing_ok=True)
 
 
 class RawSink(BaseSink):
@@ -280,7 +278,7 @@ class Mp4Sink(BaseSink):
         flags = {"movflags": "frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
         try:
             # a file is written by the library itself, where Ctrl-C cannot cut a write short
-            file = self.output if path is None else str(_part(path))
+            file = self.output if path is None else str(part_of(path))
             self.container = av.open(file, "w", format="mp4", options=flags)
             self.video = self.container.add_stream(_h264(av), rate=rate)
         except BaseException:
@@ -334,7 +332,7 @@ class PngSink(BaseSink):
             raise ValueError(f"output: got {folder}, which holds files, expected a new or an empty directory")
         self.image = _need("PIL.Image", "png")
         self.folder, self.pattern = folder, pattern
-        self.part = _part(folder if pattern is None else folder / pattern)
+        self.part = part_of(folder if pattern is None else folder / pattern)
         shutil.rmtree(self.part, ignore_errors=True)  # of a killed run
         self.part.mkdir()
 

@@ -21,6 +21,7 @@ from bench.instruments.spread import (
 )
 from bench.report import page, saved
 from bench.report.diff import Timing, compare
+from engine.files import write_json
 
 MACHINE = {
     "device": "cpu: Test", "processor": "Test", "cores": 2, "threads": 1, "memory_gb": 8.0, "load_average": 0.1,
@@ -139,7 +140,7 @@ def stream_result(preset="greedy", date="2026-01-02", **changes):
 def test_newest_result_of_each_measurement(tmp_path):
     for name, fps in (("stream-greedy-cpu-2-cores-2026-01-02", 1.0), ("stream-greedy-cpu-2-cores-2026-03-01", 2.0),
                       ("stream-greedy-cpu-8-cores-2025-12-31", 3.0)):  # fmt: skip
-        saved.write(tmp_path / f"{name}.json", {"fps": fps})
+        write_json(tmp_path / f"{name}.json", {"fps": fps})
     (tmp_path / "notes.json").write_text("{}")
     found = saved.newest(tmp_path)
     assert {name: r["fps"] for name, r in found.items()} == {
@@ -147,7 +148,7 @@ def test_newest_result_of_each_measurement(tmp_path):
 
 
 def test_page(tmp_path):
-    saved.write(tmp_path / "r" / "stream-greedy-cpu-2-cores-2026-01-02.json", stream_result())
+    write_json(tmp_path / "r" / "stream-greedy-cpu-2-cores-2026-01-02.json", stream_result())
     assert main(["report", "--results", str(tmp_path / "r"), "--out", str(tmp_path / "docs" / "page.md")]) == 0
     text = (tmp_path / "docs" / "page.md").read_text()
     assert "| greedy | 100 | 150 | 101 | 30 | 20 | 40 | 50 | 4 | 400 | 2.5 | 50% | 20 |" in text

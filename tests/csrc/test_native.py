@@ -389,14 +389,16 @@ def streamed(bundle: Path, *program: str | Path, **env: str) -> subprocess.Compl
 def test_host_finds_the_torch_it_is_installed_with(site, aoti_bundle, tmp_path, monkeypatch):
     program = site / "engine" / "bin" / "greedy-host"
     alone = streamed(aoti_bundle, program)
-    assert alone.returncode == 1
-    assert "got no libtorch_cpu.so" in alone.stderr
+    assert alone.returncode == 2
+    assert alone.stderr.startswith("error: aoti: got no libtorch_cpu.so")
+    assert "; onnx: got no plugin " in alone.stderr  # every backend of the bundle says why it does not open
+    assert alone.stderr.count("\n") == 1
     expected = streamed(aoti_bundle, program, "--library-dir", TORCH / "lib").stdout
     assert len(expected) == 65
     # A wheel: torch lies beside engine.
     (site / "torch").symlink_to(TORCH)
     assert streamed(aoti_bundle, program).stdout == expected
-    assert streamed(aoti_bundle, program, GREEDY_LIBRARY_DIR="/nowhere").returncode == 1  # a variable overrides
+    assert streamed(aoti_bundle, program, GREEDY_LIBRARY_DIR="/nowhere").returncode == 2  # a variable overrides
     (site / "torch").unlink()
     # An editable installation: setup.py wrote where torch lies.
     monkeypatch.setattr("setuptools.setup", lambda **_: None)

@@ -8,6 +8,7 @@ from tiny import dense, latents_of, models_of, pipeline_of, text_of
 
 from engine.config import Preset
 from engine.generators.base import Geometry
+from engine.model.cache import RingCache
 from engine.presets import PRESETS
 from engine.runtime.stages import TorchStages
 from engine.sampling.schedule import Schedule
@@ -625,7 +626,7 @@ def caches_of(state):
 def test_every_preset_streams(name):
     pipeline = pipeline_of(PRESETS[name])
     stream = pipeline.stream(TEXT, seed=2)
-    poison(*([stream.state.cache] if PRESETS[name].family == "causal" else [stream.state.etm, stream.state.sdd]))
+    poison(*(value for value in vars(stream.state).values() if isinstance(value, RingCache)))
     for _ in range(9):
         assert stream.next_latent().isfinite().all()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from engine.config import Preset, TransformerConfig
+from engine.generators import family_of
 from engine.loader import assemble
 from engine.model.transformer import WanTransformer
 from engine.runtime.stages import TorchStages
@@ -149,9 +150,9 @@ def latents_of(batch: int, frames: int, seed: int = 0, height: int = 4, width: i
 
 def models_of(preset: Preset, seed: int = 0) -> dict[str, WanTransformer]:
     """Different weights for every role, so that none can stand in for another."""
-    if preset.family == "causal":
-        return {"dit": transformer(seed)}
-    return {"etm": transformer(seed + 1), "sdd": transformer(seed + 2, conditioned=True)}
+    family = family_of(preset)
+    roles = family.roles()
+    return {role: transformer(seed + len(roles) - 1 + i, family.conditioned(role)) for i, role in enumerate(roles)}
 
 
 def pipeline_of(preset: Preset, models: dict[str, WanTransformer] | None = None) -> Pipeline:
