@@ -444,3 +444,14 @@ def test_command_line_takes_the_native_backend(core, aoti_bundle, tmp_path, caps
     assert '"backend": "native-aoti"' in capsys.readouterr().out
     assert engine.run.main(["--backend", "native", "--prompt", "red", "--frames", "1", "--out", "null"]) == 2
     assert "expected --bundle with it" in capsys.readouterr().err
+
+
+def test_bench_runtimes_checks_and_then_races(core, aoti_bundle, model_dir, capsys):
+    from bench.__main__ import main
+
+    given = ["runtimes", "--bundle", str(aoti_bundle), "--model", str(model_dir), "--pairs", "3", "--check-chunks", "3"]
+    assert main([*given, "--prompt", "a red circle moving right"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["backends"] == ["torch", "aoti", "onnx", "native"]
+    assert all(check["passed"] for check in found["checks"])
+    assert found["stages"]["chunk"]["aoti"]["ratio"]["pairs"] == 3

@@ -372,14 +372,3 @@ def test_weights_are_mapped_not_copied(aoti_bundle: Path) -> None:
     one, other = (weights.of(name, manifest.backends[KEY].graphs[name]) for name in ("sdd", "sdd_context"))
     pointers = {tensor.data_ptr() for tensor in one.values()}
     assert {tensor.data_ptr() for tensor in other.values()} <= pointers
-
-
-def test_bench_runtimes_checks_and_then_races(aoti_bundle, model_dir, capsys):
-    from bench.__main__ import main
-
-    given = ["runtimes", "--bundle", str(aoti_bundle), "--model", str(model_dir), "--pairs", "3", "--check-chunks", "3"]
-    assert main([*given, "--prompt", "a red circle moving right"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["backends"][:3] == ["torch", "aoti", "onnx"]
-    assert all(check["passed"] for check in found["checks"])
-    assert found["stages"]["chunk"]["aoti"]["ratio"]["pairs"] == 3
