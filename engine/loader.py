@@ -1,6 +1,7 @@
 """From files to a pipeline: settings, memory check, weights, adapters, stages."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from engine.model.fp8 import to_fp8
 from engine.model.text import Tokenizer, load_text_encoder
 from engine.model.transformer import WanTransformer
 from engine.model.vae import VAE, VAEConfig
-from engine.options import replaced
+from engine.options import read, replaced
 from engine.presets import find_preset
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.device import device_of, dtype_of
@@ -35,29 +36,36 @@ EMBEDDED = Path(__file__).parent / "assets" / "sprites"
 # Cross-attention's output goes into the hidden state without a gate, so its rounding does too: of all products the one
 # that costs most in error (docs/fp8.md) and, with 6% of the operations, little in time.
 FP8_KEEP = ("*.attn2.to_out.0",)
-_SETTINGS = {"height": 480, "width": 832, "fps": 16, "preset": "greedy", "overrides": {}, "fp8_keep": [*FP8_KEEP]}
 
 
-def settings_of(folder: Path) -> dict[str, Any]:
-    """The optional engine.json of a pipeline directory over Wan2.1's own settings."""
+@dataclass(frozen=True)
+class Settings:
+    """The optional engine.json of a pipeline directory; the defaults are Wan2.1's own settings."""
+
+    height: int = 480
+    width: int = 832
+    fps: float = 16.0
+    preset: str = "greedy"
+    overrides: dict[str, Any] = field(default_factory=dict)  # fields of that preset that the model was trained with
+    fp8_keep: tuple[str, ...] = FP8_KEEP  # patterns of products that FP8 leaves as they are
+
+
+def settings_of(folder: Path) -> Settings:
+    """The settings of a pipeline directory."""
     if not folder.is_dir():
         raise FileNotFoundError(f"model: got {folder}, expected a diffusers pipeline directory")
-    given = read_json(folder / "engine.json") if (folder / "engine.json").is_file() else {}
-    unknown = sorted(set(given) - set(_SETTINGS))
-    if unknown:
-        raise ValueError(f"{folder / 'engine.json'}: got unknown key {', '.join(unknown)}, "
-                         f"expected one of {', '.join(_SETTINGS)}")  # fmt: skip
-    return _SETTINGS | given
+    file = folder / "engine.json"
+    return read(Settings, read_json(file) if file.is_file() else {}, str(file))
 
 
 def choose_preset(
-    settings: dict[str, Any], name: str | None, overrides: dict[str, Any], checkpoint: Path | None
+    settings: Settings, name: str | None, overrides: dict[str, Any], checkpoint: Path | None
 ) -> tuple[str, Preset]:
     """The preset's name and value; a model's own overrides apply to the preset it was trained for."""
     if name is None:
-        name = "self-forcing" if checkpoint is not None else settings["preset"]
-    if name == settings["preset"]:
-        overrides = settings["overrides"] | overrides
+        name = "self-forcing" if checkpoint is not None else settings.preset
+    if name == settings.preset:
+        overrides = settings.overrides | overrides
     return name, find_preset(name, overrides)
 
 
@@ -93,9 +101,9 @@ def load(
     dtype = dtype_of(runtime.precision, device)
     config = TransformerConfig.from_dict(read_json(folder / "transformer" / "config.json"))
     vae_config = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
-    height = settings["height"] if height is None else height
-    width = settings["width"] if width is None else width
-    fps = settings["fps"] if fps is None else fps
+    height = settings.height if height is None else height
+    width = settings.width if width is None else width
+    fps = settings.fps if fps is None else fps
     _check_size(config, vae_config, height, width)
     if not fps > 0:
         raise ValueError(f"fps: got {fps}, expected a positive number")
@@ -121,7 +129,7 @@ def load(
         vae = VAE(vae_config)
     fill(vae, vae_source, dtype, device)
     encoder = load_text_encoder(folder / "text_encoder", dtype, device)
-    stages = make_stages(models, vae, encoder, device, runtime, settings["fp8_keep"])
+    stages = make_stages(models, vae, encoder, device, runtime, settings.fp8_keep)
     return assemble(
         stages, config, style, dtype, device, tokenizer=Tokenizer(folder / "tokenizer"), name=name, height=height,
         width=width, fps=fps, vae_config=vae_config, kv_dtype=FP8 if runtime.fp8_attention else None,

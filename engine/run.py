@@ -278,7 +278,7 @@ def _shape(job: Job) -> tuple[int, int, float]:
     model, fps, bundle = job.model, job.output.fps, job.bundle.bundle
     if bundle is None:
         settings = settings_of(model.model or EMBEDDED)
-        return model.height or settings["height"], model.width or settings["width"], fps or settings["fps"]
+        return model.height or settings.height, model.width or settings.width, fps or settings.fps
     if job.fixed:
         name = job.fixed[0].replace("_", "-")
         raise ValueError(f"--bundle: got --{name} as well, expected none: a bundle fixes it")

@@ -84,7 +84,7 @@ def _export(options: Options, plans: BuildOptions) -> int:
         options.model, preset=options.preset, checkpoint=options.checkpoint, adapters=options.adapter,
         device=options.device, dtype=around if fp8 else options.precision, height=options.height, width=options.width,
     )  # fmt: skip
-    pipeline = _quantized(pipeline, options, settings_of(folder)["fp8_keep"]) if fp8 else pipeline
+    pipeline = _quantized(pipeline, options, settings_of(folder).fp8_keep) if fp8 else pipeline
     if plans.attention == "plugin_fp8" and not fp8:
         raise ValueError(f"--attention: got plugin_fp8 with --precision {options.precision}, expected fp8 with it")
     lines = write_bundle(
@@ -96,7 +96,7 @@ def _export(options: Options, plans: BuildOptions) -> int:
     return 0
 
 
-def _quantized(pipeline: Pipeline, options: Options, keep: list[str]) -> Pipeline:
+def _quantized(pipeline: Pipeline, options: Options, keep: tuple[str, ...]) -> Pipeline:
     recipe, amax = Recipe(options.fp8_activations, tuple(keep)), None
     if options.calibration is not None:
         amax = read_calibration(options.calibration)

@@ -421,9 +421,9 @@ def test_presets_from_a_file(model_dir, tmp_path):
 
 def test_a_models_own_settings(model_dir, tmp_path):
     settings = settings_of(model_dir)
-    assert (settings["height"], settings["width"], settings["fps"]) == (HEIGHT, WIDTH, 8)
+    assert (settings.height, settings.width, settings.fps) == (HEIGHT, WIDTH, 8)
     wan = settings_of(tmp_path)  # without engine.json: Wan2.1's
-    assert (wan["height"], wan["width"], wan["fps"]) == (480, 832, 16)
+    assert (wan.height, wan.width, wan.fps) == (480, 832, 16)
     (tmp_path / "engine.json").write_text('{"hight": 3}')
     with pytest.raises(ValueError, match=r"got unknown key hight, expected"):
         settings_of(tmp_path)
