@@ -93,7 +93,7 @@ class Attention(nn.Module):
         self._fused = None
 
     def joined_weights(self) -> tuple[Tensor, Tensor]:
-        """Weight [3 * dim, dim] and bias [3 * dim] of the joint q, k, v product. Call `fuse` first."""
+        """Weight [3 * dim, dim] and bias [3 * dim] of the joint q, k, v product. ValueError before `fuse`."""
         if self._fused is None:
             raise ValueError("attention: got three projections, expected a call of fuse before")
         return self._fused
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         self.to_q = self.to_k = self.to_v = None
 
     def query_key_value(self, plain: Callable[..., Tensor], quantize: Callable[..., Any], *args: Any) -> QKV:
-        """q, k, v of plain(*args), not normalised: three tensors [B, n, dim], or one [B, n, 3 * dim] if joint."""
+        """q, k, v of plain(*args), not normalised: three tensors [B, n, dim], or [B, n, 3 * dim] of one product."""
         if self.joint is not None:
             return linear_of(self.joint, plain, quantize, *args)
         x = plain(*args)
