@@ -92,11 +92,7 @@ class TensorrtGraph:
             real[tensor] = modes[engine.get_tensor_mode(tensor)], engine.get_tensor_dtype(tensor), size
         sides = {"input": self.spec.inputs, "output": self.spec.outputs}
         told = {
-            spec.name: (
-                mode,
-                type_of(trt, spec.dtype),
-                math.prod(spec.shape),
-            )  # caches have one more axis, so compare sizes
+            spec.name: (mode, type_of(trt, spec.dtype), math.prod(spec.shape))  # caches have one axis more
             for mode, specs in sides.items()
             for spec in specs
         }

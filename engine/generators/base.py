@@ -1,8 +1,8 @@
 """Shared by all families: a stream's shapes, rotary tables and state, and the interface of a generator.
 
 A generator holds no stream: each stream's state is passed as an argument. `denoise` only stages keys and values, in
-slots that hold no finished chunk; only `commit` publishes them. So a call that raises can be repeated with the same
-result.
+slots whose old content no pass reads any more. Only `commit` publishes them. So a call that raises can be repeated
+with the same result.
 """
 
 from abc import ABC, abstractmethod

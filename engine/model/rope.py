@@ -37,8 +37,8 @@ def _spatial(height: int, width: int, dim: int) -> Tensor:
 def rope_tables(positions: Sequence[int], height: int, width: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin for frames at temporal `positions`, each float32 [F * height * width, head_dim / 2].
 
-    height and width count tokens. Time takes head_dim - 4 * (head_dim // 6) of the head dim, height and width
-    2 * (head_dim // 6) each (128 -> 44, 42, 42), as in Wan2.1.
+    height and width count tokens. As in Wan2.1, time takes head_dim - 4 * (head_dim // 6) of the head dim. Height and
+    width take 2 * (head_dim // 6) each (128 -> 44, 42, 42).
     """
     if head_dim % 2 or head_dim < 2:
         raise ValueError(f"got head_dim {head_dim}, expected an even number")

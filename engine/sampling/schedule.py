@@ -10,7 +10,7 @@ GRID = 1000  # training timesteps
 class Schedule:
     """The flow-matching grid of Wan: sigma = shift s / (1 + (shift - 1) s), t = 1000 sigma, s from 1 to 1/1000.
 
-    The grid is float32, as in the public code, so that warped timesteps equal those of published students' training
+    The grid is float32, as in the public code. So warped timesteps equal those of published students' training
     (750 -> 937.5, 500 -> 833.3333 at shift 5).
     """
 
