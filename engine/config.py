@@ -1,4 +1,4 @@
-"""What can be chosen, as frozen dataclasses: the transformer's shape, the streaming preset, and what runs it."""
+"""Configuration as frozen dataclasses: the transformer's shape, the streaming preset, and the runtime."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -47,18 +47,18 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "TransformerConfig":
-        """From the contents of transformer/config.json; image-conditioned variants are refused."""
+        """From the contents of transformer/config.json. ValueError if invalid, or for an image-conditioned variant."""
         values = {key: value for key, value in raw.items() if not key.startswith("_")}
         for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
             if values.pop(key, None) is not None:
                 raise ValueError(f"transformer: got {key}, expected a text-to-video model without it")
-        values.pop("rope_max_seq_len", None)  # positions are computed, not looked up
+        values.pop("rope_max_seq_len", None)  # rope.py computes any position, so no limit applies
         return read(cls, values, "transformer")
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What runs a model, and in which precision."""
+    """Device, precision and threads that run a model. ValueError if threads < 1."""
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: Precision = option(
@@ -74,7 +74,7 @@ class Runtime:
 
 
 def parse_steps(text: str) -> tuple[tuple[float, ...], ...]:
-    """'1000,750,500,250' or, chunk by chunk, '1000,750,500,250/1000,500'."""
+    """Parse '1000,750,500,250' or, one row per chunk, '1000,750,500,250/1000,500'. ValueError for other texts."""
     try:
         return tuple(tuple(float(step) for step in part.split(",")) for part in text.split("/"))
     except ValueError:
@@ -82,7 +82,7 @@ def parse_steps(text: str) -> tuple[tuple[float, ...], ...]:
 
 
 def _rows(value: Any) -> Any:
-    """Steps as rows, one for each chunk: a text is parsed, a flat list is one row."""
+    """Steps as rows, one per chunk. Parses a text; turns a flat list into one row."""
     if isinstance(value, str):
         return parse_steps(value)
     if not isinstance(value, list | tuple):
@@ -96,9 +96,9 @@ Steps = Annotated[tuple[tuple[float, ...], ...], BeforeValidator(_rows)]
 
 @dataclass(frozen=True)
 class Preset:
-    """How a stream is generated. Lengths count latent frames.
+    """How a stream is generated. Lengths count latent frames. ValueError for an invalid field.
 
-    What a family or a solver asks beyond these fields is checked where it is known (engine/presets.py).
+    engine/presets.py checks the further rules of families and solvers.
     """
 
     family: str = option(help="greedy: ETM + SDD (Greedy Distill); causal: one causal DiT (Self-Forcing and relatives)")
@@ -136,7 +136,7 @@ class Preset:
             self.expect("steps", whole or not self.warped, "whole numbers where warped")
 
     def expect(self, name: str, ok: bool, expected: str) -> None:
-        """ValueError, with the field's value and what was expected, unless `ok`."""
+        """Raise ValueError with the field's value and the expected one unless `ok`."""
         if not ok:
             raise ValueError(f"preset: got {name} {getattr(self, name)!r}, expected {expected}")
 

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all: written beside their name and renamed.
+"""Writes files and folders beside their final name and renames them, so that they appear whole or not at all.
 
     with whole_file(path) as part:
-        part.write_bytes(data)      # path exists, complete, after the block; an error leaves path as it was
+        part.write_bytes(data)      # after the block path exists, complete; an error leaves path unchanged
 
 A killed process can leave a `.<name>.part` behind. The next write of that name replaces it.
 """
@@ -16,13 +16,13 @@ from typing import Any
 
 
 def part_of(path: Path) -> Path:
-    """The hidden name beside `path` that is written first."""
+    """The hidden, temporary name beside `path`."""
     return path.with_name(f".{path.name}.part")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Within the block the caller writes the sibling that it gets; afterwards that file replaces `path`."""
+    """Yields a temporary file name that the caller writes to; after the block that file replaces `path`."""
     part = part_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -34,7 +34,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Within the block the caller fills the new, empty folder that it gets; afterwards that folder replaces `path`."""
+    """Yields a new, empty folder that the caller fills; after the block that folder replaces `path`."""
     part = part_of(path)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -47,6 +47,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any, indent: int = 1) -> None:
-    """A whole JSON file, with a line break at its end."""
+    """Write a whole JSON file that ends with a line break."""
     with whole_file(path) as part:
         part.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""From files to a pipeline: settings, memory check, weights, adapters, stages."""
+"""Builds a pipeline from files: settings, memory check, weights, adapters, stages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from engine.bundles.manifest import Manifest
 
 EMBEDDED = Path(__file__).parent / "assets" / "sprites"
-# Cross-attention's output goes into the hidden state without a gate, so its rounding does too: of all products the one
-# that costs most in error (docs/fp8.md) and, with 6% of the operations, little in time.
+# Cross-attention's output product stays in bf16. No gate scales its rounding error down, so in FP8 it adds the largest
+# error of all products (docs/fp8.md). It has only 6% of the operations.
 FP8_KEEP = ("*.attn2.to_out.0",)
 
 
@@ -51,7 +51,7 @@ class Settings:
 
 
 def settings_of(folder: Path) -> Settings:
-    """The settings of a pipeline directory."""
+    """The settings of a pipeline directory. FileNotFoundError where there is none, ValueError for a bad engine.json."""
     if not folder.is_dir():
         raise FileNotFoundError(f"model: got {folder}, expected a diffusers pipeline directory")
     file = folder / "engine.json"
@@ -61,7 +61,7 @@ def settings_of(folder: Path) -> Settings:
 def choose_preset(
     settings: Settings, name: str | None, overrides: dict[str, Any], checkpoint: Path | None
 ) -> tuple[str, Preset]:
-    """The preset's name and value; a model's own overrides apply to the preset it was trained for."""
+    """The preset's name and value. The model's own overrides apply only to the preset of its training."""
     if name is None:
         name = "self-forcing" if checkpoint is not None else settings.preset
     if name == settings.preset:
@@ -75,7 +75,7 @@ def load(
     height: int | None = None, width: int | None = None, fps: float | None = None, runtime: Runtime | None = None,
     **options: Any,
 ) -> Pipeline:  # fmt: skip
-    """A pipeline ready to stream.
+    """Load a pipeline.
 
     model             a diffusers pipeline directory (Wan2.1-T2V layout); None is the embedded sprites model
     preset            a name, or a .toml file; None is the model's own
@@ -85,11 +85,12 @@ def load(
     adapters          PEFT LoRA folders, or LongLive's LoRA .pt, merged into every transformer
     height, width     pixels; None is the model's own
     fps               frames per second of the output; None is the model's own
-    runtime           what runs it: engine.Runtime. Its fields may also be given here by name, such as
-                      load(precision="fp8"). In fp8 the model's engine.json may list products that stay as they are
-                      (fp8_keep: patterns such as "sdd.blocks.0.*", "*.ffn.net.2")
+    runtime           engine.Runtime: device, precision, threads
+    options           fields of the runtime by name, such as load(precision="fp8")
 
-    Raises ValueError or FileNotFoundError (got and expected) and MemoryError before any weight is read.
+    In fp8 the model's engine.json may list products to keep in bf16 (fp8_keep: patterns such as "sdd.blocks.0.*",
+    "*.ffn.net.2"). Before any weight is read, invalid arguments raise ValueError or FileNotFoundError (got and
+    expected), and too little memory raises MemoryError.
     """
     runtime = replaced(runtime or Runtime(), options, "load")
     folder = Path(model) if model is not None else EMBEDDED
@@ -140,9 +141,10 @@ def make_stages(
     models: dict[str, WanTransformer], vae: VAE | None, encoder: nn.Module | None, device: torch.device,
     runtime: Runtime | None = None, keep: Sequence[str] = FP8_KEEP,
 ) -> Stages:  # fmt: skip
-    """The torch backend; on a GPU with kernels, and CUDA graphs around its passes, unless the runtime is eager.
+    """The torch backend. On a GPU it uses kernels and CUDA graphs, unless the runtime is eager.
 
-    In FP8 the large products are replaced: nothing here keeps their bf16 weights.
+    In FP8 it replaces the large products and keeps no bf16 weights of them. ValueError for FP8 with eager, or FP8
+    attention on a model in another dtype than bf16.
     """
     runtime = runtime or Runtime()
     fp8 = runtime.precision == "fp8"
@@ -165,7 +167,7 @@ def assemble(
     height: int, width: int, tokenizer: Tokenizer | None = None, name: str = "", fps: float = 16,
     vae_config: VAEConfig | None = None, kv_dtype: torch.dtype | None = None,
 ) -> Pipeline:  # fmt: skip
-    """A pipeline of parts already in memory (tests, parity, random weights)."""
+    """Make a pipeline of parts in memory (tests, parity, random weights). height and width are pixels."""
     scale = vae_config or VAEConfig()
     return Pipeline(
         stages, tokenizer, config, preset, name, dtype, device, height, width, fps,
@@ -176,27 +178,29 @@ def assemble(
 def threads_of(
     threads: int | None, config: TransformerConfig, preset: Preset, tokens: int, device: torch.device
 ) -> int:
-    """Set the number of CPU threads for a model with `tokens` tokens per latent frame; returns it."""
+    """Set and return the number of CPU threads for a model with `tokens` tokens per latent frame."""
     if device.type != "cpu" and threads is None:
         return torch.get_num_threads()
     return settle(threads, work_of(preset.chunk * tokens, config.dim, config.ffn_dim))
 
 
 def threads_of_bundle(threads: int | None, manifest: "Manifest", device: torch.device) -> int:
-    """The same for a bundle's model."""
+    """Set and return the number of CPU threads for a bundle's model."""
     config = manifest.transformer_value()
     geometry = Geometry.of(config, 1, manifest.height // manifest.spatial, manifest.width // manifest.spatial)
     return threads_of(threads, config, manifest.preset_value(), geometry.tokens, device)
 
 
 def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int | None = None) -> Pipeline:
-    """A pipeline that runs on a bundle's compiled graphs; size, preset and precision are the bundle's.
+    """Load a pipeline that runs a bundle's compiled graphs. The bundle fixes size, preset and precision.
 
-    backend is a name of BACKENDS; None is the first one in the bundle. threads is that of `load`. The graphs of aoti
-    and tensorrt are code: load only what you would run. Raises ValueError or FileNotFoundError (got and expected)
-    where the bundle is not what its manifest says, or is for another machine.
+    backend  a name of BACKENDS; None is the first one in the bundle
+    threads  CPU threads; None chooses as in Runtime
+
+    The graphs of aoti and tensorrt are code: load only bundles from a source whose programs you would run. Raises
+    ValueError or FileNotFoundError if the bundle differs from its manifest or is for another machine.
     """
-    from engine.bundles.manifest import read_manifest  # safetensors' own reader and others that only bundles need
+    from engine.bundles.manifest import read_manifest  # imported here: only bundles need their packages
     from engine.bundles.registry import BACKENDS
     from engine.bundles.stages import DTYPES as TENSOR_DTYPES
 
@@ -221,13 +225,13 @@ def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int 
 
 
 def cache_bytes(config: TransformerConfig, preset: Preset, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of one stream's key and value caches; they do not grow."""
+    """Bytes of one stream's key and value caches, which do not grow. `tokens` counts per latent frame."""
     slots = sum(ring.slots for ring in family_of(preset).rings(preset).values())
     return 2 * config.num_layers * slots * tokens * config.dim * dtype.itemsize
 
 
 def is_untrained(folder: Path | None, preset: Preset, checkpoint: object, adapters: Sequence[object]) -> bool:
-    """Whether a stream would run on the bidirectional teacher's weights, which were not trained to stream."""
+    """Whether the weights are the bidirectional teacher's, which were not trained to stream."""
     if checkpoint is not None or adapters:
         return False
     own = [(folder or EMBEDDED) / "adapters" / role for role in family_of(preset).roles()]

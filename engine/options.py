@@ -1,4 +1,4 @@
-"""Typed options: a frozen dataclass makes TOML and JSON tables, `--set key=value` pairs and command-line options.
+"""Typed options: reads a frozen dataclass from TOML and JSON tables, `--set key=value` pairs and command lines.
 
     @dataclass(frozen=True)
     class Size:
@@ -9,7 +9,7 @@
     add_options(parser, Size)               # --height INT, --width INT
     options_of(parser.parse_args(), Size)   # Size(...)
 
-A field's type, default and help text stand once, in its class.
+Only the class defines a field's type, default and help text.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from dataclasses import MISSING, Field, asdict, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-if TYPE_CHECKING:  # pydantic is imported where a value needs it: plain options do without
+if TYPE_CHECKING:  # functions import pydantic when a value needs it; plain options do not
     from pydantic import ValidationError
 
 Options = TypeVar("Options")
@@ -30,18 +30,18 @@ def option(
     default: Any = MISSING, help: str = "", *, metavar: str | tuple[str, ...] | None = None,
     choices: Iterable[str] | None = None, exclusive: str = "", positional: bool = False,
 ) -> Any:  # fmt: skip
-    """A dataclass field with what `--help` says of it. Without a default the option is required.
+    """A dataclass field with its `--help` text. Without a default the option is required.
 
-    choices     the values that a text, or each text of a tuple, may have; a Literal type needs none
-    exclusive   options that share this word cannot be used together
-    positional  on the command line the value stands without --NAME
+    choices     allowed values of a text, or of each text of a tuple; a Literal type needs none
+    exclusive   options that share this word exclude each other
+    positional  the command line takes the value without --NAME
     """
     about = {"help": help, "metavar": metavar, "choices": tuple(choices) if choices else None, "exclusive": exclusive}
     return field(default=default, metadata=about | {"positional": positional})
 
 
 def read(kind: type[Options], values: Mapping[str, Any], what: str) -> Options:
-    """An instance from a TOML, JSON or Python mapping. ValueError names `what`, the key, what was got and expected."""
+    """Make an instance from a TOML, JSON or Python mapping. ValueError names `what`, the key, got and expected."""
     names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     if unknown := sorted(set(values) - set(names)):
         raise ValueError(f"{what}: got unknown key {', '.join(unknown)}, expected one of {', '.join(names)}")
@@ -60,12 +60,12 @@ def read(kind: type[Options], values: Mapping[str, Any], what: str) -> Options:
 
 
 def replaced(options: Options, values: Mapping[str, Any], what: str) -> Options:
-    """The same options with some fields replaced, all at once, by values as `read` takes them."""
+    """Replace some fields of the options, all at once, by values as `read` takes them. ValueError as `read`."""
     return read(type(options), asdict(options) | dict(values), what)  # type: ignore[call-overload]
 
 
 def read_table(kind: type[Options], path: Path, table: str, values: Mapping[str, Any] | None = None) -> Options:
-    """An instance from one table of a TOML file; `values` replace its entries."""
+    """Make an instance from one table of a TOML file; `values` replace its entries. ValueError as `read`."""
     tables = read_toml(path)
     if table not in tables:
         raise ValueError(f"{path}: got tables {', '.join(sorted(tables)) or 'none'}, expected [{table}]")
@@ -83,7 +83,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def pairs(texts: Iterable[str]) -> dict[str, Any]:
-    """`key=value` texts as a mapping; a value is TOML, or else the text itself."""
+    """Parse `key=value` texts to a mapping. A value that is not TOML stays a text. ValueError without key or `=`."""
     found = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -97,23 +97,23 @@ def pairs(texts: Iterable[str]) -> dict[str, Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose help keeps the line breaks of its texts."""
+    """An ArgumentParser with one-line errors and a help that keeps line breaks."""
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**options)
 
     def error(self, message: str) -> NoReturn:
-        """One line instead of argparse's usage and message."""
+        """Print one line instead of argparse's usage and message, and exit with status 2."""
         self.exit(2, f"error: {message} (see --help)\n")
 
 
 def add_options(
     parser: argparse.ArgumentParser, kind: type, title: str = "", *, skip: Iterable[str] = (), defaults: bool = True
 ) -> None:
-    """One command-line option for each field of a dataclass, in a group of its own where there is a title.
+    """Add one command-line option per field of a dataclass; a title puts them into their own group.
 
-    defaults: the help names each field's default; False where something else than the class chooses it.
+    defaults: show each field's default in the help. Pass False if another place chooses the defaults.
     """
     where: Any = parser.add_argument_group(title) if title else parser
     hints, skipped = get_type_hints(kind, include_extras=True), set(skip)
@@ -133,12 +133,12 @@ def chosen(args: argparse.Namespace, kind: type) -> dict[str, Any]:
 
 
 def options_of(args: argparse.Namespace, kind: type[Options]) -> Options:
-    """The dataclass of a parsed command line; what the user did not set has its default."""
+    """Make the dataclass from a parsed command line. Options that the user did not set keep their defaults."""
     return kind(**chosen(args, kind))
 
 
 def command_line(options: Any) -> list[str]:
-    """The arguments that `options_of` reads as these options; defaults are left out."""
+    """The command-line arguments that `options_of` reads as these options. Omits defaults."""
     found: list[str] = []
     for f in fields(options):
         name, value = _spelled(f), getattr(options, f.name)
@@ -160,12 +160,12 @@ def _spelled(f: "Field[Any]") -> str:
 
 
 def _typed(hint: Any, value: Any, what: str) -> Any:
-    """A plain value as a field's type. Numbers are not made of texts; lists become tuples, texts become paths."""
+    """Convert a plain value to a field's type: lists to tuples, texts to paths, but no texts to numbers."""
     from pydantic import TypeAdapter, ValidationError
 
     adapter = TypeAdapter(hint)
     try:
-        # JSON rules are the strict ones that still know no tuples and no paths.
+        # Strict JSON rules accept lists for tuples and texts for paths; strict Python rules do not.
         return adapter.validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         raise ValueError(_told(what, value, error)) from None
@@ -180,7 +180,7 @@ def _argument(f: "Field[Any]", hint: Any, defaults: bool) -> dict[str, Any]:
     arguments: dict[str, Any] = {"help": help.replace("%", "%%"), "default": argparse.SUPPRESS}
     required = default is MISSING and f.default_factory is MISSING
     if f.metadata.get("positional"):
-        # Python 3.11 would look for SUPPRESS among the choices.
+        # Python 3.11 would check SUPPRESS against the choices.
         arguments = {"help": arguments["help"]} | ({} if required else {"nargs": "?", "default": default})
     elif required:
         arguments["required"] = True
@@ -192,7 +192,7 @@ def _argument(f: "Field[Any]", hint: Any, defaults: bool) -> dict[str, Any]:
         several = {"action": _Append} if get_origin(core) is tuple else {}
         return arguments | several | {"choices": choices}
     metavar = about.get("metavar")
-    if get_origin(core) is tuple and not _annotated(hint):  # given several times, or once for each place
+    if get_origin(core) is tuple and not _annotated(hint):  # repeated options, or one value per place
         inner = get_args(core)[0]
         arguments["action"] = _Append
         if get_origin(inner) is tuple:
@@ -205,7 +205,7 @@ _PLAIN: dict[Any, str] = {int: "a valid integer", float: "a valid number", str: 
 
 
 class _Append(argparse.Action):
-    """Repeated options as one tuple."""
+    """Collects repeated options in one tuple."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         one = tuple(values) if isinstance(values, list) else values
@@ -213,7 +213,7 @@ class _Append(argparse.Action):
 
 
 def _core(hint: Any) -> Any:
-    """The type behind Annotated and `| None`."""
+    """The type inside Annotated and `| None`."""
     if _annotated(hint):
         return _core(get_args(hint)[0])
     options = [part for part in get_args(hint) if part is not type(None)]
@@ -227,7 +227,7 @@ def _annotated(hint: Any) -> bool:
 
 
 def _reader(hint: Any) -> Any:
-    """What argparse calls on an option's text."""
+    """The function with which argparse converts an option's text."""
     core = _core(hint)
     if core in _PLAIN and not _annotated(hint):
 
@@ -253,10 +253,10 @@ def _reader(hint: Any) -> Any:
 
 
 def _told(what: str, value: Any, error: "ValidationError") -> str:
-    """'WHAT: got VALUE, expected ...' of a failed validation."""
+    """Message 'WHAT: got VALUE, expected ...' for a failed validation."""
     first = error.errors(include_url=False)[0]
     reason = first.get("ctx", {}).get("error")
-    if reason is not None:  # a ValueError of the field's own validator says it all
+    if reason is not None:  # the field's own validator wrote a complete message
         return f"{what}: {reason}" if what else str(reason)
     expected = first["msg"].removeprefix("Input should be ").partition(",")[0]
     return f"{what}: got {value!r}, expected {expected}".removeprefix(": ")

@@ -1,4 +1,4 @@
-"""The presets by name, TOML files over them, and the checks that need to know families and solvers."""
+"""Presets by name, TOML files that override them, and the checks that depend on families and solvers."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from engine.options import read_toml, replaced
 from engine.sampling.solvers import SOLVERS
 
 _FOUR = (1000.0, 750.0, 500.0, 250.0)
-# Latent frames that the public self-forcing models were trained on; beyond them the window slides.
+# Latent frames per training video of the public self-forcing models. Longer streams slide the window.
 _TRAINED = 21
 
 PRESETS: dict[str, Preset] = {
@@ -30,20 +30,20 @@ PRESETS: dict[str, Preset] = {
 
 
 def check_preset(preset: Preset) -> Preset:
-    """The preset itself. ValueError where its family or its solver is unknown, or its family refuses a field."""
+    """Return the preset. ValueError if its family or solver is unknown, or its family does not support a field."""
     preset.expect("solver", preset.solver in SOLVERS, "one of " + ", ".join(SOLVERS))
     family_of(preset).check(preset)
     return preset
 
 
 def override(preset: Preset, values: dict[str, Any]) -> Preset:
-    """A preset with some fields replaced; unknown keys and wrong types raise ValueError."""
-    # All at once: a window may only be valid together with the attention sink beside it.
+    """Replace some fields of a preset. ValueError for unknown keys and wrong values."""
+    # Replace all at once: a window may be valid only with a new attn_sink.
     return check_preset(replaced(preset, values, "preset"))
 
 
 def find_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
-    """A built-in preset by name, or the file NAME.toml with `base = "greedy"` and fields to replace."""
+    """A built-in preset by name, or from a file NAME.toml with `base = "greedy"` and fields to replace."""
     overrides = overrides or {}
     if not name.endswith(".toml"):
         if name not in PRESETS:

@@ -43,7 +43,7 @@ _BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError
 
 @dataclass(frozen=True)
 class Video:
-    """What to generate."""
+    """The video to generate: prompts, first frames, length and seed."""
 
     prompt: str = option(metavar="TEXT", help="what the video shows")
     prompt_at: tuple[tuple[str, str], ...] = option(
@@ -75,7 +75,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Model:
-    """Which model streams."""
+    """The model that streams."""
 
     model: Path | None = option(
         None, "diffusers pipeline directory; default: the embedded sprites model", metavar="DIR"
@@ -99,7 +99,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle instead of a model."""
+    """A bundle to stream from instead of a model."""
 
     bundle: Path | None = option(None, "stream from a bundle that python -m export wrote", metavar="DIR")
     backend: str | None = option(
@@ -109,7 +109,7 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Output:
-    """Where the frames go."""
+    """The frames' output and the report's."""
 
     out: str = option(
         "video.mp4", "FILE.mp4, .y4m, .gif, .webp, DIR/ (png sequence), - (stdout), null, checksum", metavar="TARGET"
@@ -140,7 +140,7 @@ class Job:
     bundle: Bundle
     runtime: Runtime
     output: Output
-    fixed: tuple[str, ...]  # options set by the user that a bundle fixes
+    fixed: tuple[str, ...]  # options that the user set and that a bundle would fix
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Job":
@@ -176,12 +176,12 @@ def _frame_of(when: str, fps: float) -> int:
 
 
 def _limit(video: Video, fps: float) -> int | None:
-    """Frames to make; None is for ever."""
+    """Number of frames to make; None means no limit."""
     return video.frames if video.seconds is None else max(1, round(video.seconds * fps))
 
 
 class _Interrupt:
-    """Ctrl-C and SIGTERM stop the stream; one that comes while a frame is written waits until it is."""
+    """Ctrl-C and SIGTERM stop the stream, but never during the write of a frame."""
 
     def __init__(self) -> None:
         self.writing = self.asked = False
@@ -200,7 +200,7 @@ class _Interrupt:
             raise KeyboardInterrupt
 
     def write(self, sink: Sink, frame: np.ndarray) -> None:
-        """One frame, whole or not at all."""
+        """Write one frame completely, then raise KeyboardInterrupt if a signal has arrived."""
         self.writing = True
         try:
             sink.write(frame)
@@ -214,7 +214,7 @@ def _generate(
     stream: Stream | NativeStream, sink: Sink, limit: int | None, switches: list[tuple[int, str]], job: Job,
     interrupt: _Interrupt, console: Console, fps: float, start: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Pull chunks into the sink until the limit, Ctrl-C or a reader that left; returns what was measured."""
+    """Write chunks to the sink until the limit, Ctrl-C or the reader's end; returns the measurements."""
     frames, chunks, ttff, stopped = 0, [], 0.0, False
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} frames"),
@@ -255,7 +255,7 @@ def _generate(
 
 
 def _loading(console: Console, quiet: bool) -> AbstractContextManager[object]:
-    """A spinner while weights are read, on a terminal."""
+    """Show a spinner on a terminal while weights load."""
     return nullcontext() if quiet or not console.is_terminal else console.status("loading the model")
 
 
@@ -274,7 +274,7 @@ def _clip(video: Video, height: int, width: int, fps: float) -> np.ndarray | Non
 
 
 def _shape(job: Job) -> tuple[int, int, float]:
-    """Height, width and frame rate of what will be loaded; a bundle's size is fixed."""
+    """Height and width in pixels, and frame rate, of the model or bundle to load. A bundle fixes its size."""
     model, fps, bundle = job.model, job.output.fps, job.bundle.bundle
     if bundle is None:
         settings = settings_of(model.model or EMBEDDED)
@@ -289,7 +289,7 @@ def _shape(job: Job) -> tuple[int, int, float]:
 def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePipeline:
     model, bundle, backend = job.model, job.bundle.bundle, job.bundle.backend
     if bundle is not None:
-        if backend == "native":  # the C++ core reads the bundle itself, and chooses among its backends
+        if backend == "native":  # the C++ core reads the bundle and chooses a backend
             native = NativePipeline(bundle, threads=job.runtime.threads)
             threads_of_bundle(job.runtime.threads, read_manifest(bundle), native.device)
             return native
@@ -309,7 +309,7 @@ def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePip
 
 def _run(job: Job, interrupt: _Interrupt) -> int:
     console, video, output = Console(stderr=True), job.video, job.output
-    # Everything that can be wrong with the command line is found before weights are read.
+    # Check the whole command line before reading weights.
     height, width, fps = _shape(job)
     limit = _limit(video, fps)
     switches = sorted((_frame_of(when, fps), text) for when, text in video.prompt_at)
@@ -326,7 +326,7 @@ def _run(job: Job, interrupt: _Interrupt) -> int:
             report = _generate(stream, sink, limit, switches, job, interrupt, console, fps, start)
         sink.close()
     except OutputClosed:
-        sink.abort()  # the reader has seen enough: nothing went wrong, and there is no reader left to tell
+        sink.abort()  # the reader has left: this is no failure, and stdout has no reader to report to
         return 0
     except BaseException:
         sink.abort()
@@ -357,7 +357,7 @@ def _run(job: Job, interrupt: _Interrupt) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done or stopped by Ctrl-C, 2 bad input, 1 a failure."""
+    """Exit status: 0 done or stopped by Ctrl-C, 130 stopped before the first frame, 2 bad input, 1 a failure."""
     args = parser().parse_args(argv)
     try:
         with _Interrupt() as interrupt:

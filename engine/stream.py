@@ -1,4 +1,4 @@
-"""The loop: noise -> denoising steps -> VAE decode -> commit, chunk after chunk, as long as frames are asked for."""
+"""The loop: noise -> denoising steps -> VAE decode -> commit, chunk by chunk, while the caller pulls frames."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from engine.sampling.solvers import make_solver
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Weights, backend and preset, shared by all its streams; a stream owns everything that changes."""
+    """Weights, backend and preset, shared by all streams. All changing state belongs to a Stream."""
 
     stages: Stages
     tokenizer: Tokenizer | None
@@ -37,9 +37,9 @@ class Pipeline:
     height: int
     width: int
     fps: float
-    spatial: int  # pixels a latent pixel, each way
-    temporal: int  # frames a latent frame, after the first
-    kv_dtype: torch.dtype | None = None  # of cached keys and values; None: dtype
+    spatial: int  # pixels per latent pixel, in height and in width
+    temporal: int  # frames per latent frame, after the first
+    kv_dtype: torch.dtype | None = None  # dtype of cached keys and values; None is `dtype`
 
     @cached_property
     def generator(self) -> Generator:
@@ -48,19 +48,19 @@ class Pipeline:
 
     @cached_property
     def side(self) -> SideStream:
-        """Where its streams decode while their next latents are made."""
+        """The queue on which streams decode while their next latents are made."""
         return SideStream(self.device)
 
     def warm(self) -> None:
-        """Stream a little of nothing, so that the first stream finds kernels compiled and graphs captured."""
+        """Stream four chunks of an empty prompt, to compile kernels and capture graphs before the first stream."""
         rows = self.tokenizer.rows if self.tokenizer else 1
         with self.stream(torch.zeros(1, rows, self.config.text_dim)) as stream:
-            for _ in range(4):  # every pass has then run twice
+            for _ in range(4):  # this runs every pass twice
                 stream.next_chunk()
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: str) -> Tensor:
-        """text_emb [1, rows, text_dim] of a prompt."""
+        """text_emb [1, rows, text_dim] of a prompt. ValueError without a tokenizer."""
         if self.tokenizer is None:
             raise ValueError("got a pipeline without a tokenizer, expected one")
         ids, mask = self.tokenizer(prompt)
@@ -68,10 +68,10 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode_clip(self, clip: np.ndarray) -> Tensor:
-        """Latents [1, C, F, h, w] of uint8 frames [T, H, W, 3]; F is what the preset's chunks can take.
+        """Latents [1, C, F, h, w] of uint8 frames [T, H, W, 3]. F is a multiple of the family's unit.
 
-        A clip longer than 1 + 4 (F - 1) frames loses its beginning, one shorter than a chunk (an image)
-        is held still.
+        A longer clip than 1 + 4 (F - 1) frames loses its beginning; a shorter one (an image) repeats its last frame.
+        ValueError for another shape or dtype.
         """
         expected = (self.height, self.width, 3)
         if clip.ndim != 4 or clip.shape[1:] != expected or clip.dtype != np.uint8 or not len(clip):
@@ -93,11 +93,14 @@ class Pipeline:
     ) -> "Stream":  # fmt: skip
         """An iterator of uint8 frames [H, W, 3].
 
-        prompt  text, or a text embedding [B, rows, text_dim] (only stream 0 of a batch is shown)
-        frames  stop after so many; None streams for ever
-        clip    uint8 [T, H, W, 3] to start from: one frame is image-to-video, more are continued
-        latents the same, already encoded: [B, C, F, h, w]
-        noise   replaces the seeded source
+        prompt   text, or a text embedding [B, rows, text_dim]; only video 0 of a batch is decoded
+        seed     0 to 2^64 - 1
+        frames   number of frames to stream; None means no limit
+        clip     uint8 [T, H, W, 3] to start from: one frame is image-to-video, a longer clip is continued
+        latents  an encoded clip [B, C, F, h, w]
+        noise    replaces the seeded source
+
+        Raises ValueError for invalid arguments (got and expected).
         """
         if frames is not None and frames < 1:
             raise ValueError(f"frames: got {frames}, expected at least 1")
@@ -107,10 +110,10 @@ class Pipeline:
 
 
 class Stream:
-    """One video in the making: iterate for frames, or call `next_chunk` for whole chunks.
+    """One video in progress: iterate for frames, or call `next_chunk` for whole chunks.
 
-    A chunk that fails changes nothing: the next call makes the same chunk again (but where CUDA graphs decode, a
-    decoding that fails closes the stream). Not thread-safe; several streams of one pipeline are independent.
+    A failed chunk changes nothing: the next call makes the same chunk again. Exception: if CUDA graphs decode, a
+    failed decoding closes the stream. Not thread-safe; streams of one pipeline are independent.
     """
 
     def __init__(
@@ -126,10 +129,10 @@ class Stream:
         with torch.inference_mode():
             self.state = pipeline.generator.open(geometry, pipeline.stages.prepare_text(text_emb))
         self.supplied = deque(self._split(latents, geometry)) if latents is not None else deque()
-        self.emitted = 0  # frames made so far
+        self.emitted = 0  # frames returned by the iterator so far
         self._vae_cache: Any = None
-        self._uncommitted: tuple[Tensor, bool] | None = None  # the chunk shown last, and whether it was supplied
-        # On a GPU the next latent is made while the last one is decoded beside it and shown.
+        self._uncommitted: tuple[Tensor, bool] | None = None  # the last chunk, and whether it was supplied
+        # On a GPU the stream makes the next latent while the last one is decoded and shown.
         self.looks_ahead = pipeline.device.type == "cuda"
         self._ahead: Tensor | Exception | None = None
         self._started = 0  # frames of the chunks whose decoding has begun
@@ -137,38 +140,38 @@ class Stream:
         self._closed = False
 
     def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> None:
-        """Switch the prompt from the next chunk on.
+        """Switch the prompt, text or embedding [B, rows, text_dim], from the next chunk on.
 
-        `recommit` also rewrites the window's keys and values under the new prompt, so that the past stops
-        pulling towards the old one. Without it, a stream that looks ahead has committed the chunk shown last under
-        the old prompt.
+        `recommit` also rewrites the window's keys and values under the new prompt, so that the past no longer pulls
+        towards the old one. Without it, a stream that looks ahead has committed the last chunk under the old prompt.
+        ValueError for another shape or a closed stream.
         """
         self._check_open()
         with torch.inference_mode():
             text_kv = self.pipeline.stages.prepare_text(self._embed(prompt, self.state.geometry.batch))
         self.pipeline.generator.set_text(text_kv, self.state, recommit)
-        self._ahead = None  # made for the old prompt; noise depends on the chunk alone, so it can be made again
+        self._ahead = None  # it has the old prompt; noise depends only on the chunk, so make it again
 
     @torch.inference_mode()
     def next_chunk(self) -> np.ndarray:
-        """The next chunk's frames, uint8 [T, H, W, 3]: 1 + 4 (F - 1) of chunk 0, then 4 F."""
+        """The next chunk, uint8 [T, H, W, 3]: T = 1 + 4 (F - 1) for chunk 0, then 4 F. ValueError if closed."""
         x = self._take()
         shown = self.pipeline.side.run(self._decode, x)
         self._accept(x)
         first, self._started = self._started == 0, self._started + len(shown)
         if self.looks_ahead and not first and (self.limit is None or self._started < self.limit):
-            self._look_ahead()  # not before the first frame is out: the viewer waits for that one
+            self._look_ahead()  # not in the first call: the viewer waits for its frame
         return shown.wait()
 
     @torch.inference_mode()
     def next_latent(self) -> Tensor:
-        """The next chunk's clean latent [B, C, F, h, w], for a caller that decodes elsewhere or not at all."""
+        """The next chunk's clean latent [B, C, F, h, w], not decoded. ValueError if closed."""
         x = self._take()
         self._accept(x)
         return x
 
     def _take(self) -> Tensor:
-        """The latent made ahead, or a new one."""
+        """Return the latent made ahead, or make one. Raises the error of a failed look-ahead."""
         self._check_open()
         x, self._ahead = self._ahead, None
         if isinstance(x, Exception):
@@ -178,11 +181,11 @@ class Stream:
     def _look_ahead(self) -> None:
         try:
             self._ahead = self._make()
-        except Exception as error:  # of the next chunk, not of the one that is shown now: its own call raises it
+        except Exception as error:  # it belongs to the next chunk, so the next call raises it
             self._ahead = error
 
     def _make(self) -> Tensor:
-        """One chunk; publishes the one before, and nothing of its own."""
+        """Commit the previous chunk, then make the next one without publishing it."""
         generator, state = self.pipeline.generator, self.state
         # Commit lazily, so that cache passes do not delay frames.
         if self._uncommitted is not None:
@@ -206,7 +209,7 @@ class Stream:
             self.supplied.popleft()
 
     def close(self) -> None:
-        """Drop caches and frames; further frames are refused. Closing twice is fine."""
+        """Drop caches and frames, and end the stream. Closing twice is fine."""
         self._closed = True
         self._frames.clear()
         self.supplied.clear()
@@ -247,7 +250,7 @@ class Stream:
         return g.batch, g.channels, self.pipeline.preset.chunk_frames(self.state.index), g.height, g.width
 
     def _split(self, latents: Tensor, geometry: Geometry) -> list[Tensor]:
-        """Supplied latents as chunks; the first one may be shorter."""
+        """Split supplied latents [B, C, F, h, w] into chunks; the first may be shorter. ValueError if misshapen."""
         expected = geometry.batch, geometry.channels, geometry.height, geometry.width
         preset = self.pipeline.preset
         unit = family_of(preset).unit(preset)
@@ -262,7 +265,7 @@ class Stream:
         return [latents[:, :, :head], *rest] if head else list(rest)
 
     def _decode(self, x: Tensor) -> Download:
-        """Frames of a chunk; the VAE's cache moves on when all of it is decoded."""
+        """Decode a chunk x [B, C, F, h, w]; keep the VAE's next cache only after success."""
         stages, cache, parts = self.pipeline.stages, self._vae_cache, []
         try:
             for latent in x.split(1, dim=2):
@@ -271,7 +274,7 @@ class Stream:
             shown = Download(torch.cat(parts))
         except Exception:
             if stages.capabilities.moves_vae_cache:
-                self.close()  # the cache has moved on: made again, the chunk would follow on itself
+                self.close()  # the cache has changed in place, so a retry would decode the chunk after itself
             raise
         self._vae_cache = cache
         return shown

@@ -91,7 +91,7 @@ def vae_cost(config: VAEConfig, height: int, width: int, itemsize: int, steady: 
     def convolution(module: nn.Module, inputs: tuple[Any, ...], result: Tensor) -> None:
         conv = cast(nn.Conv3d, module)
         taps = conv.weight[0, 0].numel()
-        if isinstance(module, CausalConv3d) and cast(Past, inputs[1]).given is None:
+        if isinstance(module, CausalConv3d) and cast(Past, inputs[1]).cache is None:
             taps //= conv.weight.shape[2]  # zeros stand before the first frame: only the last tap runs
         moved = inputs[0].numel() + result.numel() + conv.weight.numel()
         counted.append(Cost(2.0 * result.numel() * conv.weight.shape[1] * taps, moved * itemsize))

@@ -1,7 +1,7 @@
 """The aoti backend: the graphs of a bundle as shared objects of AOTInductor.
 
-Such a bundle is code: opening it runs it. It must come from somebody whose programs you would run; its hashes, which
-are always compared, protect against damage and not against whoever wrote the manifest.
+Such a bundle is code: opening it runs it. Open only bundles from a source whose programs you would run. This backend
+always compares the hashes; they detect damage, but a malicious author can write matching ones.
 """
 
 import json
@@ -17,11 +17,11 @@ from torch import Tensor
 from engine.bundles.manifest import BackendSpec, GraphSpec, Manifest, TensorSpec
 from engine.bundles.stages import GraphStages, NotHere, check_inputs
 
-CPU_TARGET = "cpu-x86_64-avx2"  # instructions of x86-64-v3, which AVX-512 machines have as well
+CPU_TARGET = "cpu-x86_64-avx2"  # instructions of x86-64-v3; AVX-512 machines run them too
 
 
 def target_of(device: torch.device) -> str:
-    """The target that this machine compiles for and runs on `device`. NotHere where there is none."""
+    """The target for which this machine compiles and runs graphs on `device`. NotHere if there is none."""
     if device.type == "cuda" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
         return f"cuda-sm{major}{minor}"
@@ -33,7 +33,7 @@ def target_of(device: torch.device) -> str:
 
 
 def signature(inputs: list[TensorSpec], outputs: list[TensorSpec], constants: Mapping[str, Tensor]) -> str:
-    """What a shared object says of itself, as JSON: dtype and shape of everything that goes in or out, in order."""
+    """A shared object's description of itself, as JSON: dtype and shape of every input and output, in order."""
     return json.dumps({
         "inputs": [[t.name, t.dtype, t.shape] for t in inputs],
         "outputs": [[t.name, t.dtype, t.shape] for t in outputs],
@@ -46,7 +46,7 @@ def _kind(tensor: Tensor) -> tuple[str, list[int]]:
 
 
 def open_object(file: Path, device: torch.device) -> Any:
-    """torch's runner of one shared object. ValueError where it does not load."""
+    """torch's runner of one shared object. ValueError if it does not load."""
     try:
         if device.type == "cuda":
             return torch._C._aoti.AOTIModelContainerRunnerCuda(str(file), 1, str(device))
@@ -57,20 +57,20 @@ def open_object(file: Path, device: torch.device) -> Any:
 
 
 class AotiGraph:
-    """One shared object. It checks nothing itself: shapes are compared with the manifest on every call."""
+    """One shared object. It checks nothing itself, so every call compares shapes with the manifest."""
 
     def __init__(
         self, name: str, file: Path, spec: GraphSpec, weights: dict[str, Tensor], device: torch.device
     ) -> None:
         self.name, self.spec, self.device = name, spec, device
         self.runner = open_object(file, device)
-        # A manifest that lies would let the graph read or write past a buffer.
+        # With a wrong manifest the graph could read or write past a buffer.
         names: dict[str, str] = self.runner.get_constant_names_to_original_fqns()
         said = json.loads(self.runner.get_call_spec()[0])
         told = json.loads(signature(spec.inputs, spec.outputs, {names.get(n, n): w for n, w in weights.items()}))
         if not isinstance(said, dict) or said.keys() != told.keys():
             raise ValueError(f"{file}: got a graph without a signature, expected one of python -m export")
-        used = set(names.values())  # the compiler drops what it does not need
+        used = set(names.values())  # the compiler drops unused weights
         said["constants"] = sorted(entry for entry in said["constants"] if entry[0] in used)
         told["constants"].sort()
         for what, expected in said.items():
@@ -83,7 +83,7 @@ class AotiGraph:
             self.runner.update_constant_buffer(self._kept, False, True, True)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run; the inputs that the manifest lists under `mutates` are written where they lie."""
+        """Run the graph; it overwrites the inputs that the manifest lists under `mutates`."""
         check_inputs(self.name, self.spec.inputs, inputs, self.device)
         for name in self.spec.mutates:
             if not inputs[name].is_contiguous():

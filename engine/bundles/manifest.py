@@ -1,13 +1,13 @@
-"""A bundle: a directory that runs without the model it was made from. This file reads and checks one.
+"""A bundle: a directory that runs without its original model. This file reads and checks one.
 
-    manifest.json          what is inside, with shapes, dtypes and the sha256 of every file
+    manifest.json          contents, with shapes, dtypes and the sha256 of every file
     weights.safetensors    every large weight once, shared by the graphs
     tokenizer/             Hugging Face tokenizer files
     graphs/<backend>-<target>/...
-    golden.safetensors     frames that a loader of the bundle must get again
+    golden.safetensors     frames that a loader of the bundle must reproduce
 
-Nothing is inferred from file names. Reading a bundle runs nothing; streaming from the graphs of `aoti` and `tensorrt`
-runs what is in them: those are code, take them only from where you would take a program.
+File names carry no information. Reading a bundle runs no code. Graphs of `aoti` and `tensorrt` are code that streaming
+runs: take them only from a source whose programs you would run.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from engine.options import read
 from engine.presets import check_preset
 
 VERSION: Final = 2
-# Graph inputs for the first row to write and the rows to attend to, by the manifest's version.
+# Manifest version -> graph inputs for the first row to write and the number of rows to attend to.
 ROW_INPUTS = {1: ("write_idx", "kv_len"), 2: ("start_row", "valid_rows")}
 _Size = Annotated[int, Field(ge=1, le=1 << 16)]
 _Dim = Annotated[int, Field(ge=0, le=1 << 32)]
@@ -39,7 +39,7 @@ class _Strict(BaseModel):
 
 
 def _safe(path: str) -> str:
-    """A relative path that stays inside, in one spelling."""
+    """Return a relative path that stays inside the bundle, in normal form; ValueError for others."""
     parts = PurePosixPath(path).parts
     inside = parts and not PurePosixPath(path).is_absolute() and not any(part in ("..", ".") for part in parts)
     if not inside or "\\" in path or "\0" in path or str(PurePosixPath(path)) != path:
@@ -58,9 +58,10 @@ class TensorSpec(_Strict):
 class GraphSpec(_Strict):
     """One compiled function.
 
-    weights maps the graph's own constant names to keys of weights.safetensors; aliases names the outputs that are
-    written over an input; mutates names the inputs that the function itself writes and does not return. source is the
-    sha256 of what a compiler was given, weights left out: a graph with the same one need not be compiled again.
+    weights  the graph's own constant names -> keys of weights.safetensors
+    aliases  outputs that overwrite an input -> that input
+    mutates  inputs that the function writes and does not return
+    source   sha256 of the compiler's input without weights; equal sources need no new compilation
     """
 
     file: _Name
@@ -78,17 +79,17 @@ class GraphSpec(_Strict):
         for what, named, side in (("inputs", inputs, self.inputs), ("outputs", outputs, self.outputs)):
             if len(named) != len(side):
                 raise ValueError(f"got {what} of {self.file} that share a name, expected one tensor a name")
-        for output, given in self.aliases.items():
-            made, target = outputs.get(output), inputs.get(given)
+        for output, replaced in self.aliases.items():
+            made, target = outputs.get(output), inputs.get(replaced)
             if made is None or target is None or (made.shape, made.dtype) != (target.shape, target.dtype):
-                raise ValueError(f"got alias {output!r} of {given!r}, expected an output and an input of its shape")
+                raise ValueError(f"got alias {output!r} of {replaced!r}, expected an output and an input of its shape")
         if odd := [name for name in self.mutates if name not in inputs or name in self.aliases.values()]:
             raise ValueError(f"got {odd[0]!r} in mutates, expected an input that no output replaces")
         return self
 
 
 class BackendSpec(_Strict):
-    """The graphs of one backend and what they were made for and with; versions names torch for graphs of torch."""
+    """The graphs of one backend, their target, and the versions of the packages that compiled them."""
 
     backend: _Name
     target: Annotated[str, Field(pattern=r"^(cpu|cuda)(-[a-z0-9_]{1,40}){0,3}$")]
@@ -97,7 +98,7 @@ class BackendSpec(_Strict):
 
     @property
     def key(self) -> str:
-        """Its name in the manifest and of its folder under graphs/."""
+        """The backend's name in the manifest; its folder under graphs/ has the same name."""
         return f"{self.backend}-{self.target}"
 
     @model_validator(mode="after")
@@ -123,7 +124,7 @@ class FileSpec(_Strict):
 
 
 class GoldenSpec(_Strict):
-    """A run to repeat: frames uint8 [T, H, W, 3] under `frames` in the file."""
+    """A run to repeat. The file holds its frames, uint8 [T, H, W, 3], under `frames`."""
 
     file: _Name
     prompt: Annotated[str, Field(max_length=10_000)]
@@ -131,7 +132,7 @@ class GoldenSpec(_Strict):
 
 
 class Manifest(_Strict):
-    """manifest.json"""
+    """The content of manifest.json."""
 
     format: Literal["greedy-bundle"]
     version: Literal[1, 2]
@@ -165,7 +166,7 @@ class Manifest(_Strict):
         return self
 
     def preset_value(self) -> Preset:
-        """The preset. Version 1 counted the greedy window in chunks, without the current one."""
+        """The preset; ValueError if invalid. Version 1 counted the greedy window in chunks, without the current one."""
         values = dict(self.preset)
         if self.version == 1 and values.get("family") == "greedy":
             window, chunk = values.get("window", 3), values.get("chunk", 1)
@@ -175,7 +176,7 @@ class Manifest(_Strict):
 
     @property
     def row_inputs(self) -> tuple[str, str]:
-        """Names of the graph inputs for the first row to write and the rows to attend to."""
+        """Names of the graph inputs for the first row to write and the number of rows to attend to."""
         return ROW_INPUTS[self.version]
 
     def transformer_value(self) -> TransformerConfig:
@@ -183,7 +184,10 @@ class Manifest(_Strict):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """manifest.json, checked against the schema and against the files on disk (sizes, no links)."""
+    """Read manifest.json and check it against the schema and the files on disk (sizes, no links).
+
+    Raises FileNotFoundError or ValueError (got and expected).
+    """
     path = folder / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(f"bundle: got {folder} without manifest.json, expected a bundle")
@@ -218,14 +222,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_hash(folder: Path, manifest: Manifest, name: str) -> None:
-    """One file's sha256; raises ValueError where it differs."""
+    """Check one file's sha256; ValueError if it differs."""
     got, expected = file_hash(folder / name), manifest.files[name].sha256
     if got != expected:
         raise ValueError(f"{folder / name}: got sha256 {got[:12]}, expected {expected[:12]}")
 
 
 def check_hashes(folder: Path, manifest: Manifest) -> None:
-    """Every file's sha256; raises ValueError at the first that differs."""
+    """Check every file's sha256; ValueError at the first that differs."""
     for name in manifest.files:
         check_hash(folder, manifest, name)
 

@@ -1,11 +1,11 @@
-"""The native backend: a bundle streamed by the C++ core that docs/embedding.md describes, from Python.
+"""The native backend: streams a bundle from Python through the C++ core (docs/embedding.md).
 
     pipeline = NativePipeline("sprites.bundle")
     with pipeline.stream("a red circle moving right slowly on a gray background", seed=1) as stream:
         for frame in stream:        # uint8 [H, W, 3], a view of the core's memory
             ...
 
-The same interface as engine.stream's; weights and graphs are shared by all streams of a pipeline.
+The interface is that of engine.stream. All streams of a pipeline share weights and graphs.
 """
 
 from collections.abc import Iterator
@@ -32,17 +32,20 @@ def _core() -> ModuleType:
 
 @dataclass(frozen=True)
 class NativeStages:
-    """What runs the stages, by name; they are out of Python's reach."""
+    """Name of the backend that runs the stages; Python cannot call them."""
 
     name: str
 
 
 class NativePipeline:
-    """An opened bundle. backend is aoti or tensorrt; None is the bundle's first that opens here.
+    """An opened bundle.
 
-    verify compares every sha256 (of graphs it is always compared); parallel is how many streams may be inside one graph
-    at once; threads is the process's number of CPU threads (None leaves it; small graphs take fewer). Raises
-    ValueError, FileNotFoundError, or ImportError where a library is missing (got and expected).
+    backend   aoti or tensorrt; None is the bundle's first backend that opens on this machine
+    verify    compare the sha256 of every file; that of graphs is always compared
+    parallel  number of streams that may run one graph at the same time
+    threads   the process's number of CPU threads; None keeps it; small graphs use fewer
+
+    Raises ValueError, FileNotFoundError, or ImportError for a missing library (got and expected).
     """
 
     def __init__(
@@ -69,13 +72,13 @@ class NativePipeline:
         self.latent: tuple[int, int, int, int] = info["latent"]  # of a chunk: channels, frames, height, width
 
     def warm(self) -> None:
-        """Nothing is left to prepare: graphs are compiled and loaded."""
+        """Do nothing: graphs are already compiled and loaded."""
 
     def stream(
         self, prompt: str | Tensor, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
         latents: Tensor | None = None,
     ) -> "NativeStream":  # fmt: skip
-        """An iterator of uint8 frames [H, W, 3]; the arguments are those of engine.stream.Pipeline.stream."""
+        """An iterator of uint8 frames [H, W, 3]. Arguments and errors are those of engine.stream.Pipeline.stream."""
         if frames is not None and frames < 1:
             raise ValueError(f"frames: got {frames}, expected at least 1")
         if not 0 <= seed < 2**64:
@@ -84,7 +87,7 @@ class NativePipeline:
 
 
 class NativeStream:
-    """One video in the making. `set_prompt` and `cancel` may be called from other threads while a chunk is made."""
+    """One video in progress. Other threads may call `set_prompt` and `cancel` while a chunk is made."""
 
     def __init__(
         self, pipeline: NativePipeline, prompt: str | Tensor, seed: int, frames: int | None,
@@ -109,7 +112,10 @@ class NativeStream:
             self._session.push_latent(latents[0].float().cpu().numpy())
 
     def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> None:
-        """Switch the prompt, text or embedding [1, rows, text_dim], from the next chunk on."""
+        """Switch the prompt, text or embedding [1, rows, text_dim], from the next chunk on.
+
+        `recommit` rewrites the window's keys and values under the new prompt. ValueError for another shape.
+        """
         if isinstance(prompt, str):
             self._session.set_prompt(prompt, recommit)
             return
@@ -119,15 +125,15 @@ class NativeStream:
         self._session.set_prompt_embedding(prompt[0].float().cpu().numpy(), recommit)
 
     def next_chunk(self) -> np.ndarray:
-        """The next chunk's frames, uint8 [T, H, W, 3], read-only. engine._C.Cancelled after `cancel`."""
+        """The next chunk's frames, uint8 [T, H, W, 3], read-only. Raises engine._C.Cancelled after `cancel`."""
         return self._session.next_chunk()
 
     def cancel(self) -> None:
-        """Make the `next_chunk` that runs now, or the next one, raise engine._C.Cancelled; the stream goes on after."""
+        """Make the running or next `next_chunk` raise engine._C.Cancelled. The stream can continue afterwards."""
         self._session.cancel()
 
     def close(self) -> None:
-        """Drop caches; further frames are refused. Closing twice is fine."""
+        """Drop the caches and end the stream. Closing twice is fine."""
         self._closed = True
         self._session.close()
 

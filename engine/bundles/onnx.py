@@ -1,6 +1,6 @@
 """The onnx backend: the graphs of a bundle in ONNX Runtime sessions.
 
-Caches are the engine's own RingCache memory, bound as input and as output of the same call: a step copies nothing.
+The engine's RingCache memory is bound as input and as output of the same call, so a step copies no cache.
 """
 
 from collections.abc import Mapping
@@ -30,13 +30,13 @@ def _runtime() -> Any:
 
 
 def _value(ort: Any, tensor: Tensor) -> Any:
-    if tensor.dtype == torch.float8_e4m3fn:  # numpy has none: bytes, and what they stand for
+    if tensor.dtype == torch.float8_e4m3fn:  # numpy has no such type: pass bytes and their ONNX type
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.view(torch.uint8).numpy(), _ONNX_FLOAT8E4M3FN)
     return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
 
 
 class OnnxGraph:
-    """One session: inputs are checked against the manifest, outputs are new tensors or the inputs they replace."""
+    """One session. It checks inputs against the manifest; an output is a new tensor or the input that it replaces."""
 
     def __init__(self, name: str, file: Path, spec: GraphSpec, weights: Mapping[str, Tensor], threads: int) -> None:
         ort = _runtime()
@@ -46,21 +46,21 @@ class OnnxGraph:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        # Every session has threads of its own, which would spin while another session, or another process, works.
+        # Every session has its own threads. Without this they would spin while another session or process works.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        # The fusions of quantised products know integers only, and spoil graphs whose Q/DQ is FP8.
+        # ONNX Runtime's fusions of quantised products handle only integers and break graphs with FP8 Q/DQ.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-        given = [_ort_value(ort, value) for value in weights.values()]
-        if given:
-            options.add_external_initializers(list(weights), given)
+        outside = [_ort_value(ort, value) for value in weights.values()]
+        if outside:
+            options.add_external_initializers(list(weights), outside)
         try:
             self.session = ort.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise ValueError(f"{file}: got a graph that does not load, expected ONNX ({str(error)[:200]})") from None
-        self._kept = given  # the session reads this memory
+        self._kept = outside  # the session reads this memory
         self.name, self.spec = name, spec
-        # What is bound is memory of the manifest's shapes: a lie would let the runtime read or write past it.
+        # Bound memory has the manifest's shapes. With a wrong manifest the runtime could read or write past it.
         for specs, found in ((spec.inputs, self.session.get_inputs()), (spec.outputs, self.session.get_outputs())):
             told = {t.name: (t.shape, f"tensor({_ORT_TYPES[t.dtype]})") for t in specs}
             real = {t.name: (list(t.shape), t.type) for t in found}
@@ -69,7 +69,7 @@ class OnnxGraph:
                     raise ValueError(f"{file}: {key}: got {told.get(key)} in the manifest, expected {real.get(key)}")
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run; an output with an alias is written over that input."""
+        """Run the session; an output with an alias overwrites that input."""
         check_inputs(self.name, self.spec.inputs, inputs, _CPU)
         binding = self.session.io_binding()
         kept = {name: tensor.contiguous() for name, tensor in inputs.items()}
@@ -86,7 +86,7 @@ class OnnxGraph:
 
 
 def _ort_value(ort: Any, tensor: Tensor) -> Any:
-    """On the tensor's own memory; what numpy has no type for goes by its number in ONNX."""
+    """An OrtValue on the tensor's own memory. Types that numpy lacks are named by their ONNX number."""
     if tensor.dtype not in _RAW:
         return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
     raw, number = _RAW[tensor.dtype]

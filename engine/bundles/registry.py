@@ -1,4 +1,4 @@
-"""The backends of bundles. Adding one: a file here with its GraphStages, a row below, a compiler in export/."""
+"""The backends of bundles. To add one, write its GraphStages here, a row below, and a compiler in export/."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -9,10 +9,10 @@ from typing import Any, Literal
 class Backend:
     """One way to run a bundle's graphs.
 
-    module, stages  where its subclass of GraphStages is; imported when a bundle of this backend is opened
-    extra           extra of this package that installs what it needs; empty where nothing more is needed
-    writes          how its graphs write caches: "aliases" replace an input by an output, "mutates" writes where it
-                    lies, "either" allows both
+    module, stages  module and name of its subclass of GraphStages; imported when a bundle of this backend is opened
+    extra           extra of this package that installs its requirements; empty if there are none
+    writes          how its graphs write caches: "aliases" replace an input by an output, "mutates" overwrites the
+                    input, "either" allows both
     made_with       packages whose version a bundle must name
     """
 

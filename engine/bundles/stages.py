@@ -1,6 +1,6 @@
-"""Stages over the named graphs of a bundle, whatever runtime executes them.
+"""Stages over the named graphs of a bundle, for every runtime.
 
-A backend says how one graph is opened; what goes into which graph under which name stands here, once.
+A backend only opens one graph. This file defines which tensors go into which graph, and under which name.
 """
 
 from abc import ABC, abstractmethod
@@ -24,24 +24,24 @@ DTYPES = {
 
 
 class NotHere(ValueError):
-    """The bundle is whole, but nothing on this machine runs these graphs."""
+    """The bundle is intact, but this machine cannot run these graphs."""
 
 
 class StageGraph(Protocol):
-    """One opened graph: named tensors in, named tensors out."""
+    """One opened graph: takes and returns named tensors."""
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
 
 class Weights:
-    """The bundle's weights, mapped once and shared by every graph."""
+    """The bundle's weights, memory-mapped once and shared by every graph."""
 
     def __init__(self, file: Path) -> None:
         with safe_open(file, framework="pt") as opened:
             self.tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
 
     def of(self, graph: str, spec: GraphSpec) -> dict[str, Tensor]:
-        """A graph's own names for its constants -> their values."""
+        """A graph's constants: its own names -> values. ValueError for a missing weight."""
         for key in spec.weights.values():
             if key not in self.tensors:
                 raise ValueError(f"{graph}: got no weight {key!r} in the bundle, expected it")
@@ -49,7 +49,7 @@ class Weights:
 
 
 def check_inputs(graph: str, specs: list[TensorSpec], inputs: Mapping[str, Tensor], device: torch.device) -> None:
-    """Names, shapes, dtypes and device are the manifest's; no runtime checks all of them."""
+    """ValueError unless names, shapes, dtypes and device match the manifest. No runtime checks all of them."""
     if inputs.keys() != {spec.name for spec in specs}:
         odd = sorted(inputs.keys() ^ {spec.name for spec in specs})
         raise ValueError(f"{graph}: got inputs that differ in {', '.join(odd[:3])}, expected the manifest's")
@@ -61,12 +61,12 @@ def check_inputs(graph: str, specs: list[TensorSpec], inputs: Mapping[str, Tenso
 
 
 class GraphStages(ABC):
-    """Stages of one backend of a bundle. Every graph is opened at once, but those that only encode images."""
+    """Stages of one backend of a bundle. The constructor opens every graph, except those that encode images."""
 
     name: str
     capabilities = Capabilities()
     make_cache = RingCache
-    executable = False  # the graphs are machine code: never opened before their sha256 was compared
+    executable = False  # True: graphs are machine code, so compare their sha256 before opening them
 
     def __init__(
         self, folder: Path, manifest: Manifest, backend: BackendSpec, threads: int, device: torch.device
@@ -84,7 +84,7 @@ class GraphStages(ABC):
 
     @abstractmethod
     def open_graph(self, name: str, file: Path, spec: GraphSpec) -> StageGraph:
-        """Load one graph; ValueError where it is not what the manifest says."""
+        """Load one graph; ValueError if it differs from the manifest."""
 
     def _open(self, name: str) -> StageGraph:
         spec = self.backend.graphs[name]
@@ -93,7 +93,7 @@ class GraphStages(ABC):
         return self.open_graph(name, self.folder / spec.file, spec)
 
     def run_graph(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One graph by its name in the manifest."""
+        """Run one graph by its name in the manifest; opens it on first use."""
         if name not in self._graphs:
             self._graphs[name] = self._open(name)
         return self._graphs[name](inputs)
@@ -117,7 +117,7 @@ class GraphStages(ABC):
 
     def run(self, step: Pass, cache: RingCache, text_kv: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         kind, rows, tokens = step.kind, cache.slots * cache.tokens, len(step.cos)
-        # A compiled graph does not survive what lies outside.
+        # A compiled graph does not check bounds, so check them here.
         if not 0 <= step.slot * cache.tokens <= rows - tokens or not 0 < step.valid <= cache.slots:
             raise ValueError(f"{kind.graph}: got slot {step.slot} and {step.valid} valid ones for "
                              f"{step.frames} frames, expected room in {cache.slots} slots")  # fmt: skip
@@ -131,7 +131,7 @@ class GraphStages(ABC):
         for layer in range(self.layers):
             for side, whole, past in zip("kv", text_kv[kind.role], cache.view(layer), strict=True):
                 inputs[f"text_{side}_{layer}"] = whole[layer]
-                # Rows, but for V in FP8: there they are the last axis.
+                # Graphs take rows [B, rows, dim]. Only V in FP8 keeps its layout, with rows as the last axis.
                 inputs[f"{side}_{layer}"] = past if cache.fp8 and side == "v" else past.flatten(2)
         return self.run_graph(kind.graph, inputs)["hidden" if kind.hidden else "flow"]
 
@@ -160,5 +160,5 @@ class GraphStages(ABC):
 
 
 def _spans(frames: int, step: int) -> list[tuple[int, int]]:
-    """The first frame alone, then `step` at a time."""
+    """(start, stop) of the first frame alone, then of `step` frames each."""
     return [(0, 1)] + [(start, start + step) for start in range(1, frames, step)]

@@ -1,6 +1,6 @@
 """The tensorrt backend: the graphs of a bundle as plans of TensorRT 11, on an NVIDIA GPU.
 
-Written against TensorRT 11, not executed by us: neither TensorRT nor a machine that has it was at hand. Tests check
+This file is written against TensorRT 11, but we have never run it with TensorRT: we had no machine with it. Tests check
 every name against the published API and drive this file with a stand-in. As with aoti, such a bundle is code.
 """
 
@@ -17,12 +17,12 @@ from engine.bundles.manifest import BackendSpec, GraphSpec, Manifest
 from engine.bundles.stages import DTYPES, GraphStages, NotHere, check_inputs
 
 MAJOR = 11
-REPLAYS = 8  # CUDA graphs kept of one plan: streams and prompts that take turns
+REPLAYS = 8  # CUDA graphs kept per plan, for streams and prompts that take turns
 _TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn", "INT64": "int64"}
 
 
 def require_tensorrt() -> Any:
-    """The package, in the version that this is written against. NotHere where there is none."""
+    """The package tensorrt in version MAJOR. NotHere if it is missing or has another version."""
     try:
         import tensorrt as trt
     except ImportError:
@@ -33,17 +33,17 @@ def require_tensorrt() -> Any:
 
 
 def type_of(trt: Any, dtype: str) -> Any:
-    """The manifest's dtype as TensorRT's."""
+    """TensorRT's type for a dtype of the manifest."""
     return getattr(trt.DataType, next(theirs for theirs, ours in _TYPES.items() if ours == dtype))
 
 
 def _stream(device: torch.device) -> int:
-    """Handle of the stream that torch works on now."""
+    """Handle of torch's current stream."""
     return torch.cuda.current_stream(device).cuda_stream
 
 
 def _capture(enqueue: Callable[[], None]) -> Callable[[], None]:
-    """Record what `enqueue` starts, and return what starts it again."""
+    """Record the work that `enqueue` starts, and return a function that replays it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         enqueue()
@@ -51,11 +51,11 @@ def _capture(enqueue: Callable[[], None]) -> Callable[[], None]:
 
 
 class TensorrtGraph:
-    """One plan. Caches are written where they lie; passes that write them are replayed as CUDA graphs.
+    """One plan. It writes caches in place; passes that write them are replayed as CUDA graphs.
 
-    Caches and text keys stay where they are from call to call, so a recording may hold their addresses. What
-    changes, positions and lengths included, is copied into buffers of the recording. Graphs without caches
-    (text, VAE) run now and then, on tensors that are new every time: they are started plainly.
+    Caches and text keys keep their addresses between calls, so a recording may hold them. Changing inputs, positions
+    and lengths included, are copied into the recording's buffers. Graphs without caches (text, VAE) run rarely and on
+    new tensors each time, so they are not recorded.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TensorrtGraph:
                 self._bind(tensor.name, self._buffers[tensor.name])
 
     def _check(self, file: Path, engine: Any) -> None:
-        """A manifest that lies would let the plan read or write past a buffer."""
+        """Compare the plan with the manifest: with a wrong one the plan could read or write past a buffer."""
         trt = require_tensorrt()
         modes = {trt.TensorIOMode.INPUT: "input", trt.TensorIOMode.OUTPUT: "output"}
         real = {}
@@ -92,7 +92,7 @@ class TensorrtGraph:
             real[tensor] = modes[engine.get_tensor_mode(tensor)], engine.get_tensor_dtype(tensor), size
         sides = {"input": self.spec.inputs, "output": self.spec.outputs}
         told = {
-            spec.name: (mode, type_of(trt, spec.dtype), math.prod(spec.shape))  # caches have an axis more
+            spec.name: (mode, type_of(trt, spec.dtype), math.prod(spec.shape))  # caches have one axis more
             for mode, specs in sides.items()
             for spec in specs
         }
@@ -100,12 +100,12 @@ class TensorrtGraph:
             got, expected = told.get(tensor), real.get(tensor)
             if got != expected:
                 raise ValueError(f"{file}: {tensor}: got {got} in the manifest, expected {expected}")
-        for output, given in self.spec.aliases.items():
-            if (shared := engine.get_aliased_input_tensor(output)) != given:
-                raise ValueError(f"{file}: {output}: got {given!r} at its address, expected {shared!r}")
+        for output, replaced in self.spec.aliases.items():
+            if (shared := engine.get_aliased_input_tensor(output)) != replaced:
+                raise ValueError(f"{file}: {output}: got {replaced!r} at its address, expected {shared!r}")
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run on torch's current stream; an output with an alias is written over that input."""
+        """Run on torch's current stream; an output with an alias overwrites that input."""
         check_inputs(self.name, self.spec.inputs, inputs, self.device)
         if not self.spec.aliases:
             return self._run_plainly(inputs)
@@ -120,7 +120,7 @@ class TensorrtGraph:
         replay = self._replays.pop(key, None)
         if replay is None:
             self._bind_all(held)
-            self._enqueue()  # the first run with new addresses may allocate: it cannot be recorded
+            self._enqueue()  # the first run with new addresses may allocate, so do not record it
             replay = _capture(self._enqueue)
         else:
             replay()
@@ -135,17 +135,17 @@ class TensorrtGraph:
         }
 
     def _run_plainly(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        given = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        dense = {name: tensor.contiguous() for name, tensor in inputs.items()}
         made = {o.name: torch.empty(o.shape, dtype=DTYPES[o.dtype], device=self.device) for o in self.spec.outputs}
-        self._bind_all(given | made)
+        self._bind_all(dense | made)
         self._enqueue()
         return made
 
     def _bind_all(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             self._bind(name, tensor)
-        for output, given in self.spec.aliases.items():
-            self._bind(output, tensors[given])
+        for output, replaced in self.spec.aliases.items():
+            self._bind(output, tensors[replaced])
 
     def _bind(self, name: str, tensor: Tensor) -> None:
         if not self.context.set_tensor_address(name, tensor.data_ptr()):
@@ -157,7 +157,7 @@ class TensorrtGraph:
 
 
 def _refit(file: Path, engine: Any, weights: dict[str, Tensor]) -> None:
-    """Put the bundle's weights into a plan that was stored without them."""
+    """Load the bundle's weights into a plan that was stored without them."""
     trt = require_tensorrt()
     refitter = trt.Refitter(engine, trt.Logger(trt.Logger.WARNING))
     kept = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}

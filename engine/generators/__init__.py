@@ -1,4 +1,4 @@
-"""How the next chunk is made: one family a file, and their registry."""
+"""Generators of the next chunk: one file per family, and their registry."""
 
 import torch
 
@@ -12,7 +12,7 @@ FAMILIES: dict[str, type[Generator]] = {"greedy": GreedyGenerator, "causal": Cau
 
 
 def family_of(preset: Preset) -> type[Generator]:
-    """The family of a preset."""
+    """The family of a preset. ValueError if unknown."""
     preset.expect("family", preset.family in FAMILIES, "one of " + ", ".join(FAMILIES))
     return FAMILIES[preset.family]
 
@@ -20,5 +20,5 @@ def family_of(preset: Preset) -> type[Generator]:
 def make_generator(
     stages: Stages, config: TransformerConfig, preset: Preset, dtype: torch.dtype, device: torch.device
 ) -> Generator:
-    """The generator of a preset's family; dtype is that of cached keys and values."""
+    """The generator of a preset's family; dtype is that of cached keys and values. ValueError for an invalid preset."""
     return family_of(preset)(stages, config, preset, dtype, device)

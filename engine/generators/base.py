@@ -1,8 +1,8 @@
-"""What the families share: one stream's shapes, its rotary tables, its state, and what a family must provide.
+"""Shared by all families: a stream's shapes, rotary tables and state, and the interface of a generator.
 
-A generator holds no stream: everything that a stream owns is its state, passed as an argument. `denoise` only
-stages keys and values in slots that no finished chunk is read from; `commit` alone publishes. So a call that
-raises can be repeated and gives what it would have given.
+A generator holds no stream: each stream's state is passed as an argument. `denoise` only stages keys and values, in
+slots whose old content no pass reads any more. Only `commit` publishes them. So a call that raises can be repeated
+with the same result.
 """
 
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ from engine.runtime.transfer import upload
 
 @dataclass(frozen=True)
 class Geometry:
-    """One stream's shapes: latent [batch, channels, F, height, width] and its tokens a frame."""
+    """One stream's shapes: latent [batch, channels, F, height, width], and tokens per latent frame."""
 
     batch: int
     channels: int
@@ -37,7 +37,7 @@ class Geometry:
 
     @classmethod
     def of(cls, config: TransformerConfig, batch: int, height: int, width: int) -> "Geometry":
-        """From latent height and width; both must be whole patches."""
+        """From latent height and width. ValueError unless both are multiples of the patch."""
         _, ph, pw = config.patch_size
         if height < ph or width < pw or height % ph or width % pw:
             raise ValueError(f"latent: got {height} x {width}, expected multiples of {ph} x {pw}")
@@ -45,14 +45,14 @@ class Geometry:
 
 
 class RopeTables:
-    """cos and sin on the device; a chunk's denoising steps and clamped positions reuse them."""
+    """Rotary cos and sin on the device, cached for a chunk's denoising steps and for clamped positions."""
 
     def __init__(self, geometry: Geometry, head_dim: int, device: torch.device) -> None:
         self.geometry, self.head_dim, self.device = geometry, head_dim, device
         self._recent: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def at(self, position: int, frames: int) -> tuple[Tensor, Tensor]:
-        """Tables of `frames` frames from a temporal position on."""
+        """cos and sin of `frames` frames from a temporal position on, each [frames * tokens, head_dim / 2]."""
         key = position, frames
         found = self._recent.pop(key, None)
         if found is None:
@@ -67,32 +67,32 @@ class RopeTables:
 
 @dataclass
 class State:
-    """What every stream owns beside its caches."""
+    """State that every stream owns beside its caches."""
 
     geometry: Geometry
     rope: RopeTables
     text_kv: TextKV
     index: int = 0  # chunks committed
     position: int = 0  # latent frames committed: temporal position of the next one
-    stale: bool = False  # the caches were written for another prompt
+    stale: bool = False  # the caches belong to an earlier prompt
 
 
 @dataclass(frozen=True)
 class Ring:
-    """Size of one role's cache, in slots (latent frames); the first `attn_sink` are never evicted."""
+    """Size of one role's cache in slots (latent frames). The first `attn_sink` slots are never overwritten."""
 
     slots: int
     attn_sink: int = 0
 
 
 class Generator(ABC):
-    """A family of models: which passes they make, over which rings, and how these give the next chunk.
+    """A family of models: its passes, its rings, and how they make the next chunk.
 
-    A generator of a pipeline serves the states of all its streams. A new family is a subclass in a file of its own
-    and a row of FAMILIES in engine/generators/__init__.py.
+    One generator serves all streams of a pipeline. To add a family, write a subclass in its own file and a row of
+    FAMILIES in engine/generators/__init__.py.
     """
 
-    name: ClassVar[str]  # of the family, in presets and manifests
+    name: ClassVar[str]  # the family's name in presets and manifests
     passes: ClassVar[tuple[PassKind, ...]]
 
     def __init__(
@@ -105,26 +105,26 @@ class Generator(ABC):
     @staticmethod
     @abstractmethod
     def check(preset: Preset) -> None:
-        """ValueError where the family has no use for a field's value."""
+        """ValueError if the family does not support a field's value."""
 
     @staticmethod
     @abstractmethod
     def rings(preset: Preset) -> Mapping[str, Ring]:
-        """The cache of every role."""
+        """The size of every role's cache."""
 
     @staticmethod
     @abstractmethod
     def steady(preset: Preset) -> int:
-        """Chunks until every ring is full."""
+        """Number of chunks until every ring is full."""
 
     @staticmethod
     def unit(preset: Preset) -> int:
-        """Latent frames that a supplied clip is a multiple of."""
+        """A supplied clip's latent frames must be a multiple of this number."""
         return 1
 
     @classmethod
     def roles(cls) -> tuple[str, ...]:
-        """Its transformers, in the order of their passes."""
+        """The family's transformers, in the order of their passes."""
         return tuple(dict.fromkeys(kind.role for kind in cls.passes))
 
     @classmethod
@@ -134,19 +134,19 @@ class Generator(ABC):
 
     @abstractmethod
     def open(self, geometry: Geometry, text_kv: TextKV) -> Any:
-        """A new stream's state, empty."""
+        """The empty state of a new stream."""
 
     @abstractmethod
     def denoise(self, x: Tensor, t: float, state: Any) -> Tensor:
-        """Flow of the noisy chunk x [B, C, F, h, w] at timestep t; publishes nothing."""
+        """Flow of the noisy chunk x at timestep t in [0, 1000], both [B, C, F, h, w]. Publishes nothing."""
 
     @abstractmethod
     def commit(self, x: Tensor, state: Any, supplied: bool = False) -> None:
-        """Publish a finished chunk; a `supplied` one (an image, a clip) was encoded, not denoised."""
+        """Publish a finished chunk x [B, C, F, h, w]. A `supplied` chunk was encoded from an image or clip."""
 
     @abstractmethod
     def set_text(self, text_kv: TextKV, state: Any, recommit: bool = True) -> None:
-        """Switch the prompt; `recommit` rewrites the window's keys and values under the new one."""
+        """Switch the prompt; `recommit` rewrites the window's keys and values under the new prompt."""
 
     def _cache(self, role: str, geometry: Geometry) -> RingCache:
         config, ring = self.config, self.rings(self.preset)[role]
@@ -160,5 +160,5 @@ class Generator(ABC):
 
 
 def timesteps(x: Tensor, t: float) -> Tensor:
-    """t for every sample of a batch, float32 [B]."""
+    """t in [0, 1000] repeated for every sample of a batch: float32 [B]."""
     return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)

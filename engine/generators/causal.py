@@ -19,8 +19,8 @@ DIT = PassKind("dit", "dit", timed=True)
 class CausalState(State):
     cache: RingCache = field(kw_only=True)
     sinks: list[tuple[int, Tensor]] = field(default_factory=list)  # (position, latent frame) of the attention sink
-    window: deque[tuple[int, Tensor]] = field(default_factory=deque)  # the same, of the other cached frames
-    staged: bool = False  # the last denoising call's keys and values are in place for the next commit
+    window: deque[tuple[int, Tensor]] = field(default_factory=deque)  # (position, latent frame) of the other slots
+    staged: bool = False  # the next commit can publish the last denoising call's keys and values
 
 
 class CausalGenerator(Generator):
@@ -58,10 +58,10 @@ class CausalGenerator(Generator):
     def commit(self, x: Tensor, state: CausalState, supplied: bool = False) -> None:
         self._refresh(state)
         frames = x.shape[2]
-        # After a prompt switch the keys of the last denoising call are the old prompt's, or overwritten.
+        # After a prompt switch the last denoising call's keys belong to the old prompt, or are overwritten.
         lost = self.preset.commit == "noisy" and not state.staged
         if supplied or lost or self.preset.commit == "clean":
-            # A supplied chunk is clean, whatever noise level the preset pretends for its own chunks.
+            # A supplied chunk is clean, so its timestep is 0, even if the preset's context_timestep is higher.
             self._run(x, 0.0 if supplied else self.preset.context_timestep, state.position, state)
         if supplied or self.preset.commit != "none":
             state.cache.commit(frames)
@@ -74,7 +74,7 @@ class CausalGenerator(Generator):
 
     def set_text(self, text_kv: TextKV, state: CausalState, recommit: bool = True) -> None:
         state.text_kv = text_kv
-        if recommit:  # one that is still due stays due
+        if recommit:  # without recommit, an earlier pending refresh stays pending
             state.stale, state.staged = state.index > 0, False
 
     def _run(self, x: Tensor, t: float, position: int, state: CausalState) -> Tensor:
@@ -84,7 +84,7 @@ class CausalGenerator(Generator):
         return self.stages.run(step, cache, state.text_kv)
 
     def _refresh(self, state: CausalState) -> None:
-        """After a prompt switch: one clean pass over the latents still cached, at their own positions.
+        """After a prompt switch, run one clean pass over the cached latents, at their own positions.
 
         `stale` is cleared only after success, so that a failure retries.
         """

@@ -1,4 +1,4 @@
-"""Greedy Distill: the ETM reads each finished chunk once, the SDD denoises the next one (Eq. 2-5, Alg. 1)."""
+"""Greedy Distill: the ETM reads each finished chunk once, then the SDD denoises the next one (Eq. 2-5, Alg. 1)."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ SDD = PassKind("sdd", "sdd", timed=True, conditioned=True)
 
 @dataclass
 class GreedyState(State):
-    etm: RingCache = field(kw_only=True)  # [w past chunks and the newest one]
+    etm: RingCache = field(kw_only=True)  # w past chunks and the newest one
     sdd: RingCache = field(kw_only=True)  # [current | chunk 0 | last]
     c_f: Tensor | None = None  # temporal feature for the next chunk; None means zero (chunk 0)
     first: Tensor | None = None  # latent of chunk 0
@@ -28,9 +28,9 @@ class GreedyState(State):
 class GreedyGenerator(Generator):
     """ETM and SDD.
 
-    The SDD's keys are [current | chunk 0 | last]: a prefix from the first chunk on. Its context is clean, at
-    timestep 0, computed once per chunk and kept for all steps. Its positions stop growing at max_position, those of
-    the ETM grow for ever (only distances inside its window matter).
+    The SDD's keys are [current | chunk 0 | last]; the valid slots are a prefix from the first chunk on. Its context is
+    clean, at timestep 0, computed once per chunk and kept for all steps. SDD positions stop at max_position. ETM
+    positions grow without limit: only distances inside its window matter.
     """
 
     name = "greedy"
@@ -86,19 +86,19 @@ class GreedyGenerator(Generator):
 
     def set_text(self, text_kv: TextKV, state: GreedyState, recommit: bool = True) -> None:
         state.text_kv = text_kv
-        if recommit and state.index > 0:  # one that is still due stays due
+        if recommit and state.index > 0:  # without recommit, an earlier pending refresh stays pending
             state.stale = True
 
     def _temporal(self, x: Tensor, position: int, state: GreedyState) -> Tensor:
-        """c_f = ETM(finished chunk), over the keys of the w chunks before it and its own (Eq. 1, 2)."""
+        """c_f = ETM(finished chunk) [B, tokens, dim]. It attends to the w chunks before it and to itself (Eq. 1, 2)."""
         chunk, etm = self.preset.chunk, state.etm
         step = Pass(ETM, x, *state.rope.at(position, chunk), etm.next_slot, etm.valid(chunk))
         return self.stages.run(step, etm, state.text_kv)
 
     def _context(self, x: Tensor, position: int, state: GreedyState) -> None:
-        """Clean keys and values of a finished chunk for the SDD; chunk 0 sees itself, later ones also chunk 0.
+        """Write a finished chunk's clean keys and values for the SDD. The chunk sees itself and chunk 0.
 
-        The pass runs in the current chunk's slot; its result is copied to its place once it is whole.
+        The pass writes to the current chunk's slots; a copy moves the complete result to its own slots.
         """
         chunk, seen = self.preset.chunk, 1 if position == 0 else 2
         rope = state.rope.at(min(position, self.preset.max_position - chunk), chunk)
@@ -106,7 +106,7 @@ class GreedyGenerator(Generator):
         state.sdd.copy(0, seen * chunk, chunk)
 
     def _refresh(self, state: GreedyState) -> None:
-        """After a prompt switch: the ETM's window, chunk 0 and the last chunk again, under the new prompt.
+        """After a prompt switch, recompute the ETM's window, chunk 0 and the last chunk under the new prompt.
 
         `stale` is cleared only after success, so that a failure retries.
         """

@@ -1,10 +1,10 @@
-"""Where frames go: files that appear whole, image sequences, stdout, a checksum, nowhere.
+"""Outputs for frames: files that appear whole, image sequences, stdout, a checksum, or only a count.
 
     with open_sink("out/demo.mp4", fps=16, size=(480, 832)) as sink:
         for frame in stream:        # uint8 [H, W, 3]
             sink.write(frame)
 
-A file grows as `.<name>.part` beside its name and is renamed by `close`; `abort` leaves nothing behind.
+A sink writes `.<name>.part` beside the target; `close` renames it and `abort` deletes it.
 An mp4 is fragmented: the `.part` of a killed process plays up to its last whole frame.
 """
 
@@ -27,14 +27,14 @@ import numpy as np
 
 from engine.files import part_of
 
-HELD_LIMIT = 1 << 30  # bytes of frames that gif and webp may hold: their writer wants all frames at once
+HELD_LIMIT = 1 << 30  # bytes of frames that gif and webp may hold: their writer needs all frames at once
 CRF = 18  # x264's quality: visually close to lossless
 
 
 class Sink(Protocol):
-    """Takes frames uint8 [H, W, 3] one by one. After the first `close` or `abort` the next ones do nothing."""
+    """Takes frames uint8 [H, W, 3] one by one. After the first `close` or `abort`, further calls of both do nothing."""
 
-    frames: int  # written so far
+    frames: int  # number written so far
 
     def write(self, frame: np.ndarray) -> None: ...
     def close(self) -> None: ...
@@ -44,15 +44,20 @@ class Sink(Protocol):
 
 
 class OutputClosed(BrokenPipeError):
-    """The reader at the other end of stdout has gone: an ordinary way for a stream to end."""
+    """The reader of stdout has gone. A stream may end this way; it is not a failure."""
 
 
 def open_sink(target: str | Path, fps: float, size: tuple[int, int], format: str | None = None) -> Sink:
     """The sink for a target; size is (height, width).
 
-    `null` counts, `checksum` hashes, `-` is stdout in `format` (y4m, mp4 or rgb; y4m if None), a name ending
-    in "/" or an existing directory gets 00000.png ..., `name_%05d.png` a file for each frame; else the suffix
-    decides: .mp4, .y4m, .rgb (raw), .gif, .webp.
+    null                   counts frames
+    checksum               hashes them
+    -                      writes to stdout in `format` (y4m, mp4 or rgb; y4m if None)
+    DIR/, or a directory   writes 00000.png, 00001.png, ...
+    name_%05d.png          writes one file per frame
+    else                   the suffix decides: .mp4, .y4m, .rgb (raw), .gif, .webp
+
+    Raises ValueError (got and expected), OSError for a place that cannot be written, ImportError for a missing package.
     """
     height, width = size
     if not 0.01 <= fps <= 1000:
@@ -71,7 +76,7 @@ def open_sink(target: str | Path, fps: float, size: tuple[int, int], format: str
         if format not in STREAM_FORMATS:
             raise ValueError(f"format: got {format}, expected one of {', '.join(STREAM_FORMATS)}")
         return STREAM_FORMATS[format](size, rate, None)
-    path = Path(target).absolute()  # so that even . has a name
+    path = Path(target).absolute()  # gives even . a name
     if name.endswith("/") or path.is_dir():
         _check_place(path)
         return PngSink(size, path, None)
@@ -90,7 +95,7 @@ def open_sink(target: str | Path, fps: float, size: tuple[int, int], format: str
 
 
 def _check_place(path: Path) -> None:
-    """Found out before the first frame is made, not after the last."""
+    """Raise OSError or ValueError before the first frame is made if `path` cannot be written."""
     folder = path.parent
     if not folder.exists():
         raise FileNotFoundError(f"output: got {path}, expected an existing directory {folder}")
@@ -112,7 +117,7 @@ def _need(module: str, what: str) -> ModuleType:
 
 
 class BaseSink:
-    """Checks frames and holds the order write* -> close or abort; `_put`, `_finish`, `_discard` do the work."""
+    """Checks frames and the order write* -> close or abort; subclasses define `_put`, `_finish` and `_discard`."""
 
     def __init__(self, size: tuple[int, int]):
         self.shape = (*size, 3)
@@ -133,7 +138,7 @@ class BaseSink:
         try:
             if self.frames:
                 self._finish()
-            else:  # without a frame there is no video, so there is no file either
+            else:  # without a frame write no file
                 self._discard()
         except BaseException:
             self._discard()
@@ -150,7 +155,7 @@ class BaseSink:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        # Ctrl-C ends a stream, it does not spoil it
+        # Ctrl-C ends a stream normally: keep the output.
         if kind is None or issubclass(kind, KeyboardInterrupt):
             self.close()
         else:
@@ -162,11 +167,11 @@ class BaseSink:
 
 
 class NullSink(BaseSink):
-    """Counts."""
+    """Counts frames and writes nothing."""
 
 
 class ChecksumSink(BaseSink):
-    """sha256 over the bytes of all frames; `digest` is there after close."""
+    """sha256 over the bytes of all frames; `close` sets `digest`."""
 
     def __init__(self, size: tuple[int, int]):
         super().__init__(size)
@@ -179,20 +184,20 @@ class ChecksumSink(BaseSink):
     def _finish(self) -> None:
         self.digest = self._hash.hexdigest()
 
-    _discard = _finish  # the checksum of nothing is one too
+    _discard = _finish  # zero frames have a checksum too
 
 
 class Output:
-    """Bytes to a file under its temporary name, or (path None) to stdout. A write is out when it returns."""
+    """Writes bytes to a file under its temporary name, or (path None) to stdout. Every write is flushed."""
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.end = 0  # of the last whole write
+        self.end = 0  # offset after the last whole write
         if path is None:
             if sys.stdout.isatty():
                 raise ValueError("output: got - on a terminal, expected a pipe or a redirection")
             sys.stdout.flush()
-            # our own descriptor: after a broken pipe nothing is left in sys.stdout to fail again at exit
+            # Use a descriptor of our own: after a broken pipe, sys.stdout then has nothing to flush at exit.
             file = io.FileIO(os.dup(sys.stdout.fileno()), "w")
         else:
             file = io.FileIO(part_of(path), "w")
@@ -209,7 +214,7 @@ class Output:
 
     def keep(self) -> None:
         if self.path is not None and self.end:
-            self.stream.truncate(self.end)  # a write that Ctrl-C cut short is no part of the file
+            self.stream.truncate(self.end)  # drop a write that Ctrl-C cut short
         self.stream.close()
         if self.path is not None:
             os.replace(part_of(self.path), self.path)
@@ -238,7 +243,7 @@ class RawSink(BaseSink):
         self.output.drop()
 
 
-# BT.601, limited range: what a reader assumes of a y4m, which has no field for it
+# BT.601, limited range. A y4m has no field for the matrix; readers assume this one.
 RGB_TO_YUV = np.array(
     [
         [65.481, 128.553, 24.966],
@@ -251,7 +256,7 @@ YUV_OFFSET = np.array([[16], [128], [128]], dtype=np.float32)
 
 
 class Y4mSink(RawSink):
-    """YUV4MPEG2, 4:4:4: every size, no package, read by every player."""
+    """YUV4MPEG2, 4:4:4: takes every size, needs no package, plays everywhere."""
 
     def __init__(self, size: tuple[int, int], rate: Fraction, path: Path | None):
         super().__init__(size, rate, path)
@@ -266,7 +271,7 @@ class Y4mSink(RawSink):
 
 
 class Mp4Sink(BaseSink):
-    """H.264, a fragment for each frame, so that what has been written can be watched."""
+    """H.264 with one fragment per frame, so that a player can show an unfinished file."""
 
     def __init__(self, size: tuple[int, int], rate: Fraction, path: Path | None):
         super().__init__(size)
@@ -277,7 +282,7 @@ class Mp4Sink(BaseSink):
         self.output = Output(path)
         flags = {"movflags": "frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
         try:
-            # a file is written by the library itself, where Ctrl-C cannot cut a write short
+            # The library writes a file itself, so that Ctrl-C cannot cut a write short.
             file = self.output if path is None else str(part_of(path))
             self.container = av.open(file, "w", format="mp4", options=flags)
             self.video = self.container.add_stream(_h264(av), rate=rate)
@@ -285,11 +290,11 @@ class Mp4Sink(BaseSink):
             self.output.drop()
             raise
         self.video.width, self.video.height, self.video.pix_fmt = width, height, "yuv420p"
-        # no look-ahead: a frame is out as soon as it is in. One thread: the model keeps the other cores
+        # No look-ahead: the encoder returns each frame at once. One thread: the model keeps the other cores.
         self.video.options = {"crf": str(CRF), "preset": "veryfast", "tune": "zerolatency"}
         context = self.video.codec_context
         context.thread_count, context.gop_size, context.time_base = 1, max(1, round(rate)), 1 / rate
-        # said in the file, or a player would guess another matrix for large pictures
+        # Name the matrix in the file: players guess another one for large pictures.
         context.colorspace, context.color_range = 6, 1  # BT.601 (SMPTE 170M), limited
         self.new_frame = av.VideoFrame.from_ndarray
         self.time_base = 1 / rate
@@ -305,7 +310,7 @@ class Mp4Sink(BaseSink):
         self.output.keep()
 
     def _discard(self) -> None:
-        with suppress(Exception):  # a container that has lost its reader cannot write its trailer
+        with suppress(Exception):  # a container without a reader cannot write its trailer
             self.container.close()
         self.output.drop()
 
@@ -321,9 +326,9 @@ STREAM_FORMATS = {"y4m": Y4mSink, "mp4": Mp4Sink, "rgb": RawSink}
 
 
 class PngSink(BaseSink):
-    """A file for each frame, in a hidden directory until all are there.
+    """Writes one file per frame to a hidden directory, and publishes them on `close`.
 
-    With a pattern they go into `folder` under its names; without one `folder` itself is made.
+    With a pattern the files move into `folder`; without one the hidden directory becomes `folder`.
     """
 
     def __init__(self, size: tuple[int, int], folder: Path, pattern: str | None):
@@ -333,7 +338,7 @@ class PngSink(BaseSink):
         self.image = _need("PIL.Image", "png")
         self.folder, self.pattern = folder, pattern
         self.part = part_of(folder if pattern is None else folder / pattern)
-        shutil.rmtree(self.part, ignore_errors=True)  # of a killed run
+        shutil.rmtree(self.part, ignore_errors=True)  # left by a killed run
         self.part.mkdir()
 
     def _put(self, frame: np.ndarray) -> None:
@@ -353,7 +358,7 @@ class PngSink(BaseSink):
 
 
 class AnimationSink(BaseSink):
-    """gif or webp, by the suffix: for short clips, as all frames stay in memory until close."""
+    """gif or webp, by the suffix. For short clips: all frames stay in memory until `close`."""
 
     def __init__(self, size: tuple[int, int], rate: Fraction, path: Path):
         super().__init__(size)
@@ -369,7 +374,7 @@ class AnimationSink(BaseSink):
         self.pictures.append(self.image.fromarray(frame.copy()))
 
     def _finish(self) -> None:
-        # a gif counts hundredths of a second: rounding the times, not the durations, keeps the speed right
+        # A gif counts hundredths of a second. Round the times, not the durations, to keep the right speed.
         unit = 10 if self.kind == "gif" else 1
         times = [unit * round(i * 1000 / (unit * self.rate)) for i in range(self.frames + 1)]
         timing = {"duration": np.diff(times).tolist(), "loop": 0}

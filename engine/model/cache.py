@@ -1,8 +1,8 @@
 """Preallocated key/value cache whose slots are latent frames.
 
-Slots fill in order, so the valid ones are always a prefix. The slots of the attention sink are filled first
-and never written again; after that writing goes round the rest. Softmax ignores key order, so a reader
-attends to rows [0, valid * tokens) and nothing is ever moved.
+Slots fill in order, so the valid ones are always a prefix. The cache fills the attention sink's slots first and never
+writes them again; the other slots form a ring. Softmax ignores key order, so a reader attends to rows
+[0, valid * tokens) and the cache never moves a key.
 """
 
 from dataclasses import dataclass
@@ -24,11 +24,13 @@ FP8 = torch.float8_e4m3fn
 class RingCache:
     """K and V, each [layers, B, slots, tokens, heads, head_dim]; RoPE is already applied to K.
 
-    In FP8 (dtype e4m3) V lies transposed, [layers, B, heads, head_dim, pitch], as FP8 matrix units want it; pitch is
-    slots * tokens rounded up to 16, and only the fused kernels write such a cache.
+    In FP8 (dtype e4m3) V is stored transposed, [layers, B, heads, head_dim, pitch], as FP8 matrix units need it. pitch
+    is slots * tokens rounded up to 16. Only the fused kernels write such a cache.
 
-    `write` stages a chunk in the slots that the next commit will own; only `commit` publishes them. A chunk
-    that is written again, or never committed, therefore changes nothing that a later chunk reads.
+    `write` stages a chunk in the slots that the next commit will own; only `commit` publishes them. So a chunk
+    that is written twice, or never committed, changes nothing that a later chunk reads.
+
+    The constructor raises ValueError unless 0 <= attn_sink < slots.
     """
 
     def __init__(
@@ -44,30 +46,31 @@ class RingCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(transposed if self.fp8 else shape, dtype=dtype, device=device)
         self.committed = 0  # latent frames published since the last reset
-        # Static scales of FP8 attention, one per head: after their norms q and k fit e4m3 as they are, and so does v.
+        # FP8 attention uses a static scale of 1 per head: normalised q and k fit e4m3 unscaled, and so does v.
         self.unit = torch.ones(heads, device=device) if self.fp8 else None
 
     def reset(self) -> None:
-        """Forget every frame; the memory stays."""
+        """Forget every frame; keep the memory."""
         self.committed = 0
 
     @property
     def next_slot(self) -> int:
-        """Slot that the next frame goes to."""
+        """Slot of the next frame."""
         return self._slot_of(self.committed)
 
     def valid(self, frames: int) -> int:
-        """Valid slots once `frames` more frames have been written."""
+        """Number of valid slots after `frames` more frames are written."""
         return min(self.committed + frames, self.slots)
 
     def view(self, layer: int) -> tuple[Tensor, Tensor]:
-        """K and V of one layer as rows, [B, slots * tokens, heads, head_dim], no copy; V as it lies in FP8."""
+        """K and V of one layer as rows, [B, slots * tokens, heads, head_dim], without a copy; in FP8 V as stored."""
         return self.k[layer].flatten(1, 2), self.v[layer] if self.fp8 else self.v[layer].flatten(1, 2)
 
     def write(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
-        """Put whole frames, k and v [B, frames * tokens, heads, head_dim], into slots from `slot` on.
+        """Write whole frames, k and v [B, frames * tokens, heads, head_dim], starting at `slot`.
 
-        Runs past the last slot continue behind the attention sink, so a chunk may wrap.
+        A chunk may wrap: frames past the last slot continue after the attention sink. Raises ValueError for an FP8
+        cache, for partial frames, and for more frames than slots.
         """
         if self.fp8:
             raise ValueError("cache: got a chunk that the fused kernels cannot write (it wraps), "
@@ -85,7 +88,7 @@ class RingCache:
             slot = self.attn_sink
 
     def copy(self, source: int, target: int, frames: int) -> None:
-        """Copy whole slots of all layers from `source` on to `target` on."""
+        """Copy `frames` slots of all layers, starting at slot `source`, to the slots starting at `target`."""
         slots = [self.k, self.v]
         if self.fp8:  # V's slots are columns
             slots[1] = self.v[..., : self.slots * self.tokens].unflatten(-1, (self.slots, -1)).movedim(-2, 2)
@@ -93,7 +96,7 @@ class RingCache:
             tensor[:, :, target : target + frames].copy_(tensor[:, :, source : source + frames])
 
     def commit(self, frames: int) -> None:
-        """Publish the `frames` frames written last."""
+        """Publish the last `frames` frames written."""
         self.committed += frames
 
     def _slot_of(self, frame: int) -> int:
@@ -104,11 +107,11 @@ class RingCache:
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """Self-attention over a cache: writes its keys and values to `slot` on, then attends to `valid` slots.
+    """Self-attention over a cache: writes keys and values starting at `slot`, then attends to `valid` slots.
 
-    Called with (layer, q, k, v), each [B, tokens, heads, head_dim]. Where `in_kernels` says so, `fused` goes
-    the whole way from the product of q, k and v. slot and valid are numbers, or int32 scalars on the device that a
-    CUDA graph reads anew.
+    Call it with (layer, q, k, v), each [B, tokens, heads, head_dim]. If `in_kernels` is true, call `fused` with the
+    qkv product instead. slot and valid are ints, or int32 scalars on the device that a CUDA graph reads on every
+    replay.
     """
 
     cache: RingCache
@@ -116,10 +119,10 @@ class CachedAttention:
     valid: int | Tensor
 
     def in_kernels(self, tokens: int) -> bool:
-        """Whether a chunk's q, k and v go straight from their product into the ring and to attention.
+        """Whether a kernel takes a chunk's qkv product straight into the ring and to attention.
 
-        So they do where a kernel does that, where the slot is on the device, and in FP8. A chunk that goes round the
-        ring's end does not; a slot on the device is not checked: the caller sees to it that it does not wrap.
+        True in FP8, where such a kernel exists, and for a slot on the device; false for a chunk that wraps. A device
+        slot is not checked: the caller must ensure that the chunk does not wrap.
         """
         if isinstance(self.slot, Tensor):
             return True
@@ -129,7 +132,7 @@ class CachedAttention:
     def fused(
         self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
     ) -> Tensor:
-        """From qkv [B, n, 3 * dim], not normalised, to attention's result [B, n, heads, d]; K and V go to the ring."""
+        """Attend from qkv [B, n, 3 * dim], not normalised; write K and V to the ring. Returns [B, n, heads, d]."""
         k, v = self.cache.view(layer)
         norms = q_weight, k_weight, cos, sin, k, v
         if not self.cache.fp8:
@@ -146,7 +149,7 @@ class CachedAttention:
 
     @cached_property
     def valid_rows(self) -> int | Tensor:
-        """Rows to attend to once all are written."""
+        """Number of rows to attend to after the write."""
         return self.valid * self.cache.tokens
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

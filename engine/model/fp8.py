@@ -1,4 +1,4 @@
-"""FP8 for the large products of the blocks: e4m3 weights, one scale per output channel; activations, one per token."""
+"""FP8 for the blocks' large products: e4m3, one scale per output channel of a weight and per token of an activation."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Fp8Linear(nn.Module):
-    """Stands for a Linear: y = x W^T + b with weight e4m3 [N, K], scale float32 [N, 1], bias [N] as it was."""
+    """Replaces a Linear: y = x W^T + b with weight e4m3 [N, K], scale float32 [N, 1] and the original bias [N]."""
 
     weight: Tensor
     scale: Tensor
@@ -33,12 +33,12 @@ class Fp8Linear(nn.Module):
         return self.product(values, scales, len(x))
 
     def product(self, values: Tensor, scales: Tensor, batch: int) -> Tensor:
-        """Of an activation that a kernel has quantised: e4m3 [B * n, K] and scales [B * n, 1] -> [B, n, N]."""
+        """Multiply a quantised activation: values e4m3 [B * n, K] and scales [B * n, 1] -> [B, n, N]."""
         return fp8_linear(values, scales, self.weight, self.scale, self.bias).unflatten(0, (batch, -1))
 
 
 def linear_of(linear: nn.Module, plain: Callable[..., Tensor], quantize: Callable[..., Any], *args: Any) -> Tensor:
-    """linear(plain(*args)); where the linear is in FP8, `quantize` does the same and quantises on its way."""
+    """linear(plain(*args)). For an FP8 linear, `quantize` replaces `plain`: it also quantises its result."""
     if isinstance(linear, Fp8Linear):
         values, scales = quantize(*args)
         return linear.product(values, scales, len(args[0]))  # the first argument is the activation [B, n, ...]
@@ -46,15 +46,15 @@ def linear_of(linear: nn.Module, plain: Callable[..., Tensor], quantize: Callabl
 
 
 def same(x: Tensor) -> Tensor:
-    """For `linear_of`, where nothing stands between the activation and its product."""
+    """Identity, for `linear_of` when the product takes the activation directly."""
     return x
 
 
 def to_fp8(model: M, keep: Sequence[str], role: str) -> M:
-    """A twin of a WanTransformer with FP8 products. It shares every other weight, and holds no second copy of these.
+    """A twin of a WanTransformer with FP8 products. It shares all other weights and keeps no bf16 copy of these.
 
-    Products whose name fits a pattern of `keep`, with its role (`sdd.blocks.3.ffn.net.2`) or without, stay as they
-    are; q, k and v of self-attention are one product.
+    Products whose name matches a pattern of `keep`, with role (`sdd.blocks.3.ffn.net.2`) or without, stay unchanged.
+    q, k and v of self-attention are one product.
     """
     model = twin(model)
 
@@ -80,7 +80,7 @@ def to_fp8(model: M, keep: Sequence[str], role: str) -> M:
 
 
 def twin(module: M) -> M:
-    """A copy of the structure whose parameters and buffers are the original's."""
+    """A copy of the module tree that shares the original's parameters and buffers."""
     made = copy.copy(module)
     made._modules = {name: child and twin(child) for name, child in module._modules.items()}
     made._buffers, made._parameters = dict(module._buffers), dict(module._parameters)

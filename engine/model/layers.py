@@ -1,7 +1,7 @@
 """Layers of the Wan2.1 diffusion transformer, with the parameter names of diffusers' WanTransformer3DModel.
 
-Everything runs in the dtype of its weights, as the public streaming code does; only normalisation
-statistics and rotations are float32.
+Layers compute in the dtype of their weights, as the public streaming code does. Only normalisation statistics and
+rotations are float32.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def dense_attention(mask: Tensor | None = None) -> Attend:
-    """Self-attention within the given tokens; mask bool [tokens, tokens], True where a query may look."""
+    """Self-attention among the tokens of one call. mask: bool [tokens, tokens], True where a query sees a key."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
@@ -73,13 +73,13 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
-        self.joint: nn.Module | None = None  # q, k and v as one product, in place of the three
-        self._fused: tuple[Tensor, Tensor] | None = None  # weight and bias of the three, which are views of them
+        self.joint: nn.Module | None = None  # one product that replaces to_q, to_k and to_v
+        self._fused: tuple[Tensor, Tensor] | None = None  # joint weight and bias; to_q, to_k and to_v are views of them
 
     def fuse(self) -> None:
-        """Make q, k, v one product from now on; the three parameters become views of it, so it costs no memory.
+        """Compute q, k, v as one product from now on. The three parameters become views of it: no memory is added.
 
-        For weights that stay where they are: later moves or assignments are not followed.
+        Call it when the weights are final: later moves or assignments do not reach the joint product.
         """
         projections: Any = (self.to_q, self.to_k, self.to_v)
         weight = torch.cat([p.weight for p in projections])
@@ -89,22 +89,22 @@ class Attention(nn.Module):
         self._fused = weight, bias
 
     def separate(self) -> None:
-        """Take back `fuse`: three products, of whatever modules stand there."""
+        """Undo `fuse`: compute three products with the current to_q, to_k and to_v."""
         self._fused = None
 
     def joined_weights(self) -> tuple[Tensor, Tensor]:
-        """Weight [3 * dim, dim] and bias [3 * dim] of q, k, v as one product, after `fuse`."""
+        """Weight [3 * dim, dim] and bias [3 * dim] of the joint q, k, v product. ValueError before `fuse`."""
         if self._fused is None:
             raise ValueError("attention: got three projections, expected a call of fuse before")
         return self._fused
 
     def join(self, joint: nn.Module) -> None:
-        """Put one module [dim -> 3 * dim] in the place of the three, which are let go."""
+        """Replace to_q, to_k and to_v by one module [dim -> 3 * dim] and drop them."""
         self.joint, self._fused = joint, None
         self.to_q = self.to_k = self.to_v = None
 
     def query_key_value(self, plain: Callable[..., Tensor], quantize: Callable[..., Any], *args: Any) -> QKV:
-        """q, k, v [B, n, dim] each, not normalised, of plain(*args): in one tensor where they are one product."""
+        """q, k, v of plain(*args), not normalised: three tensors [B, n, dim], or [B, n, 3 * dim] of one product."""
         if self.joint is not None:
             return linear_of(self.joint, plain, quantize, *args)
         x = plain(*args)
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         return self.to_q(x), self.to_k(x), self.to_v(x)  # type: ignore[misc]
 
     def rotated(self, qkv: QKV, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q and k normalised and rotated, and v: [B, n, heads, head_dim] each."""
+        """Normalised and rotated q and k, and v: each [B, n, heads, head_dim]."""
         q, k, v = qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
         heads = (self.heads, -1)
         q, k = self.norm_q(q).unflatten(-1, heads), self.norm_k(k).unflatten(-1, heads)
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         return q, k, v.unflatten(-1, heads)
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, n, dim] -> two of [B, n, heads, head_dim]; for text."""
+        """k and v of text: x [B, n, dim] -> two tensors [B, n, heads, head_dim]."""
         key = self.norm_k(self.to_k(x)).unflatten(-1, (self.heads, -1))  # type: ignore[misc]
         return key, self.to_v(x).unflatten(-1, (self.heads, -1))  # type: ignore[misc]
 
@@ -131,7 +131,7 @@ class Attention(nn.Module):
 
 
 class _GeluProjection(nn.Module):
-    """The published layout's place for the first product."""
+    """Holds the first product under its published name."""
 
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([_GeluProjection(dim, inner), nn.Identity(), nn.Linear(inner, dim)])
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-        """LayerNorm and modulation of x [B, F * n, dim] by shift and scale [B, F, 1, dim], then the two products."""
+        """Normalise x [B, F * n, dim], modulate it by shift and scale [B, F, 1, dim], apply both products."""
         up, down = cast(_GeluProjection, self.net[0]).proj, self.net[2]
         if type(up) is nn.Linear and not isinstance(down, Fp8Linear):
             return down(linear_gelu(norm_modulate(x, shift, scale, eps), up.weight, up.bias))
@@ -156,8 +156,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward under per-frame modulation.
 
-    Operations of kernels/ run a kernel on a GPU and their PyTorch definition elsewhere, and wherever a gradient is
-    needed. Linears may be replaced by other modules: LoRA, or FP8, whose activations the kernel ahead quantises.
+    Operations of kernels/ run a kernel on a GPU. Elsewhere, and where a gradient is needed, they run their PyTorch
+    definition. LoRA or FP8 modules may replace Linears; the kernel before an FP8 product quantises its activation.
     """
 
     def __init__(self, dim: int, heads: int, ffn_dim: int, eps: float, cross_attn_norm: bool) -> None:
@@ -173,7 +173,7 @@ class Block(nn.Module):
         self, x: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor, cos: Tensor, sin: Tensor,
         attend: Attend, layer: int,
     ) -> Tensor:  # fmt: skip
-        """x [B, F * n, dim], modulation [B, F, 6, dim], text_k and text_v [B, rows, heads, head_dim]."""
+        """x [B, F * n, dim], modulation [B, F, 6, dim], text_k and text_v [B, rows, heads, head_dim] -> as x."""
         shift, scale, gate_sa, shift_ff, scale_ff, gate_ff = (
             (self.scale_shift_table[:, None] + modulation).unsqueeze(3).unbind(2)
         )

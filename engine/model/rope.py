@@ -1,6 +1,6 @@
 """Rotary position tables of Wan: head dim split into time, height and width, interleaved pairs, theta 1e4.
 
-Angles are computed in float64 for any integer position, so there is no table to run out of.
+Angles are computed in float64 for any integer position, so positions have no upper limit.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 THETA = 10000.0
-# Tables are kept for later callers, so they must not follow one caller's `with torch.device(...)`.
+# Later callers reuse these tables, so they must not depend on one caller's `with torch.device(...)`.
 _CPU = torch.device("cpu")
 
 
@@ -35,10 +35,10 @@ def _spatial(height: int, width: int, dim: int) -> Tensor:
 
 
 def rope_tables(positions: Sequence[int], height: int, width: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin for frames at the given temporal positions, each float32 [F * height * width, head_dim / 2].
+    """cos and sin for frames at temporal `positions`, each float32 [F * height * width, head_dim / 2].
 
-    height and width count tokens. The split is head_dim - 4 * (head_dim // 6) for time and
-    2 * (head_dim // 6) for each of height and width (128 -> 44, 42, 42), as in Wan2.1.
+    height and width count tokens. As in Wan2.1, time takes head_dim - 4 * (head_dim // 6) of the head dim. Height and
+    width take 2 * (head_dim // 6) each (128 -> 44, 42, 42).
     """
     if head_dim % 2 or head_dim < 2:
         raise ValueError(f"got head_dim {head_dim}, expected an even number")
@@ -55,7 +55,7 @@ def rope_tables(positions: Sequence[int], height: int, width: int, head_dim: int
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs of x [B, n, heads, d] by cos, sin [n, d / 2]; float32 inside, x's dtype out."""
+    """Rotate interleaved pairs of x [B, n, heads, d] by cos, sin [n, d / 2] in float32; returns x's dtype."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -1,7 +1,7 @@
 """The Wan2.1 text-to-video transformer: one module for the teacher, the ETM, the SDD and causal students.
 
-What differs between them is passed in: `attend` says which keys a query sees, cos/sin say where the frames
-stand, t carries one timestep a frame, and `c_f` is the ETM's temporal feature.
+They differ only in arguments: `attend` decides which keys a query sees, cos/sin hold the frames' positions, t holds one
+timestep per frame, and `c_f` is the ETM's temporal feature.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from engine.config import TransformerConfig
 from engine.model.layers import Attend, Block, ConditionEmbedder, rms_unit
 from kernels.norm_modulate import norm_modulate
 
-# Cross-attention K and V of every layer: [layers, B, rows, heads, head_dim], or as many tensors without the first axis.
+# Cross-attention K and V of every layer: one tensor [layers, B, rows, heads, head_dim] each, or one per layer.
 TextKV = tuple[Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor]
 
 
 class WanTransformer(nn.Module):
-    """Parameter names are those of diffusers' WanTransformer3DModel.
+    """The transformer, with the parameter names of diffusers' WanTransformer3DModel.
 
-    `conditioned` adds `condition_proj` (W_c of the streaming decoder), zero at initialisation, so that an
-    untrained student computes what its teacher computes.
+    `conditioned` adds `condition_proj` (W_c of the streaming decoder). It starts at zero, so that an untrained student
+    equals its teacher.
     """
 
     def __init__(self, config: TransformerConfig, conditioned: bool = False) -> None:
@@ -45,13 +45,13 @@ class WanTransformer(nn.Module):
             nn.init.zeros_(self.condition_proj.weight)
 
     def prepare_text(self, text_emb: Tensor) -> tuple[Tensor, Tensor]:
-        """text_emb [B, rows, text_dim], zero-padded to the model's rows -> K, V of every cross-attention."""
+        """text_emb [B, rows, text_dim], zero-padded -> K and V, each [layers, B, rows, heads, head_dim]."""
         text = self.condition_embedder.text_embedder(text_emb)
         pairs = [cast(Block, block).attn2.key_value(text) for block in self.blocks]
         return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
     def fuse(self) -> None:
-        """Fuse what inference can compute as one product; for weights that are in place for good."""
+        """Compute q, k and v of every self-attention as one product. Call it when the weights are final."""
         for block in self.blocks:
             cast(Block, block).attn1.fuse()
 
@@ -71,7 +71,7 @@ class WanTransformer(nn.Module):
         return hidden, embedding
 
     def embed(self, latent: Tensor, t: Tensor, c_f: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """What the blocks start from: tokens [B, tokens, dim], time embedding [B, F, dim], its [B, F, 6, dim]."""
+        """The blocks' inputs: hidden state [B, tokens, dim], time embedding [B, F, dim], modulation [B, F, 6, dim]."""
         if t.ndim == 1:
             t = t[:, None].expand(-1, latent.shape[2] // self.config.patch_size[0])
         hidden = self.patch_embedding(latent).flatten(2).transpose(1, 2)

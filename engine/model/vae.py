@@ -1,9 +1,8 @@
 """Wan's causal 3-D VAE as two pure functions: `first` (1 latent -> 1 frame) and `steady` (1 latent -> 4 frames).
 
-Inside, an activation is a batch of images x [T*B, C, H, W], time-major and channels-last: a slice in time is then a
-view, and a 3-tap causal convolution becomes one 2-D convolution over [x(t-2) | x(t-1) | x(t)] stacked along
-channels, several times quicker on a CPU than a small 3-D convolution. Parameter names are diffusers'
-`AutoencoderKLWan` names.
+Activations are batches of images x [T*B, C, H, W], time-major and channels-last, so that a slice in time is a view.
+A 3-tap causal convolution is one 2-D convolution over [x(t-2) | x(t-1) | x(t)] stacked along channels. On a CPU this is
+several times faster than a small 3-D convolution. Parameter names are those of diffusers' `AutoencoderKLWan`.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 
 from kernels.vae_norm_silu import vae_norm_silu
 
-Cache = tuple[Tensor, ...]  # one [B, C, 2, h, w] for each causal convolution: the last two frames of its input
+Cache = tuple[Tensor, ...]  # one [B, C, 2, h, w] per causal convolution: the last two frames of its input
 
-# Above this many elements a stacked copy costs more memory than it saves time, and 3-D convolutions run at full rate.
+# Above this many elements use 3-D convolutions: they run at full rate, and a stacked copy would cost too much memory.
 STACK_LIMIT = 1 << 20
 WAN_MEAN: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
 WAN_MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
@@ -62,10 +61,10 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VAEConfig:
-        """From the contents of config.json; keys starting with "_" are the library's own, `dropout` is for training."""
+        """From config.json's content, without `dropout` and keys starting with "_". ValueError for unknown keys."""
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         values = {k: v for k, v in values.items() if not k.startswith("_") and k != "dropout"}
-        # Wan2.2's VAE is another architecture under the same class name; no published VAE attends outside mid_block
+        # Wan2.2's VAE is another architecture with the same class name. No published VAE attends outside mid_block.
         for key, expected in (("is_residual", False), ("patch_size", None), ("attn_scales", ())):
             if (got := values.pop(key, expected)) != expected:
                 raise ValueError(f"VAE config {key}: got {got}, expected {expected} (Wan2.1's VAE)")
@@ -80,37 +79,37 @@ def _expect(name: str, got, expected, note: str = "") -> None:
 
 
 class Past:
-    """The caches of one call, handed out in the order of the convolutions; `next` collects the ones that follow.
+    """The caches of one call, in the order of the convolutions; `next` collects the caches for the next call.
 
-    In a first call (`given` None) there is one frame and nothing before it. `in_place` writes the following caches
-    over the given ones; `fused` makes normalisation, activation and cache one kernel.
+    A first call (`cache` None) has one frame and no past. `in_place` overwrites the input caches with the next ones;
+    `fused` runs normalisation, activation and cache update as one kernel.
     """
 
-    def __init__(self, batch: int, given: Cache | None, in_place: bool = False, fused: bool = False):
+    def __init__(self, batch: int, cache: Cache | None, in_place: bool = False, fused: bool = False):
         self.batch, self.in_place, self.fused = batch, in_place, fused
-        self.given = None if given is None else iter(given)
+        self.cache = None if cache is None else iter(cache)
         self.next: list[Tensor] = []
 
     def extend(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        """x [T*B, C, H, W], or silu(norm(x)), behind its two past frames: [(2+T)*B, C, H, W]; alone in a first call."""
-        given = None if self.given is None else next(self.given)
+        """Prepend two past frames to x [T*B, C, H, W] or silu(norm(x)): [(2+T)*B, C, H, W]; none in a first call."""
+        before = None if self.cache is None else next(self.cache)
         if norm is not None and self.fused:
-            # A convolution of few frames or of several videos may have answered in another layout.
+            # A convolution over few frames or several videos may return another memory layout.
             video = _to_video(x.contiguous(memory_format=torch.channels_last), self.batch)
-            extended, following = vae_norm_silu(video, norm.gamma, given, given if self.in_place else None)
+            extended, following = vae_norm_silu(video, norm.gamma, before, before if self.in_place else None)
             self.next.append(following)
             return extended.permute(2, 0, 1, 3, 4).flatten(0, 1)
         if norm is not None:
             x = F.silu(norm(x))
-        if given is None:
+        if before is None:
             self.keep(torch.cat([torch.zeros_like(x), x]))
             return x
-        x = torch.cat([given.permute(2, 0, 1, 3, 4).flatten(0, 1), x])
+        x = torch.cat([before.permute(2, 0, 1, 3, 4).flatten(0, 1), x])
         last = x[-2 * self.batch :]
         if self.in_place:
-            self.next.append(given.copy_(_to_video(last, self.batch)))
+            self.next.append(before.copy_(_to_video(last, self.batch)))
         else:
-            self.keep(last.clone())  # a view would hold the whole of x in memory
+            self.keep(last.clone())  # a view would keep all of x in memory
         return x
 
     def keep(self, x: Tensor) -> None:
@@ -121,9 +120,9 @@ class CausalConv3d(nn.Conv3d):
     """Three taps in time (t-2, t-1, t), "same" in space."""
 
     def forward(self, x: Tensor, past: Past, norm: RMSNorm | None = None) -> Tensor:  # type: ignore[override]
-        """x [T*B, C, H, W], normalised and activated first where `norm` is given -> [T*B, C', H, W]"""
+        """x [T*B, C, H, W] -> [T*B, C', H, W]; `norm` applies silu(norm(x)) first."""
         extended, space = past.extend(x, norm), self.kernel_size[2] // 2
-        if past.given is None:  # before the first frame lie zeros: only the last tap sees anything
+        if past.cache is None:  # zeros precede the first frame, so only the last tap contributes
             return F.conv2d(extended, self.weight[:, :, -1], self.bias, padding=space)
         return causal_taps(extended, self, past.batch, space)
 
@@ -137,7 +136,7 @@ class PointConv3d(nn.Conv3d):
 
 
 def causal_taps(x: Tensor, conv: nn.Conv3d, batch: int, space: int, stride: int = 1) -> Tensor:
-    """x [(T+2)*B, C, H, W] -> [T*B, C', H, W], or every stride-th frame of it; conv's weight [C', C, 3, kh, kw]"""
+    """x [(T+2)*B, C, H, W] -> [T*B, C', H, W], or only every stride-th frame; conv's weight is [C', C, 3, kh, kw]."""
     frames = x.unflatten(0, (-1, batch))  # [T+2, B, C, H, W]
     if x.numel() > STACK_LIMIT:
         y = F.conv3d(frames.permute(1, 2, 0, 3, 4), conv.weight, conv.bias, (stride, 1, 1), (0, space, space))
@@ -148,7 +147,7 @@ def causal_taps(x: Tensor, conv: nn.Conv3d, batch: int, space: int, stride: int 
 
 
 class RMSNorm(nn.Module):
-    """Over channels; gamma [C, 1, 1] or [C, 1, 1, 1] as published."""
+    """RMS normalisation over channels; gamma [C, 1, 1] or [C, 1, 1, 1] as published."""
 
     def __init__(self, dim: int, dims: int = 3):
         super().__init__()
@@ -156,7 +155,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same"""
-        # the library divides by max(|x|, 1e-12); the tiny eps does no more than that: 0 stays 0
+        # diffusers divides by max(|x|, 1e-12). The tiny eps has the same effect: 0 stays 0.
         y = F.rms_norm(x.permute(0, 2, 3, 1), (x.shape[1],), self.gamma.flatten(), eps=1e-24)
         return y.permute(0, 3, 1, 2)
 
@@ -192,7 +191,7 @@ class AttentionBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size, half the channels; with `temporal` also twice the frames (all but the very first)."""
+    """Doubles the size and halves the channels; `temporal` also doubles the frames, except the video's first."""
 
     def __init__(self, dim: int, temporal: bool):
         super().__init__()
@@ -204,7 +203,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, past: Past) -> Tensor:
         """[T*B, C, H, W] -> [T'*B, C/2, 2H, 2W]"""
         if self.temporal:
-            if past.given is None:  # the first frame stays one, and this convolution never sees it
+            if past.cache is None:  # the first frame is not doubled, and this convolution never sees it
                 past.keep(torch.cat([torch.zeros_like(x)] * 2))
             else:
                 y = self.time_conv(x, past)  # [T*B, 2C, H, W]: the two halves of the channels are two frames
@@ -214,7 +213,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size; with `temporal` also half the frames (all but the very first)."""
+    """Halves the size; `temporal` also halves the frames, except the video's first."""
 
     def __init__(self, dim: int, temporal: bool):
         super().__init__()
@@ -229,9 +228,9 @@ class Downsample(nn.Module):
         if not self.temporal:
             return x
         extended = past.extend(x)
-        if past.given is None:
+        if past.cache is None:
             return x
-        # windows of three frames at stride 2, the first starting on the frame just before x
+        # Windows of three frames at stride 2. The first window starts one frame before x.
         return causal_taps(extended[past.batch :], self.time_conv, past.batch, 0, stride=2)
 
 
@@ -291,7 +290,7 @@ class Decoder(nn.Module):
         blocks = []
         for level, (dim, out_dim) in enumerate(pairwise(dims)):
             upsample = Upsample(out_dim, temporal[level]) if level < len(temporal) else None
-            # every level but the first comes out of an upsampling, which halved the channels
+            # Every level but the first follows an upsampling, which halved the channels.
             blocks.append(UpBlock(dim // 2 if level else dim, out_dim, config.num_res_blocks + 1, upsample))
         self.up_blocks = nn.ModuleList(blocks)
         self.norm_out = RMSNorm(dims[-1])
@@ -305,7 +304,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Latents here are normalised, (z - mean) / std; frames are in [-1, 1]."""
+    """Encoder and decoder. Latents are normalised, (z - mean) / std; frames are in [-1, 1]."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -319,10 +318,10 @@ class VAE(nn.Module):
         self._fused = False
 
     def fuse(self) -> None:
-        """Run norm, SiLU and cache as one kernel from now on; for inference, with weights where they stay."""
+        """Run norm, SiLU and cache update as one kernel from now on. For inference; call it when weights are final."""
         self._fused = True
         for conv in self.modules():
-            if isinstance(conv, CausalConv3d):  # as the convolutions want them: else they are laid out at every call
+            if isinstance(conv, CausalConv3d):  # convert weights to channels-last once instead of on every call
                 weight = conv.weight.detach().contiguous(memory_format=torch.channels_last_3d)
                 conv.weight = nn.Parameter(weight, requires_grad=False)
 
@@ -332,19 +331,22 @@ class VAE(nn.Module):
         return self._decode(latent, None)
 
     def steady(self, latent: Tensor, cache: Cache, in_place: bool = False) -> tuple[Tensor, Cache]:
-        """What follows: latent [B, C, k, h, w] -> frames [B, 3, 4k, H, W], the next cache; k is usually 1.
+        """The rest of a video: latent [B, C, k, h, w] -> frames [B, 3, 4k, H, W], next cache; k is usually 1.
 
-        The given cache is left as it was, unless it is to be moved on in_place.
+        `in_place` overwrites `cache` with the next one; otherwise `cache` is unchanged.
         """
         self._check_latent(latent)
-        shape = (latent.shape[0], self.config.z_dim, 2, *latent.shape[3:])  # conv_in's cache is of latents
+        shape = (latent.shape[0], self.config.z_dim, 2, *latent.shape[3:])  # conv_in's cache holds latents
         if len(cache) != self._caches or tuple(cache[0].shape) != shape:
             got = f"{len(cache)} tensors, {[tuple(c.shape) for c in cache[:1]]} first"
             raise ValueError(f"VAE cache: got {got}, expected {self._caches} tensors, [{shape}] first")
         return self._decode(latent, cache, in_place)
 
     def decode_chunk(self, latents: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Any number of latents [B, C, k, h, w], from the start (cache None) or further on -> frames, cache."""
+        """Decode latents [B, C, k, h, w], k >= 1, to frames [B, 3, T, H, W] and the next cache.
+
+        Without a cache a video starts: T = 4k - 3; else T = 4k.
+        """
         self._check_latent(latents)
         frames, begin = [], 0
         if cache is None:
@@ -374,7 +376,7 @@ class VAE(nn.Module):
         return torch.cat(latents, dim=2)
 
     def encode_step(self, frames: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
-        """One latent frame [B, C, 1, h, w], float32: the first from 1 frame (cache None), the others from 4."""
+        """One latent frame [B, C, 1, h, w], float32, and the next cache; the first takes 1 frame, the others 4."""
         past = Past(frames.shape[0], cache, fused=self._fused)
         x = self.quant_conv(self.encoder(_to_images(frames.to(self.quant_conv.weight.dtype)), past))
         mean, std = self._statistics(frames.device)
@@ -393,16 +395,16 @@ class VAE(nn.Module):
             raise ValueError(f"latent: got {shape}, expected [B, {channels}, {'1' if single else 'T >= 1'}, h, w]")
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """mean and std [C, 1, 1, 1], float32. No buffers: those would follow the weights to meta and to bfloat16."""
+        """mean and std [C, 1, 1, 1], float32. They are not buffers, which would follow the weights to meta and bf16."""
         if self._moments[0].device == device:
             return self._moments
         moments = _column(self.config.latents_mean, device), _column(self.config.latents_std, device)
-        if not torch.compiler.is_compiling():  # where tensors are only stand-ins
+        if not torch.compiler.is_compiling():  # while compiling, tensors are fake: do not keep them
             self._moments = moments
         return moments
 
 
-@torch.inference_mode(False)  # or training could not use them after a first call under inference mode
+@torch.inference_mode(False)  # training cannot use tensors that were created in inference mode
 def _column(values: tuple[float, ...], device: torch.device | str) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
 
@@ -418,13 +420,13 @@ def _to_video(images: Tensor, batch: int) -> Tensor:
 
 
 def frames_to_uint8(frames: Tensor) -> Tensor:
-    """[B, 3, T, H, W] in [-1, 1] -> [B, T, H, W, 3], rounded to nearest"""
+    """[B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3], rounded to nearest."""
     pixels = frames.permute(0, 2, 3, 4, 1).float().add(1).mul(127.5).round().clamp(0, 255)
     return pixels.to(torch.uint8).contiguous()
 
 
 def uint8_to_frames(pixels: Tensor) -> Tensor:
-    """[B, T, H, W, 3] -> [B, 3, T, H, W] in [-1, 1], float32"""
+    """uint8 [B, T, H, W, 3] -> float32 [B, 3, T, H, W] in [-1, 1]."""
     if pixels.dtype != torch.uint8 or pixels.ndim != 5:
         raise ValueError(f"pixels: got {pixels.dtype} {tuple(pixels.shape)}, expected uint8 [B, T, H, W, 3]")
     return pixels.permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)

@@ -1,8 +1,8 @@
-"""The torch backend's stages as CUDA graphs: captured once for a set of caches, then replayed from static buffers.
+"""The torch backend's stages as CUDA graphs: captured once per set of caches, then replayed from static buffers.
 
-A pass of a full-size transformer is some 500 launches, which a GPU finishes sooner than a host can ask for them. What
-changes from call to call lies in memory that the graph reads: latent, timestep, tables, prompt, and the slot to
-write and the number of valid slots as scalars. So nothing is captured again while a stream runs.
+A pass of a full-size transformer has some 500 launches. A GPU finishes them faster than the host can issue them. A
+graph reads its changing arguments from device memory: latent, timestep, tables, prompt, slot and valid. So a running
+stream captures nothing again.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from engine.model.transformer import TextKV
 from engine.runtime.passes import Capabilities, Pass
 from engine.runtime.stages import TorchStages, need
 
-# Runs a function on its static tensors once for good: its outputs, and what fills them anew.
+# Captures a function of static tensors. Returns its outputs, and a function that computes them again in place.
 Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 
 
 class Capturer:
-    """Captures passes that never run beside each other, so that they share their memory.
+    """Captures passes that never overlap, so that their graphs share one memory pool.
 
-    Passes that do overlap need another one: libraries keep a workspace for each stream that they are captured on.
+    Overlapping passes need separate Capturers: libraries keep one workspace per stream of capture.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,9 +40,9 @@ class Capturer:
     def __call__(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         self._stream.wait_stream(before)
-        with torch.cuda.stream(before):  # back to it even where a capture fails half-way
+        with torch.cuda.stream(before):  # restores it even if a capture fails half-way
             with torch.cuda.stream(self._stream):
-                for _ in range(2):  # kernels are compiled and libraries set up now: nothing of that can be captured
+                for _ in range(2):  # compile kernels and set up libraries now: a capture cannot contain that
                     run()
             before.wait_stream(self._stream)
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
@@ -51,12 +51,12 @@ class Capturer:
 
 
 class _Graph:
-    """One captured pass and its static arguments; numbers live in int32 scalars on the device."""
+    """One captured pass and its static arguments. Numbers are int32 scalars on the device."""
 
     def __init__(
         self, function: Callable[..., Any], args: tuple[Tensor | int, ...], advances: Sequence[Tensor], capture: Capture
     ) -> None:
-        """advances: what the function moves on each time it runs, and capturing must leave as it was."""
+        """advances: tensors that the function updates in place on every run. Capturing restores them."""
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
         self._static = tuple(
             arg.clone() if isinstance(arg, Tensor) else torch.tensor(arg, dtype=torch.int32, device=device)
@@ -72,18 +72,18 @@ class _Graph:
         for static, arg in zip(self._static, args, strict=True):
             static.copy_(arg) if isinstance(arg, Tensor) else static.fill_(arg)
         self._replay()
-        # The graph's own memory is overwritten by its next replay.
+        # The next replay overwrites the graph's own memory, so copy the output.
         return self._output.clone() if isinstance(self._output, Tensor) else self._output
 
 
 class _VaeCache(list[Tensor]):
-    """One stream's VAE caches, at a graph's addresses until the stream lets go of them."""
+    """One stream's VAE caches. They keep a graph's addresses until the stream drops them."""
 
 
 class GraphedStages:
-    """Stages of one pipeline. Streams lease their caches here, so that a later stream finds them with their graphs.
+    """Stages of one pipeline. Streams lease their caches here, so that a later stream reuses them and their graphs.
 
-    A VAE cache is moved on in place.
+    vae_steady updates its cache in place.
     """
 
     name = "torch"
@@ -96,21 +96,21 @@ class GraphedStages:
         self.models, self.vae, self.text_encoder = stages.models, stages.vae, stages.text_encoder
         self.encode_text, self.prepare_text = stages.encode_text, stages.prepare_text
         self.vae_encode, self.modules, self.mapped_bytes = stages.vae_encode, stages.modules, stages.mapped_bytes
-        self._lock = threading.RLock()  # streams of several threads share the graphs' static tensors
+        self._lock = threading.RLock()  # streams in several threads share the graphs' static tensors
         device = next(iter(stages.models.values())).proj_out.weight.device
-        self._capture, self._capture_vae = capturer(device), capturer(device)  # the VAE runs beside the others
-        self._graphs: dict[Any, _Graph | None] = {}  # None: called once so far, as it is
+        self._capture, self._capture_vae = capturer(device), capturer(device)  # VAE and transformers overlap
+        self._graphs: dict[Any, _Graph | None] = {}  # None: called once so far, eagerly
         self._text: dict[Any, list[Any]] = {}  # (role, shape) -> static K, static V, the prompt that they hold
-        self._caches: dict[Any, list[RingCache]] = defaultdict(list)  # free ones by their arguments
-        self._vae_caches: dict[Any, list[list[Tensor]]] = defaultdict(list)  # free ones by the first one's shape
+        self._caches: dict[Any, list[RingCache]] = defaultdict(list)  # free ones, by constructor arguments
+        self._vae_caches: dict[Any, list[list[Tensor]]] = defaultdict(list)  # free ones, by the first tensor's shape
 
     @property
     def captured(self) -> int:
-        """Graphs so far; constant once warm."""
+        """Number of graphs captured so far; constant once warm."""
         return sum(graph is not None for graph in self._graphs.values())
 
     def make_cache(self, *args: Any, **options: Any) -> RingCache:
-        """RingCache of these arguments, empty; its memory comes back when the caller drops it."""
+        """An empty RingCache of these arguments. Its memory is reused after the caller drops it."""
         free = self._caches[args, tuple(options.items())]
         whole = free.pop() if free else RingCache(*args, **options)
         lease = copy.copy(whole)
@@ -119,7 +119,7 @@ class GraphedStages:
         return lease
 
     def run(self, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
-        if step.slot + step.frames > cache.slots:  # it wraps: not for the fused kernels
+        if step.slot + step.frames > cache.slots:  # it wraps: fused kernels cannot write it
             return self._stages.run(step, cache, text_kv)
         role, whole = step.kind.role, copy.copy(cache)  # a graph must not keep the lease itself
         if step.kind.conditioned and step.c_f is None:  # zero adds nothing: W_c rmsnorm(0) = 0
@@ -142,7 +142,7 @@ class GraphedStages:
         self, key: Any, function: Callable[..., Any], args: tuple[Tensor | int, ...], advances: Sequence[Tensor],
         capture: Capture,
     ) -> Any:  # fmt: skip
-        """function(*args): eagerly on the first call; captured on the second, replayed from then on."""
+        """Run function(*args): eagerly on the first call; capture on the second, then replay."""
         if key not in self._graphs:
             self._graphs[key] = None
             return function(*args)
@@ -152,7 +152,7 @@ class GraphedStages:
         return graph(*args)
 
     def _static_text(self, role: str, text: Any) -> tuple[Tensor, Tensor]:
-        """The prompt's keys and values where graphs look for them: K and V, each [layers, B, rows, heads, d]."""
+        """Copy the prompt to the addresses that graphs read: K and V, each [layers, B, rows, heads, d]."""
         key = role, text[0].shape
         if key not in self._text:
             self._text[key] = [*map(torch.empty_like, text), None]
@@ -181,7 +181,7 @@ class GraphedStages:
 
 
 def _best_convolutions() -> AbstractContextManager[Any]:
-    """cuDNN tries its algorithms the first time that it sees a shape, which is before a graph is captured."""
+    """Let cuDNN benchmark its algorithms on the first call of each shape, which precedes the capture."""
     cudnn = torch.backends.cudnn
     return cudnn.flags(
         enabled=True, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=cudnn.allow_tf32

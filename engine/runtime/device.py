@@ -11,7 +11,7 @@ PRECISIONS = tuple(name for name in get_args(Precision) if name != "auto")
 
 
 def device_of(name: str) -> torch.device:
-    """cpu, cuda, cuda:1, ...; auto is cuda where there is a GPU, else cpu. ValueError where it cannot be used."""
+    """The device called cpu, cuda, cuda:1, ...; auto is cuda if there is a GPU, else cpu. ValueError if unusable."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -25,7 +25,7 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
-    """The working dtype: fp8 works in bf16; auto is bf16 on a GPU, else fp32."""
+    """The working dtype of a precision: bf16 for fp8; auto is bf16 on a GPU, else fp32."""
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16"
     return DTYPES["bf16" if precision == "fp8" else precision]

@@ -1,4 +1,4 @@
-"""The torch backend: Stages on this project's own modules."""
+"""The torch backend: runs Stages on this project's own modules."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -15,9 +15,9 @@ from kernels.table import use
 
 
 class TorchStages:
-    """Holds weights and nothing else; `models` maps each role to its transformer.
+    """Holds only weights; `models` maps each role to its transformer.
 
-    eager: PyTorch's own operations also where there are kernels.
+    eager: use PyTorch's own operations even where kernels exist.
     """
 
     name = "torch"
@@ -61,7 +61,7 @@ class TorchStages:
 
 
 def need(part: Any, what: str) -> Any:
-    """The part itself. ValueError where a pipeline was put together without it."""
+    """Return the part. ValueError if the pipeline was assembled without it."""
     if part is None:
         raise ValueError(f"got a pipeline without a {what}, expected one")
     return part

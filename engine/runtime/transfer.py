@@ -1,4 +1,4 @@
-"""Between host and device without waiting for each other: pinned memory where the device is a GPU."""
+"""Copies between host and device without waiting, through pinned memory if the device is a GPU."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 def upload(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A CPU tensor on `device`; onto a GPU the copy is queued and the host goes on."""
+    """Copy a CPU tensor to `device`, as `dtype` if set. For a GPU it queues the copy and returns at once."""
     x = x if dtype is None else x.to(dtype)
-    # From ordinary memory the host would wait for the copy, and with it for everything queued before.
+    # From pageable memory the host would wait for the copy, and so for all work queued before it.
     return x.to(device) if device.type != "cuda" else x.pin_memory().to(device, non_blocking=True)
 
 
 class Download:
-    """Frames on their way to the host; `wait` gives them."""
+    """Frames on their way to the host; `wait` returns them."""
 
     def __init__(self, pixels: Tensor) -> None:
-        """pixels uint8 [T, H, W, 3], on the device whose current stream makes them."""
+        """Start the copy of pixels, uint8 [T, H, W, 3], after the work queued on the device's current stream."""
         self._done: torch.cuda.Event | None = None
         if pixels.device.type == "cuda":
             self._host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
@@ -34,24 +34,24 @@ class Download:
         return len(self._host)
 
     def wait(self) -> np.ndarray:
-        """uint8 [T, H, W, 3]"""
+        """Wait for the copy; returns uint8 [T, H, W, 3]."""
         if self._done is None:
             return self._host.numpy()
         self._done.synchronize()
-        return self._host.numpy().copy()  # pinned memory is scarce and goes back to its pool
+        return self._host.numpy().copy()  # a copy, so that scarce pinned memory returns to its pool
 
 
 class SideStream:
-    """A second queue of the GPU: what runs there starts once the main queue has got here, and no one waits for it.
+    """A second queue of the GPU. Its work starts after the main queue's current work; the main queue does not wait.
 
-    On a processor there is no queue and everything runs at once.
+    On a CPU there is no queue: work runs immediately.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self, work: Callable[[Tensor], Download], x: Tensor) -> Download:
-        """work(x), where x was made on the main queue and may be freed there before `work` is done."""
+        """Run work(x). The main queue made x and may free it before `work` is done."""
         if self._stream is None:
             return work(x)
         self._stream.wait_stream(torch.cuda.current_stream(x.device))

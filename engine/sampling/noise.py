@@ -1,4 +1,4 @@
-"""Noise that depends on (seed, chunk, draw) alone: the same video whatever was drawn before, in any language."""
+"""Noise that depends on (seed, chunk, draw) alone, so that earlier draws and the language do not change a video."""
 
 from collections.abc import Mapping
 from math import prod
@@ -10,26 +10,28 @@ from torch import Tensor
 
 
 class NoiseSource(Protocol):
-    """Where a stream's Gaussian noise comes from."""
+    """Source of a stream's Gaussian noise."""
 
     def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
-        """The first `count` draws of a chunk (0 is its initial latent): float32 [count, *shape], on the CPU."""
+        """The first `count` draws of a chunk: float32 [count, *shape] on the CPU. Draw 0 is the initial latent."""
         ...
 
 
 class PhiloxNoise:
     """Philox4x64-10 with key (seed, 0) and counter (block + 1, draw, chunk, 0), then Box-Muller in float64.
 
-    Block b gives four 64-bit words; words 2i and 2i + 1 of a draw become its values 2i and 2i + 1 through
+    A block yields four 64-bit words. Words 2i and 2i + 1 of a draw become its values 2i and 2i + 1 through
     u = ((word >> 11) + 1) * 2^-53, radius = sqrt(-2 ln u0), angle = 2 pi u1, (r cos, r sin).
     numpy's generator advances its counter before the first block, hence block + 1.
+
+    The constructor raises ValueError unless 0 <= seed < 2^64.
     """
 
     def __init__(self, seed: int) -> None:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed: got {seed}, expected 0 to 2^64 - 1")
         self._bits = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
-        self._state = self._bits.state  # put back with another counter, quicker than a new generator
+        self._state = self._bits.state  # restored with another counter: faster than a new generator
 
     def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
         size = prod(shape)
@@ -54,7 +56,7 @@ class PhiloxNoise:
 
 
 class ReplayNoise:
-    """Recorded draws, {(chunk, number): tensor}; asking for another one, or another shape, is an error."""
+    """Recorded draws, {(chunk, number): tensor}; `draw` raises ValueError for a missing draw or another shape."""
 
     def __init__(self, draws: Mapping[tuple[int, int], Tensor]) -> None:
         self.draws = draws

@@ -1,4 +1,4 @@
-"""Noise schedules. A schedule is data: timesteps for chunk 0, chunk 1, ..., the rest."""
+"""Noise schedules. A schedule is data: one list of timesteps for chunk 0, chunk 1, ..., and the rest."""
 
 import torch
 
@@ -10,8 +10,8 @@ GRID = 1000  # training timesteps
 class Schedule:
     """The flow-matching grid of Wan: sigma = shift s / (1 + (shift - 1) s), t = 1000 sigma, s from 1 to 1/1000.
 
-    The grid is float32, as in the public code, so that warped timesteps are the very numbers that
-    published students were trained with (750 -> 937.5, 500 -> 833.3333 at shift 5).
+    The grid is float32, as in the public code. So warped timesteps equal those of published students' training
+    (750 -> 937.5, 500 -> 833.3333 at shift 5).
     """
 
     def __init__(self, preset: Preset) -> None:
@@ -19,7 +19,7 @@ class Schedule:
         self.sigmas = preset.shift * s / (1 + (preset.shift - 1) * s)
         self.timesteps = self.sigmas * GRID
         self._chunks = [self._resolve(steps, preset) for steps in preset.steps]
-        # The reference compares float64 timesteps; a table of every step in use keeps that off the frame loop.
+        # The reference compares float64 timesteps. Tabulate all steps here, so that the frame loop does not search.
         self._sigma_of = {t: self._nearest(t) for steps in self._chunks for t in steps}
 
     def _resolve(self, steps: tuple[float, ...], preset: Preset) -> list[float]:
@@ -33,12 +33,12 @@ class Schedule:
         return float(self.sigmas[index])
 
     def sigma(self, t: float | None) -> float:
-        """Noise level at t: the nearest grid point; None is the end of the chunk, exactly 0."""
+        """sigma in [0, 1] of the grid point nearest to t in [0, 1000]; exactly 0 for None, the end of the chunk."""
         if t is None:
             return 0.0
         return self._sigma_of[t] if t in self._sigma_of else self._nearest(t)
 
     def steps(self, chunk: int) -> list[tuple[float, float | None]]:
-        """(t, next t) of every denoising step of a chunk; the last one's next t is None."""
+        """(t, next t) of every denoising step of a chunk; the last next t is None."""
         ts = self._chunks[min(chunk, len(self._chunks) - 1)]
         return list(zip(ts, [*ts[1:], None], strict=True))

@@ -12,18 +12,18 @@ from kernels.solver_step import solver_step
 class Solver(ABC):
     """One chunk's integration from noise to a clean latent; `step` is called once per denoising step."""
 
-    renoises = False  # whether every step but the last wants fresh noise
+    renoises = False  # whether every step but the last needs fresh noise
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
 
     @abstractmethod
     def step(self, x: Tensor, flow: Tensor, t: float, t_next: float | None, fresh: Tensor | None) -> Tensor:
-        """From x at t to x at t_next, both [B, C, F, h, w]; `fresh` is new noise of that shape."""
+        """Move x [B, C, F, h, w] from t to t_next, both in [0, 1000]. flow and new noise `fresh` are shaped as x."""
 
 
 class Renoise(Solver):
-    """Predict x0, then noise it afresh to the next level: the sampler that few-step students are trained for."""
+    """Predict x0, then add fresh noise up to the next level. Few-step students are trained for this sampler."""
 
     renoises = True
 
@@ -49,8 +49,8 @@ class UniPC(Solver):
     def __init__(self, schedule: Schedule) -> None:
         super().__init__(schedule)
         self._x0: list[Tensor] = []  # predictions of the last two steps, newest last
-        self._levels: list[Tensor] = []  # their sigmas
-        self._last = torch.empty(0)  # sample that the last predictor started from
+        self._levels: list[Tensor] = []  # sigmas of these predictions
+        self._last = torch.empty(0)  # sample at which the last predictor started
         self._order = 0  # order of the last predictor
 
     @staticmethod
@@ -58,7 +58,7 @@ class UniPC(Solver):
         return torch.log1p(-sigma) - torch.log(sigma)
 
     def _update(self, x: Tensor, sigma: Tensor, order: int, newest: Tensor | None) -> Tensor:
-        """Predictor (newest None) or corrector from the last step's x to noise level sigma."""
+        """Predict (newest None) or correct x at noise level sigma, from the last step's x."""
         start, x0 = self._levels[-1], self._x0[-1]
         h = self._log_snr(start) - self._log_snr(sigma)  # negative step in log-SNR
         phi1 = torch.expm1(h)
@@ -79,7 +79,7 @@ class UniPC(Solver):
         return base - (1 - sigma) * phi1 * correction
 
     def step(self, x: Tensor, flow: Tensor, t: float, t_next: float | None, fresh: Tensor | None) -> Tensor:
-        # At sigma = 1 the signal is zero and its logarithm infinite.
+        # At sigma = 1 the signal is zero, so its logarithm would be infinite.
         sigma = torch.tensor(min(self.schedule.sigma(t), 1 - 1e-6), dtype=torch.float64)
         x0 = x.double() - sigma * flow.double()
         sample = self._update(self._last, sigma, self._order, x0) if self._x0 else x.double()
@@ -95,7 +95,7 @@ SOLVERS: dict[str, type[Solver]] = {"renoise": Renoise, "euler": Euler, "unipc":
 
 
 def make_solver(name: str, schedule: Schedule) -> Solver:
-    """A fresh solver for one chunk."""
+    """A new solver for one chunk. ValueError for an unknown name."""
     if name not in SOLVERS:
         raise ValueError(f"solver: got {name!r}, expected one of {', '.join(SOLVERS)}")
     return SOLVERS[name](schedule)

@@ -1,4 +1,4 @@
-"""LoRA into transformers, by PEFT: its own folders, and LongLive's LoRA checkpoints."""
+"""Merges LoRA weights into transformers with PEFT: PEFT folders and LongLive's LoRA checkpoints."""
 
 import hashlib
 from pathlib import Path
@@ -12,7 +12,7 @@ from engine.weights.sources import PickleSource, SafetensorsSource, read_json
 
 
 def base_hash(files: list[Path]) -> str:
-    """sha256 over the contents of a base's weight files, in order of their names."""
+    """sha256 over the contents of a base's weight files, sorted by name."""
     digest = hashlib.sha256()
     for file in sorted(files):
         with file.open("rb") as opened:
@@ -22,9 +22,10 @@ def base_hash(files: list[Path]) -> str:
 
 
 def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path]) -> None:
-    """Merge a PEFT LoRA folder into `model`, in place; condition.safetensors beside it becomes W_c.
+    """Merge a PEFT LoRA folder into `model`, in place; its condition.safetensors becomes W_c.
 
-    base.json in the folder names the base that the adapter was trained on (`base_sha256`); another base is refused.
+    base.json in the folder names the base of the adapter's training (`base_sha256`). Raises FileNotFoundError for a
+    missing file, ValueError for another base or weights that do not fit.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -42,10 +43,10 @@ def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path]) -
         raise ValueError(
             f"adapter {folder}: got weights that do not fit, expected LoRA of this model ({reason})"
         ) from None
-    # PEFT fills what is missing with its initial values and drops what it does not know.
+    # PEFT initialises missing weights and drops unknown ones without an error, so check the names here.
     weights = folder / "adapter_model.safetensors"
     check_tensors(weights, SafetensorsSource([weights], str(weights)).shapes(), get_peft_model_state_dict(merged))
-    merged.merge_and_unload(safe_merge=True)  # a new tensor: the base may be mapped to its file
+    merged.merge_and_unload(safe_merge=True)  # creates a new tensor: the base may be mapped to its file
     model.requires_grad_(False)
     condition = folder / "condition.safetensors"
     if condition.is_file():
@@ -59,7 +60,10 @@ def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path]) -
 
 
 def merge_lora_file(model: nn.Module, file: Path) -> None:
-    """Merge the `generator_lora` of a LongLive checkpoint (PEFT keys in Wan's names; alpha equals the rank)."""
+    """Merge the `generator_lora` of a LongLive checkpoint (PEFT keys in Wan's names; alpha equals the rank).
+
+    Raises ValueError for weights that do not fit.
+    """
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
@@ -74,7 +78,7 @@ def merge_lora_file(model: nn.Module, file: Path) -> None:
             f"{file}: got LoRA weights for {shorten(unknown) or 'nothing'}, expected Linear layers of blocks"
         )
     rank = next(t.shape[0] for name, t in tensors.items() if "lora_A" in name)
-    # A list is matched by suffix, and names of whole paths are suffixes of nothing else.
+    # PEFT matches a list by suffix. These names are whole paths, so each one matches a single module.
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=modules), model)
     check_tensors(file, {name: tuple(t.shape) for name, t in tensors.items()}, get_peft_model_state_dict(model))
     set_peft_model_state_dict(model, tensors)

@@ -1,7 +1,7 @@
-"""Weights into modules: diffusers pipeline directories and Self-Forcing-family checkpoint files.
+"""Loads weights into modules, from diffusers pipeline directories and Self-Forcing-family checkpoint files.
 
-Files are memory-mapped and go tensor by tensor into modules built on the meta device, in their final dtype.
-Every tensor is checked by name and shape before the first one is read.
+Files are memory-mapped. `fill` copies tensor by tensor into modules built on the meta device, in their final dtype.
+It checks every name and shape before it reads the first tensor.
 """
 
 import gc
@@ -16,14 +16,14 @@ from engine.weights.sources import TensorSource
 
 
 def shorten(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_tensors(
     label: object, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Tensor], optional: tuple[str, ...] = ()
 ) -> None:
-    """Raise one ValueError that names what is missing, extra or misshapen among the shapes found."""
+    """Raise one ValueError that names the missing, extra and misshapen tensors."""
     missing = [name for name in wanted if name not in found and name not in optional]
     extra = [name for name in found if name not in wanted]
     wrong = [
@@ -41,9 +41,10 @@ def fill(
     module: nn.Module, source: TensorSource, dtype: torch.dtype, device: torch.device,
     optional: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
-    """Give a module built on the meta device its weights, each straight into `dtype` on `device`.
+    """Load the weights of a module built on the meta device, each directly as `dtype` on `device`.
 
     Tensors already in that dtype stay mapped to the file. `optional` ones may be missing: they become zero.
+    Raises ValueError where names or shapes differ.
     """
     wanted = module.state_dict()
     check_tensors(source.label, source.shapes(), wanted, optional)
@@ -61,7 +62,7 @@ def fill(
 def load_transformer(
     config: TransformerConfig, source: TensorSource, dtype: torch.dtype, device: torch.device, conditioned: bool = False
 ) -> WanTransformer:
-    """A transformer from any source; W_c (`conditioned`) is zero unless the source has it."""
+    """Load a transformer from any source; W_c (`conditioned`) is zero if the source lacks it."""
     with torch.device("meta"):
         model = WanTransformer(config, conditioned)
     fill(model, source, dtype, device, optional=("condition_proj.weight",) if conditioned else ())

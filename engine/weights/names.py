@@ -1,4 +1,4 @@
-"""Parameter names: Wan's own, and the wrappers of training code, in diffusers' spelling."""
+"""Translates Wan's own parameter names, and those of training code's wrappers, to diffusers' names."""
 
 import re
 
@@ -32,7 +32,7 @@ BUFFERS = re.compile(r"(^|\.)freqs$")  # position tables that some checkpoints c
 
 
 def diffusers_name(name: str) -> str:
-    """Wan's parameter or module name in diffusers' spelling; other names come back as they are."""
+    """diffusers' name of a Wan parameter or module; returns other names unchanged."""
     name = _WRAPPERS.sub("", name).lstrip(".")
     name = name.removeprefix("model.")
     block = re.match(r"blocks\.(\d+)\.(.+)$", name)

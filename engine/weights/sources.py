@@ -1,4 +1,4 @@
-"""Where tensors come from: safetensors files and Self-Forcing-family checkpoints, shapes first, data one by one."""
+"""Sources of tensors: safetensors files and Self-Forcing-family checkpoints. Shapes are known before data is read."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,11 +13,11 @@ from engine.weights.names import BUFFERS, diffusers_name
 
 
 class TensorSource(Protocol):
-    """Named tensors whose shapes are known before their data is read."""
+    """Named tensors. `shapes` reads no data, `read` yields (name, tensor), `bytes_at` is their size in a dtype."""
 
     label: str
     files: list[Path]
-    lora: Path | None  # a file whose LoRA weights belong on top
+    lora: Path | None  # file with LoRA weights to merge afterwards
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
     def read(self) -> Iterator[tuple[str, Tensor]]: ...
@@ -29,7 +29,7 @@ def _bytes_at(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
 
 
 class SafetensorsSource:
-    """One or more safetensors files. `read` maps each file anew every 32 MB, so what was converted is unmapped."""
+    """One or more safetensors files. `read` maps a file again every 32 MB, to release the pages already converted."""
 
     _SPAN = 32 << 20
     lora: Path | None = None
@@ -70,7 +70,10 @@ class SafetensorsSource:
 
 
 class PickleSource:
-    """A `.pt` checkpoint of the Self-Forcing family, memory-mapped, opened with weights_only=True."""
+    """A memory-mapped `.pt` checkpoint of the Self-Forcing family, opened with weights_only=True.
+
+    The constructor raises ValueError for an unreadable file, and where the state or its tensors are missing.
+    """
 
     _STATES = ("generator_ema", "generator", "model", "state_dict")
 
@@ -103,7 +106,7 @@ class PickleSource:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an error that names the file."""
+    """Read a JSON object. FileNotFoundError or ValueError names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"got no file {path}, expected one")
     try:
@@ -116,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a component folder, sorted; where there is an index, exactly the files it names."""
+    """The safetensors files of a component folder, sorted. An index decides which ones. FileNotFoundError if none."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
         files = sorted({folder / name for name in read_json(indexes[0]).get("weight_map", {}).values()})
@@ -130,7 +133,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def open_source(path: Path, state: str | None = None) -> TensorSource:
-    """A component folder, a .safetensors file or a .pt/.pth checkpoint."""
+    """Open a component folder, a .safetensors file or a .pt/.pth checkpoint; `state` names a state of the latter.
+
+    Raises FileNotFoundError, or ValueError for an unreadable or unknown file.
+    """
     if path.is_dir():
         return SafetensorsSource(weight_files(path), str(path))
     if not path.is_file():

@@ -1,8 +1,8 @@
-"""What takes long to build is built once, for all processes of a run and for the runs after it.
+"""Builds slow artefacts once, for all processes of a run and for later runs.
 
-An artefact is a directory under CACHE. Its name ends with a hash of everything that decides what is in it, so
-nothing reads an old one. A mark beside it says that it is whole. A build that was cut off is begun again.
-`make clean` removes all of them.
+An artefact is a directory under CACHE. Its name ends with a hash of everything that decides its content, so no test
+reads an old one. A mark beside it shows that it is complete. An interrupted build starts again. `make clean` removes
+all artefacts.
 """
 
 import fcntl
@@ -16,13 +16,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("GREEDY_TEST_CACHE") or ROOT / ".pytest_cache" / "artefacts")
-# Of each kind the newest two are kept, and all that a run of the last hours may still be reading.
+# Keep the newest two of each kind, and all that were used in the last hours: a run may still read them.
 KEPT, HOURS = 2, 3.0
 KEY = "[0-9a-f]" * 16
 
 
 def artefact(kind: str, key: str, make: Callable[[Path], object]) -> Path:
-    """The directory that make(directory) has filled for `key`, by this process or by another. Not to be changed."""
+    """The directory that make(directory) filled for `key`, in this or another process. Callers must not change it."""
     CACHE.mkdir(parents=True, exist_ok=True)
     folder = CACHE / f"{kind}-{key}"
     with _locked(CACHE / f"{kind}.lock"):
@@ -34,13 +34,13 @@ def artefact(kind: str, key: str, make: Callable[[Path], object]) -> Path:
 
 
 def newest(kind: str) -> Path | None:
-    """The artefact of this kind that was used last, whatever its key."""
+    """The artefact of this kind that was used last, with any key; None if there is none."""
     marks = _marks(kind)
     return marks[0].with_suffix("") if marks else None
 
 
 def key_of(*told: object, files: Iterable[Path] = ()) -> str:
-    """A hash of values, and of files with their names."""
+    """A hash of values, and of files' names and contents: 16 hex digits."""
     digest = hashlib.sha256(repr(told).encode())
     for file in sorted(files):
         content = file.read_bytes()
@@ -49,7 +49,7 @@ def key_of(*told: object, files: Iterable[Path] = ()) -> str:
 
 
 def sources(*folders: str) -> list[Path]:
-    """Every file of these folders of the repository that Python or a compiler may read."""
+    """Every file in these folders of the repository, except .pyc files."""
     found = (file for folder in folders for file in (ROOT / folder).rglob("*"))
     return [file for file in found if file.is_file() and file.suffix != ".pyc"]
 
@@ -59,7 +59,7 @@ def _mark(folder: Path) -> Path:
 
 
 def _marks(kind: str) -> list[Path]:
-    """Those of whole artefacts, the one used last first."""
+    """Marks of complete artefacts, the last used first."""
     return sorted(CACHE.glob(f"{kind}-{KEY}.whole"), key=_age)
 
 
@@ -69,7 +69,7 @@ def _age(mark: Path) -> float:
 
 
 def _remove_old(kind: str) -> None:
-    """Called under the lock of `kind`: what has no mark is left of a build that was cut off."""
+    """Delete old artefacts, and folders without a mark: interrupted builds left them. Call under the lock of `kind`."""
     for mark in [mark for mark in _marks(kind)[KEPT:] if _age(mark) > HOURS]:
         mark.unlink()
     for folder in CACHE.glob(f"{kind}-{KEY}"):
@@ -79,7 +79,7 @@ def _remove_old(kind: str) -> None:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Alone among processes; the lock falls with the process that holds it."""
+    """Hold an exclusive lock among processes. The system releases it when the process ends."""
     with file.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

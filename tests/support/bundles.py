@@ -1,4 +1,4 @@
-"""Bundles of the tiny pipelines, and single exported graphs: made once for all processes and for later runs."""
+"""Bundles of the tiny pipelines and single exported graphs, built once for all processes and for later runs."""
 
 import platform
 import shutil
@@ -26,8 +26,8 @@ from export.write import write_bundle
 
 PROMPT = "a red circle moving right"
 CPU = torch.device("cpu")
-LARGEST = 32 << 20  # bytes of weights; a larger export is not kept
-# What a compiled graph depends on beside the hash that the export gives it.
+LARGEST = 32 << 20  # bytes of weights; larger exports are not kept
+# A compiled graph depends on these files, and on the hash from the export.
 COMPILING = [ROOT / name for name in ("export/aoti.py", "export/program.py", "engine/bundles/aoti.py")]
 PACKAGES = (
     "torch",
@@ -50,15 +50,15 @@ def _tools() -> str:
 
 @cache
 def _code() -> str:
-    """Everything that decides a bundle, beside the pipeline."""
+    """Hash of everything but the pipeline that decides a bundle."""
     code = [file for file in sources("engine", "export", "kernels") if file.suffix == ".py"]
     return key_of(files=[*code, ROOT / "tests/support/tiny.py", Path(__file__)])
 
 
 def bundle(kind: str, pipeline: Pipeline, tokenizer: Path, backends: Sequence[str] = ("onnx",)) -> Path:
-    """A pipeline of tiny.write_pipeline, exported. kind names pipeline and backends. Not to be changed.
+    """Export a pipeline of tiny.write_pipeline. kind names pipeline and backends. Callers must not change the folder.
 
-    Any change to the sources gives a new bundle. Graphs whose own hash did not change are not compiled again.
+    Any change to the sources makes a new bundle, but recompiles only graphs whose own hash changed.
     """
     kind = f"{kind}-{_tools()}"
 
@@ -77,7 +77,7 @@ def aoti_bundle(pipeline: Pipeline, tokenizer: Path) -> Path:
 
 
 def compile_once(program: Program, file: Path) -> None:
-    """As export.aoti.compile_program on this machine's processor."""
+    """Like export.aoti.compile_program for this machine's CPU, but compiles each program only once."""
 
     def make(folder: Path) -> None:
         folder.mkdir()
@@ -89,13 +89,13 @@ def compile_once(program: Program, file: Path) -> None:
 
 @contextmanager
 def exports_remembered() -> Iterator[None]:
-    """Meanwhile torch.onnx.export takes from here what it has once made of the same traced program.
+    """Within the block torch.onnx.export reuses its stored result for an equal traced program.
 
-    The same: operations, shapes, names, weights, and how our own operators are translated. What becomes of the model
-    afterwards (export/onnx_graph.py, export/tensorrt_onnx.py) is done each time.
+    Equal programs have the same operations, shapes, names, weights and translation of our own operators. Later changes
+    to the model (export/onnx_graph.py, export/tensorrt_onnx.py) run each time.
     """
     plain = torch.onnx.export
-    if getattr(plain, "remembers", False):  # already: one lock inside the other would never open
+    if getattr(plain, "remembers", False):  # already active: nested locks would deadlock
         yield
         return
 
@@ -110,7 +110,7 @@ def exports_remembered() -> Iterator[None]:
         names = options["input_names"], options["output_names"], options["opset_version"]
         stored = artefact(f"onnx-{_short(names)}", _key_of_export(module, inputs, names), make)
         model = ir.from_proto(onnx.load(stored / "model.onnx"))
-        for name, value in model.graph.initializers.items():  # those of a file cannot be written, as torch expects
+        for name, value in model.graph.initializers.items():  # copy: torch needs writable values, a file's are not
             value.const_value = ir.Tensor(value.const_value.numpy().copy(), dtype=value.const_value.dtype, name=name)
         return SimpleNamespace(model=model)
 
@@ -124,12 +124,12 @@ def _size(traced: ExportedProgram) -> int:
 
 
 def _short(names: tuple[Any, ...]) -> str:
-    """A name for graphs that have the same inputs and outputs, which are of one stage."""
+    """A short name for all graphs with the same inputs and outputs; these belong to one function of Stages."""
     return key_of(names)[:8]
 
 
 def _key_of_export(traced: ExportedProgram, inputs: tuple[Tensor, ...], names: tuple[Any, ...]) -> str:
-    program = Program(None, traced, [], [])  # type: ignore[arg-type]  # what follows reads the trace alone
+    program = Program(None, traced, [], [])  # type: ignore[arg-type]  # the code below reads only the trace
     shapes = [(x.dtype, x.shape, x.stride()) for x in inputs]
     constants = [(name, key_of(_bytes(x))) for name, x in program.constants.items()]
     translated = key_of(files=[ROOT / "export/onnx_graph.py"])

@@ -1,16 +1,17 @@
-"""How near a kernel's result must come to the truth."""
+"""Tolerance of a kernel's result against a float64 reference."""
 
 import torch
 
 
 def error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """Largest absolute difference; NaN where either has one."""
+    """Largest absolute difference; NaN if either tensor has one."""
     return float((found.double() - truth.double()).abs().max())
 
 
 def assert_as_good(found: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, floor: float = 1e-6) -> None:
-    """`found` may differ from the float64 `truth` by twice as much as PyTorch's own result in the same dtype, plus
-    `floor` of the largest true value. NaN in either fails.
+    """Assert that the error of `found` is at most twice that of `plain`, plus `floor` times the largest true value.
+
+    `truth` is float64, `plain` is PyTorch's result in the dtype of `found`. NaN in either fails.
     """
     assert found.shape == truth.shape, f"got {list(found.shape)}, expected {list(truth.shape)}"
     allowed = 2 * error(plain, truth) + floor * float(truth.double().abs().max())

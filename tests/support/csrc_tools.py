@@ -1,4 +1,4 @@
-"""Building the C++ core in tests; what was built stays, see artefacts.py."""
+"""Builds the C++ core in tests, and keeps the builds (see artefacts.py)."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ def cmake(*arguments: str | Path) -> None:
 
 
 def missing_tool() -> str | None:
-    """Why the core cannot be built here, if so."""
+    """The reason why the core cannot be built here; None if it can."""
     if shutil.which("cmake") is None:
         return "cmake is not installed"
     cmake_version = _said_version("cmake").split()[2]
@@ -35,7 +35,7 @@ def missing_tool() -> str | None:
 
 
 def python_module() -> list[str]:
-    """Options to build engine._C as well, where pybind11 is installed."""
+    """Options that also build engine._C; none without pybind11."""
     if find_spec("pybind11") is None:
         return []
     import pybind11
@@ -44,16 +44,16 @@ def python_module() -> list[str]:
 
 
 def build(kind: str, *options: str, targets: tuple[str, ...] = ()) -> Path:
-    """The core with its tests and tools (or some targets), built; skips where there is nothing to build with.
+    """Build the core with its tests and tools, or only `targets`. Skips the test if a tool is missing.
 
-    kind names this set of options. Not to be changed: other processes and later runs use the same directory.
+    kind names this set of options. Callers must not change the folder: other processes and later runs share it.
     """
     if reason := missing_tool():
         pytest.skip(f"the C++ core is not built: {reason}")
     launcher = ["-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"] if shutil.which("ccache") else []
 
     def make(folder: Path) -> None:
-        cmake("-S", ROOT, "-B", folder, "-DCMAKE_INSTALL_LIBDIR=lib", *launcher, *options)  # lib: as setup.py has it
+        cmake("-S", ROOT, "-B", folder, "-DCMAKE_INSTALL_LIBDIR=lib", *launcher, *options)  # lib: as in setup.py
         parallel = str(min(os.cpu_count() or 1, 4))
         cmake("--build", folder, "--parallel", parallel, *(("--target", *targets) if targets else ()))
 
@@ -61,7 +61,7 @@ def build(kind: str, *options: str, targets: tuple[str, ...] = ()) -> Path:
 
 
 def _key(options: tuple[str, ...], targets: tuple[str, ...]) -> str:
-    """Sources, options, tools, and the directories that a build keeps absolute paths of."""
+    """Hash of sources, options, tools, and the directories whose absolute paths a build stores."""
     read = [ROOT / "CMakeLists.txt", ROOT / "engine" / "__init__.py"]
     read += sources("csrc")
     environment = [os.environ.get(name) for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_GENERATOR")]

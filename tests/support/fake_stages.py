@@ -1,7 +1,7 @@
-"""Stages that are short formulas, the same as csrc/tests/fake_plugin.cpp, and a bundle for them.
+"""Stages made of short formulas, equal to csrc/tests/fake_plugin.cpp, and a bundle for them.
 
-What the C++ core feeds its graphs with, keeps and publishes is then compared with the engine's own loop, for every kind
-of stream, in seconds.
+Tests compare the C++ core with the engine's own loop, for every kind of stream, in seconds: graph inputs, kept state
+and published slots.
 
 `python tests/support/fake_stages.py` writes csrc/tests/fake.bundle, whose manifest keeps version 1.
 """
@@ -39,7 +39,7 @@ TOKENS = HIGH * WIDE
 
 
 class FakeStages:
-    """The formulas of csrc/tests/fake_plugin.cpp in float64, results in float32."""
+    """The formulas of csrc/tests/fake_plugin.cpp, computed in float64, with float32 results."""
 
     name = "fake"
     capabilities = Capabilities()
@@ -50,7 +50,7 @@ class FakeStages:
         return torch.where(mask[..., None] > 0, values.float() / 97 - 0.5, 0)
 
     def prepare_text(self, text_emb: Tensor) -> list[tuple[float, float]]:
-        """Means of every layer's keys and values: all that the formulas use."""
+        """Means of every layer's keys and values; the formulas use nothing else."""
         i, emb, wide = torch.arange(CONFIG.dim), text_emb[0].double(), CONFIG.text_dim
         layers = range(CONFIG.num_layers)
         return [(emb[:, (n + i) % wide].mean().item(), emb[:, (2 * n + 3 * i) % wide].mean().item()) for n in layers]
@@ -145,13 +145,13 @@ def _graphs(preset: Preset, rows: int, version: int) -> dict[str, tuple[list, li
 
 
 def _fields(preset: Preset, version: int) -> dict[str, Any]:
-    """The preset in a manifest. Version 1 counts a greedy window in chunks before the current one."""
+    """The preset's fields in a manifest. Version 1 counts a greedy window in chunks, without the current one."""
     chunks = version == 1 and preset.family == "greedy"
     return dataclasses.asdict(preset) | ({"window": preset.window // preset.chunk - 1} if chunks else {})
 
 
 def write_fake_bundle(folder: Path, preset: Preset, version: int = 2) -> Path:
-    """A bundle whose graphs are empty files; only the fake plugin runs it. `version` is that of its manifest."""
+    """Write a bundle whose graphs are placeholders; only the fake plugin runs it. `version` is the manifest's."""
     shutil.copytree(TOKENIZER, folder / "tokenizer")
     save_file({"nothing": np.zeros(1, np.float32)}, folder / "weights.safetensors")
     save_file({"frames": np.zeros((1, HEIGHT, WIDTH, 3), np.uint8)}, folder / "golden.safetensors")

@@ -1,8 +1,8 @@
-"""Runs in every process of a launch: functions of a file, one after the other, in one process group.
+"""Runs the functions of a file one after the other, in every process of a launch, in one process group.
 
     torchrun --nproc_per_node 2 tests/support/in_processes.py JOBS
 
-JOBS is a pickled list of (name, function, arguments). What a function prints in process N goes to JOBS.NAME.N.
+JOBS is a pickled list of (name, function, arguments). The output of a function in process N goes to JOBS.NAME.N.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ def main(jobs: Path) -> None:
 
 
 def with_accelerator(function: Callable[..., object], *arguments: object) -> None:
-    """Call a function that takes the processes as its last argument."""
+    """Call function(*arguments, Accelerator)."""
     from accelerate import Accelerator
 
     function(*arguments, Accelerator(cpu=True))
 
 
 def sharding_frees_what_it_gathered() -> None:
-    """After a forward pass without gradients, as of a teacher or a rollout, only the shards stay."""
+    """After a forward pass without gradients (teacher, rollout) the processes hold only the shards."""
     from distill.training.sharding import shard_frozen
 
-    torch.manual_seed(0)  # the processes hold the same weights
+    torch.manual_seed(0)  # gives all processes the same weights
     model, other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8).requires_grad_(False)
     model[0].requires_grad_(False)
     whole = other.weight.clone()

@@ -1,3 +1,3 @@
-"""How long a test waits. Only a hang takes this long: a shorter limit would fail on a busy machine."""
+"""Time limit of a test. Only a hang reaches it; a shorter limit would fail on a busy machine."""
 
 HANG = 3600  # seconds

@@ -1,8 +1,8 @@
-"""Triton's interpreter, right for bfloat16 and FP8.
+"""Fixes Triton's interpreter for bfloat16 and FP8.
 
-Stock 3.6 to 3.9 multiply raw bits in bf16 `tl.dot`, sum and compare raw bits, truncate instead of round, and lose
-carries, subnormals and saturation in FP8. Here conversions, arithmetic, products and reductions of narrow floats go
-through float32 and torch's conversions; on the way to FP8 values saturate, as the GPU's conversion does.
+Stock 3.6 to 3.9 multiply raw bits in bf16 `tl.dot`, sum and compare raw bits, and truncate instead of round. In FP8
+they lose carries, subnormals and saturation. Here conversions, arithmetic, products and reductions of narrow floats use
+float32 and torch's conversions. Conversion to FP8 saturates, as on a GPU.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
-# Triton's type -> torch's, and the numpy type that the interpreter keeps its bits in.
+# Triton's type -> torch's type, and the numpy type in which the interpreter stores its bits.
 TYPES = {
     tl.bfloat16: (torch.bfloat16, np.uint16),
     tl.float8e4nv: (torch.float8_e4m3fn, np.uint8),
@@ -27,7 +27,7 @@ BITS = {1: (np.uint8, torch.uint8), 2: (np.int16, torch.int16), 4: (np.float32, 
 
 
 def convert(bits, source, target, rounding=None):
-    """The bits of `source` values as the bits of `target` values: nearest even, FP8 saturating, NaN kept."""
+    """Convert bits of type `source` to bits of type `target`: nearest even, FP8 saturates, NaN stays NaN."""
     flat = np.ascontiguousarray(bits)
     values = torch.from_numpy(flat.view(BITS[flat.itemsize][0])).view(TYPES[source][0])
     values = values.to(torch.float64 if source == tl.float64 else torch.float32)
@@ -38,7 +38,7 @@ def convert(bits, source, target, rounding=None):
 
 
 def widened(handle):
-    """A handle's values as numbers that numpy understands."""
+    """A handle's values in a type that numpy supports."""
     kind = handle.dtype.scalar
     return convert(handle.data, kind, tl.float32) if kind in NARROW else handle.data
 
@@ -62,7 +62,7 @@ def create_dot(self, a, b, d, *_):
 
 
 def mend():
-    """Replace what is wrong; once a process, before any kernel runs."""
+    """Replace the wrong functions. Call it once per process, before any kernel runs."""
     binary, unary, reduce = InterpreterBuilder.binary_op, InterpreterBuilder.unary_op, ReduceOps.apply
 
     def binary_op(self, left, right, op):

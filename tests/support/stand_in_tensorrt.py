@@ -1,8 +1,8 @@
-"""A stand-in for the package `tensorrt`, made of the published names: NOT TensorRT, and no proof that TensorRT works.
+"""A stand-in for the package `tensorrt` with its published names: NOT TensorRT, and no proof that TensorRT works.
 
-It refuses every name that the API does not have. Its "plans" are the ONNX files themselves, its "engines" run them in
-ONNX Runtime (through the function bodies of TRT_* operators) on whatever addresses were bound. So the builder's and
-the runtime's own work is exercised: names, marshalling, binding, aliases, refitting.
+It refuses every name that the API lacks. Its "plans" are the ONNX files. Its "engines" run them in ONNX Runtime
+(through the function bodies of TRT_* operators) on the bound addresses. So it exercises our builder and runtime code:
+names, marshalling, binding, aliases, refitting.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ _RAW = {TensorProto.FLOAT: "f4", TensorProto.FLOAT16: "f2", TensorProto.INT64: "
 
 
 class _Published:
-    """Public attributes must be published ones."""
+    """Base class that allows only public attributes of the published API."""
 
     def __init_subclass__(cls) -> None:
         known = set(NAMES[cls.__name__]["members"])
@@ -117,14 +117,14 @@ class ParserError(_Published):
 
 
 def _plugin_of(node: onnx.NodeProto) -> str | None:
-    """The registered plugin that a node asks for."""
+    """Name of the registered plugin that a node calls; None for other nodes."""
     asked = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     name = f"{asked.get('plugin_namespace', b'').decode()}::{node.op_type}"
     return name if name in PLUGINS and asked.get("aot") == 1 else None
 
 
 class OnnxParser(_Published):
-    """Refuses operators that are neither ONNX's, nor TensorRT's, nor a plugin, and initializers that nobody gave."""
+    """Refuses unknown operators (not of ONNX, TensorRT or a plugin) and external initializers that were not loaded."""
 
     def __init__(self, network: INetworkDefinition, logger: Logger) -> None:
         self._network, self.num_errors = network, 0
@@ -160,7 +160,7 @@ class Builder(_Published):
         return IBuilderConfig()
 
     def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> IHostMemory | None:
-        """Strong typing only; weights go into the plan unless it is stripped."""
+        """Build a plan of a strongly typed network; None for others. Includes the weights unless STRIP_PLAN is set."""
         if not network.flags >> NetworkDefinitionCreationFlag.STRONGLY_TYPED & 1 or BuilderFlag.TF32 in config._flags:
             return None
         model = ModelProto()
@@ -289,7 +289,7 @@ class Runtime(_Published):
         return ICudaEngine(onnx.load_from_string(content[len(MAGIC) :]))
 
 
-# From here on tensorrt.plugin, as read in NVIDIA/TensorRT (python/packaging/bindings_wheel/tensorrt/plugin).
+# Below is tensorrt.plugin, after NVIDIA/TensorRT (python/packaging/bindings_wheel/tensorrt/plugin).
 PLUGIN_NAMES = {"register", "aot_impl", "from_shape_expr", "cdiv", "TensorDesc", "KernelLaunchParams", "SymIntExprs"}
 PLUGINS: dict[str, dict[str, Any]] = {}
 
@@ -304,7 +304,7 @@ class ShapeExpr:
     def __mul__(self, other: "int | ShapeExpr") -> "ShapeExpr":
         return ShapeExpr(self.value * (other.value if isinstance(other, ShapeExpr) else other))
 
-    __rmul__ = None  # the real one has none either
+    __rmul__ = None  # as in the real class
 
 
 class TensorDesc:
@@ -340,7 +340,7 @@ class SymIntExprs:
 
 
 def register(name: str) -> Any:
-    """Annotations say what is a tensor, what a number, and how many come out."""
+    """Register a plugin. Its annotations tell tensors from numbers, and give the number of outputs."""
 
     def decorate(describe: Any) -> Any:
         kinds = dict(describe.__annotations__)
@@ -367,7 +367,7 @@ def aot_impl(name: str) -> Any:
 
 
 def plugin_module() -> types.ModuleType:
-    """To be put into sys.modules as `tensorrt.plugin`."""
+    """The module to put into sys.modules as `tensorrt.plugin`."""
     made = types.ModuleType("tensorrt.plugin", __doc__)
     for name in PLUGIN_NAMES:
         setattr(made, name, globals()[name])
@@ -375,7 +375,7 @@ def plugin_module() -> types.ModuleType:
 
 
 def module() -> types.ModuleType:
-    """To be put into sys.modules as `tensorrt`; any name that is not published is missing."""
+    """The module to put into sys.modules as `tensorrt`. It has only published names."""
     made = types.ModuleType("tensorrt", __doc__)
     made.float32, made.int32 = DataType.FLOAT, DataType.INT32
     made.plugin = plugin_module()

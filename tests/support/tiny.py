@@ -1,4 +1,4 @@
-"""Small random models, and diffusers' transformer as a reference with any mask, positions and timesteps."""
+"""Small random models, and diffusers' transformer as a reference for any mask, positions and timesteps."""
 
 import json
 from pathlib import Path
@@ -40,12 +40,12 @@ VAE = {
     "latents_std": [0.8 + 0.2 * i for i in range(8)],
     "scale_factor_spatial": 4,
 }
-HEIGHT, WIDTH = 16, 24  # pixels: latents of 4 x 6, 2 x 3 tokens a frame
+HEIGHT, WIDTH = 16, 24  # pixels: latents of 4 x 6, 2 x 3 tokens per latent frame
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "square", "moving", "left", "right", "on", "gray"]
 
 
 def randomize(module: nn.Module, seed: int) -> nn.Module:
-    """Weights that keep activations of order 1 and leave no gate, norm or bias at a value that hides it."""
+    """Set random weights that keep activations of order 1. No gate, norm or bias has a neutral value."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float32)
@@ -62,14 +62,14 @@ def randomize(module: nn.Module, seed: int) -> nn.Module:
 
 
 def transformer(seed: int = 0, conditioned: bool = False, **changes: Any) -> WanTransformer:
-    """Ours, random; W_c included where conditioned."""
+    """Our transformer with random weights; with W_c if conditioned."""
     model = WanTransformer(TransformerConfig(**{**TRANSFORMER, **changes}), conditioned)
     randomize(model, seed)
     return model
 
 
 def reference_of(model: WanTransformer) -> WanTransformer3DModel:
-    """diffusers' transformer with the same weights (W_c left out)."""
+    """diffusers' transformer with the same weights, without W_c."""
     config = {name: getattr(model.config, name) for name in model.config.__dataclass_fields__}
     reference = WanTransformer3DModel(**config)
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("condition_proj")}
@@ -87,7 +87,7 @@ class _Masked(WanAttnProcessor):
 
 
 class _Positions(nn.Module):
-    """diffusers' rotary tables, frames taken at given positions."""
+    """diffusers' rotary tables for frames at `positions`."""
 
     def __init__(self, config: TransformerConfig, positions: list[int]) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class _Positions(nn.Module):
 
 
 def frame_mask(sees: list[list[bool]], tokens: int) -> Tensor:
-    """[frames, frames] -> bool [frames * tokens, frames * tokens]"""
+    """sees [frames, frames] -> bool [frames * tokens, frames * tokens]."""
     return torch.tensor(sees).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
 
@@ -114,10 +114,10 @@ def dense(
     model: WanTransformer, latent: Tensor, t: list[float], text: Tensor, positions: list[int],
     sees: list[list[bool]] | None = None, condition: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Flow and last hidden state of diffusers' transformer on whole frames at once.
+    """Flow [B, C, F, h, w] and last hidden state [B, F * n, dim] of diffusers' transformer on all frames at once.
 
-    latent [B, C, F, h, w]; t and positions one a frame; sees[query frame][key frame]; condition as W_c's
-    product [B, F * n, dim].
+    latent [B, C, F, h, w]; t and positions, one per frame; sees[query frame][key frame]; condition [B, F * n, dim], the
+    product of W_c.
     """
     reference = reference_of(model)
     tokens = latent.shape[3] // model.config.patch_size[1] * (latent.shape[4] // model.config.patch_size[2])
@@ -138,7 +138,7 @@ def dense(
 
 
 def text_of(batch: int = 1, seed: int = 0, rows: int = 16, real: int = 7, dim: int = 24) -> Tensor:
-    """A text embedding whose last rows are zero, as for a short prompt."""
+    """A text embedding [batch, rows, dim]; rows after `real` are zero, as for a short prompt."""
     text = torch.zeros(batch, rows, dim)
     text[:, :real] = torch.randn(batch, real, dim, generator=torch.Generator().manual_seed(seed))
     return text
@@ -149,14 +149,14 @@ def latents_of(batch: int, frames: int, seed: int = 0, height: int = 4, width: i
 
 
 def models_of(preset: Preset, seed: int = 0) -> dict[str, WanTransformer]:
-    """Different weights for every role, so that none can stand in for another."""
+    """One transformer per role. Their weights differ, so that a test notices swapped roles."""
     family = family_of(preset)
     roles = family.roles()
     return {role: transformer(seed + len(roles) - 1 + i, family.conditioned(role)) for i, role in enumerate(roles)}
 
 
 def pipeline_of(preset: Preset, models: dict[str, WanTransformer] | None = None) -> Pipeline:
-    """A pipeline without VAE and text encoder: embeddings in, latents out."""
+    """A pipeline without VAE and text encoder: it takes embeddings and returns latents."""
     models = models or models_of(preset)
     config = next(iter(models.values())).config
     return assemble(TorchStages(models, None, None), config, preset, torch.float32, CPU, height=32, width=48)
@@ -173,7 +173,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_pipeline(folder: Path) -> Path:
-    """A pipeline directory in diffusers' layout: every part random, small enough to stream in milliseconds."""
+    """Write a pipeline directory in diffusers' layout. All weights are random; it streams in milliseconds."""
     randomize(WanTransformer3DModel(**TRANSFORMER), 0).save_pretrained(folder / "transformer")
     randomize(AutoencoderKLWan(**VAE), 1).save_pretrained(folder / "vae")
     words = tokenizer()

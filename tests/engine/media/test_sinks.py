@@ -16,7 +16,7 @@ from PIL import Image, ImageSequence
 import engine.media.sinks
 from engine.media.sinks import open_sink
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SIZE = (48, 64)
 FPS = 16
 
