@@ -82,7 +82,8 @@ def _export(options: Options, plans: BuildOptions) -> int:
     fp8, around = options.precision == "fp8", "fp32" if "onnx" in backends else "bf16"  # around: all that is not FP8
     pipeline = load(
         options.model, preset=options.preset, checkpoint=options.checkpoint, adapters=options.adapter,
-        device=options.device, dtype=around if fp8 else options.precision, height=options.height, width=options.width,
+        device=options.device, precision=around if fp8 else options.precision,
+        height=options.height, width=options.width,
     )  # fmt: skip
     pipeline = _quantized(pipeline, options, settings_of(folder)["fp8_keep"]) if fp8 else pipeline
     if plans.attention == "plugin_fp8" and not fp8:
