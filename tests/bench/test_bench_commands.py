@@ -82,6 +82,7 @@ def test_stream(model_dir, capsys, limits):
     assert found["mfu"] == pytest.approx(10 * found["gflop_per_chunk"] / found["ms_per_chunk"]["p50"])
 
 
+@pytest.mark.slow
 def test_stream_saves_what_it_says(model_dir, capsys, limits, tmp_path):
     command = ["stream", "--model", str(model_dir), "--preset", "self-forcing", "--frames", "40", "--rounds", "1"]
     assert main([*command, "--json", "--save", "--results", str(tmp_path)]) == 0
@@ -256,6 +257,7 @@ def test_everything_stops_at_the_first_failure(monkeypatch, capsys):
     assert "bench stream ended with status 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_adapter_answers(toy):
     with Adapter("toy", toy, SETTINGS) as adapter:
         assert adapter.about["about"] == "toy of 16"
@@ -285,6 +287,7 @@ def test_adapter_that_does_not_start():
         Adapter("toy", ["/nowhere/engine"], SETTINGS)
 
 
+@pytest.mark.slow
 def test_server_reports_what_it_cannot_do(toy):
     lines = [{"op": "generate", "prompt": "a", "seed": 0, "frames": 1}, {"op": "fly"}, {"op": "close"}]
     given = "".join(json.dumps(line) + "\n" for line in lines) + "not json\n"

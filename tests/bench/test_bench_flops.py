@@ -55,6 +55,7 @@ def counted(call) -> float:
 
 
 @pytest.mark.parametrize("name", [*PRESETS])
+@pytest.mark.slow
 def test_chunks_of_every_preset(name):
     pipeline = meta_pipeline(name)
     stream = Stream(pipeline, torch.empty(1, ROWS, CONFIG.text_dim, device=META), MetaNoise(), None, None)
@@ -63,6 +64,7 @@ def test_chunks_of_every_preset(name):
 
 
 @pytest.mark.parametrize("changes", [{"chunk": 2}, {"window": 1}, {"window": 8}, {"stop_after": 2}])
+@pytest.mark.slow
 def test_chunks_of_changed_presets(changes):
     pipeline = meta_pipeline("greedy", **changes)
     stream = Stream(pipeline, torch.empty(1, ROWS, CONFIG.text_dim, device=META), MetaNoise(), None, None)

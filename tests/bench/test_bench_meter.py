@@ -130,6 +130,7 @@ def test_a_standing_picture_is_red(pipeline):
 
 
 @pytest.mark.parametrize("command", ["stream", "compare", "scaling", "load"])
+@pytest.mark.slow
 def test_red_means_no_numbers(model_dir, capsys, monkeypatch, command):
     monkeypatch.setattr(check, "metered_equals_plain", lambda *_: check.Check("broken on purpose", False, "by a test"))
     assert main([command, "--model", str(model_dir), "--json", *(["--adapter", "none"] * (command == "compare"))]) == 1

@@ -63,6 +63,7 @@ def test_a_stream_that_grows_is_seen(pipeline):
     assert result["memory_growth_mb"] > 10
 
 
+@pytest.mark.slow
 def test_command(model_dir, capsys):
     assert main(["scaling", "--model", str(model_dir), "--chunks", "44", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
@@ -91,6 +92,7 @@ def tensor_bytes():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["pipeline", "causal"])
+@pytest.mark.slow
 def test_a_stream_holds_no_more_tensors_as_it_goes_on(request, family):
     pipeline = request.getfixturevalue(family)
     with pipeline.stream(PROMPT) as stream:

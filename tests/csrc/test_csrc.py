@@ -179,6 +179,7 @@ def test_a_wrong_vector_is_noticed(native_build, tmp_path, damage):
 
 
 @pytest.mark.parametrize("kind", ["native_build", "shared_build"])
+@pytest.mark.slow
 def test_installed_package_is_usable(request, tmp_path, kind):
     cmake("--install", request.getfixturevalue(kind), "--prefix", tmp_path / "prefix")
     for name, text in CONSUMER.items():

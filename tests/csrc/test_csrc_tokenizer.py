@@ -141,6 +141,7 @@ def test_another_kind_is_refused(native_build, tmp_path, change, said):
     assert len(ran.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_tables_of_characters_are_current():
     spec = importlib.util.spec_from_file_location("text_tables", ROOT / "csrc" / "text" / "text_tables.py")
     tables = importlib.util.module_from_spec(spec)

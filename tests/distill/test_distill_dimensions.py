@@ -91,6 +91,7 @@ def test_parts_of_a_long_clip_are_truth() -> None:
     assert task.score(video[:, :, 30:60], scenes)["quality"]["mean"] < 0.98
 
 
+@pytest.mark.slow
 def test_sprites_on_a_torus_are_truth() -> None:
     """The same dimensions serve one object that leaves on one side and comes back on the other."""
     task = find_task("sprites")
@@ -197,6 +198,7 @@ def blinking(scene: Scene) -> Scene:
     return dataclasses.replace(scene, other=None, period=20, hidden=8, phase=9)
 
 
+@pytest.mark.slow
 def test_comes_back_elsewhere(single: tuple[list[Scene], Tensor]) -> None:
     """A blinking object that reappears where it cannot be has been forgotten: only motion smoothness knows."""
     scenes = [blinking(s) for s in single[0]]

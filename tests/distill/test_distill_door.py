@@ -146,6 +146,7 @@ def test_every_former_command_has_a_shim() -> None:
         assert f'former("{name}")' in (ROOT / "distill" / f"{name}.py").read_text()
 
 
+@pytest.mark.slow
 def test_a_former_command_names_the_new_one() -> None:
     """The old command still runs; the status is the new one's."""
     done = subprocess.run(

@@ -202,6 +202,7 @@ def test_evaluate_command(task: str | None, capsys: pytest.CaptureFixture[str]) 
     assert ("scores" in result) == (task == "sprites")  # the strict scorer's, of one object
 
 
+@pytest.mark.slow
 def test_vbench_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clips of its prompts under its names, five each; a stand-in for the package records what it is asked."""
     info = tmp_path / "info.json"

@@ -106,6 +106,7 @@ def test_index_decides_which_files_count(tmp_path, state):
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "model._fsdp_wrapped_module.", "_fsdp_wrapped_module.model."])
+@pytest.mark.slow
 def test_self_forcing_file(tmp_path, state, wan, prefix):
     tensors = {prefix + name: tensor for name, tensor in wan.items()}
     zero = other(tensors)
@@ -420,6 +421,7 @@ def test_longlive_lora_is_w_plus_ba(tmp_path, spell):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_longlive_checkpoint_with_base_and_lora(tmp_path, model_dir, wan):
     merged, _ = longlive(tmp_path / "both.pt", base={f"model.{k}": t for k, t in wan.items()})
     pipeline = engine.load(model_dir, preset="longlive", checkpoint=tmp_path / "both.pt")
@@ -457,6 +459,7 @@ def copied(model_dir, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_adapters_of_a_model_reach_their_roles(model_dir, tmp_path):
     folder = copied(model_dir, tmp_path)
     wrapped = {role: adapter(folder / "adapters" / role, seed=seed) for seed, role in enumerate(("etm", "sdd"))}

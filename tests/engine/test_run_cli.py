@@ -76,6 +76,7 @@ def test_report(model_dir, tmp_path, capfd):
     assert listing(tmp_path) == ["clip.mp4"]
 
 
+@pytest.mark.slow
 def test_stdout_holds_the_report_alone(model_dir, capfd):
     assert run(model_dir, "--frames", 1, "--out", "null") == 0
     out, err = capfd.readouterr()
@@ -99,6 +100,7 @@ def test_seconds(model_dir, capfd, seconds, frames):
 
 
 @pytest.mark.parametrize(("when", "recommit"), [("1.0s", True), ("1", True), ("8f", False)])
+@pytest.mark.slow
 def test_prompt_switch(model_dir, pipeline, capfd, when, recommit):
     other = "a blue square on gray"
     more = [] if recommit else ["--no-recommit"]
@@ -109,6 +111,7 @@ def test_prompt_switch(model_dir, pipeline, capfd, when, recommit):
         assert report["sha256"] == checksum(frames + list(stream))
 
 
+@pytest.mark.slow
 def test_presets_and_their_fields(model_dir, tmp_path, capfd):
     report = report_of(capfd, model_dir, "--preset", "self-forcing", "--window", 6, "--frames", 9, "--out", "checksum")
     pipeline = engine.load(model_dir, preset="self-forcing", overrides={"window": 6})
@@ -132,6 +135,7 @@ def test_image_to_video(model_dir, pipeline, tmp_path, capfd):
         assert report["sha256"] == checksum(stream)
 
 
+@pytest.mark.slow
 def test_a_clip_is_continued(model_dir, pipeline, tmp_path, capfd):
     assert run(model_dir, "--frames", 12, "--out", "start.mp4") == 0
     capfd.readouterr()
@@ -142,6 +146,7 @@ def test_a_clip_is_continued(model_dir, pipeline, tmp_path, capfd):
         assert report["sha256"] == checksum(stream)
 
 
+@pytest.mark.slow
 def test_pixels_can_be_enlarged(model_dir, tmp_path, capfd):
     assert run(model_dir, "--frames", 2, "--out", "big.rgb", "--scale", 2) == 0
     assert run(model_dir, "--frames", 2, "--out", "small.rgb") == 0

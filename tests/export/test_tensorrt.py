@@ -189,6 +189,7 @@ def test_graphs_ask_for_what_tensorrt_has(made: Made) -> None:
         assert not any(a.name in ("softcap", "qk_matmul_output_mode") for node in plain for a in node.attribute)
 
 
+@pytest.mark.slow
 def test_scales_must_be_constants(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match="per token, expected per tensor"):
         to_onnx(stage(quantize(pipeline, Recipe("token")), "etm"), spell_for_tensorrt)
