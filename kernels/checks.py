@@ -18,6 +18,11 @@ def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast chooses dtypes: the references then run as PyTorch's own operations do, dtypes unchecked."""
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+
+
 def fits_per_frame(x: Tensor, *values: Tensor) -> bool:
     """Whether x is [B, F * n, dim], not empty, and all values are [B or 1, F, 1, dim] in its dtype, dim contiguous."""
     frames = values[0].shape[1] if values[0].ndim == 4 else 0

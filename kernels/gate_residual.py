@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.checks import described, fits_per_frame, needs_gradient, power_of_two, warps_for
+from kernels.checks import autocasts, described, fits_per_frame, needs_gradient, power_of_two, warps_for
 from kernels.launch import launch, tl, triton
 from kernels.table import Variant, implementation, register
 
@@ -51,6 +51,8 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     x, y [B, F * n, dim], gate [B, F, 1, dim] (one per frame; only the last stride is fixed) -> [B, F * n, dim].
     Raises ValueError where shapes or dtypes do not fit.
     """
+    if autocasts(x):
+        return gate_residual_reference(x, y, gate)
     if x.shape != y.shape or x.dtype != y.dtype or not fits_per_frame(x, gate):
         raise ValueError(f"gate_residual: got {described(x=x, y=y, gate=gate)}, expected x, y [B, F * n, dim] "
                          "and gate [B, F, 1, dim], one dtype, dim contiguous")  # fmt: skip

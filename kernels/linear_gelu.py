@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import described, needs_gradient
+from kernels.checks import autocasts, described, needs_gradient
 
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -28,6 +28,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Raises ValueError where shapes or dtypes do not fit.
     """
+    if autocasts(x):
+        return linear_gelu_reference(x, weight, bias)
     fits = x.ndim > 1 and weight.ndim == 2 and x.shape[-1] == weight.shape[1] and bias.shape == weight.shape[:1]
     if not fits or not x.dtype == weight.dtype == bias.dtype:
         raise ValueError(f"linear_gelu: got {described(x=x, weight=weight, bias=bias)}, expected x [..., M, K], "

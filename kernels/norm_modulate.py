@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import described, fits_per_frame, needs_gradient, power_of_two, warps_for
+from kernels.checks import autocasts, described, fits_per_frame, needs_gradient, power_of_two, warps_for
 from kernels.launch import launch, tl, triton
 from kernels.quantize import empty_rows, quantize_rows_reference, row_scale, to_e4m3
 from kernels.table import Variant, implementation, register
@@ -114,6 +114,8 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) ->
     x [B, F * n, dim], shift and scale [B, F, 1, dim] (one per frame; only the last stride is fixed) -> [B, F * n, dim].
     Raises ValueError where shapes or dtypes do not fit.
     """
+    if autocasts(x):
+        return norm_modulate_reference(x, shift, scale, eps)
     _check_modulation("norm_modulate", x, shift, scale)
     fits = not needs_gradient(x, shift, scale)
     return implementation("norm_modulate", x.device, fits=fits)(x, shift, scale, eps)
@@ -127,6 +129,8 @@ def norm_modulate_quantize(x: Tensor, shift: Tensor, scale: Tensor, eps: float =
 
 def layer_norm_affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm(x) * weight + bias: x [B, n, dim], weight and bias [dim] -> [B, n, dim]."""
+    if autocasts(x):
+        return layer_norm_affine_reference(x, weight, bias, eps)
     _check_affine("layer_norm_affine", x, weight, bias)
     fits = not needs_gradient(x, weight, bias)
     return implementation("layer_norm_affine", x.device, fits=fits)(x, weight, bias, eps)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import table
-from kernels.checks import needs_gradient
+from kernels.checks import autocasts, needs_gradient
 from kernels.stream_k_attention import ValidRows, attend
 
 HEAD_DIMS = (16, 32, 64, 128)  # that the kernel supports; PyTorch computes the others
@@ -43,6 +43,9 @@ def ring_attention(
     tensor: the host does not read it and no launch depends on it. The caller must keep it in [1, rows].
     Raises ValueError where shapes, dtypes or, for the Triton kernel, strides do not fit.
     """
+    if autocasts(q):
+        out, lse = _sdpa(q, k, v, valid_rows, return_lse)
+        return (out, lse) if return_lse else out  # type: ignore[return-value]
     check_query_key_value("ring_attention", q, k, v, valid_rows)
     if k.shape != v.shape:
         raise ValueError(f"ring_attention: got k {list(k.shape)}, v {list(v.shape)}, expected one shape")

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.checks import described, needs_gradient, power_of_two, warps_for
+from kernels.checks import autocasts, described, needs_gradient, power_of_two, warps_for
 from kernels.launch import launch, tl, triton
 from kernels.table import Variant, implementation, register
 
@@ -47,6 +47,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
     Raises ValueError where shapes or dtypes do not fit.
     """
+    if autocasts(x):
+        return rms_norm_reference(x, weight, eps)
     if not x.numel() or weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
         raise ValueError(f"rms_norm: got {described(x=x, weight=weight)}, expected x [..., dim] and weight [dim], "
                          "one dtype")  # fmt: skip

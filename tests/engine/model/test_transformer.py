@@ -259,3 +259,20 @@ def test_other_architectures_are_refused(given):
 def test_config_is_read_as_diffusers_writes_it():
     reference = reference_of(transformer(0))
     assert TransformerConfig.from_dict(dict(reference.config)) == transformer(0).config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_chooses_the_dtypes(dtype, grad):
+    """As in training with bf16: weights and activations of several dtypes meet, as in PyTorch's own operations."""
+    model, t = transformer(3), torch.tensor([500.0])
+    latent, text, tables = latents_of(1, 2), text_of(), rope_tables(range(2), 2, 3, 16)
+    exact = model(latent, t, model.prepare_text(text), *tables, dense_attention())
+    model = model.to(dtype).requires_grad_(grad)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        flow = model(latent.to(dtype), t, model.prepare_text(text.to(dtype)), *tables, dense_attention())
+        if grad:
+            flow.float().sum().backward()
+    assert (flow.float() - exact).square().mean() < 1e-3 * exact.square().mean()
+    if grad:
+        assert all(p.grad is not None for n, p in model.named_parameters() if n.endswith("weight"))
