@@ -165,7 +165,7 @@ def measure(
     # The work of a compiled VAE is not counted, so its time is not either.
     busy = (ms["p50"] if "vae" in costs else sum(parts_ms[name] for name in costs)) / 1e3
     encoder = pipeline.stages.modules().get("text_encoder")
-    prompt_cost = text_cost(pipeline.config, rows, 2 if pipeline.preset.family == "greedy" else 1, 1, encoder)
+    prompt_cost = text_cost(pipeline.config, rows, len(pipeline.generator.roles()), 1, encoder)
     whole = [run.opening + sum(run.chunks) for run in plain]
     # The VAE's time is taken as a share, because the metered stream of a round is not the plain stream.
     vae = sum(c.parts.get("vae", 0.0) for _, times in metered for c in times)

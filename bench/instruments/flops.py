@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Preset, TransformerConfig
+from engine.generators import family_of
 from engine.model.cache import RingCache
 from engine.model.vae import VAE, AttentionBlock, CausalConv3d, Past, VAEConfig
 from engine.runtime.passes import Capabilities, Pass, Stages
@@ -151,8 +152,7 @@ class _EmptyNoise:
 
 def steady_index(preset: Preset) -> int:
     """The first chunk at the steady cost: caches are full, step lists have reached their last entry."""
-    chunks = preset.window + 1 if preset.family == "greedy" else -(-preset.window // preset.chunk)
-    return max(chunks, len(preset.steps) - 1, 2) + 1
+    return max(family_of(preset).steady(preset), len(preset.steps) - 1, 2) + 1
 
 
 def stream_costs(pipeline: Pipeline, chunks: int, rows: int) -> list[dict[str, Cost]]:

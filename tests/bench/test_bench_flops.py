@@ -21,6 +21,7 @@ from bench.instruments.flops import (
     vae_cost,
 )
 from engine.config import TransformerConfig
+from engine.generators import family_of
 from engine.loader import assemble
 from engine.model.transformer import WanTransformer
 from engine.model.vae import VAE, VAEConfig
@@ -42,9 +43,9 @@ class MetaNoise:
 
 def meta_pipeline(name: str, **changes) -> Pipeline:
     preset = replace(PRESETS[name], **changes)
-    roles = ("etm", "sdd") if preset.family == "greedy" else ("dit",)
+    family = family_of(preset)
     with META:
-        models = {role: WanTransformer(CONFIG, role == "sdd") for role in roles}
+        models = {role: WanTransformer(CONFIG, family.conditioned(role)) for role in family.roles()}
     return assemble(TorchStages(models, None, None), CONFIG, preset, torch.float32, META, height=64, width=96)
 
 
