@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator
-
-from engine.options import option, read
+from engine.options import Convert, option, read
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 Commit = Literal["clean", "noisy", "none"]
@@ -91,7 +89,7 @@ def _rows(value: Any) -> Any:
     return tuple(tuple(row) if isinstance(row, list) else row for row in rows)
 
 
-Steps = Annotated[tuple[tuple[float, ...], ...], BeforeValidator(_rows)]
+Steps = Annotated[tuple[tuple[float, ...], ...], Convert(_rows)]
 
 
 @dataclass(frozen=True)

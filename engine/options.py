@@ -13,15 +13,12 @@ Only the class defines a field's type, default and help text.
 """
 
 import argparse
-import json
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, asdict, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
-
-if TYPE_CHECKING:  # functions import pydantic when a value needs it; plain options do not
-    from pydantic import ValidationError
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 Options = TypeVar("Options")
 
@@ -159,16 +156,63 @@ def _spelled(f: "Field[Any]") -> str:
     return f.name if f.metadata.get("positional") else "--" + f.name.replace("_", "-")
 
 
+@dataclass(frozen=True)
+class Convert:
+    """In Annotated[type, Convert(function)]: what a table or a command line holds goes through `function` first."""
+
+    function: Callable[[Any], Any]
+
+
+class _Unfit(ValueError):
+    """A value of another type than the one that its text names."""
+
+
 def _typed(hint: Any, value: Any, what: str) -> Any:
     """Convert a plain value to a field's type: lists to tuples, texts to paths, but no texts to numbers."""
-    from pydantic import TypeAdapter, ValidationError
-
-    adapter = TypeAdapter(hint)
     try:
-        # Strict JSON rules accept lists for tuples and texts for paths; strict Python rules do not.
-        return adapter.validate_json(json.dumps(value, default=str), strict=True)
-    except ValidationError as error:
-        raise ValueError(_told(what, value, error)) from None
+        return _fitted(hint, value)
+    except _Unfit as expected:
+        raise ValueError(f"{what}: got {value!r}, expected {expected}") from None
+    except ValueError as error:  # of the field's own converter, whose message is complete
+        raise ValueError(f"{what}: {error}") from None
+
+
+_EXACT: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "a valid boolean"), int: ((int,), "a valid integer"), float: ((int, float), "a valid number"),
+    str: ((str,), "a valid string"), Path: ((str, type(Path())), "a valid path"),
+}  # fmt: skip
+
+
+def _fitted(hint: Any, value: Any) -> Any:
+    """The value as `hint` has it. _Unfit, with the words for what was expected, where its type is another."""
+    if _annotated(hint):
+        for part in hint.__metadata__:
+            value = part.function(value) if isinstance(part, Convert) else value
+        return _fitted(get_args(hint)[0], value)
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if hint in _EXACT:  # True is an int, but no integer
+        kinds, words = _EXACT[hint]
+        if type(value) not in kinds:
+            raise _Unfit(words)
+        return hint(value)
+    if origin is Literal:
+        if not any(value == one and type(value) is type(one) for one in parts):
+            raise _Unfit(" or ".join(map(repr, parts)))
+        return value
+    if type(None) in parts:
+        return None if value is None else _fitted(next(p for p in parts if p is not type(None)), value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _Unfit("a table")
+        return dict(value)
+    if not isinstance(value, list | tuple):
+        raise _Unfit("a list")
+    kinds_of = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+    if len(kinds_of) != len(value):
+        raise _Unfit(f"{len(parts)} values")
+    return tuple(_fitted(kind, one) for kind, one in zip(kinds_of, value, strict=True))
 
 
 def _argument(f: "Field[Any]", hint: Any, defaults: bool) -> dict[str, Any]:
@@ -201,9 +245,6 @@ def _argument(f: "Field[Any]", hint: Any, defaults: bool) -> dict[str, Any]:
     return arguments | {"type": _reader(hint), "metavar": metavar or getattr(core, "__name__", "value").upper()}
 
 
-_PLAIN: dict[Any, str] = {int: "a valid integer", float: "a valid number", str: "a text", Path: "a path"}
-
-
 class _Append(argparse.Action):
     """Collects repeated options in one tuple."""
 
@@ -229,34 +270,17 @@ def _annotated(hint: Any) -> bool:
 def _reader(hint: Any) -> Any:
     """The function with which argparse converts an option's text."""
     core = _core(hint)
-    if core in _PLAIN and not _annotated(hint):
-
-        def plain(text: str) -> Any:
-            try:
-                return core(text)
-            except ValueError:
-                raise argparse.ArgumentTypeError(f"got {text!r}, expected {_PLAIN[core]}") from None
-
-        return plain
-
-    from pydantic import TypeAdapter, ValidationError
-
-    adapter = TypeAdapter(hint)
 
     def convert(text: str) -> Any:
+        value: Any = text
+        if core in (int, float):
+            with suppress(ValueError):
+                value = core(text)
         try:
-            return adapter.validate_strings(text) if not _annotated(hint) else adapter.validate_python(text)
-        except ValidationError as error:
-            raise argparse.ArgumentTypeError(_told("", text, error)) from None
+            return _fitted(hint, value)
+        except _Unfit as expected:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}") from None
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return convert
-
-
-def _told(what: str, value: Any, error: "ValidationError") -> str:
-    """Message 'WHAT: got VALUE, expected ...' for a failed validation."""
-    first = error.errors(include_url=False)[0]
-    reason = first.get("ctx", {}).get("error")
-    if reason is not None:  # the field's own validator wrote a complete message
-        return f"{what}: {reason}" if what else str(reason)
-    expected = first["msg"].removeprefix("Input should be ").partition(",")[0]
-    return f"{what}: got {value!r}, expected {expected}".removeprefix(": ")

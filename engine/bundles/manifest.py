@@ -199,7 +199,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{path}: got no JSON, expected a manifest ({error})") from None
     if (
         isinstance(content, dict)
-        and content.get("version") not in ROW_INPUTS
+        and content.get("version") not in list(ROW_INPUTS)
         and content.get("format") == "greedy-bundle"
     ):
         raise ValueError(

@@ -419,7 +419,7 @@ def test_host_script_finds_torch_elsewhere(site, aoti_bundle):
     assert ran.stderr.count("\n") == 1
 
 
-def test_hosts_idle_threads_sleep_and_more_threads_give_the_same_video(native_build, aoti_bundle):
+def test_hosts_idle_threads_sleep(native_build, aoti_bundle):
     env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     env["OMP_DISPLAY_ENV"] = "VERBOSE"  # libgomp shows what it read when it was loaded
     words = ["--prompt", "red", "--frames", "9", "--library-dir", Path(torch.__file__).parent / "lib", "--quiet",
@@ -427,15 +427,14 @@ def test_hosts_idle_threads_sleep_and_more_threads_give_the_same_video(native_bu
 
     def run(*more, **changes):
         ran = subprocess.run([native_build / "greedy-host", aoti_bundle, *words, *more], env=env | changes,
-                             capture_output=True, text=True, timeout=120)  # fmt: skip
+                             capture_output=True, text=True, timeout=HANG)  # fmt: skip
         assert ran.returncode == 0, ran.stderr
-        return ran.stdout, re.findall(r"(GOMP_SPINCOUNT|OMP_NUM_THREADS) = '(\d+)", ran.stderr)
+        assert len(ran.stdout) == 65
+        return re.findall(r"(GOMP_SPINCOUNT|OMP_NUM_THREADS) = '(\d+)", ran.stderr)
 
-    video, read = run()
-    assert ("GOMP_SPINCOUNT", "0") in read
-    assert run("--threads", "2") == (video, [("OMP_NUM_THREADS", "2"), ("GOMP_SPINCOUNT", "0")])
-    _, read = run(OMP_WAIT_POLICY="active")
-    assert ("GOMP_SPINCOUNT", "0") not in read
+    assert ("GOMP_SPINCOUNT", "0") in run()
+    assert run("--threads", "2") == [("OMP_NUM_THREADS", "2"), ("GOMP_SPINCOUNT", "0")]
+    assert ("GOMP_SPINCOUNT", "0") not in run(OMP_WAIT_POLICY="active")
 
 
 def test_command_line_takes_the_native_backend(core, aoti_bundle, tmp_path, capsys):

@@ -495,7 +495,8 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 import torch, peft
-from engine.weights.checkpoint import load_transformer, open_source
+from engine.weights.checkpoint import load_transformer
+from engine.weights.sources import open_source
 from engine.config import TransformerConfig
 
 config = TransformerConfig(num_layers=2)

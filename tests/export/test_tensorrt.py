@@ -19,7 +19,7 @@ from torch import Tensor
 
 import export.__main__
 from engine.bundles import tensorrt as tensorrt_stages
-from engine.bundles.manifest import GraphSpec, read_manifest
+from engine.bundles.manifest import ROW_INPUTS, VERSION, GraphSpec, read_manifest
 from engine.bundles.onnx import _ort_value
 from engine.bundles.stages import GraphStages, NotHere
 from engine.bundles.tensorrt import TensorrtGraph, require_tensorrt
@@ -391,6 +391,7 @@ class Mixed(GraphStages):
 
     def __init__(self, plans: dict[str, TensorrtGraph], rest: Any, layers: int) -> None:
         self._graphs, self.device, self.layers = plans, torch.device("cpu"), layers
+        self.manifest: Any = SimpleNamespace(row_inputs=ROW_INPUTS[VERSION])
         self.backend = SimpleNamespace(graphs={name: plan.spec for name, plan in plans.items()})
         self.encode_text, self.prepare_text = rest.encode_text, rest.prepare_text
         self.vae_first, self.vae_steady = rest.vae_first, rest.vae_steady
