@@ -13,6 +13,8 @@ from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, palet
 from distill.scores.dimensions import QUALITY, SEMANTIC, blinks, dimensions, summarise
 from distill.scores.tasks import find_task
 
+pytestmark = pytest.mark.slow
+
 FRAMES = 33
 NAMES = (*SEMANTIC, *QUALITY)
 

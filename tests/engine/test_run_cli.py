@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 import engine.run
 from engine.media.sources import read_clip, read_image
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle moving right"
 SIZE = 16, 24
