@@ -31,7 +31,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-
 test: setup  ## run the tests, every feature: 10 minutes on two cores, less when compiled artefacts are there
 	$(PYTEST) -m "not thorough" --durations=25
 
-test-fast: setup  ## run the tests that take no more than two seconds each: under 2 minutes
+test-fast: setup  ## run the tests that take no more than two seconds each: about 2 minutes
 	$(PYTEST) -m "not thorough and not slow"
 
 test-all: setup  ## run all tests, sanitizers and fuzzing at full length too

@@ -21,14 +21,13 @@ from safetensors.torch import save_file
 import engine.run
 from engine.media.sources import read_clip, read_image
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle moving right"
 SIZE = 16, 24
 
 
-pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # it would be printed among the progress
+# A warning would be printed among the progress.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error::UserWarning")]
 
 
 @pytest.fixture(autouse=True)
