@@ -1,6 +1,6 @@
 """The torch backend: runs Stages on this project's own modules."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,15 +40,20 @@ class TorchStages:
         return encode_text(need(self.text_encoder, "text encoder"), ids, mask)
 
     def prepare_text(self, text_emb: Tensor) -> dict[str, TextKV]:
-        return {name: model.prepare_text(text_emb) for name, model in self.models.items()}
+        with self._operations():
+            return {name: model.prepare_text(text_emb) for name, model in self.models.items()}
 
     def run(self, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
         role, attend = step.kind.role, CachedAttention(cache, step.slot, step.valid)
         model, latent = self.models[role], step.latent
         t = latent.new_zeros(latent.shape[0], dtype=torch.float32) if step.t is None else step.t
         arguments = latent, t, text_kv[role], step.cos, step.sin, attend, step.c_f
-        with use("reference") if self.eager else nullcontext():
+        with self._operations():
             return model.encode(*arguments)[0] if step.kind.hidden else model(*arguments)
+
+    def _operations(self) -> AbstractContextManager[None]:
+        """Kernels where there are any; with `eager` PyTorch's own operations."""
+        return use("reference") if self.eager else nullcontext()
 
     def vae_first(self, latent: Tensor) -> tuple[Tensor, Any]:
         return need(self.vae, "VAE").first(latent)
