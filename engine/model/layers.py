@@ -171,12 +171,14 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor, cos: Tensor, sin: Tensor,
-        attend: Attend, layer: int,
+        attend: Attend, layer: int, added: bool = False,
     ) -> Tensor:  # fmt: skip
-        """x [B, F * n, dim], modulation [B, F, 6, dim], text_k and text_v [B, rows, heads, head_dim] -> as x."""
-        shift, scale, gate_sa, shift_ff, scale_ff, gate_ff = (
-            (self.scale_shift_table[:, None] + modulation).unsqueeze(3).unbind(2)
-        )
+        """x [B, F * n, dim], text_k and text_v [B, rows, heads, head_dim] -> as x.
+
+        modulation [B, F, 6, dim] is that of all blocks; with `added` this block's table is already in it.
+        """
+        own = modulation if added else self.scale_shift_table[:, None] + modulation
+        shift, scale, gate_sa, shift_ff, scale_ff, gate_ff = own.unsqueeze(3).unbind(2)
         qkv = self.attn1.query_key_value(norm_modulate, norm_modulate_quantize, x, shift, scale, self.eps)
         x = gate_residual(x, self.attn1.output(self._self_attention(qkv, cos, sin, attend, layer)), gate_sa)
 

@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from engine.config import TransformerConfig
+from engine.model.cache import CachedAttention
 from engine.model.layers import Attend, Block, ConditionEmbedder, rms_unit
 from kernels.norm_modulate import norm_modulate
 
@@ -41,6 +42,7 @@ class WanTransformer(nn.Module):
         self.proj_out = nn.Linear(dim, config.out_channels * patch)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.condition_proj = nn.Linear(dim, dim, bias=False) if conditioned else None
+        self._tables: Tensor | None = None  # the blocks' scale_shift_tables [layers, 1, 1, 6, dim], after `fuse`
         if self.condition_proj is not None:
             nn.init.zeros_(self.condition_proj.weight)
 
@@ -51,9 +53,11 @@ class WanTransformer(nn.Module):
         return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
     def fuse(self) -> None:
-        """Compute q, k and v of every self-attention as one product. Call it when the weights are final."""
-        for block in self.blocks:
-            cast(Block, block).attn1.fuse()
+        """Fuse what inference can compute as one product or one sum. Call it when the weights are final."""
+        blocks = [cast(Block, block) for block in self.blocks]
+        for block in blocks:
+            block.attn1.fuse()
+        self._tables = torch.stack([block.scale_shift_table.detach() for block in blocks])[:, None]
 
     def encode(
         self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: Attend,
@@ -66,8 +70,13 @@ class WanTransformer(nn.Module):
         Returns the last hidden state before norm_out [B, tokens, dim] and the time embedding [B, F, dim].
         """
         hidden, embedding, modulation = self.embed(latent, t, c_f)
+        # One sum for all blocks where they stream; elsewhere each adds its own table, which may be sharded or traced.
+        tables = self._tables if isinstance(attend, CachedAttention) else None
+        added = None if tables is None else tables + modulation  # [layers, B, F, 6, dim]
         for layer, block in enumerate(self.blocks):
-            hidden = block(hidden, modulation, text_kv[0][layer], text_kv[1][layer], cos, sin, attend, layer)
+            own = modulation if added is None else added[layer]
+            text = text_kv[0][layer], text_kv[1][layer]
+            hidden = block(hidden, own, *text, cos, sin, attend, layer, added is not None)
         return hidden, embedding
 
     def embed(self, latent: Tensor, t: Tensor, c_f: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
