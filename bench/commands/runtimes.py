@@ -17,7 +17,7 @@ import numpy as np
 from bench.instruments import check, models
 from bench.instruments.flops import steady_index
 from bench.instruments.header import machine, print_header, stream_header
-from bench.instruments.meter import Meter, MeteredPipeline
+from bench.instruments.meter import PASSES, Meter, MeteredPipeline
 from bench.instruments.spread import interleaved, paired_ratio, quartiles, table
 from bench.report import saved
 from engine.bundles.native import NativePipeline, NativeStream
@@ -28,7 +28,7 @@ from engine.runtime.device import DTYPES
 from engine.stream import Pipeline, Stream
 
 Pipelines = dict[str, Pipeline | NativePipeline]
-PARTS = ("etm", "sdd_context", "sdd", "dit", "dit_context", "vae", "chunk")
+PARTS = (*PASSES, "vae", "chunk")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from bench.instruments import check, models
 from bench.instruments.flops import bidirectional_cost, chunk_cost, steady_index, stream_costs, total
 from bench.instruments.header import machine, print_header, stream_header
 from bench.instruments.memory import resident_mb
-from bench.instruments.meter import MODEL, Meter, MeteredPipeline
+from bench.instruments.meter import PASSES, Meter, MeteredPipeline
 from bench.instruments.spread import interleaved, line_fit, power_fit, quartiles, table
 from bench.report import saved
 from engine.options import option
@@ -58,7 +58,7 @@ def scaling(pipeline: Pipeline, prompt: str, chunks: int, seed: int = 0) -> Iter
             stream.next_chunk()
             seconds.append(time.perf_counter() - start)
             parts, _ = meter.take()
-            model.append(sum(parts.get(part, 0.0) for part in MODEL))
+            model.append(sum(parts.get(part, 0.0) for part in (*PASSES, "vae")))
             young.append(control.seconds())
             resident.append(resident_mb())
             yield {"chunk": index + 1}

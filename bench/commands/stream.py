@@ -13,15 +13,16 @@ import numpy as np
 from bench.instruments import ceilings, check, memory, models
 from bench.instruments.flops import Cost, chunk_cost, steady_index, text_cost, total
 from bench.instruments.header import machine, print_header, stream_header
-from bench.instruments.meter import ChunkTimes, metered_chunks
+from bench.instruments.meter import DENOISING, PASSES, ChunkTimes, metered_chunks, parts_of
 from bench.instruments.spread import quartiles, summary, table
 from bench.report import saved
+from engine.generators import FAMILIES
 from engine.media.sinks import Sink, open_sink
 from engine.options import option
 from engine.stream import Pipeline
 
 UNEXPLAINED = 0.05  # largest share of a chunk that the table of parts may leave unnamed
-PARTS = ("text", "etm", "sdd_context", "sdd", "dit_context", "dit", "noise", "solver", "cache", "vae", "transfer",
+PARTS = ("text", *PASSES, "noise", "solver", "cache", "vae", "transfer",
          "sink", "other")  # fmt: skip
 
 
@@ -94,14 +95,15 @@ def part_table(chunks: list[ChunkTimes]) -> tuple[dict[str, float], float]:
     if abs(unexplained) > UNEXPLAINED:
         raise RuntimeError(f"parts: got {1 - unexplained:.1%} of the chunk's time, expected 95% to 105%")
     parts["other"] += unexplained * whole
-    greedy = any(part in c.parts for c in chunks for part in ("etm", "sdd"))
-    unused = ("dit", "dit_context") if greedy else ("etm", "sdd_context", "sdd")
+    seen = {part for c in chunks for part in c.parts}
+    families = [parts_of(family) for family in FAMILIES.values()]
+    unused = {part for passes in families if not seen & set(passes) for part in passes}
     return {part: 1e3 * value for part, value in parts.items() if part not in unused}, unexplained
 
 
 def step_times(chunks: list[ChunkTimes]) -> list[float]:
     """Median milliseconds of each denoising call of a chunk."""
-    calls = [c.calls.get("sdd") or c.calls.get("dit") or [] for c in chunks]
+    calls = [next(filter(None, (c.calls.get(graph) for graph in DENOISING)), []) for c in chunks]
     return [1e3 * float(np.median(step)) for step in zip(*calls, strict=False)]
 
 

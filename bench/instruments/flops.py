@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bench.instruments.meter import DENOISING, context_of
 from engine.config import Preset, TransformerConfig
 from engine.generators import family_of
 from engine.model.cache import RingCache
@@ -166,9 +167,9 @@ def stream_costs(pipeline: Pipeline, chunks: int, rows: int) -> list[dict[str, C
         stream.next_latent()
         costs: dict[str, Cost] = defaultdict(Cost)
         for number, (name, cost) in enumerate(stages.calls):
-            # A causal model's first pass is the cache pass for the chunk before.
-            cache_pass = name == "dit" and number == 0 and index > 0 and pipeline.preset.commit == "clean"
-            costs["dit_context" if cache_pass else name] += cost
+            # A denoising pass that comes first is the cache pass for the chunk before.
+            cache_pass = name in DENOISING and number == 0 and index > 0 and pipeline.preset.commit == "clean"
+            costs[context_of(name) if cache_pass else name] += cost
         found.append(dict(costs))
     return found
 

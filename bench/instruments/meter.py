@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from engine.generators import FAMILIES
 from engine.generators.base import Generator, Geometry
 from engine.model.cache import RingCache
 from engine.runtime.passes import Pass, Stages
@@ -26,7 +27,21 @@ from engine.stream import Pipeline, Stream
 PART_OF = {
     "encode_text": "text", "prepare_text": "text", "vae_first": "vae", "vae_steady": "vae", "vae_encode": "vae",
 }  # fmt: skip
-MODEL = ("etm", "sdd_context", "sdd", "dit", "dit_context", "vae")  # parts that are calls of a model
+
+
+def context_of(graph: str) -> str:
+    """The part of a denoising pass that runs on a finished chunk, to write its keys and values."""
+    return f"{graph}_context"
+
+
+def parts_of(family: type[Generator]) -> tuple[str, ...]:
+    """The parts that a family's passes are."""
+    parts = [part for k in family.passes for part in ((context_of(k.graph), k.graph) if k.timed else (k.graph,))]
+    return tuple(dict.fromkeys(parts))
+
+
+PASSES = tuple(part for family in FAMILIES.values() for part in parts_of(family))
+DENOISING = tuple(kind.graph for family in FAMILIES.values() for kind in family.passes if kind.timed)
 _AFTER = {"noise": "transfer", "denoise": "solver", "vae": "transfer"}
 
 
@@ -80,7 +95,7 @@ class Meter:
 
 
 class MeteredStages:
-    """A backend whose functions are timed. A causal model's cache pass has a part of its own: dit_context."""
+    """A backend whose functions are timed. A denoising pass that only fills the caches has a part of its own."""
 
     def __init__(self, stages: Stages, meter: Meter) -> None:
         self._stages, self._meter = stages, meter
@@ -91,8 +106,8 @@ class MeteredStages:
 
     def run(self, step: Pass, cache: RingCache, text_kv: Any) -> Tensor:
         part = step.kind.graph
-        cache_pass = part == "dit" and self._meter.committing()
-        with self._meter.span(part, "dit_context" if cache_pass else part):
+        cache_pass = step.kind.timed and self._meter.committing()
+        with self._meter.span(part, context_of(part) if cache_pass else part):
             return self._stages.run(step, cache, text_kv)
 
     def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ DIT = PassKind("dit", "dit", timed=True)
 @dataclass
 class CausalState(State):
     cache: RingCache = field(kw_only=True)
-    sinks: list[tuple[int, Tensor]] = field(default_factory=list)  # (position, latent frame) of the attention sink
+    attn_sink: list[tuple[int, Tensor]] = field(default_factory=list)  # (position, latent frame) of the attention sink
     window: deque[tuple[int, Tensor]] = field(default_factory=deque)  # (position, latent frame) of the other slots
     staged: bool = False  # the next commit can publish the last denoising call's keys and values
 
@@ -67,7 +67,7 @@ class CausalGenerator(Generator):
             state.cache.commit(frames)
             for offset in range(frames):
                 frame = state.position + offset, x[:, :, offset : offset + 1]
-                (state.sinks if len(state.sinks) < self.preset.attn_sink else state.window).append(frame)
+                (state.attn_sink if len(state.attn_sink) < self.preset.attn_sink else state.window).append(frame)
         state.staged = False
         state.position += frames
         state.index += 1
@@ -93,7 +93,7 @@ class CausalGenerator(Generator):
         state.cache.reset()
         rest = len(state.window) % self.preset.chunk
         window = list(state.window)
-        runs = [*_runs(state.sinks, self.preset.chunk), window[:rest], *_runs(window[rest:], self.preset.chunk)]
+        runs = [*_runs(state.attn_sink, self.preset.chunk), window[:rest], *_runs(window[rest:], self.preset.chunk)]
         for run in filter(None, runs):
             chunk = torch.cat([latent for _, latent in run], dim=2)
             self._run(chunk, self.preset.context_timestep, run[0][0], state)
