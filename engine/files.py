@@ -50,3 +50,16 @@ def write_json(path: Path, content: Any, indent: int = 1) -> None:
     """Write a whole JSON file that ends with a line break."""
     with whole_file(path) as part:
         part.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. FileNotFoundError or ValueError names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"got no file {path}, expected one")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: got no JSON, expected an object ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got {type(value).__name__}, expected a JSON object")
+    return value

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from engine.config import Preset, Runtime, TransformerConfig
+from engine.files import read_json
 from engine.generators import family_of
 from engine.generators.base import Geometry
 from engine.model.cache import FP8
 from engine.model.fp8 import to_fp8
-from engine.model.text import Tokenizer, load_text_encoder
+from engine.model.text import Tokenizer
 from engine.model.transformer import WanTransformer
 from engine.model.vae import VAE, VAEConfig
 from engine.options import read, replaced
@@ -26,8 +27,8 @@ from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
 from engine.threads import settle, work_of
 from engine.weights.adapters import merge_adapter, merge_lora_file
-from engine.weights.checkpoint import fill, load_transformer
-from engine.weights.sources import TensorSource, open_source, read_json
+from engine.weights.checkpoint import fill, load_text_encoder, load_transformer
+from engine.weights.sources import TensorSource, open_source
 
 if TYPE_CHECKING:
     from engine.bundles.manifest import Manifest

@@ -164,3 +164,12 @@ def test_importing_the_engine_loads_none_of_them():
     loaded = set(done.stdout.split())
     assert "torch" in loaded
     assert not loaded & {"diffusers", "peft", "transformers", "distill", "bench", "export"}
+
+
+def test_a_stream_of_the_embedded_model_loads_none_of_them_either(tmp_path):
+    """Each of these takes as long to import as everything else in a start."""
+    heavy = {"diffusers", "peft", "transformers", "torch._dynamo", "sympy", "onnx", "onnxruntime"}
+    code = f"import sys; from engine.run import main; main({['--prompt', 'a', '--frames', '1', '--out', 'null']}); "
+    code += f"print(*sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ""

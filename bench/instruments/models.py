@@ -15,7 +15,7 @@ from engine.config import Runtime, TransformerConfig
 from engine.generators import family_of
 from engine.loader import EMBEDDED, assemble, load, load_bundle, make_stages
 from engine.model.cache import FP8
-from engine.model.text import Tokenizer, load_text_encoder
+from engine.model.text import Tokenizer
 from engine.model.transformer import WanTransformer
 from engine.model.vae import VAE, VAEConfig
 from engine.options import option
@@ -23,7 +23,7 @@ from engine.presets import find_preset
 from engine.runtime.device import device_of, dtype_of
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
-from engine.weights.checkpoint import fill
+from engine.weights.checkpoint import fill, load_text_encoder
 
 PROMPT = "a red circle moving right slowly on a gray background"
 # Shapes for --random: transformer, VAE, (height, width), and whether a processor can stream it at that size.

@@ -16,12 +16,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engine.config import Preset, TransformerConfig
+from engine.files import read_json
 from engine.loader import assemble
 from engine.runtime.stages import TorchStages
 from engine.sampling.noise import ReplayNoise
 from engine.stream import Stream
 from engine.weights.checkpoint import load_transformer
-from engine.weights.sources import SafetensorsSource, read_json
+from engine.weights.sources import SafetensorsSource
 
 # dtype -> largest (max_abs_error, rms_error) that passes. Processors sum bf16 products in different orders. So the
 # largest error may be two units in the last place of values from 4 to 8, where latents end. The rms error may be that

@@ -10,8 +10,8 @@ from typing import Any
 
 from bench.instruments.spread import table
 from bench.report.saved import Printed
+from engine.files import read_json
 from engine.options import option
-from engine.weights.sources import read_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.instruments.header import ROOT
-from engine.files import write_json
+from engine.files import read_json, write_json
 from engine.options import command_line, option
-from engine.weights.sources import read_json
 
 FOLDER = ROOT / "bench" / "results"
 

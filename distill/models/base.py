@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import TransformerConfig
-from engine.model.text import Tokenizer, encode_text, load_text_encoder
+from engine.files import read_json
+from engine.model.text import Tokenizer, encode_text
 from engine.runtime.passes import TextKV
-from engine.weights.checkpoint import load_transformer
-from engine.weights.sources import open_source, read_json
+from engine.weights.checkpoint import load_text_encoder, load_transformer
+from engine.weights.sources import open_source
 
 
 class Base:

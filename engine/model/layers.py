@@ -49,6 +49,16 @@ def rms_unit(x: Tensor, eps: float = 1e-6) -> Tensor:
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def modulation_table(rows: int, dim: int) -> nn.Parameter:
+    """[1, rows, dim], normal with standard deviation dim**-0.5.
+
+    Empty on the meta device: random numbers there would import torch's compiler, which takes four seconds.
+    """
+    shape = (1, rows, dim)
+    on_meta = torch.get_default_device().type == "meta"
+    return nn.Parameter(torch.empty(shape) if on_meta else torch.randn(shape) / dim**0.5)
+
+
 class RMSNorm(nn.Module):
     """RMS normalisation over the full width, before the head split."""
 
@@ -167,7 +177,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
         self.attn2 = Attention(dim, heads, eps)
         self.ffn = FeedForward(dim, ffn_dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.scale_shift_table = modulation_table(6, dim)
 
     def forward(
         self, x: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor, cos: Tensor, sin: Tensor,

@@ -1,11 +1,14 @@
-"""Prompt to text embedding: a Hugging Face tokenizer and a UMT5 encoder, zero-padded to the model's rows."""
+"""Prompt to text embedding: a tokenizer and a UMT5 encoder, zero-padded to the model's rows."""
 
 import html
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from engine.files import read_json
 
 MAX_ROWS = 512  # rows that Wan2.1 was trained with
 
@@ -16,35 +19,48 @@ def clean_prompt(prompt: str) -> str:
 
 
 class Tokenizer:
-    """Turns a prompt into token ids and a mask, padded or cut to `rows`."""
+    """Turns a prompt into token ids and a mask, padded or cut to `rows`.
+
+    It reads tokenizer.json with the tokenizers library. Only where a folder has none, transformers converts what is
+    there, which takes seconds.
+    """
 
     def __init__(self, path: Path) -> None:
-        from transformers import AutoTokenizer  # takes seconds to import, so import it only here
-
-        self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        file = path / "tokenizer_config.json"
+        settings = read_json(file) if file.is_file() else {}
         # A tokenizer that names no limit reports an astronomical one.
-        self.rows = min(int(self._tokenizer.model_max_length), MAX_ROWS)
+        self.rows = min(int(settings.get("model_max_length") or MAX_ROWS), MAX_ROWS)
+        self._core = _core(path)
+        pad = settings.get("pad_token") or "<pad>"
+        pad = pad["content"] if isinstance(pad, dict) else pad
+        number = self._core.token_to_id(pad)
+        if number is None:
+            raise ValueError(f"{path}: got no token {pad}, expected the pad token among the tokens")
+        self._core.enable_padding(length=self.rows, pad_id=number, pad_token=pad)
+        self._core.enable_truncation(self.rows)
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
         """ids and mask, each int64 [1, rows]; cuts longer prompts."""
-        encoded = self._tokenizer(
-            [clean_prompt(prompt)], padding="max_length", max_length=self.rows, truncation=True,
-            add_special_tokens=True, return_attention_mask=True, return_tensors="pt",
-        )  # fmt: skip
-        return encoded.input_ids, encoded.attention_mask
+        encoded = self._core.encode(clean_prompt(prompt))
+        return torch.tensor([encoded.ids]), torch.tensor([encoded.attention_mask])
 
 
-def load_text_encoder(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load the UMT5 encoder of a pipeline directory, memory-mapped, in `dtype` on `device`."""
-    from transformers import UMT5EncoderModel
-    from transformers.utils import logging
+def _core(path: Path) -> Any:
+    """The tokenizers.Tokenizer of a folder. ValueError if its file is damaged."""
+    if not (path / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
 
-    logging.disable_progress_bar()
-    model = UMT5EncoderModel.from_pretrained(path, dtype=dtype, local_files_only=True)
-    return nn.Module.to(model, device).eval().requires_grad_(False)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing narrower
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path / 'tokenizer.json'}: got {reason}, expected a tokenizer") from None
 
 
 def encode_text(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """ids, mask [B, rows] -> text_emb [B, rows, text_dim]. Rows after the prompt are zero; attention includes them."""
-    hidden = encoder(ids, attention_mask=mask).last_hidden_state
+    hidden = encoder(ids, mask)
     return hidden * mask[..., None].to(hidden.dtype)

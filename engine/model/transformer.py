@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.config import TransformerConfig
 from engine.model.cache import CachedAttention
-from engine.model.layers import Attend, Block, ConditionEmbedder, rms_unit
+from engine.model.layers import Attend, Block, ConditionEmbedder, modulation_table, rms_unit
 from kernels.norm_modulate import norm_modulate
 
 # Cross-attention K and V of every layer: one tensor [layers, B, rows, heads, head_dim] each, or one per layer.
@@ -40,7 +40,7 @@ class WanTransformer(nn.Module):
         self.norm_out = nn.LayerNorm(dim, config.eps, elementwise_affine=False)
         patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.proj_out = nn.Linear(dim, config.out_channels * patch)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.scale_shift_table = modulation_table(2, dim)
         self.condition_proj = nn.Linear(dim, dim, bias=False) if conditioned else None
         self._tables: Tensor | None = None  # the blocks' scale_shift_tables [layers, 1, 1, 6, dim], after `fuse`
         if self.condition_proj is not None:

@@ -1,14 +1,30 @@
-"""Merges LoRA weights into transformers with PEFT: PEFT folders and LongLive's LoRA checkpoints."""
+"""Merges LoRA weights into transformers: PEFT folders and LongLive's LoRA checkpoints.
+
+W + scale * B A is added here, because importing PEFT takes as long as the rest of a start. PEFT itself merges what is
+more than that, as DoRA or ranks by layer.
+"""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from engine.files import read_json
 from engine.model.transformer import WanTransformer
 from engine.weights.checkpoint import check_tensors, shorten
 from engine.weights.names import diffusers_name
-from engine.weights.sources import PickleSource, SafetensorsSource, read_json
+from engine.weights.sources import PickleSource, SafetensorsSource
+
+# What adapter_config.json may hold for _merge to do. Entries that are not listed must be unset (null, false, empty).
+_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+_READ = {"r", "lora_alpha", "use_rslora", "target_modules"}
+_WITHOUT_EFFECT = {  # on a merge
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "task_type",
+}  # fmt: skip
 
 
 def base_hash(files: list[Path]) -> str:
@@ -27,8 +43,6 @@ def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path]) -
     base.json in the folder names the base of the adapter's training (`base_sha256`). Raises FileNotFoundError for a
     missing file, ValueError for another base or weights that do not fit.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"adapter: got {folder} without {name}, expected a PEFT folder")
@@ -36,17 +50,15 @@ def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path]) -
         expected, got = read_json(folder / "base.json").get("base_sha256"), base_hash(base_files)
         if got != expected:
             raise ValueError(f"adapter {folder}: got a base with sha256 {got[:12]}, expected {str(expected)[:12]}")
-    try:
-        merged = PeftModel.from_pretrained(model, folder, is_trainable=False, low_cpu_mem_usage=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"adapter {folder}: got weights that do not fit, expected LoRA of this model ({reason})"
-        ) from None
-    # PEFT initialises missing weights and drops unknown ones without an error, so check the names here.
-    weights = folder / "adapter_model.safetensors"
-    check_tensors(weights, SafetensorsSource([weights], str(weights)).shapes(), get_peft_model_state_dict(merged))
-    merged.merge_and_unload(safe_merge=True)  # creates a new tensor: the base may be mapped to its file
+    config, file = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    source = SafetensorsSource([file], str(file))
+    if targets := _plain_targets(model, config):
+        prefix, rank = "base_model.model.", config["r"]
+        scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+        check_tensors(file, source.shapes(), _wanted(targets, rank, prefix))
+        _merge(file, targets, {name.removeprefix(prefix): tensor for name, tensor in source.read()}, scale)
+    else:
+        _merge_with_peft(model, folder, source)
     model.requires_grad_(False)
     condition = folder / "condition.safetensors"
     if condition.is_file():
@@ -64,27 +76,72 @@ def merge_lora_file(model: nn.Module, file: Path) -> None:
 
     Raises ValueError for weights that do not fit.
     """
-    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-    from peft.tuners.lora import LoraLayer
-
     source = PickleSource(file, "generator_lora")
     tensors = {name.removeprefix("base_model.model.").replace(".default", ""): t for name, t in source.read()}
     tensors = {diffusers_name(name): tensor for name, tensor in tensors.items()}
-    modules = sorted({name.split(".lora_")[0] for name in tensors})
-    known = dict(model.named_modules())
-    unknown = [name for name in modules if name not in known]
-    if unknown or not modules:
+    names = sorted({name.split(".lora_")[0] for name in tensors})
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    unknown = [name for name in names if name not in linears]
+    if unknown or not names:
         raise ValueError(
             f"{file}: got LoRA weights for {shorten(unknown) or 'nothing'}, expected Linear layers of blocks"
         )
+    targets = {name: linears[name] for name in names}
     rank = next(t.shape[0] for name, t in tensors.items() if "lora_A" in name)
-    # PEFT matches a list by suffix. These names are whole paths, so each one matches a single module.
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=modules), model)
-    check_tensors(file, {name: tuple(t.shape) for name, t in tensors.items()}, get_peft_model_state_dict(model))
-    set_peft_model_state_dict(model, tensors)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoraLayer):
-            layer.merge(safe_merge=True)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    check_tensors(file, {name: tuple(t.shape) for name, t in tensors.items()}, _wanted(targets, rank))
+    _merge(file, targets, tensors, 1.0)
     model.requires_grad_(False)
+
+
+def _plain_targets(model: nn.Module, config: Mapping[str, Any]) -> dict[str, nn.Linear]:
+    """The Linears that a PEFT configuration names; none if it asks for more than W + scale * B A."""
+    suffixes, numbers = config.get("target_modules"), (config.get("r"), config.get("lora_alpha"))
+    others = config.keys() - _PLAIN.keys() - _READ - _WITHOUT_EFFECT
+    plain = all(config.get(key, values[0]) in values for key, values in _PLAIN.items())
+    if not plain or any(config[key] for key in others) or not isinstance(suffixes, list):
+        return {}
+    if not all(isinstance(number, int | float) and number > 0 for number in numbers):
+        return {}
+    # PEFT's rule: a list names modules by whole dotted suffixes.
+    found = {name: layer for name, layer in model.named_modules()
+             if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)}  # fmt: skip
+    linears = {name: layer for name, layer in found.items() if type(layer) is nn.Linear}
+    return linears if len(linears) == len(found) else {}
+
+
+def _wanted(targets: Mapping[str, nn.Linear], rank: int, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of an adapter of this rank, without data."""
+    wanted = {}
+    for name, layer in targets.items():
+        wanted[f"{prefix}{name}.lora_A.weight"] = torch.empty(rank, layer.in_features, device="meta")
+        wanted[f"{prefix}{name}.lora_B.weight"] = torch.empty(layer.out_features, rank, device="meta")
+    return wanted
+
+
+def _merge(file: Path, targets: Mapping[str, nn.Linear], tensors: Mapping[str, Tensor], scale: float) -> None:
+    """W [out, in] of each target becomes W + scale * B A, with PEFT's bits: A, B in W's dtype, the product in float32.
+
+    W becomes a new tensor, because the old one may be mapped to its file.
+    """
+    for name, layer in targets.items():
+        weight = layer.weight.detach()
+        a, b = (tensors[f"{name}.lora_{x}.weight"].to(weight).float() for x in "AB")
+        merged = weight + (b @ a * scale).to(weight.dtype)
+        if not merged.isfinite().all():
+            raise ValueError(f"{file}: got weights of {name} that are not finite, expected numbers")
+        layer.weight = nn.Parameter(merged, requires_grad=False)
+
+
+def _merge_with_peft(model: WanTransformer, folder: Path, source: SafetensorsSource) -> None:
+    from peft import PeftModel, get_peft_model_state_dict  # takes seconds to import, so import it only here
+
+    try:
+        merged = PeftModel.from_pretrained(model, folder, is_trainable=False, low_cpu_mem_usage=True)
+        # PEFT initialises missing weights and drops unknown ones without an error, so check the names here.
+        check_tensors(source.label, source.shapes(), get_peft_model_state_dict(merged))
+        merged.merge_and_unload(safe_merge=True)  # creates a new tensor: the base may be mapped to its file
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"adapter {folder}: got weights that do not fit, expected LoRA of this model ({reason})"
+        ) from None

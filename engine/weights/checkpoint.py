@@ -6,13 +6,16 @@ It checks every name and shape before it reads the first tensor.
 
 import gc
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from engine.config import TransformerConfig
+from engine.files import read_json
 from engine.model.transformer import WanTransformer
-from engine.weights.sources import TensorSource
+from engine.model.umt5 import UMT5Config, UMT5Encoder
+from engine.weights.sources import TensorSource, TextEncoderSource, open_source
 
 
 def shorten(names: list[str]) -> str:
@@ -39,18 +42,20 @@ def check_tensors(
 
 def fill(
     module: nn.Module, source: TensorSource, dtype: torch.dtype, device: torch.device,
-    optional: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (), float32: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     """Load the weights of a module built on the meta device, each directly as `dtype` on `device`.
 
-    Tensors already in that dtype stay mapped to the file. `optional` ones may be missing: they become zero.
+    Tensors already in that dtype stay mapped to the file. `optional` ones may be missing: they become zero. Those whose
+    names end in one of `float32` are float32 instead.
     Raises ValueError where names or shapes differ.
     """
     wanted = module.state_dict()
     check_tensors(source.label, source.shapes(), wanted, optional)
     for name, tensor in source.read():
         if name in wanted:
-            module.load_state_dict({name: tensor.to(device=device, dtype=dtype)}, strict=False, assign=True)
+            kept = torch.float32 if name.endswith(float32) else dtype
+            module.load_state_dict({name: tensor.to(device=device, dtype=kept)}, strict=False, assign=True)
         del tensor
     for name in set(optional) & set(wanted) - set(source.shapes()):
         zero = torch.zeros(wanted[name].shape, dtype=dtype, device=device)
@@ -66,4 +71,17 @@ def load_transformer(
     with torch.device("meta"):
         model = WanTransformer(config, conditioned)
     fill(model, source, dtype, device, optional=("condition_proj.weight",) if conditioned else ())
+    return model
+
+
+def load_text_encoder(path: Path, dtype: torch.dtype, device: torch.device) -> UMT5Encoder:
+    """Load the UMT5 encoder of a component folder. In float16 each `wo` stays float32, as transformers keeps it.
+
+    Raises FileNotFoundError, or ValueError for another model or tensors that do not fit.
+    """
+    config = UMT5Config.from_dict(read_json(path / "config.json"))
+    with torch.device("meta"):
+        model = UMT5Encoder(config)
+    wide = (".wo.weight",) if dtype == torch.float16 else ()
+    fill(model, TextEncoderSource(open_source(path)), dtype, device, float32=wide)
     return model

@@ -1,14 +1,14 @@
 """Sources of tensors: safetensors files and Self-Forcing-family checkpoints. Shapes are known before data is read."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.files import read_json
 from engine.weights.names import BUFFERS, diffusers_name
 
 
@@ -69,6 +69,31 @@ class SafetensorsSource:
         return _bytes_at(self.shapes(), dtype)
 
 
+class TextEncoderSource:
+    """A UMT5 encoder's tensors under the names of engine.model.umt5, whatever else of UMT5 its folder holds."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.label, self.files, self.lora, self._source = source.label, source.files, source.lora, source
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {_encoder_name(name): shape for name, shape in self._source.shapes().items() if _of_encoder(name)}
+
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        return ((_encoder_name(name), tensor) for name, tensor in self._source.read() if _of_encoder(name))
+
+    def bytes_at(self, dtype: torch.dtype) -> int:
+        return _bytes_at(self.shapes(), dtype)
+
+
+def _of_encoder(name: str) -> bool:
+    return not name.startswith(("decoder.", "lm_head."))
+
+
+def _encoder_name(name: str) -> str:
+    """The embedding is stored as `shared`, or under its place in the encoder, or as both."""
+    return "embed_tokens.weight" if name == "shared.weight" else name.removeprefix("encoder.")
+
+
 class PickleSource:
     """A memory-mapped `.pt` checkpoint of the Self-Forcing family, opened with weights_only=True.
 
@@ -103,19 +128,6 @@ class PickleSource:
 
     def bytes_at(self, dtype: torch.dtype) -> int:
         return _bytes_at(self.shapes(), dtype)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. FileNotFoundError or ValueError names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"got no file {path}, expected one")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got no JSON, expected an object ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: got {type(value).__name__}, expected a JSON object")
-    return value
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -178,7 +178,7 @@ def test_a_wrong_vector_is_noticed(native_build, tmp_path, damage):
     assert ran.returncode == (2 if damage in ("short", "empty") else 1), ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("kind", ["native_build", "shared_build"])
+@pytest.mark.parametrize("kind", ["native_build", pytest.param("shared_build", marks=pytest.mark.thorough)])
 @pytest.mark.slow
 def test_installed_package_is_usable(request, tmp_path, kind):
     cmake("--install", request.getfixturevalue(kind), "--prefix", tmp_path / "prefix")
@@ -192,6 +192,7 @@ def test_installed_package_is_usable(request, tmp_path, kind):
     assert {path.name for path in (tmp_path / "prefix" / "include" / "greedy").iterdir()} == set(PUBLIC)
 
 
+@pytest.mark.thorough
 def test_the_library_exports_the_c_interface_alone(shared_build):
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")

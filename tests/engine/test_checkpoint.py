@@ -20,6 +20,7 @@ import engine
 from engine.config import TransformerConfig
 from engine.model.layers import dense_attention
 from engine.model.rope import rope_tables
+from engine.weights import adapters
 from engine.weights.adapters import base_hash, merge_adapter, merge_lora_file
 from engine.weights.checkpoint import load_transformer
 from engine.weights.sources import open_source
@@ -252,11 +253,10 @@ def test_a_state_that_is_not_there(tmp_path, wan):
 LINEARS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 
-def adapter(folder, rank=4, alpha=8, targets=LINEARS, seed=0):
+def adapter(folder, rank=4, alpha=8, targets=LINEARS, seed=0, **options):
     """A PEFT adapter, trained a little on diffusers' transformer; and that transformer."""
-    wrapped = peft.get_peft_model(
-        reference_of(transformer(0)), peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-    )
+    options = {"r": rank, "lora_alpha": alpha, "target_modules": targets} | options
+    wrapped = peft.get_peft_model(reference_of(transformer(0)), peft.LoraConfig(**options))
     generator = torch.Generator().manual_seed(seed)
     for name, p in wrapped.named_parameters():
         if "lora_" in name:
@@ -288,6 +288,52 @@ def test_peft_adapter_equals_pefts_own_forward(tmp_path, targets, fused):
     ours, theirs = ours_and_theirs(model, reference)
     assert (ours - theirs).abs().max() < 2e-5 * theirs.abs().max()
     assert (ours - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ({}, True),
+        ({"use_rslora": True, "r": 3}, True),
+        ({"init_lora_weights": "gaussian", "lora_dropout": 0.1}, True),
+        ({"target_modules": ["blocks.1.attn2.to_k"]}, True),
+        ({"target_modules": r"blocks\.0\.attn1\.to_[qk]"}, False),
+        ({"rank_pattern": {"to_q": 2}}, False),
+        ({"alpha_pattern": {"to_q": 32}}, False),
+        ({"layers_to_transform": [1], "layers_pattern": "blocks"}, False),
+        ({"exclude_modules": ["to_k"]}, False),
+        ({"use_dora": True}, False),
+        ({"lora_bias": True}, False),
+        ({"target_modules": ["to_v", "proj_out", "patch_embedding"]}, False),
+    ],
+    ids=lambda value: "" if isinstance(value, bool) else "-".join(value) or "plain",
+)
+def test_merged_weights_have_pefts_bits(tmp_path, monkeypatch, options, plain, dtype):
+    """What is more than W + scale * B A goes to PEFT itself."""
+    adapter(tmp_path / "lora", **options)
+    reference_of(transformer(0)).save_pretrained(tmp_path / "base")
+    base = loaded(tmp_path / "base", dtype=dtype)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "lora", low_cpu_mem_usage=True)
+    expected = theirs.merge_and_unload(safe_merge=True).state_dict()
+    model = loaded(tmp_path / "base", dtype=dtype)
+    called = []
+    inner = adapters._merge_with_peft
+    monkeypatch.setattr(adapters, "_merge_with_peft", lambda *parts: called.append(1) or inner(*parts))
+    merge_adapter(model, tmp_path / "lora", [])
+    assert bool(called) is not plain
+    same(model, expected)
+    assert any(not torch.equal(x, y) for x, y in zip(
+        expected.values(), loaded(tmp_path / "base", dtype=dtype).state_dict().values(), strict=True))  # fmt: skip
+
+
+def test_merged_weights_that_are_not_finite_are_refused(tmp_path):
+    adapter(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.blocks.1.attn1.to_q.lora_B.weight"][0, 0] = torch.inf
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"got weights of blocks\.1\.attn1\.to_q that are not finite"):
+        merge_adapter(transformer(0), tmp_path, [])
 
 
 def test_peft_adapters_add_up(tmp_path):

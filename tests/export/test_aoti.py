@@ -113,7 +113,9 @@ def test_causal_transformer(dit: Graph, tmp_path: Path) -> None:
     equal_to_module(second, graph)
 
 
-@pytest.mark.parametrize(("backend", "precision"), [("onnx", "fp16"), ("aoti", "bf16")])
+@pytest.mark.parametrize(
+    ("backend", "precision"), [("onnx", "fp16"), pytest.param("aoti", "bf16", marks=pytest.mark.thorough)]
+)
 def test_lower_precision(model_dir: Path, pipeline: Pipeline, tmp_path: Path, backend: str, precision: str) -> None:
     """As close to float32 as torch in the same precision is, times two: both round, each in its own places."""
     compiler, low = compiler_of(backend, CPU), engine.load(model_dir, precision=precision)

@@ -1,11 +1,16 @@
 """Prompt to embedding against transformers' UMT5 and diffusers' WanPipeline."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from engine.model.text import MAX_ROWS, Tokenizer, clean_prompt, load_text_encoder
+from engine.loader import EMBEDDED
+from engine.model.text import MAX_ROWS, Tokenizer, clean_prompt
+from engine.weights.checkpoint import load_text_encoder
 
 PROMPT = "a red circle moving right on gray"
 
@@ -84,3 +89,78 @@ def test_encoder_is_loaded_in_the_dtype_asked_for(model_dir):
     assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not encoder.training
+
+
+def same_as_transformers(folder, prompts):
+    theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
+    for prompt in prompts:
+        expected = theirs([clean_prompt(prompt)], padding="max_length", max_length=ours.rows, truncation=True,
+                          return_tensors="pt")  # fmt: skip
+        ids, mask = ours(prompt)
+        assert torch.equal(ids, expected.input_ids), prompt
+        assert torch.equal(mask, expected.attention_mask), prompt
+
+
+PROMPTS = [
+    PROMPT,
+    "",
+    " ",
+    "red",
+    "a </s> b",
+    "<pad> red",
+    "a dinosaur",
+    "red " * 40,
+    "A  Red\tCIRCLE",
+    "caf\u00e9 \u4e2d",
+]
+
+
+def test_tokens_are_transformers_tokens(model_dir):
+    same_as_transformers(model_dir / "tokenizer", PROMPTS)
+    same_as_transformers(EMBEDDED / "tokenizer", PROMPTS)
+
+
+@pytest.mark.parametrize("settings", ["whole", "pad token as an object", "none"])
+def test_tokenizer_settings(model_dir, tmp_path, settings):
+    folder = shutil.copytree(model_dir / "tokenizer", tmp_path / "tokenizer")
+    file = folder / "tokenizer_config.json"
+    if settings == "none":
+        file.unlink()
+        tokenizer = Tokenizer(folder)
+        assert tokenizer.rows == MAX_ROWS
+        ids, mask = tokenizer("red")
+        assert ids[0, 2:].sum() == 0  # <pad> is token 0
+        assert mask.sum() == 2
+    elif settings == "pad token as an object":
+        stored = json.loads(file.read_text())
+        file.write_text(json.dumps(stored | {"pad_token": {"content": "<pad>", "__type": "AddedToken"}}))
+    if settings != "none":
+        same_as_transformers(folder, PROMPTS)
+
+
+def test_a_folder_with_sentencepiece_alone_is_converted(tmp_path):
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    with (tmp_path / "spiece.model").open("wb") as written:
+        trainer.train(
+            sentence_iterator=iter(["a red circle moving right", "a blue square moving down"] * 50), vocab_size=24,
+            model_writer=written, model_type="unigram", bos_id=-1, pad_id=0, eos_id=1, unk_id=2, minloglevel=2,
+        )  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "model_max_length": 24}')
+    same_as_transformers(tmp_path, ["a red square", "a green circle", "circle " * 30])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.json", "{", "tokenizer.json: got .*expected a tokenizer"),
+        ("tokenizer.json", '{"model": {}}', "tokenizer.json: got .*expected a tokenizer"),
+        ("tokenizer_config.json", '{"pad_token": "<none>"}', "got no token <none>, expected the pad token"),
+        ("tokenizer_config.json", "[]", "expected a JSON object"),
+    ],
+)
+def test_damaged_tokenizers_are_refused(model_dir, tmp_path, name, content, said):
+    folder = shutil.copytree(model_dir / "tokenizer", tmp_path / "tokenizer")
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=said) as raised:
+        Tokenizer(folder)
+    assert "\n" not in str(raised.value)
