@@ -43,9 +43,6 @@ def measure_load(folder: Path, precision: str, preset: str, size: tuple[int, int
 
     memory_ratio is the peak memory while loading over the bytes of all weights in their final dtype.
     """
-    import peft  # noqa: F401 - the loader imports it late: its memory does not belong to the weights
-    import transformers.models.umt5.modeling_umt5  # noqa: F401
-
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
     pipeline = load(folder, preset=preset, precision=precision, height=size[0], width=size[1])
     seconds, peak = time.perf_counter() - start, _peak_bytes()

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from bench.instruments.random_weights import RandomSource, write_text_encoder
+from bench.instruments.random_weights import RandomSource, small_encoder, write_tokenizer
 from engine import threads
 from engine.bundles.registry import BACKENDS
 from engine.config import Runtime, TransformerConfig
@@ -23,7 +23,7 @@ from engine.presets import find_preset
 from engine.runtime.device import device_of, dtype_of
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
-from engine.weights.checkpoint import fill, load_text_encoder
+from engine.weights.checkpoint import fill
 
 PROMPT = "a red circle moving right slowly on a gray background"
 # Shapes for --random: transformer, VAE, (height, width), and whether a processor can stream it at that size.
@@ -140,14 +140,14 @@ def random_pipeline(
         family = family_of(style)
         models = {role: WanTransformer(config, family.conditioned(role)) for role in family.roles()}
         vae = VAE(vae_config)
-    for seed, module in enumerate((*models.values(), vae)):
+    encoder = small_encoder(config.text_dim)
+    for seed, module in enumerate((*models.values(), vae, encoder)):
         fill(module, RandomSource(module, f"random {shape}", seed), dtype, place)
     for model in models.values():
         model.fuse()
     with tempfile.TemporaryDirectory() as folder:
-        write_text_encoder(Path(folder), config.text_dim, dtype)
-        tokenizer = Tokenizer(Path(folder) / "tokenizer")
-        encoder = load_text_encoder(Path(folder) / "text_encoder", dtype, place)
+        write_tokenizer(Path(folder))
+        tokenizer = Tokenizer(Path(folder))
     stages = make_stages(models, vae, encoder, place, runtime)
     return assemble(
         stages, config, style, dtype, place, tokenizer=tokenizer, name=preset, height=height, width=width,

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-from transformers.utils import logging
 
 from engine.config import TransformerConfig
 from engine.model.transformer import WanTransformer
+from engine.model.umt5 import UMT5Config, UMT5Encoder
 from engine.model.vae import VAE, VAEConfig
 
 SHARD_BYTES = 1 << 30
+WORDS = ["<pad>", "</s>", "<unk>", "a", "of"]  # of the stand-in's tokenizer
 
 
 def write_random_pipeline(
@@ -31,29 +31,35 @@ def write_random_pipeline(
     torch.manual_seed(seed)
     with torch.device("meta"):
         transformer, autoencoder = WanTransformer(config), VAE(vae)
-    written = _write(folder / "transformer", "WanTransformer3DModel", asdict(config), transformer.state_dict(), dtype)
-    _write(folder / "vae", "AutoencoderKLWan", asdict(vae), autoencoder.state_dict(), dtype)
-    write_text_encoder(folder, config.text_dim, dtype)
+    settings = {"_class_name": "WanTransformer3DModel"} | asdict(config)
+    written = _write(folder / "transformer", settings, transformer.state_dict(), dtype)
+    _write(folder / "vae", {"_class_name": "AutoencoderKLWan"} | asdict(vae), autoencoder.state_dict(), dtype)
+    encoder = small_encoder(config.text_dim)
+    tensors = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    tensors["shared.weight"] = tensors.pop("encoder.embed_tokens.weight")
+    settings = {"architectures": ["UMT5EncoderModel"], "model_type": "umt5"} | asdict(encoder.config)
+    _write(folder / "text_encoder", settings, tensors, dtype, "model")
+    write_tokenizer(folder / "tokenizer")
     return written
 
 
-def write_text_encoder(folder: Path, width: int, dtype: torch.dtype) -> None:
-    """tokenizer/ and text_encoder/: a small stand-in of Wan's, of the same width."""
-    logging.disable_progress_bar()
-    words = ["<pad>", "</s>", "<unk>", "a", "of"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+def small_encoder(width: int) -> UMT5Encoder:
+    """A small stand-in of Wan's text encoder, of the same width; on the meta device."""
+    with torch.device("meta"):
+        return UMT5Encoder(UMT5Config(len(WORDS), d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=4))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """tokenizer.json and its settings: a few whole words."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    ).save_pretrained(folder / "tokenizer")
-    encoder = UMT5Config(
-        vocab_size=len(words), d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=4, pad_token_id=0,
-        eos_token_id=1, decoder_start_token_id=0,
-    )  # fmt: skip
-    text_encoder = UMT5EncoderModel(encoder)
-    nn.Module.to(text_encoder, dtype)
-    text_encoder.save_pretrained(folder / "text_encoder")
+    tokenizer.add_special_tokens(WORDS[:3])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, "pad_token": "<pad>",
+                "eos_token": "</s>", "unk_token": "<unk>"}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 class RandomSource:
@@ -77,10 +83,13 @@ class RandomSource:
         return sum(torch.Size(shape).numel() for shape in self._shapes.values()) * dtype.itemsize
 
 
-def _write(folder: Path, kind: str, config: dict[str, Any], shapes: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+def _write(
+    folder: Path, config: dict[str, Any], shapes: Mapping[str, Tensor], dtype: torch.dtype,
+    stem: str = "diffusion_pytorch_model",
+) -> int:  # fmt: skip
     """Write one component: its config.json, and its tensors shard by shard, so that memory holds one shard."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"_class_name": kind} | config, indent=2))
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
     groups: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():
@@ -89,7 +98,6 @@ def _write(folder: Path, kind: str, config: dict[str, Any], shapes: Mapping[str,
             size = 0
         groups[-1].append(name)
         size += shape.numel() * dtype.itemsize
-    stem = "diffusion_pytorch_model"
     where: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file = f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors"

@@ -136,6 +136,7 @@ class UMT5Encoder(nn.Module):
 
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model))
         self.block = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.final_layer_norm = UMT5Norm(config.d_model, config.layer_norm_epsilon)

@@ -227,6 +227,7 @@ def as_toml(section: str, config: object) -> str:
     return "\n".join(lines) + "\n"
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch's gloo backend")
 def test_two_processes_teach_as_one(
     teacher_config: TeacherConfig, trained_teacher: tuple[Path, Teacher], tmp_path: Path

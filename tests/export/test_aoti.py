@@ -91,6 +91,7 @@ def dit(causal: Pipeline) -> Graph:
     return next(graph for graph in stage_graphs(causal, in_place=True) if graph.name == "dit")
 
 
+@pytest.mark.thorough
 def test_causal_transformer(dit: Graph, tmp_path: Path) -> None:
     """A window of two chunks, the second slot written, both read; the rest of the cache is poison and stays so."""
     program, file = trace(dit), tmp_path / "dit.so"
