@@ -4,7 +4,6 @@ Files are memory-mapped. `fill` copies tensor by tensor into modules built on th
 It checks every name and shape before it reads the first tensor.
 """
 
-import gc
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -55,13 +54,17 @@ def fill(
     for name, tensor in source.read():
         if name in wanted:
             kept = torch.float32 if name.endswith(float32) else dtype
-            module.load_state_dict({name: tensor.to(device=device, dtype=kept)}, strict=False, assign=True)
+            _assign(module, name, tensor.to(device=device, dtype=kept))
         del tensor
     for name in set(optional) & set(wanted) - set(source.shapes()):
-        zero = torch.zeros(wanted[name].shape, dtype=dtype, device=device)
-        module.load_state_dict({name: zero}, strict=False, assign=True)
+        _assign(module, name, torch.zeros(wanted[name].shape, dtype=dtype, device=device))
     module.eval().requires_grad_(False)
-    gc.collect()
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace one parameter. load_state_dict would walk the whole module for each tensor."""
+    path, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def load_transformer(

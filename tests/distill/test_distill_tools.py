@@ -243,6 +243,7 @@ def test_ablation_skips_what_is_done(
         arms=("no-etm", "etm", "etm-rl", "etm-cfg", "etm-longer"),
         seeds=(0,),
         next_chunk_steps=1,
+        longer_steps=2,
         rl_steps=1,
         prompts=1,
         frames=3,
