@@ -9,9 +9,10 @@ Hopper's FP8 multipliers sum with about 14 bits. For a short K this error is bel
 long K it is not. So above `FAST_ACCUMULATION` partial sums are added in float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,10 +54,16 @@ def fp8_linear_reference(
 def fp8_linear_library(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """Like fp8_linear_reference, by cuBLASLt or CUTLASS."""
-    return torch._scaled_mm(
-        x, weight.T, x_scale, weight_scale.T, bias, out_dtype=out_dtype, use_fast_accum=x.shape[1] <= FAST_ACCUMULATION
-    )
+    """Like fp8_linear_reference, by cuBLASLt or CUTLASS. RuntimeError where the library has no such product."""
+    fast = x.shape[1] <= FAST_ACCUMULATION
+    return _scaled_mm(x, x_scale, weight, weight_scale, bias, out_dtype, fast=fast)
+
+
+def _scaled_mm(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype,
+    *, fast: bool,
+) -> Tensor:  # fmt: skip
+    return torch._scaled_mm(x, weight.T, x_scale, weight_scale.T, bias, out_dtype=out_dtype, use_fast_accum=fast)
 
 
 @triton.jit
@@ -155,12 +162,33 @@ def fp8_linear_tiles(
     return out
 
 
+Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+# (device, N, K) -> the first product that ran there. Some libraries have no row-wise product (on sm_120 for example),
+# or none without fast accumulation.
+_working: dict[tuple[torch.device, int, int], Product] = {}
+
+
 def _chosen(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     shape = (weight.shape[0], weight.shape[1])
-    tiled = shape in MEASURED_FASTER or x.device.type != "cuda"  # without a GPU: interpreter or compile gate
-    return (fp8_linear_tiles if tiled else fp8_linear_library)(x, x_scale, weight, weight_scale, bias, out_dtype)
+    if shape in MEASURED_FASTER or x.device.type != "cuda":  # without a GPU: interpreter or compile gate
+        return fp8_linear_tiles(x, x_scale, weight, weight_scale, bias, out_dtype)
+    key = x.device, *shape
+    if key not in _working:
+        _working[key] = first_that_runs(x, x_scale, weight, weight_scale, bias, out_dtype)
+    return _working[key](x, x_scale, weight, weight_scale, bias, out_dtype)
+
+
+def first_that_runs(*args: Any) -> Product:
+    """The library's product; with fast accumulation, less exact, where it has no other; else the kernel here."""
+    for product in (fp8_linear_library, partial(_scaled_mm, fast=True)):
+        try:
+            product(*args)
+        except RuntimeError:
+            continue
+        return product
+    return fp8_linear_tiles
 
 
 def fp8_linear(

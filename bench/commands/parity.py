@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.instruments import recordings
+from bench.instruments.ways import WAYS
 from bench.report.saved import Printed
 from engine.options import option
 
@@ -13,11 +14,16 @@ from engine.options import option
 class Options(Printed):
     cases: Path = option(help="directory with cases.json and its tensors", metavar="DIR")
     device: str = option("cpu", "cpu, cuda, cuda:1, ...", metavar="DEVICE")
+    through: str = option(
+        "plain",
+        "plain PyTorch, the fused path, or CUDA graphs over it (a stand-in captures on a processor)",
+        choices=WAYS,
+    )
 
 
 def run(options: Options) -> int:
-    results = recordings.run(options.cases, options.device)
-    summary = recordings.report(results)
+    results = recordings.run(options.cases, options.device, options.through)
+    summary = recordings.report(results) | {"through": options.through}
     if options.json:
         print(json.dumps(summary))
     else:
@@ -25,5 +31,5 @@ def run(options: Options) -> int:
         for r in results:
             verdict = "" if r.passed else "  FAILED"
             print(f"{r.name:32} {r.dtype:10} {r.max_abs_error:10.2e} {r.rms_error:10.2e}{verdict}")
-        print(f"{sum(r.passed for r in results)} of {len(results)} within tolerance")
+        print(f"{sum(r.passed for r in results)} of {len(results)} within tolerance, through {options.through}")
     return 0 if results and summary["passed"] else 1

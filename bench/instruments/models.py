@@ -121,9 +121,13 @@ def open_bundle(folder: Path, backend: str | None = None, preset: str | None = N
 
 
 def random_pipeline(
-    shape: str, preset: str, runtime: Runtime | None = None, height: int | None = None, width: int | None = None
-) -> Pipeline:
-    """A pipeline of random weights, made in memory. Its text encoder is a small stand-in of the right width."""
+    shape: str, preset: str, runtime: Runtime | None = None, height: int | None = None, width: int | None = None,
+    attention_gain: float = 1,
+) -> Pipeline:  # fmt: skip
+    """A pipeline of random weights, made in memory. Its text encoder is a small stand-in of the right width.
+
+    attention_gain: see RandomSource.
+    """
     config, vae_config, (high, wide), anywhere = SHAPES[shape]
     runtime = runtime or Runtime()
     place = device_of(runtime.device)
@@ -142,7 +146,7 @@ def random_pipeline(
         vae = VAE(vae_config)
     encoder = small_encoder(config.text_dim)
     for seed, module in enumerate((*models.values(), vae, encoder)):
-        fill(module, RandomSource(module, f"random {shape}", seed), dtype, place)
+        fill(module, RandomSource(module, f"random {shape}", seed, place, attention_gain), dtype, place)
     for model in models.values():
         model.fuse()
     with tempfile.TemporaryDirectory() as folder:

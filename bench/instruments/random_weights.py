@@ -63,10 +63,21 @@ def write_tokenizer(folder: Path) -> None:
 
 
 class RandomSource:
-    """Random tensors with a module's names and shapes; the loader fills the module with them."""
+    """Random tensors with a module's names and shapes, drawn on `device`; the loader fills the module with them.
 
-    def __init__(self, module: nn.Module, label: str, seed: int = 0) -> None:
-        self.label, self._seed = label, seed
+    attention_gain scales self-attention's queries. At 1 random weights attend to all rows almost alike, so a wrong key
+    hardly shows; at 4 attention decides.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        label: str,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        attention_gain: float = 1,
+    ) -> None:
+        self.label, self._seed, self._device, self._gain = label, seed, device, attention_gain
         self.files: list[Path] = []
         self.lora: Path | None = None
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -77,7 +88,8 @@ class RandomSource:
     def read(self) -> Iterator[tuple[str, Tensor]]:
         torch.manual_seed(self._seed)
         for name, shape in self._shapes.items():
-            yield name, _random(name, torch.Size(shape))
+            tensor = _random(name, torch.Size(shape), self._device)
+            yield name, self._gain * tensor if name.endswith("attn1.norm_q.weight") else tensor
 
     def bytes_at(self, dtype: torch.dtype) -> int:
         return sum(torch.Size(shape).numel() for shape in self._shapes.values()) * dtype.itemsize
@@ -109,9 +121,10 @@ def _write(
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _random(name: str, shape: torch.Size) -> Tensor:
+def _random(name: str, shape: torch.Size, device: torch.device | str = "cpu") -> Tensor:
     """Gains near one, small biases, and other weights scaled so that activations keep their size."""
+    values = torch.randn(shape, device=device)
     if len(shape) > 1 and "scale_shift_table" not in name and "gamma" not in name:
-        return torch.randn(shape) / (shape[1:].numel() ** 0.5)
+        return values / (shape[1:].numel() ** 0.5)
     gain = 1.0 if "norm" in name and name.endswith(("weight", "gamma")) else 0.0
-    return gain + 0.02 * torch.randn(shape)
+    return gain + 0.02 * values

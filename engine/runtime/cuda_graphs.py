@@ -11,10 +11,10 @@ import copy
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,17 @@ from engine.model.transformer import TextKV
 from engine.runtime.passes import Capabilities, Pass
 from engine.runtime.stages import TorchStages, need
 
-# Captures a function of static tensors. Returns its outputs, and a function that computes them again in place.
-Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
+
+class Capture(Protocol):
+    """Captures functions of static tensors."""
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """Returns the outputs of `run`, and a function that computes them again in place."""
+        ...
+
+    def in_turn(self) -> AbstractContextManager[None]:
+        """Within the block, the work that earlier blocks queued is done before what this one queues."""
+        ...
 
 
 class Capturer:
@@ -36,6 +45,17 @@ class Capturer:
 
     def __init__(self, device: torch.device) -> None:
         self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self._device, self._last = device, torch.cuda.Event()
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Threads may call on CUDA streams of their own; without this they overwrite each other's static tensors."""
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(self._last)  # at first it waits for nothing
+        try:
+            yield
+        finally:
+            self._last.record(torch.cuda.current_stream(self._device))
 
     def __call__(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
@@ -127,7 +147,7 @@ class GraphedStages:
             step = replace(step, c_f=latent.new_zeros(latent.shape[0], len(step.cos), width))
         changing = {f.name: getattr(step, f.name) for f in fields(step) if f.name != "kind"}
         changing = {name: value for name, value in changing.items() if value is not None}
-        with self._lock:
+        with self._lock, self._capture.in_turn():
             text = self._static_text(role, text_kv[role])
             key = step.kind.graph, cache.k.data_ptr(), step.latent.shape, text[0].data_ptr()
 
@@ -176,7 +196,7 @@ class GraphedStages:
         vae, static = need(self.vae, "VAE"), list(cache)  # a graph must not keep the lease itself
         key = "vae_steady", cache[0].data_ptr(), latent.shape
         run = lambda latent: vae.steady(latent, tuple(static), in_place=True)[0]  # noqa: E731
-        with self._lock, _best_convolutions():
+        with self._lock, self._capture_vae.in_turn(), _best_convolutions():
             return self._graph(key, run, (latent,), static, self._capture_vae), cache
 
 

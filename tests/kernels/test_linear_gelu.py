@@ -48,3 +48,18 @@ def test_bad_input(device):
     ):
         with pytest.raises(ValueError, match=r"^linear_gelu: got .*expected"):
             call()
+
+
+@pytest.mark.parametrize(("dtype", "library"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)])
+def test_float32_keeps_to_the_reference_on_a_gpu(monkeypatch, dtype, library):
+    """The library's epilogue rounds float32 factors to TF32. The tensors are fake: no GPU is needed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from kernels import linear_gelu as module
+
+    asked = []
+    monkeypatch.setattr(module, "linear_gelu_library", lambda x, weight, bias: asked.append(dtype))
+    with FakeTensorMode():
+        x, weight, bias = (torch.empty(shape, dtype=dtype, device="cuda") for shape in ((2, 16), (32, 16), (32,)))
+        module.linear_gelu(x, weight, bias)
+    assert bool(asked) is library

@@ -1,6 +1,7 @@
-"""Graphed stages without a GPU: a stand-in for capture that, like a graph, only ever sees its static tensors."""
+"""Graphed stages without a GPU: bench's stand-in captures, and like a graph it only ever sees its static tensors."""
 
 import gc
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 
@@ -8,29 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from bench.instruments.ways import StandIn
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.stages import TorchStages
 
 PROMPT, OTHER = "a red circle moving right", "a blue square on gray"
 FAMILIES = pytest.mark.parametrize("family", ["pipeline", "causal"])
-
-
-def stand_in(device):
-    """Warms up twice, as capturing does; a replay then writes to the addresses of the capture's outputs."""
-
-    def capture(run):
-        for _ in range(2):
-            run()
-        outputs = run()
-
-        def replay():
-            again = run()
-            if isinstance(outputs, torch.Tensor):
-                outputs.copy_(again)
-
-        return outputs, replay
-
-    return capture
 
 
 def fused(pipeline):
@@ -39,7 +23,7 @@ def fused(pipeline):
 
 
 def graphed(pipeline):
-    return replace(pipeline, stages=GraphedStages(fused(pipeline), stand_in))
+    return replace(pipeline, stages=GraphedStages(fused(pipeline), StandIn))
 
 
 def frames(pipeline, count=40, **options):
@@ -128,14 +112,12 @@ def test_a_decoding_that_fails_ends_the_stream(pipeline, monkeypatch):
 
 
 def test_a_capture_that_fails_leaves_the_cache_where_it_was(pipeline):
-    def failing(device):
-        def capture(run):
+    class Failing(StandIn):
+        def __call__(self, run):
             run()
             raise RuntimeError("cannot capture")
 
-        return capture
-
-    stages = GraphedStages(fused(pipeline), failing)
+    stages = GraphedStages(fused(pipeline), Failing)
     latent = torch.randn(1, 8, 1, 4, 6)
     _, cache = stages.vae_first(latent)
     expected = [part.clone() for part in pipeline.stages.vae.steady(latent, tuple(cache))[1]]
@@ -143,3 +125,36 @@ def test_a_capture_that_fails_leaves_the_cache_where_it_was(pipeline):
     with pytest.raises(RuntimeError, match="cannot capture"):
         stages.vae_steady(latent, cache)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(cache, expected, strict=True))
+
+
+@FAMILIES
+def test_static_tensors_are_only_touched_in_turn(request, family):
+    """Threads may have CUDA streams of their own: each pass waits for the one before, from its first copy on."""
+    turns, lying = [], []
+
+    class Turns(StandIn):
+        @contextmanager
+        def in_turn(self):
+            turns.append(self)
+            try:
+                yield
+            finally:
+                turns.pop()
+
+    class Watched(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.copy_ and id(args[0]) in static and not turns:
+                lying.append(function)
+            return function(*args, **(kwargs or {}))
+
+    pipeline = request.getfixturevalue(family)
+    pipeline = replace(pipeline, stages=GraphedStages(fused(pipeline), Turns))
+    frames(pipeline)
+    graphs = [graph for graph in pipeline.stages._graphs.values() if graph]
+    static = {id(t) for graph in graphs for t in graph._static}
+    static |= {id(t) for text in pipeline.stages._text.values() for t in text[:2]}
+    with Watched():
+        frames(pipeline)
+    assert graphs
+    assert lying == []
+    assert turns == []
