@@ -62,7 +62,7 @@ docs-performance: setup  ## docs/performance.md from bench/results
 	$(BIN)/python -m bench report
 
 # A GPU machine often has its own torch and no network: .venv where there is one, else its python.
-gpu-check:  ## on a machine with a GPU: right first, then full-size speed; elsewhere the same way through, tiny
+gpu-check:  ## on a machine with a GPU: right, how fast, where the time goes, in 9 minutes; STEPS=a,b; elsewhere tiny
 	@py=$$([ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON)); \
 	$$py -m bench gpu-check $$($$py -c "import torch; print('' if torch.cuda.is_available() else '--smoke')")
 

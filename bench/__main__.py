@@ -27,7 +27,7 @@ COMMANDS = {
     "diff": ("bench.report.diff", "two saved results: what got slower beyond noise; exit 1 if anything did"),
     "report": ("bench.report.page", "docs/performance.md from the saved results"),
     "all": ("bench.commands.everything", "stream, compare, scaling, load, kernels; with --save also the page"),
-    "gpu-check": ("bench.commands.gpu_check", "everything that only a GPU can show; results are saved"),
+    "gpu-check": ("bench.gpu.check", "all that only a GPU can show, in nine minutes"),
 }
 
 

@@ -21,7 +21,7 @@ from engine.model.vae import VAE, VAEConfig
 from engine.options import read, replaced
 from engine.presets import find_preset
 from engine.runtime.cuda_graphs import GraphedStages
-from engine.runtime.device import device_of, dtype_of
+from engine.runtime.device import check_fp8, device_of, dtype_of
 from engine.runtime.passes import Stages
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
@@ -100,6 +100,8 @@ def load(
     name, style = choose_preset(settings, preset, overrides or {}, chosen)
     family, fp8 = family_of(style), runtime.precision == "fp8"
     device = device_of(runtime.device)
+    if fp8 or runtime.fp8_attention:
+        check_fp8(device)
     dtype = dtype_of(runtime.precision, device)
     config = TransformerConfig.from_dict(read_json(folder / "transformer" / "config.json"))
     vae_config = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
@@ -151,6 +153,8 @@ def make_stages(
     fp8 = runtime.precision == "fp8"
     if runtime.eager and (fp8 or runtime.fp8_attention):
         raise ValueError("precision: got fp8 for plain PyTorch, expected it without eager: FP8 needs the kernels")
+    if fp8 or runtime.fp8_attention:
+        check_fp8(device)
     dtype = next(iter(models.values())).proj_out.weight.dtype
     if runtime.fp8_attention and dtype != torch.bfloat16:
         raise ValueError(f"fp8 attention: got {dtype}, expected a model in bf16 or fp8")

@@ -1,4 +1,4 @@
-"""The compile gate: compiles every variant of every operation for sm_90, without a GPU.
+"""The compile gate: compiles every variant of every operation without a GPU, for sm_90 or a consumer GPU.
 
 A stub replaces the driver, so that launches go through Triton's real specialisation of their arguments (meta tensors
 have shapes, dtypes and alignment). Use a separate process: the stub cannot be removed again.
@@ -18,7 +18,9 @@ import torch
 from kernels import launch, table
 
 CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
-SHARED_BYTES = 226 * 1024  # a block may have 227 KB on sm_90
+SPARE_KB = 1  # of shared memory that the system keeps for itself on sm_90
+TARGETS = (90, 86, 89, 120)
+FP8_SINCE = 89
 INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "QMMA", "UTMALDG", "UTMASTG", "LDGSTS", "USETMAXREG", "LDSM", "STSM")
 
 
@@ -28,7 +30,7 @@ class _StubDriver:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", launch.compile_target, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -45,8 +47,10 @@ class _StubDriver:
         return torch.device("cpu")
 
 
-def use_stub_driver() -> None:
-    """From now on this process only compiles, for sm_90. Raises ValueError if Triton cannot compile here."""
+def use_stub_driver(target: int = 90) -> None:
+    """From now on this process only compiles, for one of TARGETS. Raises ValueError if Triton cannot compile here."""
+    if target not in TARGETS:
+        raise ValueError(f"compile gate: got sm_{target}, expected one of {', '.join(f'sm_{t}' for t in TARGETS)}")
     if not launch.HAVE_TRITON:
         raise ValueError("compile gate: got no Triton, expected it installed")
     from triton import knobs
@@ -54,6 +58,7 @@ def use_stub_driver() -> None:
 
     if knobs.runtime.interpret:
         raise ValueError("compile gate: got TRITON_INTERPRET=1, expected a process without it")
+    launch.compile_target = target
     driver.set_active(_StubDriver())
 
 
@@ -89,9 +94,13 @@ def compile_variants(ops: list[str] | None = None) -> list[dict[str, Any]]:
     unknown = sorted(set(ops or ()) - set(known))
     if unknown:
         raise ValueError(f"compile gate: got {', '.join(unknown)}, expected some of {', '.join(known)}")
-    return [
-        row for op in ops or known for variant in known[op].variants() for row in _rows(f"{op} {variant.name}", variant)
-    ]
+    chosen = [op for op in ops or known if launch.compile_target >= FP8_SINCE or not takes_fp8(op)]
+    return [row for op in chosen for variant in known[op].variants() for row in _rows(f"{op} {variant.name}", variant)]
+
+
+def takes_fp8(op: str) -> bool:
+    """Whether an operation reads or writes e4m3, which GPUs before sm_89 have not."""
+    return "fp8" in op or "quantize" in op
 
 
 def compile_cuda() -> list[dict[str, Any]]:
@@ -134,11 +143,16 @@ def _rows(name: str, variant: table.Variant) -> list[dict[str, Any]]:
 
 
 def _problems(row: dict[str, Any], variant: table.Variant) -> list[str]:
-    limits = {"registers": variant.registers, "shared_bytes": SHARED_BYTES, "spills": 0, "stack_bytes": 0}
+    shared = (launch.SHARED_KB[launch.compile_target] - SPARE_KB) * 1024
+    limits = {"registers": variant.registers, "shared_bytes": shared, "spills": 0, "stack_bytes": 0}
+    if launch.compile_target != 90:  # tuned for sm_90; elsewhere a kernel has to fit and to run
+        limits = {"shared_bytes": shared}
     return [f"got {row[key]} {key}, expected at most {most}" for key, most in limits.items() if row[key] > most]
 
 
 def _missing(rows: list[dict[str, Any]], variant: table.Variant) -> list[str]:
+    if launch.compile_target != 90:  # other GPUs have other matrix instructions
+        return []
     have = {instruction for row in rows for instruction in row["instructions"]}
     return [f"got no {need}, expected some" for need in variant.needs if need not in have]
 

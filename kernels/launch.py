@@ -20,6 +20,9 @@ except ImportError:  # no Triton: modules still import, and the references run
 
 HAVE_TRITON = not isinstance(triton, SimpleNamespace)
 
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a block may have, by compute capability
+compile_target = 90  # for which `compiling` compiles meta tensors; kernels/compile.py changes it
+
 _kernels: set[Any] = set()  # every kernel launched so far, for compilations()
 _compiled: list[Any] | None = None  # inside compiling(): the compiled kernels, in order
 
@@ -71,6 +74,13 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132 if device.type == "meta" else 8
+
+
+def shared_kb(device: torch.device) -> int:
+    """Shared memory that a block may have; for the meta device the compile target's, for the interpreter plenty."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+    return SHARED_KB[compile_target if device.type == "meta" else 90]
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:

@@ -12,13 +12,14 @@ Rows after the valid ones may hold anything, NaN too: descriptors end at the las
 import torch
 from torch import Tensor
 
-from kernels.launch import launch, multiprocessors, tl, triton
+from kernels.launch import launch, multiprocessors, shared_kb, tl, triton
 
 LOG2_E = 1.4426950408889634
 ValidRows = int | Tensor  # rows to attend to: a number, or an int32 on the device, read when the kernel runs
 
 QUERIES, KEYS = 128, 64  # per block; with 128 keys two blocks of scores do not fit the registers
 STAGES, WARPS = 4, 8  # blocks of keys and values under way; two warpgroups
+FEW_STAGES, MUCH_KB = 2, 160  # four blocks of 128-wide heads in bf16 need 128 KB, more than a consumer GPU has
 LANES = 16  # queries that one program merges
 
 
@@ -205,7 +206,7 @@ def attend(
     launch(
         attend_kernel, (programs, batch), q, k, v, valid_rows, *(scales or (lse, lse, lse)), out, lse, partial, stats,
         queries, k.shape[1], v.shape[-1], programs, **cut, SCALE=head_dim**-0.5 * LOG2_E, FP8=scales is not None,
-        STAGES=STAGES, num_warps=WARPS,
+        STAGES=STAGES if shared_kb(q.device) >= MUCH_KB else FEW_STAGES, num_warps=WARPS,
     )  # fmt: skip
     launch(
         merge_kernel, (-(-queries // QUERIES) * heads, QUERIES // LANES, batch),

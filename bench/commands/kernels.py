@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,17 +28,42 @@ SHAPES = {**attention_cases.SHAPES, **kernel_cases.SHAPES}
 @dataclass(frozen=True, kw_only=True)
 class Options(saved.Reported, models.Machine):
     op: tuple[str, ...] = option((), "one of " + ", ".join(SHAPES) + "; may be repeated; default: all", metavar="OP")
-    compile_only: bool = option(False, "compile every variant for sm_90, run nothing")
+    compile_only: bool = option(False, "compile every variant for --sm, run nothing")
+    sm: int = option(90, "target of --compile-only; for consumer GPUs kernels have to fit", choices=compile.TARGETS)
     rounds: int = option(20, "in which every implementation has its turn")
     precision: str = option("auto", "auto: bf16 on a GPU, else fp32", choices=("auto", *DTYPES))
 
 
-def cases(device: torch.device, dtype: torch.dtype, ops: list[str]) -> list[Case]:
-    """The cases of the chosen operations."""
+@dataclass(frozen=True)
+class Failed:
+    """A case that could not be made, and why."""
+
+    op: str
+    shape: str
+    reason: str
+
+
+def each_case(device: torch.device, dtype: torch.dtype, ops: list[str]) -> Iterator[Case | Failed]:
+    """The cases of the chosen operations, one by one: only one holds memory at a time."""
     unknown = sorted(set(ops) - set(SHAPES))
     if unknown:
         raise ValueError(f"--op: got {', '.join(unknown)}, expected one of {', '.join(SHAPES)}")
-    return [SHAPES[op][0](device, dtype, *shape) for op in ops for shape in SHAPES[op][1][device.type]]
+    for op in ops:
+        make, shapes = SHAPES[op]
+        for shape in shapes[device.type]:
+            try:
+                yield make(device, dtype, *shape)
+            except RuntimeError as error:  # of CUDA, of Triton: the next operation may run
+                yield Failed(op, " x ".join(map(str, shape)), _said(error))
+
+
+def without_compiled(case: Case) -> Case:
+    """The case without torch.compile's code, which takes seconds to make."""
+    return replace(case, library={name: call for name, call in case.library.items() if name != "compiled"})
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def errors(case: Case) -> dict[str, float]:
@@ -73,45 +99,65 @@ def _seconds(call: Call, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def checked(case: Case) -> dict[str, Any]:
+    """A case's row: errors, and whether ours is at most twice the library's in the same precision. Never raises."""
+    row: dict[str, Any] = {"op": case.op, "shape": case.shape, "passed": False}
+    try:
+        error = errors(case)
+    except Exception as failure:  # a kernel that does not compile or launch: its row says so, the others go on
+        return row | {"failed": _said(failure)}
+    return row | {"errors": error, "passed": error["ours"] <= 2 * max(error[name] for name in case.library)}
+
+
+def timed(case: Case, device: torch.device, limits: ceilings.Ceilings, rounds: int) -> dict[str, Any]:
+    """The row with times where the operation is right. Never raises."""
+    row = checked(case)
+    try:
+        return row | (_times(case, device, limits, rounds) if row["passed"] else {})
+    except Exception as failure:
+        return row | {"passed": False, "failed": _said(failure)}
+
+
+def _times(case: Case, device: torch.device, limits: ceilings.Ceilings, rounds: int) -> dict[str, Any]:
+    calls: dict[str, Call] = {"ours": case.ours, **case.library}
+    repeats = max(1, int(0.005 / min(_seconds(case.ours, device) for _ in range(3))))
+    ms: dict[str, list[float]] = {name: [] for name in calls}
+    runs = {n: partial(_seconds, _repeated(call, device, repeats), device) for n, call in calls.items()}
+    for _, name, seconds in interleaved(runs, rounds):
+        ms[name].append(1e3 * seconds / repeats)
+    best = min(case.library, key=lambda name: quartiles(ms[name])["median"])
+    cost = replace(case.cost, flops=case.cost.flops / case.speedup)
+    took = quartiles(ms["ours"])["median"] / 1e3
+    return {
+        "ms": {name: quartiles(samples) for name, samples in ms.items()},
+        "best_library": best,
+        "time_ratio": paired_ratio(ms["ours"], ms[best]),
+        "gflops": case.cost.flops / took / 1e9,
+        "mfu": limits.mfu(cost, took),
+        "mbu": limits.mbu(cost, took),
+        "floor_ms": 1e3 * limits.floor(cost),
+    }
+
+
 @torch.inference_mode()
 def measure(device: torch.device, dtype: torch.dtype, ops: list[str], rounds: int) -> dict[str, Any]:
     """Errors first. An operation with more than twice the library's error in the same precision gets no numbers."""
-    found = cases(device, dtype, ops)
     limits = ceilings.measure(device, dtype)
-    rows, timings = [], {}
-    for case in found:
-        error = errors(case)
-        allowed = 2 * max(error[name] for name in case.library)
-        row: dict[str, Any] = {"op": case.op, "shape": case.shape, "errors": error, "passed": error["ours"] <= allowed}
-        if row["passed"]:
-            calls: dict[str, Call] = {"ours": case.ours, **case.library}
-            repeats = max(1, int(0.005 / min(_seconds(case.ours, device) for _ in range(3))))
-            ms: dict[str, list[float]] = {name: [] for name in calls}
-            runs = {n: partial(_seconds, _repeated(call, device, repeats), device) for n, call in calls.items()}
-            for _, name, seconds in interleaved(runs, rounds):
-                ms[name].append(1e3 * seconds / repeats)
-            best = min(case.library, key=lambda name: quartiles(ms[name])["median"])
-            cost = replace(case.cost, flops=case.cost.flops / case.speedup)
-            took = quartiles(ms["ours"])["median"] / 1e3
-            row |= {
-                "ms": {name: quartiles(samples) for name, samples in ms.items()},
-                "best_library": best,
-                "time_ratio": paired_ratio(ms["ours"], ms[best]),
-                "gflops": case.cost.flops / took / 1e9,
-                "mfu": limits.mfu(cost, took),
-                "mbu": limits.mbu(cost, took),
-                "floor_ms": 1e3 * limits.floor(cost),
-            }
-            timings[f"{case.op} {case.shape}"] = row["ms"]["ours"]
-        rows.append(row)
+    rows = []
+    for case in each_case(device, dtype, ops):
+        if isinstance(case, Failed):
+            rows.append({"op": case.op, "shape": case.shape, "passed": False, "failed": case.reason})
+        else:
+            rows.append(timed(case, device, limits, rounds))
+    timings = {f"{row['op']} {row['shape']}": row["ms"]["ours"] for row in rows if row["passed"]}
     return {"ceilings": limits.as_dict(), "cases": rows, "timings": timings}
 
 
 def _compile_only(options: Options) -> int:
-    """Compile every variant for sm_90; no GPU. Returns 1 where one spills, is too large or lacks an instruction."""
-    compile.use_stub_driver()
+    """Compile every variant; no GPU. Returns 1 where one is too large or, for sm_90, spills or lacks an instruction."""
+    compile.use_stub_driver(options.sm)
     rows = compile.compile_variants(list(options.op))
-    if not options.op or "fp8_linear" in options.op:
+    if options.sm == 90 and (not options.op or "fp8_linear" in options.op):
         rows += compile.compile_cuda()
     if not options.json:
         print(table([
@@ -150,9 +196,8 @@ def run(options: Options) -> int:
         ], 3))  # fmt: skip
     red = [row for row in result["cases"] if not row["passed"]]
     for row in red:
-        print(f"error: {row['op']} {row['shape']}: got error {row['errors']['ours']:.1e}, "
-              f"expected at most twice the library's", file=sys.stderr)  # fmt: skip
-    if red:
-        return 1
-    saved.emit(options, "kernels", result)
-    return 0
+        got = row["failed"] if "failed" in row else f"error {row['errors']['ours']:.1e}"
+        print(f"error: {row['op']} {row['shape']}: got {got}, expected at most twice the library's error",
+              file=sys.stderr)  # fmt: skip
+    saved.emit(options, "kernels", result)  # a red row has no numbers; the others are worth keeping
+    return 1 if red else 0

@@ -29,3 +29,11 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16"
     return DTYPES["bf16" if precision == "fp8" else precision]
+
+
+def check_fp8(device: torch.device) -> None:
+    """ValueError for a GPU without e4m3. On a processor FP8 runs as its definition."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (8, 9):
+            raise ValueError(f"precision: got fp8 on a GPU of compute capability {major}.{minor}, expected 8.9 or more")

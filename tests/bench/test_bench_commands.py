@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from bench.__main__ import COMMANDS, main, parse
 from bench.adapters.protocol import Adapter
-from bench.commands import everything, gpu_check
+from bench.commands import everything
 from bench.instruments import ceilings, models
 from bench.instruments.flops import Cost
 from bench.instruments.header import ROOT
@@ -308,50 +308,3 @@ def test_diffusers_adapter(model_dir, tmp_path):
     with Adapter("diffusers", command, settings) as adapter:
         assert "WanPipeline, 2 steps, CFG 5" in adapter.about["about"]
         assert adapter.generate("a red circle", 0, 9).frames == 9
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there: gpu-check would run")
-def test_gpu_check_without_a_gpu(capsys):
-    assert main(["gpu-check"]) == 2
-    assert "got no CUDA device" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("smoke", [True, False])
-def test_gpu_check_asks_for_what_exists(smoke):
-    for module, *command in gpu_check.plan(smoke, ["--save"]):
-        if module == "pytest":
-            assert Path(command[0]).exists()
-        else:
-            assert parse(command)[1].device == ("cpu" if smoke else "cuda")
-
-
-@pytest.mark.slow
-def test_gpu_check_needs_only_what_gpu_machines_have():
-    """No network there: torch, Triton, numpy, pytest, safetensors, transformers, peft, psutil, rich, onnx."""
-    missing = ["accelerate", "av", "diffusers", "hypothesis", "matplotlib"]
-    missing += ["onnx_ir", "onnxscript", "pybind11", "pydantic", "tensorboard"]
-    code = f"""
-import importlib.machinery, runpy, sys
-real, missing = importlib.machinery.PathFinder.find_spec, {missing}
-def find(name, path=None, target=None):
-    return None if name.split(".")[0] in missing else real(name, path, target)
-importlib.machinery.PathFinder.find_spec = find
-sys.argv = ["bench", "backends", "--help"]
-runpy.run_module("bench", run_name="__main__", alter_sys=True)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-500:]
-    assert "--burst" in done.stdout
-
-
-def test_gpu_check_goes_on_after_a_failure_and_says_so(monkeypatch, capsys):
-    asked = []
-
-    def note(command, **_):
-        asked.append(command[2:4])
-        return subprocess.CompletedProcess(command, command[3] == "kernels")
-
-    monkeypatch.setattr(gpu_check.subprocess, "run", note)
-    assert main(["gpu-check", "--smoke"]) == 1
-    assert [what for what, _ in asked] == ["pytest", "pytest", "bench", "bench", "bench"]
-    assert "error: bench kernels" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""Results of gpu-check: one file of JSON lines, to which every step appends what it found at once.
+
+kind     fields besides `step`
+machine  what `header.machine` gives
+check    name, passed, detail: right or wrong
+speed    variant, fps, ms_p50, ms_p99, ...: a stream
+row      a table's row: one operation or one convolution
+ended    seconds, status: 0, the exit status, or "over its limit"
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Appends the lines of one step. On a processor (`smoke`) steps do the same work at tiny shapes."""
+
+    file: Path
+    step: str
+    smoke: bool
+
+    def add(self, kind: str, **fields: Any) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps({"step": self.step, "kind": kind, **fields}) + "\n")
+
+    def check(self, name: str, passed: bool, detail: str) -> None:
+        self.add("check", name=name, passed=bool(passed), detail=detail)
+        print(f"{'ok ' if passed else 'RED'} {name}: {detail}", flush=True)
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.smoke else "cuda"
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Every whole line; a step that was killed may have left half of one."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
