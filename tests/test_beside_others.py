@@ -74,6 +74,7 @@ def test_models_of_transformers_run_beside_ours():
         assert umt5(ids).last_hidden_state.shape == (1, 3, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False])
 def test_both_packages_live_under_one_name(theirs, first, tmp_path):
     """Whichever stands first in sys.path: theirs is the package, and ours are modules of it."""

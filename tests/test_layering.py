@@ -158,6 +158,7 @@ def test_diffusers_and_peft_are_for_weights_alone():
             assert not used & {"diffusers", "peft"}, path
 
 
+@pytest.mark.slow
 def test_importing_the_engine_loads_none_of_them():
     code = "import sys, engine, engine.run; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -166,6 +167,7 @@ def test_importing_the_engine_loads_none_of_them():
     assert not loaded & {"diffusers", "peft", "transformers", "distill", "bench", "export"}
 
 
+@pytest.mark.slow
 def test_a_stream_of_the_embedded_model_loads_none_of_them_either(tmp_path):
     """Each of these takes as long to import as everything else in a start."""
     heavy = {"diffusers", "peft", "transformers", "torch._dynamo", "sympy", "onnx", "onnxruntime"}

@@ -147,6 +147,7 @@ def test_plan_counts_what_is_trained(tmp_path: Path) -> None:
     assert spread.weights - 4 * spread.trained == pytest.approx(embedding + (frozen - embedding) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["next_chunk", "rl"])
 def test_dry_run_of_wan(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([stage, "--config", str(WAN), "--dry-run"]) == 0

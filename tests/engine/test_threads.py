@@ -171,18 +171,21 @@ def spins(read):
     return int(read["GOMP_SPINCOUNT"])
 
 
+@pytest.mark.slow
 def test_the_engine_lets_idle_threads_sleep_before_torch_is_loaded():
     (shape, policy, _, after), read = fresh()
     assert (shape, policy, after) == ([32, 32, 3], "passive", 1)
     assert spins(read) == 0
 
 
+@pytest.mark.slow
 def test_the_users_environment_wins():
     (_, policy, before, after), read = fresh(OMP_WAIT_POLICY="active", OMP_NUM_THREADS="2")
     assert (policy, before, after) == ("active", 2, 2)
     assert spins(read) > 0
 
 
+@pytest.mark.slow
 def test_a_program_that_imported_torch_first_keeps_its_settings():
     (shape, policy, before, after), read = fresh("import torch")
     assert (shape, policy, before) == ([32, 32, 3], None, after)

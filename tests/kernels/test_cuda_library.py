@@ -17,6 +17,7 @@ from kernels.quantize import quantize_per_channel, quantize_per_token
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.slow  # they build the library
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from closeness import assert_as_good
 from bench.operations.others import SHAPES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", SHAPES)
 def test_right_and_repeatable(device, op):
     make, shapes = SHAPES[op]

@@ -169,6 +169,7 @@ def test_fp8_attention(device, n, rows, heads, head_dim, valid_rows, batch, quer
         assert_as_good(ring_attention_fp8(*case, valid_rows), plain_fp8(*case, valid_rows), truth, floor=2**-8)
 
 
+@pytest.mark.slow
 def test_fp8_attention_reads_what_the_writer_left(device):
     """Two chunks through qk_norm_rope_write_fp8, beside the bf16 pair of writer and reader; the rest is NaN."""
     heads, head_dim, n, rows = 2, 32, 37, 112

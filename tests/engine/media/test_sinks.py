@@ -213,6 +213,7 @@ def start(*arguments, **pipes):
     return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, **pipes)
 
 
+@pytest.mark.slow
 def test_a_killed_mp4_is_playable(tmp_path):
     process = start(tmp_path / "clip.mp4", 1_000_000)
     for line in process.stderr:
@@ -229,6 +230,7 @@ def test_a_killed_mp4_is_playable(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["y4m"], ["mp4"], ["rgb"]])
 def test_stdout(tmp_path, options):
     process = start("-", 7, *options, stdout=subprocess.PIPE)
@@ -250,6 +252,7 @@ def test_a_terminal_gets_no_bytes(monkeypatch):
         open_sink("-", FPS, SIZE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["y4m", "mp4"])
 def test_stdout_whose_reader_leaves(kind):
     process = start("-", 100_000, kind, stdout=subprocess.PIPE)
