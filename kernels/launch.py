@@ -79,7 +79,8 @@ def multiprocessors(device: torch.device) -> int:
 def shared_kb(device: torch.device) -> int:
     """Shared memory that a block may have; for the meta device the compile target's, for the interpreter plenty."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+        major, minor = torch.cuda.get_device_capability(device)
+        return SHARED_KB.get(10 * major + minor, min(SHARED_KB.values()))
     return SHARED_KB[compile_target if device.type == "meta" else 90]
 
 

@@ -19,7 +19,7 @@ ValidRows = int | Tensor  # rows to attend to: a number, or an int32 on the devi
 
 QUERIES, KEYS = 128, 64  # per block; with 128 keys two blocks of scores do not fit the registers
 STAGES, WARPS = 4, 8  # blocks of keys and values under way; two warpgroups
-FEW_STAGES, MUCH_KB = 2, 160  # four blocks of 128-wide heads in bf16 need 128 KB, more than a consumer GPU has
+FEW_STAGES, MUCH_KB = 2, 160  # four blocks of 128-wide heads take 96 to 128 KB, by Triton version; some GPUs have 99
 LANES = 16  # queries that one program merges
 
 

@@ -29,7 +29,7 @@ SHAPES = {**attention_cases.SHAPES, **kernel_cases.SHAPES}
 class Options(saved.Reported, models.Machine):
     op: tuple[str, ...] = option((), "one of " + ", ".join(SHAPES) + "; may be repeated; default: all", metavar="OP")
     compile_only: bool = option(False, "compile every variant for --sm, run nothing")
-    sm: int = option(90, "target of --compile-only; for consumer GPUs kernels have to fit", choices=compile.TARGETS)
+    sm: int = option(90, "target of --compile-only: 90, or of a consumer GPU 86, 89, 120, where kernels have to fit")
     rounds: int = option(20, "in which every implementation has its turn")
     precision: str = option("auto", "auto: bf16 on a GPU, else fp32", choices=("auto", *DTYPES))
 
@@ -143,7 +143,7 @@ def _times(case: Case, device: torch.device, limits: ceilings.Ceilings, rounds: 
 def measure(device: torch.device, dtype: torch.dtype, ops: list[str], rounds: int) -> dict[str, Any]:
     """Errors first. An operation with more than twice the library's error in the same precision gets no numbers."""
     limits = ceilings.measure(device, dtype)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for case in each_case(device, dtype, ops):
         if isinstance(case, Failed):
             rows.append({"op": case.op, "shape": case.shape, "passed": False, "failed": case.reason})

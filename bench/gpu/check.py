@@ -30,7 +30,11 @@ GRACE = 5.0  # seconds between the request to stop and the end
 @dataclass(frozen=True, kw_only=True)
 class Options(Stored):
     smoke: bool = option(False, "the same steps, tiny, on a processor")
-    steps: str = option("", "some of " + ",".join(STEPS) + "; default: all; also by STEPS=... make gpu-check", metavar="A,B")
+    steps: str = option(
+        "",
+        "some of " + ",".join(STEPS) + "; default: $STEPS, else all; as in STEPS=probe make gpu-check",
+        metavar="A,B",
+    )
     minutes: float = option(9.0, "when the last step is stopped")
     one: str = option("", "run this step in this process, as the command itself does for each", metavar="STEP")
 
@@ -122,8 +126,8 @@ def verdict(rows: list[dict[str, Any]]) -> tuple[str, bool]:
                     "red": sum(c["step"] == row["step"] for c in red)} for row in ended])]  # fmt: skip
     speeds = [row for row in rows if row["kind"] == "speed"]
     if speeds:
-        said.append(table([{"stream": row["variant"], "fps": row["fps"], "ms/chunk": row["ms_p50"], "p99": row["ms_p99"],
-                            "first frame ms": row["first_frame_ms"], "peak MB": row["peak_mb"],
+        said.append(table([{"stream": row["variant"], "fps": row["fps"], "ms/chunk": row["ms_p50"],
+                            "p99": row["ms_p99"], "first frame ms": row["first_frame_ms"], "peak MB": row["peak_mb"],
                             "right": "yes" if row["passed"] else "NO"} for row in speeds]))  # fmt: skip
     for row in rows:
         if row.get("table") == "parts of a chunk":
@@ -150,6 +154,7 @@ def run(options: Options) -> int:
     if not options.minutes > 0:
         raise ValueError(f"--minutes: got {options.minutes}, expected more than 0")
     file = result_file(options)
+    file.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.perf_counter() + 60 * options.minutes - GRACE
     if not options.smoke:
         build()

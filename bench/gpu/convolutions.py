@@ -33,7 +33,7 @@ def convolutions(lines: Lines) -> None:
 
 
 def shapes(config: vae_module.VAEConfig, height: int, width: int) -> dict[tuple[int, ...], int]:
-    """(input frames, channels, outputs, kernel, height, width) of every causal convolution of a steady latent, counted."""
+    """The causal convolutions of a steady latent, counted: (input frames, channels, outputs, kernel, height, width)."""
     found: dict[tuple[int, ...], int] = {}
     inner = vae_module.causal_taps
 

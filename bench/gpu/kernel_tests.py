@@ -15,10 +15,10 @@ ELSEWHERE = ("test_compile.py", "test_engine_launches.py", "test_specialisation.
 
 def command(smoke: bool) -> list[str]:
     if smoke:  # `make test` runs all of them in the interpreter
-        return [sys.executable, "-m", "pytest", "-q", "-x", str(FOLDER / "test_gate_residual.py")]
+        return [sys.executable, "-m", "pytest", "-x", str(FOLDER / "test_gate_residual.py")]
     spread = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     without = [f"--ignore={FOLDER / name}" for name in ELSEWHERE]
-    return [sys.executable, "-m", "pytest", "-q", *spread, *without, "-k", "not emulated", str(FOLDER)]
+    return [sys.executable, "-m", "pytest", *spread, *without, "-k", "not emulated", str(FOLDER)]
 
 
 def kernel_tests(lines: Lines) -> None:

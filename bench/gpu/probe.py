@@ -46,8 +46,8 @@ def _product(lines: Lines, device: torch.device, rows: int, columns: int, depth:
         try:
             out = fp8_linear._scaled_mm(*args, fast=fast)
             said = f"error {_error(out, truth):.1e}"
-        except RuntimeError as error:
-            said = str(error).splitlines()[0]
+        except RuntimeError as refused:
+            said = str(refused).splitlines()[0]
         lines.add("row", table="library's FP8 product", shape=f"{rows} x {columns} x {depth}", fast=fast, found=said)
     error = _error(fp8_linear.fp8_linear(*args), truth)
     lines.check(f"FP8 product {rows} x {columns} x {depth}", error <= 1e-2, f"error {error:.1e}, limit 1e-2")

@@ -19,6 +19,7 @@ from engine.loader import make_stages
 from engine.model.cache import FP8
 from engine.stream import Pipeline
 
+
 def opened(lines: Lines, preset: str, precision: str, eager: bool = False) -> tuple[Pipeline, gates.Gate | None]:
     """The pipeline, and its gate; plain PyTorch, which the gate compares with, has none."""
     shape = "tiny" if lines.smoke else "wan2.1-1.3b"
@@ -28,7 +29,7 @@ def opened(lines: Lines, preset: str, precision: str, eager: bool = False) -> tu
         return base, None
     truth = gates.flows(gates.exact(base))
     parts = models.torch_parts(base)
-    wanted = Runtime(device=lines.device, precision=precision.removesuffix("-attention"),
+    wanted = Runtime(device=lines.device, precision="bf16" if precision == "bf16" else "fp8",
                      fp8_attention=precision == "fp8-attention")  # fmt: skip
     stages = make_stages(parts.models, parts.vae, parts.text_encoder, base.device, wanted)
     pipeline = replace(base, stages=stages, kv_dtype=FP8 if wanted.fp8_attention else None)

@@ -102,3 +102,17 @@ def test_the_command_names_its_way(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["parity", "--cases", str(CASES), "--through", "air"])
     assert stopped.value.code == 2
+
+
+def test_attentions_gain_is_the_only_difference():
+    """And random weights are drawn where they are used: the meta device gets none."""
+    shape = models.SHAPES["tiny"][0]
+    with torch.device("meta"):
+        model = models.WanTransformer(shape)
+    plain = dict(models.RandomSource(model, "plain", 3).read())
+    gained = dict(models.RandomSource(model, "gained", 3, attention_gain=4).read())
+    changed = {name for name in plain if not torch.equal(plain[name], gained[name])}
+    assert changed == {f"blocks.{layer}.attn1.norm_q.weight" for layer in range(shape.num_layers)}
+    assert all(torch.equal(4 * plain[name], gained[name]) for name in changed)
+    drawn = dict(models.RandomSource(model, "meta", 3, "meta").read())
+    assert {tensor.device.type for tensor in drawn.values()} == {"meta"}

@@ -1,6 +1,7 @@
 """gpu-check on a processor: every step at tiny shapes, and a run whose steps fail, hang, or find something wrong."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,6 @@ from bench.__main__ import main
 from bench.gpu import check, kernel_tests
 from bench.gpu.lines import Lines, read_lines
 from bench.gpu.steps import STEPS
-from bench.instruments import gates
 
 ROOT = Path(__file__).parents[2]
 TABLES = {"probe": "library's FP8 product", "recorded": "recorded cases", "greedy": "parts of a chunk",
@@ -23,8 +23,7 @@ TABLES = {"probe": "library's FP8 product", "recorded": "recorded cases", "greed
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in STEPS if name != "kernel-tests"])
-def test_every_step_at_tiny_shapes(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(gates, "LIMITS", gates.LIMITS | dict.fromkeys(("fp8", "fp8-attention"), 0.1))  # two layers of 32
+def test_every_step_at_tiny_shapes(tmp_path, name):
     file = tmp_path / "lines.jsonl"
     STEPS[name].run(Lines(file, name, smoke=True))
     rows = read_lines(file)
@@ -42,7 +41,8 @@ def test_all_of_it_in_three_minutes(tmp_path):
     """The command as an owner runs it, without a GPU."""
     begun = time.perf_counter()
     command = [sys.executable, "-m", "bench", "gpu-check", "--smoke"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(OUT=tmp_path), capture_output=True, text=True, timeout=HANG)
+    env = os.environ | {"OUT": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANG, check=False)
     print(done.stdout, done.stderr, time.perf_counter() - begun)
     (file,) = tmp_path.iterdir()
     rows = read_lines(file)
@@ -50,12 +50,6 @@ def test_all_of_it_in_three_minutes(tmp_path):
     assert done.returncode == 0
     assert "all of it runs" in done.stdout
     assert "nothing was measured on a GPU" in done.stdout
-
-
-def environment(**more):
-    import os
-
-    return os.environ | {name: str(value) for name, value in more.items()}
 
 
 @pytest.fixture
@@ -73,8 +67,8 @@ def staged(monkeypatch, tmp_path):
         monkeypatch.setattr(check, "STEPS", steps)
         monkeypatch.setenv("OUT", str(tmp_path / "out"))
         status = main(["gpu-check", "--smoke", *options])
-        files = sorted((tmp_path / "out").glob("*.jsonl"))
-        return status, read_lines(files[-1])
+        newest = max((tmp_path / "out").glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+        return status, read_lines(newest)
 
     return run
 
@@ -91,6 +85,7 @@ def test_a_step_that_fails_costs_no_other(staged, capfd):
     assert "first, third did not end well; 3 of 3 checks are right" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_stopped_with_its_children(staged, tmp_path):
     child = f"import time; time.sleep(20); open({str(tmp_path / 'alive')!r}, 'w')"
     script = f"import subprocess; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
@@ -102,6 +97,7 @@ def test_a_step_that_hangs_is_stopped_with_its_children(staged, tmp_path):
     assert not (tmp_path / "alive").exists()
 
 
+@pytest.mark.slow
 def test_the_whole_ends_in_time(staged):
     scripts = {"slow": "time.sleep(60)", "late": "pass"}
     begun = time.perf_counter()

@@ -54,22 +54,23 @@ def test_every_kernel_compiles_for_sm_90():
     assert all("UTMALDG" in found and "HMMA" not in found for found in attention.values())
 
 
-@pytest.mark.parametrize("ops", [["ring_attention"], pytest.param([], marks=pytest.mark.thorough)], ids=["", "all"])
+@pytest.mark.thorough
 @pytest.mark.parametrize("sm", [86, 89, 120])
-def test_kernels_fit_consumer_gpus(sm, ops):
+def test_kernels_fit_consumer_gpus(sm):
     """They have 99 KB of shared memory instead of 227, and before sm_89 no FP8."""
-    out, _ = run("-m", "bench", "kernels", "--compile-only", "--json", "--sm", str(sm), *(f"--op={op}" for op in ops))
+    out, _ = run("-m", "bench", "kernels", "--compile-only", "--json", "--sm", str(sm))
     rows = json.loads(out.splitlines()[-1])["variants"]
     assert any("d=128" in row["name"] and "attend_kernel" in row["name"] for row in rows)
     assert all(row["shared_bytes"] <= 98 * 1024 and row["problems"] == [] for row in rows)
     assert all("fp8" not in row["name"] for row in rows) or sm >= 89
 
 
-def test_what_does_not_fit_a_consumer_gpu_is_red(tmp_path):
-    """Four blocks of keys and values under way need 128 KB."""
+@pytest.mark.thorough
+def test_what_does_not_fit_a_consumer_gpu_is_red():
+    """Six blocks of keys and values under way need 160 KB."""
     code = """
 from kernels import stream_k_attention
-stream_k_attention.FEW_STAGES = stream_k_attention.STAGES
+stream_k_attention.FEW_STAGES = 6
 rows = compile.compile_variants(["ring_attention"])
 print(json.dumps([row["problems"] for row in rows if "d=128" in row["name"]]))
 """
@@ -95,7 +96,7 @@ print(json.dumps([compile.compile_variants([name])[0]["problems"] for name in li
 
 
 def test_unknown_operations_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(compile, "use_stub_driver", lambda: None)  # it could not be taken out again
+    monkeypatch.setattr(compile, "use_stub_driver", lambda sm: None)  # it could not be taken out again
     assert main(["kernels", "--compile-only", "--op", "nothing"]) == 2
     err = capsys.readouterr().err
     assert "got nothing, expected some of" in err

@@ -154,3 +154,23 @@ def test_refused():
     cache = RingCache(1, 1, 2, 6, 2, 32, dtype=FP8)
     with pytest.raises(ValueError, match="got a chunk that the fused kernels cannot write"):
         cache.write(0, 0, torch.zeros(1, 6, 2, 32), torch.zeros(1, 6, 2, 32))
+
+
+@pytest.mark.parametrize(("capability", "right"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+@pytest.mark.parametrize("options", [{"precision": "fp8"}, {"fp8_attention": True}])
+def test_gpus_without_e4m3_are_refused_before_weights_are_read(monkeypatch, capability, right, options):
+    import engine.loader as loader
+
+    def read(*_):
+        raise LookupError("weights")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(loader, "device_of", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(loader, "open_source", read)
+    said = (
+        "weights"
+        if right
+        else rf"got fp8 on a GPU of compute capability {capability[0]}\.{capability[1]}, expected 8\.9"
+    )
+    with pytest.raises(LookupError if right else ValueError, match=said):
+        load(**options)
