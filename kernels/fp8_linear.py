@@ -185,6 +185,8 @@ def first_that_runs(*args: Any) -> Product:
     for product in (fp8_linear_library, partial(_scaled_mm, fast=True)):
         try:
             product(*args)
+        except torch.OutOfMemoryError:  # a RuntimeError, too
+            raise
         except RuntimeError:
             continue
         return product
