@@ -119,6 +119,7 @@ def load(
         config, 1, height // vae_config.scale_factor_spatial, width // vae_config.scale_factor_spatial
     )
     threads_of(runtime.threads, config, style, geometry.tokens, device)
+    tokenizer = Tokenizer(folder / "tokenizer")
     text_source = open_source(folder / "text_encoder")
     needed = len(roles) * source.bytes_at(dtype) + vae_source.bytes_at(dtype) + text_source.bytes_at(dtype)
     needed += len(roles) * source.bytes_at(FP8) if fp8 else 0
@@ -135,7 +136,7 @@ def load(
     encoder = load_text_encoder(folder / "text_encoder", dtype, device)
     stages = make_stages(models, vae, encoder, device, runtime, settings.fp8_keep)
     return assemble(
-        stages, config, style, dtype, device, tokenizer=Tokenizer(folder / "tokenizer"), name=name, height=height,
+        stages, config, style, dtype, device, tokenizer=tokenizer, name=name, height=height,
         width=width, fps=fps, vae_config=vae_config, kv_dtype=FP8 if runtime.fp8_attention else None,
     )  # fmt: skip
 

@@ -163,9 +163,9 @@ def fp8_linear_tiles(
 
 
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
-# (device, N, K) -> the first product that ran there. Some libraries have no row-wise product (on sm_120 for example),
-# or none without fast accumulation.
-_working: dict[tuple[torch.device, int, int], Product] = {}
+# (device, N, K, out_dtype) -> the first product that ran there. Some libraries have no row-wise product (on sm_120 for
+# example), or none without fast accumulation.
+_working: dict[tuple[torch.device, int, int, torch.dtype], Product] = {}
 
 
 def _chosen(
@@ -174,7 +174,7 @@ def _chosen(
     shape = (weight.shape[0], weight.shape[1])
     if shape in MEASURED_FASTER or x.device.type != "cuda":  # without a GPU: interpreter or compile gate
         return fp8_linear_tiles(x, x_scale, weight, weight_scale, bias, out_dtype)
-    key = x.device, *shape
+    key = x.device, *shape, out_dtype
     if key not in _working:
         _working[key] = first_that_runs(x, x_scale, weight, weight_scale, bias, out_dtype)
     return _working[key](x, x_scale, weight, weight_scale, bias, out_dtype)
@@ -185,9 +185,9 @@ def first_that_runs(*args: Any) -> Product:
     for product in (fp8_linear_library, partial(_scaled_mm, fast=True)):
         try:
             product(*args)
-        except torch.OutOfMemoryError:  # a RuntimeError, too
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # RuntimeErrors, too, but not about the product
             raise
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             continue
         return product
     return fp8_linear_tiles

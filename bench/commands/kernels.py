@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -54,7 +55,7 @@ def each_case(device: torch.device, dtype: torch.dtype, ops: list[str]) -> Itera
             try:
                 yield make(device, dtype, *shape)
             except RuntimeError as error:  # of CUDA, of Triton: the next operation may run
-                yield Failed(op, " x ".join(map(str, shape)), _said(error))
+                yield Failed(op, " x ".join(map(str, shape)), said(error))
 
 
 def without_compiled(case: Case) -> Case:
@@ -62,7 +63,8 @@ def without_compiled(case: Case) -> Case:
     return replace(case, library={name: call for name, call in case.library.items() if name != "compiled"})
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """An exception in one line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
@@ -70,9 +72,19 @@ def errors(case: Case) -> dict[str, float]:
     """rms error over the truth's rms: ours, and each library call's."""
     truth = case.value(case.reference()).double()
     size = truth.square().mean().sqrt()
-    calls = {"ours": case.ours, **case.library}
-    found = {name: case.value(call()).double() for name, call in calls.items()}
+    found = {"ours": case.value(case.ours()).double()}
+    if truth.is_cuda:
+        torch.cuda.synchronize()  # a failure of ours is said here, not by the next call
+    for name, call in case.library.items():
+        with suppress(RuntimeError):  # the library may not have it on this device
+            found[name] = case.value(call()).double()
     return {name: float((value - truth).square().mean().sqrt() / size) for name, value in found.items()}
+
+
+def limit_of(case: Case, error: dict[str, float]) -> float:
+    """Twice the library's error in the same precision, and never more than the case's own limit."""
+    library = [error[name] for name in case.library if name in error]
+    return min(2 * max(library), case.most) if library else case.most
 
 
 def _repeated(call: Call, device: torch.device, repeats: int) -> Call:
@@ -100,32 +112,40 @@ def _seconds(call: Call, device: torch.device) -> float:
 
 
 def checked(case: Case) -> dict[str, Any]:
-    """A case's row: errors, and whether ours is at most twice the library's in the same precision. Never raises."""
+    """A case's row: errors, and whether ours is within `limit_of`. Raises only where the device is lost."""
     row: dict[str, Any] = {"op": case.op, "shape": case.shape, "passed": False}
     try:
         error = errors(case)
+    except torch.AcceleratorError:  # nothing runs in this process any more
+        raise
     except Exception as failure:  # a kernel that does not compile or launch: its row says so, the others go on
-        return row | {"failed": _said(failure)}
-    return row | {"errors": error, "passed": error["ours"] <= 2 * max(error[name] for name in case.library)}
+        return row | {"failed": said(failure)}
+    return row | {"errors": error, "passed": error["ours"] <= limit_of(case, error)}
 
 
 def timed(case: Case, device: torch.device, limits: ceilings.Ceilings, rounds: int) -> dict[str, Any]:
-    """The row with times where the operation is right. Never raises."""
+    """The row with times where the operation is right. Raises only where the device is lost."""
     row = checked(case)
     try:
-        return row | (_times(case, device, limits, rounds) if row["passed"] else {})
+        return row | (_times(case, row["errors"], device, limits, rounds) if row["passed"] else {})
+    except torch.AcceleratorError:
+        raise
     except Exception as failure:
-        return row | {"passed": False, "failed": _said(failure)}
+        return row | {"passed": False, "failed": said(failure)}
 
 
-def _times(case: Case, device: torch.device, limits: ceilings.Ceilings, rounds: int) -> dict[str, Any]:
-    calls: dict[str, Call] = {"ours": case.ours, **case.library}
+def _times(
+    case: Case, known: Collection[str], device: torch.device, limits: ceilings.Ceilings, rounds: int
+) -> dict[str, Any]:  # fmt: skip
+    """Times of ours and of the `known` library calls."""
+    library = {name: call for name, call in case.library.items() if name in known}
+    calls: dict[str, Call] = {"ours": case.ours, **library}
     repeats = max(1, int(0.005 / min(_seconds(case.ours, device) for _ in range(3))))
     ms: dict[str, list[float]] = {name: [] for name in calls}
     runs = {n: partial(_seconds, _repeated(call, device, repeats), device) for n, call in calls.items()}
     for _, name, seconds in interleaved(runs, rounds):
         ms[name].append(1e3 * seconds / repeats)
-    best = min(case.library, key=lambda name: quartiles(ms[name])["median"])
+    best = min(library, key=lambda name: quartiles(ms[name])["median"])
     cost = replace(case.cost, flops=case.cost.flops / case.speedup)
     took = quartiles(ms["ours"])["median"] / 1e3
     return {

@@ -6,7 +6,6 @@ a processor, with tiny shapes. None of them needs diffusers or a network.
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -49,26 +48,6 @@ def chosen(options: Options) -> dict[str, Step]:
     return {name: step for name, step in STEPS.items() if name in names}
 
 
-def build() -> None:
-    """The kernels in CUDA C++, where there is nvcc and nobody brought them; without them their tests are skipped."""
-    source, target = ROOT / "csrc" / "cuda", ROOT / "build" / "cuda"
-    library = target / "libgreedy_cuda.so"
-    nvcc, cmake = shutil.which("nvcc"), shutil.which("cmake")
-    if nvcc is None or library.exists():
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    flags = ["-shared", "-Xcompiler", "-fPIC", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a"]
-    ways = [[nvcc, *flags, "-o", str(library), str(source / "fp8_linear.cu")]]
-    if cmake is not None:  # cmake may miss a generator, or warn about the host's compiler: then the plain line
-        made = [cmake, "-S", str(source), "-B", str(target)], [cmake, "--build", str(target)]
-        if all(subprocess.run(words, capture_output=True, check=False).returncode == 0 for words in made):
-            return
-    for words in ways:
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"no CUDA C++ kernels: {(done.stderr.splitlines() or ['nvcc failed'])[0]}", flush=True)
-
-
 def result_file(options: Options) -> Path:
     """$OUT is the folder of a machine that only gives back that one."""
     device = torch.device("cpu" if options.smoke else "cuda")
@@ -90,21 +69,22 @@ def run_step(name: str, limit: float, file: Path, smoke: bool) -> tuple[float, s
     begun = time.perf_counter()
     # The Makefile's one thread per process is for many small tests: here the processor draws and launches.
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS" or smoke}
-    with subprocess.Popen(words_of(name, file, smoke), cwd=ROOT, env=environment, start_new_session=True) as process:
+    process = subprocess.Popen(words_of(name, file, smoke), cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        status = str(process.wait(timeout=limit))
+    except subprocess.TimeoutExpired:
+        status = "over its limit"
+        with_group(process.pid, signal.SIGTERM)
         try:
-            status = str(process.wait(timeout=limit))
+            process.wait(timeout=GRACE)
         except subprocess.TimeoutExpired:
-            status = "over its limit"
-            for sign in (signal.SIGTERM, signal.SIGKILL):
-                with_group(process.pid, sign)
-                try:
-                    process.wait(timeout=GRACE)
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
-        except BaseException:
-            with_group(process.pid, signal.SIGKILL)
-            raise
+            status = "over its limit, killed"
+    finally:  # whatever is left of the group would hold the device
+        with_group(process.pid, signal.SIGKILL)
+        try:
+            process.wait(timeout=GRACE)
+        except subprocess.TimeoutExpired:  # inside a call of the driver: the next step may still run
+            status = "could not be stopped"
     return time.perf_counter() - begun, status
 
 
@@ -156,8 +136,6 @@ def run(options: Options) -> int:
     file = result_file(options)
     file.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.perf_counter() + 60 * options.minutes - GRACE
-    if not options.smoke:
-        build()
     for name, step in steps.items():
         left = deadline - time.perf_counter()
         print(f"\n== {name}: {step.about}", flush=True)

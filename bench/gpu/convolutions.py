@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.commands.kernels import said
 from bench.gpu.lines import Lines
 from bench.instruments import models
 from engine.model import vae as vae_module
@@ -24,10 +25,13 @@ def convolutions(lines: Lines) -> None:
         weight = torch.randn(out, channels, 3, kernel, kernel, device=device, dtype=dtype)
         bias = torch.randn(out, device=device, dtype=dtype)
         for name, call in forms(x, weight, bias).items():
-            ms = {}
+            ms: dict[str, float | str] = {}
             for benchmark in (True, False):
                 with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False):
-                    ms[f"benchmark_{str(benchmark).lower()}"] = _ms(call, device)
+                    try:
+                        ms[f"benchmark_{str(benchmark).lower()}"] = _ms(call, device)
+                    except RuntimeError as refused:  # no engine for this form, or no memory for it
+                        ms[f"benchmark_{str(benchmark).lower()}"] = said(refused)
             shape = f"{channels} -> {out}, {kernel}x{kernel}, {frames} x {high} x {wide}"
             lines.add("row", table="convolutions", shape=shape, times_per_latent=count, form=name, ms=ms)
 

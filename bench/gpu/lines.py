@@ -9,9 +9,14 @@ ended    seconds, status: 0, the exit status, or "over its limit"
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from bench.commands.kernels import said
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,18 @@ class Lines:
     def check(self, name: str, passed: bool, detail: str) -> None:
         self.add("check", name=name, passed=bool(passed), detail=detail)
         print(f"{'ok ' if passed else 'RED'} {name}: {detail}", flush=True)
+
+    def attempt(self, name: str, call: Callable[[], object]) -> bool:
+        """Run a part of a step; one that raises is a red check, and the parts after it still run."""
+        try:
+            call()
+        except torch.AcceleratorError as lost:  # nothing runs in this process any more
+            self.check(name, False, said(lost))
+            raise
+        except Exception as error:
+            self.check(name, False, said(error))
+            return False
+        return True
 
     @property
     def device(self) -> str:

@@ -26,7 +26,7 @@ def errors(lines: Lines) -> None:
         if "failed" in row:
             lines.check(name, False, row["failed"])
             continue
-        limit = 2 * max(row["errors"][library] for library in case.library)
+        limit = kernels.limit_of(case, row["errors"])
         lines.check(name, row["passed"], f"error {row['errors']['ours']:.1e}, limit {limit:.1e}")
 
 

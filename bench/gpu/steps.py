@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.gpu import convolutions, kernel_tests, operations, probe, recorded, streams
+from bench.gpu import convolutions, cuda_library, kernel_tests, operations, probe, recorded, streams
 from bench.gpu.lines import Lines
 
 
@@ -19,10 +19,12 @@ STEPS = {
     "errors": Step(operations.errors, 70, "every operation against its reference"),
     "recorded": Step(recorded.recorded, 45, "recorded cases through graphs, fused and plain"),
     "greedy": Step(streams.greedy, 110, "greedy in bf16: gate, first frame, 40 chunks, parts"),
-    "fp8": Step(streams.fp8, 90, "the same in FP8, and with FP8 attention"),
+    "fp8": Step(streams.fp8, 110, "the same in FP8, and with FP8 attention"),
     "convolutions": Step(convolutions.convolutions, 60, "the VAE's convolutions, form by form"),
+    "build": Step(cuda_library.build, 60, "the kernels in CUDA C++, where nobody brought them"),
     "operations": Step(operations.times, 70, "every operation's time beside the library's"),
-    "baselines": Step(streams.baselines, 60, "plain PyTorch, and self-forcing"),
-    "kernel-tests": Step(kernel_tests.kernel_tests, 90, "tests/kernels on the device"),
-    "endurance": Step(streams.endurance, 40, "200 chunks: time, memory, picture"),
+    "self-forcing": Step(streams.self_forcing, 70, "the causal preset: gate, first frame, 10 chunks"),
+    "eager": Step(streams.eager, 45, "plain PyTorch, 10 chunks"),
+    "kernel-tests": Step(kernel_tests.kernel_tests, kernel_tests.LIMIT, "tests/kernels on the device"),
+    "endurance": Step(streams.endurance, 60, "200 chunks: time, memory, picture"),
 }

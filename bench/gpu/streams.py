@@ -1,11 +1,13 @@
 """Full-size streams on random weights made on the device: the gate first, then speed."""
 
+import copy
 import time
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bench.commands import stream
 from bench.commands.backends import first_frame_ms
@@ -20,48 +22,51 @@ from engine.model.cache import FP8
 from engine.stream import Pipeline
 
 
-def opened(lines: Lines, preset: str, precision: str, eager: bool = False) -> tuple[Pipeline, gates.Gate | None]:
-    """The pipeline, and its gate; plain PyTorch, which the gate compares with, has none."""
+def base_of(lines: Lines, preset: str) -> Pipeline:
+    """Random weights in plain PyTorch, for which attention matters."""
     shape = "tiny" if lines.smoke else "wan2.1-1.3b"
     runtime = Runtime(device=lines.device, precision="bf16", eager=True)
-    base = models.random_pipeline(shape, preset, runtime, attention_gain=gates.ATTENTION_GAIN)
-    if eager:
-        return base, None
-    truth = gates.flows(gates.exact(base))
+    return models.random_pipeline(shape, preset, runtime, attention_gain=gates.ATTENTION_GAIN)
+
+
+def fast(base: Pipeline, precision: str) -> Pipeline:
+    """The same weights through kernels and, on a GPU, CUDA graphs; not warm."""
     parts = models.torch_parts(base)
-    wanted = Runtime(device=lines.device, precision="bf16" if precision == "bf16" else "fp8",
+    wanted = Runtime(device=str(base.device), precision="bf16" if precision == "bf16" else "fp8",
                      fp8_attention=precision == "fp8-attention")  # fmt: skip
-    stages = make_stages(parts.models, parts.vae, parts.text_encoder, base.device, wanted)
-    pipeline = replace(base, stages=stages, kv_dtype=FP8 if wanted.fp8_attention else None)
-    return pipeline, gates.gate(pipeline, truth, precision)
+    # fuse() changes a VAE, and another variant starts from the base's
+    stages = make_stages(parts.models, copy.deepcopy(parts.vae), parts.text_encoder, base.device, wanted)
+    return replace(base, stages=stages, kv_dtype=FP8 if wanted.fp8_attention else None)
 
 
-def streamed(lines: Lines, preset: str, precision: str, chunks: int, eager: bool = False) -> None:
-    """Gate, first frame, `chunks` chunks as a user streams them, and the parts of a chunk."""
+def gated(lines: Lines, pipeline: Pipeline, truth: list[Tensor], name: str, precision: str) -> bool:
+    """Whether the flows are right; also written down."""
+    gate = gates.gate(pipeline, truth, precision)
+    detail = f"worst error {gate.worst:.1e} of {len(gate.errors)} chunks, limit {gate.limit:.1e}"
+    lines.check(f"flows of {name}", gate.passed, detail)
+    lines.add("row", table="flow errors", variant=name, errors=gate.errors)
+    return gate.passed
+
+
+def streamed(lines: Lines, pipeline: Pipeline, name: str, chunks: int, right: bool, parts: bool = True) -> None:
+    """First frame, `chunks` chunks as a user streams them, and the parts of a chunk."""
     begun = time.perf_counter()
-    pipeline, gate = opened(lines, preset, precision, eager)
-    name = f"{preset} {'eager' if eager else precision}"
-    if gate is not None:
-        detail = f"worst error {gate.worst:.1e} of {len(gate.errors)} chunks, limit {gate.limit:.1e}"
-        lines.check(f"flows of {name}", gate.passed, detail)
-        lines.add("row", table="flow errors", variant=name, errors=gate.errors)
-    made = time.perf_counter() - begun
     pipeline.warm()
-    warm = time.perf_counter() - begun - made
+    warm = time.perf_counter() - begun
     first = first_frame_ms(pipeline, 2 if lines.smoke else 5)
     begin = steady_index(pipeline.preset)
     memory.reset_peak(pipeline.device)
     run = stream.plain_run(pipeline, models.PROMPT, begin + (4 if lines.smoke else chunks), 0)
     ms = summary([1e3 * seconds for seconds in run.chunks[begin:]])
     frames = pipeline.preset.chunk * pipeline.temporal
-    row: dict[str, Any] = {
-        "variant": name, "fps": 1e3 * frames / ms["mean"], "ms_p50": ms["p50"], "ms_p99": ms["p99"],
-        "frames_per_chunk": frames, "chunks": len(run.chunks), "first_frame_ms": first, "made_s": made, "warm_s": warm,
-        "peak_mb": memory.peak_mb(pipeline.device), "passed": gate is None or gate.passed,
-    }  # fmt: skip
-    lines.add("speed", **row)
-    print(f"{name}: {row['fps']:.1f} fps, {ms['p50']:.1f} ms a chunk, first frame {first:.0f} ms", flush=True)
-    if not eager:
+    fps = 1e3 * frames / ms["mean"]
+    lines.add(
+        "speed", variant=name, fps=fps, ms_p50=ms["p50"], ms_p99=ms["p99"], frames_per_chunk=frames,
+        chunks=len(run.chunks), first_frame_ms=first, warm_s=warm, peak_mb=memory.peak_mb(pipeline.device),
+        passed=right,
+    )  # fmt: skip
+    print(f"{name}: {fps:.1f} fps, {ms['p50']:.1f} ms a chunk, first frame {first:.0f} ms", flush=True)
+    if parts:
         _parts(lines, name, pipeline, begin, ms["p50"])
 
 
@@ -81,51 +86,63 @@ def _parts(lines: Lines, name: str, pipeline: Pipeline, begin: int, ms: float) -
     )  # fmt: skip
 
 
+def greedy(lines: Lines) -> None:
+    base = base_of(lines, "greedy")
+    truth, pipeline = gates.flows(gates.exact(base)), fast(base, "bf16")
+    streamed(lines, pipeline, "greedy bf16", 40, gated(lines, pipeline, truth, "greedy bf16", "bf16"))
+
+
 def fp8(lines: Lines) -> None:
-    """Both FP8 variants, one after the other; one that fails does not cost the other."""
-    failed = []
+    """Both FP8 variants on the same weights; one that fails does not cost the other."""
+    base = base_of(lines, "greedy")
+    truth = gates.flows(gates.exact(base))
+
+    def variant(precision: str) -> None:
+        name, pipeline = f"greedy {precision}", fast(base, precision)
+        streamed(lines, pipeline, name, 40, gated(lines, pipeline, truth, name, precision))
+
     for precision in ("fp8", "fp8-attention"):
-        try:
-            streamed(lines, "greedy", precision, 40)
-        except Exception as error:  # whatever it is, the next one is worth its minute
-            lines.check(f"greedy {precision}", False, f"{type(error).__name__}: {str(error).splitlines()[0]}")
-            failed.append(precision)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    if failed:
-        raise RuntimeError(f"got failures in {', '.join(failed)}, expected none")
+        lines.attempt(f"greedy {precision}", partial(variant, precision))
 
 
-def baselines(lines: Lines) -> None:
-    """What the fast path is compared with, and the causal preset beside it."""
-    streamed(lines, "greedy", "bf16", 10, eager=True)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    streamed(lines, "self-forcing", "bf16", 10)
+def self_forcing(lines: Lines) -> None:
+    """Beside plain PyTorch in bf16: its passes over 21 latent frames take half a minute in float32."""
+    base = base_of(lines, "self-forcing")
+    truth, pipeline = gates.flows(base), fast(base, "bf16")
+    right = gated(lines, pipeline, truth, "self-forcing bf16", "bf16")
+    streamed(lines, pipeline, "self-forcing bf16", 10, right, parts=False)
+
+
+def eager(lines: Lines) -> None:
+    """What the fast path is compared with."""
+    streamed(lines, base_of(lines, "greedy"), "greedy eager", 10, True, parts=False)
 
 
 @torch.inference_mode()
-def endurance(lines: Lines, chunks: int = 200) -> None:
-    """Does a long stream slow down, grow or lose its numbers?"""
-    pipeline, _ = opened(lines, "greedy", "fp8")
-    begin, count = steady_index(pipeline.preset), 12 if lines.smoke else chunks
-    seconds, sizes, held = [], [], []
+def endurance(lines: Lines, chunks: int = 200, seconds: float = 22) -> None:
+    """Does a long stream slow down, grow or lose its numbers? It ends after `chunks`, or earlier on a slow device."""
+    pipeline = fast(base_of(lines, "greedy"), "fp8")
+    pipeline.warm()
+    begin, most = steady_index(pipeline.preset), 12 if lines.smoke else chunks
+    took: list[float] = []
+    sizes: list[float] = []
+    held: list[int] = []
+    started = time.perf_counter()
     with pipeline.stream(models.PROMPT, seed=0) as made:
-        for _ in range(begin + count):
+        while len(took) < begin + most and (len(took) < begin + 12 or time.perf_counter() - started < seconds):
             start = time.perf_counter()
             frames = made.next_chunk()
-            seconds.append(time.perf_counter() - start)
+            took.append(time.perf_counter() - start)
             sizes.append(float(frames.std()))
             held.append(torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
+    count = len(took) - begin
     quarter = count // 4
-    early, late = np.median(seconds[begin : begin + quarter]), np.median(seconds[-quarter:])
-    grown = (held[-1] - held[begin + quarter]) / 2**20
-    slower, limit = float(late / early), 2.0 if lines.smoke else 1.05
-    lines.check("a long stream does not slow down", slower <= limit, f"{slower:.3f} of its early time per chunk")
+    slower = float(np.median(took[-quarter:]) / np.median(took[begin : begin + quarter]))
+    grown, limit = (held[-1] - held[begin + quarter]) / 2**20, 2.0 if lines.smoke else 1.05
+    lines.add("row", table="long stream", chunks=count, slower=slower, grown_mb=grown)
+    lines.check(
+        "a long stream does not slow down", slower <= limit, f"{slower:.3f} of its early time over {count} chunks"
+    )
     lines.check("a long stream does not grow", grown <= 1, f"{grown:.2f} MB over {count} chunks")
-    alive = min(sizes[begin:]) > 0
-    lines.check("a long stream has a picture", alive, f"standard deviation {min(sizes):.1f} to {max(sizes):.1f}")
-
-
-def greedy(lines: Lines) -> None:
-    streamed(lines, "greedy", "bf16", 40)
+    picture = f"standard deviation {min(sizes):.1f} to {max(sizes):.1f}"
+    lines.check("a long stream has a picture", min(sizes[begin:]) > 0, picture)

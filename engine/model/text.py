@@ -46,18 +46,21 @@ class Tokenizer:
 
 
 def _core(path: Path) -> Any:
-    """The tokenizers.Tokenizer of a folder. ValueError if its file is damaged."""
-    if not (path / "tokenizer.json").is_file():
+    """The tokenizers.Tokenizer of a folder. FileNotFoundError without one, ValueError if its file is damaged."""
+    file = path / "tokenizer.json"
+    if not file.is_file() and not (path / "spiece.model").is_file():
+        raise FileNotFoundError(f"{path}: got neither tokenizer.json nor spiece.model, expected one of them")
+    try:
+        if file.is_file():
+            import tokenizers
+
+            return tokenizers.Tokenizer.from_file(str(file))
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
-    import tokenizers
-
-    try:
-        return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-    except Exception as error:  # the library raises nothing narrower
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path / 'tokenizer.json'}: got {reason}, expected a tokenizer") from None
+    except Exception as error:  # the libraries raise nothing narrower
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file if file.is_file() else path}: got {reason}, expected a tokenizer") from None
 
 
 def encode_text(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

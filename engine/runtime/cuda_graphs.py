@@ -131,8 +131,9 @@ class GraphedStages:
 
     def make_cache(self, *args: Any, **options: Any) -> RingCache:
         """An empty RingCache of these arguments. Its memory is reused after the caller drops it."""
-        free = self._caches[args, tuple(options.items())]
-        whole = free.pop() if free else RingCache(*args, **options)
+        with self._lock:
+            free = self._caches[args, tuple(options.items())]
+            whole = free.pop() if free else RingCache(*args, **options)
         lease = copy.copy(whole)
         lease.reset()
         weakref.finalize(lease, free.append, whole)
@@ -183,13 +184,13 @@ class GraphedStages:
         return static[0], static[1]
 
     def vae_first(self, latent: Tensor) -> tuple[Tensor, list[Tensor]]:
-        with _best_convolutions():
+        with self._lock, self._capture_vae.in_turn(), _best_convolutions():
             frames, cache = self._stages.vae_first(latent)
-        free = self._vae_caches[cache[0].shape]
-        whole = free.pop() if free else [torch.empty_like(part) for part in cache]
-        lease = _VaeCache(whole)
-        weakref.finalize(lease, free.append, whole)
-        _fill(whole, cache)
+            free = self._vae_caches[cache[0].shape]
+            whole = free.pop() if free else [torch.empty_like(part) for part in cache]
+            lease = _VaeCache(whole)
+            weakref.finalize(lease, free.append, whole)
+            _fill(whole, cache)
         return frames, lease
 
     def vae_steady(self, latent: Tensor, cache: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -132,11 +132,13 @@ class PickleSource:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a component folder, sorted. An index decides which ones. FileNotFoundError if none."""
+    plain = [folder / f"{stem}.safetensors" for stem in ("model", "diffusion_pytorch_model")]
     indexes = sorted(folder.glob("*.safetensors.index.json"))
+    indexes = [index for index in indexes if index.with_suffix("").with_suffix("") in plain] or indexes
     if indexes:
         files = sorted({folder / name for name in read_json(indexes[0]).get("weight_map", {}).values()})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
+    else:  # without a variant, such as model.fp16.safetensors beside model.safetensors
+        files = [file for file in plain if file.is_file()] or sorted(folder.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         what = f"no {', '.join(missing)}" if missing else "no safetensors file"

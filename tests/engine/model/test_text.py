@@ -164,3 +164,15 @@ def test_damaged_tokenizers_are_refused(model_dir, tmp_path, name, content, said
     with pytest.raises(ValueError, match=said) as raised:
         Tokenizer(folder)
     assert "\n" not in str(raised.value)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_in_one_line(model_dir, tmp_path):
+    folder = shutil.copytree(model_dir / "tokenizer", tmp_path / "tokenizer")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"got neither tokenizer\.json nor spiece\.model") as raised:
+        Tokenizer(folder)
+    assert "\n" not in str(raised.value)
+    (folder / "spiece.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"got .*, expected a tokenizer") as raised:
+        Tokenizer(folder)
+    assert "\n" not in str(raised.value)
