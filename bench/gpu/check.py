@@ -135,7 +135,7 @@ def run(options: Options) -> int:
         raise ValueError(f"--minutes: got {options.minutes}, expected more than 0")
     file = result_file(options)
     file.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.perf_counter() + 60 * options.minutes - GRACE
+    deadline = time.perf_counter() + 60 * options.minutes - 2 * GRACE  # what stopping the last step may take
     for name, step in steps.items():
         left = deadline - time.perf_counter()
         print(f"\n== {name}: {step.about}", flush=True)

@@ -103,7 +103,7 @@ def test_a_step_that_hangs_is_stopped_with_its_children(staged, tmp_path):
 def test_the_whole_ends_in_time(staged):
     scripts = {"slow": "time.sleep(60)", "late": "pass"}
     begun = time.perf_counter()
-    status, rows = staged(scripts, "--minutes", "0.2")
+    status, rows = staged(scripts, "--minutes", "0.3")
     assert time.perf_counter() - begun < 20
     assert status == 1
     assert ended(rows) == {"slow": "over its limit", "late": "no time"}
