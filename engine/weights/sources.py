@@ -134,11 +134,14 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a component folder, sorted. An index decides which ones. FileNotFoundError if none."""
     plain = [folder / f"{stem}.safetensors" for stem in ("model", "diffusion_pytorch_model")]
     indexes = sorted(folder.glob("*.safetensors.index.json"))
-    indexes = [index for index in indexes if index.with_suffix("").with_suffix("") in plain] or indexes
+    own = [index for index in indexes if index.with_suffix("").with_suffix("") in plain]
+    indexes = own or ([] if any(file.is_file() for file in plain) else indexes)
     if indexes:
         files = sorted({folder / name for name in read_json(indexes[0]).get("weight_map", {}).values()})
-    else:  # without a variant, such as model.fp16.safetensors beside model.safetensors
-        files = [file for file in plain if file.is_file()] or sorted(folder.glob("*.safetensors"))
+    else:  # a variant beside the plain file, such as model.fp16.safetensors, is not taken
+        stems = [file.stem for file in plain if file.is_file()]
+        files = [file for file in sorted(folder.glob("*.safetensors"))
+                 if not any(file.name.startswith(f"{stem}.") and file.stem != stem for stem in stems)]  # fmt: skip
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         what = f"no {', '.join(missing)}" if missing else "no safetensors file"

@@ -593,10 +593,12 @@ def test_full_width_loads_within_its_memory(tmp_path, stored):
 
 
 def test_a_tensor_given_twice_is_refused(model_dir, tmp_path):
-    """As where a folder holds the same weights in two precisions and no index."""
+    """A folder without an index may hold several files; a variant in another precision is none of them."""
     folder = tmp_path / "transformer"
     shutil.copytree(model_dir / "transformer", folder)
     file = next(folder.glob("*.safetensors"))
     shutil.copy(file, folder / "diffusion_pytorch_model.fp16.safetensors")
+    assert open_source(folder).files == [file]
+    shutil.copy(file, folder / "second.safetensors")
     with pytest.raises(ValueError, match="twice"):
         open_source(folder)

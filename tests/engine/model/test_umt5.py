@@ -87,17 +87,20 @@ def test_every_stored_layout(tmp_path, layout):
         assert torch.equal(got, expected(ids, attention_mask=mask).last_hidden_state)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_variant_beside_it_is_not_taken(tmp_path, sharded):
+@pytest.mark.parametrize(("sharded", "variant"), [(False, False), (True, True), (False, True), (True, False)])
+def test_a_variant_beside_it_is_not_taken(tmp_path, sharded, variant):
     """As people have it: model.fp16.safetensors in the same folder, with or without an index."""
     written(tmp_path, config())
     expected = load_text_encoder(tmp_path, torch.float32, CPU).state_dict()
     other = UMT5EncoderModel(config())
-    size = {"max_shard_size": "20KB"} if sharded else {}
+    small = {"max_shard_size": "20KB"}
     if sharded:
         (tmp_path / "model.safetensors").unlink()
-        UMT5EncoderModel.from_pretrained(written(tmp_path / "a", config())).save_pretrained(tmp_path, **size)
-    other.save_pretrained(tmp_path, variant="fp16", **size)
+        UMT5EncoderModel.from_pretrained(written(tmp_path / "a", config())).save_pretrained(tmp_path, **small)
+    other.save_pretrained(tmp_path / "b", variant="fp16", **(small if variant else {}))
+    for file in (tmp_path / "b").glob("*fp16*"):
+        index = file.suffix == ".json"  # some programs name it so that it looks like an index without a variant
+        shutil.copy(file, tmp_path / ("model.fp16.safetensors.index.json" if index else file.name))
     assert list(tmp_path.glob("*fp16*"))
     got = load_text_encoder(tmp_path, torch.float32, CPU).state_dict()
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
