@@ -106,7 +106,7 @@ def fp8(lines: Lines) -> None:
 
 
 def self_forcing(lines: Lines) -> None:
-    """Beside plain PyTorch in bf16: its passes over 21 latent frames take half a minute in float32."""
+    """Its gate compares with plain PyTorch in bf16: float32 over 21 latent frames is estimated to exceed the limit."""
     base = base_of(lines, "self-forcing")
     truth, pipeline = gates.flows(base), fast(base, "bf16")
     right = gated(lines, pipeline, truth, "self-forcing bf16", "bf16")
@@ -120,7 +120,7 @@ def eager(lines: Lines) -> None:
 
 @torch.inference_mode()
 def endurance(lines: Lines, chunks: int = 200, seconds: float = 22) -> None:
-    """Does a long stream slow down, grow or lose its numbers? It ends after `chunks`, or earlier on a slow device."""
+    """Does a long stream slow down, grow or lose its picture? It ends after `chunks`, or earlier on a slow device."""
     pipeline = fast(base_of(lines, "greedy"), "fp8")
     pipeline.warm()
     begin, most = steady_index(pipeline.preset), 12 if lines.smoke else chunks

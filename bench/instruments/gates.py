@@ -19,9 +19,9 @@ ATTENTION_GAIN = 4.0  # of the random weights, see RandomSource
 CHUNKS = 8  # at least
 TIMESTEP = 750.0
 ROWS = 512  # of the prompt's embedding, as Wan's prompts have
-# precision -> largest rms error of a flow over the flow's rms. Honest runs of 30 layers give 9.7e-3 in bf16 and 2.7e-2
-# in fp8; a forgotten slot, a stuck rotation and a key in the wrong slot give 4.9e-2 to 1.1e-1 in bf16.
-LIMITS = {"fp32": 1e-4, "bf16": 2.5e-2, "fp8": 7e-2, "fp8-attention": 7e-2}
+# precision -> largest rms error of a flow over the flow's rms. On a processor, six layers of width 128: honest runs give
+# 1.0e-2 in bf16, 3.0e-2 in fp8, 3.5e-2 with fp8 attention; planted faults give 9.0e-2 and more.
+LIMITS = {"bf16": 2.5e-2, "fp8": 7e-2, "fp8-attention": 7e-2}
 
 
 @dataclass(frozen=True)
