@@ -106,7 +106,7 @@ def fp8(lines: Lines) -> None:
 
 
 def self_forcing(lines: Lines) -> None:
-    """Its gate compares with plain PyTorch in bf16: float32 over 21 latent frames is estimated to exceed the limit."""
+    """Its gate compares with plain PyTorch in bf16: float32 over 21 latent frames may take longer than the step."""
     base = base_of(lines, "self-forcing")
     truth, pipeline = gates.flows(base), fast(base, "bf16")
     right = gated(lines, pipeline, truth, "self-forcing bf16", "bf16")
@@ -120,7 +120,7 @@ def eager(lines: Lines) -> None:
 
 @torch.inference_mode()
 def endurance(lines: Lines, chunks: int = 200, seconds: float = 22) -> None:
-    """Does a long stream slow down, grow or lose its picture? It ends after `chunks`, or earlier on a slow device."""
+    """Does a long stream slow down, grow or lose its picture? It ends after `chunks`, earlier on a slow device."""
     pipeline = fast(base_of(lines, "greedy"), "fp8")
     pipeline.warm()
     begin, most = steady_index(pipeline.preset), 12 if lines.smoke else chunks
