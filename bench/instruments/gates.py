@@ -19,8 +19,8 @@ ATTENTION_GAIN = 4.0  # of the random weights, see RandomSource
 CHUNKS = 8  # at least
 TIMESTEP = 750.0
 ROWS = 512  # of the prompt's embedding, as Wan's prompts have
-# precision -> largest rms error of a flow over the flow's rms. Measured on a processor with six layers of width 128: honest
-# runs give 1.0e-2 in bf16, 3.0e-2 in fp8, 3.5e-2 with fp8 attention; planted faults give 9.0e-2 and more.
+# precision -> largest rms error of a flow over the flow's rms. Measured on a processor, six layers of width 128:
+# honest runs give 1.0e-2 in bf16, 3.0e-2 in fp8, 3.5e-2 with fp8 attention; planted faults give 9.0e-2 and more.
 LIMITS = {"bf16": 2.5e-2, "fp8": 7e-2, "fp8-attention": 7e-2}
 
 
