@@ -164,7 +164,8 @@ def make_stages(
     fast = device.type == "cuda" and not runtime.eager
     if vae is not None and (fast or fp8 or runtime.fp8_attention):
         vae.fuse()
-    stages = TorchStages(models, vae, encoder, runtime.eager)
+    joined = fast if runtime.join_context == "auto" else runtime.join_context == "on"
+    stages = TorchStages(models, vae, encoder, runtime.eager, joined)
     return GraphedStages(stages) if fast else stages
 
 

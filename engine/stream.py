@@ -149,7 +149,7 @@ class Stream:
         self._check_open()
         with torch.inference_mode():
             text_kv = self.pipeline.stages.prepare_text(self._embed(prompt, self.state.geometry.batch))
-        self.pipeline.generator.set_text(text_kv, self.state, recommit)
+            self.pipeline.generator.set_text(text_kv, self.state, recommit)
         self._ahead = None  # it has the old prompt; noise depends only on the chunk, so make it again
 
     @torch.inference_mode()

@@ -13,10 +13,9 @@ import numpy as np
 from bench.instruments import ceilings, check, memory, models
 from bench.instruments.flops import Cost, chunk_cost, steady_index, text_cost, total
 from bench.instruments.header import machine, print_header, stream_header
-from bench.instruments.meter import DENOISING, PASSES, ChunkTimes, metered_chunks, parts_of
+from bench.instruments.meter import DENOISING, PASSES, ChunkTimes, joined_of, metered_chunks
 from bench.instruments.spread import quartiles, summary, table
 from bench.report import saved
-from engine.generators import FAMILIES
 from engine.media.sinks import Sink, open_sink
 from engine.options import option
 from engine.stream import Pipeline
@@ -96,14 +95,13 @@ def part_table(chunks: list[ChunkTimes]) -> tuple[dict[str, float], float]:
         raise RuntimeError(f"parts: got {1 - unexplained:.1%} of the chunk's time, expected 95% to 105%")
     parts["other"] += unexplained * whole
     seen = {part for c in chunks for part in c.parts}
-    families = [parts_of(family) for family in FAMILIES.values()]
-    unused = {part for passes in families if not seen & set(passes) for part in passes}
-    return {part: 1e3 * value for part, value in parts.items() if part not in unused}, unexplained
+    return {part: 1e3 * value for part, value in parts.items() if part in seen or part not in PASSES}, unexplained
 
 
 def step_times(chunks: list[ChunkTimes]) -> list[float]:
     """Median milliseconds of each denoising call of a chunk."""
-    calls = [next(filter(None, (c.calls.get(graph) for graph in DENOISING)), []) for c in chunks]
+    named = [(joined_of(graph), graph) for graph in DENOISING]
+    calls = [[ms for pair in named for part in pair for ms in c.calls.get(part, [])] for c in chunks]
     return [1e3 * float(np.median(step)) for step in zip(*calls, strict=False)]
 
 

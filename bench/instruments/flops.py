@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bench.instruments.meter import DENOISING, context_of
+from bench.instruments.meter import DENOISING, context_of, joined_of
 from engine.config import Preset, TransformerConfig
 from engine.generators import family_of
 from engine.model.cache import RingCache
@@ -43,6 +43,19 @@ def total(costs: dict[str, Cost]) -> Cost:
     return sum(costs.values(), Cost())
 
 
+def weights_per_token(config: TransformerConfig, head: bool, c_f: bool) -> int:
+    """Weights that every token of a pass meets: patch embedding, blocks, W_c, proj_out."""
+    d, patch = config.dim, config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    linear = 6 * d * d + 2 * d * config.ffn_dim  # self q k v o, cross q o, feed-forward: weights per layer
+    embed, out = patch * config.in_channels * d, patch * config.out_channels * d if head else 0
+    return config.num_layers * linear + embed + out + (d * d if c_f else 0)
+
+
+def time_weights(config: TransformerConfig) -> int:
+    """Weights that every time embedding meets."""
+    return config.freq_dim * config.dim + 7 * config.dim * config.dim
+
+
 def transformer_cost(
     config: TransformerConfig, frames: int, tokens: int, keys: int, rows: int, itemsize: int, *,
     batch: int = 1, timesteps: int | None = None, head: bool = True, c_f: bool = False, cached: bool = True,
@@ -56,13 +69,8 @@ def transformer_cost(
     """
     n, d, layers = frames * tokens, config.dim, config.num_layers
     patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-    linear = 6 * d * d + 2 * d * config.ffn_dim  # self q k v o, cross q o, feed-forward: weights per layer
-    embed = patch * config.in_channels * d
-    out = patch * config.out_channels * d if head else 0
-    time = config.freq_dim * d + d * d + 6 * d * d
-    c_f_weights = d * d if c_f else 0
+    per_token, time = weights_per_token(config, head, c_f), time_weights(config)
     attention = 4.0 * layers * n * keys * d
-    per_token = layers * linear + embed + out + c_f_weights
     when = frames if timesteps is None else timesteps
     flops = 2.0 * n * per_token + 2.0 * when * time + attention + 4.0 * layers * n * rows * d
     weights = per_token + time
@@ -122,11 +130,11 @@ class CountingStages:
     """A backend that computes nothing and records the cost of each call."""
 
     name = "counting"
-    capabilities = Capabilities()
     make_cache = RingCache
 
-    def __init__(self, config: TransformerConfig, itemsize: int) -> None:
+    def __init__(self, config: TransformerConfig, itemsize: int, join_context: bool) -> None:
         self.config, self.itemsize = config, itemsize
+        self.capabilities = Capabilities(joins_context=join_context)
         self.calls: list[tuple[str, Cost]] = []
 
     def modules(self) -> dict[str, nn.Module]:
@@ -136,14 +144,22 @@ class CountingStages:
         return text_emb.shape[1]
 
     def run(self, step: Pass, cache: RingCache, text_kv: int) -> Tensor:
-        latent, kind = step.latent, step.kind
-        cost = transformer_cost(
-            self.config, step.frames, cache.tokens, int(step.valid) * cache.tokens, text_kv, self.itemsize,
-            batch=latent.shape[0], head=not kind.hidden, c_f=step.c_f is not None,
-        )  # fmt: skip
-        self.calls.append((kind.graph, cost))
+        latent, kind, name = step.latent, step.kind, step.kind.graph
+        c_f = step.c_f is not None
+        cost = self._cost(step, cache, text_kv, not kind.hidden, c_f)
+        if step.context is not None:  # one head, W_c on all tokens, and weights that move once
+            name, context = joined_of(name), self._cost(step.context, cache, text_kv, False, c_f)
+            again = weights_per_token(self.config, False, c_f) + time_weights(self.config)
+            cost += replace(context, bytes=context.bytes - self.itemsize * again)
+        self.calls.append((name, cost))
         width = self.config.dim
         return latent.new_empty(latent.shape[0], len(step.cos), width) if kind.hidden else latent
+
+    def _cost(self, step: Pass, cache: RingCache, rows: int, head: bool, c_f: bool) -> Cost:
+        return transformer_cost(
+            self.config, step.frames, cache.tokens, int(step.valid) * cache.tokens, rows, self.itemsize,
+            batch=step.latent.shape[0], head=head, c_f=c_f,
+        )  # fmt: skip
 
 
 class _EmptyNoise:
@@ -158,7 +174,8 @@ def steady_index(preset: Preset) -> int:
 
 def stream_costs(pipeline: Pipeline, chunks: int, rows: int) -> list[dict[str, Cost]]:
     """The transformers' cost of each of the first `chunks` chunks by pass, the commit before the chunk included."""
-    stages = CountingStages(pipeline.config, pipeline.dtype.itemsize)
+    join_context = pipeline.stages.capabilities.joins_context
+    stages = CountingStages(pipeline.config, pipeline.dtype.itemsize, join_context)
     counted = replace(pipeline, stages=cast(Stages, stages), device=META, tokenizer=None)
     text = torch.empty(1, rows, pipeline.config.text_dim, device=META)
     stream, found = Stream(counted, text, _EmptyNoise(), None, None), []

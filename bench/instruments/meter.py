@@ -34,9 +34,16 @@ def context_of(graph: str) -> str:
     return f"{graph}_context"
 
 
+def joined_of(graph: str) -> str:
+    """The part of a denoising pass that takes the context pass of the chunk before along."""
+    return f"{graph}+context"
+
+
 def parts_of(family: type[Generator]) -> tuple[str, ...]:
     """The parts that a family's passes are."""
-    parts = [part for k in family.passes for part in ((context_of(k.graph), k.graph) if k.timed else (k.graph,))]
+    parts: list[str] = []
+    for graph, timed in ((kind.graph, kind.timed) for kind in family.passes):
+        parts += (context_of(graph), joined_of(graph), graph) if timed else (graph,)
     return tuple(dict.fromkeys(parts))
 
 
@@ -106,8 +113,12 @@ class MeteredStages:
 
     def run(self, step: Pass, cache: RingCache, text_kv: Any) -> Tensor:
         part = step.kind.graph
-        cache_pass = step.kind.timed and self._meter.committing()
-        with self._meter.span(part, context_of(part) if cache_pass else part):
+        named = part
+        if step.context is not None:
+            named = joined_of(part)
+        elif step.kind.timed and self._meter.committing():
+            named = context_of(part)
+        with self._meter.span(part, named):
             return self._stages.run(step, cache, text_kv)
 
     def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """The ways through the torch backend: plain PyTorch, the fused path, and that path in CUDA graphs.
 
+The last two join a chunk's context pass with the next chunk's first step, as the engine does on a GPU.
 Without a GPU `fused` runs the kernels' PyTorch definitions, and a stand-in captures graphs: like a graph, a replay
 only sees its static tensors.
 """
@@ -51,5 +52,5 @@ def stages_through(
 ) -> Stages:
     """Stages of these modules on one of WAYS; the modules are shared, not copied."""
     device = next(iter(models.values())).proj_out.weight.device
-    stages = TorchStages(models, vae, encoder, eager=way == "plain")
+    stages = TorchStages(models, vae, encoder, eager=way == "plain", join_context=way != "plain")
     return GraphedStages(stages, capturer_of(device)) if way == "graphs" else stages

@@ -24,9 +24,9 @@ class GreedyGenerator : public Generator {
     Latent denoise(const Latent& x, double t) override {
         refresh();
         const std::int64_t position = std::min(position_, preset_.max_position);
-        const std::int64_t valid = static_cast<std::int64_t>(1 + std::min<std::uint64_t>(index_, 2)) * preset_.chunk;
+        const std::int64_t slot = static_cast<std::int64_t>(std::min<std::uint64_t>(index_, 2)) * preset_.chunk;
         const Buffer* c_f = c_f_ ? &c_f_ : nullptr;
-        const Buffer flow = stages_.run({kSdd, x, position, 0, valid, t, c_f}, sdd_, text_);
+        const Buffer flow = stages_.run({kSdd, x, position, slot, slot + preset_.chunk, t, c_f}, sdd_, text_);
         return stages_.download(flow, x.size());
     }
 
@@ -54,13 +54,11 @@ class GreedyGenerator : public Generator {
         return stages_.run({kEtm, x, position, etm_.next_slot(), etm_.valid(preset_.chunk)}, etm_, text_);
     }
 
-    // Clean keys and values of a finished chunk for the SDD; chunk 0 sees itself, later ones also chunk 0. The pass
-    // writes to the current chunk's slot, and its result is copied to its place when it is whole.
+    // Clean keys and values of a finished chunk for the SDD; chunk 0 sees itself, later ones also chunk 0.
     void context(const Latent& x, std::int64_t position) {
-        const std::int64_t seen = (position == 0 ? 1 : 2) * preset_.chunk;
+        const std::int64_t slot = position == 0 ? 0 : preset_.chunk;
         const std::int64_t at = std::min(position, preset_.max_position - preset_.chunk);
-        stages_.run({kSddContext, x, at, 0, seen}, sdd_, text_);
-        sdd_.copy(0, seen, preset_.chunk);
+        stages_.run({kSddContext, x, at, slot, slot + preset_.chunk}, sdd_, text_);
     }
 
     // After a prompt switch: passes the ETM's window, chunk 0 and the last chunk again, under the new prompt.
@@ -80,7 +78,7 @@ class GreedyGenerator : public Generator {
     Stages& stages_;
     const Preset& preset_;
     Ring etm_;  // the window, the current chunk included
-    Ring sdd_;  // [current | chunk 0 | last]
+    Ring sdd_;  // [chunk 0 | last | current], the current chunk right after those that exist
     TextKV text_;
     Buffer c_f_;  // temporal feature for the next chunk; none is zero
     std::shared_ptr<const Latent> first_;

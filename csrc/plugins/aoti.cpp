@@ -396,10 +396,6 @@ int download(void* device, void* to, const void* from, size_t bytes, char* error
     return guarded(error, size, [&] { of(device).copy_bytes(to, of(device).host(), from, of(device).here(), bytes); });
 }
 
-int copy(void* device, void* to, const void* from, size_t bytes, char* error, size_t size) {
-    return guarded(error, size, [&] { of(device).copy_bytes(to, of(device).here(), from, of(device).here(), bytes); });
-}
-
 int run(void*, void* graph, void* const* inputs, greedy_buffer* outputs, char* error, size_t size) {
     return guarded(error, size, [&] { static_cast<const AotiGraph*>(graph)->run(inputs, outputs); });
 }
@@ -414,7 +410,6 @@ const greedy_plugin kPlugin = {GREEDY_PLUGIN_VERSION,
                                release,
                                upload,
                                download,
-                               copy,
                                run};
 
 }  // namespace

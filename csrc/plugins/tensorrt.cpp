@@ -252,9 +252,6 @@ int upload(void*, void* to, const void* from, size_t bytes, char* error, size_t 
 int download(void*, void* to, const void* from, size_t bytes, char* error, size_t size) {
     return guarded(error, size, [&] { check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "copy"); });
 }
-int copy(void*, void* to, const void* from, size_t bytes, char* error, size_t size) {
-    return guarded(error, size, [&] { check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToDevice), "copy"); });
-}
 
 int run(void*, void* graph, void* const* inputs, greedy_buffer* outputs, char* error, size_t size) {
     return guarded(error, size, [&] { static_cast<TrtGraph*>(graph)->run(inputs, outputs); });
@@ -270,7 +267,6 @@ const greedy_plugin kPlugin = {GREEDY_PLUGIN_VERSION,
                                release,
                                upload,
                                download,
-                               copy,
                                run};
 
 }  // namespace

@@ -119,8 +119,4 @@ void Device::download(void* to, const void* from, std::size_t bytes) const {
     call("download", plugin_->download, device_, to, from, bytes);
 }
 
-void Device::copy(void* to, const void* from, std::size_t bytes) const {
-    call("copy", plugin_->copy, device_, to, from, bytes);
-}
-
 }  // namespace greedy::core

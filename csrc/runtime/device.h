@@ -82,7 +82,6 @@ class Device {
     Buffer allocate(std::size_t bytes) const;  // zeroed
     void upload(void* to, const void* from, std::size_t bytes) const;
     void download(void* to, const void* from, std::size_t bytes) const;
-    void copy(void* to, const void* from, std::size_t bytes) const;
 
   private:
     friend class Buffer;

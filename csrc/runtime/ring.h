@@ -15,7 +15,7 @@ class Ring {
     };
 
     Ring(const Device& device, const Sizes& sizes)
-        : device_(device), sizes_(sizes), k_(device.allocate(bytes())), v_(device.allocate(bytes())) {}
+        : sizes_(sizes), k_(device.allocate(bytes())), v_(device.allocate(bytes())) {}
 
     void reset() { committed_ = 0; }
     void commit(std::int64_t frames) { committed_ += frames; }
@@ -32,21 +32,12 @@ class Ring {
     void* k(std::int64_t layer) const { return k_.at(at(layer, 0)); }
     void* v(std::int64_t layer) const { return v_.at(at(layer, 0)); }
 
-    // Copies whole slots of all layers.
-    void copy(std::int64_t source, std::int64_t target, std::int64_t frames) {
-        const std::size_t size = static_cast<std::size_t>(frames * sizes_.slot_bytes);
-        for (std::int64_t layer = 0; layer < sizes_.layers; ++layer)
-            for (const Buffer* buffer : {&k_, &v_})
-                device_.copy(buffer->at(at(layer, target)), buffer->at(at(layer, source)), size);
-    }
-
   private:
     std::size_t at(std::int64_t layer, std::int64_t slot) const {
         return static_cast<std::size_t>((layer * sizes_.slots + slot) * sizes_.slot_bytes);
     }
     std::size_t bytes() const { return at(sizes_.layers, 0); }
 
-    const Device& device_;
     const Sizes sizes_;
     Buffer k_, v_;
     std::int64_t committed_ = 0;  // latent frames published since the last reset

@@ -211,7 +211,7 @@ int run(void* device, void* graph, void* const* inputs, greedy_buffer* outputs, 
 }
 
 const greedy_plugin kPlugin = {
-    GREEDY_PLUGIN_VERSION, "aoti", open_device, close_device, load, unload, allocate, release, copy, copy, copy, run};
+    GREEDY_PLUGIN_VERSION, "aoti", open_device, close_device, load, unload, allocate, release, copy, copy, run};
 
 }  // namespace
 

@@ -74,9 +74,6 @@ int upload(void* device, void* to, const void* from, size_t bytes, char* error, 
 int download(void* device, void* to, const void* from, size_t bytes, char* error, size_t size) {
     return real->download(of(device).device, to, from, bytes, error, size);
 }
-int copy(void* device, void* to, const void* from, size_t bytes, char* error, size_t size) {
-    return real->copy(of(device).device, to, from, bytes, error, size);
-}
 
 int run(void* device, void* graph, void* const* inputs, greedy_buffer* outputs, char* error, size_t size) {
     const double begun = now();
@@ -97,7 +94,6 @@ const greedy_plugin kPlugin = {GREEDY_PLUGIN_VERSION,
                                release,
                                upload,
                                download,
-                               copy,
                                run};
 
 }  // namespace

@@ -3,11 +3,14 @@
 A generator holds no stream: each stream's state is passed as an argument. `denoise` only stages keys and values, in
 slots whose old content no pass reads any more. Only `commit` publishes them. So a call that raises can be repeated
 with the same result.
+
+Where the backend joins passes, `commit` leaves its context pass to the next `denoise`: one run of the transformer
+computes both. A repeated call then gives the same result up to rounding.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 from engine.config import Preset, TransformerConfig
 from engine.model.cache import RingCache
 from engine.model.rope import rope_tables
-from engine.runtime.passes import PassKind, Stages, TextKV
+from engine.runtime.passes import Pass, PassKind, Stages, TextKV
 from engine.runtime.transfer import upload
 
 
@@ -75,6 +78,7 @@ class State:
     index: int = 0  # chunks committed
     position: int = 0  # latent frames committed: temporal position of the next one
     stale: bool = False  # the caches belong to an earlier prompt
+    pending: Pass | None = None  # the last chunk's context pass, if the next denoising call is to run it
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,25 @@ class Generator(ABC):
     @abstractmethod
     def set_text(self, text_kv: TextKV, state: Any, recommit: bool = True) -> None:
         """Switch the prompt; `recommit` rewrites the window's keys and values under the new prompt."""
+
+    def _run_context(self, step: Pass, cache: RingCache, state: State) -> None:
+        """Run a finished chunk's context pass: now, or with the next denoising call."""
+        if self.stages.capabilities.joins_context:
+            state.pending = step
+        else:
+            self.stages.run(step, cache, state.text_kv)
+
+    def _run_denoising(self, step: Pass, cache: RingCache, state: State) -> Tensor:
+        """Run a denoising pass, and with it the context pass that is pending."""
+        flow = self.stages.run(replace(step, context=state.pending), cache, state.text_kv)
+        state.pending = None
+        return flow
+
+    def _run_pending(self, cache: RingCache, state: State) -> None:
+        """Run the pending context pass alone, because no denoising call comes next."""
+        if state.pending is not None:
+            self.stages.run(state.pending, cache, state.text_kv)
+            state.pending = None
 
     def _cache(self, role: str, geometry: Geometry) -> RingCache:
         config, ring = self.config, self.rings(self.preset)[role]

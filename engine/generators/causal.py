@@ -51,18 +51,27 @@ class CausalGenerator(Generator):
 
     def denoise(self, x: Tensor, t: float, state: CausalState) -> Tensor:
         self._refresh(state)
-        flow = self._run(x, t, state.position, state)
+        step = self._pass(x, t, state.position, state)
+        try:
+            flow = self._run_denoising(step, state.cache, state)
+        except Exception:
+            # In a full ring it may have written over the oldest chunk, which the context pass would read once more.
+            overwrites = state.cache.committed + x.shape[2] > state.cache.slots
+            state.stale = state.stale or (state.pending is not None and overwrites)
+            raise
         state.staged = True
         return flow
 
     def commit(self, x: Tensor, state: CausalState, supplied: bool = False) -> None:
         self._refresh(state)
+        self._run_pending(state.cache, state)
         frames = x.shape[2]
         # After a prompt switch the last denoising call's keys belong to the old prompt, or are overwritten.
         lost = self.preset.commit == "noisy" and not state.staged
         if supplied or lost or self.preset.commit == "clean":
             # A supplied chunk is clean, so its timestep is 0, even if the preset's context_timestep is higher.
-            self._run(x, 0.0 if supplied else self.preset.context_timestep, state.position, state)
+            t = 0.0 if supplied else self.preset.context_timestep
+            self._run_context(self._pass(x, t, state.position, state), state.cache, state)
         if supplied or self.preset.commit != "none":
             state.cache.commit(frames)
             for offset in range(frames):
@@ -73,15 +82,17 @@ class CausalGenerator(Generator):
         state.index += 1
 
     def set_text(self, text_kv: TextKV, state: CausalState, recommit: bool = True) -> None:
+        if not recommit and not state.stale:
+            self._run_pending(state.cache, state)  # it belongs to the old prompt
         state.text_kv = text_kv
         if recommit:  # without recommit, an earlier pending refresh stays pending
             state.stale, state.staged = state.index > 0, False
 
-    def _run(self, x: Tensor, t: float, position: int, state: CausalState) -> Tensor:
+    def _pass(self, x: Tensor, t: float, position: int, state: CausalState) -> Pass:
+        """A pass over the chunk x [B, C, F, h, w] that stands next in the ring."""
         cache, frames = state.cache, x.shape[2]
         rope = state.rope.at(position, frames)
-        step = Pass(DIT, x, *rope, cache.next_slot, cache.valid(frames), timesteps(x, t))
-        return self.stages.run(step, cache, state.text_kv)
+        return Pass(DIT, x, *rope, cache.next_slot, cache.valid(frames), timesteps(x, t))
 
     def _refresh(self, state: CausalState) -> None:
         """After a prompt switch, run one clean pass over the cached latents, at their own positions.
@@ -96,9 +107,10 @@ class CausalGenerator(Generator):
         runs = [*_runs(state.attn_sink, self.preset.chunk), window[:rest], *_runs(window[rest:], self.preset.chunk)]
         for run in filter(None, runs):
             chunk = torch.cat([latent for _, latent in run], dim=2)
-            self._run(chunk, self.preset.context_timestep, run[0][0], state)
+            step = self._pass(chunk, self.preset.context_timestep, run[0][0], state)
+            self.stages.run(step, state.cache, state.text_kv)
             state.cache.commit(len(run))
-        state.stale = False
+        state.pending, state.stale = None, False
 
 
 def _runs(frames: list[tuple[int, Tensor]], size: int) -> Iterable[list[tuple[int, Tensor]]]:

@@ -19,7 +19,7 @@ SDD = PassKind("sdd", "sdd", timed=True, conditioned=True)
 @dataclass
 class GreedyState(State):
     etm: RingCache = field(kw_only=True)  # w past chunks and the newest one
-    sdd: RingCache = field(kw_only=True)  # [current | chunk 0 | last]
+    sdd: RingCache = field(kw_only=True)  # [chunk 0 | last | current], current right after those that exist
     c_f: Tensor | None = None  # temporal feature for the next chunk; None means zero (chunk 0)
     first: Tensor | None = None  # latent of chunk 0
     recent: deque[tuple[int, Tensor]] = field(default_factory=deque)  # (position, latent) of the ETM's chunks
@@ -28,9 +28,9 @@ class GreedyState(State):
 class GreedyGenerator(Generator):
     """ETM and SDD.
 
-    The SDD's keys are [current | chunk 0 | last]; the valid slots are a prefix from the first chunk on. Its context is
-    clean, at timestep 0, computed once per chunk and kept for all steps. SDD positions stop at max_position. ETM
-    positions grow without limit: only distances inside its window matter.
+    The SDD's keys are [chunk 0 | last | current]; the current chunk comes right after those that exist, so the valid
+    slots are always a prefix. Its context is clean, at timestep 0, computed once per chunk and kept for all steps. SDD
+    positions stop at max_position. ETM positions grow without limit: only distances inside its window matter.
     """
 
     name = "greedy"
@@ -66,17 +66,18 @@ class GreedyGenerator(Generator):
         self._refresh(state)
         chunk = self.preset.chunk
         rope = state.rope.at(min(state.position, self.preset.max_position), chunk)
-        valid = (1 + min(state.index, 2)) * chunk
-        step = Pass(SDD, x, *rope, 0, valid, timesteps(x, t), state.c_f)
-        return self.stages.run(step, state.sdd, state.text_kv)
+        slot = min(state.index, 2) * chunk
+        step = Pass(SDD, x, *rope, slot, slot + chunk, timesteps(x, t), state.c_f)
+        return self._run_denoising(step, state.sdd, state)
 
     def commit(self, x: Tensor, state: GreedyState, supplied: bool = False) -> None:
         chunk = self.preset.chunk
         if x.shape[2] != chunk:
             raise ValueError(f"greedy: got a chunk of {x.shape[2]} latent frames, expected {chunk}")
         self._refresh(state)
+        self._run_pending(state.sdd, state)
         c_f = self._temporal(x, state.position, state)
-        self._context(x, state.position, state)
+        self._run_context(self._context(x, state.position, state), state.sdd, state)
         state.etm.commit(chunk)
         state.c_f = c_f
         state.first = x if state.index == 0 else state.first
@@ -85,6 +86,8 @@ class GreedyGenerator(Generator):
         state.index += 1
 
     def set_text(self, text_kv: TextKV, state: GreedyState, recommit: bool = True) -> None:
+        if not recommit and not state.stale:
+            self._run_pending(state.sdd, state)  # it belongs to the old prompt
         state.text_kv = text_kv
         if recommit and state.index > 0:  # without recommit, an earlier pending refresh stays pending
             state.stale = True
@@ -95,15 +98,11 @@ class GreedyGenerator(Generator):
         step = Pass(ETM, x, *state.rope.at(position, chunk), etm.next_slot, etm.valid(chunk))
         return self.stages.run(step, etm, state.text_kv)
 
-    def _context(self, x: Tensor, position: int, state: GreedyState) -> None:
-        """Write a finished chunk's clean keys and values for the SDD. The chunk sees itself and chunk 0.
-
-        The pass writes to the current chunk's slots; a copy moves the complete result to its own slots.
-        """
-        chunk, seen = self.preset.chunk, 1 if position == 0 else 2
+    def _context(self, x: Tensor, position: int, state: GreedyState) -> Pass:
+        """The pass that writes a finished chunk's clean keys and values for the SDD. It sees itself and chunk 0."""
+        chunk, slot = self.preset.chunk, self.preset.chunk if position else 0
         rope = state.rope.at(min(position, self.preset.max_position - chunk), chunk)
-        self.stages.run(Pass(SDD_CONTEXT, x, *rope, 0, seen * chunk), state.sdd, state.text_kv)
-        state.sdd.copy(0, seen * chunk, chunk)
+        return Pass(SDD_CONTEXT, x, *rope, slot, slot + chunk)
 
     def _refresh(self, state: GreedyState) -> None:
         """After a prompt switch, recompute the ETM's window, chunk 0 and the last chunk under the new prompt.
@@ -116,8 +115,7 @@ class GreedyGenerator(Generator):
         for position, latent in state.recent:
             state.c_f = self._temporal(latent, position, state)
             state.etm.commit(self.preset.chunk)
-        self._context(state.first, 0, state)
-        position, last = state.recent[-1]
-        if position:
-            self._context(last, position, state)
-        state.stale = False
+        finished = dict([(0, state.first), state.recent[-1]])  # one chunk only, if the last one is chunk 0
+        for position, latent in finished.items():
+            self.stages.run(self._context(latent, position, state), state.sdd, state.text_kv)
+        state.pending, state.stale = None, False

@@ -5,6 +5,7 @@ writes them again; the other slots form a ring. Softmax ignores key order, so a 
 [0, valid * tokens) and the cache never moves a key.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -87,13 +88,13 @@ class RingCache:
             done += run
             slot = self.attn_sink
 
-    def copy(self, source: int, target: int, frames: int) -> None:
-        """Copy `frames` slots of all layers, starting at slot `source`, to the slots starting at `target`."""
-        slots = [self.k, self.v]
+    def slots_from(self, slot: int, frames: int) -> tuple[Tensor, Tensor]:
+        """Views of K and V in `frames` slots of all layers, the first of them `slot`."""
+        own = slice(slot, slot + frames)
         if self.fp8:  # V's slots are columns
-            slots[1] = self.v[..., : self.slots * self.tokens].unflatten(-1, (self.slots, -1)).movedim(-2, 2)
-        for tensor in slots:
-            tensor[:, :, target : target + frames].copy_(tensor[:, :, source : source + frames])
+            columns = slice(slot * self.tokens, (slot + frames) * self.tokens)
+            return self.k[:, :, own], self.v[..., columns]
+        return self.k[:, :, own], self.v[:, :, own]
 
     def commit(self, frames: int) -> None:
         """Publish the last `frames` frames written."""
@@ -158,3 +159,41 @@ class CachedAttention:
         self.cache.write(layer, self.slot, k, v)
         keys, values = (rows[:, : self.valid_rows].transpose(1, 2) for rows in self.cache.view(layer))
         return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class JoinedAttention:
+    """Self-attention of several chunks in one run of the transformer, each over the cache in its turn.
+
+    parts: (attention, tokens) of each chunk. A later one reads what an earlier one wrote, and may write over rows that
+    the earlier one has read.
+    """
+
+    parts: tuple[tuple[CachedAttention, int], ...]
+
+    def in_kernels(self, tokens: int) -> bool:
+        """As CachedAttention's; `tokens` counts those of all parts."""
+        return all(attend.in_kernels(own) for attend, own in self.parts)
+
+    def fused(
+        self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+    ) -> Tensor:
+        """As CachedAttention's; qkv [B, n, 3 * dim] and cos, sin [n, d / 2] of all parts."""
+
+        def one(attend: CachedAttention, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            return attend.fused(layer, qkv.contiguous(), q_weight, k_weight, cos, sin, eps)
+
+        return self._each(one, (qkv, 1), (cos, 0), (sin, 0))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._each(lambda attend, *qkv: attend(layer, *qkv), (q, 1), (k, 1), (v, 1))
+
+    def _each(self, call: Callable[..., Tensor], *tensors: tuple[Tensor, int]) -> Tensor:
+        """call(attention, its share of each tensor along that axis) for every part, one after the other."""
+        sizes = [own for _, own in self.parts]
+        shares = zip(*(tensor.split(sizes, axis) for tensor, axis in tensors), strict=True)
+        attends = [attend for attend, _ in self.parts]
+        return torch.cat([call(attend, *share) for attend, share in zip(attends, shares, strict=True)], dim=1)
+
+
+Streaming = CachedAttention | JoinedAttention

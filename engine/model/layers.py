@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.model.cache import CachedAttention
+from engine.model.cache import Streaming
 from engine.model.fp8 import Fp8Linear, linear_of, same
 from engine.model.rope import apply_rope
 from kernels.gate_residual import gate_residual
@@ -199,7 +199,7 @@ class Block(nn.Module):
     def _self_attention(self, qkv: QKV, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
         """[B, n, heads, head_dim]"""
         first = self.attn1
-        if isinstance(attend, CachedAttention) and attend.in_kernels(len(cos)):
+        if isinstance(attend, Streaming) and attend.in_kernels(len(cos)):
             joined = qkv if isinstance(qkv, Tensor) else torch.cat(qkv, dim=-1)
             return attend.fused(layer, joined, first.norm_q.weight, first.norm_k.weight, cos, sin, first.norm_q.eps)
         return attend(layer, *first.rotated(qkv, cos, sin))

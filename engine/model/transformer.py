@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from engine.config import TransformerConfig
-from engine.model.cache import CachedAttention
+from engine.model.cache import Streaming
 from engine.model.layers import Attend, Block, ConditionEmbedder, modulation_table, rms_unit
 from kernels.norm_modulate import norm_modulate
 
@@ -71,7 +71,7 @@ class WanTransformer(nn.Module):
         """
         hidden, embedding, modulation = self.embed(latent, t, c_f)
         # One sum for all blocks where they stream; elsewhere each adds its own table, which may be sharded or traced.
-        tables = self._tables if isinstance(attend, CachedAttention) else None
+        tables = self._tables if isinstance(attend, Streaming) else None
         added = None if tables is None else tables + modulation  # [layers, B, F, 6, dim]
         for layer, block in enumerate(self.blocks):
             own = modulation if added is None else added[layer]

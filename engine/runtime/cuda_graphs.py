@@ -14,14 +14,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from engine.model.cache import RingCache
 from engine.model.transformer import TextKV
-from engine.runtime.passes import Capabilities, Pass
+from engine.runtime.passes import Pass
 from engine.runtime.stages import TorchStages, need
 
 
@@ -107,12 +107,12 @@ class GraphedStages:
     """
 
     name = "torch"
-    capabilities = Capabilities(moves_vae_cache=True)
 
     def __init__(self, stages: TorchStages, capturer: Callable[[torch.device], Capture] = Capturer) -> None:
         if stages.eager:
             raise ValueError("cuda graphs: got eager stages, expected kernels (slots are on the device)")
         self._stages = stages
+        self.capabilities = replace(stages.capabilities, moves_vae_cache=True)
         self.models, self.vae, self.text_encoder = stages.models, stages.vae, stages.text_encoder
         self.encode_text, self.prepare_text = stages.encode_text, stages.prepare_text
         self.vae_encode, self.modules, self.mapped_bytes = stages.vae_encode, stages.modules, stages.mapped_bytes
@@ -140,24 +140,32 @@ class GraphedStages:
         return lease
 
     def run(self, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
-        if step.slot + step.frames > cache.slots:  # it wraps: fused kernels cannot write it
+        passes = [p for p in (step.context, step) if p is not None]
+        if any(p.slot + p.frames > cache.slots for p in passes):  # it wraps: fused kernels cannot write it
+            if step.context is not None:
+                self.run(step.context, cache, text_kv)
+                return self.run(replace(step, context=None), cache, text_kv)
             return self._stages.run(step, cache, text_kv)
         role, whole = step.kind.role, copy.copy(cache)  # a graph must not keep the lease itself
         if step.kind.conditioned and step.c_f is None:  # zero adds nothing: W_c rmsnorm(0) = 0
             latent, width = step.latent, self.models[role].config.dim
-            step = replace(step, c_f=latent.new_zeros(latent.shape[0], len(step.cos), width))
-        changing = {f.name: getattr(step, f.name) for f in fields(step) if f.name != "kind"}
-        changing = {name: value for name, value in changing.items() if value is not None}
+            passes[-1] = replace(step, c_f=latent.new_zeros(latent.shape[0], len(step.cos), width))
+        changing = [_changing(p) for p in passes]
         with self._lock, self._capture.in_turn():
             text = self._static_text(role, text_kv[role])
-            key = step.kind.graph, cache.k.data_ptr(), step.latent.shape, text[0].data_ptr()
+            what = [(p.kind.graph, p.latent.shape) for p in passes]
+            key = *what, cache.k.data_ptr(), text[0].data_ptr()
 
             def again(*static: Any) -> Tensor:
-                return self._stages.run(
-                    Pass(step.kind, **dict(zip(changing, static, strict=True))), whole, {role: text}
-                )  # fmt: skip
+                values, again = iter(static), None
+                for p, names in zip(passes, changing, strict=True):
+                    again = Pass(p.kind, **{name: next(values) for name in names}, context=again)
+                return self._stages.run(cast(Pass, again), whole, {role: text})
 
-            return self._graph(key, again, tuple(changing.values()), (), self._capture)
+            args = tuple(value for names in changing for value in names.values())
+            # In a full ring the step writes over rows that the context reads: a capture's runs must start alike.
+            lost = whole.slots_from(int(step.slot), step.frames) if step.context is not None else ()
+            return self._graph(key, again, args, lost, self._capture)
 
     def _graph(
         self, key: Any, function: Callable[..., Any], args: tuple[Tensor | int, ...], advances: Sequence[Tensor],
@@ -199,6 +207,12 @@ class GraphedStages:
         run = lambda latent: vae.steady(latent, tuple(static), in_place=True)[0]  # noqa: E731
         with self._lock, self._capture_vae.in_turn(), _best_convolutions():
             return self._graph(key, run, (latent,), static, self._capture_vae), cache
+
+
+def _changing(step: Pass) -> dict[str, Tensor | int]:
+    """The fields of a pass that differ between two runs of its graph."""
+    values = {f.name: getattr(step, f.name) for f in fields(step) if f.name not in ("kind", "context")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _best_convolutions() -> AbstractContextManager[Any]:

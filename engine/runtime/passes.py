@@ -38,6 +38,8 @@ class Pass:
     valid     number of slots to attend to after the write
     t         [B] in [0, 1000], if the kind is timed
     c_f       [B, tokens, dim], if the kind is conditioned; None means zero, as for chunk 0
+    context   a pass of the same role that comes first, of whose result only the keys and values are used: it runs
+              together with this one, where the backend joins passes
     """
 
     kind: PassKind
@@ -48,6 +50,7 @@ class Pass:
     valid: int | Tensor
     t: Tensor | None = None
     c_f: Tensor | None = None
+    context: "Pass | None" = None
 
     @property
     def frames(self) -> int:
@@ -60,9 +63,11 @@ class Capabilities:
     """Deviations of a backend from the default behaviour.
 
     moves_vae_cache  vae_steady updates its cache in place, so a failed decoding cannot be repeated
+    joins_context    `run` takes a Pass with a context
     """
 
     moves_vae_cache: bool = False
+    joins_context: bool = False
 
 
 class Stages(Protocol):

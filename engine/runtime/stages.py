@@ -4,9 +4,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.model.cache import CachedAttention, RingCache
+from engine.model.cache import CachedAttention, JoinedAttention, RingCache
 from engine.model.text import encode_text
 from engine.model.transformer import TextKV, WanTransformer
 from engine.model.vae import VAE
@@ -17,17 +18,19 @@ from kernels.table import use
 class TorchStages:
     """Holds only weights; `models` maps each role to its transformer.
 
-    eager: use PyTorch's own operations even where kernels exist.
+    eager         use PyTorch's own operations even where kernels exist
+    join_context  run a chunk's context pass together with the next chunk's first denoising call
     """
 
     name = "torch"
-    capabilities = Capabilities()
     make_cache = RingCache
 
     def __init__(
-        self, models: dict[str, WanTransformer], vae: VAE | None, text_encoder: nn.Module | None, eager: bool = False
-    ) -> None:
+        self, models: dict[str, WanTransformer], vae: VAE | None, text_encoder: nn.Module | None, eager: bool = False,
+        join_context: bool = False,
+    ) -> None:  # fmt: skip
         self.models, self.vae, self.text_encoder, self.eager = models, vae, text_encoder, eager
+        self.capabilities = Capabilities(joins_context=join_context)
 
     def modules(self) -> dict[str, nn.Module]:
         parts = self.models | {"vae": self.vae, "text_encoder": self.text_encoder}
@@ -44,12 +47,26 @@ class TorchStages:
             return {name: model.prepare_text(text_emb) for name, model in self.models.items()}
 
     def run(self, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
+        if step.context is not None:
+            return self._joined(step.context, step, cache, text_kv)
         role, attend = step.kind.role, CachedAttention(cache, step.slot, step.valid)
-        model, latent = self.models[role], step.latent
-        t = latent.new_zeros(latent.shape[0], dtype=torch.float32) if step.t is None else step.t
-        arguments = latent, t, text_kv[role], step.cos, step.sin, attend, step.c_f
+        model = self.models[role]
+        arguments = step.latent, _time_of(step), text_kv[role], step.cos, step.sin, attend, step.c_f
         with self._operations():
             return model.encode(*arguments)[0] if step.kind.hidden else model(*arguments)
+
+    def _joined(self, context: Pass, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
+        """Both passes as one over the tokens of both chunks; in each layer the context comes first."""
+        passes, model = (context, step), self.models[step.kind.role]
+        attend = JoinedAttention(tuple((CachedAttention(cache, p.slot, p.valid), len(p.cos)) for p in passes))
+        latent = torch.cat([p.latent for p in passes], dim=2)
+        t = torch.cat([_time_of(p)[:, None].expand(-1, p.frames) for p in passes], dim=1)
+        cos, sin = torch.cat([p.cos for p in passes]), torch.cat([p.sin for p in passes])
+        tokens = len(context.cos)
+        c_f = None if step.c_f is None else F.pad(step.c_f, (0, 0, tokens, 0))  # zero adds nothing
+        with self._operations():
+            hidden, embedding = model.encode(latent, t, text_kv[step.kind.role], cos, sin, attend, c_f)
+            return model.head(hidden[:, tokens:], embedding[:, context.frames :], step.latent)
 
     def _operations(self) -> AbstractContextManager[None]:
         """Kernels where there are any; with `eager` PyTorch's own operations."""
@@ -63,6 +80,11 @@ class TorchStages:
 
     def vae_encode(self, video: Tensor) -> Tensor:
         return need(self.vae, "VAE").encode(video)
+
+
+def _time_of(step: Pass) -> Tensor:
+    """[B], float32; 0 where the kind is not timed."""
+    return step.latent.new_zeros(len(step.latent), dtype=torch.float32) if step.t is None else step.t
 
 
 def need(part: Any, what: str) -> Any:

@@ -41,12 +41,13 @@ class MetaNoise:
         return torch.empty(count, *shape, device=META)
 
 
-def meta_pipeline(name: str, **changes) -> Pipeline:
+def meta_pipeline(name: str, joined: bool = False, **changes) -> Pipeline:
     preset = replace(PRESETS[name], **changes)
     family = family_of(preset)
     with META:
         models = {role: WanTransformer(CONFIG, family.conditioned(role)) for role in family.roles()}
-    return assemble(TorchStages(models, None, None), CONFIG, preset, torch.float32, META, height=64, width=96)
+    stages = TorchStages(models, None, None, join_context=joined)
+    return assemble(stages, CONFIG, preset, torch.float32, META, height=64, width=96)
 
 
 def counted(call) -> float:
@@ -56,9 +57,10 @@ def counted(call) -> float:
 
 
 @pytest.mark.parametrize("name", [*PRESETS])
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
 @pytest.mark.slow
-def test_chunks_of_every_preset(name):
-    pipeline = meta_pipeline(name)
+def test_chunks_of_every_preset(name, joined):
+    pipeline = meta_pipeline(name, joined)
     stream = Stream(pipeline, torch.empty(1, ROWS, CONFIG.text_dim, device=META), MetaNoise(), None, None)
     for cost in stream_costs(pipeline, 5, ROWS):
         assert total(cost).flops == counted(stream.next_latent)
@@ -86,6 +88,16 @@ def test_a_cache_pass_has_its_own_line():
     costs = chunk_cost(meta_pipeline("self-forcing"), ROWS)
     assert costs["dit"] == costs["dit_context"] * 4
     assert "dit_context" not in chunk_cost(meta_pipeline("diagonal"), ROWS)
+
+
+def test_a_joined_pass_saves_the_weights_of_one_pass_and_a_head():
+    alone, joined = (chunk_cost(meta_pipeline("self-forcing", join), ROWS) for join in (False, True))
+    assert joined.keys() == {"dit", "dit+context"}
+    assert joined["dit"] == alone["dit"] * (3 / 4)
+    one = alone["dit_context"]
+    assert 1.9 < joined["dit+context"].flops / one.flops < 2
+    weights = sum(p.numel() for p in meta_pipeline("self-forcing").stages.models["dit"].blocks.parameters())
+    assert one.bytes * 2 - joined["dit+context"].bytes == pytest.approx(4 * weights, rel=0.2)
 
 
 def test_attention_of_the_greedy_family_is_the_papers():

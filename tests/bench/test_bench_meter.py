@@ -43,6 +43,15 @@ def test_calls_are_denoising_steps(pipeline, causal):
         assert len(stream.step_times(chunks)) == 4
 
 
+def test_a_joined_pass_is_a_part_of_its_own(pipeline, causal):
+    for made, label in ((pipeline, "sdd"), (causal, "dit")):
+        stages = TorchStages(made.stages.models, made.stages.vae, made.stages.text_encoder, join_context=True)
+        chunks, _, _ = metered_chunks(replace(made, stages=stages), PROMPT, 3)
+        assert [len(chunks[2].calls.get(part, [])) for part in (label, f"{label}+context")] == [3, 1]
+        assert f"{label}_context" not in stream.part_table(chunks[1:])[0]
+        assert len(stream.step_times(chunks[1:])) == 4
+
+
 class SlowVAE(TorchStages):
     def vae_steady(self, latent, cache):
         time.sleep(0.02)

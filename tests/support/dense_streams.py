@@ -22,8 +22,8 @@ def near(got, expected, tolerance=1e-5):
 class Spy(TorchStages):
     """Keeps what went into the models and what came out."""
 
-    def __init__(self, models, vae=None, text_encoder=None):
-        super().__init__(models, vae, text_encoder)
+    def __init__(self, models, vae=None, text_encoder=None, join_context=False):
+        super().__init__(models, vae, text_encoder, join_context=join_context)
         self.flows, self.c_fs = [], []  # (latent, t, flow), c_f
 
     def run(self, step, cache, text_kv):
@@ -35,9 +35,9 @@ class Spy(TorchStages):
         return result
 
 
-def spied(preset, batch=1):
+def spied(preset, batch=1, joined=False):
     pipeline = pipeline_of(preset)
-    spy = Spy(pipeline.stages.models)
+    spy = Spy(pipeline.stages.models, join_context=joined)
     pipeline = replace(pipeline, stages=spy, height=32, width=48, spatial=8)
     return pipeline.stream(text_of(batch, seed=0), seed=3), spy
 
@@ -127,6 +127,12 @@ FAMILIES = [
 ]
 
 
+def joined(pipeline):
+    """The pipeline, with context passes that run together with the next chunk's first step."""
+    stages = pipeline.stages
+    return replace(pipeline, stages=TorchStages(stages.models, stages.vae, stages.text_encoder, join_context=True))
+
+
 def title_of(preset):
     return f"{preset.family}-{preset.commit}"
 
@@ -139,7 +145,8 @@ class Failing(TorchStages):
     """Raises once: in layer `layer` of the `call`-th call of stage `stage`."""
 
     def __init__(self, inner, stage, call, layer):
-        super().__init__(inner.models, inner.vae, inner.text_encoder)
+        join_context = inner.capabilities.joins_context
+        super().__init__(inner.models, inner.vae, inner.text_encoder, join_context=join_context)
         self._left, self._stage, self._layer = call, stage, layer
         self.fired = 0
 

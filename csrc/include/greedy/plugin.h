@@ -9,7 +9,7 @@
 
 #include "greedy/greedy.h"
 
-#define GREEDY_PLUGIN_VERSION 1
+#define GREEDY_PLUGIN_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -66,7 +66,6 @@ typedef struct greedy_plugin {
     /* Copy bytes; after the call `from` may be reused. */
     int (*upload)(void *device, void *to, const void *from, size_t bytes, char *error, size_t size);
     int (*download)(void *device, void *to, const void *from, size_t bytes, char *error, size_t size);
-    int (*copy)(void *device, void *to, const void *from, size_t bytes, char *error, size_t size);
     /* inputs are in the order of the spec; on success the caller owns every output as a new buffer. */
     int (*run)(void *device, void *graph, void *const *inputs, greedy_buffer *outputs, char *error, size_t size);
 } greedy_plugin;

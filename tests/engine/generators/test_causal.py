@@ -21,8 +21,9 @@ CAUSAL = [
 
 
 @pytest.mark.parametrize("preset", CAUSAL, ids=name_of)
-def test_causal_stream_equals_dense_windowed_forward(preset):
-    stream, spy = spied(preset)
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
+def test_causal_stream_equals_dense_windowed_forward(preset, joined):
+    stream, spy = spied(preset, joined=joined)
     poison(stream.state.cache)
     runs = runs_of(preset, 6)
     latents = torch.cat([stream.next_latent() for _ in runs], dim=2)

@@ -15,8 +15,9 @@ GREEDY += [greedy(chunk=2, max_position=5)]
 
 @pytest.mark.parametrize("preset", GREEDY, ids=lambda p: f"chunk{p.chunk}-w{past_of(p)}-max{p.max_position}")
 @pytest.mark.parametrize("batch", [1, 2])
-def test_greedy_stream_equals_dense_masked_forwards(preset, batch):
-    stream, spy = spied(preset, batch)
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
+def test_greedy_stream_equals_dense_masked_forwards(preset, batch, joined):
+    stream, spy = spied(preset, batch, joined)
     poison(stream.state.etm, stream.state.sdd)
     count, chunk = 8, preset.chunk
     text = text_of(batch, seed=0)

@@ -42,9 +42,10 @@ from engine.generators.base import Geometry
     ],
     ids=lambda p: f"{name_of(p)}-{p.commit}",
 )
-def test_causal_prompt_switch_rebuilds_the_window(preset, at):
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
+def test_causal_prompt_switch_rebuilds_the_window(preset, at, joined):
     """Frames still cached once more under the new prompt, clean and at their own positions; then as always."""
-    stream, spy = spied(preset)
+    stream, spy = spied(preset, joined=joined)
     latents = [stream.next_latent() for _ in range(at)]
     stream.set_prompt(OTHER)
     poison(stream.state.cache)  # nothing of the old window may be left in use
@@ -76,8 +77,9 @@ def test_causal_prompt_switch_rebuilds_the_window(preset, at):
 
 @pytest.mark.parametrize("at", [1, 2, 3, 7])
 @pytest.mark.parametrize("preset", [greedy(), greedy(chunk=2, w=1, max_position=4)], ids=lambda p: f"{p.chunk}")
-def test_greedy_prompt_switch_rebuilds_the_window(preset, at):
-    stream, spy = spied(preset)
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
+def test_greedy_prompt_switch_rebuilds_the_window(preset, at, joined):
+    stream, spy = spied(preset, joined=joined)
     latents = [stream.next_latent() for _ in range(at)]
     stream.set_prompt(OTHER)
     poison(stream.state.etm, stream.state.sdd)

@@ -108,16 +108,6 @@ def test_reset_forgets_frames_and_keeps_memory():
     assert (cache.k.data_ptr(), cache.v.data_ptr()) == at
 
 
-def test_copy_moves_whole_slots_of_every_layer():
-    cache = make(6)
-    put(cache, [3, 4])
-    cache.copy(0, 4, 2)
-    for layer in range(LAYERS):
-        assert torch.equal(cache.k[layer, :, 4:6], cache.k[layer, :, 0:2])
-        assert torch.equal(cache.v[layer, :, 4:6], cache.v[layer, :, 0:2])
-        assert cache.k[layer, :, 2:4].isnan().all()
-
-
 def test_view_is_no_copy():
     cache = make(4)
     k, v = cache.view(1)
