@@ -162,7 +162,7 @@ def make_stages(
     if fp8:
         models = {role: to_fp8(model, keep, role) for role, model in models.items()}
     fast = device.type == "cuda" and not runtime.eager
-    if vae is not None and (fast or fp8 or runtime.fp8_attention):
+    if vae is not None and fast:
         vae.fuse()
     joined = fast if runtime.join_context == "auto" else runtime.join_context == "on"
     stages = TorchStages(models, vae, encoder, runtime.eager, joined)

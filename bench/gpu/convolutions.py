@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,8 @@ from torch import Tensor
 from bench.commands.kernels import said
 from bench.gpu.lines import Lines
 from bench.instruments import models
-from engine.model import vae as vae_module
-from engine.model.vae import VAE
+from engine.model import vae_layers
+from engine.model.vae import VAE, VAEConfig
 
 
 @torch.inference_mode()
@@ -36,26 +37,26 @@ def convolutions(lines: Lines) -> None:
             lines.add("row", table="convolutions", shape=shape, times_per_latent=count, form=name, ms=ms)
 
 
-def shapes(config: vae_module.VAEConfig, height: int, width: int) -> dict[tuple[int, ...], int]:
+def shapes(config: VAEConfig, height: int, width: int) -> dict[tuple[int, ...], int]:
     """The causal convolutions of a steady latent, counted: (input frames, channels, outputs, kernel, height, width)."""
     found: dict[tuple[int, ...], int] = {}
-    inner = vae_module.causal_taps
+    inner = vae_layers.causal_taps
 
-    def noted(x: Tensor, conv: torch.nn.Conv3d, batch: int, space: int, stride: int = 1) -> Tensor:
-        key = len(x), x.shape[1], conv.out_channels, conv.kernel_size[2], x.shape[2], x.shape[3]
+    def noted(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        key = len(x), x.shape[1], len(weight), weight.shape[3], x.shape[2], x.shape[3]
         found[key] = found.get(key, 0) + 1
-        return inner(x, conv, batch, space, stride)
+        return inner(x, weight, *others)
 
     with torch.device("meta"):
         decoder = VAE(config)
         latent = torch.empty(1, config.z_dim, 1, height, width)
     try:
-        vae_module.causal_taps = noted
+        vae_layers.causal_taps = noted  # type: ignore[assignment]
         _, cache = decoder.first(latent)
         found.clear()
         decoder.steady(latent, tuple(cache))
     finally:
-        vae_module.causal_taps = inner
+        vae_layers.causal_taps = inner
     return found
 
 

@@ -17,7 +17,8 @@ from bench.instruments.meter import DENOISING, context_of, joined_of
 from engine.config import Preset, TransformerConfig
 from engine.generators import family_of
 from engine.model.cache import RingCache
-from engine.model.vae import VAE, AttentionBlock, CausalConv3d, Past, VAEConfig
+from engine.model.vae import VAE, VAEConfig
+from engine.model.vae_layers import AttentionBlock, CausalConv3d, Past, Sum
 from engine.runtime.passes import Capabilities, Pass, Stages
 from engine.stream import Pipeline, Stream
 
@@ -106,8 +107,8 @@ def vae_cost(config: VAEConfig, height: int, width: int, itemsize: int, steady: 
         moved = inputs[0].numel() + result.numel() + conv.weight.numel()
         counted.append(Cost(2.0 * result.numel() * conv.weight.shape[1] * taps, moved * itemsize))
 
-    def attention(module: nn.Module, inputs: tuple[Any, ...], result: Tensor) -> None:
-        images, channels, high, wide = inputs[0].shape
+    def attention(module: nn.Module, inputs: tuple[Sum, Past], result: Sum) -> None:
+        images, channels, high, wide = inputs[0].h.shape
         products = 4.0 * images * (high * wide) ** 2 * channels
         counted.append(Cost(products, 0.0, products))
 

@@ -1,8 +1,6 @@
 """Wan's causal 3-D VAE as two pure functions: `first` (1 latent -> 1 frame) and `steady` (1 latent -> 4 frames).
 
-Activations are batches of images x [T*B, C, H, W], time-major and channels-last, so that a slice in time is a view.
-A 3-tap causal convolution is one 2-D convolution over [x(t-2) | x(t-1) | x(t)] stacked along channels. On a CPU this is
-several times faster than a small 3-D convolution. Parameter names are those of diffusers' `AutoencoderKLWan`.
+Parameter names are those of diffusers' `AutoencoderKLWan`.
 """
 
 from __future__ import annotations
@@ -12,15 +10,23 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.vae_norm_silu import vae_norm_silu
+from engine.model.vae_layers import (
+    Cache,
+    CausalConv3d,
+    Downsample,
+    MidBlock,
+    Past,
+    PointConv3d,
+    ResidualBlock,
+    RMSNorm,
+    UpBlock,
+    Upsample,
+    to_images,
+    to_video,
+)
 
-Cache = tuple[Tensor, ...]  # one [B, C, 2, h, w] per causal convolution: the last two frames of its input
-
-# Above this many elements use 3-D convolutions: they run at full rate, and a stacked copy would cost too much memory.
-STACK_LIMIT = 1 << 20
 WAN_MEAN: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
 WAN_MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 WAN_STD: tuple[float, ...] = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
@@ -78,184 +84,6 @@ def _expect(name: str, got, expected, note: str = "") -> None:
         raise ValueError(f"{name}: got {got}, expected {expected} {note}".rstrip())
 
 
-class Past:
-    """The caches of one call, in the order of the convolutions; `next` collects the caches for the next call.
-
-    A first call (`cache` None) has one frame and no past. `in_place` overwrites the input caches with the next ones;
-    `fused` runs normalisation, activation and cache update as one kernel.
-    """
-
-    def __init__(self, batch: int, cache: Cache | None, in_place: bool = False, fused: bool = False):
-        self.batch, self.in_place, self.fused = batch, in_place, fused
-        self.cache = None if cache is None else iter(cache)
-        self.next: list[Tensor] = []
-
-    def extend(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        """Prepend two past frames to x [T*B, C, H, W] or silu(norm(x)): [(2+T)*B, C, H, W]; none in a first call."""
-        before = None if self.cache is None else next(self.cache)
-        if norm is not None and self.fused:
-            # A convolution over few frames or several videos may return another memory layout.
-            video = _to_video(x.contiguous(memory_format=torch.channels_last), self.batch)
-            extended, following = vae_norm_silu(video, norm.gamma, before, before if self.in_place else None)
-            self.next.append(following)
-            return extended.permute(2, 0, 1, 3, 4).flatten(0, 1)
-        if norm is not None:
-            x = F.silu(norm(x))
-        if before is None:
-            self.keep(torch.cat([torch.zeros_like(x), x]))
-            return x
-        x = torch.cat([before.permute(2, 0, 1, 3, 4).flatten(0, 1), x])
-        last = x[-2 * self.batch :]
-        if self.in_place:
-            self.next.append(before.copy_(_to_video(last, self.batch)))
-        else:
-            self.keep(last.clone())  # a view would keep all of x in memory
-        return x
-
-    def keep(self, x: Tensor) -> None:
-        self.next.append(x.unflatten(0, (2, self.batch)).permute(1, 2, 0, 3, 4))
-
-
-class CausalConv3d(nn.Conv3d):
-    """Three taps in time (t-2, t-1, t), "same" in space."""
-
-    def forward(self, x: Tensor, past: Past, norm: RMSNorm | None = None) -> Tensor:  # type: ignore[override]
-        """x [T*B, C, H, W] -> [T*B, C', H, W]; `norm` applies silu(norm(x)) first."""
-        extended, space = past.extend(x, norm), self.kernel_size[2] // 2
-        if past.cache is None:  # zeros precede the first frame, so only the last tap contributes
-            return F.conv2d(extended, self.weight[:, :, -1], self.bias, padding=space)
-        return causal_taps(extended, self, past.batch, space)
-
-
-class PointConv3d(nn.Conv3d):
-    """One tap in time and space."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] -> [N, C', H, W]"""
-        return F.conv2d(x, self.weight[:, :, 0], self.bias)
-
-
-def causal_taps(x: Tensor, conv: nn.Conv3d, batch: int, space: int, stride: int = 1) -> Tensor:
-    """x [(T+2)*B, C, H, W] -> [T*B, C', H, W], or only every stride-th frame; conv's weight is [C', C, 3, kh, kw]."""
-    frames = x.unflatten(0, (-1, batch))  # [T+2, B, C, H, W]
-    if x.numel() > STACK_LIMIT:
-        y = F.conv3d(frames.permute(1, 2, 0, 3, 4), conv.weight, conv.bias, (stride, 1, 1), (0, space, space))
-        return y.permute(2, 0, 1, 3, 4).flatten(0, 1)
-    last = frames.shape[0] - 2
-    stacked = torch.cat([frames[tap : tap + last : stride].flatten(0, 1) for tap in range(3)], dim=1)
-    return F.conv2d(stacked, conv.weight.transpose(1, 2).flatten(1, 2), conv.bias, padding=space)
-
-
-class RMSNorm(nn.Module):
-    """RMS normalisation over channels; gamma [C, 1, 1] or [C, 1, 1, 1] as published."""
-
-    def __init__(self, dim: int, dims: int = 3):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim, *[1] * dims))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same"""
-        # diffusers divides by max(|x|, 1e-12). The tiny eps has the same effect: 0 stays 0.
-        y = F.rms_norm(x.permute(0, 2, 3, 1), (x.shape[1],), self.gamma.flatten(), eps=1e-24)
-        return y.permute(0, 3, 1, 2)
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, in_dim: int, out_dim: int):
-        super().__init__()
-        self.norm1 = RMSNorm(in_dim)
-        self.conv1 = CausalConv3d(in_dim, out_dim, 3)
-        self.norm2 = RMSNorm(out_dim)
-        self.conv2 = CausalConv3d(out_dim, out_dim, 3)
-        self.conv_shortcut = PointConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
-
-    def forward(self, x: Tensor, past: Past) -> Tensor:
-        h = self.conv2(self.conv1(x, past, self.norm1), past, self.norm2)
-        return h + self.conv_shortcut(x)
-
-
-class AttentionBlock(nn.Module):
-    """Single-head self-attention inside each frame."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm = RMSNorm(dim, dims=2)
-        self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
-        self.proj = nn.Conv2d(dim, dim, 1)
-
-    def forward(self, x: Tensor, past: Past) -> Tensor:
-        qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)  # [N, H*W, 3C]
-        q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
-        out = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
-        return x + self.proj(out)
-
-
-class Upsample(nn.Module):
-    """Doubles the size and halves the channels; `temporal` also doubles the frames, except the video's first."""
-
-    def __init__(self, dim: int, temporal: bool):
-        super().__init__()
-        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, dim // 2, 3, padding=1))
-        if temporal:
-            self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1))
-        self.temporal = temporal
-
-    def forward(self, x: Tensor, past: Past) -> Tensor:
-        """[T*B, C, H, W] -> [T'*B, C/2, 2H, 2W]"""
-        if self.temporal:
-            if past.cache is None:  # the first frame is not doubled, and this convolution never sees it
-                past.keep(torch.cat([torch.zeros_like(x)] * 2))
-            else:
-                y = self.time_conv(x, past)  # [T*B, 2C, H, W]: the two halves of the channels are two frames
-                y = y.permute(0, 2, 3, 1).unflatten(3, (2, -1)).unflatten(0, (-1, past.batch))
-                x = y.permute(0, 4, 1, 2, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)  # [T*2*B, C, H, W], channels-last
-        return self.resample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Downsample(nn.Module):
-    """Halves the size; `temporal` also halves the frames, except the video's first."""
-
-    def __init__(self, dim: int, temporal: bool):
-        super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
-        if temporal:
-            self.time_conv = CausalConv3d(dim, dim, (3, 1, 1))
-        self.temporal = temporal
-
-    def forward(self, x: Tensor, past: Past) -> Tensor:
-        """[T*B, C, H, W] -> [T'*B, C, H/2, W/2]"""
-        x = self.resample(x)
-        if not self.temporal:
-            return x
-        extended = past.extend(x)
-        if past.cache is None:
-            return x
-        # Windows of three frames at stride 2. The first window starts one frame before x.
-        return causal_taps(extended[past.batch :], self.time_conv, past.batch, 0, stride=2)
-
-
-class MidBlock(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.attentions = nn.ModuleList([AttentionBlock(dim)])
-        self.resnets = nn.ModuleList([ResidualBlock(dim, dim), ResidualBlock(dim, dim)])
-
-    def forward(self, x: Tensor, past: Past) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, past), past), past)
-
-
-class UpBlock(nn.Module):
-    def __init__(self, in_dim: int, out_dim: int, count: int, upsample: Upsample | None):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(count))
-        self.upsamplers = nn.ModuleList([] if upsample is None else [upsample])
-
-    def forward(self, x: Tensor, past: Past) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x, past)
-        return x
-
-
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -272,11 +100,12 @@ class Encoder(nn.Module):
         self.norm_out = RMSNorm(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], config.z_dim * 2, 3)
 
-    def forward(self, x: Tensor, past: Past) -> Tensor:
-        x = self.conv_in(x, past)
+    def forward(self, images: Tensor, past: Past) -> Tensor:
+        x = self.conv_in.sum(past.extend(images), past)
         for block in self.down_blocks:
             x = block(x, past)
-        return self.conv_out(self.mid_block(x, past), past, self.norm_out)
+        extended, _ = past.normalise(self.mid_block(x, past), self.norm_out, keep=False)
+        return self.conv_out(extended, past)
 
 
 class Decoder(nn.Module):
@@ -296,11 +125,12 @@ class Decoder(nn.Module):
         self.norm_out = RMSNorm(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], config.out_channels, 3)
 
-    def forward(self, x: Tensor, past: Past) -> Tensor:
-        x = self.mid_block(self.conv_in(x, past), past)
+    def forward(self, images: Tensor, past: Past) -> Tensor:
+        x = self.mid_block(self.conv_in.sum(past.extend(images), past), past)
         for block in self.up_blocks:
             x = block(x, past)
-        return self.conv_out(x, past, self.norm_out)
+        extended, _ = past.normalise(x, self.norm_out, keep=False)
+        return self.conv_out(extended, past)
 
 
 class VAE(nn.Module):
@@ -318,12 +148,18 @@ class VAE(nn.Module):
         self._fused = False
 
     def fuse(self) -> None:
-        """Run norm, SiLU and cache update as one kernel from now on. For inference; call it when weights are final."""
+        """From now on run bias, residual, norm, SiLU and cache update as one kernel, and upsample inside convolutions.
+
+        For inference on a GPU; call it when weights are final.
+        """
         self._fused = True
-        for conv in self.modules():
-            if isinstance(conv, CausalConv3d):  # convert weights to channels-last once instead of on every call
-                weight = conv.weight.detach().contiguous(memory_format=torch.channels_last_3d)
-                conv.weight = nn.Parameter(weight, requires_grad=False)
+        self.encoder.conv_in.late_bias = self.decoder.conv_in.late_bias = True
+        for module in self.modules():
+            if isinstance(module, CausalConv3d | ResidualBlock | Upsample):
+                module.fuse()
+            elif type(module) is nn.Conv2d:
+                weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
+                module.weight = nn.Parameter(weight, requires_grad=False)
 
     def first(self, latent: Tensor) -> tuple[Tensor, Cache]:
         """The start of a video: latent [B, C, 1, h, w] -> frames [B, 3, 1, H, W], cache."""
@@ -378,16 +214,16 @@ class VAE(nn.Module):
     def encode_step(self, frames: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         """One latent frame [B, C, 1, h, w], float32, and the next cache; the first takes 1 frame, the others 4."""
         past = Past(frames.shape[0], cache, fused=self._fused)
-        x = self.quant_conv(self.encoder(_to_images(frames.to(self.quant_conv.weight.dtype)), past))
+        x = self.quant_conv(self.encoder(_images(frames.to(self.quant_conv.weight.dtype)), past))
         mean, std = self._statistics(frames.device)
-        return (_to_video(x[:, : self.config.z_dim], past.batch).float() - mean) / std, tuple(past.next)
+        return (to_video(x[:, : self.config.z_dim], past.batch).float() - mean) / std, tuple(past.next)
 
     def _decode(self, latent: Tensor, cache: Cache | None, in_place: bool = False) -> tuple[Tensor, Cache]:
         mean, std = self._statistics(latent.device)
         z = (latent.float() * std + mean).to(self.post_quant_conv.weight.dtype)
         past = Past(latent.shape[0], cache, in_place, self._fused)
-        x = self.decoder(self.post_quant_conv(_to_images(z)), past)
-        return _to_video(x, past.batch).clamp(-1, 1), tuple(past.next)
+        x = self.decoder(self.post_quant_conv(_images(z)), past)
+        return to_video(x, past.batch).clamp(-1, 1), tuple(past.next)
 
     def _check_latent(self, latent: Tensor, single: bool = False) -> None:
         shape, channels = tuple(latent.shape), self.config.z_dim
@@ -409,14 +245,9 @@ def _column(values: tuple[float, ...], device: torch.device | str) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
 
 
-def _to_images(video: Tensor) -> Tensor:
+def _images(video: Tensor) -> Tensor:
     """[B, C, T, H, W] -> [T*B, C, H, W], channels-last"""
-    return video.permute(2, 0, 1, 3, 4).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-
-
-def _to_video(images: Tensor, batch: int) -> Tensor:
-    """[T*B, C, H, W] -> [B, C, T, H, W]"""
-    return images.unflatten(0, (-1, batch)).permute(1, 2, 0, 3, 4)
+    return to_images(video).contiguous(memory_format=torch.channels_last)
 
 
 def frames_to_uint8(frames: Tensor) -> Tensor:

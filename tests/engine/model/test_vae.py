@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from closeness import assert_as_good
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 
-import engine.model.vae
+import engine.model.vae_layers
 from engine.model.vae import VAE, VAEConfig, frames_to_uint8, uint8_to_frames
+from engine.model.vae_layers import ResidualBlock, phases_of, upsampled_convolution
 from kernels.vae_norm_silu import _channels_last, vae_norm_silu
 
 DATA = Path(__file__).parents[2] / "data" / "causal"
@@ -98,7 +101,7 @@ def error(got, expected):
 @pytest.mark.parametrize("limit", [0, 1 << 30], ids=["conv3d", "stacked"])
 def test_decode_equals_diffusers_for_every_split(pair, limit, monkeypatch):
     vae, reference = pair
-    monkeypatch.setattr(engine.model.vae, "STACK_LIMIT", limit)
+    monkeypatch.setattr(engine.model.vae_layers, "STACK_LIMIT", limit)
     z = latents(vae, 4, batch=2)
     mean, std = statistics(vae)
     expected = reference.decode(z * std + mean).sample
@@ -169,6 +172,59 @@ def test_steady_is_pure(tiny, monkeypatch):
     assert torch.equal(tiny.steady(z[:, :, 1:], cache)[0], expected)
 
 
+@pytest.mark.parametrize("channels", [(6, 3), (8, 4), (96, 40)])
+def test_four_phases_are_a_convolution_over_upsampled_images(channels):
+    conv = torch.nn.Conv2d(*channels, 3, padding=1).double()
+    x = torch.randn(2, channels[0], 5, 4, dtype=torch.float64)
+    expected = conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    got = upsampled_convolution(x, phases_of(conv.weight), conv.bias)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert error(got, expected) < 1e-12
+
+
+def test_phases_in_bf16_err_no_more_than_the_convolution_does():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(96, 48, 3, padding=1).bfloat16()
+    x = torch.randn(2, 96, 12, 10).bfloat16()
+    upsampled = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    exact = copy.deepcopy(conv).double()(upsampled.double())
+    plain = F.conv2d(upsampled, conv.weight, padding=1) + conv.bias[:, None, None]  # as cuDNN does it
+    assert_as_good(upsampled_convolution(x, phases_of(conv.weight), conv.bias), plain, exact)
+
+
+def test_fusing_leaves_the_weights_as_they_are(pair):
+    vae = copy.deepcopy(pair[0])
+    vae.fuse()
+    assert all(torch.equal(a, b) for a, b in zip(vae.state_dict().values(), pair[0].state_dict().values(), strict=True))
+
+
+def test_no_convolution_between_two_norms_adds_its_bias(pair, monkeypatch):
+    """cuDNN would add it in a pass of its own. The others have few channels, or lie behind no norm."""
+    vae = copy.deepcopy(pair[0])
+    vae.fuse()
+    with_bias = []
+
+    def spy(what):
+        inner = getattr(F, what)
+
+        def convolve(x, weight, bias=None, *args, **options):
+            with_bias.append((what, weight.shape[0])) if bias is not None else None
+            return inner(x, weight, bias, *args, **options)
+
+        monkeypatch.setattr(F, what, convolve)
+
+    z = latents(vae, 2)
+    _, cache = vae.first(z[:, :, :1])
+    spy("conv2d"), spy("conv3d")
+    vae.steady(z[:, :, 1:], cache)
+    decoder = vae.decoder
+    blocks = [m for m in decoder.modules() if isinstance(m, ResidualBlock)]
+    shortcuts = sum(not isinstance(block.conv_shortcut, torch.nn.Identity) for block in blocks)
+    temporal = sum(getattr(m, "temporal", False) for m in decoder.modules())
+    # Beside them post_quant_conv, conv_out, and attention's two products.
+    assert len(with_bias) == shortcuts + temporal + 4
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_fused_and_in_place_give_the_same_frames(pair, batch):
     """Norm, SiLU and cache as one operation, caches moved on where they lie: as the two of them run on a GPU."""
@@ -197,14 +253,14 @@ def test_the_kernel_gets_channels_last_frames(pair, batch, limit, monkeypatch):
     """On a GPU it refuses others; the reference, which runs here, takes any layout."""
     vae = copy.deepcopy(pair[0])
     vae.fuse()
-    monkeypatch.setattr(engine.model.vae, "STACK_LIMIT", limit)
+    monkeypatch.setattr(engine.model.vae_layers, "STACK_LIMIT", limit)
     seen = []
 
-    def spy(x, gamma, cache, cache_out=None):
-        seen.append([_channels_last(t) for t in (x, cache, cache_out) if t is not None])
-        return vae_norm_silu(x, gamma, cache, cache_out)
+    def spy(x, gamma, cache, cache_out, bias, residual, keep):
+        seen.append([_channels_last(t) for t in (x, cache, cache_out, residual) if t is not None])
+        return vae_norm_silu(x, gamma, cache, cache_out, bias, residual, keep)
 
-    monkeypatch.setattr(engine.model.vae, "vae_norm_silu", spy)
+    monkeypatch.setattr(engine.model.vae_layers, "vae_norm_silu", spy)
     z = latents(vae, 3, batch)
     _, cache = vae.first(z[:, :, :1])
     for t in (1, 2):
