@@ -1,4 +1,8 @@
-"""x + gate * y with one gate per frame: the residual connection of a modulated block, in one pass instead of two."""
+"""x + gate * y with one gate per frame: the residual connection of a modulated block, in one pass instead of two.
+
+`Residual` is that sum before it is computed: the norm that reads it next (kernels/norm_modulate.py) adds it up on the
+way, which saves a launch and a pass.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -57,6 +61,35 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         raise ValueError(f"gate_residual: got {described(x=x, y=y, gate=gate)}, expected x, y [B, F * n, dim] "
                          "and gate [B, F, 1, dim], one dtype, dim contiguous")  # fmt: skip
     return implementation("gate_residual", x.device, fits=not needs_gradient(x, y, gate))(x, y, gate)
+
+
+class Residual:
+    """x + y * gate, or x + y: added up by the norm that reads it first, or when `total` is called.
+
+    x, y [B, F * n, dim], gate [B, F, 1, dim] or None.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, gate: Tensor | None = None) -> None:
+        self.x, self.y, self.gate = x, y, gate
+        self._total: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def added(self) -> bool:
+        """Whether the sum is there already."""
+        return self._total is not None
+
+    def total(self) -> Tensor:
+        """The sum, [B, F * n, dim]."""
+        if self._total is None:
+            self._total = self.x + self.y if self.gate is None else gate_residual(self.x, self.y, self.gate)
+        return self._total
+
+    def accept(self, total: Tensor) -> None:
+        """Take the sum from the kernel that has computed it."""
+        self._total = total
 
 
 def _variants() -> Iterator[Variant]:

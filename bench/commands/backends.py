@@ -54,7 +54,7 @@ class _Compiled:
     def __init__(self, model: WanTransformer) -> None:
         self.model, self.config, self.proj_out = model, model.config, model.proj_out
         self.prepare_text = model.prepare_text
-        self._block = torch.compile(Block.forward)
+        self._block = torch.compile(_block)
         self._layer, self._attend = 0, cast(Attend, None)
         self._outside = torch.compiler.disable(self._self_attention)
 
@@ -80,11 +80,16 @@ class _Compiled:
         return self.model.head(hidden, embedding, latent)
 
 
+def _block(block: Block, *args: Any) -> Tensor:
+    """The block's result as a tensor, for the compiler."""
+    return block(*args).total()
+
+
 def variants(pipeline: Pipeline) -> dict[str, Pipeline]:
     """Pipelines that share one eager pipeline's weights, slowest first."""
     eager, gpu = models.torch_parts(pipeline), pipeline.device.type == "cuda"
     vae = copy.deepcopy(eager.vae)  # fuse() changes a VAE, and the eager pipelines keep theirs
-    if vae is not None:
+    if vae is not None and gpu:
         vae.fuse()
 
     def graphed(stages: TorchStages) -> Any:
@@ -92,7 +97,7 @@ def variants(pipeline: Pipeline) -> dict[str, Pipeline]:
 
     def fast(fp8: bool) -> TorchStages:
         models = {role: to_fp8(model, FP8_KEEP, role) if fp8 else model for role, model in eager.models.items()}
-        return TorchStages(models, vae, eager.text_encoder)
+        return TorchStages(models, vae, eager.text_encoder, join_context=gpu)
 
     compiled = cast(dict[str, WanTransformer], {role: _Compiled(model) for role, model in eager.models.items()})
     bf16, fp8 = fast(False), fast(True)

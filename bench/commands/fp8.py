@@ -165,7 +165,7 @@ def _added(model: WanTransformer, inputs: list[Tensor], text: Any, t: Tensor, kv
         cos, sin = rope_tables([slot], side, side, config.attention_head_dim)
         k, v = (part[0].to(dtype) for part in text)
         x = x.to(dtype)
-        out = model.blocks[0](x, modulation, k, v, cos, sin, CachedAttention(cache, slot, slot + 1), 0)
+        out = model.blocks[0](x, modulation, k, v, cos, sin, CachedAttention(cache, slot, slot + 1), 0).total()
     return out.float() - x.float()
 
 

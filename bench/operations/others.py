@@ -15,6 +15,7 @@ from torch import Tensor
 from bench.instruments.flops import Cost
 from engine.model.layers import rms_unit
 from engine.model.rope import apply_rope, rope_tables
+from kernels.bias_residual import bias_residual, bias_residual_reference
 from kernels.cuda_library import LIBRARY, fp8_linear_cuda
 from kernels.fp8_linear import CANDIDATES, fp8_linear, fp8_linear_library, fp8_linear_reference, fp8_linear_tiles
 from kernels.gate_residual import gate_residual
@@ -217,16 +218,29 @@ def _fp8_linear(device: torch.device, dtype: torch.dtype, rows: int, columns: in
 
 
 def _vae_norm_silu(
-    device: torch.device, dtype: torch.dtype, channels: int, frames: int, height: int, width: int
+    device: torch.device, dtype: torch.dtype, channels: int, frames: int, height: int, width: int, adds: int
 ) -> Case:
-    shapes = (1, channels, frames, height, width), (1, channels, 2, height, width)
+    """adds: also add bias and residual, and give the sum."""
+    whole = 1, channels, frames, height, width
     layout = torch.channels_last_3d
-    x, cache = (t.contiguous(memory_format=layout) for t in _random(device, dtype, *shapes))
-    (gamma,) = _random(device, dtype, (channels,))
-    traffic = 2.0 * x.nbytes + 3.0 * cache.nbytes
-    shape = f"{channels} x {frames} x {height} x {width}"
-    args = (x, gamma, cache)
+    tensors = _random(device, dtype, whole, (1, channels, 2, height, width), whole)
+    x, cache, residual = (t.contiguous(memory_format=layout) for t in tensors)
+    gamma, bias = _random(device, dtype, (channels,), (channels,))
+    traffic = 2.0 * (1 + adds) * x.nbytes + 3.0 * cache.nbytes
+    shape = f"{channels} x {frames} x {height} x {width}{' + bias + residual' if adds else ''}"
+    args = (x, gamma, cache, None, *((bias, residual) if adds else ()))
     return _beside("vae_norm_silu", shape, vae_norm_silu, vae_norm_silu_reference, args, traffic, _first)
+
+
+def _bias_residual(
+    device: torch.device, dtype: torch.dtype, channels: int, images: int, height: int, width: int
+) -> Case:
+    shape = images, channels, height, width
+    h, residual = (t.contiguous(memory_format=torch.channels_last) for t in _random(device, dtype, shape, shape))
+    (bias,) = _random(device, dtype, (channels,))
+    name = f"{channels} x {images} x {height} x {width}"
+    args = h, bias, residual
+    return _beside("bias_residual", name, bias_residual, bias_residual_reference, args, 3.0 * h.nbytes)
 
 
 _WIDTHS: dict[str, list[tuple[int, ...]]] = {"cpu": [(37, 96), (60, 1536)], "cuda": [(1560, 1536)]}
@@ -255,8 +269,9 @@ SHAPES: dict[str, tuple[Callable[..., Case], dict[str, list[tuple[int, ...]]]]] 
     "vae_norm_silu": (
         _vae_norm_silu,
         {
-            "cpu": [(32, 2, 16, 16)],
-            "cuda": [(384, 2, 120, 208), (96, 4, 480, 832)],
+            "cpu": [(32, 2, 16, 16, 0)],
+            "cuda": [(384, 2, 120, 208, 0), (96, 4, 480, 832, 0), (96, 4, 480, 832, 1)],
         },
     ),
+    "bias_residual": (_bias_residual, {"cpu": [(32, 2, 16, 16)], "cuda": [(192, 4, 240, 416)]}),
 }

@@ -15,10 +15,11 @@ from torch import Tensor
 from engine.model.cache import Streaming
 from engine.model.fp8 import Fp8Linear, linear_of, same
 from engine.model.rope import apply_rope
-from kernels.gate_residual import gate_residual
+from kernels.gate_residual import Residual
 from kernels.gelu_quantize import gelu, gelu_quantize
 from kernels.linear_gelu import linear_gelu
 from kernels.norm_modulate import (
+    Hidden,
     layer_norm_affine,
     layer_norm_affine_quantize,
     norm_modulate,
@@ -154,7 +155,7 @@ class FeedForward(nn.Module):
         # Index 1 is a dropout in the published layout; it holds no weights.
         self.net = nn.ModuleList([_GeluProjection(dim, inner), nn.Identity(), nn.Linear(inner, dim)])
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    def forward(self, x: Hidden, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
         """Normalise x [B, F * n, dim], modulate it by shift and scale [B, F, 1, dim], apply both products."""
         up, down = cast(_GeluProjection, self.net[0]).proj, self.net[2]
         if type(up) is nn.Linear and not isinstance(down, Fp8Linear):
@@ -180,21 +181,22 @@ class Block(nn.Module):
         self.scale_shift_table = modulation_table(6, dim)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor, cos: Tensor, sin: Tensor,
+        self, x: Hidden, modulation: Tensor, text_k: Tensor, text_v: Tensor, cos: Tensor, sin: Tensor,
         attend: Attend, layer: int, added: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """x [B, F * n, dim], text_k and text_v [B, rows, heads, head_dim] -> as x.
+    ) -> Residual:  # fmt: skip
+        """x [B, F * n, dim], text_k and text_v [B, rows, heads, head_dim] -> as x, not added up.
 
         modulation [B, F, 6, dim] is that of all blocks; with `added` this block's table is already in it.
         """
         own = modulation if added else self.scale_shift_table[:, None] + modulation
         shift, scale, gate_sa, shift_ff, scale_ff, gate_ff = own.unsqueeze(3).unbind(2)
         qkv = self.attn1.query_key_value(norm_modulate, norm_modulate_quantize, x, shift, scale, self.eps)
-        x = gate_residual(x, self.attn1.output(self._self_attention(qkv, cos, sin, attend, layer)), gate_sa)
+        x = Residual(total(x), self.attn1.output(self._self_attention(qkv, cos, sin, attend, layer)), gate_sa)
 
         query = self.attn2.norm_q(self._cross_query(x)).unflatten(-1, (self.attn2.heads, -1))
-        x = x + self.attn2.output(ring_attention(query, text_k, text_v, text_k.shape[1]))
-        return gate_residual(x, self.ffn(x, shift_ff, scale_ff, self.eps), gate_ff)
+        x = Residual(total(x), self.attn2.output(ring_attention(query, text_k, text_v, text_k.shape[1])))
+        inner = self.ffn(x, shift_ff, scale_ff, self.eps)
+        return Residual(total(x), inner, gate_ff)
 
     def _self_attention(self, qkv: QKV, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
         """[B, n, heads, head_dim]"""
@@ -204,12 +206,17 @@ class Block(nn.Module):
             return attend.fused(layer, joined, first.norm_q.weight, first.norm_k.weight, cos, sin, first.norm_q.eps)
         return attend(layer, *first.rotated(qkv, cos, sin))
 
-    def _cross_query(self, x: Tensor) -> Tensor:
+    def _cross_query(self, x: Hidden) -> Tensor:
         norm, to_q = self.norm2, cast(nn.Module, self.attn2.to_q)
         if isinstance(norm, nn.LayerNorm):
             normed = norm.weight, norm.bias, norm.eps
             return linear_of(to_q, layer_norm_affine, layer_norm_affine_quantize, x, *normed)
-        return linear_of(to_q, same, quantize_per_token, x)
+        return linear_of(to_q, same, quantize_per_token, total(x))
+
+
+def total(x: Hidden) -> Tensor:
+    """The hidden state [B, F * n, dim]; computed now unless a norm has read it."""
+    return x if isinstance(x, Tensor) else x.total()
 
 
 def time_features(t: Tensor, dim: int) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from engine.config import TransformerConfig
 from engine.model.cache import Streaming
-from engine.model.layers import Attend, Block, ConditionEmbedder, modulation_table, rms_unit
-from kernels.norm_modulate import norm_modulate
+from engine.model.layers import Attend, Block, ConditionEmbedder, modulation_table, rms_unit, total
+from kernels.norm_modulate import Hidden, norm_modulate
 
 # Cross-attention K and V of every layer: one tensor [layers, B, rows, heads, head_dim] each, or one per layer.
 TextKV = tuple[Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor]
@@ -69,7 +69,8 @@ class WanTransformer(nn.Module):
         tokens = F * (h / ph) * (w / pw); c_f [B, tokens, dim] (zero where None).
         Returns the last hidden state before norm_out [B, tokens, dim] and the time embedding [B, F, dim].
         """
-        hidden, embedding, modulation = self.embed(latent, t, c_f)
+        x, embedding, modulation = self.embed(latent, t, c_f)
+        hidden: Hidden = x
         # One sum for all blocks where they stream; elsewhere each adds its own table, which may be sharded or traced.
         tables = self._tables if isinstance(attend, Streaming) else None
         added = None if tables is None else tables + modulation  # [layers, B, F, 6, dim]
@@ -77,7 +78,9 @@ class WanTransformer(nn.Module):
             own = modulation if added is None else added[layer]
             text = text_kv[0][layer], text_kv[1][layer]
             hidden = block(hidden, own, *text, cos, sin, attend, layer, added is not None)
-        return hidden, embedding
+            if added is None:  # a block that is checkpointed or sharded takes and gives tensors
+                hidden = total(hidden)
+        return total(hidden), embedding
 
     def embed(self, latent: Tensor, t: Tensor, c_f: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The blocks' inputs: hidden state [B, tokens, dim], time embedding [B, F, dim], modulation [B, F, 6, dim]."""

@@ -4,8 +4,11 @@ import pytest
 import torch
 from closeness import assert_as_good
 
+import kernels.gate_residual
+import kernels.norm_modulate
 from bench.operations.others import modulate
-from kernels import table
+from kernels import launch, table
+from kernels.gate_residual import Residual, gate_residual
 from kernels.norm_modulate import (
     layer_norm_affine,
     layer_norm_affine_quantize,
@@ -101,6 +104,50 @@ def test_reference_is_the_published_formula(device, dtype):
         assert torch.equal(layer_norm_affine(x, affine.weight, affine.bias), affine(x))
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("op", [norm_modulate, norm_modulate_quantize, layer_norm_affine, layer_norm_affine_quantize])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_residual_is_added_up_on_the_way(device, dtype, op, gated):
+    """Bit for bit what the sum and the norm give one after the other; the sum is then there."""
+    x, shift, scale = inputs(device, dtype, dim=128)
+    y, gate = x.flip(1), shift.flip(3) if gated else None
+    args = (scale[0, 0, 0], shift[0, 0, 0]) if op in (layer_norm_affine, layer_norm_affine_quantize) else (shift, scale)
+    total = x + y if gate is None else gate_residual(x, y, gate)
+    expected = op(total, *args)
+    pending = Residual(x, y, gate)
+    assert len(pending) == len(x)
+    found = op(pending, *args)
+    both = ((found, expected),) if isinstance(found, torch.Tensor) else zip(found, expected, strict=True)
+    assert all(torch.equal(a.float(), b.float()) for a, b in both)
+    assert pending.added
+    assert torch.equal(pending.total(), total)
+    again = op(pending, *args)  # from the sum
+    assert torch.equal(*(r.float() if isinstance(r, torch.Tensor) else r[0].float() for r in (again, expected)))
+
+
+def test_one_kernel_adds_and_norms(device, monkeypatch):
+    """The sum costs no launch of its own."""
+    x, shift, scale = inputs(device, torch.bfloat16)
+    launched = []
+    real = launch.launch
+
+    def count(kernel, *args, **options):
+        launched.append(kernel)
+        real(kernel, *args, **options)
+
+    for module in (kernels.norm_modulate, kernels.gate_residual):
+        monkeypatch.setattr(module, "launch", count)
+    norm_modulate(Residual(x, x, shift), shift, scale)
+    assert len(launched) == 1
+
+
+def test_a_residual_with_gradients_takes_the_reference(device):
+    x, shift, scale = inputs(device, torch.float32)
+    y = x.flip(1).requires_grad_()
+    norm_modulate(Residual(x, y, shift), shift, scale).sum().backward()
+    assert y.grad is not None
+
+
 def test_bad_input(device):
     x, shift, scale = inputs(device, torch.float32)
     for call in (
@@ -111,6 +158,9 @@ def test_bad_input(device):
         lambda: norm_modulate(x, shift[:, :1], scale),
         lambda: norm_modulate_quantize(x, shift.expand(2, 2, 6, -1), scale.expand(2, 2, 6, -1)),
         lambda: layer_norm_affine(x, shift, scale),
+        lambda: norm_modulate(Residual(x, x[:, 1:]), shift, scale),
+        lambda: norm_modulate(Residual(x, x.bfloat16()), shift, scale),
+        lambda: norm_modulate(Residual(x, x, shift[:, :, 0]), shift, scale),
         lambda: layer_norm_affine(x[:, :0], scale[0, 0, 0], shift[0, 0, 0]),
         lambda: norm_modulate(x[:, :0], shift, scale),
         lambda: layer_norm_affine_quantize(x, scale[0, 0, 0], shift[0, 0, 0].double()),
