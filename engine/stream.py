@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -18,9 +19,9 @@ from engine.model.text import Tokenizer
 from engine.model.vae import frames_to_uint8, uint8_to_frames
 from engine.runtime.passes import Stages
 from engine.runtime.transfer import Download, SideStream, upload
-from engine.sampling.noise import NoiseSource, PhiloxNoise
+from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
 from engine.sampling.schedule import Schedule
-from engine.sampling.solvers import make_solver
+from engine.sampling.solvers import SOLVERS, make_solver
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Pipeline:
     def side(self) -> SideStream:
         """The queue on which streams decode while their next latents are made."""
         return SideStream(self.device)
+
+    @cached_property
+    def worker(self) -> Executor:
+        """The thread on which streams draw their next chunk's noise."""
+        return ThreadPoolExecutor(1, thread_name_prefix="noise")
 
     def warm(self) -> None:
         """Stream four chunks of an empty prompt, to compile kernels and capture graphs before the first stream."""
@@ -106,7 +112,11 @@ class Pipeline:
             raise ValueError(f"frames: got {frames}, expected at least 1")
         if clip is not None:
             latents = self.encode_clip(clip)
-        return Stream(self, prompt, noise or PhiloxNoise(seed), frames, latents)
+        if noise is None:
+            noise = PhiloxNoise(seed)
+            # A GPU would wait for the draws. A processor has no idle core for another thread.
+            noise = DrawnAhead(noise, self.worker) if self.device.type == "cuda" else noise
+        return Stream(self, prompt, noise, frames, latents)
 
 
 class Stream:
@@ -126,9 +136,11 @@ class Stream:
         geometry = Geometry.of(
             config, len(text_emb), pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
         )
+        self.supplied = deque(self._split(latents, geometry)) if latents is not None else deque()
+        self._ahead_of_time = noise if isinstance(noise, DrawnAhead) else None
+        self._prepare_noise(len(self.supplied), geometry)
         with torch.inference_mode():
             self.state = pipeline.generator.open(geometry, pipeline.stages.prepare_text(text_emb))
-        self.supplied = deque(self._split(latents, geometry)) if latents is not None else deque()
         self.emitted = 0  # frames returned by the iterator so far
         self._vae_cache: Any = None
         self._uncommitted: tuple[Tensor, bool] | None = None  # the last chunk, and whether it was supplied
@@ -193,11 +205,12 @@ class Stream:
             self._uncommitted = None
         if self.supplied:
             return self.supplied[0]
-        index, shape = state.index, self._shape()
+        index = state.index
         steps = self.schedule.steps(index)
         solver = make_solver(self.pipeline.preset.solver, self.schedule)
-        noise = self.noise.draw(index, len(steps) if solver.renoises else 1, shape)
+        noise = self.noise.draw(index, *self._draws(index, state.geometry))
         x, *fresh = upload(noise, self.pipeline.device, self.pipeline.dtype)
+        self._prepare_noise(index + 1, state.geometry)
         for (t, t_next), new in zip_longest(steps, fresh):
             flow = generator.denoise(x, t, state)
             x = solver.step(x, flow, t, t_next, new)
@@ -245,9 +258,16 @@ class Stream:
             raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, expected [{batch or 'B'}, rows, {width}]")
         return prompt.to(self.pipeline.device, self.pipeline.dtype)
 
-    def _shape(self) -> tuple[int, ...]:
-        g = self.state.geometry
-        return g.batch, g.channels, self.pipeline.preset.chunk_frames(self.state.index), g.height, g.width
+    def _draws(self, index: int, geometry: Geometry) -> tuple[int, tuple[int, ...]]:
+        """How many draws chunk `index` takes, and the shape of each."""
+        g, preset = geometry, self.pipeline.preset
+        count = len(self.schedule.steps(index)) if SOLVERS[preset.solver].renoises else 1
+        return count, (g.batch, g.channels, preset.chunk_frames(index), g.height, g.width)
+
+    def _prepare_noise(self, index: int, geometry: Geometry) -> None:
+        """Begin to draw what chunk `index` will take, if the source can do that beside the stream."""
+        if self._ahead_of_time is not None:
+            self._ahead_of_time.prepare(index, *self._draws(index, geometry))
 
     def _split(self, latents: Tensor, geometry: Geometry) -> list[Tensor]:
         """Split supplied latents [B, C, F, h, w] into chunks; the first may be shorter. ValueError if misshapen."""

@@ -1,6 +1,7 @@
 """Noise that depends on (seed, chunk, draw) alone, so that earlier draws and the language do not change a video."""
 
 from collections.abc import Mapping
+from concurrent.futures import Executor, Future
 from math import prod
 from typing import Protocol
 
@@ -53,6 +54,38 @@ class PhiloxNoise:
         self._state["state"]["counter"] = np.array([0, number, chunk, 0], dtype=np.uint64)
         self._bits.state = self._state
         return self._bits.random_raw(size)
+
+
+class DrawnAhead:
+    """A source whose draws can be asked for in advance: a worker thread makes them meanwhile, with the same numbers.
+
+    At full size the draws of a chunk take tens of milliseconds, for which a GPU would wait.
+    """
+
+    def __init__(self, source: NoiseSource, worker: Executor) -> None:
+        """The source is used by one thread at a time. The worker is left running."""
+        self._source, self._worker = source, worker
+        self._asked: tuple[int, int, tuple[int, ...]] | None = None
+        self._drawing: Future[Tensor] | None = None
+
+    def prepare(self, chunk: int, count: int, shape: tuple[int, ...]) -> None:
+        """Begin the draws that the next call of `draw` will want."""
+        if self._asked != (chunk, count, shape):
+            self._settle()
+            self._asked = chunk, count, shape
+            self._drawing = self._worker.submit(self._source.draw, chunk, count, shape)
+
+    def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
+        if self._drawing is None or self._asked != (chunk, count, shape):
+            self._settle()
+            return self._source.draw(chunk, count, shape)
+        drawing, self._asked, self._drawing = self._drawing, None, None
+        return drawing.result()
+
+    def _settle(self) -> None:
+        """Wait until the worker does not use the source. An error belongs to the call that asks for these draws."""
+        if self._drawing is not None:
+            self._drawing.exception()
 
 
 class ReplayNoise:

@@ -1,12 +1,15 @@
 """The seeded noise: words of Philox4x64-10 from its definition, Box-Muller from the math module."""
 
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from engine.sampling.noise import PhiloxNoise, ReplayNoise
+from engine.sampling.noise import DrawnAhead, PhiloxNoise, ReplayNoise
 
 WORD = 2**64 - 1
 M = 0xD2E7470EE14C6C93, 0xCA5A826395121157
@@ -112,3 +115,87 @@ def test_replay_gives_what_was_recorded_and_nothing_else():
     for chunk, count, shape in ((1, 1, (1, 2)), (0, 3, (1, 2)), (0, 1, (2, 1))):
         with pytest.raises(ValueError, match=r"noise: got .*expected"):
             source.draw(chunk, count, shape)
+
+
+class Watched:
+    """Philox, and who asked for what on which thread; at most one thread at a time may use it."""
+
+    def __init__(self, fails=()):
+        self.source, self.fails, self.asked, self.busy = PhiloxNoise(3), fails, [], False
+
+    def draw(self, chunk, count, shape):
+        assert not self.busy
+        self.busy = True
+        try:
+            time.sleep(0.01)
+            self.asked.append((chunk, threading.current_thread().name))
+            if chunk in self.fails:
+                raise RuntimeError("out of entropy")
+            return self.source.draw(chunk, count, shape)
+        finally:
+            self.busy = False
+
+
+@pytest.fixture
+def worker():
+    with ThreadPoolExecutor(1, thread_name_prefix="noise") as pool:
+        yield pool
+
+
+def test_what_was_asked_for_ahead_is_drawn_once_and_equal(worker):
+    watched, plain = Watched(), PhiloxNoise(3)
+    ahead = DrawnAhead(watched, worker)
+    for chunk in range(4):
+        ahead.prepare(chunk, 2, (5, 3))
+        ahead.prepare(chunk, 2, (5, 3))  # again: a chunk that is made again
+        assert torch.equal(ahead.draw(chunk, 2, (5, 3)), plain.draw(chunk, 2, (5, 3)))
+    assert [chunk for chunk, _ in watched.asked] == [0, 1, 2, 3]
+    assert all(name.startswith("noise") for _, name in watched.asked)
+
+
+def test_other_draws_than_those_asked_for_wait_for_the_worker(worker):
+    watched, plain = Watched(), PhiloxNoise(3)
+    ahead = DrawnAhead(watched, worker)
+    ahead.prepare(5, 2, (5, 3))
+    assert torch.equal(ahead.draw(4, 1, (2,)), plain.draw(4, 1, (2,)))
+    assert torch.equal(ahead.draw(5, 2, (5, 3)), plain.draw(5, 2, (5, 3)))
+    assert [chunk for chunk, _ in watched.asked] == [5, 4]  # what was prepared is kept
+    ahead.prepare(6, 2, (5, 3))
+    ahead.prepare(7, 2, (5, 3))  # replaces it
+    assert torch.equal(ahead.draw(6, 2, (5, 3)), plain.draw(6, 2, (5, 3)))
+
+
+def test_an_error_on_the_worker_belongs_to_the_call_that_wants_these_draws(worker):
+    ahead = DrawnAhead(Watched(fails=(1,)), worker)
+    ahead.prepare(1, 1, (2,))
+    ahead.draw(0, 1, (2,))
+    with pytest.raises(RuntimeError, match="out of entropy"):
+        ahead.draw(1, 1, (2,))
+    ahead.prepare(2, 1, (2,))
+    ahead.draw(2, 1, (2,))
+
+
+@pytest.mark.parametrize("family", ["pipeline", "causal"])
+def test_streams_that_draw_ahead_show_the_same_frames(request, family, worker):
+    """As on a GPU: chunk 0 is drawn while the stream opens, the next one while a chunk is denoised."""
+    pipeline = request.getfixturevalue(family)
+    expected = list(pipeline.stream("a red circle", seed=3, frames=30))
+    watched = Watched()
+    with pipeline.stream("a red circle", noise=DrawnAhead(watched, worker), frames=30) as stream:
+        frames = list(stream)
+    assert np.array_equal(frames, expected)
+    chunks = [chunk for chunk, _ in watched.asked]
+    assert chunks == list(range(len(chunks)))
+    assert all(name.startswith("noise") for _, name in watched.asked)
+
+
+def test_a_prompt_switch_and_given_latents_draw_the_right_chunks(pipeline, worker):
+    image = np.stack(list(pipeline.stream("a blue square", frames=1)))
+    runs = []
+    for noise in (PhiloxNoise(3), DrawnAhead(Watched(), worker)):
+        with pipeline.stream("a red circle", noise=noise, clip=image) as stream:
+            stream.looks_ahead = True
+            first = [stream.next_chunk() for _ in range(3)]
+            stream.set_prompt("a blue square")
+            runs.append(np.concatenate([*first, *(stream.next_chunk() for _ in range(2))]))
+    assert np.array_equal(*runs)
