@@ -27,34 +27,37 @@ def ring_attention_reference(q: Tensor, k: Tensor, v: Tensor, valid_rows: int) -
 
 @overload
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: Literal[False] = False
-) -> Tensor: ...
+    q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: Literal[False] = False,
+    out: Tensor | None = None,
+) -> Tensor: ...  # fmt: skip
 @overload
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: Literal[True]
+    q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: Literal[True], out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]: ...
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool = False
+    q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool = False, out: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from q to the first `valid_rows` rows of k and v; later rows are never used.
 
     q [B, n, heads, d]; k, v [B, rows, heads, d]; returns [B, n, heads, d] in q's dtype. With return_lse it also
     returns the natural logarithm of the softmax's denominators, [B, heads, n] float32. valid_rows may be an int32
-    tensor: the host does not read it and no launch depends on it. The caller must keep it in [1, rows].
-    Raises ValueError where shapes, dtypes or, for the Triton kernel, strides do not fit.
+    tensor: the host does not read it and no launch depends on it. The caller must keep it in [1, rows]. The result is
+    written to `out`, contiguous, if given. Raises ValueError where shapes, dtypes or, for the Triton kernel, strides do
+    not fit.
     """
     if autocasts(q):
-        out, lse = _sdpa(q, k, v, valid_rows, return_lse)
-        return (out, lse) if return_lse else out  # type: ignore[return-value]
+        result, lse = _sdpa(q, k, v, valid_rows, return_lse, out)
+        return (result, lse) if return_lse else result  # type: ignore[return-value]
     check_query_key_value("ring_attention", q, k, v, valid_rows)
+    check_out("ring_attention", out, q, q.dtype)
     if k.shape != v.shape:
         raise ValueError(f"ring_attention: got k {list(k.shape)}, v {list(v.shape)}, expected one shape")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"ring_attention: got dtypes {q.dtype}, {k.dtype}, {v.dtype}, expected one")
     fits = q.shape[-1] in HEAD_DIMS and q.dtype in (torch.bfloat16, torch.float16) and not needs_gradient(q, k, v)
     run = table.implementation("ring_attention", q.device, fits=fits)
-    out, lse = run(q, k, v, valid_rows, return_lse)
-    return (out, lse) if return_lse else out
+    result, lse = run(q, k, v, valid_rows, return_lse, out)
+    return (result, lse) if return_lse else result
 
 
 def check_query_key_value(what: str, q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows) -> None:
@@ -72,6 +75,13 @@ def check_query_key_value(what: str, q: Tensor, k: Tensor, v: Tensor, valid_rows
         raise ValueError(f"{what}: got valid_rows {valid_rows}, expected 1 to {k.shape[1]}")
 
 
+def check_out(what: str, out: Tensor | None, q: Tensor, dtype: torch.dtype) -> None:
+    """Check the tensor that receives the result; raises ValueError."""
+    if out is not None and (out.shape != q.shape or out.dtype != dtype or not out.is_contiguous()):
+        raise ValueError(f"{what}: got out {list(out.shape)} {out.dtype} with strides {out.stride()}, expected "
+                         f"{list(q.shape)} {dtype}, contiguous")  # fmt: skip
+
+
 def check_dense(what: str, **tensors: Tensor) -> None:
     """Check what block descriptors need: contiguous, at an address divisible by 16; raises ValueError."""
     for name, tensor in tensors.items():
@@ -80,7 +90,9 @@ def check_dense(what: str, **tensors: Tensor) -> None:
                              "of 16, expected it contiguous and aligned")  # fmt: skip
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """PyTorch's attention. Where valid_rows is a tensor every row is read, and the invalid ones are masked."""
     mask = None
     if isinstance(valid_rows, Tensor):
@@ -89,18 +101,21 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bo
     else:
         k, v = k[:, :valid_rows], v[:, :valid_rows]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    result = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    result = result if out is None else out.copy_(result)
     if not return_lse:
-        return out, None
+        return result, None
     scores = q.float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -float("inf"))
-    return out, scores.logsumexp(-1)
+    return result, scores.logsumexp(-1)
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool) -> tuple[Tensor, Tensor]:
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     check_dense("ring_attention", k=k, v=v)
-    return attend(q.contiguous(), k, v, valid_rows, None)
+    return attend(q.contiguous(), k, v, valid_rows, None, out)
 
 
 def _variants() -> Iterator[table.Variant]:

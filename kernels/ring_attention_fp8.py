@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import table
-from kernels.ring_attention import check_dense, check_query_key_value, ring_attention_reference
+from kernels.ring_attention import check_dense, check_out, check_query_key_value, ring_attention_reference
 from kernels.stream_k_attention import ValidRows, attend
 
 E4M3 = torch.float8_e4m3fn
@@ -34,25 +34,27 @@ def ring_attention_fp8_reference(
 @overload
 def ring_attention_fp8(
     q: Tensor, k: Tensor, v_t: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, valid_rows: ValidRows,
-    return_lse: Literal[False] = False,
+    return_lse: Literal[False] = False, out: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def ring_attention_fp8(
     q: Tensor, k: Tensor, v_t: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, valid_rows: ValidRows,
-    return_lse: Literal[True],
+    return_lse: Literal[True], out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def ring_attention_fp8(
     q: Tensor, k: Tensor, v_t: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, valid_rows: ValidRows,
-    return_lse: bool = False,
+    return_lse: bool = False, out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attend from q to the first `valid_rows` rows of k and columns of v_t; later ones are never used.
 
     q [B, n, heads, d] e4m3, or bf16 (the kernel divides it by q_scale and rounds it to e4m3); k [B, rows, heads, d]
     e4m3; v_t [B, heads, d, pitch] e4m3, pitch >= rows a multiple of 16; scales [heads] float32 on the device.
-    Returns [B, n, heads, d] bf16, and with return_lse [B, heads, n] float32. Raises ValueError as ring_attention does.
+    Returns [B, n, heads, d] bf16 (in `out`, contiguous, if given), and with return_lse [B, heads, n] float32. Raises
+    ValueError as ring_attention does.
     """
     what = "ring_attention_fp8"
     check_query_key_value(what, q, k, v_t, valid_rows)
+    check_out(what, out, q, torch.bfloat16)
     batch, rows, heads, head_dim = k.shape
     if v_t.shape[:3] != (batch, heads, head_dim) or v_t.shape[3] < rows or v_t.shape[3] % 16:
         raise ValueError(f"{what}: got v_t {list(v_t.shape)}, expected [{batch}, {heads}, {head_dim}, pitch], "
@@ -64,15 +66,21 @@ def ring_attention_fp8(
             raise ValueError(f"{what}: got {name} {list(scale.shape)} {scale.dtype} on {scale.device}, "
                              f"expected [{heads}] float32 on {q.device}")  # fmt: skip
     run = table.implementation(what, q.device, fits=head_dim in HEAD_DIMS)
-    out, lse = run(q, k, v_t, (q_scale, k_scale, v_scale), valid_rows, return_lse)
-    return (out, lse) if return_lse else out
+    result, lse = run(q, k, v_t, (q_scale, k_scale, v_scale), valid_rows, return_lse, out)
+    return (result, lse) if return_lse else result
 
 
 Scales = tuple[Tensor, Tensor, Tensor]
 
 
 def _dequantised(
-    q: Tensor, k: Tensor, v_t: Tensor, scales: Scales, valid_rows: ValidRows, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v_t: Tensor,
+    scales: Scales,
+    valid_rows: ValidRows,
+    return_lse: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """ring_attention's own reference on bf16 copies: for processors and comparison, not for speed."""
     if q.dtype != E4M3:
@@ -80,14 +88,20 @@ def _dequantised(
     v = v_t[..., : k.shape[1]].permute(0, 3, 1, 2)
     wide = ((x.float() * s[:, None]).to(torch.bfloat16) for x, s in zip((q, k, v), scales, strict=True))
     reference = table.OPS["ring_attention"].implementations["reference"]
-    return reference(*wide, valid_rows, return_lse)
+    return reference(*wide, valid_rows, return_lse, out)
 
 
 def _triton(
-    q: Tensor, k: Tensor, v_t: Tensor, scales: Scales, valid_rows: ValidRows, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v_t: Tensor,
+    scales: Scales,
+    valid_rows: ValidRows,
+    return_lse: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_dense("ring_attention_fp8", k=k, v_t=v_t)
-    return attend(q.contiguous(), k, v_t, valid_rows, scales)
+    return attend(q.contiguous(), k, v_t, valid_rows, scales, out)
 
 
 def _variants() -> Iterator[table.Variant]:

@@ -189,15 +189,16 @@ def merge_kernel(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, scales: tuple[Tensor, Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, scales: tuple[Tensor, Tensor, Tensor] | None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Both launches: q [B, n, H, d], k [B, rows, H, d], v as k or (with scales: FP8) [B, H, d, pitch], all contiguous.
 
-    The scales of q, k, v are float32 [H]. Returns out [B, n, H, d] and lse [B, H, n] float32.
+    The scales of q, k, v are float32 [H]. Returns out [B, n, H, d], contiguous, and lse [B, H, n] float32.
     """
     batch, queries, heads, head_dim = q.shape
     programs = multiprocessors(q.device)
-    out = torch.empty_like(q, dtype=torch.bfloat16 if scales else q.dtype)
+    out = torch.empty_like(q, dtype=torch.bfloat16 if scales else q.dtype) if out is None else out
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     partial = q.new_empty((batch, programs, 2, QUERIES, head_dim), dtype=torch.float32)
     stats = q.new_empty((batch, programs, 2, 2, QUERIES), dtype=torch.float32)

@@ -5,7 +5,6 @@ writes them again; the other slots form a ring. Softmax ignores key order, so a 
 [0, valid * tokens) and the cache never moves a key.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -131,17 +130,21 @@ class CachedAttention:
         return not wraps and (self.cache.fp8 or has_kernel("qk_norm_rope_write", self.cache.k.device))
 
     def fused(
-        self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
-    ) -> Tensor:
-        """Attend from qkv [B, n, 3 * dim], not normalised; write K and V to the ring. Returns [B, n, heads, d]."""
+        self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attend from qkv [B, n, 3 * dim], not normalised; write K and V to the ring.
+
+        Returns [B, n, heads, d], in `out` if given.
+        """
         k, v = self.cache.view(layer)
         norms = q_weight, k_weight, cos, sin, k, v
         if not self.cache.fp8:
             q = qk_norm_rope_write(qkv, *norms, self.start_row, eps)
-            return ring_attention(q, k, v, self.valid_rows)
+            return ring_attention(q, k, v, self.valid_rows, out=out)
         one = cast(Tensor, self.cache.unit)
         q = qk_norm_rope_write_fp8(qkv, *norms, one, one, one, self.start_row, eps)
-        return ring_attention_fp8(q, k, v, one, one, one, self.valid_rows)
+        return ring_attention_fp8(q, k, v, one, one, one, self.valid_rows, out=out)
 
     @cached_property
     def start_row(self) -> int | Tensor:
@@ -179,21 +182,23 @@ class JoinedAttention:
         self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
     ) -> Tensor:
         """As CachedAttention's; qkv [B, n, 3 * dim] and cos, sin [n, d / 2] of all parts."""
-
-        def one(attend: CachedAttention, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            return attend.fused(layer, qkv.contiguous(), q_weight, k_weight, cos, sin, eps)
-
-        return self._each(one, (qkv, 1), (cos, 0), (sin, 0))
+        sizes = [own for _, own in self.parts]
+        batch, tokens, heads = *qkv.shape[:2], self.parts[0][0].cache.k.shape[-2]
+        whole = qkv.new_empty(batch, tokens, heads, qkv.shape[2] // (3 * heads))
+        shares = zip(
+            self.parts, qkv.split(sizes, 1), cos.split(sizes), sin.split(sizes), whole.split(sizes, 1), strict=True
+        )
+        for (attend, _), own, own_cos, own_sin, out in shares:
+            given = out if out.is_contiguous() else None  # only of one video are the shares contiguous
+            found = attend.fused(layer, own.contiguous(), q_weight, k_weight, own_cos, own_sin, eps, given)
+            if given is None:
+                out.copy_(found)
+        return whole
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._each(lambda attend, *qkv: attend(layer, *qkv), (q, 1), (k, 1), (v, 1))
-
-    def _each(self, call: Callable[..., Tensor], *tensors: tuple[Tensor, int]) -> Tensor:
-        """call(attention, its share of each tensor along that axis) for every part, one after the other."""
         sizes = [own for _, own in self.parts]
-        shares = zip(*(tensor.split(sizes, axis) for tensor, axis in tensors), strict=True)
-        attends = [attend for attend, _ in self.parts]
-        return torch.cat([call(attend, *share) for attend, share in zip(attends, shares, strict=True)], dim=1)
+        shares = zip(self.parts, *(tensor.split(sizes, 1) for tensor in (q, k, v)), strict=True)
+        return torch.cat([attend(layer, *own) for (attend, _), *own in shares], dim=1)
 
 
 Streaming = CachedAttention | JoinedAttention

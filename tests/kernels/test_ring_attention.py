@@ -1,5 +1,7 @@
 """ring_attention and ring_attention_fp8 against float64: ragged lengths, every head size, NaN in later rows."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from closeness import assert_as_good
@@ -58,6 +60,24 @@ def test_attention_is_as_good_as_pytorchs(device, n, rows, heads, head_dim, vali
     assert lse.dtype == torch.float32
     assert (lse - log_sum(q, k, valid_rows)).abs().max() < 1e-4
     assert torch.equal(ring_attention(q, k, v, valid_rows), found)
+
+
+@pytest.mark.parametrize("setting", ["auto", "reference"])
+def test_the_result_goes_where_it_is_wanted(device, setting):
+    q, k, v = make(device, 37, 100, 2, 32, 90)
+    both = torch.full((2, 37, 2, 32), float("nan"), dtype=q.dtype, device=device)
+    narrow = make_fp8(device, 37, 100, 2, 32, 90, E4M3)
+    other = torch.full_like(both, float("nan"), dtype=torch.bfloat16)
+    with table.use(setting) if setting != "auto" else nullcontext():
+        for call, case, out in ((ring_attention, (q, k, v), both), (ring_attention_fp8, narrow, other)):
+            expected = call(*case, 90)
+            found = call(*case, 90, out=out[1:])
+            assert found.data_ptr() == out[1].data_ptr()
+            assert torch.equal(out[1:], expected)
+            assert out[0].isnan().all()
+            for wrong in (out[1:, :5], out[1:].double(), out[1:].transpose(1, 2).contiguous().transpose(1, 2)):
+                with pytest.raises(ValueError, match=r"got out .*expected"):
+                    call(*case, 90, out=wrong)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 5, 40])

@@ -15,6 +15,8 @@ from engine.model.cache import FP8, CachedAttention, RingCache
 from engine.model.fp8 import Fp8Linear, to_fp8
 from engine.model.rope import rope_tables
 from engine.presets import override
+from engine.runtime.passes import Pass, PassKind
+from engine.runtime.stages import TorchStages
 
 PROMPT = "a red circle moving right"
 SHAPE = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 96, "text_dim": 24}  # products of 16
@@ -117,6 +119,36 @@ def test_fp8_attention_is_near():
     for scalars in (False, True):
         flow = run(model, *inputs, FP8, scalars=scalars).float()
         assert 0 < float((flow - plain).square().mean().sqrt() / plain.square().mean().sqrt()) < 0.1
+
+
+@pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize("scalars", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_two_chunks_in_one_run(kv, scalars, batch):
+    """The clean one first; its keys and values are those of a run of its own, and the second one's flow as well."""
+    dtype = torch.bfloat16 if kv == FP8 else kv
+    model, latents, text, c_f = case(dtype)
+    latents = [latent.repeat(batch, 1, 1, 1, 1) for latent in latents]
+    text = tuple(side.repeat(1, batch, 1, 1, 1) for side in text)
+    c_f, tables = c_f.repeat(batch, 1, 1), [rope_tables(range(at, at + 2), 2, 3, 32) for at in (0, 2)]
+    stages, kind = TorchStages({"sdd": model}, None, None), PassKind("sdd", "sdd", timed=True, conditioned=True)
+    caches = [RingCache(2, batch, 6, 6, 2, 32, dtype=kv) for _ in range(2)]
+
+    def passed(number, t):
+        slot, valid = 2 * number, 2 * number + 2
+        if scalars:
+            slot, valid = (torch.tensor(n, dtype=torch.int32) for n in (slot, valid))
+        condition = c_f if number else None
+        return Pass(kind, latents[number], *tables[number], slot, valid, torch.full((batch,), t), condition)
+
+    with torch.inference_mode():
+        context, step = passed(0, 0.0), passed(1, 700.0)
+        stages.run(context, caches[0], {"sdd": text})
+        expected = stages.run(step, caches[0], {"sdd": text})
+        found = stages.run(replace(step, context=context), caches[1], {"sdd": text})
+    limit = 1e-5 if kv == torch.float32 else 3e-2
+    for one, other in ((found, expected), (caches[1].k, caches[0].k), (caches[1].v, caches[0].v)):
+        assert float((one.float() - other.float()).square().mean().sqrt()) < limit * float(other.float().std())
 
 
 def test_a_chunk_that_wraps_goes_another_way(causal, monkeypatch):
