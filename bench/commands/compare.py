@@ -82,9 +82,10 @@ def our_lap(pipeline: Pipeline, prompt: str, seed: int, frames: int) -> Lap:
 
 
 def adapter_lap(adapter: Adapter, prompt: str, seed: int, frames: int) -> Lap:
+    """Time one video of another engine: its steady chunks where it streams, all of it where it does not."""
     video = adapter.generate(prompt, seed, frames)
     progress = [*video.progress, (video.seconds, video.frames)]
-    return Lap(1e3 * video.seconds / frames, video.seconds, video.first_frame, progress)
+    return Lap(video.steady_ms_per_frame(adapter.fills), video.seconds, video.first_frame, progress)
 
 
 def _row(name: str, laps: list[Lap], base: list[Lap]) -> dict[str, Any]:

@@ -175,6 +175,19 @@ class MeteredPipeline(Pipeline):
         return stream
 
 
+@contextmanager
+def metered(stream: Stream, meter: Meter) -> Iterator[Stream]:
+    """The same stream, caches and graphs included, charges the meter until the end of the block."""
+    pipeline, noise = stream.pipeline, stream.noise
+    meter.now()  # nothing of the plain stream's work is left on the device
+    stream.pipeline, stream.noise = MeteredPipeline.of(pipeline, meter), MeteredNoise(noise, meter)
+    try:
+        yield stream
+    finally:
+        meter.now()
+        stream.pipeline, stream.noise = pipeline, noise
+
+
 @dataclass
 class ChunkTimes:
     """One chunk: its seconds measured from outside, the seconds of each part, the seconds of each call of a part."""

@@ -122,11 +122,11 @@ def open_bundle(folder: Path, backend: str | None = None, preset: str | None = N
 
 def random_pipeline(
     shape: str, preset: str, runtime: Runtime | None = None, height: int | None = None, width: int | None = None,
-    attention_gain: float = 1,
+    attention_gain: float = 1, seed: int = 0,
 ) -> Pipeline:  # fmt: skip
     """A pipeline of random weights, made in memory. Its text encoder is a small stand-in of the right width.
 
-    attention_gain: see RandomSource.
+    attention_gain: see RandomSource. Transformers, VAE and text encoder are drawn from seed, seed + 1, ...
     """
     config, vae_config, (high, wide), anywhere = SHAPES[shape]
     runtime = runtime or Runtime()
@@ -145,8 +145,8 @@ def random_pipeline(
         models = {role: WanTransformer(config, family.conditioned(role)) for role in family.roles()}
         vae = VAE(vae_config)
     encoder = small_encoder(config.text_dim)
-    for seed, module in enumerate((*models.values(), vae, encoder)):
-        fill(module, RandomSource(module, f"random {shape}", seed, place, attention_gain), dtype, place)
+    for number, module in enumerate((*models.values(), vae, encoder), start=seed):
+        fill(module, RandomSource(module, f"random {shape}", number, place, attention_gain), dtype, place)
     for model in models.values():
         model.fuse()
     with tempfile.TemporaryDirectory() as folder:
