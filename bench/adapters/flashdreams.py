@@ -8,7 +8,7 @@ network, in the wheel's own mode. The embedding of a prompt is given, because en
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Rollout:
     """One video of the wheel: the network's cache, the decoder's cache, the next chunk's number."""
 
     def __init__(self, model: Any, vae: Any, text: Tensor, latent: tuple[int, int]) -> None:
+        """text [ROWS, text_dim]; latent: height and width."""
         self.model, self.vae, self.index = model, vae, 0
         height, width = latent
         self.cache = model.transformer.initialize_autoregressive_cache(height=height, width=width, text_embeddings=text)
@@ -43,12 +44,6 @@ class Rollout:
         """Frames uint8 [1, 3, T, H, W] on the host."""
         frames = self.vae.decode(latent.transpose(0, 1)[None], self.decoded)
         return ((frames + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-
-    def chunk(self) -> Iterator[int]:
-        """Yields the next chunk's number of frames once they are on the host, then finalizes: as its runner does."""
-        latent, final = self.generate()
-        yield self.decode(latent).shape[2]
-        self.finalize(final)
 
 
 class Flashdreams:
@@ -69,6 +64,8 @@ class Flashdreams:
         self.vae = wheel.wan_vae(dict(self.given.vae.read()), self.given.vae_config, self.dtype, graph).to(self.device)
         spatial = self.given.vae_config.scale_factor_spatial
         self.latent = self.given.height // spatial, self.given.width // spatial
+        self.full = wheel.filled_after(self.model.transformer)
+        self._plain, self._compiled = self.model.transformer._network_call, None
         self._long: Rollout | None = None
 
     def _network(self, network: dict[str, Any]) -> dict[str, Tensor]:
@@ -80,36 +77,30 @@ class Flashdreams:
     def generate(self, prompt: str, seed: int, frames: int) -> Iterator[int]:
         if self.given.embed is None:
             raise ValueError("generate: got random weights, expected a model directory")
-        self._long = None  # a new rollout drops what was captured for another
-        rollout, made = self._rollout(self.given.embed(prompt)), 0
+        self._long, made = None, 0  # a new rollout drops what was captured for another
+        rollout = self._rollout(self.given.embed(prompt))
         self.model.rng.manual_seed(seed)
         while made < frames:
-            for count in rollout.chunk():
+            for count in self._chunk(rollout):
                 made = min(made + count, frames)
                 yield made
 
     @torch.no_grad()
     def warm(self) -> dict[str, Any]:
-        rollout, transformer = self._stream(), self.model.transformer
-        while rollout.index < transformer._cuda_graph_capture_ar_idx:  # until the cache is full
-            list(rollout.chunk())
-        begun = time.perf_counter()
-        if self.compiles:
-            wheel.compile_network(transformer)
-        for _ in range(4):  # two eager calls, the capture, a replay: of the network and of the decoder
-            list(rollout.chunk())
+        rollout = self._stream()
+        while rollout.index < self.full:
+            list(self._chunk(rollout))
+        for _ in range(5):  # of the network and of the decoder: eager calls, the capture, a replay
+            list(self._chunk(rollout))
         self._wait()
-        captured = {"network": transformer._network_call, "vae": self.vae._decoder_wrapper}
-        return {
-            "captured": {name: getattr(call, "_graph", None) is not None for name, call in captured.items()},
-            "settled_s": time.perf_counter() - begun,
-        }
+        calls = {"network": self.model.transformer._network_call, "vae": self.vae._decoder_wrapper}
+        return {"captured": {name: getattr(call, "_graph", None) is not None for name, call in calls.items()}}
 
     @torch.no_grad()
     def chunks(self, chunks: int) -> Iterator[int]:
         rollout, made = self._stream(), 0
         for _ in range(chunks):
-            for count in rollout.chunk():
+            for count in self._chunk(rollout):
                 made += count
                 yield made
         self._wait()
@@ -120,36 +111,49 @@ class Flashdreams:
         found: dict[str, list[float]] = {"denoise": [], "context": [], "decode": []}
         for _ in range(chunks):
             marks = [self._now()]
-            latent, final = rollout.generate()
+            latent, final = self._generate(rollout)
             marks.append(self._now())
             rollout.finalize(final)
             marks.append(self._now())
             rollout.decode(latent)
             marks.append(self._now())
-            for name, begin, end in zip(found, marks, marks[1:], strict=False):
-                found[name].append(1e3 * (end - begin))
+            for stage, (begin, end) in zip(found.values(), pairwise(marks), strict=True):
+                stage.append(1e3 * (end - begin))
         return found
 
     @torch.no_grad()
-    def latents(self, seed: int, chunks: int, file: str) -> None:
-        """From the shared noise and with exact timesteps: what is compared is the arithmetic, not bf16's 937.5."""
+    def latents(self, seed: int, chunks: int, file: str, timesteps: str) -> None:
+        if DTYPES[timesteps] != self.dtype:
+            raise ValueError(f"timesteps: got {timesteps}, expected {self.dtype}, to which the wheel rounds them")
         self._long = None
-        rollout, made = self._rollout(self._text()), []
-        config, steps = self.model.config, len(self.model.scheduler.denoising_step_list)
+        self._long = rollout = self._rollout(self._text())
+        config, steps, made = self.model.config, len(wheel.STEPS), []
         shape = (1, self.given.config.in_channels, wheel.CHUNK, *self.latent)
+        # The wheel draws tokens. The shared noise has a latent's shape, and so here its other way of drawing.
         kept, config.noise_in_unpatchified_shape = config.noise_in_unpatchified_shape, True
         try:
             for chunk in range(chunks):
-                drawn = given.noise(seed, chunk, steps, shape).to(self.device, self.dtype)
-                with ExitStack() as stack:
-                    stack.enter_context(wheel.draws([draw[0].transpose(0, 1) for draw in drawn]))
-                    stack.enter_context(wheel.exact_timesteps(self.model))
-                    latent, final = rollout.generate()
+                noise = given.noise(seed, chunk, steps, shape).to(self.device, self.dtype)
+                with wheel.draws([draw[0].transpose(0, 1) for draw in noise]):
+                    latent, final = self._generate(rollout)
                 rollout.finalize(final)
                 made.append(latent.transpose(0, 1)[None])
         finally:
             config.noise_in_unpatchified_shape = kept
         given.write_latents(file, made)
+
+    def _generate(self, rollout: Rollout) -> tuple[Tensor, Any]:
+        """The rollout's next latent, through the compiled network once the cache is full."""
+        if self.compiles and rollout.index == self.full:
+            self._compiled = self._compiled or wheel.compiled(self.model.transformer)
+            self.model.transformer._network_call = self._compiled
+        return rollout.generate()
+
+    def _chunk(self, rollout: Rollout) -> Iterator[int]:
+        """Yields the next chunk's number of frames once they are on the host, then finalizes: as its runner does."""
+        latent, final = self._generate(rollout)
+        yield rollout.decode(latent).shape[2]
+        rollout.finalize(final)
 
     def _stream(self) -> Rollout:
         """The long stream; it begins with the first request for it."""
@@ -158,6 +162,10 @@ class Flashdreams:
         return self._long
 
     def _rollout(self, text: Tensor) -> Rollout:
+        if self.compiles:  # the caches of a new rollout have other addresses than those that were captured
+            self.model.transformer._network_call = self._plain
+            if self._compiled is not None:
+                self._compiled.reset()
         return Rollout(self.model, self.vae, text[0].to(self.device, self.dtype), self.latent)
 
     def _text(self) -> Tensor:
@@ -181,7 +189,7 @@ def build(settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
         f"flashdreams {wheel.wheel_version()}, {settings['dtype']}, {how}, {len(wheel.STEPS)} steps, chunks of "
         f"{wheel.CHUNK}, window {wheel.WINDOW}"
     )
-    return made, {"about": about, "fills": wheel.WINDOW // wheel.CHUNK}
+    return made, {"about": about, "fills": made.full}
 
 
 if __name__ == "__main__":

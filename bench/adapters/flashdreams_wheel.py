@@ -155,17 +155,22 @@ def diffusion(
         return config.setup().eval().requires_grad_(False)
 
 
-def compile_network(transformer: Any) -> None:
-    """Compile the network in the wheel's own mode, and capture that from the next call on.
+def filled_after(transformer: Any) -> int:
+    """The first chunk whose attention sees a full cache: from there on the wheel captures."""
+    return transformer._cuda_graph_capture_ar_idx
+
+
+def compiled(transformer: Any) -> Any:
+    """The network compiled in the wheel's own mode, inside its CUDA graph: to be put in place once the cache is full.
 
     The wheel compiles before the first chunk. Then each length of a cache that is not full is compiled as well, which
-    takes minutes and changes nothing later. So a race fills the cache before.
+    takes minutes and changes nothing later.
     """
     from flashdreams.infra.compile import compile_module
     from flashdreams.infra.cuda_graph import CUDAGraphWrapper
 
     network = compile_module(transformer.network, mode=COMPILE_MODE)
-    transformer._network_call = CUDAGraphWrapper(network, transformer.config.cuda_graph_warmup_iters)
+    return CUDAGraphWrapper(network, transformer.config.cuda_graph_warmup_iters)
 
 
 def wan_vae(weights: dict[str, Tensor], config: VAEConfig, dtype: torch.dtype, graph: bool = False) -> Any:
@@ -232,20 +237,3 @@ def _taken(waiting: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         expected = list(waiting[0].shape) if waiting else "none"
         raise ValueError(f"draws: got a request for {list(shape)}, expected {expected}")
     return waiting.pop(0)
-
-
-@contextmanager
-def exact_timesteps(model: Any) -> Iterator[None]:
-    """The model's network gets its timesteps in float32: the wheel rounds them to the model's dtype."""
-    transformer = model.transformer
-    kept, dtype = transformer.predict_flow, model.dtype
-    exact = {float(t.to(dtype)): t for t in model.scheduler.denoising_step_list}
-
-    def predict_flow(noisy_latent: Tensor, timestep: Tensor, **rest: Any) -> Tensor:
-        return kept(noisy_latent=noisy_latent, timestep=exact[float(timestep)], **rest)
-
-    transformer.predict_flow = predict_flow
-    try:
-        yield
-    finally:
-        del transformer.predict_flow  # the class's own again

@@ -4,9 +4,12 @@ python -m bench.adapters.ours      # speaks JSON lines on stdin and stdout
 """
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 import engine as greedy
 from bench.adapters import given
@@ -16,8 +19,10 @@ from bench.instruments.header import precision_of
 from bench.instruments.meter import Meter, context_of, metered
 from engine import threads
 from engine.config import Precision, Runtime
+from engine.generators.base import Generator
+from engine.runtime.device import DTYPES as TIMESTEPS
 from engine.runtime.device import PRECISIONS
-from engine.stream import Stream
+from engine.stream import Pipeline, Stream
 
 # `dtype` of open -> precision, and whether attention is FP8 as well
 DTYPES: dict[str, tuple[Precision, bool]] = {
@@ -26,6 +31,34 @@ DTYPES: dict[str, tuple[Precision, bool]] = {
 }
 DECODING = ("vae", "transfer")  # the meter's parts; transfer is the copies to and from the host
 CONTEXT = (context_of("dit"), "cache")
+
+
+class Rounded:
+    """A generator whose network gets its timesteps rounded to a dtype, as the other side's does; the solver's are exact."""
+
+    def __init__(self, generator: Generator, dtype: torch.dtype) -> None:
+        self._generator, self._dtype = generator, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generator, name)
+
+    def denoise(self, x: Tensor, t: float, state: Any) -> Tensor:
+        return self._generator.denoise(x, float(torch.tensor(t, dtype=self._dtype)), state)
+
+
+@dataclass(frozen=True)
+class RoundedPipeline(Pipeline):
+    """A pipeline that shares its weights with another and rounds timesteps."""
+
+    timesteps: torch.dtype = field(kw_only=True)
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, dtype: torch.dtype) -> "RoundedPipeline":
+        return cls(**{f.name: getattr(pipeline, f.name) for f in fields(Pipeline)}, timesteps=dtype)
+
+    @cached_property
+    def generator(self) -> Generator:
+        return cast(Generator, Rounded(super().generator, self.timesteps))
 
 
 class Ours:
@@ -49,7 +82,7 @@ class Ours:
 
     def warm(self) -> dict[str, Any]:
         stream = self._stream()
-        for _ in range(self.fills):
+        while stream.state.index < self.fills:
             stream.next_chunk()
         self.stages(2)
         for _ in self.chunks(2):
@@ -78,20 +111,21 @@ class Ours:
                     found[name].append(1e3 * seconds)
         return found
 
-    def latents(self, seed: int, chunks: int, file: str) -> None:
-        with self.pipeline.stream(self._prompt(), seed=seed) as stream:
-            given.write_latents(file, [stream.next_latent() for _ in range(chunks)])
+    def latents(self, seed: int, chunks: int, file: str, timesteps: str = "fp32") -> None:
+        stream = self._begin(seed)
+        stream.pipeline = RoundedPipeline.of(self.pipeline, TIMESTEPS[timesteps])
+        given.write_latents(file, [stream.next_latent() for _ in range(chunks)])
+        stream.pipeline = self.pipeline
 
     def _stream(self) -> Stream:
-        """The long stream; it begins with the first request for it."""
-        if self._long is None:
-            self._long = self.pipeline.stream(self._prompt())
-        return self._long
+        return self._long or self._begin(0)
 
-    def _prompt(self) -> torch.Tensor:
+    def _begin(self, seed: int) -> Stream:
+        """Begin the long stream anew."""
         if self.text is None:
             raise ValueError("open: got no text, expected an embedding")
-        return self.text
+        self._long = self.pipeline.stream(self.text, seed=seed)
+        return self._long
 
 
 def build(settings: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
