@@ -7,7 +7,7 @@ own: it puts stand-ins where the wheel imports what a race does not use, and let
 import re
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -151,7 +151,7 @@ def diffusion(
         ),
         seed=0,
     )  # fmt: skip
-    with mock.patch.object(wan21, "load_checkpoint", lambda path: weights):
+    with mock.patch.object(wan21, "load_checkpoint", return_value=weights):
         return config.setup().eval().requires_grad_(False)
 
 
@@ -178,7 +178,7 @@ def wan_vae(weights: dict[str, Tensor], config: VAEConfig, dtype: torch.dtype, g
     from flashdreams.recipes.wan.autoencoder import vae
 
     named = {_vae_name(name, config.num_res_blocks + 1): tensor for name, tensor in weights.items() if _decodes(name)}
-    with mock.patch.object(vae, "load_checkpoint", lambda path: named):
+    with mock.patch.object(vae, "load_checkpoint", return_value=named):
         made = vae.WanVAE(
             "given", use_cuda_graph=graph, use_compile=False, enable_encoder=False, base_dim=config.base_dim,
             decoder_base_dim=config.decoder_base_dim, z_dim=config.z_dim, dim_mult=config.dim_mult,
@@ -201,9 +201,7 @@ def _vae_name(name: str, per_level: int) -> str:
         return name.replace("post_quant_conv", "conv2")
     inner = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
              "conv_shortcut": "shortcut"}  # fmt: skip
-    name = re.sub(
-        r"(resnets\.\d+)\.(norm1|conv1|norm2|conv2|conv_shortcut)\b", lambda m: f"{m[1]}.{inner[m[2]]}", name
-    )
+    name = re.sub(r"(resnets\.\d+)\.(norm1|conv1|norm2|conv2|conv_shortcut)\b", lambda m: f"{m[1]}.{inner[m[2]]}", name)
     for theirs, wan in (("mid_block.resnets.0", "middle.0"), ("mid_block.attentions.0", "middle.1"),
                         ("mid_block.resnets.1", "middle.2"), ("conv_in", "conv1"), ("norm_out", "head.0"),
                         ("conv_out", "head.2")):  # fmt: skip
@@ -214,26 +212,42 @@ def _vae_name(name: str, per_level: int) -> str:
     return re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"upsamples.{int(m[1]) * level + per_level}", name)
 
 
+class _GivenDraws:
+    """What the wheel's sampling modules call torch: all of torch, but draws are given."""
+
+    def __init__(self, values: Sequence[Tensor]) -> None:
+        self.waiting = list(values)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def randn(self, size: Sequence[int], device: torch.device, dtype: torch.dtype, generator: Any = None) -> Tensor:
+        return self._taken(size).to(device, dtype)
+
+    def empty_like(self, like: Tensor) -> Any:
+        """Something that only `normal_` is called on."""
+        drawn = self._taken(like.shape).to(like)
+        return types.SimpleNamespace(normal_=lambda generator=None: drawn)
+
+    def _taken(self, shape: Sequence[int]) -> Tensor:
+        if not self.waiting or list(self.waiting[0].shape) != list(shape):
+            given = list(self.waiting[0].shape) if self.waiting else "no more"
+            raise ValueError(f"draws: got a request for {list(shape)}, expected one for {given}")
+        return self.waiting.pop(0).clone()
+
+
 @contextmanager
-def draws(values: list[Tensor]) -> Iterator[None]:
-    """The wheel's next draws are these values, in order. It has no argument for noise, so torch's functions change."""
-    waiting = list(values)
+def draws(values: Sequence[Tensor]) -> Iterator[None]:
+    """The wheel's next draws are these values, in order: it has no argument for noise.
 
-    def randn(*size: Any, device: Any = None, dtype: Any = None, **_: Any) -> Tensor:
-        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
-        return _taken(waiting, shape).to(device=device, dtype=dtype).clone()
+    Only its two sampling modules see it: a compiler draws from torch as well. ValueError for another shape, and where a
+    value is left over.
+    """
+    from flashdreams.infra.diffusion.model import base
+    from flashdreams.infra.diffusion.scheduler import fm
 
-    def normal(self: Tensor, *_: Any, **__: Any) -> Tensor:
-        return self.copy_(_taken(waiting, self.shape))
-
-    with mock.patch.object(torch, "randn", randn), mock.patch.object(torch.Tensor, "normal_", normal):
+    source = _GivenDraws(values)
+    with mock.patch.object(base, "torch", source), mock.patch.object(fm, "torch", source):
         yield
-    if waiting:
-        raise ValueError(f"draws: got {len(values) - len(waiting)} requests, expected {len(values)}")
-
-
-def _taken(waiting: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    if not waiting or waiting[0].shape != torch.Size(shape):
-        expected = list(waiting[0].shape) if waiting else "none"
-        raise ValueError(f"draws: got a request for {list(shape)}, expected {expected}")
-    return waiting.pop(0)
+    if source.waiting:
+        raise ValueError(f"draws: got {len(values) - len(source.waiting)} requests, expected {len(values)}")

@@ -1,8 +1,9 @@
 """What both sides of a race are given: weights, the prompt's embedding, noise; and the file of latents they hand back.
 
-`open` names weights by a directory, {"model": "DIR"}, or by the shape and the seed of random ones, {"weights": {"shape":
-"tiny", "seed": 0, "attention_gain": 4.0}}. Then each process draws the same tensors itself, on the device it runs on:
-draws on another kind of device are other numbers. "text": {"rows": 100, "seed": 1} is a random embedding of a prompt.
+`open` names weights by a directory, {"model": "DIR"}, or by the shape and the seed of random ones, as in {"weights":
+{"shape": "tiny", "seed": 0, "attention_gain": 4.0}}. Then each process draws the same tensors itself, on the device it
+runs on: draws on another kind of device are other numbers. {"text": {"rows": 100, "seed": 1}} is a random embedding of
+a prompt.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,7 +54,7 @@ def pipeline(settings: Mapping[str, Any], runtime: Runtime) -> Pipeline:
 
 @dataclass(frozen=True)
 class Tensors:
-    """The same weights for an engine that is not ours: configs, tensors with diffusers' names, and how text is embedded.
+    """The same weights for another engine: configs, tensors with diffusers' names, and how text is embedded.
 
     embed  a prompt -> [1, ROWS, text_dim] on the device; None where weights are random: there the embedding is given
     """
@@ -95,7 +96,7 @@ def tensors(settings: Mapping[str, Any], dtype: torch.dtype) -> Tensors:
 
 
 def text(settings: Mapping[str, Any], config: TransformerConfig) -> Tensor | None:
-    """The embedding [1, ROWS, text_dim] that `open` names, float32; rows behind the prompt's are zero. None: a prompt."""
+    """The embedding [1, ROWS, text_dim] that `open` names, float32, zero behind its rows; None where it names none."""
     asked = settings.get("text")
     if asked is None:
         return None

@@ -34,7 +34,7 @@ CONTEXT = (context_of("dit"), "cache")
 
 
 class Rounded:
-    """A generator whose network gets its timesteps rounded to a dtype, as the other side's does; the solver's are exact."""
+    """A generator whose network gets timesteps rounded to a dtype, as the other side's does. Levels stay exact."""
 
     def __init__(self, generator: Generator, dtype: torch.dtype) -> None:
         self._generator, self._dtype = generator, dtype

@@ -7,11 +7,11 @@ One JSON object per line. Requests, and the answers that end them:
     warm      -                            {"ok": true, ...}: caches are full, everything is compiled and captured
     chunks    chunks                       {"frames": made so far} after each chunk of a long stream; {"ok": true}
     stages    chunks                       {"ok": true, "ms": {"denoise": [...], "context": [...], "decode": [...]}}
-    latents   seed, chunks, file           {"ok": true}: the first chunks of a new stream are in the file
+    latents   seed, chunks, file, timesteps   {"ok": true}: the long stream begins anew, its first chunks are in the file
     close     -                            {"ok": true}, then the process ends
 
-{"error": "..."} can replace any answer. `open` and `generate` are enough for `bench compare`. `bench race` asks for all.
-docs/benchmarks.md has the settings and the units.
+{"error": "..."} can replace any answer. `open` and `generate` are enough for `bench compare`; `bench race` asks for the
+others. docs/benchmarks.md has the settings and the units.
 """
 
 import json
@@ -226,8 +226,11 @@ class Racer(Engine, Protocol):
         """Go on with the long stream, stage after stage. Returns milliseconds by stage, one number per chunk."""
         ...
 
-    def latents(self, seed: int, chunks: int, file: str) -> None:
-        """Write the latents of a new stream's first chunks to a safetensors file, see adapters.given."""
+    def latents(self, seed: int, chunks: int, file: str, timesteps: str) -> None:
+        """Begin the long stream anew, from shared noise; write its first latents to a safetensors file (given.py).
+
+        timesteps: the dtype to which the network's timesteps are rounded, as fp32 or bf16.
+        """
         ...
 
 
