@@ -25,7 +25,7 @@ class Rollout:
     """One video of the wheel: the network's cache, the decoder's cache, the next chunk's number."""
 
     def __init__(self, model: Any, vae: Any, text: Tensor, latent: tuple[int, int]) -> None:
-        """text [ROWS, text_dim]; latent: height and width."""
+        """text [rows, text_dim]; latent: height and width."""
         self.model, self.vae, self.index = model, vae, 0
         height, width = latent
         self.cache = model.transformer.initialize_autoregressive_cache(height=height, width=width, text_embeddings=text)
@@ -59,7 +59,7 @@ class Flashdreams:
             raise ValueError("compile: got true on a processor, expected a GPU")
         self.given = given.tensors(settings, self.dtype)
         self.text = given.text(settings, self.given.config)
-        network = wheel.network_settings(self.given.config, given.ROWS)
+        network = wheel.network_settings(self.given.config, self.given.rows)
         self.model = wheel.diffusion(self._network(network), network, self.dtype, graph=graph).to(self.device)
         self.vae = wheel.wan_vae(dict(self.given.vae.read()), self.given.vae_config, self.dtype, graph).to(self.device)
         spatial = self.given.vae_config.scale_factor_spatial

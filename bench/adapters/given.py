@@ -30,7 +30,7 @@ from engine.weights.checkpoint import load_text_encoder
 from engine.weights.sources import TensorSource, open_source
 
 PRESET = "self-forcing"
-ROWS = 512  # of every prompt's embedding
+ROWS = 512  # of a random embedding, as Wan's prompts have
 
 
 def random_of(settings: Mapping[str, Any]) -> tuple[str, int, float]:
@@ -56,7 +56,8 @@ def pipeline(settings: Mapping[str, Any], runtime: Runtime) -> Pipeline:
 class Tensors:
     """The same weights for another engine: configs, tensors with diffusers' names, and how text is embedded.
 
-    embed  a prompt -> [1, ROWS, text_dim] on the device; None where weights are random: there the embedding is given
+    rows   of a prompt's embedding
+    embed  a prompt -> [1, rows, text_dim] on the device; None where weights are random: there the embedding is given
     """
 
     config: TransformerConfig
@@ -65,6 +66,7 @@ class Tensors:
     vae: TensorSource
     height: int
     width: int
+    rows: int
     embed: Callable[[str], Tensor] | None
 
 
@@ -78,7 +80,7 @@ def tensors(settings: Mapping[str, Any], dtype: torch.dtype) -> Tensors:
             modules = WanTransformer(config), VAE(vae_config)
         sources = [RandomSource(module, shape, seed + i, device, gain) for i, module in enumerate(modules)]
         high, wide = settings.get("height") or high, settings.get("width") or wide
-        return Tensors(config, vae_config, sources[0], sources[1], high, wide, None)
+        return Tensors(config, vae_config, sources[0], sources[1], high, wide, ROWS, None)
     folder = Path(settings["model"])
     tokenizer = Tokenizer(folder / "tokenizer")
     encoder = load_text_encoder(folder / "text_encoder", dtype, device)
@@ -91,7 +93,7 @@ def tensors(settings: Mapping[str, Any], dtype: torch.dtype) -> Tensors:
     return Tensors(
         TransformerConfig.from_dict(read_json(folder / "transformer" / "config.json")),
         VAEConfig.from_dict(read_json(folder / "vae" / "config.json")), open_source(folder / "transformer"),
-        open_source(folder / "vae"), settings["height"], settings["width"], embed,
+        open_source(folder / "vae"), settings["height"], settings["width"], tokenizer.rows, embed,
     )  # fmt: skip
 
 

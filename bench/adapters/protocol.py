@@ -2,13 +2,14 @@
 
 One JSON object per line. Requests, and the answers that end them:
 
-    open      settings                     {"ok": true, "about": ..., "fills": chunks until caches are full}
-    generate  prompt, seed, frames         {"frames": made so far} as frames reach the host; {"ok": true, "frames": all}
-    warm      -                            {"ok": true, ...}: caches are full, everything is compiled and captured
-    chunks    chunks                       {"frames": made so far} after each chunk of a long stream; {"ok": true}
-    stages    chunks                       {"ok": true, "ms": {"denoise": [...], "context": [...], "decode": [...]}}
-    latents   seed, chunks, file, timesteps   {"ok": true}: the long stream begins anew, its first chunks are in the file
-    close     -                            {"ok": true}, then the process ends
+    open      settings               {"ok": true, "about": ..., "fills": chunks until caches are full}
+    generate  prompt, seed, frames   {"frames": made so far} as frames reach the host; {"ok": true, "frames": all}
+    latents   seed, chunks, file,    {"ok": true}: the long stream begins anew, and its first latents are in the file
+              timesteps
+    warm                             {"ok": true, ...}: caches are full, everything is compiled and captured
+    chunks    chunks                 {"frames": made so far} after each chunk of the long stream; {"ok": true}
+    stages    chunks                 {"ok": true, "ms": {"denoise": [...], "context": [...], "decode": [...]}}
+    close                            {"ok": true}, then the process ends
 
 {"error": "..."} can replace any answer. `open` and `generate` are enough for `bench compare`; `bench race` asks for the
 others. docs/benchmarks.md has the settings and the units.
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -258,6 +260,7 @@ def serve(build: Callable[[dict[str, Any]], tuple[Engine, dict[str, Any]]]) -> N
             else:
                 say(_answer(engine, op, request, say))
         except Exception as error:
+            traceback.print_exc()
             say({"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
 
 

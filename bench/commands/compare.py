@@ -26,7 +26,10 @@ from engine.stream import Pipeline
 
 PRESETS = ("greedy", "self-forcing-framewise", "self-forcing", "diagonal", "ffe-2step")
 BASELINE = "self-forcing-framewise"
-BUILT_IN = {"diffusers": [sys.executable, "-m", "bench.adapters.diffusers_wan"]}
+BUILT_IN = {
+    "diffusers": [sys.executable, "-m", "bench.adapters.diffusers_wan"],
+    "flashdreams": [sys.executable, "-m", "bench.adapters.flashdreams"],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
