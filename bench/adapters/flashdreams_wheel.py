@@ -38,9 +38,11 @@ def wheel_version() -> str:
 def open_wheel(device: torch.device) -> None:
     """Import the wheel. ValueError where it is not installed."""
     wheel_version()
-    _stand_ins()
+    absent = _stand_ins()
     import flashdreams.recipes.wan  # noqa: F401
 
+    for name in absent:  # other libraries ask whether these are installed
+        del sys.modules[name]
     if device.type != "cuda":
         _on_processor()
 
@@ -63,16 +65,19 @@ def _module(name: str, **names: Any) -> None:
         setattr(sys.modules[parent], child, made)
 
 
-def _stand_ins() -> None:
-    """Stand-ins for packages that only checkpoints in the cloud and logs need, where they are not installed."""
-    if find_spec("boto3") is None or find_spec("botocore") is None:
-        _module("boto3")
-        _module("botocore")
-        _module("botocore.exceptions", ClientError=type("ClientError", (Exception,), {}))
-    if find_spec("loguru") is None:
-        _module("loguru", logger=_Unused())
-    if find_spec("pynvml") is None:
-        _module("pynvml")
+def _stand_ins() -> list[str]:
+    """Stand-ins for what a race does not use; returns those of packages that are not installed.
+
+    These packages read checkpoints in the cloud, write logs, and ask about processors near a GPU.
+    """
+    made: dict[str, dict[str, Any]] = {
+        "boto3": {}, "botocore": {}, "botocore.exceptions": {"ClientError": type("ClientError", (Exception,), {})},
+        "loguru": {"logger": _Unused()}, "pynvml": {},
+    }  # fmt: skip
+    missing = {name for name in ("boto3", "botocore", "loguru", "pynvml") if find_spec(name) is None}
+    absent = [name for name in made if name.partition(".")[0] in missing]
+    for name in absent:
+        _module(name, **made[name])
     # The text and image encoders: a race gives embeddings. To import them takes longer than all else together, because
     # they bring half of transformers, and it fails with versions of it that the engine allows.
     import flashdreams.infra.encoder  # noqa: F401  the parents first
@@ -81,6 +86,7 @@ def _stand_ins() -> None:
     _module("flashdreams.infra.encoder.text.umt5", UMT5TextEncoder=_Unused, UMT5TextEncoderConfig=_Unused)
     _module("flashdreams.infra.encoder.image")
     _module("flashdreams.infra.encoder.image.clip", CLIPImageEncoder=_Unused, CLIPImageEncoderConfig=_Unused)
+    return absent
 
 
 def _on_processor() -> None:

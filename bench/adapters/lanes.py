@@ -5,7 +5,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,7 +73,7 @@ def chosen(names: Iterable[str], adapters: Iterable[str], peer: str, gpu: bool) 
 class Field(AbstractContextManager["Field"]):
     """Lanes that run. One that fails is dropped with its reason, and the others go on.
 
-    settings  of `open`, the same for all lanes; each adds its precision
+    settings  of `open`, the same for all lanes; each adds its precision and whether it compiles
     budget    seconds from now on
     logs      folder of the lanes' stderr; None: a temporary one
     """
@@ -99,18 +98,23 @@ class Field(AbstractContextManager["Field"]):
         return self._deadline - time.perf_counter()
 
     def open(self, at_once: bool) -> None:
-        """Start all lanes: at once, where each has cores enough to load its weights beside the others."""
-        with ThreadPoolExecutor(len(self.lanes) if at_once else 1) as pool:
-            for name, started in [(name, pool.submit(self._start, name)) for name in self.lanes]:
-                adapter = self.attempt(name, started.result)
-                if adapter is not None:
-                    self.running[name] = adapter
+        """Start all lanes: at once, where there are cores enough for each to load its weights beside the others."""
+        for name in self.lanes:
+            self.attempt(name, partial(self._start, name))
+            if not at_once:
+                self._opened(name)
+        for name in list(self.running) if at_once else ():
+            self._opened(name)
 
     def limit(self, op: str, name: str) -> float:
         """Seconds that one answer may take."""
         if self.lanes[name].compiles and op in ("latents", "warm"):
             return max(1.0, self.left - RESERVE * self.budget)
         return max(1.0, min(self.left, SHARES[op] * self.budget))
+
+    def too_late(self, name: str) -> bool:
+        """Whether the budget leaves a lane no time to get ready."""
+        return self.left < 1 + (RESERVE * self.budget if self.lanes[name].compiles else 0)
 
     def ask(self, name: str, op: str, **request: Any) -> dict[str, Any] | None:
         """A lane's answer; None where it is not running any more, or is dropped now."""
@@ -134,13 +138,18 @@ class Field(AbstractContextManager["Field"]):
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:] if log.is_file() else ():
             print(f"    {line[:200]}", file=sys.stderr)
 
-    def _start(self, name: str) -> Adapter:
+    def _start(self, name: str) -> None:
         lane = self.lanes[name]
         settings = {**self.settings, "compile": lane.compiles}
         if lane.precision:
             settings["dtype"] = lane.precision
         with self._log(name).open("w", encoding="utf-8") as log:
-            return Adapter(name, list(lane.command), settings, self.limit("open", name), log)
+            limit = self.limit("open", name)
+            self.running[name] = Adapter(name, list(lane.command), settings, limit, log, wait=False)
+
+    def _opened(self, name: str) -> None:
+        if name in self.running:
+            self.attempt(name, self.running[name].opened)
 
     def _log(self, name: str) -> Path:
         return self._logs / f"{name}.log"

@@ -71,15 +71,17 @@ class Adapter:
     settings  of `open`; `threads` is also put into the environment
     limit     seconds for every answer; a process that takes longer is killed with all that it started
     log       where its stderr goes; default: where ours goes
+    wait      False only starts it: several then load their weights at the same time, and `opened` waits for each
 
     Whatever the adapter does wrong raises AdapterError, which names it.
     """
 
     def __init__(
         self, name: str, command: list[str], settings: Mapping[str, Any], limit: float = LIMIT,
-        log: IO[str] | None = None,
+        log: IO[str] | None = None, wait: bool = True,
     ) -> None:  # fmt: skip
         self.name, self.limit = name, limit
+        self.about: dict[str, Any] = {}  # the answer to `open`
         # Libraries read the number of threads when they are imported, before any request arrives.
         environment = os.environ | {"OMP_NUM_THREADS": str(settings["threads"])} if "threads" in settings else None
         try:
@@ -95,8 +97,14 @@ class Adapter:
         self._lines: queue.Queue[tuple[float, str]] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        self._send({"op": "open", **settings})
+        if wait:
+            self.opened()
+
+    def opened(self) -> None:
+        """Wait for the answer to `open`."""
         try:
-            self.about = self.ask("open", **settings)
+            self.about = self._answer("open", self.limit, [])
         except BaseException:
             self.kill()
             raise
@@ -139,8 +147,8 @@ class Adapter:
 
     def close(self) -> None:
         """End the process. It has some seconds to end by itself before it is killed."""
-        with suppress(OSError, ValueError):
-            self._send({"op": "close"})
+        self._send({"op": "close"})
+        with suppress(OSError):
             if self._process.stdin:
                 self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
@@ -169,27 +177,30 @@ class Adapter:
         self._lines.put((time.perf_counter(), ""))
 
     def _send(self, request: dict[str, Any]) -> None:
-        if self._process.stdin is None:
-            raise ValueError(f"adapter {self.name}: got no stdin, expected a pipe")
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        """Send a request. To a process that ended it is lost, and the missing answer says so."""
+        with suppress(OSError, ValueError):  # ValueError: the pipe is closed
+            if self._process.stdin:
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
 
     def _ask(self, request: dict[str, Any], limit: float, progress: list[tuple[float, int]]) -> dict[str, Any]:
-        """Send a request and return the answer that ends it. Progress lines are kept with the clock's time."""
+        self._send(request)
+        return self._answer(request["op"], limit, progress)
+
+    def _answer(self, op: str, limit: float, progress: list[tuple[float, int]]) -> dict[str, Any]:
+        """The answer that ends a request. Progress lines are kept with the clock's time."""
         deadline = time.perf_counter() + limit
-        with suppress(OSError):  # a broken pipe is reported below, as a missing answer
-            self._send(request)
         while True:
             try:
                 now, line = self._lines.get(timeout=max(0.0, deadline - time.perf_counter()))
             except queue.Empty:
                 self.kill()
-                raise AdapterError(f"adapter {self.name}: got no answer to {request['op']} in {limit:.0f} s, "
+                raise AdapterError(f"adapter {self.name}: got no answer to {op} in {limit:.0f} s, "
                                    "expected one") from None  # fmt: skip
             if not line:
                 with suppress(subprocess.TimeoutExpired):
                     self._process.wait(1)
-                raise AdapterError(f"adapter {self.name}: got no answer to {request['op']}, expected a JSON line "
+                raise AdapterError(f"adapter {self.name}: got no answer to {op}, expected a JSON line "
                                    f"(exit status {self._process.poll()})")  # fmt: skip
             try:
                 answer = json.loads(line)
@@ -258,13 +269,13 @@ def serve(build: Callable[[dict[str, Any]], tuple[Engine, dict[str, Any]]]) -> N
                 engine, about = build(request)
                 say({"ok": True, **about})
             else:
-                say(_answer(engine, op, request, say))
+                say(_reply(engine, op, request, say))
         except Exception as error:
             traceback.print_exc()
             say({"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
 
 
-def _answer(
+def _reply(
     engine: Engine | None, op: str, request: dict[str, Any], say: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """The answer that ends a request; progress is said on the way."""

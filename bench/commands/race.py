@@ -112,7 +112,7 @@ class Race:
     def _prepare(self, lanes: Field, names: list[str]) -> bool:
         """Compare the latents of these lanes, then warm them up; whether the race may go on."""
         for name in [name for name in names if name in lanes.running]:
-            if lanes.left < 1:
+            if lanes.too_late(name):
                 lanes.drop(name, "no time left")
                 continue
             file, o = lanes.folder / f"{name}.safetensors", self.options
@@ -154,7 +154,7 @@ class Race:
 
     def _turn(self, lanes: Field, name: str) -> Turn | None:
         """None where the lane is not running any more, or the budget is spent."""
-        if name not in lanes.running or lanes.left < 1.5 * self._longest:
+        if name not in lanes.running or lanes.left < max(1, 1.5 * self._longest):
             return None
         begun, adapter = time.perf_counter(), lanes.running[name]
         ask = [partial(getattr(adapter, op), self.options.chunks, lanes.limit(op, name)) for op in ("chunks", "stages")]

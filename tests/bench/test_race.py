@@ -1,4 +1,4 @@
-"""The race: limits and progress of the protocol, dropped lanes, red checks; the peer itself, and the peer as an oracle."""
+"""The race: limits and progress of the protocol, dropped lanes, red checks; the peer, also as an oracle."""
 
 import json
 import os
@@ -250,8 +250,7 @@ def test_a_miscount_is_an_error():
 def test_a_signal_leaves_as_an_exception_does():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit), race.ended_by_signal():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+        signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -290,10 +289,24 @@ def test_the_race_itself(capsys, precision, tmp_path):
 
 
 @wheel
+@pytest.mark.thorough
+def test_the_peer_streams_a_model_from_disk(model_dir):
+    """As `bench compare --adapter flashdreams` asks for it: prompts, frames as they come, no shared noise."""
+    settings = {"model": str(model_dir), "height": 32, "width": 48, "threads": 1, "device": "cpu", "dtype": "fp32"}
+    with Adapter("flashdreams", [sys.executable, "-m", "bench.adapters.flashdreams"], settings) as adapter:
+        assert adapter.fills == 7
+        for _ in range(2):
+            video = adapter.generate("a red circle", 0, 30)
+            assert [frames for _, frames in video.progress] == [9, 21, 30]
+        with pytest.raises(AdapterError, match="got no text"):
+            adapter.ask("warm")
+
+
+@wheel
 @pytest.mark.slow
 def test_the_peer_replays_recorded_cases():
     """An independent implementation gives what the public code recorded, and our VAE's frames."""
-    command = [sys.executable, str(ROOT / "tests" / "support" / "peer_oracle.py"), str(ROOT / "tests/data/causal")]
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "peer_oracle.py"), str(ROOT / "tests/data/causal")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     lines = [json.loads(line) for line in done.stdout.splitlines()]

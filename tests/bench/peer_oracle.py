@@ -34,19 +34,19 @@ def skipped(case: recordings.Case, recording: recordings.Recording) -> str | Non
         return BATCH
     if preset.first_chunk:
         return TWO_SIZES
-    if len(set(preset.steps)) > 1 or not preset.warped and not case.entry.get("warped_steps"):
-        return OWN_STEPS if preset.commit == "clean" else NO_CONTEXT
-    return None if preset.commit == "clean" else NO_CONTEXT
+    if preset.commit != "clean":
+        return NO_CONTEXT
+    return OWN_STEPS if len(set(preset.steps)) > 1 else None
 
 
 @torch.no_grad()
 def replay(case: recordings.Case, recording: recordings.Recording) -> torch.Tensor:
-    """The wheel's latents [B, F, C, h, w] of a case, from its weights, noise and text."""
-    preset, batch = recordings.preset_of(case, recording.shift), len(case.tensors["noise"])
+    """The wheel's latents [1, F, C, h, w] of a case, from its weights, noise and text."""
+    preset = recordings.preset_of(case, recording.shift)
     network = wheel.network_settings(recording.config, recording.text_rows)
     model = wheel.diffusion(
         load_file(recording.weights), network, torch.float32, chunk=preset.chunk, window=preset.window,
-        sink=preset.attn_sink, steps=tuple(case.entry["steps"]), shift=preset.shift, batch=(batch,),
+        sink=preset.attn_sink, steps=tuple(case.entry["steps"]), shift=preset.shift, batch=(1,),
     )  # fmt: skip
     model.config.noise_in_unpatchified_shape = True
     height, width = recording.latent_hw
@@ -60,10 +60,10 @@ def replay(case: recordings.Case, recording: recordings.Recording) -> torch.Tens
             model.transformer.finalize_kv_cache(tokens, torch.zeros(()), cache)
             cache.finalize(len(made))
             made.append(latent)
-    # Renoise rows are batch-major frames: one draw after each step but the last.
-    fresh = iter(case.tensors.get("renoise", torch.empty(0)).split(batch * preset.chunk))
+    # Renoise rows are frames: one draw after each step but the last.
+    fresh = iter(case.tensors.get("renoise", torch.empty(0)).split(preset.chunk))
     for noise in case.tensors["noise"].split(preset.chunk, dim=1):
-        again = [next(fresh).unflatten(0, (batch, preset.chunk)) for _ in case.entry["steps"][1:]]
+        again = [next(fresh)[None] for _ in case.entry["steps"][1:]]
         with wheel.draws([noise, *again]):
             latent, final = model.generate(len(made), cache)
         model.finalize(final)
