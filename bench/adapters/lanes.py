@@ -154,7 +154,7 @@ class Field(AbstractContextManager["Field"]):
     def _log(self, name: str) -> Path:
         return self._logs / f"{name}.log"
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for adapter in self.running.values():  # after an error nothing is worth waiting for
-            adapter.close() if kind is None else adapter.kill()
+    def __exit__(self, *_: object) -> None:
+        for adapter in self.running.values():  # a lane has nothing to finish, and the budget is spent
+            adapter.kill()
         self._temporary.cleanup()

@@ -111,13 +111,14 @@ class Ours:
                     found[name].append(1e3 * seconds)
         return found
 
-    def latents(self, seed: int, chunks: int, file: str, timesteps: str = "fp32") -> None:
+    def latents(self, seed: int, chunks: int, file: str, timesteps: str) -> None:
         stream = self._begin(seed)
         stream.pipeline = RoundedPipeline.of(self.pipeline, TIMESTEPS[timesteps])
         given.write_latents(file, [stream.next_latent() for _ in range(chunks)])
         stream.pipeline = self.pipeline
 
     def _stream(self) -> Stream:
+        """The long stream; it begins with the first request for it."""
         return self._long or self._begin(0)
 
     def _begin(self, seed: int) -> Stream:

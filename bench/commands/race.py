@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bench.adapters import flashdreams_wheel, given, lanes
@@ -115,18 +117,15 @@ class Race:
             if lanes.too_late(name):
                 lanes.drop(name, "no time left")
                 continue
-            file, o = lanes.folder / f"{name}.safetensors", self.options
-            request = {"seed": o.seed, "chunks": o.checked, "file": str(file), "timesteps": self.precision(OURS)}
-            if lanes.ask(name, "latents", **request) is None:
-                continue
+            found = self._latents(lanes, name)
             if name == OURS:
-                self._truth = given.read_latents(file)
-            elif self._truth:
-                self.checks.append(compared(name, file, self._truth, LIMITS[self.precision(name)]))
-            file.unlink()
+                self._truth = found
+            elif found and self._truth:
+                self.checks.append(compared(name, found, self._truth, LIMITS[self.precision(name)]))
         if not self._truth:
             self.checks.append(Check("latents of ours", False, self.dropped.get(OURS, "none")))
         if self.red:
+            self.rounds.clear()  # the numbers so far are void as well
             return False
         for name in [name for name in names if name in lanes.running]:
             begun = time.perf_counter()
@@ -134,6 +133,18 @@ class Race:
             if answer is not None:
                 self.about[name] |= {"captured": answer.get("captured"), "warm_s": time.perf_counter() - begun}
         return True
+
+    def _latents(self, lanes: Field, name: str) -> list[Tensor]:
+        """A lane's first latents; none where that dropped it."""
+        file, o = lanes.folder / f"{name}.safetensors", self.options
+        request = {"seed": o.seed, "chunks": o.checked, "file": str(file), "timesteps": self.precision(OURS)}
+        if lanes.ask(name, "latents", **request) is None:
+            return []
+        try:
+            return given.read_latents(file)
+        except (OSError, SafetensorError, KeyError) as error:
+            lanes.drop(name, f"got no latents in its file, expected chunk_0, chunk_1, ... ({error})")
+            return []
 
     def _turns(self, lanes: Field, names: list[str], rounds: int) -> bool:
         """Rounds of these lanes, each begun by another lane; False where the budget ends them."""
@@ -145,11 +156,12 @@ class Race:
                     return False
                 continue
             if len(self.rounds) <= first + number:
+                self.publish()
                 self.rounds.append({})
-                self._publish()
             self.rounds[-1][name] = turn
-            ms = quartiles(turn.chunks)["median"]
-            print(f"round {len(self.rounds)}: {name} {ms:.2f} ms per chunk", file=sys.stderr)
+            told = ", ".join(f"{stage} {median(ms):.2f}" for stage, ms in turn.stages.items())
+            print(f"round {len(self.rounds)}: {name} {median(turn.chunks):.2f} ms per chunk ({told})", file=sys.stderr)
+        self.publish()
         return True
 
     def _turn(self, lanes: Field, name: str) -> Turn | None:
@@ -163,11 +175,14 @@ class Race:
         self._longest = max(self._longest, time.perf_counter() - begun)
         if chunks is None or stages is None:
             return None
+        if set(stages) != set(STAGES):
+            lanes.drop(name, f"got stages {', '.join(stages)}, expected {', '.join(STAGES)}")
+            return None
         return Turn([1e3 * seconds for seconds in chunks], stages)
 
-    def _publish(self) -> None:
-        """Save the rounds so far, so that a run that is stopped loses one round."""
-        if self.options.save and len(self.rounds) > 1:
+    def publish(self) -> None:
+        """Save what is known so far, so that a run that is stopped loses one round."""
+        if self.options.save:
             saved.store(self.options, "race", self.report())
 
     def report(self) -> dict[str, Any]:
@@ -204,7 +219,7 @@ class Race:
     def _ratio(self, name: str, peer: str) -> dict[str, float] | None:
         """Our time over the peer's: each round's medians, over the rounds that both ran."""
         both = [(turns[name], turns[peer]) for turns in self.rounds if name in turns and peer in turns]
-        medians = [[quartiles(turn.chunks)["median"] for turn in side] for side in zip(*both, strict=True)]
+        medians = [[median(turn.chunks) for turn in side] for side in zip(*both, strict=True)]
         return paired_ratio(*medians) if both else None
 
 
@@ -212,9 +227,9 @@ def shape_of(options: Options, device: torch.device) -> str:
     return options.shape or ("wan2.1-1.3b" if device.type == "cuda" else "tiny")
 
 
-def compared(name: str, file: Path, truth: Sequence[Tensor], limit: float) -> Check:
+def compared(name: str, found: Sequence[Tensor], truth: Sequence[Tensor], limit: float) -> Check:
     """A lane's latents beside ours: the rms of their difference over the rms of ours, chunk by chunk."""
-    found, what = given.read_latents(file), f"latents of {name}"
+    what = f"latents of {name}"
     if [x.shape for x in found] != [x.shape for x in truth]:
         return Check(what, False, f"got {[list(x.shape) for x in found]}, expected {[list(x.shape) for x in truth]}")
     errors = [float((x - y).square().mean().sqrt() / y.square().mean().sqrt())
@@ -274,6 +289,7 @@ def run(options: Options) -> int:
     with ended_by_signal():
         race.run()
     if check.refused(race.checks):
+        race.publish()  # over what was saved before the check
         return 1
     report = race.report()
     if not options.json:

@@ -8,11 +8,15 @@ A process of its own, because the wheel changes to run on a processor.
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
 
 from bench.adapters import flashdreams_wheel as wheel
+from bench.adapters import given
+from bench.adapters.flashdreams import Flashdreams
 from bench.instruments import models, recordings
 from bench.instruments.random_weights import RandomSource
 from engine.model.vae import VAE
@@ -87,6 +91,46 @@ def vae_error() -> float:
     return float((found - ours.decode(latent)).abs().max())
 
 
+def networks_called() -> dict[str, object]:
+    """Which network runs in the lane that compiles, with stand-ins for the compiler and for CUDA graphs.
+
+    Calls of the plain and of the compiled one, over the latents of nine chunks and four chunks more; the same again for
+    the latents of a second stream; and whether latents are those of the lane that does not compile.
+    """
+    from flashdreams.infra.cuda_graph import CUDAGraphWrapper
+
+    class Counted(CUDAGraphWrapper):
+        calls = 0
+
+        def drain(self, *args, **kwargs):
+            self.calls += 1
+            return super().drain(*args, **kwargs)
+
+        __call__ = drain
+
+    settings = {"weights": {"shape": "tiny"}, "text": {"rows": 9, "seed": 1}, "device": "cpu", "dtype": "fp32"}
+    engine = Flashdreams(settings)
+    transformer = engine.model.transformer
+    with TemporaryDirectory() as folder:
+        files = [f"{folder}/{name}.safetensors" for name in ("plain", "first", "second")]
+        engine.latents(0, 9, files[0], "fp32")
+        plain, compiled = Counted(transformer.network), Counted(transformer.network)
+        del transformer._network_call, transformer._network_call_uncond  # without CUDA graphs these are modules
+        transformer._use_cuda_graph, transformer._network_call_uncond = True, plain
+        transformer._network_call = engine._plain = plain
+        engine.compiles, counts = True, []
+        with mock.patch.object(wheel, "compiled", return_value=compiled):
+            engine.latents(0, 9, files[1], "fp32")
+            list(engine.chunks(3))
+            engine.stages(1)
+            counts.append([plain.calls, compiled.calls])
+            engine.latents(0, 9, files[2], "fp32")
+            counts.append([plain.calls, compiled.calls])
+        found = [given.read_latents(file) for file in files]
+    same = all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+    return {"calls": counts, "same": same}
+
+
 def main(folder: Path) -> None:
     wheel.open_wheel(torch.device("cpu"))
     recording = recordings.read_recording(folder)
@@ -97,7 +141,8 @@ def main(folder: Path) -> None:
             continue
         error = replay(case, recording) - case.tensors["output"]
         print(json.dumps({"case": case.name, "error": float(error.abs().max())}), flush=True)
-    print(json.dumps({"case": "vae", "error": vae_error()}))
+    print(json.dumps({"case": "vae", "error": vae_error()}), flush=True)
+    print(json.dumps({"case": "compiled", **networks_called()}))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ for line in sys.stdin:
         from safetensors.numpy import save_file
         made = np.random.default_rng(0).standard_normal((request["chunks"], 1, 4, 3, 2, 2)).astype(np.float32)
         made = made * {"off": 1.001, "nan": np.nan}.get(kind, 1)
-        save_file({f"chunk_{i}": x for i, x in enumerate(made)}, request["file"])
+        if kind != "empty":
+            save_file({f"chunk_{i}": x for i, x in enumerate(made)}, request["file"])
         say(ok=True)
     elif op == "warm":
         say(ok=True, captured=None)
@@ -55,7 +56,8 @@ for line in sys.stdin:
             say(frames=12 * made)
         say(ok=True)
     elif op == "stages":
-        say(ok=True, ms={name: [1.0] * request["chunks"] for name in ("denoise", "context", "decode")})
+        names = ("denoise", "context", "decode")[: 2 if kind == "short" else 3]
+        say(ok=True, ms={name: [1.0] * request["chunks"] for name in names})
     else:
         say(ok=True)
         break
@@ -116,9 +118,11 @@ def test_the_table_says_the_same(raced, capsys, toy):
 @pytest.mark.slow
 def test_what_fails_is_dropped_and_the_others_go_on(raced, monkeypatch):
     monkeypatch.setitem(lanes.SHARES, "chunks", 0.02)
-    status, found, err = raced(["slow", "dies", "refuses", "hangs"], "--budget", "60")
+    status, found, err = raced(["slow", "dies", "refuses", "hangs", "empty", "short"], "--budget", "60")
     assert status == 1
-    assert found["dropped"].keys() == {"dies", "refuses", "hangs"}
+    assert found["dropped"].keys() == {"dies", "refuses", "hangs", "empty", "short"}
+    assert "got no latents in its file" in found["dropped"]["empty"]
+    assert found["dropped"]["short"] == "got stages denoise, context, expected denoise, context, decode"
     assert "exit status 3" in found["dropped"]["dies"]
     assert found["dropped"]["refuses"] == "no weights"
     assert "got no answer to chunks in 1 s" in found["dropped"]["hangs"]
@@ -126,6 +130,18 @@ def test_what_fails_is_dropped_and_the_others_go_on(raced, monkeypatch):
     rows = {row["name"]: row for row in found["lanes"]}
     assert rows.keys() == {"ours", "slow"}
     assert rows["ours"]["ratios"]["slow"]["pairs"] == 3
+
+
+def test_late_red_latents_void_what_was_saved(raced, toy, monkeypatch, tmp_path):
+    monkeypatch.setitem(lanes.LANES, "late", Lane(toy("off"), "flashdreams", compiles=True))
+    monkeypatch.setattr(flashdreams_wheel, "version", lambda name: "0")
+    status, found, err = raced(["slow"], "--lanes", "ours,late", "--save", "--results", str(tmp_path))
+    assert (status, found) == (1, None)
+    assert "error: latents of late" in err
+    (file,) = tmp_path.glob("*.json")
+    saved = json.loads(file.read_text())
+    assert saved["lanes"] == []
+    assert [c["passed"] for c in saved["checks"]] == [True, False]
 
 
 @pytest.mark.parametrize("kind", ["off", "nan"])
@@ -159,9 +175,9 @@ def test_the_budget_ends_it_with_the_numbers_so_far(raced, tmp_path):
 def test_rounds_are_saved_as_they_come(raced, tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(race.saved, "store", lambda options, command, report, *_: kept.append(report) or tmp_path)
-    raced(["slow"], "--save")
-    assert [(r["rounds"], r["complete"]) for r in kept] == [(2, False), (3, False), (3, True)]
-    assert all(r["lanes"] for r in kept)
+    assert raced(["slow"], "--save")[0] == 0
+    assert [(r["rounds"], r["complete"]) for r in kept] == [(0, False), (1, False), (2, False), (3, False), (3, True)]
+    assert all(r["lanes"] for r in kept[1:])
 
 
 def test_what_compiles_comes_last(raced, toy, monkeypatch):
@@ -258,8 +274,8 @@ def test_latents_of_another_shape_are_red(tmp_path):
     file = str(tmp_path / "latents.safetensors")
     given.write_latents(file, [torch.ones(1, 4, 3, 2, 2), torch.ones(1, 4, 3, 2, 2)])
     truth = given.read_latents(file)
-    assert race.compared("x", Path(file), truth, 0.0).passed
-    found = race.compared("x", Path(file), truth[:1], 1.0)
+    assert race.compared("x", truth, truth, 0.0).passed
+    found = race.compared("x", truth, truth[:1], 1.0)
     assert not found.passed
     assert found.detail.startswith("got [[1, 4, 3, 2, 2], [1, 4, 3, 2, 2]], expected [[1, 4, 3, 2, 2]]")
 
@@ -311,6 +327,10 @@ def test_the_peer_replays_recorded_cases():
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     errors = {line["case"]: line["error"] for line in lines if "error" in line}
+    # Five passes per chunk. The compiled network sees a full cache alone.
+    assert [line for line in lines if line["case"] == "compiled"] == [
+        {"case": "compiled", "calls": [[5 * 7, 5 * 6], [2 * 5 * 7, 5 * 6 + 5 * 2]], "same": True}
+    ]
     assert errors.pop("vae") <= 2e-5
     assert errors.keys() == REPLAYED
     assert max(errors.values()) <= 2e-5
