@@ -115,6 +115,8 @@ setup(
         "distill": ["accelerate>=1.8", "diffusers>=0.35", "tensorboard>=2.17"],
         # Kernels: torch for CUDA brings Triton along; torch for processors does not, and its tests need it.
         "kernels": ["triton>=3.6; platform_system == 'Linux'"],
+        # Another engine to race with, and an independent implementation of the recorded cases.
+        "race": ["flashdreams>=0.1,<0.2"],
         "tensorrt": ["tensorrt>=11,<12"],
         "test": [
             "diffusers>=0.35",

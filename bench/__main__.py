@@ -20,6 +20,7 @@ COMMANDS = {
     "backends": ("bench.commands.backends", "what kernels, CUDA graphs and FP8 give, on the same weights in bf16"),
     "runtimes": ("bench.commands.runtimes", "a bundle's backends against torch's modules, chunk by chunk"),
     "compare": ("bench.commands.compare", "presets, backends and other engines, interleaved in one run"),
+    "race": ("bench.commands.race", "Self-Forcing beside another engine, same weights: checked, stage by stage"),
     "scaling": ("bench.commands.scaling", "time and memory per chunk: early and late in one stream, and sweeps"),
     "load": ("bench.commands.concurrent", "concurrent streams: together, each, and how many hold a frame rate"),
     "kernels": ("bench.commands.kernels", "each operation against its reference and the best library call"),

@@ -25,7 +25,7 @@ LEVELS = {
         "presets", "bundles", "stream", "loader", "run", "cli",
     ],
     "distill": ["training", "models", "data", "scores", "stages", "experiments", "__main__"],
-    "bench": ["instruments adapters", "operations", "report", "commands", "gpu", "__main__"],
+    "bench": ["instruments", "adapters", "operations", "report", "commands", "gpu", "__main__"],
     "csrc": ["include", "base", "formats", "text", "runtime", "core", "api host plugins python", "tests"],
 }  # fmt: skip
 # Heavy or development-only packages; where one is needed in engine/, then only inside the function that needs it.

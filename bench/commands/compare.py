@@ -26,7 +26,10 @@ from engine.stream import Pipeline
 
 PRESETS = ("greedy", "self-forcing-framewise", "self-forcing", "diagonal", "ffe-2step")
 BASELINE = "self-forcing-framewise"
-BUILT_IN = {"diffusers": [sys.executable, "-m", "bench.adapters.diffusers_wan"]}
+BUILT_IN = {
+    "diffusers": [sys.executable, "-m", "bench.adapters.diffusers_wan"],
+    "flashdreams": [sys.executable, "-m", "bench.adapters.flashdreams"],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +85,10 @@ def our_lap(pipeline: Pipeline, prompt: str, seed: int, frames: int) -> Lap:
 
 
 def adapter_lap(adapter: Adapter, prompt: str, seed: int, frames: int) -> Lap:
+    """Time one video of another engine: its steady chunks where it streams, all of it where it does not."""
     video = adapter.generate(prompt, seed, frames)
     progress = [*video.progress, (video.seconds, video.frames)]
-    return Lap(1e3 * video.seconds / frames, video.seconds, video.first_frame, progress)
+    return Lap(video.steady_ms_per_frame(adapter.fills), video.seconds, video.first_frame, progress)
 
 
 def _row(name: str, laps: list[Lap], base: list[Lap]) -> dict[str, Any]:

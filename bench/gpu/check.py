@@ -19,6 +19,7 @@ import torch
 from bench.gpu.lines import Lines, read_lines
 from bench.gpu.steps import STEPS, Step
 from bench.instruments.header import ROOT, machine
+from bench.instruments.processes import with_group
 from bench.instruments.spread import table
 from bench.report.saved import Stored, device_slug
 from engine.options import option
@@ -86,13 +87,6 @@ def run_step(name: str, limit: float, file: Path, smoke: bool) -> tuple[float, s
         except subprocess.TimeoutExpired:  # inside a call of the driver: the next step may still run
             status = "could not be stopped"
     return time.perf_counter() - begun, status
-
-
-def with_group(pid: int, sign: int) -> None:
-    try:
-        os.killpg(pid, sign)
-    except ProcessLookupError:  # it ended by itself
-        return
 
 
 def verdict(rows: list[dict[str, Any]]) -> tuple[str, bool]:

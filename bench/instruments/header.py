@@ -50,7 +50,7 @@ def commit() -> str:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "engine": engine.__version__}
-    for name in ("torch", "triton", "diffusers", "transformers", "onnxruntime", "tensorrt"):
+    for name in ("torch", "triton", "diffusers", "transformers", "onnxruntime", "tensorrt", "flashdreams"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

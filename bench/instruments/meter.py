@@ -20,6 +20,7 @@ from engine.generators import FAMILIES
 from engine.generators.base import Generator, Geometry
 from engine.model.cache import RingCache
 from engine.runtime.passes import Pass, Stages
+from engine.runtime.transfer import SideStream
 from engine.sampling.noise import NoiseSource
 from engine.stream import Pipeline, Stream
 
@@ -169,12 +170,18 @@ class MeteredPipeline(Pipeline):
     """A pipeline that charges a meter. It shares its weights with the pipeline that it was made from."""
 
     meter: Meter = field(kw_only=True)
+    plain: Pipeline = field(kw_only=True)
 
     @classmethod
     def of(cls, pipeline: Pipeline, meter: Meter) -> "MeteredPipeline":
         values = {f.name: getattr(pipeline, f.name) for f in fields(Pipeline)}
         values["stages"] = cast(Stages, MeteredStages(pipeline.stages, meter))
-        return cls(**values, meter=meter)
+        return cls(**values, meter=meter, plain=pipeline)
+
+    @cached_property
+    def side(self) -> SideStream:
+        """The plain pipeline's queue: memory that was freed on one queue is not used again on another."""
+        return self.plain.side
 
     @cached_property
     def generator(self) -> Generator:
@@ -184,6 +191,19 @@ class MeteredPipeline(Pipeline):
         stream = super().stream(*args, **kwargs)
         stream.noise = MeteredNoise(stream.noise, self.meter)
         return stream
+
+
+@contextmanager
+def metered(stream: Stream, meter: Meter) -> Iterator[Stream]:
+    """The same stream, caches and graphs included, charges the meter until the end of the block."""
+    pipeline, noise = stream.pipeline, stream.noise
+    meter.now()  # nothing of the plain stream's work is left on the device
+    stream.pipeline, stream.noise = MeteredPipeline.of(pipeline, meter), MeteredNoise(noise, meter)
+    try:
+        yield stream
+    finally:
+        meter.now()
+        stream.pipeline, stream.noise = pipeline, noise
 
 
 @dataclass

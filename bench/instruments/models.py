@@ -122,31 +122,24 @@ def open_bundle(folder: Path, backend: str | None = None, preset: str | None = N
 
 def random_pipeline(
     shape: str, preset: str, runtime: Runtime | None = None, height: int | None = None, width: int | None = None,
-    attention_gain: float = 1,
+    attention_gain: float = 1, seed: int = 0,
 ) -> Pipeline:  # fmt: skip
     """A pipeline of random weights, made in memory. Its text encoder is a small stand-in of the right width.
 
-    attention_gain: see RandomSource.
+    attention_gain: see RandomSource. Transformers, VAE and text encoder are drawn from seed, seed + 1, ...
     """
-    config, vae_config, (high, wide), anywhere = SHAPES[shape]
+    config, vae_config, _, _ = SHAPES[shape]
     runtime = runtime or Runtime()
     place = device_of(runtime.device)
-    if place.type == "cpu" and not anywhere and not (height and width):
-        raise ValueError(f"random {shape} on {place}: got {wide}x{high}, expected a small --height and --width, "
-                         "such as 64 96: a full-size chunk takes minutes there")  # fmt: skip
     dtype, style = dtype_of(runtime.precision, place), find_preset(preset)
-    height, width = height or high, width or wide
-    for what, pixels, patch in (("height", height, config.patch_size[1]), ("width", width, config.patch_size[2])):
-        unit = vae_config.scale_factor_spatial * patch
-        if pixels < unit or pixels % unit:
-            raise ValueError(f"{what}: got {pixels}, expected a positive multiple of {unit}")
+    height, width = size_of(shape, place, height, width)
     with torch.device("meta"):
         family = family_of(style)
         models = {role: WanTransformer(config, family.conditioned(role)) for role in family.roles()}
         vae = VAE(vae_config)
     encoder = small_encoder(config.text_dim)
-    for seed, module in enumerate((*models.values(), vae, encoder)):
-        fill(module, RandomSource(module, f"random {shape}", seed, place, attention_gain), dtype, place)
+    for number, module in enumerate((*models.values(), vae, encoder), start=seed):
+        fill(module, RandomSource(module, f"random {shape}", number, place, attention_gain), dtype, place)
     for model in models.values():
         model.fuse()
     with tempfile.TemporaryDirectory() as folder:
@@ -157,6 +150,23 @@ def random_pipeline(
         stages, config, style, dtype, place, tokenizer=tokenizer, name=preset, height=height, width=width,
         vae_config=vae_config, kv_dtype=FP8 if runtime.fp8_attention else None,
     )  # fmt: skip
+
+
+def size_of(shape: str, place: torch.device, height: int | None, width: int | None) -> tuple[int, int]:
+    """Pixels of a random pipeline: height and width, the shape's own where they are None.
+
+    ValueError for a size that the shape does not have, or that a processor cannot stream.
+    """
+    config, vae_config, (high, wide), anywhere = SHAPES[shape]
+    if place.type == "cpu" and not anywhere and not (height and width):
+        raise ValueError(f"random {shape} on {place}: got {wide}x{high}, expected a small --height and --width, "
+                         "such as 64 96: a full-size chunk takes minutes there")  # fmt: skip
+    height, width = height or high, width or wide
+    for what, pixels, patch in (("height", height, config.patch_size[1]), ("width", width, config.patch_size[2])):
+        unit = vae_config.scale_factor_spatial * patch
+        if pixels < unit or pixels % unit:
+            raise ValueError(f"{what}: got {pixels}, expected a positive multiple of {unit}")
+    return height, width
 
 
 def family_name(preset: str) -> str:

@@ -51,17 +51,22 @@ def _arguments(line: list[str]) -> str:
     return " ".join(kept)
 
 
-def emit(options: Reported, command: str, result: dict[str, Any], variant: str = "") -> None:
-    """Save the result where --save asks for it, then print it: it is the last line of stdout.
+def store(options: Reported, command: str, result: dict[str, Any], variant: str = "") -> Path:
+    """Write a result to its file, over an earlier one of the day; returns the file.
 
-    The file's name starts with the command and, where there is one, the variant.
+    Its name starts with the command and, where there is one, the variant.
     """
+    result["arguments"] = _arguments([command, *command_line(options)])
+    name = f"{command}-{variant}" if variant else command
+    path = options.results / f"{name}-{device_slug(result['machine'])}-{result['machine']['date']}.json"
+    write_json(path, result)
+    return path
+
+
+def emit(options: Reported, command: str, result: dict[str, Any], variant: str = "") -> None:
+    """Store the result where --save asks for it, then print it: it is the last line of stdout."""
     if options.save:
-        result["arguments"] = _arguments([command, *command_line(options)])
-        name = f"{command}-{variant}" if variant else command
-        path = options.results / f"{name}-{device_slug(result['machine'])}-{result['machine']['date']}.json"
-        write_json(path, result)
-        print(f"saved {path.name}", file=sys.stderr)
+        print(f"saved {store(options, command, result, variant).name}", file=sys.stderr)
     print(json.dumps(result), flush=True)
 
 

@@ -11,7 +11,7 @@ import torch
 from bench.__main__ import main
 from bench.commands import stream
 from bench.instruments import check
-from bench.instruments.meter import Meter, MeteredPipeline, metered_chunks
+from bench.instruments.meter import Meter, MeteredPipeline, metered, metered_chunks
 from engine.runtime.stages import TorchStages
 
 PROMPT = "a red circle"
@@ -156,3 +156,21 @@ def test_cuda_would_wait(monkeypatch):
         pass
     assert len(waited) == 3
     assert json.dumps(meter.take()[0])
+
+
+def test_a_stream_is_metered_for_a_while(pipeline, causal):
+    for made in (pipeline, causal):
+        meter = Meter(made.device)
+        with made.stream(PROMPT) as plain, made.stream(PROMPT) as timed:
+            expected = [plain.next_chunk() for _ in range(6)]
+            found = [timed.next_chunk() for _ in range(2)]
+            meter.take()
+            with metered(timed, meter):
+                found += [timed.next_chunk() for _ in range(2)]
+            parts, calls = meter.take()
+            found += [timed.next_chunk() for _ in range(2)]
+            assert timed.pipeline is made
+            assert not meter.take()[1]  # nothing more was charged
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert len(calls["vae"]) == 2 * made.preset.chunk
+        assert parts["vae"] > 0
