@@ -25,11 +25,15 @@ compile_target = 90  # for which `compiling` compiles meta tensors; kernels/comp
 
 _kernels: set[Any] = set()  # every kernel launched so far, for compilations()
 _compiled: list[Any] | None = None  # inside compiling(): the compiled kernels, in order
+_observer: Callable[[Any, tuple[Any, ...]], None] | None = None  # inside observed(): gets what would be launched
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Start `kernel` on `grid` (up to three numbers); options are constexprs, num_warps and num_stages."""
     options["enable_fp_fusion"] = True  # Triton's default until 3.9, but not later
+    if _observer is not None:
+        _observer(kernel, args)
+        return
     _kernels.add(kernel)
     if _compiled is not None:
         _compiled.append(kernel.warmup(*args, grid=grid, **options))
@@ -55,6 +59,17 @@ def compiling() -> Iterator[list[Any]]:
         yield _compiled
     finally:
         _compiled = before
+
+
+@contextmanager
+def observed(observer: Callable[[Any, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Inside, launches of any thread run and compile nothing: observer(kernel, its arguments) is called instead."""
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
 
 
 def warm(*calls: Callable[[], Any]) -> int:

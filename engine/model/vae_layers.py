@@ -36,7 +36,8 @@ class Sum:
     def images(self) -> Tensor:
         """The sum, computed now."""
         if self.bias is not None:
-            return bias_residual(self.h, self.bias, self.residual)
+            residual = None if self.residual is None else _channels_last(self.residual)
+            return bias_residual(_channels_last(self.h), self.bias, residual)
         return self.h if self.residual is None else self.h + self.residual
 
 
@@ -58,7 +59,6 @@ class Past:
             images = x.images()
             return self.extend(F.silu(norm(images))), images
         before = None if self.cache is None else next(self.cache)
-        # A convolution over few frames or several videos may return another memory layout.
         video = to_video(_channels_last(x.h), self.batch)
         residual = None if x.residual is None else to_video(_channels_last(x.residual), self.batch)
         cache_out = before if self.in_place else None
@@ -295,6 +295,7 @@ class UpBlock(nn.Module):
 
 
 def _channels_last(images: Tensor) -> Tensor:
+    """As kernels want them. A convolution over few frames or several videos may return another memory layout."""
     return images.contiguous(memory_format=torch.channels_last)
 
 
