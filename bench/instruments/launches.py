@@ -24,7 +24,18 @@ from kernels.table import use
 
 # Kernels that only write rows of the rings they are given: names of the arguments, and what they are as large as.
 RINGS = {"_qk_norm_rope_write": ("K", "V"), "_write_v_transposed": ("V",)}
-_NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
+# Operations that PyTorch defines by others, and that a GPU runs as one; the rest of them is looked into.
+_WHOLE = {"linear", "conv2d", "conv3d", "scaled_dot_product_attention", "rms_norm", "layer_norm", "upsample_nearest2d"}
+_NO_LAUNCH = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "lift_fresh",
+    "_unsafe_view",
+}
 
 
 @dataclass
@@ -53,15 +64,21 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name == "convolution":  # cuDNN keeps the layout of channels-last inputs, also where the meta device does not
+        if name not in _WHOLE:
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
+        result = func(*args, **(kwargs or {}))
+        convolves = name in ("conv2d", "conv3d")
+        if convolves:  # cuDNN keeps the layout of channels-last inputs, also where the meta device does not
             layout = torch.channels_last_3d if result.ndim == 5 else torch.channels_last
             result = result.contiguous(memory_format=layout)
         tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
         if any(t.is_meta for t in tensors) and not func.is_view and name not in _NO_LAUNCH:
             self.counts.add(name, tensors)
-            if name == "convolution" and args[2] is not None:
+            if convolves and len(args) > 2 and args[2] is not None:
                 self.counts.add("convolution's bias", (result, result, args[2]))
         return result
 
