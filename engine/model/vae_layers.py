@@ -27,18 +27,21 @@ STACK_LIMIT = 1 << 20
 
 @dataclass(frozen=True)
 class Sum:
-    """Images [N, C, H, W] not added up yet: h + bias + residual. The next normalisation adds them as it reads them."""
+    """Images [N, C, H, W]. With a late bias they are not added up yet: h + bias + residual.
+
+    The next normalisation adds them as it reads them.
+    """
 
     h: Tensor
     bias: Tensor | None = None  # [C]
-    residual: Tensor | None = None  # as h
+    residual: Tensor | None = None  # as h; only with a bias
 
     def images(self) -> Tensor:
         """The sum, computed now."""
-        if self.bias is not None:
-            residual = None if self.residual is None else _channels_last(self.residual)
-            return bias_residual(_channels_last(self.h), self.bias, residual)
-        return self.h if self.residual is None else self.h + self.residual
+        if self.bias is None:
+            return self.h
+        residual = None if self.residual is None else _channels_last(self.residual)
+        return bias_residual(_channels_last(self.h), self.bias, residual)
 
 
 class Past:
@@ -101,8 +104,11 @@ class CausalConv3d(nn.Conv3d):
         return y if self._padded is None else y[:, : self.out_channels]
 
     def sum(self, x: Tensor, past: Past, residual: Tensor | None = None) -> Sum:
-        """The result and the residual, with the bias if that is late."""
-        return Sum(self(x, past), self.bias if self.late_bias else None, residual)
+        """The result and the residual: added up, or left to the next pass with the bias if that is late."""
+        h = self(x, past)
+        if self.late_bias:
+            return Sum(h, self.bias, residual)
+        return Sum(h if residual is None else h + residual)
 
     def fuse(self) -> None:
         """Convert the weight to channels-last once instead of on every call, and pad few outputs for matrix units."""
@@ -194,6 +200,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Sum, past: Past) -> Sum:
         extended, images = past.normalise(x, self.norm1)
         h = self.conv1.sum(extended, past)
+        del extended  # before the next one is made: fresh memory costs more than its arithmetic
         extended, _ = past.normalise(h, self.norm2, keep=False)
         return self.conv2.sum(extended, past, self.conv_shortcut(images))
 
@@ -215,7 +222,7 @@ class AttentionBlock(nn.Module):
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)  # [N, H*W, 3C]
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
         out = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
-        return Sum(self.proj(out), residual=x)
+        return Sum(x + self.proj(out))
 
 
 class Upsample(nn.Module):
