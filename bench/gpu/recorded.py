@@ -1,10 +1,10 @@
-"""Streams that public code recorded, replayed through every way: the strongest check there is, in seconds."""
+"""Streams that other code recorded, replayed through every way: the strongest check there is, in seconds."""
 
 from functools import partial
 
 from bench.gpu.lines import Lines
 from bench.instruments import recordings
-from bench.instruments.check import CASES
+from bench.instruments.check import CASES, WIDE_CASES
 from bench.instruments.ways import WAYS
 
 
@@ -14,7 +14,7 @@ def recorded(lines: Lines) -> None:
 
 
 def _through(lines: Lines, way: str) -> None:
-    results = recordings.run(CASES, lines.device, way)
+    results = [result for folder in (CASES, WIDE_CASES) for result in recordings.run(folder, lines.device, way)]
     for result in results:
         lines.add("row", table="recorded cases", way=way, **vars(result))
     worst = max((r for r in results if r.dtype == "float32"), key=lambda r: r.max_abs_error)

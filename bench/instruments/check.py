@@ -23,6 +23,7 @@ from engine.model.rope import rope_tables
 from engine.stream import Pipeline
 
 CASES = ROOT / "tests" / "data" / "causal"
+WIDE_CASES = ROOT / "tests" / "data" / "causal_128"  # head dim 128, as Wan2.1-1.3B has
 # Largest rms error of a flow over its rms, against the dense pass in the same dtype: order of summation only.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 

@@ -136,7 +136,7 @@ class MeteredStages:
 
 
 class MeteredGenerator:
-    """Times denoise and commit. Outside model calls a commit copies slots (cache); a denoising call is `other`."""
+    """Times denoise and commit. Outside model calls a commit is `cache`, and a denoising call `other`."""
 
     def __init__(self, generator: Generator, meter: Meter) -> None:
         self._generator, self._meter = generator, meter

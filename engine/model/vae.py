@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.model.vae_layers import (
+    AttentionBlock,
     Cache,
     CausalConv3d,
     Downsample,
@@ -155,7 +156,7 @@ class VAE(nn.Module):
         self._fused = True
         self.encoder.conv_in.late_bias = self.decoder.conv_in.late_bias = True
         for module in self.modules():
-            if isinstance(module, CausalConv3d | ResidualBlock | Upsample):
+            if isinstance(module, CausalConv3d | ResidualBlock | AttentionBlock | Upsample):
                 module.fuse()
             elif type(module) is nn.Conv2d:
                 weight = module.weight.detach().contiguous(memory_format=torch.channels_last)

@@ -211,6 +211,8 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention inside each frame."""
 
+    late_bias = False  # as CausalConv3d's, of the last product
+
     def __init__(self, dim: int):
         super().__init__()
         self.norm = RMSNorm(dim, dims=2)
@@ -222,7 +224,12 @@ class AttentionBlock(nn.Module):
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)  # [N, H*W, 3C]
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
         out = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
+        if self.late_bias:
+            return Sum(F.conv2d(out, self.proj.weight), self.proj.bias, x)
         return Sum(x + self.proj(out))
+
+    def fuse(self) -> None:
+        self.late_bias = True
 
 
 class Upsample(nn.Module):

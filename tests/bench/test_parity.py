@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import FAULTS
 from safetensors.torch import load_file, save_file
 
 from bench.__main__ import main
+from bench.instruments import recordings
 from bench.instruments.recordings import TOLERANCE, preset_of, read_recording, replay
+from bench.instruments.ways import WAYS
 
 DATA = Path(__file__).parents[1] / "data" / "causal"
+WIDE = DATA.with_name("causal_128")
 CASES = 18
 
 
@@ -51,6 +55,22 @@ def test_every_recorded_case_passes(capsys):
         assert case["max_abs_error"] <= largest, case
         assert case["rms_error"] <= rms, case
     assert {case["dtype"] for case in report["cases"]} == {"float32", "bfloat16"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_cases_of_head_dim_128_pass_every_way(way, capsys):
+    """Recorded with another engine in float32, replayed in float32 and in bf16."""
+    code, out, _ = parity(WIDE, capsys, "--json", "--through", way)
+    assert code == 0
+    cases = json.loads(out.strip().splitlines()[-1])["cases"]
+    assert [case["dtype"] for case in cases] == ["float32", "bfloat16"]
+    assert read_recording(WIDE).config.attention_head_dim == 128
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_cases_of_head_dim_128_see_every_fault(fault):
+    with FAULTS[fault]():
+        assert not any(result.passed for result in recordings.run(WIDE, way="fused"))
 
 
 def test_what_is_allowed():

@@ -221,8 +221,8 @@ def test_no_convolution_between_two_norms_adds_its_bias(pair, monkeypatch):
     blocks = [m for m in decoder.modules() if isinstance(m, ResidualBlock)]
     shortcuts = sum(not isinstance(block.conv_shortcut, torch.nn.Identity) for block in blocks)
     temporal = sum(getattr(m, "temporal", False) for m in decoder.modules())
-    # Beside them post_quant_conv, conv_out, and attention's two products.
-    assert len(with_bias) == shortcuts + temporal + 4
+    # Beside them post_quant_conv, conv_out, and attention's first product.
+    assert len(with_bias) == shortcuts + temporal + 3
 
 
 @pytest.mark.parametrize("batch", [1, 2])

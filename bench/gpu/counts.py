@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.gpu.launches import Counts, count
 from bench.instruments import models
 from bench.instruments.flops import META, chunk_cost, steady_index
-from bench.instruments.launches import Counts, count
 from bench.instruments.meter import joined_of
 from bench.instruments.spread import table
 from bench.report.saved import Printed
