@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu.launches import Counts, count
 from bench.instruments import models
-from bench.instruments.flops import META, chunk_cost, steady_index
+from bench.instruments.flops import META, EmptyNoise, chunk_cost, steady_index
 from bench.instruments.meter import joined_of
 from bench.instruments.spread import table
 from bench.report.saved import Printed
@@ -71,11 +71,6 @@ class CountedStages(TorchStages):
         return self._counted("vae", decode), cache
 
 
-class _EmptyNoise:
-    def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(count, *shape, device=META)
-
-
 def steady_chunk(
     shape: str, preset: str, height: int | None = None, width: int | None = None, joined: bool = True
 ) -> tuple[Pipeline, CountedStages]:
@@ -95,7 +90,7 @@ def steady_chunk(
         stages, config, style, dtype, META, height=height, width=width, name=preset, vae_config=vae_config
     )
     text = torch.empty(1, ROWS, config.text_dim, device=META, dtype=dtype)
-    stream = Stream(pipeline, text, _EmptyNoise(), None, None)
+    stream = Stream(pipeline, text, EmptyNoise(), None, None)
     for _ in range(steady_index(style)):
         stream.next_latent()
     with torch.inference_mode():

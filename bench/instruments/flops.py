@@ -163,7 +163,9 @@ class CountingStages:
         )  # fmt: skip
 
 
-class _EmptyNoise:
+class EmptyNoise:
+    """Draws without data."""
+
     def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(count, *shape, device=META)
 
@@ -179,7 +181,7 @@ def stream_costs(pipeline: Pipeline, chunks: int, rows: int) -> list[dict[str, C
     stages = CountingStages(pipeline.config, pipeline.dtype.itemsize, join_context)
     counted = replace(pipeline, stages=cast(Stages, stages), device=META, tokenizer=None)
     text = torch.empty(1, rows, pipeline.config.text_dim, device=META)
-    stream, found = Stream(counted, text, _EmptyNoise(), None, None), []
+    stream, found = Stream(counted, text, EmptyNoise(), None, None), []
     for index in range(chunks):
         stages.calls.clear()
         stream.next_latent()
