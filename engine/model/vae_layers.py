@@ -95,7 +95,8 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, past: Past) -> Tensor:  # type: ignore[override]
         """x [(2+T)*B, C, H, W], extended by `past` -> [T*B, C', H, W], without the bias if that is late."""
-        weight, bias = self._padded or (self.weight, None if self.late_bias else self.bias)
+        weight, bias = self._padded or (self.weight, self.bias)
+        bias = None if self.late_bias else bias
         space = self.kernel_size[2] // 2
         if past.cache is None:  # zeros precede the first frame, so only the last tap contributes
             y = F.conv2d(x, weight[:, :, -1], bias, padding=space)

@@ -32,6 +32,7 @@ CONFIGS = {
         "latents_std": [0.8 + 0.2 * i for i in range(8)],
         "scale_factor_spatial": 4,
     },
+    "odd": {"base_dim": 6, "z_dim": 4, "dim_mult": [1, 2, 2, 3], "num_res_blocks": 1, **STATISTICS},
     "images": {
         "base_dim": 8,
         "z_dim": 4,
