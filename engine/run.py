@@ -185,6 +185,7 @@ class _Interrupt:
 
     def __init__(self) -> None:
         self.writing = self.asked = False
+        self.written = 0  # frames, each counted with its write: a signal cannot come in between
 
     def __enter__(self) -> "_Interrupt":
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -204,6 +205,7 @@ class _Interrupt:
         self.writing = True
         try:
             sink.write(frame)
+            self.written += 1
         finally:
             self.writing = False
         if self.asked:
@@ -215,7 +217,7 @@ def _generate(
     interrupt: _Interrupt, console: Console, fps: float, start: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Write chunks to the sink until the limit, Ctrl-C or the reader's end; returns the measurements."""
-    frames, chunks, ttff, stopped = 0, [], 0.0, False
+    chunks, ttff, stopped = [], 0.0, False
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} frames"),
         TextColumn("{task.fields[rate]:.1f} fps  first frame {task.fields[ttff]:.0f} ms"), TimeElapsedColumn(),
@@ -225,22 +227,21 @@ def _generate(
     with Progress(*columns, console=console, disable=hidden) as progress:
         task = progress.add_task("streaming", total=limit, rate=0.0, ttff=0.0)
         try:
-            while limit is None or frames < limit:
-                while switches and switches[0][0] <= frames:
+            while limit is None or interrupt.written < limit:
+                while switches and switches[0][0] <= interrupt.written:
                     stream.set_prompt(switches.pop(0)[1], recommit=not job.video.no_recommit)
                 chunk_start = time.perf_counter()
                 chunk = stream.next_chunk()
                 now = time.perf_counter()
                 chunks.append(now - chunk_start)
                 ttff = ttff or now - start
-                for frame in chunk[: None if limit is None else limit - frames]:
+                for frame in chunk[: None if limit is None else limit - interrupt.written]:
                     interrupt.write(sink, frame.repeat(scale, axis=0).repeat(scale, axis=1))
-                    frames += 1
-                rate = frames / (time.perf_counter() - begun)
-                progress.update(task, completed=frames, rate=rate, ttff=1e3 * ttff)
+                rate = interrupt.written / (time.perf_counter() - begun)
+                progress.update(task, completed=interrupt.written, rate=rate, ttff=1e3 * ttff)
         except KeyboardInterrupt:
             stopped = True
-    spent = time.perf_counter() - begun
+    spent, frames = time.perf_counter() - begun, interrupt.written
     steady = [1e3 * seconds for seconds in chunks[1:] or chunks] or [0.0]
     return {
         "frames": frames,

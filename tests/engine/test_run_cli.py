@@ -349,6 +349,17 @@ def test_ctrl_c_closes_the_file(model_dir, tmp_path, number):
     assert len(decode(tmp_path / "clip.mp4")) == report["frames"] > 10
 
 
+def test_a_signal_during_a_write_still_counts_the_frame():
+    class Interrupted:
+        def write(self, frame):
+            signal.raise_signal(signal.SIGINT)
+
+    with engine.run._Interrupt() as interrupt:
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.write(Interrupted(), None)
+        assert interrupt.written == 1
+
+
 @pytest.mark.slow
 def test_a_killed_run_leaves_something_to_watch(model_dir, tmp_path):
     process = start(model_dir, "--out", "clip.mp4", cwd=tmp_path)
