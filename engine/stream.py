@@ -58,10 +58,14 @@ class Pipeline:
         return ThreadPoolExecutor(1, thread_name_prefix="noise")
 
     def warm(self) -> None:
-        """Stream four chunks of an empty prompt, to compile kernels and capture graphs before the first stream."""
+        """Stream an empty prompt twice, to compile kernels and capture graphs before the first stream."""
         rows = self.tokenizer.rows if self.tokenizer else 1
-        with self.stream(torch.zeros(1, rows, self.config.text_dim)) as stream:
-            for _ in range(4):  # this runs every pass twice
+        prompt = torch.zeros(1, rows, self.config.text_dim)
+        for _ in range(2):  # some passes run once per stream, and a graph is captured on the second run
+            with self.stream(prompt) as stream:
+                for _ in range(3):
+                    stream.next_chunk()
+                stream.set_prompt(prompt)  # its passes as well
                 stream.next_chunk()
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.gpu.launches import Counts, count
 from bench.instruments import models
 from bench.instruments.flops import META, EmptyNoise, chunk_cost, steady_index
-from bench.instruments.meter import joined_of
+from bench.instruments.meter import context_of, joined_of
 from bench.instruments.spread import table
 from bench.report.saved import Printed
 from engine.generators import family_of
@@ -44,8 +44,10 @@ class Options(Printed):
 class CountedStages(TorchStages):
     """The torch backend's fast path on meta tensors; `parts` are what each function launched since the last clear."""
 
-    def __init__(self, models: dict[str, WanTransformer], vae: VAE, join_context: bool) -> None:
+    def __init__(self, models: dict[str, WanTransformer], vae: VAE, join_context: bool, clean: bool) -> None:
+        """clean: a chunk begins with the context pass of the one before, unless that is joined."""
         super().__init__(models, vae, None, join_context=join_context)
+        self._context_first = clean and not join_context
         self.parts: dict[str, list[Counts]] = {}
         self.vae_flops = 0.0  # of one call; upsampling inside convolutions has fewer than the modules' shapes tell
 
@@ -56,6 +58,8 @@ class CountedStages(TorchStages):
 
     def run(self, step: Pass, cache: RingCache, text_kv: Any) -> Tensor:
         name = step.kind.graph if step.context is None else joined_of(step.kind.graph)
+        if self._context_first and step.kind.timed and not self.parts:
+            name = context_of(name)
         return self._counted(name, partial(TorchStages.run, self, step, cache, text_kv))
 
     def vae_steady(self, latent: Tensor, cache: Any) -> tuple[Tensor, Any]:
@@ -85,7 +89,7 @@ def steady_chunk(
         for model in transformers.values():
             model.fuse()
         vae.fuse()
-    stages = CountedStages(transformers, vae, joined)
+    stages = CountedStages(transformers, vae, joined, style.commit == "clean")
     pipeline = assemble(
         stages, config, style, dtype, META, height=height, width=width, name=preset, vae_config=vae_config
     )

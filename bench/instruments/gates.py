@@ -26,7 +26,7 @@ LIMITS = {"bf16": 2.5e-2, "fp8": 7e-2, "fp8-attention": 7e-2}
 
 @dataclass(frozen=True)
 class Gate:
-    """errors: rms error over rms of each chunk's flow."""
+    """errors: rms error over rms of each flow, two a chunk."""
 
     precision: str
     errors: list[float]
@@ -59,7 +59,10 @@ def gate(pipeline: Pipeline, truth: list[Tensor], precision: str, seed: int = 0)
 
 @torch.inference_mode()
 def flows(pipeline: Pipeline, seed: int = 0) -> list[Tensor]:
-    """The flow of every chunk [1, C, F, h, w], before that chunk is committed; all on given latents."""
+    """The flows of every chunk [1, C, F, h, w], before that chunk is committed; all on given latents.
+
+    Two a chunk: the first call may take the context pass of the chunk before along, the second is alone.
+    """
     preset, config, generator = pipeline.preset, pipeline.config, pipeline.generator
     geometry = Geometry.of(config, 1, pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial)
     count = max(CHUNKS, generator.steady(preset) + 2)
@@ -73,6 +76,6 @@ def flows(pipeline: Pipeline, seed: int = 0) -> list[Tensor]:
     found = []
     for _ in range(count):
         noisy, clean = drawn(*shape), drawn(*shape)
-        found.append(generator.denoise(noisy, TIMESTEP, state).float())
+        found += [generator.denoise(noisy, TIMESTEP, state).float() for _ in range(2)]
         generator.commit(clean, state)
     return found

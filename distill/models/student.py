@@ -20,11 +20,12 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 
 from engine.model.cache import RingCache
-from engine.model.layers import Attend
+from engine.model.layers import Attend, total
 from engine.model.rope import rope_tables
 from engine.model.transformer import TextKV, WanTransformer
 from engine.runtime.passes import Pass
 from engine.runtime.stages import TorchStages
+from kernels.norm_modulate import Hidden
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
@@ -87,10 +88,13 @@ def checkpointed(model: WanTransformer) -> WanTransformer:
     return model
 
 
-def _recomputed(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def _recomputed(forward: Callable[..., Hidden], *arguments: Any) -> Tensor:
+    def whole() -> Tensor:
+        return total(forward(*arguments))  # added up inside: outside, its two addends would be kept
+
     if not torch.is_grad_enabled():
-        return forward(*arguments)
-    return torch.utils.checkpoint.checkpoint(forward, *arguments, use_reentrant=False)
+        return whole()
+    return torch.utils.checkpoint.checkpoint(whole, use_reentrant=False)
 
 
 def add_lora(model: WanTransformer, lora: LoraConfig, *, recompute: bool = False) -> WanTransformer:

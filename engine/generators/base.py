@@ -5,7 +5,8 @@ slots whose old content no pass reads any more. Only `commit` publishes them. So
 with the same result.
 
 Where the backend joins passes, `commit` leaves its context pass to the next `denoise`: one run of the transformer
-computes both. A repeated call then gives the same result up to rounding.
+computes both. A repeated call then gives the same result up to rounding. Exception: if such a run fails in a full
+ring, the window's keys and values are computed again from its latents, as after a prompt switch.
 """
 
 from abc import ABC, abstractmethod

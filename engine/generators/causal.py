@@ -54,7 +54,7 @@ class CausalGenerator(Generator):
         step = self._pass(x, t, state.position, state)
         try:
             flow = self._run_denoising(step, state.cache, state)
-        except Exception:
+        except BaseException:
             # In a full ring it may have written over the oldest chunk, which the context pass would read once more.
             overwrites = state.cache.committed + x.shape[2] > state.cache.slots
             state.stale = state.stale or (state.pending is not None and overwrites)

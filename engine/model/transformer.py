@@ -78,7 +78,7 @@ class WanTransformer(nn.Module):
             own = modulation if added is None else added[layer]
             text = text_kv[0][layer], text_kv[1][layer]
             hidden = block(hidden, own, *text, cos, sin, attend, layer, added is not None)
-            if added is None:  # a block that is checkpointed or sharded takes and gives tensors
+            if added is None:  # a block that is checkpointed or sharded takes tensors
                 hidden = total(hidden)
         return total(hidden), embedding
 

@@ -164,7 +164,8 @@ class GraphedStages:
 
             args = tuple(value for names in changing for value in names.values())
             # In a full ring the step writes over rows that the context reads: a capture's runs must start alike.
-            lost = whole.slots_from(int(step.slot), step.frames) if step.context is not None else ()
+            overwrites = step.context is not None and step.slot < step.context.valid
+            lost = whole.slots_from(int(step.slot), step.frames) if overwrites else ()
             return self._graph(key, again, args, lost, self._capture)
 
     def _graph(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from math import prod
 from typing import Protocol
 
@@ -72,8 +73,10 @@ class DrawnAhead:
         """Begin the draws that the next call of `draw` will want."""
         if self._asked != (chunk, count, shape):
             self._settle()
-            self._asked = chunk, count, shape
-            self._drawing = self._worker.submit(self._source.draw, chunk, count, shape)
+            self._asked = self._drawing = None
+            with suppress(RuntimeError):  # the interpreter is shutting down: `draw` does it then
+                self._drawing = self._worker.submit(self._source.draw, chunk, count, shape)
+                self._asked = chunk, count, shape
 
     def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
         if self._drawing is None or self._asked != (chunk, count, shape):

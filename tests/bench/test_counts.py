@@ -56,6 +56,7 @@ def test_of_a_ring_only_the_rows_that_are_written_count():
     ("greedy", True, {"etm": 1, "sdd+context": 1, "sdd": 3, "vae": 1}),
     ("greedy", False, {"etm": 1, "sdd_context": 1, "sdd": 4, "vae": 1}),
     ("self-forcing", True, {"dit+context": 1, "dit": 3, "vae": 3}),
+    ("self-forcing", False, {"dit_context": 1, "dit": 4, "vae": 3}),
     ("diagonal", True, {"dit": 2, "vae": 3}),
 ])  # fmt: skip
 def test_parts_of_a_chunk(preset, joined, parts):

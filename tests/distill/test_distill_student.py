@@ -4,10 +4,19 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tiny import text_of, transformer
 
 from distill.models.causal import CausalStudent
 from distill.models.rollout import SampleNoise, noise_levels, roll_into, roll_out
-from distill.models.student import Student, etm_visible, frame_attention, sdd_positions, sdd_visible
+from distill.models.student import (
+    Student,
+    checkpointed,
+    etm_visible,
+    frame_attention,
+    rope_for,
+    sdd_positions,
+    sdd_visible,
+)
 from engine.config import TransformerConfig
 from engine.generators.base import Geometry
 from engine.generators.causal import CausalGenerator
@@ -228,3 +237,21 @@ def test_bad_input() -> None:
         student.flow(torch.zeros(1, 4, 2, 4, 4), torch.zeros(1, 4, 2, 4, 4), torch.zeros(1, 2), {})
     with pytest.raises(ValueError, match="max_position"):
         Student(WanTransformer(SMALL), rank=4, max_position=1)
+
+
+def test_checkpointed_blocks_keep_one_hidden_state_each():
+    """The residual sum is made inside the checkpoint: outside, both addends would be kept."""
+    model = checkpointed(transformer(num_layers=6))
+    latent = torch.randn(1, 8, 2, 4, 6)
+    cos, sin = rope_for(model, range(2), latent)
+    text = model.prepare_text(text_of())
+    parameters, kept = {p.data_ptr() for p in model.parameters()}, []
+
+    def keep(tensor):
+        if tensor.data_ptr() not in parameters and tensor.numel() == 12 * model.config.dim:
+            kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(latent, torch.tensor([500.0]), text, cos, sin, dense_attention())
+    assert len(set(kept)) < model.config.num_layers  # the blocks' inputs are kept by the checkpoints themselves

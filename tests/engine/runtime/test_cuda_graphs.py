@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench.instruments.ways import StandIn
+from engine.presets import override
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.stages import TorchStages
 
@@ -17,13 +18,13 @@ PROMPT, OTHER = "a red circle moving right", "a blue square on gray"
 FAMILIES = pytest.mark.parametrize("family", ["pipeline", "causal"])
 
 
-def fused(pipeline):
+def fused(pipeline, joined=False):
     stages = pipeline.stages
-    return TorchStages(stages.models, stages.vae, stages.text_encoder)
+    return TorchStages(stages.models, stages.vae, stages.text_encoder, join_context=joined)
 
 
-def graphed(pipeline):
-    return replace(pipeline, stages=GraphedStages(fused(pipeline), StandIn))
+def graphed(pipeline, joined=False):
+    return replace(pipeline, stages=GraphedStages(fused(pipeline, joined), StandIn))
 
 
 def frames(pipeline, count=40, **options):
@@ -41,15 +42,30 @@ def test_graphs_stream_what_the_kernels_do(request, family):
 
 
 @FAMILIES
-def test_nothing_is_captured_once_warm(request, family):
-    pipeline = graphed(request.getfixturevalue(family))
+@pytest.mark.parametrize("changes", [{}, {"steps": ((1000.0,),)}], ids=["", "one step"])
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
+def test_nothing_is_captured_once_warm(request, family, joined, changes):
+    pipeline = graphed(request.getfixturevalue(family), joined)
+    pipeline = replace(pipeline, preset=override(pipeline.preset, changes))
     pipeline.warm()
     captured = pipeline.stages.captured
-    assert captured == (4 if family == "pipeline" else 2)
+    assert captured == (4 if family == "pipeline" else 2) + joined
+    for _ in range(2):
+        with pipeline.stream(PROMPT) as stream:
+            list(islice(stream, 50))
+            stream.set_prompt(OTHER)
+            list(islice(stream, 20))
+    assert pipeline.stages.captured == captured
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
+def test_a_first_chunk_of_another_size_is_captured_as_well(causal, joined):
+    preset = override(causal.preset, {"first_chunk": 1, "window": 13, "attn_sink": 1})
+    pipeline = replace(graphed(causal, joined), preset=preset)
+    pipeline.warm()
+    captured = pipeline.stages.captured
     with pipeline.stream(PROMPT) as stream:
-        list(islice(stream, 50))
-        stream.set_prompt(OTHER)
-        list(islice(stream, 20))
+        list(islice(stream, 60))
     assert pipeline.stages.captured == captured
 
 

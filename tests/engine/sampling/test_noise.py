@@ -175,6 +175,15 @@ def test_an_error_on_the_worker_belongs_to_the_call_that_wants_these_draws(worke
     ahead.draw(2, 1, (2,))
 
 
+def test_a_worker_that_has_ended_is_no_failure():
+    """As when the main thread has returned while another one streams."""
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    ahead = DrawnAhead(PhiloxNoise(3), pool)
+    ahead.prepare(1, 1, (2,))
+    assert torch.equal(ahead.draw(1, 1, (2,)), PhiloxNoise(3).draw(1, 1, (2,)))
+
+
 @pytest.mark.parametrize("family", ["pipeline", "causal"])
 def test_streams_that_draw_ahead_show_the_same_frames(request, family, worker):
     """As on a GPU: chunk 0 is drawn while the stream opens, the next one while a chunk is denoised."""
