@@ -25,7 +25,6 @@ from engine.model.rope import rope_tables
 from engine.model.transformer import TextKV, WanTransformer
 from engine.runtime.passes import Pass
 from engine.runtime.stages import TorchStages
-from kernels.norm_modulate import Hidden
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
@@ -88,7 +87,7 @@ def checkpointed(model: WanTransformer) -> WanTransformer:
     return model
 
 
-def _recomputed(forward: Callable[..., Hidden], *arguments: Any) -> Tensor:
+def _recomputed(forward: Callable[..., Any], *arguments: Any) -> Tensor:
     def whole() -> Tensor:
         return total(forward(*arguments))  # added up inside: outside, its two addends would be kept
 
