@@ -66,8 +66,8 @@ class Runtime:
     fp8_attention: bool = option(False, "run self-attention on e4m3 as well")
     eager: bool = option(False, "run plain PyTorch on a GPU: no fused kernels, no CUDA graphs")
     join_context: Switch = option(
-        "auto", "run a chunk's context pass together with the next chunk's first step: the same up to rounding, with "
-        "half the launches; auto is on with CUDA graphs",
+        "auto", "run a chunk's context pass together with the next chunk's first step: the same up to rounding, in "
+        "one run less; auto is on with CUDA graphs",
     )  # fmt: skip
     threads: int | None = option(None, "CPU threads; default: OMP_NUM_THREADS, else by the model's size", metavar="N")
 

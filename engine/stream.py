@@ -126,8 +126,9 @@ class Pipeline:
 class Stream:
     """One video in progress: iterate for frames, or call `next_chunk` for whole chunks.
 
-    A failed chunk changes nothing: the next call makes the same chunk again. Exception: if CUDA graphs decode, a
-    failed decoding closes the stream. Not thread-safe; streams of one pipeline are independent.
+    A failed chunk changes nothing: the next call makes the same chunk again. Exceptions: if CUDA graphs decode, a
+    failed decoding closes the stream; if passes are joined, a failed one in a full ring of the causal family computes
+    the window again. Not thread-safe; streams of one pipeline are independent.
     """
 
     def __init__(
