@@ -9,6 +9,7 @@ ended    seconds, status: 0, the exit status, or "over its limit"
 """
 
 import json
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,9 @@ class Lines:
             call()
         except torch.AcceleratorError as lost:  # nothing runs in this process any more
             self.check(name, False, said(lost))
-            raise
+            raise  # with its traceback
         except Exception as error:
+            traceback.print_exc()  # the line alone does not tell where
             self.check(name, False, said(error))
             return False
         return True

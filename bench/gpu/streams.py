@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench.commands import stream
 from bench.commands.backends import first_frame_ms
+from bench.gpu.kernel_profile import kernels_of_a_chunk
 from bench.gpu.lines import Lines
 from bench.instruments import ceilings, gates, memory, models
 from bench.instruments.flops import chunk_cost, steady_index, total
@@ -20,6 +21,8 @@ from engine.config import Runtime
 from engine.loader import make_stages
 from engine.model.cache import FP8
 from engine.stream import Pipeline
+
+CAUSAL = ("self-forcing", "longlive", "diagonal")  # one transformer's presets; the first has the gate
 
 
 def base_of(lines: Lines, preset: str) -> Pipeline:
@@ -48,8 +51,9 @@ def gated(lines: Lines, pipeline: Pipeline, truth: list[Tensor], name: str, prec
     return gate.passed
 
 
-def streamed(lines: Lines, pipeline: Pipeline, name: str, chunks: int, right: bool, parts: bool = True) -> None:
-    """First frame, `chunks` chunks as a user streams them, and the parts of a chunk."""
+def streamed(lines: Lines, pipeline: Pipeline, name: str, chunks: int, right: bool, parts: bool = True,
+             profiled: bool = False) -> None:  # fmt: skip
+    """First frame, `chunks` chunks as a user streams them, and where a chunk's time goes: its parts, its kernels."""
     begun = time.perf_counter()
     pipeline.warm()
     warm = time.perf_counter() - begun
@@ -68,6 +72,8 @@ def streamed(lines: Lines, pipeline: Pipeline, name: str, chunks: int, right: bo
     print(f"{name}: {fps:.1f} fps, {ms['p50']:.1f} ms a chunk, first frame {first:.0f} ms", flush=True)
     if parts:
         _parts(lines, name, pipeline, begin, ms["p50"])
+    if profiled:
+        lines.attempt(f"profile of {name}", partial(_profiled, lines, name, pipeline))
 
 
 def _parts(lines: Lines, name: str, pipeline: Pipeline, begin: int, ms: float) -> None:
@@ -86,31 +92,44 @@ def _parts(lines: Lines, name: str, pipeline: Pipeline, begin: int, ms: float) -
     )  # fmt: skip
 
 
+def _profiled(lines: Lines, name: str, pipeline: Pipeline) -> None:
+    """Kernel by kernel, also printed."""
+    found = kernels_of_a_chunk(pipeline)
+    lines.add("row", table="kernels of a chunk", variant=name, **found)
+    for row in found["kernels"]:
+        print(f"{row['ms']:8.3f} ms {row['launches']:7.1f} x {row['kernel']}", flush=True)
+    print(f"{name}: busy {found['busy_ms']:.1f} of {found['span_ms']:.1f} ms; sum {found['sum_ms']:.1f} ms", flush=True)
+
+
 def greedy(lines: Lines) -> None:
-    base = base_of(lines, "greedy")
-    truth, pipeline = gates.flows(gates.exact(base)), fast(base, "bf16")
-    streamed(lines, pipeline, "greedy bf16", 40, gated(lines, pipeline, truth, "greedy bf16", "bf16"))
-
-
-def fp8(lines: Lines) -> None:
-    """Both FP8 variants on the same weights; one that fails does not cost the other."""
+    """All precisions on the same weights; one that fails does not cost the others."""
     base = base_of(lines, "greedy")
     truth = gates.flows(gates.exact(base))
 
     def variant(precision: str) -> None:
         name, pipeline = f"greedy {precision}", fast(base, precision)
-        streamed(lines, pipeline, name, 40, gated(lines, pipeline, truth, name, precision))
+        right = gated(lines, pipeline, truth, name, precision)
+        streamed(lines, pipeline, name, 40, right, profiled=precision != "fp8")
 
-    for precision in ("fp8", "fp8-attention"):
+    for precision in gates.LIMITS:
         lines.attempt(f"greedy {precision}", partial(variant, precision))
 
 
-def self_forcing(lines: Lines) -> None:
-    """Its gate compares with plain PyTorch in bf16: float32 over 21 latent frames may take longer than the step."""
-    base = base_of(lines, "self-forcing")
-    truth, pipeline = gates.flows(base), fast(base, "bf16")
-    right = gated(lines, pipeline, truth, "self-forcing bf16", "bf16")
-    streamed(lines, pipeline, "self-forcing bf16", 10, right, parts=False)
+def causal(lines: Lines) -> None:
+    """The causal presets on the same weights.
+
+    The gate compares with plain PyTorch in bf16: float32 over 21 latent frames may take longer than the step.
+    """
+    base = base_of(lines, CAUSAL[0])
+    truth = gates.flows(base)
+
+    def variant(preset: str) -> None:
+        name, pipeline = f"{preset} bf16", models.with_preset(fast(base, "bf16"), preset)
+        right = preset != CAUSAL[0] or gated(lines, pipeline, truth, name, "bf16")
+        streamed(lines, pipeline, name, 10, right, parts=False)
+
+    for preset in CAUSAL:
+        lines.attempt(preset, partial(variant, preset))
 
 
 def eager(lines: Lines) -> None:

@@ -15,10 +15,11 @@ from bench.__main__ import main
 from bench.gpu import check, kernel_tests
 from bench.gpu.lines import Lines, read_lines
 from bench.gpu.steps import STEPS
+from bench.gpu.streams import CAUSAL
 
 ROOT = Path(__file__).parents[2]
 TABLES = {"probe": "library's FP8 product", "recorded": "recorded cases", "greedy": "parts of a chunk",
-          "fp8": "flow errors", "convolutions": "convolutions", "operations": "operations"}  # fmt: skip
+          "causal": "flow errors", "convolutions": "convolutions", "operations": "operations"}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -34,8 +35,8 @@ def test_every_step_at_tiny_shapes(tmp_path, name):
     if name in TABLES:
         assert any(row.get("table") == TABLES[name] for row in rows)
     speeds = {row["variant"] for row in rows if row["kind"] == "speed"}
-    assert speeds == {"greedy": {"greedy bf16"}, "fp8": {"greedy fp8", "greedy fp8-attention"},
-                      "self-forcing": {"self-forcing bf16"}, "eager": {"greedy eager"}}.get(name, set())  # fmt: skip
+    assert speeds == {"greedy": {"greedy bf16", "greedy fp8", "greedy fp8-attention"}, "eager": {"greedy eager"},
+                      "causal": {f"{preset} bf16" for preset in CAUSAL}}.get(name, set())  # fmt: skip
 
 
 @pytest.mark.thorough
@@ -188,4 +189,6 @@ runpy.run_module("bench", run_name="__main__", alter_sys=True)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]
-    assert [row["kind"] for row in read_lines(file)] == ["check", "row", "speed", "row"]
+    rows = read_lines(file)
+    assert [row["kind"] for row in rows[:4]] == ["check", "row", "speed", "row"]
+    assert all(row["passed"] for row in rows if row["kind"] in ("check", "speed"))
