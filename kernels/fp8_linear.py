@@ -1,12 +1,13 @@
 """A linear layer on e4m3 operands: activations scaled per token, weights per output channel.
 
-The library (`torch._scaled_mm`, row-wise) computes the product, unless a measurement chose the kernel in this file.
-The kernel is for products whose tiles fill the chip badly: 1560 x 1536 is 156 tiles of 128 x 128, which take 132
-multiprocessors two rounds, the second nearly empty. The kernel does the whole rounds of tiles first. It splits the
-remaining tiles along K so that they fill one short round, and a second kernel adds these parts in a fixed order.
+The library (`torch._scaled_mm`, row-wise) computes the product where it has one. Else the kernel in this file does. It
+is for products whose tiles fill the chip badly: 1560 x 1536 is 156 tiles of 128 x 128, which take 132 multiprocessors
+two rounds, the second nearly empty. The kernel does the whole rounds of tiles first. It splits the remaining tiles
+along K so that they fill one short round, and a second kernel adds these parts in a fixed order. On an H100 the
+library's own tiles are faster still (docs/kernels.md).
 
-Hopper's FP8 multipliers sum with about 14 bits. For a short K this error is below the rounding of the operands; for a
-long K it is not. So above `FAST_ACCUMULATION` partial sums are added in float32.
+Hopper's FP8 multipliers sum with about 14 bits. For K = 8960 that gives an error of 3.1e-3 of the result, beside 2.6e-2
+from the rounding of each operand. Sums in float32 would take a quarter longer.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,8 +23,6 @@ from kernels.cuda_library import fp8_linear_cuda
 from kernels.launch import launch, multiprocessors, tl, triton
 from kernels.table import Variant, implementation, register
 
-FAST_ACCUMULATION = 2048  # longest K that the multipliers sum alone
-
 
 @dataclass(frozen=True)
 class Tiles:
@@ -34,13 +33,6 @@ class Tiles:
     k: int = 128
     stages: int = 4
     warps: int = 8
-
-
-# (N, K) -> tiles that might beat the library by their number of rounds; not measured. The feed-forward's second
-# linear takes 1.2 rounds instead of 2; at K = 1536 the second launch costs as much as it gains.
-CANDIDATES = {(1536, 8960): Tiles()}
-# The CANDIDATES that a measurement has chosen. None was made yet, so the library computes every shape.
-MEASURED_FASTER: frozenset[tuple[int, int]] = frozenset()
 
 
 def fp8_linear_reference(
@@ -55,8 +47,7 @@ def fp8_linear_library(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """Like fp8_linear_reference, by cuBLASLt or CUTLASS. RuntimeError where the library has no such product."""
-    fast = x.shape[1] <= FAST_ACCUMULATION
-    return _scaled_mm(x, x_scale, weight, weight_scale, bias, out_dtype, fast=fast)
+    return _scaled_mm(x, x_scale, weight, weight_scale, bias, out_dtype, fast=True)
 
 
 def _scaled_mm(
@@ -83,7 +74,7 @@ def _finish(
 def _multiply(
     X, X_SCALE, W, W_SCALE, BIAS, OUT, PARTS, rows, whole, N: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, PRECISE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs below `whole` do one tile each; SPLIT of the later ones share a tile, each a stretch of K.
 
@@ -105,7 +96,7 @@ def _multiply(
     for step in tl.range(begin, end, num_stages=STAGES):
         x = x_rows.load([top, step * BLOCK_K])
         w = w_rows.load([left, step * BLOCK_K])
-        acc = tl.dot(x, w.T, acc, max_num_imprecise_acc=BLOCK_K if PRECISE else None)
+        acc = tl.dot(x, w.T, acc)
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     if program < whole:
         _finish(acc, X_SCALE, W_SCALE, BIAS, OUT, top + row, left + column, rows, N)
@@ -150,8 +141,7 @@ def fp8_linear_tiles(
     parts = torch.empty(rest * split, tiles.m, tiles.n, dtype=torch.float32, device=x.device)
     launch(
         _multiply, (whole + rest * split,), x, x_scale, weight, weight_scale, bias, out, parts, rows, whole,
-        columns, depth, tiles.m, tiles.n, tiles.k, split, tiles.stages, depth > FAST_ACCUMULATION,
-        num_warps=tiles.warps,
+        columns, depth, tiles.m, tiles.n, tiles.k, split, tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     if rest:
         lanes = min(16, tiles.m)
@@ -171,18 +161,17 @@ _working: dict[tuple[torch.device, int, int, torch.dtype], Product] = {}
 def _chosen(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    shape = (weight.shape[0], weight.shape[1])
-    if shape in MEASURED_FASTER or x.device.type != "cuda":  # without a GPU: interpreter or compile gate
+    if x.device.type != "cuda":  # interpreter or compile gate
         return fp8_linear_tiles(x, x_scale, weight, weight_scale, bias, out_dtype)
-    key = x.device, *shape, out_dtype
+    key = x.device, weight.shape[0], weight.shape[1], out_dtype
     if key not in _working:
         _working[key] = first_that_runs(x, x_scale, weight, weight_scale, bias, out_dtype)
     return _working[key](x, x_scale, weight, weight_scale, bias, out_dtype)
 
 
 def first_that_runs(*args: Any) -> Product:
-    """The library's product; with fast accumulation, less exact, where it has no other; else the kernel here."""
-    for product in (fp8_linear_library, partial(_scaled_mm, fast=True)):
+    """The library's product; with sums in float32 where it has no other; else the kernel here."""
+    for product in (fp8_linear_library, partial(_scaled_mm, fast=False)):
         try:
             product(*args)
         except (torch.OutOfMemoryError, torch.AcceleratorError):  # RuntimeErrors, too, but not about the product
@@ -221,13 +210,13 @@ def fp8_linear(
 
 def _variants() -> Iterator[Variant]:
     make = partial(torch.empty, device="meta")
-    for (columns, depth), tiles in CANDIDATES.items():
-        tensors = (
-            make(1560, depth, dtype=torch.float8_e4m3fn), make(1560, 1),
-            make(columns, depth, dtype=torch.float8_e4m3fn), make(columns, 1), make(columns, dtype=torch.bfloat16),
-        )  # fmt: skip
-        call = partial(fp8_linear_tiles, *tensors, torch.bfloat16, tiles)
-        yield Variant(f"1560 x {columns} x {depth}", call, needs=("QGMMA", "UTMALDG"))
+    columns, depth = 1536, 8960
+    tensors = (
+        make(1560, depth, dtype=torch.float8_e4m3fn), make(1560, 1),
+        make(columns, depth, dtype=torch.float8_e4m3fn), make(columns, 1), make(columns, dtype=torch.bfloat16),
+    )  # fmt: skip
+    call = partial(fp8_linear_tiles, *tensors, torch.bfloat16)
+    yield Variant(f"1560 x {columns} x {depth}", call, needs=("QGMMA", "UTMALDG"))
 
 
 register("fp8_linear", reference=fp8_linear_reference, triton=_chosen, cuda=fp8_linear_cuda, variants=_variants)

@@ -45,6 +45,7 @@ def gate_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     launch(
         _gate_residual, (batch * length,), x.contiguous(), y.contiguous(), gate, out, length // frames, frames,
         *gate.stride()[:2], dim, block, num_warps=warps_for(block),
+        enable_fp_fusion=False,  # a fused multiply-add in bf16 would not round the product
     )  # fmt: skip
     return out
 

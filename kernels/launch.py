@@ -30,7 +30,7 @@ _observer: Callable[[Any, tuple[Any, ...]], None] | None = None  # inside observ
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Start `kernel` on `grid` (up to three numbers); options are constexprs, num_warps and num_stages."""
-    options["enable_fp_fusion"] = True  # Triton's default until 3.9, but not later
+    options.setdefault("enable_fp_fusion", True)  # Triton's default until 3.9, but not later
     if _observer is not None:
         _observer(kernel, args)
         return

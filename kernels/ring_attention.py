@@ -119,14 +119,12 @@ def _triton(
 
 
 def _variants() -> Iterator[table.Variant]:
-    """1536 wide, 1560 queries, 4 latent frames of keys, narrow heads as in smaller models; a text of 512 rows."""
+    """1536 wide, 1560 queries, 4 latent frames of keys, narrow heads as in smaller models."""
     valid_rows = torch.empty(1, dtype=torch.int32, device="meta")
     for head_dim in HEAD_DIMS:
         shape = 1536 // head_dim, head_dim
         q, k = (torch.empty(1, n, *shape, dtype=torch.bfloat16, device="meta") for n in (1560, 6240))
         yield table.Variant(f"bf16 d={head_dim}", partial(_triton, q, k, k, valid_rows, True), ("HGMMA", "UTMALDG"))
-    q, text = (torch.empty(1, n, 12, 128, dtype=torch.bfloat16, device="meta") for n in (1560, 512))
-    yield table.Variant("bf16 text", partial(_triton, q, text, text, 512, True), ("HGMMA", "UTMALDG"))
 
 
 table.register("ring_attention", reference=_sdpa, triton=_triton, variants=_variants)

@@ -1,10 +1,10 @@
 """The kernels behind ring_attention and ring_attention_fp8: attention cut evenly over the chip, and its merge.
 
 12 heads of 1560 queries are 156 tiles of 128 queries. On 132 multiprocessors they take two rounds, the second nearly
-empty. So the work is counted in (tile, block of keys) pairs, and each program takes an equal run of them (stream-K).
-A program that does a whole tile writes its result at once. Programs that share a tile each store a partial result:
-the sum of weighted values, the maximum and the sum of the weights. A second kernel merges these. The number of valid
-rows is read on the device: no launch depends on it, so a CUDA graph replays for every state of the ring.
+empty. So only whole rounds of tiles are done tile by tile. The work of the other tiles is counted in (tile, block of
+keys) pairs, and each program takes an equal run of them (stream-K). Programs that share a tile each store a partial
+result: the sum of weighted values, the maximum and the sum of the weights. A second kernel merges these. The number of
+valid rows is read on the device: no launch depends on it, so a CUDA graph replays for every state of the ring.
 
 Rows after the valid ones may hold anything, NaN too: descriptors end at the last valid row, loads beyond give zero.
 """
@@ -12,6 +12,7 @@ Rows after the valid ones may hold anything, NaN too: descriptors end at the las
 import torch
 from torch import Tensor
 
+from kernels import hopper_attention as hopper
 from kernels.launch import launch, multiprocessors, shared_kb, tl, triton
 
 LOG2_E = 1.4426950408889634
@@ -32,10 +33,11 @@ def _valid_rows(VALID_ROWS, rows, ON_DEVICE: tl.constexpr):
 
 @triton.jit
 def _share(valid_rows, queries, programs, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Blocks of keys per tile, (tile, block) pairs per program, pairs in all."""
+    """Whole rounds of tiles, blocks of keys per tile, pairs of the shared tiles per program, and in all."""
     blocks = tl.cdiv(valid_rows, BLOCK_N)
-    total = tl.cdiv(queries, BLOCK_M) * HEADS * blocks
-    return blocks, tl.cdiv(total, programs), total
+    tiles = tl.cdiv(queries, BLOCK_M) * HEADS
+    shared = tiles % programs * blocks
+    return tiles // programs, blocks, tl.cdiv(shared, programs), shared
 
 
 @triton.jit
@@ -66,7 +68,7 @@ def attend_kernel(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ON_DEVICE: tl.constexpr, SCALE: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program c of batch entry b does pairs [c * share, (c + 1) * share) of its (tile, key block) pairs.
+    """Program c of batch entry b does tiles c, c + programs, ... and a run of the (tile, key block) pairs that remain.
 
     Q, OUT [B, queries, HEADS, d]; K [B, rows, HEADS, d]; V as K, or e4m3 [B, HEADS, d, pitch];
     LSE [B, HEADS, queries]; PARTIAL [B, programs, 2, BLOCK_M, d] and STATS [B, programs, 2, 2, BLOCK_M] float32:
@@ -75,9 +77,9 @@ def attend_kernel(
     program = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     valid_rows = _valid_rows(VALID_ROWS, rows, ON_DEVICE)
-    blocks, share, total = _share(valid_rows, queries, programs, HEADS, BLOCK_M, BLOCK_N)
-    first = program * share
-    last = tl.minimum(first + share, total)
+    rounds, blocks, share, shared = _share(valid_rows, queries, programs, HEADS, BLOCK_M, BLOCK_N)
+    first = tl.minimum(program * share, shared)
+    last = tl.minimum(first + share, shared)
     tiles = tl.cdiv(queries, BLOCK_M)
 
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
@@ -92,9 +94,14 @@ def attend_kernel(
 
     lane = tl.arange(0, BLOCK_M)
     element = tl.arange(0, HEAD_DIM)
-    for tile in tl.range(first // blocks, tl.cdiv(last, blocks)):
-        begin = tl.maximum(first - tile * blocks, 0)
-        end = tl.minimum(last - tile * blocks, blocks)
+    for turn in tl.range(rounds + tl.cdiv(last, blocks) - first // blocks):
+        tile = turn * programs + program
+        begin, end = 0, blocks
+        if turn >= rounds:
+            piece = first // blocks + turn - rounds
+            tile = rounds * programs + piece
+            begin = tl.maximum(first - piece * blocks, 0)
+            end = tl.minimum(last - piece * blocks, blocks)
         head = tile // tiles
         first_query = tile % tiles * BLOCK_M
         column = head * HEAD_DIM
@@ -140,7 +147,7 @@ def attend_kernel(
             lse = LSE + (batch * HEADS + head) * queries + first_query + lane
             tl.store(lse, (row_max + tl.math.log2(row_sum)) * 0.6931471805599453, here)
         else:
-            entry = (batch * programs + program) * 2 + (begin == 0).to(tl.int32)
+            entry = (batch * programs + program) * 2 + tl.where(begin == 0, 1, 0)
             tl.store(PARTIAL + (entry * BLOCK_M + lane)[:, None] * HEAD_DIM + element[None, :], acc)
             stats = STATS + entry * 2 * BLOCK_M + lane
             tl.store(stats, row_max)
@@ -153,15 +160,16 @@ def merge_kernel(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ON_DEVICE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, stripe, b): merges LANES queries of a tile that several programs of attend_kernel shared."""
-    tile = tl.program_id(0)
+    """Program (piece, stripe, b): merges LANES queries of a tile that several programs of attend_kernel shared."""
+    piece = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
     valid_rows = _valid_rows(VALID_ROWS, rows, ON_DEVICE)
-    blocks, share, _ = _share(valid_rows, queries, programs, HEADS, BLOCK_M, BLOCK_N)
-    first = tile * blocks // share
-    last = ((tile + 1) * blocks - 1) // share
-    if first == last:
+    rounds, blocks, share, _ = _share(valid_rows, queries, programs, HEADS, BLOCK_M, BLOCK_N)
+    first = piece * blocks // share
+    last = ((piece + 1) * blocks - 1) // share
+    if first == last:  # one program did all of it
         return
+    tile = rounds * programs + piece
     lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
     element = tl.arange(0, HEAD_DIM)
     acc = tl.zeros([LANES, HEAD_DIM], tl.float32)
@@ -202,15 +210,25 @@ def attend(
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     partial = q.new_empty((batch, programs, 2, QUERIES, head_dim), dtype=torch.float32)
     stats = q.new_empty((batch, programs, 2, 2, QUERIES), dtype=torch.float32)
-    cut = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_M": QUERIES, "BLOCK_N": KEYS}
-    cut["ON_DEVICE"] = isinstance(valid_rows, Tensor)
-    launch(
-        attend_kernel, (programs, batch), q, k, v, valid_rows, *(scales or (lse, lse, lse)), out, lse, partial, stats,
-        queries, k.shape[1], v.shape[-1], programs, **cut, SCALE=head_dim**-0.5 * LOG2_E, FP8=scales is not None,
-        STAGES=STAGES if shared_kb(q.device) >= MUCH_KB else FEW_STAGES, num_warps=WARPS,
-    )  # fmt: skip
-    launch(
-        merge_kernel, (-(-queries // QUERIES) * heads, QUERIES // LANES, batch),
-        partial, stats, valid_rows, out, lse, queries, k.shape[1], programs, **cut, LANES=LANES, num_warps=4,
-    )  # fmt: skip
+    own = scales is None and head_dim in hopper.HEAD_DIMS and hopper.runs_on(q.device)
+    keys = hopper.KEYS if own else KEYS
+    cut = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_N": keys, "ON_DEVICE": isinstance(valid_rows, Tensor)}
+    scale = head_dim**-0.5 * LOG2_E
+    if own:
+        launch(
+            hopper.attend_hopper, (programs, batch), q, k, v, valid_rows, out, lse, partial, stats, queries,
+            k.shape[1], programs, **cut, SCALE=scale, STAGES=hopper.STAGES, num_warps=hopper.WARPS,
+        )  # fmt: skip
+    else:
+        launch(
+            attend_kernel, (programs, batch), q, k, v, valid_rows, *(scales or (lse, lse, lse)), out, lse, partial,
+            stats, queries, k.shape[1], v.shape[-1], programs, **cut, BLOCK_M=QUERIES, SCALE=scale,
+            FP8=scales is not None, STAGES=STAGES if shared_kb(q.device) >= MUCH_KB else FEW_STAGES, num_warps=WARPS,
+        )  # fmt: skip
+    shared = -(-queries // QUERIES) * heads % programs
+    if shared:
+        launch(
+            merge_kernel, (shared, QUERIES // LANES, batch), partial, stats, valid_rows, out, lse, queries,
+            k.shape[1], programs, **cut, BLOCK_M=QUERIES, LANES=LANES, num_warps=4,
+        )  # fmt: skip
     return out, lse

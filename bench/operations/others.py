@@ -17,7 +17,7 @@ from engine.model.layers import rms_unit
 from engine.model.rope import apply_rope, rope_tables
 from kernels.bias_residual import bias_residual, bias_residual_reference
 from kernels.cuda_library import LIBRARY, fp8_linear_cuda
-from kernels.fp8_linear import CANDIDATES, fp8_linear, fp8_linear_library, fp8_linear_reference, fp8_linear_tiles
+from kernels.fp8_linear import fp8_linear, fp8_linear_library, fp8_linear_reference, fp8_linear_tiles
 from kernels.gate_residual import gate_residual
 from kernels.gelu_quantize import gelu_quantize
 from kernels.linear_gelu import linear_gelu, linear_gelu_reference
@@ -197,7 +197,7 @@ def _solver_step(device: torch.device, dtype: torch.dtype, height: int, width: i
 
 
 def _fp8_linear(device: torch.device, dtype: torch.dtype, rows: int, columns: int, depth: int) -> Case:
-    """Beside the library's row-wise product; on a GPU also the product in `dtype`, and candidate tiles."""
+    """Beside the library's row-wise product; on a GPU also the product in `dtype`, and this project's kernels."""
     x, weight, bias = _random(device, torch.bfloat16, (rows, depth), (columns, depth), (columns,))
     x_pair, weight_pair = quantize_per_token(x), quantize_per_channel(weight)
     args = (*x_pair, *weight_pair, bias, torch.bfloat16)
@@ -205,8 +205,7 @@ def _fp8_linear(device: torch.device, dtype: torch.dtype, rows: int, columns: in
     if device.type == "cuda":
         wide, wide_weight = (_dequantised(pair).to(dtype) for pair in (x_pair, weight_pair))
         library[str(dtype).removeprefix("torch.")] = partial(F.linear, wide, wide_weight, bias.to(dtype))
-        if (columns, depth) in CANDIDATES:
-            library["tiles"] = partial(fp8_linear_tiles, *args)
+        library["tiles"] = partial(fp8_linear_tiles, *args)
         if LIBRARY.exists():
             library["cuda c++"] = partial(fp8_linear_cuda, *args)
     flops = 2.0 * rows * columns * depth

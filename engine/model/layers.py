@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.model.cache import Streaming
 from engine.model.fp8 import Fp8Linear, linear_of, same
@@ -26,7 +27,6 @@ from kernels.norm_modulate import (
     norm_modulate_quantize,
 )
 from kernels.quantize import quantize_per_token
-from kernels.ring_attention import ring_attention
 from kernels.rms_norm import rms_norm
 
 QKV = Tensor | tuple[Tensor, Tensor, Tensor]  # one tensor [B, n, 3 * dim], or three [B, n, dim]
@@ -42,6 +42,20 @@ def dense_attention(mask: Tensor | None = None) -> Attend:
         return out.transpose(1, 2)
 
     return attend
+
+
+# Fastest first. PyTorch's own order begins with flash attention, which took 30 us of 1560 queries and 512 keys on an
+# H100; ring_attention took 27 us, cuDNN 20 us.
+_LIBRARY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention to all of a text, whose length is fixed: a library's. q, k, v and the result [B, rows, heads, d]."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    with sdpa_kernel(_LIBRARY, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def rms_unit(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -194,7 +208,7 @@ class Block(nn.Module):
         x = Residual(total(x), self.attn1.output(self._self_attention(qkv, cos, sin, attend, layer)), gate_sa)
 
         query = self.attn2.norm_q(self._cross_query(x)).unflatten(-1, (self.attn2.heads, -1))
-        x = Residual(total(x), self.attn2.output(ring_attention(query, text_k, text_v, text_k.shape[1])))
+        x = Residual(total(x), self.attn2.output(cross_attention(query, text_k, text_v)))
         inner = self.ffn(x, shift_ff, scale_ff, self.eps)
         return Residual(total(x), inner, gate_ff)
 

@@ -57,7 +57,7 @@ def test_a_chunk_runs_on_the_kernels_and_any_chunk_on_the_same_ones():
     assert bf16 == {
         "_layer_norm",
         "_qk_norm_rope_write",
-        "attend_kernel",
+        "attend_hopper",
         "merge_kernel",
         "_gate_residual",
         "_rms_norm",

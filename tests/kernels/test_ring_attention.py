@@ -37,7 +37,7 @@ def log_sum(q, k, valid_rows):
 
 
 # On a GPU also at full size: 832x480, three and four latent frames of keys.
-FULL = [(1560, 6240, 12, 128, 4680, 1), (1560, 6240, 12, 128, 6240, 1)] if torch.cuda.is_available() else []
+FULL = [(1560, 6240, 12, 128, 4680, 1), (3120, 6240, 12, 64, 6240, 1)] if torch.cuda.is_available() else []
 SHAPES = [
     # n, rows, heads, head_dim, valid_rows, batch
     (37, 100, 2, 32, 100, 1),
@@ -46,6 +46,8 @@ SHAPES = [
     (1, 300, 3, 16, 1, 1),
     (130, 400, 2, 32, 129, 2),
     (128, 128, 1, 128, 128, 1),
+    (130, 200, 5, 32, 150, 1),  # without a GPU 10 tiles for 8 programs
+    (130, 100, 4, 16, 99, 1),  # 8 tiles for them: none is shared
     *FULL,
 ]
 
