@@ -14,6 +14,7 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # no Triton: modules still import, and the references run
     triton = SimpleNamespace(jit=lambda function=None, **_: function if function else lambda f: f)
     tl = SimpleNamespace(constexpr=object)
@@ -42,6 +43,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, **options)
+
+
+def descriptor(tensor: torch.Tensor, block: list[int]) -> Any:
+    """A kernel's argument whose `load` fetches blocks of a tensor by TMA, with zeros beyond the tensor's ends.
+
+    The host writes it at the launch, so a program need not. Its `base` is the tensor.
+    """
+    return TensorDescriptor.from_tensor(tensor, block)
 
 
 def compilations() -> int:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from bench.gpu.lines import Lines
 from bench.instruments import models
 from engine.model import vae_layers
 from engine.model.vae import VAE, VAEConfig
+from kernels.causal_convolution import CANDIDATES, FEW, causal_convolution_triton, has_fast_kernel, pack
 
 
 @torch.inference_mode()
@@ -73,7 +75,7 @@ def forms(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], Ten
         taps = torch.cat([x[tap : tap + last] for tap in range(3)], dim=1)
         return F.conv2d(taps, flat, bias, padding=space)
 
-    found = {
+    found: dict[str, Callable[[], Tensor]] = {
         "3-D": lambda: F.conv3d(video, weight, bias, padding=padding),
         "3-D, weights channels-last": lambda: F.conv3d(video, deep, bias, padding=padding),
         "3-D, no bias": lambda: F.conv3d(video, deep, None, padding=padding),
@@ -81,6 +83,10 @@ def forms(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], Ten
     }
     if len(weight) % 8:
         found["3-D, outputs padded to 8"] = lambda: F.conv3d(video, padded, None, padding=padding)
+    if vae_layers.fits_cudnn_badly(weight) and has_fast_kernel(x.device):
+        for tiles in (None,) if len(weight) <= FEW else CANDIDATES:
+            call = partial(causal_convolution_triton, x, weight, packed=pack(weight), tiles=tiles)
+            found["our kernel" if tiles is None else f"our kernel, {tiles}"] = call
     return found
 
 

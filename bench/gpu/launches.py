@@ -90,10 +90,12 @@ def counted() -> Iterator[Counts]:
 
     def launched(kernel: Any, args: tuple[Any, ...]) -> None:
         names = dict(zip(kernel.arg_names, args, strict=False))
+        # Descriptors stand for their tensors; two of one tensor fetch different parts of it.
+        described = {id(value.base): value.base for value in names.values() if hasattr(value, "base")}
         written = [names.pop(ring) for ring in RINGS.get(kernel.__name__, ())]
         # As many rows as the chunk has: a third of the product for each of K and V.
         rows = [names["QKV"].new_empty(names["QKV"].numel() // 3, dtype=ring.dtype) for ring in written]
-        counts.add(kernel.__name__, (*names.values(), *rows))
+        counts.add(kernel.__name__, (*names.values(), *described.values(), *rows))
 
     # The library's epilogue needs a GPU; on the meta device it has a shape as well.
     epilogue = mock.patch.object(layers, "linear_gelu", linear_gelu_library)

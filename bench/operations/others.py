@@ -16,10 +16,12 @@ from bench.instruments.flops import Cost
 from engine.model.layers import rms_unit
 from engine.model.rope import apply_rope, rope_tables
 from kernels.bias_residual import bias_residual, bias_residual_reference
+from kernels.causal_convolution import causal_convolution, causal_convolution_reference, pack
 from kernels.cuda_library import LIBRARY, fp8_linear_cuda
 from kernels.fp8_linear import fp8_linear, fp8_linear_library, fp8_linear_reference, fp8_linear_tiles
 from kernels.gate_residual import gate_residual
 from kernels.gelu_quantize import gelu_quantize
+from kernels.interleave_phases import interleave_phases, interleave_phases_reference
 from kernels.linear_gelu import linear_gelu, linear_gelu_reference
 from kernels.norm_modulate import norm_modulate, norm_modulate_quantize
 from kernels.qk_norm_rope_write import qk_norm_rope_write, qk_norm_rope_write_reference
@@ -242,6 +244,32 @@ def _bias_residual(
     return _beside("bias_residual", name, bias_residual, bias_residual_reference, args, 3.0 * h.nbytes)
 
 
+def _causal_convolution(
+    device: torch.device, dtype: torch.dtype, channels: int, outputs: int, frames: int, height: int, width: int
+) -> Case:
+    """The weight is packed and cuDNN's is channels-last beforehand, as the VAE keeps them."""
+    shapes = (frames + 2, channels, height, width), (outputs, channels, 3, 3, 3)
+    x, weight = _random(device, dtype, *shapes)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = (weight / (27 * channels) ** 0.5).contiguous(memory_format=torch.channels_last_3d)
+    ours = partial(causal_convolution, packed=pack(weight))
+    name = f"{channels} -> {outputs} x {frames} x {height} x {width}"
+    positions = float(frames * height * width)
+    traffic = x.nbytes + weight.nbytes + positions * outputs * x.itemsize
+    case = _beside("causal_convolution", name, ours, causal_convolution_reference, (x, weight), traffic)
+    return replace(case, cost=Cost(2.0 * 27 * channels * outputs * positions, traffic))
+
+
+def _interleave_phases(
+    device: torch.device, dtype: torch.dtype, channels: int, images: int, height: int, width: int
+) -> Case:
+    y, bias = _random(device, dtype, (images, 4 * channels, height + 1, width + 1), (channels,))
+    y = y.contiguous(memory_format=torch.channels_last)
+    name = f"{channels} x {images} x {height} x {width}"
+    traffic = 8.0 * images * channels * height * width * y.itemsize
+    return _beside("interleave_phases", name, interleave_phases, interleave_phases_reference, (y, bias), traffic)
+
+
 _WIDTHS: dict[str, list[tuple[int, ...]]] = {"cpu": [(37, 96), (60, 1536)], "cuda": [(1560, 1536)]}
 _INNER: dict[str, list[tuple[int, ...]]] = {"cpu": [(60, 8960)], "cuda": [(1560, 8960)]}
 
@@ -271,6 +299,14 @@ SHAPES: dict[str, tuple[Callable[..., Case], dict[str, list[tuple[int, ...]]]]] 
             "cpu": [(32, 2, 16, 16, 0)],
             "cuda": [(384, 2, 120, 208, 0), (96, 4, 480, 832, 0), (96, 4, 480, 832, 1)],
         },
+    ),
+    "causal_convolution": (
+        _causal_convolution,
+        {"cpu": [(32, 96, 2, 6, 10), (32, 3, 1, 6, 10)], "cuda": [(96, 96, 4, 480, 832), (96, 3, 4, 480, 832)]},
+    ),
+    "interleave_phases": (
+        _interleave_phases,
+        {"cpu": [(32, 2, 8, 8)], "cuda": [(192, 4, 120, 208), (96, 4, 240, 416)]},
     ),
     "bias_residual": (_bias_residual, {"cpu": [(32, 2, 16, 16)], "cuda": [(192, 4, 240, 416)]}),
 }

@@ -19,9 +19,11 @@ CODE = """
 import json, torch
 from functools import partial
 from kernels import compile, table
+from kernels.causal_convolution import causal_convolution
 from kernels.fp8_linear import Tiles, fp8_linear_tiles
 from kernels.gate_residual import gate_residual
 from kernels.gelu_quantize import gelu_quantize
+from kernels.interleave_phases import interleave_phases
 from kernels.launch import warm
 from kernels.norm_modulate import norm_modulate, norm_modulate_quantize
 from kernels.qk_norm_rope_write import qk_norm_rope_write, qk_norm_rope_write_fp8
@@ -41,6 +43,7 @@ def calls(n, frames, at):
     latent, row, some = torch.zeros(1, 4, 1, 3, n), rows[at : at + 1], scales[at : at + 6].split(2)
     image, cache = (make(1, t, n, 3, 32).permute(0, 4, 1, 2, 3) for t in (1, 2))
     weights = make(64), make(64)
+    images, phases = (make(t, h, n + 1, c).permute(0, 3, 1, 2) for t, h, c in ((3, frames, 32), (frames, 3, 128)))
     linear = torch.zeros(n, 64).to(E4M3), torch.ones(n, 1), torch.zeros(64, 64).to(E4M3), torch.ones(64, 1)
     return {
         "norm_modulate": lambda: norm_modulate(x, by, by),
@@ -54,6 +57,9 @@ def calls(n, frames, at):
         "solver_step": lambda: solver_step(latent, latent, scalars[at], scalars[at + 1], latent),
         "fp8_linear": lambda: fp8_linear_tiles(*linear, None, torch.bfloat16, Tiles(64, 64, 64), 1000),
         "vae_norm_silu": lambda: vae_norm_silu(image, weights[0][:32], cache, cache),
+        "causal_convolution": lambda: causal_convolution(images, make(48, 32, 3, 3, 3)),
+        "few outputs": lambda: causal_convolution(images, make(3, 32, 3, 3, 3), weights[0][:3]),
+        "interleave_phases": lambda: interleave_phases(phases, weights[0][:32]),
     }
 
 with table.use("triton"):
