@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from bench.gpu.lines import Lines, read_lines
+from bench.gpu.lines import Lines
 from bench.gpu.steps import STEPS, Step
 from bench.instruments.header import ROOT, machine
 from bench.instruments.processes import with_group
 from bench.instruments.spread import table
+from bench.report.gpu import read_lines
 from bench.report.saved import Stored, device_slug
 from engine.options import option
 

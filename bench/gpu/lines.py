@@ -53,14 +53,3 @@ class Lines:
     @property
     def device(self) -> str:
         return "cpu" if self.smoke else "cuda"
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Every whole line; a step that was killed may have left half of one."""
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.instruments.header import ROOT
-from bench.report import plots, saved
+from bench.report import gpu, plots, saved
 from engine.files import whole_file
 from engine.options import option
 
@@ -203,16 +203,25 @@ def _published() -> list[str]:
     ])  # fmt: skip
 
 
-_SECTIONS = {"compare": _compare, "scaling": _scaling, "load": _load, "kernels": _kernels}
+def _race(r: dict[str, Any]) -> list[str]:
+    machine_only = {key: value for key, value in r.items() if key != "stream"}
+    return [f"## Beside {r['peer']}", *_where(machine_only), *gpu.race(r, markdown)]
+
+
+_SECTIONS = {"race": _race, "compare": _compare, "scaling": _scaling, "load": _load, "kernels": _kernels}
 
 
 def page(folder: Path, pictures: dict[str, list[str]]) -> str:
     """The whole page, one section per machine."""
     found = saved.newest(folder)
-    lines = INTRO.splitlines()
-    for slug in sorted({saved.device_slug(r["machine"]) for r in found.values()}):
+    lines, checks = INTRO.splitlines(), gpu.newest_checks(folder)
+    slugs = {saved.device_slug(r["machine"]) for r in found.values()} | set(checks)
+    for slug in sorted(slugs, key=lambda slug: (slug.startswith("cpu"), slug)):  # GPUs first
         here = {name.removesuffix(f"-{slug}"): r for name, r in found.items() if name.endswith(f"-{slug}")}
         lines += ["", f"# On {slug}"]
+        if machine := gpu.machine_of(checks.get(slug, [])):
+            lines += ["", *_where({"machine": machine, "arguments": "gpu-check"})]
+            lines += gpu.check_sections(checks[slug], markdown)
         streams = [r for name, r in here.items() if name.startswith("stream-")]
         if streams:
             # The model's own preset comes first, because a user gets it by default.
@@ -221,7 +230,7 @@ def page(folder: Path, pictures: dict[str, list[str]]) -> str:
             if kind in here:
                 lines += ["", *write(here[kind])]
                 lines += ["", *(f"![{Path(p).stem}]({p})" for p in pictures.get(f"{kind}-{slug}", []))]
-    if not found:
+    if not found and not checks:
         lines += ["", "No results yet: `python -m bench all --save`."]
     return "\n".join([*lines, "", *_published()]).rstrip() + "\n"
 

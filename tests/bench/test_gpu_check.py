@@ -13,9 +13,10 @@ from limits import HANG
 
 from bench.__main__ import main
 from bench.gpu import check, kernel_tests
-from bench.gpu.lines import Lines, read_lines
+from bench.gpu.lines import Lines
 from bench.gpu.steps import STEPS
 from bench.gpu.streams import CAUSAL
+from bench.report.gpu import read_lines
 
 ROOT = Path(__file__).parents[2]
 TABLES = {"probe": "library's FP8 product", "recorded": "recorded cases", "greedy": "parts of a chunk",
