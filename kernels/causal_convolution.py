@@ -23,6 +23,7 @@ from kernels.table import Variant, has_kernel, implementation, register
 STEP = 32  # channels a product: the largest power of two that divides 96
 WIDEST = 96  # outputs whose sums fit the registers
 FEW = 3  # outputs up to which the planes are worth it: 9 * 3 <= 32 columns of a product
+SMALL_KB = 200  # shared memory of GPUs for which the tiles are not made; there they spill
 _PIXELS = 1024  # per program of the second kernel
 
 
@@ -69,7 +70,7 @@ def pack(weight: Tensor) -> Tensor:
 
 def has_fast_kernel(device: torch.device) -> bool:
     """Whether the kernel runs on a device, and not one with less shared memory and other matrix units than Hopper's."""
-    return has_kernel("causal_convolution", device) and shared_kb(device) > 200
+    return has_kernel("causal_convolution", device) and shared_kb(device) > SMALL_KB
 
 
 def _packed_shape(outputs: int, channels: int) -> tuple[int, int]:
@@ -236,7 +237,7 @@ def _variants() -> Iterator[Variant]:
         call = partial(causal_convolution_triton, x, weight, bias)
         yield Variant(f"96 -> {outputs} x {frames}", call, ("HGMMA", "UTMALDG"))
     x, weight = make(6, 480, 832, 96).permute(0, 3, 1, 2), make(96, 96, 3, 3, 3)
-    for tiles in CANDIDATES[1:]:
+    for tiles in CANDIDATES[1:] if shared_kb(x.device) > SMALL_KB else ():
         call = partial(causal_convolution_triton, x, weight, tiles=tiles)
         yield Variant(f"96 -> 96, {tiles}", call, ("HGMMA", "UTMALDG"))
 

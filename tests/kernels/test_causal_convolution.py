@@ -112,6 +112,7 @@ def test_where_the_kernel_is_fast(device):
 
 
 @pytest.mark.parametrize(("outputs", "late"), [(3, False), (96, True)])
+@torch.no_grad()
 def test_the_vaes_layer_takes_it_after_the_first_frame(device, outputs, late, monkeypatch):
     torch.manual_seed(0)
     layer = CausalConv3d(32, outputs, 3).to(device, torch.bfloat16)
