@@ -101,8 +101,8 @@ def _long(rows: Rows) -> Rows:
 
 
 PARTS: dict[str, tuple[Callable[[Rows], Rows], str]] = {
-    "Streams": (_streams, ("Random weights of Wan2.1-1.3B's shape at 832x480. A chunk counts its cache passes, the full "
-                "VAE and the copy to the host. MFU is counted against the measured bf16 product.")),
+    "Streams": (_streams, ("Random weights of Wan2.1-1.3B's shape at 832x480. A chunk counts its cache passes, the "
+                "full VAE and the copy to the host. MFU is counted against the measured bf16 product.")),
     "Parts of a chunk, ms": (_parts, ("Metered one after the other, so they add up to more than a chunk takes: in a "
                              "stream the VAE overlaps the transformers.")),
     "Kernels of a chunk": (_kernels, "The largest, of the first stream above, while VAE and transformers overlap."),
@@ -123,9 +123,10 @@ def check_sections(rows: Rows, markdown: Callable[[Rows], list[str]]) -> list[st
 
 def race(r: dict[str, Any], markdown: Callable[[Rows], list[str]]) -> list[str]:
     """The race's table."""
-    lines = [(f"Milliseconds per chunk of {r['stream']['frames_per_chunk']} frames, cache full, {r['rounds']} rounds in "
-             "turn; the same random weights, latents compared first. Ratio: our time over the peer's, median [95% "
-             "interval]."), ""]  # fmt: skip
+    frames = r["stream"]["frames_per_chunk"]
+    lines = [(f"Milliseconds per chunk of {frames} frames, cache full, {r['rounds']} rounds in turn; the same random "
+             "weights, latents compared first. Ratio: our time over the peer's, median [95% interval]."),
+             ""]  # fmt: skip
     lines += markdown([
         {"lane": row["name"], **{stage: ms["median"] for stage, ms in row["stages_ms"].items()},
          "chunk": row["ms_per_chunk"]["median"], "fps": row["fps"],

@@ -21,6 +21,7 @@ from bench.instruments.spread import (
 )
 from bench.report import page, saved
 from bench.report.diff import Timing, compare
+from bench.report.gpu import newest_checks, read_lines
 from engine.files import write_json
 
 MACHINE = {
@@ -197,3 +198,72 @@ def test_documents_name_every_command():
     for command in ("stream", "compare", "scaling", "kernels", "load", "diff", "report", "all", "parity", "fullsize"):
         assert f"bench {command}" in text
     assert isinstance(page.PAGE, Path)
+
+
+# What gpu-check and a race leave behind.
+MACHINE = {
+    "step": "probe", "kind": "machine", "device": "NVIDIA H100", "gpu": "NVIDIA H100", "cores": 16, "threads": 16,
+    "load_average": 0.5, "versions": {"torch": "2.11.0"}, "commit": "abc", "date": "2026-11-27",
+}  # fmt: skip
+SPEED = {
+    "step": "greedy", "kind": "speed", "variant": "greedy bf16", "fps": 37.5, "ms_p50": 106.0, "ms_p99": 108.0,
+    "frames_per_chunk": 4, "chunks": 45, "first_frame_ms": 57.0, "warm_s": 13.0, "peak_mb": 12446.0, "passed": True,
+}  # fmt: skip
+PARTS = {
+    "step": "greedy", "kind": "row", "table": "parts of a chunk", "variant": "greedy bf16",
+    "parts_ms": {"sdd": 37.0, "vae": 34.0}, "tflop": 45.9, "mfu": 0.56,
+}  # fmt: skip
+KERNELS = {
+    "step": "greedy", "kind": "row", "table": "kernels of a chunk", "variant": "greedy bf16",
+    "kernels": [{"kernel": "small", "launches": 9, "ms": 0.1}, {"kernel": "large", "launches": 3, "ms": 31.0}],
+}  # fmt: skip
+OPERATION = {
+    "step": "operations", "kind": "row", "table": "operations", "op": "ring_attention", "shape": "1560 x 4680",
+    "passed": True, "errors": {"ours": 0.0023}, "ms": {"ours": {"median": 0.103}, "sdpa cudnn": {"median": 0.133}},
+    "best_library": "sdpa cudnn", "time_ratio": {"median": 0.77, "low": 0.76, "high": 0.78}, "mfu": 0.55, "mbu": 0.1,
+}  # fmt: skip
+CHECK = {"step": "errors", "kind": "check", "name": "ring_attention", "passed": True, "detail": "error 2e-3"}
+RACE = {
+    "machine": {k: v for k, v in MACHINE.items() if k not in ("step", "kind")}, "peer": "flashdreams", "rounds": 7,
+    "stream": {"frames_per_chunk": 12}, "dropped": {"flashdreams-compiled": "no time left"}, "arguments": "race",
+    "lanes": [
+        {"name": "flashdreams", "about": "the peer", "ms_per_chunk": {"median": 500.0}, "fps": 24.0, "ratios": {},
+         "stages_ms": {"denoise": {"median": 400.0}, "decode": {"median": 100.0}}},
+        {"name": "ours", "about": "this engine", "ms_per_chunk": {"median": 250.0}, "fps": 48.0,
+         "stages_ms": {"denoise": {"median": 200.0}, "decode": {"median": 80.0}},
+         "ratios": {"flashdreams": {"median": 0.5, "low": 0.49, "high": 0.51}}},
+    ],
+}  # fmt: skip
+
+
+def written(folder, name, *rows):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_page_of_a_gpu(tmp_path):
+    written(tmp_path, "gpu-check-nvidia-h100-2026-11-27.jsonl", MACHINE, SPEED, PARTS, KERNELS, OPERATION, CHECK)
+    written(tmp_path, "race-nvidia-h100-2026-11-27.json", RACE)
+    text = page.page(tmp_path, {})
+    assert "# On nvidia-h100\n" in text
+    assert "NVIDIA H100, 16 cores, threads: 16, torch 2.11.0, 2026-11-27, commit abc" in text
+    assert "| greedy bf16 | 37.5 | 106 | 108 | 4 | 57 | 12,446 | 13 | 45.9 | 56% | yes |" in text
+    assert "| sdd | 37 |" in text
+    assert text.index("| `large` | 3 | 31 |") < text.index("| `small` | 9 | 0.1 |")
+    assert "| ring_attention | 1560 x 4680 | 2.3e-03 | 103 | sdpa cudnn | 133 | 0.77 [0.76, 0.78] | 55% | 10% |" in text
+    assert "| errors | 1 | 1 |" in text
+    assert "## Beside flashdreams" in text
+    assert "| ours | 200 | 80 | 250 | 48 | 0.500 [0.490, 0.510] |" in text
+    assert "`flashdreams-compiled` was dropped: no time left." in text
+
+
+def test_the_newest_check_of_a_device(tmp_path):
+    for name, number in (("2026-11-26", 1), ("2026-11-27", 2), ("2026-11-27-2", 3), ("2026-11-27-10", 4)):
+        written(tmp_path, f"gpu-check-nvidia-h100-{name}.jsonl", {"number": number})
+    written(tmp_path, "gpu-check-nvidia-h200-2026-11-25.jsonl", {"number": 5})
+    assert newest_checks(tmp_path) == {"nvidia-h100": [{"number": 4}], "nvidia-h200": [{"number": 5}]}
+
+
+def test_half_a_line_of_a_killed_step_is_left_out(tmp_path):
+    (tmp_path / "lines").write_text('{"step": "a", "kind": "check"}\n{"step": "b", "ki')
+    assert read_lines(tmp_path / "lines") == [{"step": "a", "kind": "check"}]
+    assert read_lines(tmp_path / "none") == []

@@ -141,12 +141,6 @@ def test_a_red_check_and_no_check_are_not_well():
     assert check.verdict([red | {"passed": True}, end])[1]
 
 
-def test_half_a_line_of_a_killed_step_is_left_out(tmp_path):
-    (tmp_path / "lines").write_text('{"step": "a", "kind": "check"}\n{"step": "b", "ki')
-    assert read_lines(tmp_path / "lines") == [{"step": "a", "kind": "check"}]
-    assert read_lines(tmp_path / "none") == []
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
