@@ -201,7 +201,7 @@ def test_documents_name_every_command():
 
 
 # What gpu-check and a race leave behind.
-MACHINE = {
+GPU_MACHINE = {
     "step": "probe", "kind": "machine", "device": "NVIDIA H100", "gpu": "NVIDIA H100", "cores": 16, "threads": 16,
     "load_average": 0.5, "versions": {"torch": "2.11.0"}, "commit": "abc", "date": "2026-11-27",
 }  # fmt: skip
@@ -209,7 +209,7 @@ SPEED = {
     "step": "greedy", "kind": "speed", "variant": "greedy bf16", "fps": 37.5, "ms_p50": 106.0, "ms_p99": 108.0,
     "frames_per_chunk": 4, "chunks": 45, "first_frame_ms": 57.0, "warm_s": 13.0, "peak_mb": 12446.0, "passed": True,
 }  # fmt: skip
-PARTS = {
+GPU_PARTS = {
     "step": "greedy", "kind": "row", "table": "parts of a chunk", "variant": "greedy bf16",
     "parts_ms": {"sdd": 37.0, "vae": 34.0}, "tflop": 45.9, "mfu": 0.56,
 }  # fmt: skip
@@ -224,7 +224,7 @@ OPERATION = {
 }  # fmt: skip
 CHECK = {"step": "errors", "kind": "check", "name": "ring_attention", "passed": True, "detail": "error 2e-3"}
 RACE = {
-    "machine": {k: v for k, v in MACHINE.items() if k not in ("step", "kind")}, "peer": "flashdreams", "rounds": 7,
+    "machine": {k: v for k, v in GPU_MACHINE.items() if k not in ("step", "kind")}, "peer": "flashdreams", "rounds": 7,
     "stream": {"frames_per_chunk": 12}, "dropped": {"flashdreams-compiled": "no time left"}, "arguments": "race",
     "lanes": [
         {"name": "flashdreams", "about": "the peer", "ms_per_chunk": {"median": 500.0}, "fps": 24.0, "ratios": {},
@@ -241,7 +241,9 @@ def written(folder, name, *rows):
 
 
 def test_a_page_of_a_gpu(tmp_path):
-    written(tmp_path, "gpu-check-nvidia-h100-2026-11-27.jsonl", MACHINE, SPEED, PARTS, KERNELS, OPERATION, CHECK)
+    written(
+        tmp_path, "gpu-check-nvidia-h100-2026-11-27.jsonl", GPU_MACHINE, SPEED, GPU_PARTS, KERNELS, OPERATION, CHECK
+    )
     written(tmp_path, "race-nvidia-h100-2026-11-27.json", RACE)
     text = page.page(tmp_path, {})
     assert "# On nvidia-h100\n" in text
