@@ -210,21 +210,20 @@ def attend(
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     partial = q.new_empty((batch, programs, 2, QUERIES, head_dim), dtype=torch.float32)
     stats = q.new_empty((batch, programs, 2, 2, QUERIES), dtype=torch.float32)
-    own = scales is None and head_dim in hopper.HEAD_DIMS and hopper.runs_on(q.device)
+    own = q.dtype == k.dtype and head_dim in hopper.HEAD_DIMS and hopper.runs_on(q.device)
     keys = hopper.KEYS if own else KEYS
     cut = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_N": keys, "ON_DEVICE": isinstance(valid_rows, Tensor)}
-    scale = head_dim**-0.5 * LOG2_E
+    arguments = (
+        q, k, v, valid_rows, *(scales or (lse, lse, lse)), out, lse, partial, stats, queries, k.shape[1], v.shape[-1],
+        programs,
+    )  # fmt: skip
+    form = cut | {"SCALE": head_dim**-0.5 * LOG2_E, "FP8": scales is not None}
     if own:
-        launch(
-            hopper.attend_hopper, (programs, batch), q, k, v, valid_rows, out, lse, partial, stats, queries,
-            k.shape[1], programs, **cut, SCALE=scale, STAGES=hopper.STAGES, num_warps=hopper.WARPS,
-        )  # fmt: skip
+        stages = hopper.FP8_STAGES if scales else hopper.STAGES
+        launch(hopper.attend_hopper, (programs, batch), *arguments, **form, STAGES=stages, num_warps=hopper.WARPS)
     else:
-        launch(
-            attend_kernel, (programs, batch), q, k, v, valid_rows, *(scales or (lse, lse, lse)), out, lse, partial,
-            stats, queries, k.shape[1], v.shape[-1], programs, **cut, BLOCK_M=QUERIES, SCALE=scale,
-            FP8=scales is not None, STAGES=STAGES if shared_kb(q.device) >= MUCH_KB else FEW_STAGES, num_warps=WARPS,
-        )  # fmt: skip
+        stages = STAGES if shared_kb(q.device) >= MUCH_KB else FEW_STAGES
+        launch(attend_kernel, (programs, batch), *arguments, **form, BLOCK_M=QUERIES, STAGES=stages, num_warps=WARPS)
     shared = -(-queries // QUERIES) * heads % programs
     if shared:
         launch(
