@@ -44,9 +44,9 @@ def runs_on(device: torch.device) -> bool:
 
 
 @gluon.constexpr_function
-def _products(piece, frames):
-    """Products of a piece: two blocks of outputs in each of the frames that see it."""
-    return 2 * (min(piece, frames - 1) - max(piece - 2, 0) + 1)
+def _products(pieces):
+    """Products of the first pieces, up to three: the one before's and one more tap, of two blocks of outputs each."""
+    return pieces * (pieces + 1)
 
 
 @gluon.jit
@@ -84,11 +84,11 @@ def _load(
             channel = step % BLOCKS * STEP
             y = tap // 3 - 1
             x = tap % 3 - 1
-            for k in gl.static_range(3):
+            for k in range(3):
                 at = (k * 9 + tap) * CHANNELS + channel
                 _copy(head_rows, [at, 0], here, heads.index(stage * 3 + k))
                 _copy(tail_rows, [at, HEAD], here, tails.index(stage * 3 + k))
-            for p in gl.static_range(IMAGES):
+            for p in range(IMAGES):
                 place = (stage * IMAGES + p) * 2
                 _copy(x_rows, [image + p * batch, row + y, left + x, channel], here, pieces.index(place))
                 _copy(x_rows, [image + p * batch, next_row + y, next_left + x, channel], here, pieces.index(place + 1))
@@ -119,6 +119,7 @@ def _multiply(
     """A multiplying warpgroup: HEAD + TAIL outputs of 64 pixels of FRAMES images of each tile."""
     pieces, w_heads, w_tails, ready, free = buffers
     IMAGES: gl.constexpr = FRAMES + 2
+    MIDDLE: gl.constexpr = FRAMES // 2  # from here on pieces have the most products
     head_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
     tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL, 16])
     piece_layout: gl.constexpr = gl.DotOperandLayout(0, head_layout, 2)
@@ -130,21 +131,17 @@ def _multiply(
         for f in gl.static_range(FRAMES):
             head = gl.zeros([PIXELS, HEAD], gl.float32, head_layout)
             tail = gl.zeros([PIXELS, TAIL], gl.float32, tail_layout)
-            if REGISTERS:
-                sums += (head, tail)
-            else:  # a step leaves products under way
-                sums += (warpgroup_mma_init(head), warpgroup_mma_init(tail))
+            sums += (warpgroup_mma_init(head), warpgroup_mma_init(tail))
         for step in range(9 * (CHANNELS // STEP)):
             stage = count % STAGES
             mbarrier.wait(ready.index(stage), count // STAGES & 1)
             for p in gl.static_range(IMAGES):
                 piece = pieces.index((stage * IMAGES + p) * 2 + WARPGROUP).reshape([PIXELS, STEP])
-                if REGISTERS:
+                head_piece = piece
+                tail_piece = piece
+                if p >= MIDDLE and p < MIDDLE + REGISTERS:
                     head_piece = piece.load(piece_layout)
                     tail_piece = gl.convert_layout(head_piece, tail_piece_layout)
-                else:
-                    head_piece = piece
-                    tail_piece = piece
                 updated = gl.tuple([])
                 for f in gl.static_range(FRAMES):
                     if p >= f and p - f < 3:
@@ -155,12 +152,8 @@ def _multiply(
                     else:
                         updated += (sums[2 * f], sums[2 * f + 1])
                 sums = updated
-                if REGISTERS:
-                    # The registers of the piece before are free again; this one's products go on.
-                    sums = warpgroup_mma_wait(_products(p, FRAMES), deps=sums)
-                if not REGISTERS and p == 1:
-                    sums = warpgroup_mma_wait(6, deps=sums)  # the step before has ended, this one's 6 products have not
-                if p == (0 if REGISTERS else 1):
+                if p == MIDDLE - 1:  # the step before has ended; this one's products until here go on
+                    sums = warpgroup_mma_wait(_products(MIDDLE), deps=sums)
                     mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1, pred=step > 0)
             count += 1
         sums = warpgroup_mma_wait(0, deps=sums)
@@ -221,7 +214,7 @@ def convolve_hopper(
             )),
             (_load, ((x_rows, head_rows, tail_rows), buffers, cut, tiles, CHANNELS, HEAD, TAIL, FRAMES, STAGES)),
         ],
-        [4, 1], [240, 24],
+        [4, 1], [232, 40],
     )  # fmt: skip
 
 
@@ -231,7 +224,7 @@ def fits(images: int, batch: int, channels: int, outputs: int, device: torch.dev
 
 
 def convolve(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, batch: int, registers: bool = True
+    x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, batch: int, registers: int = 2
 ) -> None:  # fmt: skip
     """x [images + 2 * batch, H, W, C], packed [27 * C, C'], bias [C'] or None -> out [images, H, W, C'], contiguous.
 
