@@ -18,6 +18,7 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
         mbarrier,
         tma,
         warpgroup_mma,
@@ -26,6 +27,7 @@ try:
     )
 
     _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # before Triton 3.7
+    _copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
     HAVE_GLUON = True
 except ImportError:  # no Triton, or one before Gluon: causal_convolution's own kernel runs
     gluon, gl, HAVE_GLUON = launch.triton, launch.tl, False
@@ -96,28 +98,25 @@ def _load(
 
 
 @gluon.jit
-def _store(acc, BIAS, OUT, row, left, first, inside, width, OUTPUTS: gl.constexpr, BLOCK: gl.constexpr):
-    """Store BLOCK outputs from `first` on of the pixels from `left` on of an image row."""
-    across: gl.constexpr = BLOCK // 8
-    # A warp keeps its 16 pixels, so the values change places within warps; a pixel's outputs are written together.
-    layout: gl.constexpr = gl.BlockedLayout([across // 2, 8], [32 // across, across], [4, 1], [1, 0])
+def _store(acc, BIAS, out_rows, place, buffer, BLOCK: gl.constexpr):
+    """Store BLOCK outputs of a piece; what lies outside the image is left out."""
     if BIAS is not None:
-        column = gl.arange(0, BLOCK, gl.SliceLayout(0, acc.type.layout))
-        acc += gl.load(BIAS + first + column).to(gl.float32)[None, :]
-    acc = gl.convert_layout(acc.to(OUT.dtype.element_ty), layout)
-    x = left + gl.arange(0, PIXELS, gl.SliceLayout(1, layout))
-    output = first + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
-    at = OUT + (row * width + x)[:, None] * OUTPUTS + output[None, :]
-    gl.store(at, acc, ((x < width) & inside)[:, None])
+        column = place[3] + gl.arange(0, BLOCK, gl.SliceLayout(0, acc.type.layout))
+        acc += gl.load(BIAS + column).to(gl.float32)[None, :]
+    tma.store_wait(0)  # the frame before has left the buffer
+    buffer.reshape([PIXELS, BLOCK]).store(acc.to(buffer.dtype))
+    fence_async_shared()
+    _copy_out(out_rows, place, buffer)
 
 
 @gluon.jit
 def _multiply(
-    WARPGROUP: gl.constexpr, buffers, BIAS, OUT, cut, tiles, height, width, CHANNELS: gl.constexpr,
-    HEAD: gl.constexpr, TAIL: gl.constexpr, FRAMES: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    WARPGROUP: gl.constexpr, rows, buffers, outs, BIAS, cut, tiles, CHANNELS: gl.constexpr, HEAD: gl.constexpr,
+    TAIL: gl.constexpr, FRAMES: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: HEAD + TAIL outputs of 64 pixels of FRAMES images of each tile."""
     pieces, w_heads, w_tails, ready, free = buffers
+    head_rows, tail_rows = rows
     IMAGES: gl.constexpr = FRAMES + 2
     MIDDLE: gl.constexpr = FRAMES // 2  # from here on pieces have the most products
     head_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
@@ -161,9 +160,10 @@ def _multiply(
 
         image, row, left = _place(tile, WARPGROUP, cut, FRAMES)
         for f in gl.static_range(FRAMES):
-            at = (image + f * batch).to(gl.int64) * height + row
-            _store(sums[2 * f], BIAS, OUT, at, left, 0, row < height, width, HEAD + TAIL, HEAD)
-            _store(sums[2 * f + 1], BIAS, OUT, at, left, HEAD, row < height, width, HEAD + TAIL, TAIL)
+            at = image + f * batch
+            _store(sums[2 * f], BIAS, head_rows, [at, row, left, 0], outs[0].index(WARPGROUP), HEAD)
+            _store(sums[2 * f + 1], BIAS, tail_rows, [at, row, left, HEAD], outs[1].index(WARPGROUP), TAIL)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["images", "height", "width", "batch"])
@@ -194,6 +194,19 @@ def convolve_hopper(
     )  # fmt: skip
     head_rows = tma.make_tensor_descriptor(W, [27 * CHANNELS, OUTPUTS], [OUTPUTS, 1], [STEP, HEAD], head_layout)
     tail_rows = tma.make_tensor_descriptor(W, [27 * CHANNELS, OUTPUTS], [OUTPUTS, 1], [STEP, TAIL], tail_layout)
+    head_out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, PIXELS, HEAD], dtype)
+    tail_out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, PIXELS, TAIL], dtype)
+    row_size = width.to(gl.int64) * OUTPUTS
+    head_out_rows = tma.make_tensor_descriptor(
+        OUT, [images, height, width, OUTPUTS], [height * row_size, row_size, OUTPUTS, 1], [1, 1, PIXELS, HEAD],
+        head_out_layout,
+    )  # fmt: skip
+    tail_out_rows = tma.make_tensor_descriptor(
+        OUT, [images, height, width, OUTPUTS], [height * row_size, row_size, OUTPUTS, 1], [1, 1, PIXELS, TAIL],
+        tail_out_layout,
+    )  # fmt: skip
+    head_out = gl.allocate_shared_memory(dtype, [2, 1, 1, PIXELS, HEAD], head_out_layout)
+    tail_out = gl.allocate_shared_memory(dtype, [2, 1, 1, PIXELS, TAIL], tail_out_layout)
     pieces = gl.allocate_shared_memory(dtype, [STAGES * IMAGES * 2, 1, 1, PIXELS, STEP], x_layout)
     heads = gl.allocate_shared_memory(dtype, [STAGES * 3, STEP, HEAD], head_layout)
     tails = gl.allocate_shared_memory(dtype, [STAGES * 3, STEP, TAIL], tail_layout)
@@ -204,13 +217,15 @@ def convolve_hopper(
         mbarrier.init(free.index(stage), count=2)
 
     buffers = (pieces, heads, tails, ready, free)
+    outs = (head_out, tail_out)
+    out_rows = (head_out_rows, tail_out_rows)
     gl.warp_specialize(
         [
             (_multiply, (
-                0, buffers, BIAS, OUT, cut, tiles, height, width, CHANNELS, HEAD, TAIL, FRAMES, STAGES, REGISTERS,
+                0, out_rows, buffers, outs, BIAS, cut, tiles, CHANNELS, HEAD, TAIL, FRAMES, STAGES, REGISTERS,
             )),
             (_multiply, (
-                1, buffers, BIAS, OUT, cut, tiles, height, width, CHANNELS, HEAD, TAIL, FRAMES, STAGES, REGISTERS,
+                1, out_rows, buffers, outs, BIAS, cut, tiles, CHANNELS, HEAD, TAIL, FRAMES, STAGES, REGISTERS,
             )),
             (_load, ((x_rows, head_rows, tail_rows), buffers, cut, tiles, CHANNELS, HEAD, TAIL, FRAMES, STAGES)),
         ],
