@@ -46,6 +46,12 @@ def runs_on(device: torch.device) -> bool:
 
 
 @gluon.constexpr_function
+def _part(piece, frames):
+    """When a step takes a piece: first the two of the most products, then those before, then those after."""
+    return 1 if piece < frames // 2 else 0 if piece < frames // 2 + 2 else 2
+
+
+@gluon.constexpr_function
 def _products(pieces):
     """Products of the first pieces, up to three: the one before's and one more tap, of two blocks of outputs each."""
     return pieces * (pieces + 1)
@@ -134,26 +140,28 @@ def _multiply(
         for step in range(9 * (CHANNELS // STEP)):
             stage = count % STAGES
             mbarrier.wait(ready.index(stage), count // STAGES & 1)
-            for p in gl.static_range(IMAGES):
-                piece = pieces.index((stage * IMAGES + p) * 2 + WARPGROUP).reshape([PIXELS, STEP])
-                head_piece = piece
-                tail_piece = piece
-                if p >= MIDDLE and p < MIDDLE + REGISTERS:
-                    head_piece = piece.load(piece_layout)
-                    tail_piece = gl.convert_layout(head_piece, tail_piece_layout)
-                updated = gl.tuple([])
-                for f in gl.static_range(FRAMES):
-                    if p >= f and p - f < 3:
-                        w_head = w_heads.index(stage * 3 + (p - f))
-                        w_tail = w_tails.index(stage * 3 + (p - f))
-                        updated += (warpgroup_mma(head_piece, w_head, sums[2 * f], is_async=True),)
-                        updated += (warpgroup_mma(tail_piece, w_tail, sums[2 * f + 1], is_async=True),)
-                    else:
-                        updated += (sums[2 * f], sums[2 * f + 1])
-                sums = updated
-                if p == MIDDLE - 1:  # the step before has ended; this one's products until here go on
-                    sums = warpgroup_mma_wait(_products(MIDDLE), deps=sums)
-                    mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1, pred=step > 0)
+            for part in gl.static_range(3):
+                for p in gl.static_range(IMAGES):
+                    if _part(p, FRAMES) == part:
+                        piece = pieces.index((stage * IMAGES + p) * 2 + WARPGROUP).reshape([PIXELS, STEP])
+                        head_piece = piece
+                        tail_piece = piece
+                        if p >= MIDDLE and p < MIDDLE + REGISTERS:
+                            head_piece = piece.load(piece_layout)
+                            tail_piece = gl.convert_layout(head_piece, tail_piece_layout)
+                        updated = gl.tuple([])
+                        for f in gl.static_range(FRAMES):
+                            if p >= f and p - f < 3:
+                                w_head = w_heads.index(stage * 3 + (p - f))
+                                w_tail = w_tails.index(stage * 3 + (p - f))
+                                updated += (warpgroup_mma(head_piece, w_head, sums[2 * f], is_async=True),)
+                                updated += (warpgroup_mma(tail_piece, w_tail, sums[2 * f + 1], is_async=True),)
+                            else:
+                                updated += (sums[2 * f], sums[2 * f + 1])
+                        sums = updated
+                        if p == MIDDLE - 1:  # the step before has ended; this one's products until here go on
+                            sums = warpgroup_mma_wait(_products(MIDDLE), deps=sums)
+                            mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1, pred=step > 0)
             count += 1
         sums = warpgroup_mma_wait(0, deps=sums)
         mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
@@ -239,7 +247,7 @@ def fits(images: int, batch: int, channels: int, outputs: int, device: torch.dev
 
 
 def convolve(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, batch: int, registers: int = 2
+    x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, batch: int, registers: int = 1
 ) -> None:  # fmt: skip
     """x [images + 2 * batch, H, W, C], packed [27 * C, C'], bias [C'] or None -> out [images, H, W, C'], contiguous.
 
