@@ -32,7 +32,8 @@ try:
 except ImportError:  # no Triton, or one before Gluon: causal_convolution's own kernel runs
     gluon, gl, HAVE_GLUON = launch.triton, launch.tl, False
 
-STAGES, WARPS = 3, 4  # steps under way, warps of a multiplying warpgroup
+WARPS = 4  # of a multiplying warpgroup
+STAGES = {96: 3, 192: 2}  # steps under way, by outputs: what fits the shared memory
 FRAMES = {96: 4, 192: 2}  # output frames of a program, by outputs: sums of 192 registers a thread
 PIXELS = 64 if not HAVE_GLUON else gl.constexpr(64)  # of an image row, a warpgroup's
 STEP = 32 if not HAVE_GLUON else gl.constexpr(32)  # channels a product
@@ -78,7 +79,7 @@ def _load(
     IMAGES: gl.constexpr = FRAMES + 2
     BLOCKS: gl.constexpr = CHANNELS // STEP
     BYTES: gl.constexpr = 2 * (2 * IMAGES * PIXELS * STEP + 3 * STEP * (HEAD + TAIL))
-    batch, across, pairs = cut
+    batch = cut[0]
     count = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         image, row, left = _place(tile, 0, cut, FRAMES)
@@ -129,11 +130,11 @@ def _multiply(
     tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL, 16])
     piece_layout: gl.constexpr = gl.DotOperandLayout(0, head_layout, 2)
     tail_piece_layout: gl.constexpr = gl.DotOperandLayout(0, tail_layout, 2)
-    batch, across, pairs = cut
+    batch = cut[0]
     count = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         sums = gl.tuple([])
-        for f in gl.static_range(FRAMES):
+        for _ in gl.static_range(FRAMES):
             head = gl.zeros([PIXELS, HEAD], gl.float32, head_layout)
             tail = gl.zeros([PIXELS, TAIL], gl.float32, tail_layout)
             sums += (warpgroup_mma_init(head), warpgroup_mma_init(tail))
@@ -237,7 +238,7 @@ def convolve_hopper(
             )),
             (_load, ((x_rows, head_rows, tail_rows), buffers, cut, tiles, CHANNELS, HEAD, TAIL, FRAMES, STAGES)),
         ],
-        [4, 1], [232, 40],
+        [4, 1], [240 if REGISTERS > 1 else 232, 24 if REGISTERS > 1 else 40],
     )  # fmt: skip
 
 
@@ -246,12 +247,11 @@ def fits(images: int, batch: int, channels: int, outputs: int, device: torch.dev
     return runs_on(device) and outputs in FRAMES and not channels % 32 and not images // batch % FRAMES[outputs]
 
 
-def convolve(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, batch: int, registers: int = 1
-) -> None:  # fmt: skip
+def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, batch: int, registers: int = 1) -> None:
     """x [images + 2 * batch, H, W, C], packed [27 * C, C'], bias [C'] or None -> out [images, H, W, C'], contiguous.
 
-    With `registers` pixels are multiplied from registers, which spares shared memory reads; else from shared memory.
+    registers: of an image row's FRAMES + 2 pieces how many to multiply from registers, which spares reads of shared
+    memory: 0, 1 or 2. With 2 the loading warp is short of registers and spills some; more make ptxas wait for products.
     """
     (images, height, width, outputs), channels = out.shape, x.shape[-1]
     head, tail = head_and_tail(outputs)
@@ -259,5 +259,5 @@ def convolve(
     tiles = images // frames * -(-height * -(-width // 64) // 2)
     launch.launch(
         convolve_hopper, (min(tiles, launch.multiprocessors(x.device)),), x, packed, bias, out, images, height, width,
-        batch, channels, head, tail, frames, STAGES, registers, num_warps=WARPS,
+        batch, channels, head, tail, frames, STAGES[outputs], registers, num_warps=WARPS,
     )  # fmt: skip
