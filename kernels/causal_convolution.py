@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import hopper_convolution as hopper
 from kernels.checks import described, head_and_tail, needs_gradient, power_of_two
 from kernels.launch import descriptor, launch, shared_kb, tl, triton
 from kernels.table import Variant, has_kernel, implementation, register
@@ -37,12 +38,14 @@ class Tiles:
     stages: int = 4  # steps under way
     warps: int = 4  # two programs share a multiprocessor
     whole: bool = False  # one block of outputs, rounded up, instead of two
+    hopper: int | None = None  # hopper_convolution.convolve instead where it fits, with so many pieces in registers
 
 
 # To be timed against each other: longer pieces, fewer frames, every image fetched once, outputs rounded up to 128.
 CANDIDATES = (
     Tiles(), Tiles(columns=128, warps=8), Tiles(frames=2, columns=128), Tiles(frames=2, warps=4),
     Tiles(taps=3, stages=2), Tiles(frames=2, columns=128, taps=3, stages=2), Tiles(frames=2, whole=True),
+    Tiles(hopper=0), Tiles(hopper=1),
 )  # fmt: skip
 _FEW_TILES = Tiles(taps=3, stages=3)
 
@@ -187,6 +190,9 @@ def causal_convolution_triton(
     while images // batch % frames:
         frames //= 2
     images_last = x.permute(0, 2, 3, 1).flatten().view(len(x), height, width, channels)  # strides also of sizes of 1
+    if tiles.hopper is not None and hopper.fits(images, batch, channels, outputs, x.device):
+        hopper.convolve(images_last, packed, bias, out, batch, tiles.hopper)
+        return out.permute(0, 3, 1, 2)
     launch(
         _taps, (height * -(-width // tiles.columns), images // frames),
         descriptor(images_last, [1, 1, tiles.columns, STEP]), descriptor(packed, [STEP, head]),
