@@ -37,16 +37,8 @@ class Tiles:
     taps: int = 1  # taps in time a step; 3 fetch an image once instead of three times, but the products wait in turn
     stages: int = 4  # steps under way
     warps: int = 4  # two programs share a multiprocessor
-    whole: bool = False  # one block of outputs, rounded up, instead of two
-    hopper: int | None = None  # hopper_convolution.convolve instead where it fits, with so many pieces in registers
 
 
-# To be timed against each other: longer pieces, fewer frames, every image fetched once, outputs rounded up to 128.
-CANDIDATES = (
-    Tiles(), Tiles(columns=128, warps=8), Tiles(frames=2, columns=128), Tiles(frames=2, warps=4),
-    Tiles(taps=3, stages=2), Tiles(frames=2, columns=128, taps=3, stages=2), Tiles(frames=2, whole=True),
-    Tiles(hopper=0), Tiles(hopper=1),
-)  # fmt: skip
 _FEW_TILES = Tiles(taps=3, stages=3)
 
 
@@ -180,18 +172,19 @@ def causal_convolution_triton(
     (_, channels, height, width), outputs = x.shape, len(weight)
     packed = pack(weight) if packed is None else packed
     images, few = len(x) - 2 * batch, outputs <= FEW
+    own = tiles is None and hopper.fits(images, batch, channels, outputs, x.device)
     tiles = tiles or (_FEW_TILES if few else Tiles())
     out = torch.empty(images, height, width, outputs, dtype=x.dtype, device=x.device)
     sums = torch.empty(9 * outputs, images, height, width, device=x.device) if few else out
     columns = 9 * outputs if few else outputs
-    head, tail = (power_of_two(columns), 0) if few or tiles.whole else head_and_tail(columns)
+    head, tail = (power_of_two(columns), 0) if few else head_and_tail(columns)
     head, tail = max(head, 16), tail and max(tail, 16)
     frames = tiles.frames
     while images // batch % frames:
         frames //= 2
     images_last = x.permute(0, 2, 3, 1).flatten().view(len(x), height, width, channels)  # strides also of sizes of 1
-    if tiles.hopper is not None and hopper.fits(images, batch, channels, outputs, x.device):
-        hopper.convolve(images_last, packed, bias, out, batch, tiles.hopper)
+    if own:
+        hopper.convolve(images_last, packed, bias, out, batch)
         return out.permute(0, 3, 1, 2)
     launch(
         _taps, (height * -(-width // tiles.columns), images // frames),
@@ -243,9 +236,8 @@ def _variants() -> Iterator[Variant]:
         call = partial(causal_convolution_triton, x, weight, bias)
         yield Variant(f"96 -> {outputs} x {frames}", call, ("HGMMA", "UTMALDG"))
     x, weight = make(6, 480, 832, 96).permute(0, 3, 1, 2), make(96, 96, 3, 3, 3)
-    for tiles in CANDIDATES[1:] if shared_kb(x.device) > SMALL_KB else ():
-        call = partial(causal_convolution_triton, x, weight, tiles=tiles)
-        yield Variant(f"96 -> 96, {tiles}", call, ("HGMMA", "UTMALDG"))
+    call = partial(causal_convolution_triton, x, weight, tiles=Tiles())
+    yield Variant("96 -> 96 x 4, Triton's schedule", call, ("HGMMA", "UTMALDG"))
 
 
 register(

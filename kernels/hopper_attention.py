@@ -5,37 +5,22 @@ warpgroups of 64 queries work apart from each other, and a third warpgroup only 
 scores before this block's softmax, and the product with v before it waits for those scores.
 """
 
-import torch
+from kernels.hopper import (
+    constant,
+    copy_in,
+    gl,
+    gluon,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 
-from kernels import launch
-
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_init,
-        warpgroup_mma_wait,
-    )
-
-    _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # before Triton 3.7
-    HAVE_GLUON = True
-except ImportError:  # no Triton, or one before Gluon: stream_k_attention's own kernel runs
-    gluon, gl, HAVE_GLUON = launch.triton, launch.tl, False
-
-KEYS, STAGES, FP8_STAGES, WARPS = 128, 3, 4, 4  # keys per block, blocks under way, warps of a multiplying warpgroup
+KEYS, STAGES, WARPS = 128, 3, 4  # keys per block, blocks under way, warps of a multiplying warpgroup
 HEAD_DIMS = (64, 128)
-HALF = 64 if not HAVE_GLUON else gl.constexpr(64)  # queries of a warpgroup
-LOG_2 = 0.6931471805599453 if not HAVE_GLUON else gl.constexpr(0.6931471805599453)
-
-
-def runs_on(device: torch.device) -> bool:
-    """Whether the device has Hopper's instructions; of the meta device, whether it stands for one that has."""
-    if not HAVE_GLUON or device.type == "cpu":
-        return False
-    return launch.compile_target == 90 if device.type == "meta" else torch.cuda.get_device_capability(device) == (9, 0)
+HALF = constant(64)  # queries of a warpgroup
+LOG_2 = constant(0.6931471805599453)
 
 
 @gluon.jit
@@ -69,20 +54,20 @@ def _load(
         query = tile % tiles * 2 * HALF
         mbarrier.wait(q_free, (turn & 1) ^ 1)
         mbarrier.expect(q_ready, 2 * HALF * HEAD_DIM * SIZE)
-        _copy(q_rows, [query, column], q_ready, q_tile.index(0))
-        _copy(q_rows, [query + HALF, column], q_ready, q_tile.index(1))
+        copy_in(q_rows, [query, column], q_ready, q_tile.index(0))
+        copy_in(q_rows, [query + HALF, column], q_ready, q_tile.index(1))
         for block in range(begin, end):
             stage = count % STAGES
             phase = (count // STAGES & 1) ^ 1
             mbarrier.wait(k_free.index(stage), phase)
             mbarrier.expect(k_ready.index(stage), BLOCK_N * HEAD_DIM * SIZE)
-            _copy(k_rows, [block * BLOCK_N, column], k_ready.index(stage), k_tiles.index(stage))
+            copy_in(k_rows, [block * BLOCK_N, column], k_ready.index(stage), k_tiles.index(stage))
             mbarrier.wait(v_free.index(stage), phase)
             mbarrier.expect(v_ready.index(stage), BLOCK_N * HEAD_DIM * SIZE)
             if FP8:
-                _copy(v_rows, [column, block * BLOCK_N], v_ready.index(stage), v_tiles.index(stage))
+                copy_in(v_rows, [column, block * BLOCK_N], v_ready.index(stage), v_tiles.index(stage))
             else:
-                _copy(v_rows, [block * BLOCK_N, column], v_ready.index(stage), v_tiles.index(stage))
+                copy_in(v_rows, [block * BLOCK_N, column], v_ready.index(stage), v_tiles.index(stage))
             count += 1
 
 

@@ -6,44 +6,32 @@ step fetches every image's piece once for all three taps in time. Programs go fr
 tile's first pieces arrive while this one's sums are stored.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from kernels import launch
 from kernels.checks import head_and_tail
-
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_init,
-        warpgroup_mma_wait,
-    )
-
-    _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # before Triton 3.7
-    _copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-    HAVE_GLUON = True
-except ImportError:  # no Triton, or one before Gluon: causal_convolution's own kernel runs
-    gluon, gl, HAVE_GLUON = launch.triton, launch.tl, False
+from kernels.hopper import (
+    constant,
+    copy_in,
+    copy_out,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    runs_on,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from kernels.launch import launch, multiprocessors
 
 WARPS = 4  # of a multiplying warpgroup
-STAGES = {96: 3, 192: 2}  # steps under way, by outputs: what fits the shared memory
-FRAMES = {96: 4, 192: 2}  # output frames of a program, by outputs: sums of 192 registers a thread
-PIXELS = 64 if not HAVE_GLUON else gl.constexpr(64)  # of an image row, a warpgroup's
-STEP = 32 if not HAVE_GLUON else gl.constexpr(32)  # channels a product
-
-
-def runs_on(device: torch.device) -> bool:
-    """Whether the device has Hopper's instructions; of the meta device, whether it stands for one that has."""
-    if not HAVE_GLUON or device.type == "cpu":
-        return False
-    return launch.compile_target == 90 if device.type == "meta" else torch.cuda.get_device_capability(device) == (9, 0)
+OUTPUTS, FRAMES = 96, 4  # with 4 output frames a thread holds sums of 192 registers
+STAGES = 3  # steps under way: what fits the shared memory
+REGISTERS = 1  # pieces of a step that are multiplied from registers, which spares reads of shared memory
+PIXELS = constant(64)  # of an image row, a warpgroup's
+STEP = constant(32)  # channels a product
 
 
 @gluon.constexpr_function
@@ -95,12 +83,14 @@ def _load(
             x = tap % 3 - 1
             for k in range(3):
                 at = (k * 9 + tap) * CHANNELS + channel
-                _copy(head_rows, [at, 0], here, heads.index(stage * 3 + k))
-                _copy(tail_rows, [at, HEAD], here, tails.index(stage * 3 + k))
+                copy_in(head_rows, [at, 0], here, heads.index(stage * 3 + k))
+                copy_in(tail_rows, [at, HEAD], here, tails.index(stage * 3 + k))
             for p in range(IMAGES):
                 place = (stage * IMAGES + p) * 2
-                _copy(x_rows, [image + p * batch, row + y, left + x, channel], here, pieces.index(place))
-                _copy(x_rows, [image + p * batch, next_row + y, next_left + x, channel], here, pieces.index(place + 1))
+                copy_in(x_rows, [image + p * batch, row + y, left + x, channel], here, pieces.index(place))
+                copy_in(
+                    x_rows, [image + p * batch, next_row + y, next_left + x, channel], here, pieces.index(place + 1)
+                )
             count += 1
 
 
@@ -113,7 +103,7 @@ def _store(acc, BIAS, out_rows, place, buffer, BLOCK: gl.constexpr):
     tma.store_wait(0)  # the frame before has left the buffer
     buffer.reshape([PIXELS, BLOCK]).store(acc.to(buffer.dtype))
     fence_async_shared()
-    _copy_out(out_rows, place, buffer)
+    copy_out(out_rows, place, buffer)
 
 
 @gluon.jit
@@ -238,26 +228,21 @@ def convolve_hopper(
             )),
             (_load, ((x_rows, head_rows, tail_rows), buffers, cut, tiles, CHANNELS, HEAD, TAIL, FRAMES, STAGES)),
         ],
-        [4, 1], [240 if REGISTERS > 1 else 232, 24 if REGISTERS > 1 else 40],
+        [4, 1], [232, 40],
     )  # fmt: skip
 
 
 def fits(images: int, batch: int, channels: int, outputs: int, device: torch.device) -> bool:
-    """Whether convolve takes these sizes: 96 outputs in fours of frames, or 192 in pairs."""
-    return runs_on(device) and outputs in FRAMES and not channels % 32 and not images // batch % FRAMES[outputs]
+    """Whether convolve takes these sizes: 96 outputs, frames in fours."""
+    return runs_on(device) and outputs == OUTPUTS and not channels % 32 and not images // batch % FRAMES
 
 
-def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, batch: int, registers: int = 1) -> None:
-    """x [images + 2 * batch, H, W, C], packed [27 * C, C'], bias [C'] or None -> out [images, H, W, C'], contiguous.
-
-    registers: of an image row's FRAMES + 2 pieces how many to multiply from registers, which spares reads of shared
-    memory: 0, 1 or 2. With 2 the loading warp is short of registers and spills some; more make ptxas wait for products.
-    """
+def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, batch: int) -> None:
+    """x [images + 2 * batch, H, W, C], packed [27 * C, 96], bias [96] or None -> out [images, H, W, 96], contiguous."""
     (images, height, width, outputs), channels = out.shape, x.shape[-1]
     head, tail = head_and_tail(outputs)
-    frames: Any = FRAMES[outputs]
-    tiles = images // frames * -(-height * -(-width // 64) // 2)
-    launch.launch(
-        convolve_hopper, (min(tiles, launch.multiprocessors(x.device)),), x, packed, bias, out, images, height, width,
-        batch, channels, head, tail, frames, STAGES[outputs], registers, num_warps=WARPS,
+    tiles = images // FRAMES * -(-height * -(-width // 64) // 2)
+    launch(
+        convolve_hopper, (min(tiles, multiprocessors(x.device)),), x, packed, bias, out, images, height, width,
+        batch, channels, head, tail, FRAMES, STAGES, REGISTERS, num_warps=WARPS,
     )  # fmt: skip

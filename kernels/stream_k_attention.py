@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import hopper_attention as hopper
+from kernels.hopper import runs_on
 from kernels.launch import launch, multiprocessors, shared_kb, tl, triton
 
 LOG2_E = 1.4426950408889634
@@ -210,7 +211,7 @@ def attend(
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     partial = q.new_empty((batch, programs, 2, QUERIES, head_dim), dtype=torch.float32)
     stats = q.new_empty((batch, programs, 2, 2, QUERIES), dtype=torch.float32)
-    own = q.dtype == k.dtype and head_dim in hopper.HEAD_DIMS and hopper.runs_on(q.device)
+    own = q.dtype == k.dtype and head_dim in hopper.HEAD_DIMS and runs_on(q.device)
     keys = hopper.KEYS if own else KEYS
     cut = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_N": keys, "ON_DEVICE": isinstance(valid_rows, Tensor)}
     arguments = (
@@ -219,8 +220,9 @@ def attend(
     )  # fmt: skip
     form = cut | {"SCALE": head_dim**-0.5 * LOG2_E, "FP8": scales is not None}
     if own:
-        stages = hopper.FP8_STAGES if scales else hopper.STAGES
-        launch(hopper.attend_hopper, (programs, batch), *arguments, **form, STAGES=stages, num_warps=hopper.WARPS)
+        launch(
+            hopper.attend_hopper, (programs, batch), *arguments, **form, STAGES=hopper.STAGES, num_warps=hopper.WARPS
+        )
     else:
         stages = STAGES if shared_kb(q.device) >= MUCH_KB else FEW_STAGES
         launch(attend_kernel, (programs, batch), *arguments, **form, BLOCK_M=QUERIES, STAGES=stages, num_warps=WARPS)

@@ -14,7 +14,7 @@ from bench.gpu.lines import Lines
 from bench.instruments import models
 from engine.model import vae_layers
 from engine.model.vae import VAE, VAEConfig
-from kernels.causal_convolution import CANDIDATES, FEW, causal_convolution_triton, has_fast_kernel, pack
+from kernels.causal_convolution import causal_convolution_triton, has_fast_kernel, pack
 
 
 @torch.inference_mode()
@@ -84,9 +84,7 @@ def forms(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], Ten
     if len(weight) % 8:
         found["3-D, outputs padded to 8"] = lambda: F.conv3d(video, padded, None, padding=padding)
     if vae_layers.fits_cudnn_badly(weight) and has_fast_kernel(x.device):
-        for tiles in (None,) if len(weight) <= FEW else CANDIDATES:
-            call = partial(causal_convolution_triton, x, weight, packed=pack(weight), tiles=tiles)
-            found["our kernel" if tiles is None else f"our kernel, {tiles}"] = call
+        found["our kernel"] = partial(causal_convolution_triton, x, weight, packed=pack(weight))
     return found
 
 

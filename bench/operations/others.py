@@ -27,6 +27,7 @@ from kernels.norm_modulate import norm_modulate, norm_modulate_quantize
 from kernels.qk_norm_rope_write import qk_norm_rope_write, qk_norm_rope_write_reference
 from kernels.quantize import quantize_per_channel, quantize_per_token, quantize_rows_reference
 from kernels.solver_step import solver_step
+from kernels.unipc_step import Past, Update, unipc_step, unipc_step_reference
 from kernels.vae_norm_silu import vae_norm_silu, vae_norm_silu_reference
 
 Call = Callable[[], Any]
@@ -198,6 +199,19 @@ def _solver_step(device: torch.device, dtype: torch.dtype, height: int, width: i
     return _beside("solver_step", f"16 x {height} x {width}", ours, plain, (x, flow, noise), 4.0 * x.nbytes)
 
 
+def _unipc_step(device: torch.device, dtype: torch.dtype, height: int, width: int) -> Case:
+    """A step of order 2 on one latent frame, in a stream's float64 past."""
+    x, flow, *past = _random(device, torch.float32, *[(1, 16, 1, height, width)] * 5)
+    corrector, predictor = Update(0.6, -0.4, -1.9, 0.37, 0.61), Update(0.5, -0.45, -2.3, 0.5)
+
+    def step(call: Callable[..., Any], x: Tensor, flow: Tensor, *past: Tensor) -> Tensor:
+        return call(x, flow, Past(*(t.double() for t in past)), 0.8, corrector, predictor)[0]
+
+    traffic = 2.0 * x.nbytes + 5 * 2.0 * x.nbytes
+    return _beside("unipc_step", f"16 x {height} x {width}", partial(step, unipc_step),
+                   partial(step, unipc_step_reference), (x, flow, *past), traffic)  # fmt: skip
+
+
 def _fp8_linear(device: torch.device, dtype: torch.dtype, rows: int, columns: int, depth: int) -> Case:
     """Beside the library's row-wise product; on a GPU also the product in `dtype`, and this project's kernels."""
     x, weight, bias = _random(device, torch.bfloat16, (rows, depth), (columns, depth), (columns,))
@@ -286,6 +300,7 @@ SHAPES: dict[str, tuple[Callable[..., Case], dict[str, list[tuple[int, ...]]]]] 
         {"cpu": [(4, 32, 8, 8, 4), (12, 128, 6, 10, 4)], "cuda": [(12, 128, 30, 52, 4)]},
     ),
     "solver_step": (_solver_step, {"cpu": [(12, 20)], "cuda": [(60, 104)]}),
+    "unipc_step": (_unipc_step, {"cpu": [(12, 20)], "cuda": [(60, 104)]}),
     "fp8_linear": (
         _fp8_linear,
         {

@@ -1,12 +1,13 @@
 """Solvers: from noise to a clean latent, step by step. A solver is a class here and a row of SOLVERS."""
 
+import math
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor
 
 from engine.sampling.schedule import Schedule
 from kernels.solver_step import solver_step
+from kernels.unipc_step import Past, Update, unipc_step
 
 
 class Solver(ABC):
@@ -48,47 +49,47 @@ class UniPC(Solver):
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__(schedule)
-        self._x0: list[Tensor] = []  # predictions of the last two steps, newest last
-        self._levels: list[Tensor] = []  # sigmas of these predictions
-        self._last = torch.empty(0)  # sample at which the last predictor started
+        self._past: Past | None = None
+        self._levels: list[float] = []  # sigmas of the last two steps, newest last
         self._order = 0  # order of the last predictor
 
     @staticmethod
-    def _log_snr(sigma: Tensor) -> Tensor:
-        return torch.log1p(-sigma) - torch.log(sigma)
+    def _log_snr(sigma: float) -> float:
+        return math.log1p(-sigma) - math.log(sigma)
 
-    def _update(self, x: Tensor, sigma: Tensor, order: int, newest: Tensor | None) -> Tensor:
-        """Predict (newest None) or correct x at noise level sigma, from the last step's x."""
-        start, x0 = self._levels[-1], self._x0[-1]
+    def _update(self, sigma: float, order: int, corrects: bool) -> Update:
+        """To noise level sigma from the last step's: a predictor, or the corrector that knows the prediction there."""
+        start = self._levels[-1]
         h = self._log_snr(start) - self._log_snr(sigma)  # negative step in log-SNR
-        phi1 = torch.expm1(h)
-        base = sigma / start * x - (1 - sigma) * phi1 * x0
-        ratio, slope = torch.tensor(1.0, dtype=torch.float64), torch.zeros_like(x)
-        if order == 2:
-            ratio = (self._log_snr(self._levels[-2]) - self._log_snr(start)) / -h
-            slope = (self._x0[-2] - x0) / ratio
-        if newest is None:
-            correction = 0.5 * slope
-        elif order == 1:
-            correction = 0.5 * (newest - x0)
-        else:
-            phi2 = phi1 / h - 1
-            rows = torch.stack([torch.ones(2, dtype=torch.float64), torch.stack([ratio, torch.ones_like(ratio)])])
-            weights = torch.linalg.solve(rows, torch.stack([phi2, 2 * (phi2 / h - 0.5)]) / phi1)
-            correction = weights[0] * slope + weights[1] * (newest - x0)
-        return base - (1 - sigma) * phi1 * correction
+        phi1 = math.expm1(h)
+        kept, fresh = sigma / start, (1 - sigma) * phi1
+        if order == 1:
+            return Update(kept, fresh, by_newest=0.5 if corrects else 0.0)
+        ratio = (self._log_snr(self._levels[-2]) - self._log_snr(start)) / -h
+        if not corrects:
+            return Update(kept, fresh, ratio, 0.5)
+        phi2 = phi1 / h - 1
+        return Update(kept, fresh, ratio, *_weights(ratio, phi2 / phi1, 2 * (phi2 / h - 0.5) / phi1))
 
     def step(self, x: Tensor, flow: Tensor, t: float, t_next: float | None, fresh: Tensor | None) -> Tensor:
         # At sigma = 1 the signal is zero, so its logarithm would be infinite.
-        sigma = torch.tensor(min(self.schedule.sigma(t), 1 - 1e-6), dtype=torch.float64)
-        x0 = x.double() - sigma * flow.double()
-        sample = self._update(self._last, sigma, self._order, x0) if self._x0 else x.double()
-        self._x0, self._levels = [*self._x0[-1:], x0], [*self._levels[-1:], sigma]
-        self._last, self._order = sample, min(2, len(self._x0))
-        if t_next is None:
-            return x0.to(x.dtype)
-        level = torch.tensor(self.schedule.sigma(t_next), dtype=torch.float64)
-        return self._update(sample, level, self._order, None).to(x.dtype)
+        sigma = min(self.schedule.sigma(t), 1 - 1e-6)
+        corrector = self._update(sigma, self._order, corrects=True) if self._levels else None
+        self._levels = [*self._levels[-1:], sigma]
+        self._order = len(self._levels)
+        predictor = None if t_next is None else self._update(self.schedule.sigma(t_next), self._order, corrects=False)
+        x, self._past = unipc_step(x, flow, self._past, sigma, corrector, predictor)
+        return x
+
+
+def _weights(ratio: float, a: float, b: float) -> tuple[float, float]:
+    """Solve [[1, 1], [ratio, 1]] w = (a, b), by elimination with the larger pivot, as LAPACK does."""
+    if abs(ratio) > 1:
+        factor = 1 / ratio
+        second = (a - factor * b) / (1 - factor)
+        return (b - second) / ratio, second
+    second = (b - ratio * a) / (1 - ratio)
+    return a - second, second
 
 
 SOLVERS: dict[str, type[Solver]] = {"renoise": Renoise, "euler": Euler, "unipc": UniPC}

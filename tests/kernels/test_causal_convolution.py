@@ -8,7 +8,6 @@ from closeness import assert_as_good
 
 from engine.model.vae_layers import CausalConv3d, Past, fits_cudnn_badly
 from kernels.causal_convolution import (
-    CANDIDATES,
     Tiles,
     causal_convolution,
     causal_convolution_reference,
@@ -61,7 +60,9 @@ def test_several_videos_and_a_packed_weight(device, outputs):
         assert torch.equal(found[b::3], causal_convolution(alone, weight, bias))
 
 
-@pytest.mark.parametrize("tiles", [*CANDIDATES, Tiles(taps=3, stages=3)], ids=str)
+@pytest.mark.parametrize(
+    "tiles", [Tiles(), Tiles(columns=128, warps=8), Tiles(frames=2), Tiles(taps=3, stages=3)], ids=str
+)
 @pytest.mark.parametrize("outputs", [2, 96])
 def test_tiles(device, tiles, outputs):
     x, weight, bias = inputs(device, 64, outputs, 4, 3, 70)

@@ -1,0 +1,46 @@
+"""What kernels written in Gluon for Hopper (sm_90) share: its names, stand-ins where Triton lacks them, and a check.
+
+Gluon is Triton's lower level: layouts, barriers, copies, asynchronous products and who does what are explicit.
+"""
+
+import torch
+
+from kernels import launch
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_init,
+        warpgroup_mma_wait,
+    )
+
+    # The names before Triton 3.7 are the second ones.
+    copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+    copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+    constant = gl.constexpr
+    HAVE_GLUON = True
+except ImportError:  # no Triton, or one before Gluon: modules still import, and other kernels run
+    gluon, gl, HAVE_GLUON = launch.triton, launch.tl, False
+    fence_async_shared = mbarrier = tma = copy_in = copy_out = None
+    warpgroup_mma = warpgroup_mma_init = warpgroup_mma_wait = None
+
+    def constant(value):
+        return value
+
+
+__all__ = [
+    "constant", "copy_in", "copy_out", "fence_async_shared", "gl", "gluon", "mbarrier", "runs_on", "tma",
+    "warpgroup_mma", "warpgroup_mma_init", "warpgroup_mma_wait",
+]  # fmt: skip
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the device has Hopper's instructions; of the meta device, whether it stands for one that has."""
+    if not HAVE_GLUON or device.type == "cpu":
+        return False
+    return launch.compile_target == 90 if device.type == "meta" else torch.cuda.get_device_capability(device) == (9, 0)
