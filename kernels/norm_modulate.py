@@ -88,7 +88,7 @@ def _launch(
         _layer_norm, (batch * length,), x.contiguous(), y, gate, total, shift, scale, out, out_scale,
         length // frames, frames, *(shift if gate is None else gate).stride()[:2], *shift.stride()[:2],
         *scale.stride()[:2], eps, dim, block, plus_one, out_scale is not None, num_warps=warps,
-        enable_fp_fusion=gate is None,  # as in gate_residual, which rounds the product with the gate
+        enable_fp_fusion=False,  # the product with the gate rounds as in gate_residual, with and without a sum
     )  # fmt: skip
     if isinstance(hidden, Residual) and total is not None:
         hidden.accept(total)

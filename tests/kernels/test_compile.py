@@ -95,6 +95,22 @@ print(json.dumps([compile.compile_variants([name])[0]["problems"] for name in li
     assert right == []
 
 
+def test_no_multiplication_is_fused_where_products_round():
+    """A multiply-add in one instruction would not round the product, which the published formula does."""
+    fused = script("""
+from kernels.launch import compiling
+found = {}
+for name in ("gate_residual", "norm_modulate", "unipc_step"):
+    for variant in table.load_all()[name].variants():
+        with compiling() as made:
+            variant.call()
+        found[f"{name} {variant.name}"] = sum(kernel.asm["ptx"].count("fma.rn") for kernel in made)
+print(json.dumps(found))
+""")
+    assert len(fused) == 8
+    assert set(fused.values()) == {0}
+
+
 def test_unknown_operations_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(compile, "use_stub_driver", lambda sm: None)  # it could not be taken out again
     assert main(["kernels", "--compile-only", "--op", "nothing"]) == 2
