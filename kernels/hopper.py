@@ -3,9 +3,13 @@
 Gluon is Triton's lower level: layouts, barriers, copies, asynchronous products and who does what are explicit.
 """
 
+from types import SimpleNamespace
+
 import torch
 
 from kernels import launch
+
+OLDEST = 3, 6  # Triton whose Gluon these kernels are written for; it was another language before
 
 try:
     from triton.experimental import gluon
@@ -23,9 +27,10 @@ try:
     copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
     copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
     constant = gl.constexpr
-    HAVE_GLUON = True
+    HAVE_GLUON = tuple(map(int, launch.triton.__version__.split(".")[:2])) >= OLDEST
 except ImportError:  # no Triton, or one before Gluon: modules still import, and other kernels run
-    gluon, gl, HAVE_GLUON = launch.triton, launch.tl, False
+    gluon = SimpleNamespace(jit=lambda made=None, **_: made or (lambda f: f), constexpr_function=lambda f: f)
+    gl, HAVE_GLUON = SimpleNamespace(constexpr=object), False
     fence_async_shared = mbarrier = tma = copy_in = copy_out = None
     warpgroup_mma = warpgroup_mma_init = warpgroup_mma_wait = None
 
