@@ -172,9 +172,12 @@ def causal_convolution_triton(
     (_, channels, height, width), outputs = x.shape, len(weight)
     packed = pack(weight) if packed is None else packed
     images, few = len(x) - 2 * batch, outputs <= FEW
-    own = tiles is None and hopper.fits(images, batch, channels, outputs, x.device)
-    tiles = tiles or (_FEW_TILES if few else Tiles())
     out = torch.empty(images, height, width, outputs, dtype=x.dtype, device=x.device)
+    images_last = x.permute(0, 2, 3, 1).flatten().view(len(x), height, width, channels)  # strides also of sizes of 1
+    if tiles is None and hopper.fits(images, batch, channels, outputs, x.device):
+        hopper.convolve(images_last, packed, bias, out, batch)
+        return out.permute(0, 3, 1, 2)
+    tiles = tiles or (_FEW_TILES if few else Tiles())
     sums = torch.empty(9 * outputs, images, height, width, device=x.device) if few else out
     columns = 9 * outputs if few else outputs
     head, tail = (power_of_two(columns), 0) if few else head_and_tail(columns)
@@ -182,10 +185,6 @@ def causal_convolution_triton(
     frames = tiles.frames
     while images // batch % frames:
         frames //= 2
-    images_last = x.permute(0, 2, 3, 1).flatten().view(len(x), height, width, channels)  # strides also of sizes of 1
-    if own:
-        hopper.convolve(images_last, packed, bias, out, batch)
-        return out.permute(0, 3, 1, 2)
     launch(
         _taps, (height * -(-width // tiles.columns), images // frames),
         descriptor(images_last, [1, 1, tiles.columns, STEP]), descriptor(packed, [STEP, head]),

@@ -9,7 +9,7 @@ import torch
 
 from kernels import launch
 
-OLDEST = 3, 6  # Triton whose Gluon these kernels are written for; it was another language before
+OLDEST = 3, 6  # Triton; with no earlier one were these kernels compiled
 
 try:
     from triton.experimental import gluon
@@ -23,7 +23,7 @@ try:
         warpgroup_mma_wait,
     )
 
-    # The names before Triton 3.7 are the second ones.
+    # Triton 3.9 has the first names, 3.6 the second ones.
     copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
     copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
     constant = gl.constexpr
