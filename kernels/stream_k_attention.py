@@ -211,15 +211,15 @@ def attend(
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     partial = q.new_empty((batch, programs, 2, QUERIES, head_dim), dtype=torch.float32)
     stats = q.new_empty((batch, programs, 2, 2, QUERIES), dtype=torch.float32)
-    own = q.dtype == k.dtype and head_dim in hopper.HEAD_DIMS and runs_on(q.device)
-    keys = hopper.KEYS if own else KEYS
+    on_hopper = q.dtype == k.dtype and head_dim in hopper.HEAD_DIMS and runs_on(q.device)
+    keys = hopper.KEYS if on_hopper else KEYS
     cut = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_N": keys, "ON_DEVICE": isinstance(valid_rows, Tensor)}
     arguments = (
         q, k, v, valid_rows, *(scales or (lse, lse, lse)), out, lse, partial, stats, queries, k.shape[1], v.shape[-1],
         programs,
     )  # fmt: skip
     form = cut | {"SCALE": head_dim**-0.5 * LOG2_E, "FP8": scales is not None}
-    if own:
+    if on_hopper:
         launch(
             hopper.attend_hopper, (programs, batch), *arguments, **form, STAGES=hopper.STAGES, num_warps=hopper.WARPS
         )
