@@ -18,6 +18,7 @@ from limits import HANG
 from PIL import Image
 from safetensors.torch import save_file
 
+import engine.commands.interrupt
 import engine.run
 from engine.media.sources import read_clip, read_image
 
@@ -354,7 +355,7 @@ def test_a_signal_during_a_write_still_counts_the_frame():
         def write(self, frame):
             signal.raise_signal(signal.SIGINT)
 
-    with engine.run._Interrupt() as interrupt:
+    with engine.commands.interrupt.Interrupt() as interrupt:
         with pytest.raises(KeyboardInterrupt):
             interrupt.write(Interrupted(), None)
         assert interrupt.written == 1

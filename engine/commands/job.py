@@ -1,0 +1,121 @@
+"""The options of `engine.run`: one frozen dataclass per concern, and the whole command line as a Job."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.bundles.registry import BACKENDS
+from engine.config import Preset, Runtime
+from engine.options import chosen, option, options_of
+
+
+@dataclass(frozen=True)
+class Video:
+    """The video to generate: prompts, first frames, length and seed."""
+
+    prompt: str = option(metavar="TEXT", help="what the video shows")
+    prompt_at: tuple[tuple[str, str], ...] = option(
+        (), "switch the prompt while streaming, at 3.0s or frame 48f; may be repeated", metavar=("TIME", "TEXT")
+    )
+    no_recommit: bool = option(False, "leave the past as it is when the prompt switches")
+    image: Path | None = option(None, "start from a picture (image-to-video)", metavar="FILE", exclusive="clip")
+    video: Path | None = option(
+        None, "continue a clip; its end is re-encoded and comes first", metavar="FILE", exclusive="clip"
+    )
+    video_frames: int = option(81, "how much of the clip's end to take", metavar="N")
+    frames: int | None = option(None, "stop after N frames", metavar="N", exclusive="length")
+    seconds: float | None = option(
+        None, "stop after S seconds; default: stream until Ctrl-C", metavar="S", exclusive="length"
+    )
+    seed: int = option(0, "the same seed gives the same video", metavar="N")
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("--prompt: got an empty text, expected words")
+        if self.video_frames < 1:
+            raise ValueError(f"--video-frames: got {self.video_frames}, expected at least 1")
+        for name, value in (("frames", self.frames), ("seconds", self.seconds)):
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"--{name}: got {value}, expected a positive number")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"--seed: got {self.seed}, expected 0 to 2^64 - 1")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that streams."""
+
+    model: Path | None = option(
+        None, "diffusers pipeline directory; default: the embedded sprites model", metavar="DIR"
+    )
+    checkpoint: Path | None = option(
+        None, "transformer weights: Self-Forcing-family .pt, or .safetensors", metavar="FILE"
+    )
+    checkpoint_state: str | None = option(
+        None, "state of a .pt to take: generator_ema, generator, ...", metavar="NAME"
+    )  # fmt: skip
+    adapter: tuple[Path, ...] = option((), "PEFT LoRA folder to merge; may be repeated", metavar="PATH")
+    preset: str | None = option(None, "default: the model's own", metavar="NAME|FILE.toml")
+    height: int | None = option(None, "pixels; default: the model's own")
+    width: int | None = option(None, "pixels; default: the model's own")
+
+    def __post_init__(self) -> None:
+        for name, value in (("height", self.height), ("width", self.width)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name}: got {value}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle to stream from instead of a model."""
+
+    bundle: Path | None = option(None, "stream from a bundle that python -m export wrote", metavar="DIR")
+    backend: str | None = option(
+        None, "default: torch; with --bundle its first", choices=("torch", *BACKENDS, "native")
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Output:
+    """The frames' output and the report's."""
+
+    out: str = option(
+        "video.mp4", "FILE.mp4, .y4m, .gif, .webp, DIR/ (png sequence), - (stdout), null, checksum", metavar="TARGET"
+    )
+    format: Literal["y4m", "mp4", "rgb"] | None = option(None, "what --out - writes; default: y4m")
+    fps: float | None = option(None, "frame rate of the output; default: the model's own", metavar="F")
+    scale: int = option(1, "enlarge every pixel N times each way", metavar="N")
+    json: bool = option(False, "print a report as the last line of stdout")
+    quiet: bool = option(False, "print no progress and no warnings")
+    debug: bool = option(False, "show tracebacks")
+
+    def __post_init__(self) -> None:
+        if self.json and self.out == "-":
+            raise ValueError("--json: got --out -, expected a file (both write to stdout)")
+        if self.scale < 1:
+            raise ValueError(f"--scale: got {self.scale}, expected at least 1")
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"--fps: got {self.fps}, expected a positive number")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A whole command line."""
+
+    video: Video
+    model: Model
+    overrides: dict[str, Any]  # fields of the preset
+    bundle: Bundle
+    runtime: Runtime
+    output: Output
+    fixed: tuple[str, ...]  # options that the user set and that a bundle would fix
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Job":
+        overrides = chosen(args, Preset)
+        set_by_user = [*chosen(args, Model), *chosen(args, Runtime), *overrides]
+        return cls(
+            options_of(args, Video), options_of(args, Model), overrides, options_of(args, Bundle),
+            options_of(args, Runtime), options_of(args, Output), tuple(n for n in set_by_user if n != "threads"),
+        )  # fmt: skip
