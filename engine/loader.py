@@ -28,7 +28,7 @@ from engine.stream import Pipeline
 from engine.threads import settle, work_of
 from engine.weights.adapters import merge_adapter, merge_lora_file
 from engine.weights.checkpoint import fill, load_text_encoder, load_transformer
-from engine.weights.sources import TensorSource, TextEncoderSource, open_source
+from engine.weights.sources import TensorSource, open_source
 
 if TYPE_CHECKING:
     from engine.bundles.manifest import Manifest
@@ -113,14 +113,14 @@ def load(
         raise ValueError(f"fps: got {fps}, expected a positive number")
 
     source = open_source(chosen or folder / "transformer", checkpoint_state)
-    vae_source = open_source(folder / "vae")
+    vae_source = open_source(folder / "vae", part="vae")
     roles = family.roles()
     geometry = Geometry.of(
         config, 1, height // vae_config.scale_factor_spatial, width // vae_config.scale_factor_spatial
     )
     threads_of(runtime.threads, config, style, geometry.tokens, device)
     tokenizer = Tokenizer(folder / "tokenizer")
-    text_source = TextEncoderSource(open_source(folder / "text_encoder"))
+    text_source = open_source(folder / "text_encoder", part="text_encoder")
     needed = len(roles) * source.bytes_at(dtype) + vae_source.bytes_at(dtype) + text_source.bytes_at(dtype)
     needed += len(roles) * source.bytes_at(FP8) if fp8 else 0
     kv_dtype = FP8 if runtime.fp8_attention else dtype

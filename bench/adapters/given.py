@@ -93,7 +93,7 @@ def tensors(settings: Mapping[str, Any], dtype: torch.dtype) -> Tensors:
     return Tensors(
         TransformerConfig.from_dict(read_json(folder / "transformer" / "config.json")),
         VAEConfig.from_dict(read_json(folder / "vae" / "config.json")), open_source(folder / "transformer"),
-        open_source(folder / "vae"), settings["height"], settings["width"], tokenizer.rows, embed,
+        open_source(folder / "vae", part="vae"), settings["height"], settings["width"], tokenizer.rows, embed,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from engine.loader import assemble
 from engine.sampling.noise import ReplayNoise
 from engine.stream import Stream
 from engine.weights.checkpoint import load_transformer
-from engine.weights.sources import SafetensorsSource
+from engine.weights.sources import open_source
 
 # dtype -> largest (max_abs_error, rms_error) that passes. Processors sum bf16 products in different orders. So the
 # largest error may be two units in the last place of values from 4 to 8, where latents end. Any other order of rounding
@@ -174,7 +174,7 @@ def _steps_of(entry: dict[str, Any], context: float) -> tuple[tuple[tuple[float,
 def replay(case: Case, recording: Recording, device: torch.device, way: str = "plain") -> Tensor:
     """The engine's latents for a case, [B, F, C, h, w], as recorded; through one of ways.WAYS."""
     preset = preset_of(case, recording.shift)
-    source = SafetensorsSource([recording.weights], str(recording.weights))
+    source = open_source(recording.weights)
     model = load_transformer(recording.config, source, case.dtype, device)
     model.fuse()
     # No VAE takes part. The size in pixels only has to give the latent's size.

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from engine.files import read_json
 from engine.model.transformer import WanTransformer
 from engine.weights.checkpoint import check_tensors, shorten
+from engine.weights.containers import Container, open_container
 from engine.weights.names import diffusers_name
-from engine.weights.sources import PickleSource, SafetensorsSource
 
 # What adapter_config.json may hold for _merge to do. Entries that are not listed must be unset (null, false, empty).
 _PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
@@ -51,12 +51,13 @@ def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path]) -
         if got != expected:
             raise ValueError(f"adapter {folder}: got a base with sha256 {got[:12]}, expected {str(expected)[:12]}")
     config, file = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    source = SafetensorsSource([file], str(file))
+    source = open_container(file)
     if targets := _plain_targets(model, config):
         prefix, rank = "base_model.model.", config["r"]
         scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-        check_tensors(file, source.shapes(), _wanted(targets, rank, prefix))
-        _merge(file, targets, {name.removeprefix(prefix): tensor for name, tensor in source.read()}, scale)
+        check_tensors(file, _shapes(source), _wanted(targets, rank, prefix))
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in source.read(source.tensors)}
+        _merge(file, targets, tensors, scale)
     else:
         _merge_with_peft(model, folder, source)
     model.requires_grad_(False)
@@ -64,10 +65,10 @@ def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path]) -
     if condition.is_file():
         if model.condition_proj is None:
             raise ValueError(f"{condition}: got condition weights, expected none for this model")
-        source = SafetensorsSource([condition], str(condition))
+        source = open_container(condition)
         weight = model.condition_proj.weight
-        check_tensors(condition, source.shapes(), {"condition_proj.weight": weight})
-        for name, tensor in source.read():
+        check_tensors(condition, _shapes(source), {"condition_proj.weight": weight})
+        for name, tensor in source.read(source.tensors):
             model.load_state_dict({name: tensor.to(weight)}, strict=False)
 
 
@@ -76,8 +77,10 @@ def merge_lora_file(model: nn.Module, file: Path) -> None:
 
     Raises ValueError for weights that do not fit.
     """
-    source = PickleSource(file, "generator_lora")
-    tensors = {name.removeprefix("base_model.model.").replace(".default", ""): t for name, t in source.read()}
+    source, state = open_container(file), "generator_lora."
+    keys = [key for key in source.tensors if key.startswith(state)]
+    tensors = {key.removeprefix(state).removeprefix("base_model.model.").replace(".default", ""): tensor
+               for key, tensor in source.read(keys)}  # fmt: skip
     tensors = {diffusers_name(name): tensor for name, tensor in tensors.items()}
     names = sorted({name.split(".lora_")[0] for name in tensors})
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
@@ -91,6 +94,10 @@ def merge_lora_file(model: nn.Module, file: Path) -> None:
     check_tensors(file, {name: tuple(t.shape) for name, t in tensors.items()}, _wanted(targets, rank))
     _merge(file, targets, tensors, 1.0)
     model.requires_grad_(False)
+
+
+def _shapes(source: Container) -> dict[str, tuple[int, ...]]:
+    return {name: stored.shape for name, stored in source.tensors.items()}
 
 
 def _plain_targets(model: nn.Module, config: Mapping[str, Any]) -> dict[str, nn.Linear]:
@@ -132,13 +139,13 @@ def _merge(file: Path, targets: Mapping[str, nn.Linear], tensors: Mapping[str, T
         layer.weight = nn.Parameter(merged, requires_grad=False)
 
 
-def _merge_with_peft(model: WanTransformer, folder: Path, source: SafetensorsSource) -> None:
+def _merge_with_peft(model: WanTransformer, folder: Path, source: Container) -> None:
     from peft import PeftModel, get_peft_model_state_dict  # takes seconds to import, so import it only here
 
     try:
         merged = PeftModel.from_pretrained(model, folder, is_trainable=False, low_cpu_mem_usage=True)
         # PEFT initialises missing weights and drops unknown ones without an error, so check the names here.
-        check_tensors(source.label, source.shapes(), get_peft_model_state_dict(merged))
+        check_tensors(source.file, _shapes(source), get_peft_model_state_dict(merged))
         merged.merge_and_unload(safe_merge=True)  # creates a new tensor: the base may be mapped to its file
     except Exception as error:
         reason = str(error).splitlines()[0]

@@ -14,7 +14,7 @@ from engine.config import TransformerConfig
 from engine.files import read_json
 from engine.model.transformer import WanTransformer
 from engine.model.umt5 import UMT5Config, UMT5Encoder
-from engine.weights.sources import TensorSource, TextEncoderSource, open_source
+from engine.weights.sources import TensorSource, open_source
 
 
 def shorten(names: list[str]) -> str:
@@ -86,5 +86,5 @@ def load_text_encoder(path: Path, dtype: torch.dtype, device: torch.device) -> U
     with torch.device("meta"):
         model = UMT5Encoder(config)
     wide = (".wo.weight",) if dtype == torch.float16 else ()
-    fill(model, TextEncoderSource(open_source(path)), dtype, device, float32=wide)
+    fill(model, open_source(path, part="text_encoder"), dtype, device, float32=wide)
     return model

@@ -1,15 +1,33 @@
-"""Sources of tensors: safetensors files and Self-Forcing-family checkpoints. Shapes are known before data is read."""
+"""Sources of tensors: one part of a model, in files of any container and spelling, under the engine's names.
 
-from collections.abc import Iterator, Mapping
+Shapes are known before data is read. 8-bit weights with scales are expanded as they are read.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.files import read_json
-from engine.weights.names import BUFFERS, diffusers_name
+from engine.weights.containers import SUFFIXES, Container, Stored, open_container
+from engine.weights.names import BUFFERS, WORDS, Found, Part, other_kind, recognise, unwrapped
+from engine.weights.scaled import (
+    FP8,
+    check_scale_values,
+    expand,
+    expansion,
+    format_of,
+    layers_of_metadata,
+    refused_format,
+)
+
+# States of training checkpoints, the preferred one first. A preset may prefer another (engine.presets.state_of).
+STATES = ("generator_ema", "generator", "ema", "student", "model", "module", "state_dict", "model_state_dict", "")
+# States that are never the student: they hold networks of the same shape.
+_NO_STUDENTS = ("critic", "fake_score", "real_score", "teacher", "discriminator", "optimizer")
 
 
 class TensorSource(Protocol):
@@ -24,142 +42,216 @@ class TensorSource(Protocol):
     def bytes_at(self, dtype: torch.dtype) -> int: ...
 
 
-def _bytes_at(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
-    return sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+class FileSource:
+    """The tensors of one part: `found` in the containers, translated, expanded from 8 bits."""
 
+    def __init__(self, containers: Sequence[Container], found: Found, label: str, lora: Path | None = None) -> None:
+        self.label, self.found, self.lora, self._containers = label, found, lora, containers
+        self.files = [container.file for container in containers]
+        self._keys: dict[str, tuple[Container, str]] = {}  # name in the file, unwrapped, without prefix -> where it is
+        for container in containers:
+            for key in container.tensors:
+                name = unwrapped(key)
+                if name.startswith(found.prefix):
+                    self._add(name.removeprefix(found.prefix), container, key)
+        stored = {name: container.tensors[key] for name, (container, key) in self._keys.items()}
+        self._expansion = expansion(label, stored, self._descriptions())
+        self._names = self._translated(stored)  # the engine's name -> name in the file
+        self.dtypes = sorted({_words(stored[name].dtype) for name in self._names.values()})
+        eight = [stored[name] for name in self._names.values() if stored[name].dtype in (*FP8, torch.int8)]
+        coarse = [stored[name] for name in self._names.values() if isinstance(stored[name].dtype, str)]
+        self.notes: list[str] = []
+        if eight or coarse:
+            kinds = sorted({_words(one.dtype) for one in eight + coarse})
+            self.notes.append(f"{label}: {len(eight + coarse)} weights are stored in {', '.join(kinds)}, "
+                              "coarser than the original")  # fmt: skip
 
-class SafetensorsSource:
-    """One or more safetensors files. `read` maps a file again every 32 MB, to release the pages already converted."""
+    def _add(self, name: str, container: Container, key: str) -> None:
+        if name in self._keys:
+            raise ValueError(f"{self.label}: got {name} twice ({container.file.name}), expected every tensor once")
+        self._keys[name] = container, key
 
-    _SPAN = 32 << 20
-    lora: Path | None = None
+    def _descriptions(self) -> list[tuple[str, str]]:
+        """(layer, format) that the files tell of quantised layers."""
+        described = []
+        for container in self._containers:
+            for layer, format in layers_of_metadata(self.label, container.metadata).items():
+                described.append((unwrapped(layer).removeprefix(self.found.prefix), format))
+        for name, (container, key) in self._keys.items():
+            if name.endswith(".comfy_quant"):
+                _, tensor = next(iter(container.read([key])))
+                described.append((name.removesuffix(".comfy_quant"), format_of(self.label, name, tensor)))
+        return described
 
-    def __init__(self, files: list[Path], label: str) -> None:
-        self.files, self.label = files, label
-        self._where: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for key in opened.keys():  # noqa: SIM118 - a safe_open handle is no mapping
-                        shape = tuple(opened.get_slice(key).get_shape())
-                        name = diffusers_name(key)
-                        if name in self._where:
-                            raise ValueError(f"{label}: got {name} twice ({file.name}), expected every tensor once")
-                        self._where[name] = file, key, shape
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: got an unreadable file, expected safetensors ({error})") from None
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: shape for name, (_, _, shape) in self._where.items() if not BUFFERS.search(name)}
-
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        for file in self.files:
-            waiting = [(name, key) for name, (at, key, _) in self._where.items() if at == file]
-            while waiting:
-                read = 0
-                with safe_open(file, framework="pt") as opened:
-                    while waiting and read < self._SPAN:
-                        name, key = waiting.pop(0)
-                        tensor = opened.get_tensor(key)
-                        read += tensor.nbytes
-                        yield name, tensor
-                        del tensor
-
-    def bytes_at(self, dtype: torch.dtype) -> int:
-        return _bytes_at(self.shapes(), dtype)
-
-
-class TextEncoderSource:
-    """A UMT5 encoder's tensors under the names of engine.model.umt5, whatever else of UMT5 its folder holds."""
-
-    def __init__(self, source: TensorSource) -> None:
-        self.label, self.files, self.lora, self._source = source.label, source.files, source.lora, source
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {_encoder_name(name): shape for name, shape in self._source.shapes().items() if _of_encoder(name)}
-
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        return ((_encoder_name(name), tensor) for name, tensor in self._source.read() if _of_encoder(name))
-
-    def bytes_at(self, dtype: torch.dtype) -> int:
-        return _bytes_at(self.shapes(), dtype)
-
-
-def _of_encoder(name: str) -> bool:
-    return not name.startswith(("decoder.", "lm_head."))
-
-
-def _encoder_name(name: str) -> str:
-    """The embedding is stored as `shared`, or under its place in the encoder, or as both."""
-    return "embed_tokens.weight" if name == "shared.weight" else name.removeprefix("encoder.")
-
-
-class PickleSource:
-    """A memory-mapped `.pt` checkpoint of the Self-Forcing family, opened with weights_only=True.
-
-    The constructor raises ValueError for an unreadable file, and where the state or its tensors are missing.
-    """
-
-    _STATES = ("generator_ema", "generator", "model", "state_dict")
-
-    def __init__(self, file: Path, state: str | None = None) -> None:
-        self.label, self.files = str(file), [file]
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{file}: got an unreadable file, expected a torch checkpoint ({reason})") from None
-        if not isinstance(loaded, Mapping):
-            raise ValueError(f"{file}: got {type(loaded).__name__}, expected a dictionary of tensors")
-        names = [state] if state else [name for name in self._STATES if isinstance(loaded.get(name), Mapping)]
-        if state and not isinstance(loaded.get(state), Mapping):
-            raise ValueError(f"{file}: got keys {', '.join(map(str, loaded))}, expected {state!r} among them")
-        chosen = loaded[names[0]] if names else loaded
-        self.lora = file if state is None and isinstance(loaded.get("generator_lora"), Mapping) else None
-        self._tensors = {diffusers_name(name): tensor for name, tensor in chosen.items() if isinstance(tensor, Tensor)}
-        if not self._tensors:
-            raise ValueError(f"{file}: got keys {', '.join(map(str, loaded))}, expected generator or generator_ema")
+    def _translated(self, stored: Mapping[str, Stored]) -> dict[str, str]:
+        names: dict[str, str] = {}
+        naming = self.found.naming
+        for name in stored:
+            if name in self._expansion.dropped or name.startswith(naming.ignored) or BUFFERS.search(name):
+                continue
+            ours = naming.translate(name)
+            # Two keys may hold one tensor: an embedding under `shared` and under its place in the encoder.
+            if ours in names and naming.part != "text_encoder":
+                raise ValueError(f"{self.label}: got {ours} twice ({name}, {names[ours]}), expected every tensor once")
+            names.setdefault(ours, name)
+        return names
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(t.shape) for name, t in self._tensors.items() if not BUFFERS.search(name)}
+        return {ours: self._stored(name).shape for ours, name in self._names.items()}
+
+    def _stored(self, name: str) -> Stored:
+        container, key = self._keys[name]
+        return container.tensors[key]
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._tensors.items()
+        return (
+            (name, tensor if scale is None else expand(tensor, scale)) for name, tensor, scale in self.read_stored()
+        )
+
+    def read_stored(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """(name, tensor, its scale or None), not expanded."""
+        scales = self._scales()
+        for container in self._containers:
+            ours = {self._keys[name][1]: (mine, name) for mine, name in self._names.items()
+                    if self._keys[name][0] is container}  # fmt: skip
+            for key, tensor in container.read(ours):
+                mine, name = ours[key]
+                yield mine, tensor, scales.get(name)
+                del tensor
+
+    def _scales(self) -> dict[str, Tensor]:
+        found = {}
+        for weight, name in self._expansion.scales.items():
+            container, key = self._keys[name]
+            _, scale = next(iter(container.read([key])))
+            check_scale_values(self.label, name, scale)
+            found[weight] = scale.clone()
+        return found
 
     def bytes_at(self, dtype: torch.dtype) -> int:
-        return _bytes_at(self.shapes(), dtype)
+        return sum(torch.Size(shape).numel() for shape in self.shapes().values()) * dtype.itemsize
+
+    def bytes_kept(self, dtype: torch.dtype) -> int:
+        """As `bytes_at`, where weights with scales stay in 8 bits."""
+        total = 0
+        for name in self._names.values():
+            count = torch.Size(self._stored(name).shape).numel()
+            total += count * (1 if name in self._expansion.scales else dtype.itemsize)
+        return total
+
+
+def _words(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component folder, sorted. An index decides which ones. FileNotFoundError if none."""
+    """The weight files of a component folder, sorted. An index decides which ones. FileNotFoundError if none."""
     plain = [folder / f"{stem}.safetensors" for stem in ("model", "diffusion_pytorch_model")]
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    indexes = sorted(file for file in folder.glob("*.safetensors.index.json") if not file.name.startswith("."))
     own = [index for index in indexes if index.with_suffix("").with_suffix("") in plain]
     indexes = own or ([] if any(file.is_file() for file in plain) else indexes)
     if indexes:
         files = sorted({folder / name for name in read_json(indexes[0]).get("weight_map", {}).values()})
     else:  # a variant beside the plain file, such as model.fp16.safetensors, is not taken
-        stems = [file.stem for file in plain if file.is_file()]
-        files = [file for file in sorted(folder.glob("*.safetensors"))
-                 if not any(file.name.startswith(f"{stem}.") and file.stem != stem for stem in stems)]  # fmt: skip
+        found = candidates(folder)
+        safe = [file for file in found if file.suffix in (".safetensors", ".sft")]
+        found = safe or found  # the same weights are often there a second time, as .bin
+        stems = [file.stem for file in found if "." not in file.stem]
+        files = [file for file in found if not any(file.name.startswith(f"{stem}.") and file.stem != stem
+                                                   for stem in stems)]  # fmt: skip
+        _check_shards(files)
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
-        what = f"no {', '.join(missing)}" if missing else "no safetensors file"
+        what = f"no {', '.join(missing)}" if missing else f"no file of {', '.join(SUFFIXES)}"
         raise FileNotFoundError(f"{folder}: got {what}, expected the weights")
     return files
 
 
-def open_source(path: Path, state: str | None = None) -> TensorSource:
-    """Open a component folder, a .safetensors file or a .pt/.pth checkpoint; `state` names a state of the latter.
+def candidates(folder: Path) -> list[Path]:
+    """The files of a folder that may hold weights, sorted; not the hidden ones that macOS writes beside them."""
+    return sorted(file for file in folder.iterdir()
+                  if file.is_file() and file.suffix in SUFFIXES and not file.name.startswith("."))  # fmt: skip
 
-    Raises FileNotFoundError, or ValueError for an unreadable or unknown file.
+
+def shard_of(file: Path) -> tuple[str, int, int] | None:
+    """(stem, number, count) of a file such as model-00001-of-00007.safetensors."""
+    match = re.fullmatch(r"(.+?)-(\d+)-of-(\d+)", file.stem)
+    return (match[1], int(match[2]), int(match[3])) if match else None
+
+
+def _check_shards(files: Sequence[Path]) -> None:
+    shards = [shard for shard in map(shard_of, files) if shard]
+    for stem, _, count in shards:
+        there = {number for name, number, _ in shards if name == stem}
+        if missing := sorted(set(range(1, count + 1)) - there):
+            raise FileNotFoundError(f"{files[0].parent}: got {len(there)} of {count} files of {stem}, "
+                                    f"expected number {missing[0]} as well")  # fmt: skip
+
+
+def open_source(
+    path: Path, state: str | None = None, part: Part = "transformer", prefer: Sequence[str] = STATES
+) -> FileSource:
+    """Open a part of a model: a component folder, or a file in any container.
+
+    state   the state of a training checkpoint to take; None takes the first of `prefer` that holds the part
+    part    what to look for
+
+    Raises FileNotFoundError, or ValueError for an unreadable file and one without the part.
     """
-    if path.is_dir():
-        return SafetensorsSource(weight_files(path), str(path))
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: got {path}, expected an existing file")
-    if path.suffix == ".safetensors":
-        return SafetensorsSource([path], str(path))
-    if path.suffix in (".pt", ".pth"):
-        return PickleSource(path, state)
-    raise ValueError(f"checkpoint: got {path.name}, expected .safetensors, .pt or .pth")
+    if not path.exists():
+        raise FileNotFoundError(f"{WORDS[part]}: got {path}, expected an existing file or folder")
+    files = weight_files(path) if path.is_dir() else [path]
+    return source_of([open_container(file) for file in files], str(path), state, part, prefer)
+
+
+def source_of(
+    containers: Sequence[Container], label: str, state: str | None = None, part: Part = "transformer",
+    prefer: Sequence[str] = STATES,
+) -> FileSource:  # fmt: skip
+    """As `open_source`, from open containers."""
+    names = [unwrapped(key) for container in containers for key in container.tensors]
+    every = recognise(names)
+    found = [one for one in every if one.naming.part == part]
+    words = WORDS[part]
+    if state is not None:
+        found = [one for one in found if one.state == state or one.prefix.startswith(f"{state}.")]
+    if state is not None and not found:
+        heads = dict.fromkeys(one.state for one in every) or dict.fromkeys(name.partition(".")[0] for name in names)
+        there = ", ".join(filter(None, list(heads)[:6])) or "none"
+        raise ValueError(f"{label}: got states {there}, expected {state!r} among them")
+    if not found:
+        raise ValueError(f"{label}: got {_what(names, every)}, expected a {words}")
+    kind = other_kind(name.removeprefix(found[0].prefix) for name in names if name.startswith(found[0].prefix))
+    if kind is not None:
+        raise ValueError(f"{label}: got {kind}, expected a {words} of Wan2.1's text-to-video models")
+    chosen = found[0] if len(found) == 1 else _chosen(found, label, prefer)
+    lora = next((container.file for container in containers for key in container.tensors
+                 if key.startswith("generator_lora.")), None)  # fmt: skip
+    source = FileSource(containers, chosen, label, lora if state is None else None)
+    if len(found) > 1:
+        others = ", ".join(one.state or "the rest" for one in found if one is not chosen)
+        source.notes.insert(0, f"{label}: took {chosen.state or 'the plain tensors'} (also there: {others})")
+    return source
+
+
+def _chosen(found: Sequence[Found], label: str, prefer: Sequence[str]) -> Found:
+    """The preferred state among several. ValueError if none of them is known."""
+    for name in prefer:
+        for one in found:
+            if one.state == name or (name and one.prefix.startswith(f"{name}.")):
+                return one
+    students = [one for one in found if not one.prefix.startswith(_NO_STUDENTS)]
+    if len(students) == 1:
+        return students[0]
+    states = ", ".join(one.state for one in found)
+    raise ValueError(f"{label}: got states {states}, expected one of {', '.join(filter(None, prefer))}: "
+                     "choose with checkpoint_state")  # fmt: skip
+
+
+def _what(names: Sequence[str], every: Sequence[Found]) -> str:
+    """What a file is, where it is not the part that was looked for."""
+    if every:
+        return f"a {WORDS[every[0].naming.part]} ({every[0].naming.name} names)"
+    if kind := refused_format(names) or other_kind(names):
+        return kind
+    return f"{len(names)} tensors with other names ({', '.join(names[:3]) or 'none'})"

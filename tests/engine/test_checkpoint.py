@@ -246,7 +246,7 @@ def test_files_that_cannot_be_read(tmp_path, wan, how, monkeypatch):
 
 def test_a_state_that_is_not_there(tmp_path, wan):
     torch.save({"generator": wan}, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=r"got keys generator, expected 'generator_ema' among them"):
+    with pytest.raises(ValueError, match=r"got states generator, expected 'generator_ema' among them"):
         loaded(tmp_path / "w.pt", "generator_ema")
 
 

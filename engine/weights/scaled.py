@@ -1,0 +1,132 @@
+"""8-bit weights with scales: which tensors of a file are scales, and what the weights are worth.
+
+| spelling | weight | scale | also there |
+|---|---|---|---|
+| ComfyUI, old | X.weight e4m3 / e5m2 | X.scale_weight, one number | scaled_fp8 (a marker), X.scale_input |
+| ComfyUI, new | X.weight e4m3 / e5m2 / int8 | X.weight_scale, one number | X.comfy_quant, or in the header |
+| LightX2V | X.weight e4m3 / int8 | X.weight_scale, one number per row [out, 1] | |
+
+Every one means weight * scale. Formats of four bits and scales by blocks are refused by name.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.weights.containers import Stored
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_READ = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # formats of ComfyUI's descriptions
+_SCALES = (".scale_weight", ".weight_scale")
+_OF_ACTIVATIONS = (".scale_input", ".input_scale")  # the engine scales activations by their own values
+_MARKERS = ("scaled_fp8", "spiece_model")
+_REFUSED = (
+    (r"\.weight_scale_inv$", "scales by blocks (weight_scale_inv)"),
+    (r"\.(weight_scale_2|weight_global_scale)$", "NVFP4"),
+    (r"\.(absmax|quant_map|quant_state\..*)$", "bitsandbytes"),
+    (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ"),
+    (r"\._(data|scale)$", "quanto"),
+    (r"\.(wscales|smooth_factor|proj_down)$", "SVDQuant"),
+)
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """How a source's stored tensors become weights: `scales` maps a weight to its scale; `dropped` are no weights."""
+
+    scales: dict[str, str]
+    dropped: frozenset[str]
+
+
+def expansion(label: object, tensors: Mapping[str, Stored], descriptions: Iterable[tuple[str, str]]) -> Expansion:
+    """Sort a part's tensors (names without prefix) into weights, scales and others.
+
+    descriptions: (layer, format) of each layer that the file describes as quantised. ValueError for a format that is
+    not read, for a scale without its weight or of another shape, and for a weight that lacks the scale it should have.
+    """
+    if words := refused_format(tensors):
+        raise ValueError(f"{label}: got {words}, expected bf16, fp16, fp32, GGUF or fp8 with scales")
+    scales, dropped = {}, set()
+    for name, stored in tensors.items():
+        if (suffix := next((s for s in _SCALES if name.endswith(s)), None)) is not None:
+            weight = name.removesuffix(suffix) + ".weight"
+            _check_scale(label, name, stored, weight, tensors.get(weight))
+            scales[weight] = name
+        elif name.endswith((*_OF_ACTIVATIONS, ".comfy_quant")) or name in _MARKERS:
+            dropped.add(name)
+    for layer, format in descriptions:
+        if format not in _READ:
+            raise ValueError(f"{label}: got {layer} in {format}, expected one of {', '.join(_READ)}")
+        if f"{layer}.weight" not in scales:
+            raise ValueError(f"{label}: got no scale of {layer}.weight, expected one: it is described as {format}")
+    kinds = {_kind(weight) for weight in scales}
+    for name, stored in tensors.items():
+        if name in dropped or name in scales or name in scales.values():
+            continue
+        if stored.dtype in FP8 and _kind(name) in kinds:
+            raise ValueError(f"{label}: got no scale of {name}, expected one as for the same weight of other blocks")
+        if isinstance(stored.dtype, torch.dtype) and not stored.dtype.is_floating_point and not name.endswith("freqs"):
+            kind = str(stored.dtype).removeprefix("torch.")
+            raise ValueError(f"{label}: got {name} in {kind} without a scale, expected floating-point numbers")
+    return Expansion(scales, frozenset(dropped | set(scales.values())))
+
+
+def refused_format(names: Iterable[str]) -> str | None:
+    """The format of quantised weights that the engine does not read, by their names."""
+    names = list(names)
+    for pattern, words in _REFUSED:
+        if name := next((name for name in names if re.search(pattern, name)), None):
+            return f"weights of {words}, as {name}"
+    return None
+
+
+def layers_of_metadata(label: object, metadata: Mapping[str, str]) -> dict[str, str]:
+    """layer -> format of a safetensors header's _quantization_metadata. ValueError if it is damaged."""
+    if (text := metadata.get("_quantization_metadata")) is None:
+        return {}
+    try:
+        return {str(layer): str(about["format"]) for layer, about in json.loads(text)["layers"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{label}: got _quantization_metadata {text[:60]!r}, "
+                         "expected JSON with layers and their format") from None  # fmt: skip
+
+
+def format_of(label: object, name: str, described: Tensor) -> str:
+    """The format in a X.comfy_quant tensor: JSON as uint8. ValueError if it is damaged."""
+    try:
+        return str(json.loads(bytes(described.to(torch.uint8).flatten().tolist()))["format"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{label}: got {name} that cannot be read, expected JSON with a format") from None
+
+
+def expand(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight [out, ...] in 8 bits, scale one number or [out] -> float32 [out, ...]."""
+    return weight.float() * (scale.float().reshape(-1, *[1] * (weight.dim() - 1)) if weight.dim() else scale.float())
+
+
+def check_scale_values(label: object, name: str, scale: Tensor) -> None:
+    """ValueError unless every scale is a positive, finite number."""
+    values = scale.float()
+    if not (values.isfinite() & (values > 0)).all():
+        raise ValueError(f"{label}: got {name} with {values.min().item():g} to {values.max().item():g}, "
+                         "expected positive, finite scales")  # fmt: skip
+
+
+def _check_scale(label: object, name: str, scale: Stored, weight: str, stored: Stored | None) -> None:
+    if stored is None:
+        raise ValueError(f"{label}: got {name} without {weight}, expected both")
+    if stored.dtype not in (*FP8, torch.int8):
+        # A scale of ones beside a plain weight would be harmless, any other one contradicts it.
+        raise ValueError(f"{label}: got {name} beside {weight} in {stored.dtype}, expected a weight in 8 bits")
+    count, rows = torch.Size(scale.shape).numel(), stored.shape[0] if stored.shape else 1
+    if scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)) or count not in (1, rows):
+        raise ValueError(f"{label}: got {name} {list(scale.shape)}, expected one number or [{rows}, 1]")
+
+
+def _kind(name: str) -> str:
+    """A name without its block's number."""
+    return re.sub(r"\d+", "#", name, count=1)
