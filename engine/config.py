@@ -133,6 +133,8 @@ class Preset:
         self.expect("context_timestep", 0 <= self.context_timestep <= 1000, "0 to 1000")
         self.expect("steps", bool(self.steps) and all(self.steps), "at least one timestep for every chunk")
         for steps in self.steps:
+            # A chunk begins as noise. A small first timestep is a count of steps, taken for a timestep.
+            self.expect("steps", steps[0] >= 100, "timesteps that begin near 1000 (four steps: 1000,750,500,250)")
             falling = all(a > b for a, b in pairwise(steps))
             self.expect("steps", falling and steps[-1] > 0 and steps[0] <= 1000, "falling numbers in (0, 1000]")
             whole = all(float(step).is_integer() for step in steps)

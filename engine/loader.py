@@ -1,7 +1,7 @@
 """Builds a pipeline from files: settings, memory check, weights, adapters, stages."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,15 @@ from torch import nn
 from engine.config import Preset, Runtime, TransformerConfig
 from engine.files import read_json
 from engine.generators import family_of
-from engine.generators.base import Geometry
+from engine.generators.base import Generator, Geometry
 from engine.model.cache import FP8
 from engine.model.fp8 import to_fp8
 from engine.model.text import Tokenizer
 from engine.model.transformer import WanTransformer
+from engine.model.umt5 import UMT5Encoder
 from engine.model.vae import VAE, VAEConfig
 from engine.options import read, replaced
-from engine.presets import find_preset
+from engine.presets import find_preset, states_of
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.device import check_fp8, device_of, dtype_of
 from engine.runtime.passes import Stages
@@ -27,8 +28,9 @@ from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
 from engine.threads import settle, work_of
 from engine.weights.adapters import merge_adapter, merge_lora_file
-from engine.weights.checkpoint import fill, load_text_encoder, load_transformer
-from engine.weights.sources import TensorSource, open_source
+from engine.weights.checkpoint import check_tensors, fill, load_text_encoder, load_transformer
+from engine.weights.folders import Given, Parts, check_folder, find_parts
+from engine.weights.sources import STATES, FileSource, TensorSource
 
 if TYPE_CHECKING:
     from engine.bundles.manifest import Manifest
@@ -53,10 +55,17 @@ class Settings:
 
 def settings_of(folder: Path) -> Settings:
     """The settings of a pipeline directory. FileNotFoundError where there is none, ValueError for a bad engine.json."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"model: got {folder}, expected a diffusers pipeline directory")
+    check_folder(folder)
     file = folder / "engine.json"
     return read(Settings, read_json(file) if file.is_file() else {}, str(file))
+
+
+def settings_for(
+    model: Path | None, checkpoint: Path | None, vae: Path | None, text_encoder: Path | None, tokenizer: Path | None
+) -> Settings:
+    """The settings that `load` takes for these arguments: the directory's, or Wan2.1's where none is read."""
+    complete = Given(checkpoint, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer).complete
+    return Settings() if complete and model is None else settings_of(model or EMBEDDED)
 
 
 def choose_preset(
@@ -72,17 +81,21 @@ def choose_preset(
 
 def load(
     model: str | Path | None = None, *, preset: str | None = None, overrides: dict[str, Any] | None = None,
-    checkpoint: str | Path | None = None, checkpoint_state: str | None = None, adapters: Sequence[str | Path] = (),
-    height: int | None = None, width: int | None = None, fps: float | None = None, runtime: Runtime | None = None,
-    **options: Any,
+    checkpoint: str | Path | None = None, checkpoint_state: str | None = None, vae: str | Path | None = None,
+    text_encoder: str | Path | None = None, tokenizer: str | Path | None = None,
+    adapters: Sequence[str | Path] = (), height: int | None = None, width: int | None = None,
+    fps: float | None = None, runtime: Runtime | None = None, **options: Any,
 ) -> Pipeline:  # fmt: skip
     """Load a pipeline.
 
-    model             a diffusers pipeline directory (Wan2.1-T2V layout); None is the embedded sprites model
+    model             a diffusers pipeline directory or Wan's own folder; None is the embedded sprites model
     preset            a name, or a .toml file; None is the model's own
     overrides         fields of the preset to replace
-    checkpoint        transformer weights instead of the directory's: a Self-Forcing-family .pt, or safetensors
-    checkpoint_state  which state of a .pt to take (generator_ema, generator, ...)
+    checkpoint        transformer weights instead of the directory's, of any spelling in docs/weights.md
+    checkpoint_state  which state of a training checkpoint to take (generator_ema, generator, ...); None is the
+                      preset's
+    vae, text_encoder, tokenizer  files or folders instead of the directory's; with a checkpoint and all three, no
+                      directory is read
     adapters          PEFT LoRA folders, or LongLive's LoRA .pt, merged into every transformer
     height, width     pixels; None is the model's own
     fps               frames per second of the output; None is the model's own
@@ -91,20 +104,21 @@ def load(
 
     In fp8 the model's engine.json may list products to keep in bf16 (fp8_keep: patterns such as "sdd.blocks.0.*",
     "*.ffn.net.2"). Before any weight is read, invalid arguments raise ValueError or FileNotFoundError (got and
-    expected), and too little memory raises MemoryError.
+    expected), and too little memory raises MemoryError. `Pipeline.notes` tells what is lossy, and what was chosen.
     """
     runtime = replaced(runtime or Runtime(), options, "load")
     folder = Path(model) if model is not None else EMBEDDED
-    settings = settings_of(folder)
-    chosen = Path(checkpoint) if checkpoint is not None else None
-    name, style = choose_preset(settings, preset, overrides or {}, chosen)
+    paths = [None if path is None else Path(path) for path in (checkpoint, vae, text_encoder, tokenizer)]
+    given = Given(paths[0], checkpoint_state, STATES, *paths[1:])
+    settings = settings_for(Path(model) if model is not None else None, *paths)
+    name, style = choose_preset(settings, preset, overrides or {}, given.checkpoint)
     family, fp8 = family_of(style), runtime.precision == "fp8"
     device = device_of(runtime.device)
     if fp8 or runtime.fp8_attention:
         check_fp8(device)
     dtype = dtype_of(runtime.precision, device)
-    config = TransformerConfig.from_dict(read_json(folder / "transformer" / "config.json"))
-    vae_config = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
+    parts = find_parts(folder, replace(given, prefer=states_of(name)))
+    config, vae_config = parts.config, parts.vae_config
     height = settings.height if height is None else height
     width = settings.width if width is None else width
     fps = settings.fps if fps is None else fps
@@ -112,33 +126,52 @@ def load(
     if not fps > 0:
         raise ValueError(f"fps: got {fps}, expected a positive number")
 
-    source = open_source(chosen or folder / "transformer", checkpoint_state)
-    vae_source = open_source(folder / "vae", part="vae")
     roles = family.roles()
     geometry = Geometry.of(
         config, 1, height // vae_config.scale_factor_spatial, width // vae_config.scale_factor_spatial
     )
     threads_of(runtime.threads, config, style, geometry.tokens, device)
-    tokenizer = Tokenizer(folder / "tokenizer")
-    text_source = open_source(folder / "text_encoder", part="text_encoder")
-    needed = len(roles) * source.bytes_at(dtype) + vae_source.bytes_at(dtype) + text_source.bytes_at(dtype)
-    needed += len(roles) * source.bytes_at(FP8) if fp8 else 0
+    words = _tokenizer(parts)
+    empty_vae = _empty(parts, family)
     kv_dtype = FP8 if runtime.fp8_attention else dtype
+    needed = len(roles) * parts.transformer.bytes_at(dtype) + parts.vae.bytes_at(dtype)
+    needed += parts.text_encoder.bytes_at(dtype)
+    needed += len(roles) * parts.transformer.bytes_at(FP8) if fp8 else 0
     _check_memory(needed, cache_bytes(config, style, geometry.tokens, kv_dtype), device)
 
     models = {
-        role: _transformer(folder, config, source, role, family.conditioned(role), adapters, dtype, device)
+        role: _transformer(folder, config, parts.transformer, role, family.conditioned(role), adapters, dtype, device)
         for role in roles
     }
-    with torch.device("meta"):
-        vae = VAE(vae_config)
-    fill(vae, vae_source, dtype, device)
-    encoder = load_text_encoder(folder / "text_encoder", dtype, device)
-    stages = make_stages(models, vae, encoder, device, runtime, settings.fp8_keep)
+    fill(empty_vae, parts.vae, dtype, device)
+    encoder = load_text_encoder(parts.text_encoder, parts.text_config, dtype, device)
+    stages = make_stages(models, empty_vae, encoder, device, runtime, settings.fp8_keep)
+    note = training_note(folder, settings, name, style, parts.transformer, given, adapters)
     return assemble(
-        stages, config, style, dtype, device, tokenizer=tokenizer, name=name, height=height,
+        stages, config, style, dtype, device, tokenizer=words, name=name, height=height,
         width=width, fps=fps, vae_config=vae_config, kv_dtype=FP8 if runtime.fp8_attention else None,
+        notes=[*parts.notes, *([note] if note else [])],
     )  # fmt: skip
+
+
+def _tokenizer(parts: Parts) -> Tokenizer:
+    """The tokenizer. ValueError if it has tokens that the text encoder has not."""
+    tokenizer, known = Tokenizer(parts.tokenizer), parts.text_config.vocab_size
+    if tokenizer.tokens > known:
+        raise ValueError(f"{parts.tokenizer}: got {tokenizer.tokens} tokens, expected at most {known}, those of the "
+                         f"text encoder ({parts.text_encoder.label})")  # fmt: skip
+    return tokenizer
+
+
+def _empty(parts: Parts, family: type[Generator]) -> VAE:
+    """Check every tensor's name and shape; returns the VAE without weights. ValueError where they differ."""
+    with torch.device("meta"):
+        transformer = WanTransformer(parts.config, any(family.conditioned(role) for role in family.roles()))
+        vae, encoder = VAE(parts.vae_config), UMT5Encoder(parts.text_config)
+    optional = ("condition_proj.weight",)
+    for module, source in ((transformer, parts.transformer), (vae, parts.vae), (encoder, parts.text_encoder)):
+        check_tensors(source.label, source.shapes(), module.state_dict(), optional)
+    return vae
 
 
 def make_stages(
@@ -172,13 +205,13 @@ def make_stages(
 def assemble(
     stages: Stages, config: TransformerConfig, preset: Preset, dtype: torch.dtype, device: torch.device, *,
     height: int, width: int, tokenizer: Tokenizer | None = None, name: str = "", fps: float = 16,
-    vae_config: VAEConfig | None = None, kv_dtype: torch.dtype | None = None,
+    vae_config: VAEConfig | None = None, kv_dtype: torch.dtype | None = None, notes: Sequence[str] = (),
 ) -> Pipeline:  # fmt: skip
     """Make a pipeline of parts in memory (tests, parity, random weights). height and width are pixels."""
     scale = vae_config or VAEConfig()
     return Pipeline(
         stages, tokenizer, config, preset, name, dtype, device, height, width, fps,
-        scale.scale_factor_spatial, scale.scale_factor_temporal, kv_dtype,
+        scale.scale_factor_spatial, scale.scale_factor_temporal, kv_dtype, tuple(notes),
     )  # fmt: skip
 
 
@@ -237,12 +270,26 @@ def cache_bytes(config: TransformerConfig, preset: Preset, tokens: int, dtype: t
     return 2 * config.num_layers * slots * tokens * config.dim * dtype.itemsize
 
 
-def is_untrained(folder: Path | None, preset: Preset, checkpoint: object, adapters: Sequence[object]) -> bool:
-    """Whether the weights are the bidirectional teacher's, which were not trained to stream."""
-    if checkpoint is not None or adapters:
-        return False
-    own = [(folder or EMBEDDED) / "adapters" / role for role in family_of(preset).roles()]
-    return not own[-1].is_dir()
+def training_note(
+    folder: Path, settings: Settings, name: str, preset: Preset, source: FileSource, given: Given,
+    adapters: Sequence[object],
+) -> str | None:  # fmt: skip
+    """What is not known about the weights' training for the preset; None where files tell that they are for it.
+
+    A directory tells by its engine.json or its adapters/, a training checkpoint by its state. Wan's own weights make
+    whole videos at once: every preset streams them untrained.
+    """
+    roles = family_of(preset).roles()
+    if (folder / "adapters" / roles[-1]).is_dir() or source.lora is not None:
+        return None
+    if given.checkpoint is None and (folder / "engine.json").is_file() and settings.preset == name:
+        return None
+    if given.checkpoint is not None and preset.family == "causal":
+        return None  # the user chose both
+    what = f"no weights trained for preset {name} were found in {given.checkpoint or folder}"
+    if adapters:
+        return f"{what}; whether {', '.join(map(str, adapters))} was trained for it is not known"
+    return f"{what}: they were trained to make whole videos at once, and stream untrained"
 
 
 def _transformer(

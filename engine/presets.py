@@ -7,6 +7,7 @@ from engine.config import Preset
 from engine.generators import family_of
 from engine.options import read_toml, replaced
 from engine.sampling.solvers import SOLVERS
+from engine.weights.sources import STATES
 
 _FOUR = (1000.0, 750.0, 500.0, 250.0)
 # Latent frames per training video of the public self-forcing models. Longer streams slide the window.
@@ -26,7 +27,19 @@ PRESETS: dict[str, Preset] = {
         "causal", chunk=3, window=12, attn_sink=3, commit="noisy", warped=False,
         steps=((1000, 933, 733, 357), (1000, 933, 357), (1000, 357.142857)),
     ),
+    "causal-forcing": Preset("causal", chunk=3, window=_TRAINED),
+    "krea-realtime": Preset("causal", chunk=3, window=6, steps=((1000, 937, 833, 625),), warped=False),
 }  # fmt: skip
+# Published for the plain weights of their training, where others are for the moving average (generator_ema).
+_PLAIN_STATE = ("causvid", "longlive", "causal-forcing", "krea-realtime")
+
+
+def states_of(name: str) -> tuple[str, ...]:
+    """States of a training checkpoint, the one first that the preset's weights were published for."""
+    if name.endswith(".toml"):
+        name = str(read_toml(Path(name)).get("base", "greedy"))
+    first, second, *rest = STATES
+    return (second, first, *rest) if name in _PLAIN_STATE else STATES
 
 
 def check_preset(preset: Preset) -> Preset:

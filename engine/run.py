@@ -17,7 +17,7 @@ from engine.bundles.native import NativePipeline, NativeStream
 from engine.commands.interrupt import Interrupt
 from engine.commands.job import Bundle, Job, Model, Output, Video
 from engine.config import Preset, Runtime
-from engine.loader import EMBEDDED, is_untrained, load, load_bundle, settings_of, threads_of_bundle
+from engine.loader import load, load_bundle, settings_for, threads_of_bundle
 from engine.media.sinks import ChecksumSink, OutputClosed, Sink, open_sink
 from engine.media.sources import read_clip, read_image
 from engine.options import Parser, add_options
@@ -131,7 +131,7 @@ def _shape(job: Job) -> tuple[int, int, float]:
     """Height and width in pixels, and frame rate, of the model or bundle to load. A bundle fixes its size."""
     model, fps, bundle = job.model, job.output.fps, job.bundle.bundle
     if bundle is None:
-        settings = settings_of(model.model or EMBEDDED)
+        settings = settings_for(model.model, model.checkpoint, model.vae, model.text_encoder, model.tokenizer)
         return model.height or settings.height, model.width or settings.width, fps or settings.fps
     if job.fixed:
         name = job.fixed[0].replace("_", "-")
@@ -150,15 +150,11 @@ def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePip
         return load_bundle(bundle, backend, threads=job.runtime.threads)
     if backend not in (None, "torch"):
         raise ValueError(f"--backend: got {backend}, expected --bundle with it (python -m export writes one)")
-    pipeline = load(
+    return load(
         model.model, preset=model.preset, overrides=job.overrides, checkpoint=model.checkpoint,
-        checkpoint_state=model.checkpoint_state, adapters=model.adapter, height=height, width=width, fps=fps,
-        runtime=job.runtime,
+        checkpoint_state=model.checkpoint_state, vae=model.vae, text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer, adapters=model.adapter, height=height, width=width, fps=fps, runtime=job.runtime,
     )  # fmt: skip
-    if is_untrained(model.model, pipeline.preset, model.checkpoint, model.adapter) and not job.output.quiet:
-        print(f"note: no weights trained for preset {pipeline.preset_name} were loaded; "
-              "the bidirectional model streams untrained", file=sys.stderr)  # fmt: skip
-    return pipeline
 
 
 def _run(job: Job, interrupt: Interrupt) -> int:
@@ -173,6 +169,10 @@ def _run(job: Job, interrupt: Interrupt) -> int:
     try:
         with _loading(console, output.quiet):
             pipeline = _load(job, height, width, fps)
+            notes = [] if isinstance(pipeline, NativePipeline) else list(pipeline.notes)
+            if not output.quiet:
+                for note in notes:
+                    print(f"note: {note}", file=sys.stderr)
             if pipeline.device.type == "cuda":
                 pipeline.warm()
         start = time.perf_counter()
@@ -198,6 +198,7 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         "height": pipeline.height,
         "width": pipeline.width,
         "out": output.out,
+        "notes": notes,
     }
     if isinstance(sink, ChecksumSink):
         report["sha256"] = sink.digest

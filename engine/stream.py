@@ -41,6 +41,7 @@ class Pipeline:
     spatial: int  # pixels per latent pixel, in height and in width
     temporal: int  # frames per latent frame, after the first
     kv_dtype: torch.dtype | None = None  # dtype of cached keys and values; None is `dtype`
+    notes: tuple[str, ...] = ()  # what a user should know about the weights: what was chosen, what is lossy
 
     @cached_property
     def generator(self) -> Generator:

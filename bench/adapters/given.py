@@ -26,7 +26,7 @@ from engine.model.vae import VAE, VAEConfig
 from engine.runtime.device import device_of
 from engine.sampling.noise import PhiloxNoise
 from engine.stream import Pipeline
-from engine.weights.checkpoint import load_text_encoder
+from engine.weights.checkpoint import open_text_encoder
 from engine.weights.sources import TensorSource, open_source
 
 PRESET = "self-forcing"
@@ -83,7 +83,7 @@ def tensors(settings: Mapping[str, Any], dtype: torch.dtype) -> Tensors:
         return Tensors(config, vae_config, sources[0], sources[1], high, wide, ROWS, None)
     folder = Path(settings["model"])
     tokenizer = Tokenizer(folder / "tokenizer")
-    encoder = load_text_encoder(folder / "text_encoder", dtype, device)
+    encoder = open_text_encoder(folder / "text_encoder", dtype, device)
 
     @torch.inference_mode()
     def embed(prompt: str) -> Tensor:

@@ -9,7 +9,7 @@ from engine.config import TransformerConfig
 from engine.files import read_json
 from engine.model.text import Tokenizer, encode_text
 from engine.runtime.passes import TextKV
-from engine.weights.checkpoint import load_text_encoder, load_transformer
+from engine.weights.checkpoint import load_transformer, open_text_encoder
 from engine.weights.sources import open_source
 
 
@@ -24,7 +24,7 @@ class Base:
         self.transformer = load_transformer(config, open_source(folder / "transformer"), dtype, self.device)
         self.transformer.eval().requires_grad_(False)
         self.tokenizer = Tokenizer(folder / "tokenizer")
-        self.text_encoder = load_text_encoder(folder / "text_encoder", dtype, self.device)
+        self.text_encoder = open_text_encoder(folder / "text_encoder", dtype, self.device)
 
     @property
     def models(self) -> list[nn.Module]:

@@ -47,20 +47,26 @@ class Model:
     """The model that streams."""
 
     model: Path | None = option(
-        None, "diffusers pipeline directory; default: the embedded sprites model", metavar="DIR"
+        None, "diffusers pipeline directory, or Wan's own folder; default: the embedded sprites model", metavar="DIR"
     )
     checkpoint: Path | None = option(
-        None, "transformer weights: Self-Forcing-family .pt, or .safetensors", metavar="FILE"
-    )
-    checkpoint_state: str | None = option(
-        None, "state of a .pt to take: generator_ema, generator, ...", metavar="NAME"
+        None, "transformer weights: .safetensors, .pt, .gguf or a folder with them; greedy-stream inspect FILE tells "
+        "what a file is", metavar="FILE",
     )  # fmt: skip
+    checkpoint_state: str | None = option(
+        None, "state of a training checkpoint: generator_ema, generator, ...; default: the preset's", metavar="NAME"
+    )
+    vae: Path | None = option(None, "VAE instead of the model's", metavar="FILE")
+    text_encoder: Path | None = option(None, "UMT5 encoder instead of the model's", metavar="FILE")
+    tokenizer: Path | None = option(None, "tokenizer instead of the model's", metavar="DIR")
     adapter: tuple[Path, ...] = option((), "PEFT LoRA folder to merge; may be repeated", metavar="PATH")
     preset: str | None = option(None, "default: the model's own", metavar="NAME|FILE.toml")
     height: int | None = option(None, "pixels; default: the model's own")
     width: int | None = option(None, "pixels; default: the model's own")
 
     def __post_init__(self) -> None:
+        if self.checkpoint_state is not None and self.checkpoint is None:
+            raise ValueError(f"--checkpoint-state: got {self.checkpoint_state} alone, expected --checkpoint as well")
         for name, value in (("height", self.height), ("width", self.width)):
             if value is not None and value < 1:
                 raise ValueError(f"--{name}: got {value}, expected at least 1")

@@ -36,6 +36,7 @@ class Tokenizer:
         number = self._core.token_to_id(pad)
         if number is None:
             raise ValueError(f"{path}: got no token {pad}, expected the pad token among the tokens")
+        self.tokens = self._core.get_vocab_size()
         self._core.enable_padding(length=self.rows, pad_id=number, pad_token=pad)
         self._core.enable_truncation(self.rows)
 

@@ -16,6 +16,8 @@ from engine.model.transformer import WanTransformer
 from engine.model.umt5 import UMT5Config, UMT5Encoder
 from engine.weights.sources import TensorSource, open_source
 
+_ALIGNMENT = 64  # bytes; that of torch's own tensors
+
 
 def shorten(names: list[str]) -> str:
     """The first names of a list, and the number of the others."""
@@ -45,8 +47,9 @@ def fill(
 ) -> None:  # fmt: skip
     """Load the weights of a module built on the meta device, each directly as `dtype` on `device`.
 
-    Tensors already in that dtype stay mapped to the file. `optional` ones may be missing: they become zero. Those whose
-    names end in one of `float32` are float32 instead.
+    Tensors already in that dtype stay mapped to the file, where they begin at a multiple of 64 bytes. Elsewhere
+    libraries for processors sum in another order, and equal weights should give equal videos from every file.
+    `optional` ones may be missing: they become zero. Those whose names end in one of `float32` are float32 instead.
     Raises ValueError where names or shapes differ.
     """
     wanted = module.state_dict()
@@ -54,7 +57,8 @@ def fill(
     for name, tensor in source.read():
         if name in wanted:
             kept = torch.float32 if name.endswith(float32) else dtype
-            _assign(module, name, tensor.to(device=device, dtype=kept))
+            tensor = tensor.to(device=device, dtype=kept)
+            _assign(module, name, tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone())
         del tensor
     for name in set(optional) & set(wanted) - set(source.shapes()):
         _assign(module, name, torch.zeros(wanted[name].shape, dtype=dtype, device=device))
@@ -77,14 +81,21 @@ def load_transformer(
     return model
 
 
-def load_text_encoder(path: Path, dtype: torch.dtype, device: torch.device) -> UMT5Encoder:
-    """Load the UMT5 encoder of a component folder. In float16 each `wo` stays float32, as transformers keeps it.
+def load_text_encoder(
+    source: TensorSource, config: UMT5Config, dtype: torch.dtype, device: torch.device
+) -> UMT5Encoder:
+    """Load a UMT5 encoder. In float16 each `wo` stays float32, as transformers keeps it.
 
-    Raises FileNotFoundError, or ValueError for another model or tensors that do not fit.
+    Raises ValueError for tensors that do not fit.
     """
-    config = UMT5Config.from_dict(read_json(path / "config.json"))
     with torch.device("meta"):
         model = UMT5Encoder(config)
     wide = (".wo.weight",) if dtype == torch.float16 else ()
-    fill(model, open_source(path, part="text_encoder"), dtype, device, float32=wide)
+    fill(model, source, dtype, device, float32=wide)
     return model
+
+
+def open_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> UMT5Encoder:
+    """Load the UMT5 encoder of a component folder. FileNotFoundError, or ValueError for another model."""
+    config = UMT5Config.from_dict(read_json(folder / "config.json"))
+    return load_text_encoder(open_source(folder, part="text_encoder"), config, dtype, device)

@@ -159,7 +159,7 @@ def weight_files(folder: Path) -> list[Path]:
         stems = [file.stem for file in found if "." not in file.stem]
         files = [file for file in found if not any(file.name.startswith(f"{stem}.") and file.stem != stem
                                                    for stem in stems)]  # fmt: skip
-        _check_shards(files)
+        check_shards(files)
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         what = f"no {', '.join(missing)}" if missing else f"no file of {', '.join(SUFFIXES)}"
@@ -179,7 +179,8 @@ def shard_of(file: Path) -> tuple[str, int, int] | None:
     return (match[1], int(match[2]), int(match[3])) if match else None
 
 
-def _check_shards(files: Sequence[Path]) -> None:
+def check_shards(files: Sequence[Path]) -> None:
+    """FileNotFoundError where a numbered file is missing."""
     shards = [shard for shard in map(shard_of, files) if shard]
     for stem, _, count in shards:
         there = {number for name, number, _ in shards if name == stem}

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from engine.loader import EMBEDDED
 from engine.model.text import MAX_ROWS, Tokenizer, clean_prompt
-from engine.weights.checkpoint import load_text_encoder
+from engine.weights.checkpoint import open_text_encoder
 
 PROMPT = "a red circle moving right on gray"
 
@@ -85,7 +85,7 @@ def test_batches_do_not_mix(pipeline, theirs):
 
 
 def test_encoder_is_loaded_in_the_dtype_asked_for(model_dir):
-    encoder = load_text_encoder(model_dir / "text_encoder", torch.bfloat16, torch.device("cpu"))
+    encoder = open_text_encoder(model_dir / "text_encoder", torch.bfloat16, torch.device("cpu"))
     assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not encoder.training

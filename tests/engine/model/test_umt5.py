@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel, UMT5Model
 from transformers.utils import logging
 
-from engine.weights.checkpoint import load_text_encoder
+from engine.weights.checkpoint import open_text_encoder
 
 CPU = torch.device("cpu")
 logging.disable_progress_bar()
@@ -48,7 +48,7 @@ def tokens(rows):
 )  # fmt: skip
 def test_transformers_bits(tmp_path, dtype, rows, changes):
     folder = written(tmp_path, config(**changes))
-    ours, theirs = load_text_encoder(folder, dtype, CPU), UMT5EncoderModel.from_pretrained(folder, dtype=dtype).eval()
+    ours, theirs = open_text_encoder(folder, dtype, CPU), UMT5EncoderModel.from_pretrained(folder, dtype=dtype).eval()
     ids, mask = tokens(rows)
     with torch.no_grad():
         got, expected = ours(ids, mask), theirs(ids, attention_mask=mask).last_hidden_state
@@ -58,7 +58,7 @@ def test_transformers_bits(tmp_path, dtype, rows, changes):
 
 
 def test_wo_stays_float32_beside_float16(tmp_path):
-    encoder = load_text_encoder(written(tmp_path, config()), torch.float16, CPU)
+    encoder = open_text_encoder(written(tmp_path, config()), torch.float16, CPU)
     kept = {name for name, p in encoder.named_parameters() if p.dtype == torch.float32}
     assert kept == {f"block.{i}.layer.1.DenseReluDense.wo.weight" for i in range(3)}
 
@@ -83,7 +83,7 @@ def test_every_stored_layout(tmp_path, layout):
         save_file(stored, file)
     ids, mask = tokens(16)
     with torch.no_grad():
-        got = load_text_encoder(folder, torch.float32, CPU)(ids, mask)
+        got = open_text_encoder(folder, torch.float32, CPU)(ids, mask)
         assert torch.equal(got, expected(ids, attention_mask=mask).last_hidden_state)
 
 
@@ -91,7 +91,7 @@ def test_every_stored_layout(tmp_path, layout):
 def test_a_variant_beside_it_is_not_taken(tmp_path, sharded, variant):
     """As people have it: model.fp16.safetensors in the same folder, with or without an index."""
     written(tmp_path, config())
-    expected = load_text_encoder(tmp_path, torch.float32, CPU).state_dict()
+    expected = open_text_encoder(tmp_path, torch.float32, CPU).state_dict()
     other = UMT5EncoderModel(config())
     small = {"max_shard_size": "20KB"}
     if sharded:
@@ -102,7 +102,7 @@ def test_a_variant_beside_it_is_not_taken(tmp_path, sharded, variant):
         index = file.suffix == ".json"  # some programs name it so that it looks like an index without a variant
         shutil.copy(file, tmp_path / ("model.fp16.safetensors.index.json" if index else file.name))
     assert list(tmp_path.glob("*fp16*"))
-    got = load_text_encoder(tmp_path, torch.float32, CPU).state_dict()
+    got = open_text_encoder(tmp_path, torch.float32, CPU).state_dict()
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
@@ -138,5 +138,5 @@ def test_what_does_not_fit_is_refused(tmp_path, change, said):
     """transformers fills what is missing with random numbers; a wrong prompt would go unnoticed."""
     change(written(tmp_path, config()))
     with pytest.raises((ValueError, FileNotFoundError), match=said) as raised:
-        load_text_encoder(tmp_path, torch.float32, CPU)
+        open_text_encoder(tmp_path, torch.float32, CPU)
     assert "\n" not in str(raised.value)

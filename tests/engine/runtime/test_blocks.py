@@ -198,7 +198,7 @@ def test_gpus_without_e4m3_are_refused_before_weights_are_read(monkeypatch, capa
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(loader, "device_of", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(loader, "open_source", read)
+    monkeypatch.setattr(loader, "find_parts", read)
     said = (
         "weights"
         if right
