@@ -9,6 +9,7 @@ from engine.options import Parser
 # command -> (module whose main(argv) runs it, what it does)
 COMMANDS = {
     "run": ("engine.run", "a prompt in, a video out, written while it is made"),
+    "inspect": ("engine.commands.inspect", "what a file or directory of weights is, and the command that runs it"),
     "export": ("export.__main__", "write, inspect or verify a bundle of compiled graphs"),
     "bench": ("bench.__main__", "check against recorded cases, measure, compare, report"),
     "distill": ("distill.__main__", "train, sample, assemble and score models"),

@@ -221,7 +221,7 @@ def source_of(
         there = ", ".join(filter(None, list(heads)[:6])) or "none"
         raise ValueError(f"{label}: got states {there}, expected {state!r} among them")
     if not found:
-        raise ValueError(f"{label}: got {_what(names, every)}, expected a {words}")
+        raise ValueError(f"{label}: got {what_instead(names, every)}, expected a {words}")
     kind = other_kind(name.removeprefix(found[0].prefix) for name in names if name.startswith(found[0].prefix))
     if kind is not None:
         raise ValueError(f"{label}: got {kind}, expected a {words} of Wan2.1's text-to-video models")
@@ -249,7 +249,7 @@ def _chosen(found: Sequence[Found], label: str, prefer: Sequence[str]) -> Found:
                      "choose with checkpoint_state")  # fmt: skip
 
 
-def _what(names: Sequence[str], every: Sequence[Found]) -> str:
+def what_instead(names: Sequence[str], every: Sequence[Found]) -> str:
     """What a file is, where it is not the part that was looked for."""
     if every:
         return f"a {WORDS[every[0].naming.part]} ({every[0].naming.name} names)"

@@ -73,8 +73,10 @@ def test_published_step_lists():
     assert counts == {
         "greedy": four, "self-forcing": four, "self-forcing-framewise": four, "longlive": four,
         "causvid": [3, 3, 3, 3], "ffe-1step": [4, 1, 1, 1], "ffe-2step": [4, 2, 2, 2], "diagonal": [4, 3, 2, 2],
+        "causal-forcing": four, "krea-realtime": four,
     }  # fmt: skip
     assert timesteps(Schedule(PRESETS["diagonal"]).steps(5)) == pytest.approx([1000, 357.142857], abs=1e-4)
+    assert timesteps(Schedule(PRESETS["krea-realtime"]).steps(3)) == [1000, 937, 833, 625]
     assert timesteps(Schedule(PRESETS["ffe-2step"]).steps(1)) == pytest.approx([1000, 833.33331], abs=1e-4)
 
 
