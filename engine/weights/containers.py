@@ -84,12 +84,7 @@ class TorchFile:
         self.file = file
         self.metadata: dict[str, str] = {}
         try:
-            try:
-                loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):  # files of torch before 1.6 cannot be mapped
-                    raise
-                loaded = torch.load(file, map_location="cpu", weights_only=True)
+            loaded = _loaded(file)
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{file}: got an unreadable file, expected a torch checkpoint ({reason})") from None
@@ -100,6 +95,18 @@ class TorchFile:
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         return ((key, self._tensors[key].detach()) for key in keys)
+
+
+def _loaded(file: Path) -> Any:
+    """What torch.save wrote, mapped where that is possible."""
+    if file.suffix != ".safetensors":  # torch goes by that suffix; the content says otherwise
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):  # files of torch before 1.6 cannot be mapped
+                raise
+    with file.open("rb") as opened:
+        return torch.load(opened, map_location="cpu", weights_only=True)
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

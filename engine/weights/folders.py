@@ -184,7 +184,7 @@ class _Directory:
             seen = ", ".join(files[0].name for files in self._groups) or "no weight files"
             raise FileNotFoundError(f"{self.folder}: got no {WORDS[part]} ({seen}), expected one, or {option}")
         if len(holding) > 1:
-            names = ", ".join(files[0].name for files in holding)
+            names = ", ".join(sorted(files[0].name for files in holding))
             raise ValueError(f"{self.folder}: got several files with a {WORDS[part]} ({names}), expected one, or "
                              f"{option}")  # fmt: skip
         return holding[0]

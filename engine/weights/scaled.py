@@ -67,8 +67,9 @@ def expansion(label: object, tensors: Mapping[str, Stored], descriptions: Iterab
     for name, stored in tensors.items():
         if name in dropped or name in scales or name in scales.values():
             continue
-        if stored.dtype in FP8 and _kind(name) in kinds:
-            raise ValueError(f"{label}: got no scale of {name}, expected one as for the same weight of other blocks")
+        marked = "scaled_fp8" in tensors and len(stored.shape) > 1 and not re.search(r"embed|shared", name)
+        if stored.dtype in FP8 and (marked or _kind(name) in kinds):
+            raise ValueError(f"{label}: got no scale of {name}, expected one as the file has for other weights")
         if isinstance(stored.dtype, torch.dtype) and not stored.dtype.is_floating_point and not name.endswith("freqs"):
             kind = str(stored.dtype).removeprefix("torch.")
             raise ValueError(f"{label}: got {name} in {kind} without a scale, expected floating-point numbers")

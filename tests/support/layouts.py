@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import save_file
-from tiny import randomize, write_tokenizer
+from tiny import randomize, tokenizer
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -139,7 +139,7 @@ class Published:
         self.transformer.save_pretrained(folder / "transformer")
         self.vae.save_pretrained(folder / "vae")
         self.text.save_pretrained(folder / "text_encoder")
-        write_tokenizer(folder / "tokenizer")
+        tokenizer().save_pretrained(folder / "tokenizer")
         index = {
             "_class_name": "WanPipeline", "_diffusers_version": "0.35.0", "boundary_ratio": None,
             "expand_timesteps": False, "scheduler": ["diffusers", "UniPCMultistepScheduler"],
@@ -157,7 +157,7 @@ class Published:
         save_file(self.wan("transformer"), folder / "diffusion_pytorch_model.safetensors")
         torch.save(self.wan("vae"), folder / "Wan2.1_VAE.pth")
         torch.save(self.wan("text"), folder / "models_t5_umt5-xxl-enc-bf16.pth")
-        write_tokenizer(folder / "google" / "umt5-xxl")
+        tokenizer().save_pretrained(folder / "google" / "umt5-xxl")
         (folder / "README.md").write_text("# Wan")
         return folder
 
