@@ -178,15 +178,22 @@ def open_container(file: Path) -> Container:
         raise FileNotFoundError(f"weights: got {file}, expected an existing file")
     with file.open("rb") as opened:
         start = opened.read(512)
+    size = file.stat().st_size
     if start[:4] == b"GGUF":
         return GGUFFile(file)
-    if start[:2] == b"PK" or start[:1] == b"\x80":  # torch.save: a zip archive, or before 1.6 a pickle
-        return TorchFile(file)
-    if start[8:9] == b"{":
+    # A safetensors file begins with the length of its header, which may look like the beginning of any other file.
+    has_header = start[8:9] == b"{"
+    if has_header and 8 + int.from_bytes(start[:8], "little") <= size:
         return SafetensorsFile(file)
+    if start[:2] == b"PK" or (
+        start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"
+    ):  # torch.save: zip, or a pickle before 1.6
+        return TorchFile(file)
+    if has_header:
+        return SafetensorsFile(file)  # cut off: the library says how
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{file}: got a Git LFS pointer, expected the file itself (git lfs pull)")
     if start.lstrip()[:1] == b"<":
         raise ValueError(f"{file}: got a web page, expected weights: the download failed")
-    what = f"{file.stat().st_size} bytes that start with {start[:8]!r}" if start else "an empty file"
+    what = f"{size} bytes that start with {start[:8]!r}" if start else "an empty file"
     raise ValueError(f"{file}: got {what}, expected safetensors, a torch checkpoint or GGUF")

@@ -162,7 +162,11 @@ PARTS = {"transformer": "transformer", "vae": "vae", "text_encoder": "text"}
 def test_every_component_is_strict(diffusers, part, fault):
     file = next((diffusers / part).glob("*.safetensors"))
     state = load_file(file)
-    name = next(name for name in sorted(state, reverse=True) if state[name].ndim > 1 and "embed" not in name)
+    name = next(
+        name
+        for name in sorted(state, reverse=True)
+        if state[name].ndim > 1 and "embed" not in name and name != "shared.weight"
+    )
     tensor = state.pop(name)
     dtypes = {"scaled without scale": torch.float8_e4m3fn, "whole numbers": torch.int8}
     if fault == "renamed":
@@ -353,7 +357,7 @@ def test_source_names_the_missing_tensor(published, tmp_path):
     state.pop("patch_embedding.weight")
     save_file(state, tmp_path / "w.safetensors")
     source = open_source(tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match="without patch_embedding.weight, expected it"):
+    with pytest.raises(ValueError, match=r"without patch_embedding\.weight, expected it"):
         transformer_of(source.shapes(), None, source.label)
 
 

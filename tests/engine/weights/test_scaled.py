@@ -10,6 +10,7 @@ from layouts import Published, llama_text_names
 from safetensors.torch import save_file
 
 from engine import load
+from engine.weights.containers import open_container
 from engine.weights.sources import open_source
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -140,7 +141,7 @@ FAULTS = {
     "a negative scale": (lambda t: t | {f"{LAYER}.scale_weight": torch.tensor(-1.0)}, "positive, finite"),
     "a scale of nan": (lambda t: t | {f"{LAYER}.scale_weight": torch.tensor(torch.nan)}, "positive, finite"),
     "a plain weight with a scale": (lambda t: t | {f"{LAYER}.weight": torch.ones(128, 128)}, "expected a weight in 8"),
-    "whole numbers": (lambda t: t | {"head.head.weight": torch.ones(64, 128, dtype=torch.int8)}, "int8 without a scale"),
+    "whole numbers": (lambda t: t | {"head.head.weight": torch.ones(64, 128, dtype=torch.int8)}, "int8 without a sca"),
     "bitsandbytes": (lambda t: t | {f"{LAYER}.weight.absmax": torch.ones(4)}, "bitsandbytes"),
     "NVFP4": (lambda t: t | {f"{LAYER}.weight_scale_2": torch.ones(())}, "NVFP4"),
     "scales by blocks": (lambda t: t | {f"{LAYER}.weight_scale_inv": torch.ones(1, 1)}, "scales by blocks"),
@@ -161,6 +162,14 @@ def test_contradictions_are_refused_before_weights_are_read(published, tmp_path,
     save_file({name: tensor.contiguous() for name, tensor in change(tensors).items()}, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=said):
         list(open_source(tmp_path / "w.safetensors").read())
+
+
+def test_every_length_of_a_header(tmp_path):
+    """A safetensors file begins with its header's length, which may look like another kind of file."""
+    for pad in range(300):
+        file = tmp_path / "w.bin"
+        save_file({"blocks.0.attn1.to_q.weight": torch.zeros(1)}, file, metadata={"pad": "x" * pad})
+        assert open_container(file).kind == "safetensors"
 
 
 @pytest.mark.parametrize("header", ["{", "[]", '{"layers": []}', '{"layers": {"a": {}}}'])

@@ -1,4 +1,4 @@
-"""Tiny random models in the names and layouts of public files. The lists of names are written down here a second time."""
+"""Tiny random models in the names and layouts of public files, whose names are written down here a second time."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def wan_vae_names() -> list[str]:
     short, flat, timed = _linear("shortcut"), _linear("resample.1"), _linear("resample.1", "time_conv")
     names = _linear("conv1", "conv2")
     for side in ("encoder", "decoder"):
-        names += _linear(f"{side}.conv1", f"{side}.head.2") + [f"{side}.head.0.gamma"]
+        names += [*_linear(f"{side}.conv1", f"{side}.head.2"), f"{side}.head.0.gamma"]
         names += [f"{side}.middle.{i}.{name}" for i in (0, 2) for name in residual]
         names += [f"{side}.middle.1.{name}" for name in ("norm.gamma", *_linear("to_qkv", "proj"))]
     resampled = {2: flat, 5: timed, 8: timed}
