@@ -17,7 +17,7 @@ from typing import Literal
 
 from engine.bundles.manifest import read_manifest
 from engine.bundles.registry import BACKENDS
-from engine.loader import EMBEDDED, load, settings_of
+from engine.loader import load, settings_for
 from engine.options import Parser, add_options, option, options_of
 from engine.runtime.device import PRECISIONS
 from engine.stream import Pipeline
@@ -33,6 +33,10 @@ class Options(Source):
     bundle: Path | None = option(None, "for inspect and verify", metavar="BUNDLE", positional=True)
     out: Path | None = option(None, "new directory to write", metavar="BUNDLE")
     checkpoint: Path | None = option(None, "transformer weights instead of the directory's", metavar="FILE")
+    checkpoint_state: str | None = option(None, "state of a training checkpoint; default: the preset's", metavar="NAME")
+    vae: Path | None = option(None, "VAE instead of the directory's", metavar="FILE")
+    text_encoder: Path | None = option(None, "UMT5 encoder instead of the directory's", metavar="FILE")
+    tokenizer: Path | None = option(None, "tokenizer instead of the directory's", metavar="DIR")
     adapter: tuple[Path, ...] = option((), "PEFT LoRA folder to merge; may be repeated", metavar="PATH")
     backend: tuple[str, ...] = option(
         (), "may be repeated: one bundle for several, the first is its default (onnx)", choices=BACKENDS
@@ -77,19 +81,26 @@ def _verify(folder: Path, backends: Sequence[str]) -> int:
 def _export(options: Options, plans: BuildOptions) -> int:
     if options.out is None:
         raise ValueError("export: got no --out, expected a new directory")
-    folder = options.model or EMBEDDED
-    tokenizer, backends = folder / "tokenizer", options.backend or ("onnx",)
+    backends = options.backend or ("onnx",)
     fp8, around = options.precision == "fp8", "fp32" if "onnx" in backends else "bf16"  # around: all that is not FP8
     pipeline = load(
         options.model, preset=options.preset, checkpoint=options.checkpoint, adapters=options.adapter,
+        checkpoint_state=options.checkpoint_state, vae=options.vae, text_encoder=options.text_encoder,
+        tokenizer=options.tokenizer,
         device=options.device, precision=around if fp8 else options.precision, height=options.height,
         width=options.width,
     )  # fmt: skip
-    pipeline = _quantized(pipeline, options, settings_of(folder).fp8_keep) if fp8 else pipeline
+    for note in pipeline.notes:
+        print(f"note: {note}", file=sys.stderr)
+    keep = settings_for(
+        options.model, options.checkpoint, options.vae, options.text_encoder, options.tokenizer
+    ).fp8_keep
+    pipeline = _quantized(pipeline, options, keep) if fp8 else pipeline
+    assert pipeline.tokenizer is not None
     if plans.attention == "plugin_fp8" and not fp8:
         raise ValueError(f"--attention: got plugin_fp8 with --precision {options.precision}, expected fp8 with it")
     lines = write_bundle(
-        pipeline, options.out, tokenizer, options.prompt, options.seed, backends, options.reuse, plans
+        pipeline, options.out, pipeline.tokenizer.path, options.prompt, options.seed, backends, options.reuse, plans
     )  # fmt: skip
     for line in lines:
         print(line, file=sys.stderr)

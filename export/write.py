@@ -120,7 +120,7 @@ def _write(
         yield from _compile(pipeline, compiler, spec, part, store, older)
         specs[spec.key] = spec
     save_file(store.tensors, part / "weights.safetensors")
-    shutil.copytree(tokenizer, part / "tokenizer")
+    _copy_tokenizer(tokenizer, part / "tokenizer")
 
     golden = {"frames": torch.from_numpy(golden_frames(pipeline, prompt, seed))}
     save_file(golden, part / _GOLDEN)
@@ -136,6 +136,14 @@ def _write(
     )  # fmt: skip
     _save_manifest(manifest, part)
     yield from _add_golden(part, manifest, golden)
+
+
+def _copy_tokenizer(folder: Path, into: Path) -> None:
+    """Copy a tokenizer's own files: in some layouts a model's weights lie beside them."""
+    into.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model"):
+        if (folder / name).is_file():
+            shutil.copy(folder / name, into)
 
 
 def _compile(

@@ -20,7 +20,7 @@ from engine.model.vae import VAE, VAEConfig
 from engine.options import Parser, add_options, option, options_of
 from engine.weights.checkpoint import check_tensors
 from engine.weights.containers import Container, open_container
-from engine.weights.folders import Given, find_parts
+from engine.weights.folders import Given, find_parts, parts_of
 from engine.weights.names import WORDS, Found, Part, recognise, unwrapped
 from engine.weights.shapes import transformer_config, transformer_of, umt5_of, vae_of
 from engine.weights.sources import FileSource, candidates, source_of, weight_files, what_instead
@@ -68,19 +68,13 @@ def _directory(path: Path) -> Report:
         return Report(
             str(path), "bundle", [f"python -m export inspect {path}"], f"python -m engine.run --bundle {path}"
         )
-    component = (path / "config.json").is_file() and not any((path / name).is_dir() for name in ("transformer", "vae"))
-    files = _files(path)
-    held = {one.naming.part for file in files for one in recognise(map(unwrapped, open_container(file).tensors))}
-    if (component or not (path / "model_index.json").is_file()) and files and len(held) < 2:
-        return _containers(path, [open_container(file) for file in files])
+    if (path / "model_index.json").is_file() or (path / "transformer").is_dir():
+        return _model(path)
+    # Wan's own folder holds several parts beside each other; a component's, or a checkpoint's, holds one.
+    held = set().union(*(parts_of(file) for file in candidates(path)))
+    if len(held) == 1 and not any(path.glob("*/*/spiece.model")):
+        return _containers(path, [open_container(file) for file in weight_files(path)])
     return _model(path)
-
-
-def _files(path: Path) -> list[Path]:
-    try:
-        return weight_files(path) if candidates(path) else []
-    except FileNotFoundError:
-        return candidates(path)
 
 
 def _model(path: Path) -> Report:

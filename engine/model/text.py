@@ -26,6 +26,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         file = path / "tokenizer_config.json"
         settings = read_json(file) if file.is_file() else {}
         # A tokenizer that names no limit reports an astronomical one.
