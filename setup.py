@@ -108,11 +108,14 @@ setup(
         "psutil>=5.9",
         "rich>=13",
         "av>=14",
+        "ftfy>=6.3,<7",
     ],
     extras_require={
         "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
         "bench": ["matplotlib>=3.8"],
         "distill": ["accelerate>=1.8", "diffusers>=0.35", "tensorboard>=2.17"],
+        "gguf": ["gguf>=0.17"],
+        "heic": ["pillow-heif>=1"],
         # Kernels: torch for CUDA brings Triton along; torch for processors does not, and its tests need it.
         "kernels": ["triton>=3.6; platform_system == 'Linux'"],
         # Another engine to race with, and an independent implementation of the recorded cases.
@@ -120,8 +123,10 @@ setup(
         "tensorrt": ["tensorrt>=11,<12"],
         "test": [
             "diffusers>=0.35",
+            "gguf>=0.17",
             "hypothesis>=6",
             "mypy>=1.14",
+            "pillow-heif>=1",
             "protobuf>=5",
             "pybind11>=2.13",
             "pytest>=8",
