@@ -26,8 +26,9 @@ from engine.runtime.passes import Stages
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
 from engine.threads import settle, work_of
-from engine.weights.adapters import merge_adapter, merge_lora_file
+from engine.weights.adapters import AdapterLike, merge_adapter, read_adapters
 from engine.weights.checkpoint import fill, load_text_encoder, load_transformer
+from engine.weights.merge import Adapters
 from engine.weights.sources import TensorSource, TextEncoderSource, open_source
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def choose_preset(
 
 def load(
     model: str | Path | None = None, *, preset: str | None = None, overrides: dict[str, Any] | None = None,
-    checkpoint: str | Path | None = None, checkpoint_state: str | None = None, adapters: Sequence[str | Path] = (),
+    checkpoint: str | Path | None = None, checkpoint_state: str | None = None, adapters: Sequence[AdapterLike] = (),
     height: int | None = None, width: int | None = None, fps: float | None = None, runtime: Runtime | None = None,
     **options: Any,
 ) -> Pipeline:  # fmt: skip
@@ -83,7 +84,8 @@ def load(
     overrides         fields of the preset to replace
     checkpoint        transformer weights instead of the directory's: a Self-Forcing-family .pt, or safetensors
     checkpoint_state  which state of a .pt to take (generator_ema, generator, ...)
-    adapters          PEFT LoRA folders, or LongLive's LoRA .pt, merged into every transformer
+    adapters          LoRA files and PEFT folders, merged into every transformer: a path, a text "PATH:0.8", a pair
+                      (path, strength) or an engine.Adapter; Stream.set_adapters changes their strengths
     height, width     pixels; None is the model's own
     fps               frames per second of the output; None is the model's own
     runtime           engine.Runtime: device, precision, threads
@@ -113,6 +115,7 @@ def load(
         raise ValueError(f"fps: got {fps}, expected a positive number")
 
     source = open_source(chosen or folder / "transformer", checkpoint_state)
+    adapted, notes = read_adapters(adapters, source.files), list[str]()
     vae_source = open_source(folder / "vae")
     roles = family.roles()
     geometry = Geometry.of(
@@ -127,7 +130,7 @@ def load(
     _check_memory(needed, cache_bytes(config, style, geometry.tokens, kv_dtype), device)
 
     models = {
-        role: _transformer(folder, config, source, role, family.conditioned(role), adapters, dtype, device)
+        role: _transformer(folder, config, source, role, family.conditioned(role), adapted, dtype, device, notes)
         for role in roles
     }
     with torch.device("meta"):
@@ -138,6 +141,7 @@ def load(
     return assemble(
         stages, config, style, dtype, device, tokenizer=tokenizer, name=name, height=height,
         width=width, fps=fps, vae_config=vae_config, kv_dtype=FP8 if runtime.fp8_attention else None,
+        adapters=adapted, notes=list(dict.fromkeys(notes + (adapted.notes if adapted else []))),
     )  # fmt: skip
 
 
@@ -172,13 +176,14 @@ def make_stages(
 def assemble(
     stages: Stages, config: TransformerConfig, preset: Preset, dtype: torch.dtype, device: torch.device, *,
     height: int, width: int, tokenizer: Tokenizer | None = None, name: str = "", fps: float = 16,
-    vae_config: VAEConfig | None = None, kv_dtype: torch.dtype | None = None,
+    vae_config: VAEConfig | None = None, kv_dtype: torch.dtype | None = None, adapters: Adapters | None = None,
+    notes: Sequence[str] = (),
 ) -> Pipeline:  # fmt: skip
     """Make a pipeline of parts in memory (tests, parity, random weights). height and width are pixels."""
     scale = vae_config or VAEConfig()
     return Pipeline(
         stages, tokenizer, config, preset, name, dtype, device, height, width, fps,
-        scale.scale_factor_spatial, scale.scale_factor_temporal, kv_dtype,
+        scale.scale_factor_spatial, scale.scale_factor_temporal, kv_dtype, adapters, list(notes),
     )  # fmt: skip
 
 
@@ -247,18 +252,15 @@ def is_untrained(folder: Path | None, preset: Preset, checkpoint: object, adapte
 
 def _transformer(
     folder: Path, config: TransformerConfig, source: TensorSource, role: str, conditioned: bool,
-    adapters: Sequence[str | Path], dtype: torch.dtype, device: torch.device,
+    adapted: Adapters | None, dtype: torch.dtype, device: torch.device, notes: list[str],
 ) -> WanTransformer:  # fmt: skip
+    """The transformer of a role with its adapters merged: those that belong to it, then the user's. Adds notes."""
     model = load_transformer(config, source, dtype, device, conditioned)
     own = folder / "adapters" / role
-    belonging = ([source.lora] if source.lora else []) + ([own] if own.is_dir() else [])
-    for adapter in belonging + [Path(adapter) for adapter in adapters]:
-        if adapter.is_dir():
-            merge_adapter(model, adapter, source.files)
-        elif adapter.suffix == ".pt" and adapter.is_file():
-            merge_lora_file(model, adapter)
-        else:
-            raise FileNotFoundError(f"adapter: got {adapter}, expected a PEFT folder or a .pt file with generator_lora")
+    for adapter in ([source.lora] if source.lora else []) + ([own] if own.is_dir() else []):
+        notes += merge_adapter(model, adapter, source.files)
+    if adapted is not None:
+        adapted.merge(role, model)
     model.fuse()
     return model
 

@@ -33,7 +33,9 @@ class Options(Source):
     bundle: Path | None = option(None, "for inspect and verify", metavar="BUNDLE", positional=True)
     out: Path | None = option(None, "new directory to write", metavar="BUNDLE")
     checkpoint: Path | None = option(None, "transformer weights instead of the directory's", metavar="FILE")
-    adapter: tuple[Path, ...] = option((), "PEFT LoRA folder to merge; may be repeated", metavar="PATH")
+    adapter: tuple[str, ...] = option(
+        (), "LoRA file or PEFT folder to merge, at a strength (1); may be repeated", metavar="PATH[:STRENGTH]"
+    )
     backend: tuple[str, ...] = option(
         (), "may be repeated: one bundle for several, the first is its default (onnx)", choices=BACKENDS
     )

@@ -55,7 +55,9 @@ class Model:
     checkpoint_state: str | None = option(
         None, "state of a .pt to take: generator_ema, generator, ...", metavar="NAME"
     )  # fmt: skip
-    adapter: tuple[Path, ...] = option((), "PEFT LoRA folder to merge; may be repeated", metavar="PATH")
+    adapter: tuple[str, ...] = option(
+        (), "LoRA file or PEFT folder to merge, at a strength (1); may be repeated", metavar="PATH[:STRENGTH]"
+    )
     preset: str | None = option(None, "default: the model's own", metavar="NAME|FILE.toml")
     height: int | None = option(None, "pixels; default: the model's own")
     width: int | None = option(None, "pixels; default: the model's own")
