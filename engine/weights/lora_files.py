@@ -56,11 +56,13 @@ def read_tensors(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: got an unreadable file, expected safetensors ({error})") from None
+    # The older format of torch.save cannot be mapped, and torch takes a path of this suffix for safetensors.
+    mapped = start[:2] == b"PK" and file.suffix != ".safetensors"
     try:
-        # The older format of torch.save is no zip archive and cannot be mapped.
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=start[:2] == b"PK")
+        with file.open("rb") as whole:
+            loaded = torch.load(file if mapped else whole, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{file}: got an unreadable file, expected safetensors or a torch checkpoint "
                          f"({reason})") from None  # fmt: skip
     if not isinstance(loaded, Mapping):
