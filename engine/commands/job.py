@@ -18,7 +18,10 @@ class Video:
     prompt_at: tuple[tuple[str, str], ...] = option(
         (), "switch the prompt while streaming, at 3.0s or frame 48f; may be repeated", metavar=("TIME", "TEXT")
     )
-    no_recommit: bool = option(False, "leave the past as it is when the prompt switches")
+    adapter_at: tuple[tuple[str, str], ...] = option(
+        (), "change an adapter's strength while streaming; may be repeated", metavar=("TIME", "NAME=STRENGTH")
+    )
+    no_recommit: bool = option(False, "leave the past as it is when the prompt or a strength changes")
     image: Path | None = option(None, "start from a picture (image-to-video)", metavar="FILE", exclusive="clip")
     video: Path | None = option(
         None, "continue a clip; its end is re-encoded and comes first", metavar="FILE", exclusive="clip"

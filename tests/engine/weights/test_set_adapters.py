@@ -1,18 +1,27 @@
 """Strengths of adapters that change while streams run: always what a pipeline loaded at those strengths makes."""
 
+import hashlib
+import json
+import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from dense_streams import FAMILIES, SHORT, TEXT, joined, name_of
-from safetensors.torch import save_file
-from tiny import CPU, models_of, pipeline_of
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import CPU, models_of, pipeline_of, reference_of, transformer
 
 import engine
+from bench.instruments.ways import StandIn
 from engine.config import Preset
 from engine.loader import assemble
 from engine.model.fp8 import to_fp8
+from engine.run import main
+from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.stages import TorchStages
 from engine.weights.adapters import Adapter, read_adapters
 from engine.weights.sources import open_source
@@ -100,11 +109,15 @@ STRENGTHS = [(0.0, 0.0), (1.0, 0.0), (0.0, 0.5), (-0.7, 1.3)]
 def test_merging_again_gives_the_bits_of_loading_in_place(preset, files, fp8):
     pipeline = adapted(preset, files, (1.0, 1.0), fp8)
     addresses = {name: tensor.data_ptr() for name, tensor in weights(pipeline).items()}
-    stream = pipeline.stream(TEXT.to(pipeline.dtype), seed=3)
+    stream = pipeline.stream(TEXT, seed=3)
     before = {name: tensor.clone() for name, tensor in weights(pipeline).items()}
     for strengths in [*STRENGTHS, (1.0, 1.0)]:
         stream.set_adapters(dict(zip("ab", strengths, strict=True)))
-        same(weights(pipeline), weights(adapted(preset, files, strengths, fp8)))
+        fresh = adapted(preset, files, strengths, fp8)
+        same(weights(pipeline), weights(fresh))
+        other = pipeline.stream(TEXT, seed=5)
+        other.set_adapters(dict(zip("ab", strengths, strict=True)))
+        assert torch.equal(latents(other, 2), latents(fresh.stream(TEXT, seed=5), 2))
     same(weights(pipeline), before)
     assert {name: tensor.data_ptr() for name, tensor in weights(pipeline).items()} == addresses
 
@@ -312,15 +325,117 @@ def test_files_to_frames(model_dir, files, preset):
     assert base.data_ptr() != pipeline.stages.models[role].blocks[0].ffn.net[2].weight.data_ptr()
 
 
-def test_user_adapters_come_on_top_of_a_models_own(files):
-    """The embedded model has adapters of each role; a LoRA of another size is refused before its weights are read."""
+def test_user_adapters_come_on_top_of_a_models_own(model_dir, files, tmp_path):
+    """adapters/etm and adapters/sdd stay at 1; the user's are merged into both, and leave them alone at 0."""
+    folder = Path(shutil.copytree(model_dir, tmp_path / "copy"))
+    for role, seed in (("etm", 1), ("sdd", 2)):
+        model = get_peft_model(reference_of(transformer(0)), LoraConfig(r=2, target_modules=["to_q", "ffn.net.2"]))
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) * 0.2
+        model.save_pretrained(folder / "adapters" / role)
+    own, both = engine.load(folder), engine.load(folder, adapters=[f"{files[0]}:0.5"])
+    assert both.adapters.strengths == {"a": 0.5}
+    lora = load_file(files[0])
+    for role in ("etm", "sdd"):
+        for block in range(2):
+            key = f"diffusion_model.blocks.{block}.ffn.2.lora_"
+            delta = lora[f"{key}up.weight"] @ lora[f"{key}down.weight"] * 0.5 * 6 / 3
+            before, after = (p.stages.models[role].blocks[block].ffn.net[2].weight for p in (own, both))
+            assert (after - before - delta).abs().max() < 1e-5
+            assert delta.abs().max() > 1e-2
+    stream = both.stream("a red circle", seed=1)
+    stream.set_adapters({"a": 0})
+    same(weights(both), weights(own))
+
+
+def test_an_adapter_of_another_size_is_refused(files):
+    """The embedded model is wider."""
     with pytest.raises(ValueError, match=r"got LoRA of a transformer of width 32, expected width \d+"):
         engine.load(adapters=[files[0]])
 
 
-def test_notes_of_loading(model_dir, files, tmp_path):
-    from safetensors.torch import load_file
+def test_captured_graphs_read_the_merged_weights(model_dir, files):
+    """bench's stand-in captures: a graph only ever sees its own tensors and the weights' addresses."""
+    a, b = files
+    pipeline = engine.load(model_dir, adapters=[a, f"{b}:0"])
+    stages = pipeline.stages
+    graphed = replace(
+        pipeline, stages=GraphedStages(TorchStages(stages.models, stages.vae, stages.text_encoder), StandIn)
+    )
+    graphed.warm()
+    streams = [graphed.stream("a red circle", seed=1) for _ in range(2)]
+    streams[1].set_adapters({"a": -0.5, "b": 1})
+    got = [[], []]
+    for _ in range(6):
+        for stream, made in zip(streams, got, strict=True):
+            made.append(stream.next_chunk())
+    assert graphed.stages.captured >= 8  # of both streams' caches
+    for made, strengths in zip(got, ((1, 0), (-0.5, 1)), strict=True):
+        fresh = engine.load(model_dir, adapters=[(a, strengths[0]), (b, strengths[1])]).stream("a red circle", seed=1)
+        for chunk in made:
+            assert np.abs(chunk.astype(int) - fresh.next_chunk()).max() <= 1  # static tensors: last bits
+    assert np.abs(got[0][-1].astype(int) - got[1][-1]).max() > 3
 
+
+def run(capfd, model_dir, *arguments):
+    common = ["--prompt", "a red circle", "--seed", "1", "--model", str(model_dir), "--out", "checksum", "--json"]
+    try:
+        code = main([*common, *map(str, arguments)])
+    except SystemExit as stopped:
+        code = stopped.code
+    out, err = capfd.readouterr()
+    return code, json.loads(out.splitlines()[-1]) if out else None, err
+
+
+def test_the_command_line(capfd, model_dir, files):
+    a, b = files
+    code, report, err = run(capfd, model_dir, "--frames", 17, "--adapter", f"{a}:0.5", "--adapter", b, "--adapter-at",
+                            "9f", "b=-1", "--adapter-at", "9f", "b=0.25")  # fmt: skip
+    assert code == 0, err
+    assert report["notes"] == []
+    stream = engine.load(model_dir, adapters=[(a, 0.5), b]).stream("a red circle", seed=1)
+    frames = [stream.next_chunk() for _ in range(3)]
+    stream.set_adapters({"b": 0.25})
+    frames += [stream.next_chunk() for _ in range(2)]
+    assert report["sha256"] == hashlib.sha256(np.concatenate(frames).tobytes()).hexdigest()
+
+
+def test_the_command_line_prints_notes(capfd, model_dir, files, tmp_path):
+    save_file(load_file(files[1]) | {"text_encoder.x.alpha": torch.tensor(1.0)}, tmp_path / "c.safetensors")
+    code, report, err = run(capfd, model_dir, "--frames", 1, "--adapter", tmp_path / "c.safetensors")
+    assert code == 0
+    assert [f"note: {note}" for note in report["notes"]] == [line for line in err.splitlines() if "text_enc" in line]
+    assert len(report["notes"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter", "{a}:nan"], "adapter: got strength nan, expected a finite number"),
+        (["--adapter", "/nowhere.safetensors"], "adapter: got /nowhere.safetensors, expected a LoRA file"),
+        (["--adapter", "{a}:much"], "a.safetensors:much, expected a LoRA file"),
+        (["--adapter", "{a}", "--adapter", "{a}:0.5"], "got the name 'a' for"),
+        (["--adapter-at", "1s", "a=1"], "--adapter-at: got 'a=1', expected NAME=STRENGTH, the name one of --adapter"),
+        (["--adapter", "{a}", "--adapter-at", "1s", "b=1"], "got 'b=1', expected NAME=STRENGTH, the name one of a"),
+        (["--adapter", "{a}", "--adapter-at", "1s", "a"], "got 'a', expected NAME=STRENGTH"),
+        (["--adapter", "{a}", "--adapter-at", "1s", "a=x"], "got 'a=x', expected NAME=STRENGTH, as in a=0.5"),
+        (["--adapter", "{a}", "--adapter-at", "1s", "a=inf"], "got strength inf, expected a finite number"),
+        (["--adapter", "{a}", "--adapter-at", "soon", "a=1"], "--adapter-at: got 'soon', expected a time"),
+        (["--adapter", "{a}", "--adapter-at", "99s", "a=1"], "expected a frame before the end (17)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_command_line_refuses(capfd, model_dir, files, arguments, message):
+    texts = [text.replace("{a}", str(files[0])) for text in arguments]
+    code, report, err = run(capfd, model_dir, "--frames", 17, *texts)
+    assert (code, report) == (2, None)
+    assert message in err
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_notes_of_loading(model_dir, files, tmp_path):
     tensors = load_file(files[1]) | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(1.0)}
     save_file(tensors, tmp_path / "c.safetensors")
     (note,) = engine.load(model_dir, adapters=[tmp_path / "c.safetensors"]).notes
