@@ -115,7 +115,7 @@ def load(
         raise ValueError(f"fps: got {fps}, expected a positive number")
 
     source = open_source(chosen or folder / "transformer", checkpoint_state)
-    adapted, notes = read_adapters(adapters, source.files), list[str]()
+    adapted, notes = read_adapters(adapters, source.files, config), list[str]()
     vae_source = open_source(folder / "vae")
     roles = family.roles()
     geometry = Geometry.of(

@@ -1,6 +1,7 @@
 """Adapters of a pipeline: which file at which strength under which name; and those that belong to a model."""
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ class Adapter:
         path = Path(self.path)
         object.__setattr__(self, "path", path)
         if not self.name:
-            resolved = path.resolve()
-            object.__setattr__(self, "name", resolved.name if path.is_dir() else resolved.stem)
+            whole = Path(os.path.abspath(path))  # a link keeps its own name
+            object.__setattr__(self, "name", whole.name if path.is_dir() else whole.stem)
 
     @classmethod
     def of(cls, value: "AdapterLike") -> "Adapter":
@@ -60,10 +61,12 @@ class Adapter:
 AdapterLike = str | Path | tuple[str | Path, float] | Adapter
 
 
-def read_adapters(values: Sequence[AdapterLike], base_files: list[Path]) -> Adapters | None:
-    """Read adapters, as `engine.load` takes them; None if there are none.
+def read_adapters(
+    values: Sequence[AdapterLike], base_files: list[Path], config: TransformerConfig
+) -> Adapters | None:  # fmt: skip
+    """Read adapters for transformers of a shape, as `engine.load` takes them; None if there are none.
 
-    Raises FileNotFoundError, or ValueError for two of one name, an unreadable file or another base.
+    Raises FileNotFoundError, or ValueError for two of one name, an unreadable file, another base or another shape.
     """
     chosen = [Adapter.of(value) for value in values]
     names = [adapter.name for adapter in chosen]
@@ -74,6 +77,7 @@ def read_adapters(values: Sequence[AdapterLike], base_files: list[Path]) -> Adap
     loras = {}
     for adapter in chosen:
         loras[adapter.name] = read_lora(adapter.path)
+        loras[adapter.name].fit(_shapes(config))
         check_base(adapter.path, base_files)
         if (condition := adapter.path / "condition.safetensors").is_file():
             raise ValueError(f"{condition}: got condition weights, expected none for an adapter of every transformer")
@@ -147,12 +151,14 @@ class Description:
 def describe(path: Path, config: TransformerConfig | None = None) -> Description:
     """Summarise an adapter, and say whether it fits a transformer. Errors as `read_lora`."""
     lora = read_lora(path)
-    problem = None
-    if config is not None:
-        with torch.device("meta"):
-            shapes = {name: tuple(p.shape) for name, p in WanTransformer(config).named_parameters()}
-        problem = lora.problem(shapes)
+    problem = None if config is None else lora.problem(_shapes(config))
     layout = "PEFT folder" if lora.peft is not None else "file"
     return Description(
         layout, lora.spelling, len(lora.changes), lora.ranks, lora.width, lora.blocks, lora.notes, problem
     )  # fmt: skip
+
+
+def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of a transformer."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in WanTransformer(config).named_parameters()}

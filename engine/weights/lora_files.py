@@ -67,12 +67,11 @@ def read_tensors(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
                          f"({reason})") from None  # fmt: skip
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{file}: got {type(loaded).__name__}, expected a dictionary of tensors")
-    if not any(isinstance(value, Tensor) for value in loaded.values()):
-        states = [name for name in _STATES if isinstance(loaded.get(name), Mapping)]
-        if not states:
-            raise ValueError(f"{file}: got keys {shorten(list(map(str, loaded)))}, expected LoRA tensors, "
-                             f"or one of {', '.join(_STATES)}")  # fmt: skip
-        loaded = loaded[states[0]]
+    states = [name for name in _STATES if isinstance(loaded.get(name), Mapping)]
+    if not states and not any(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(f"{file}: got keys {shorten(list(map(str, loaded)))}, expected LoRA tensors, "
+                         f"or one of {', '.join(_STATES)}")  # fmt: skip
+    loaded = loaded[states[0]] if states else loaded
     return {str(key): value for key, value in loaded.items()}, {}
 
 

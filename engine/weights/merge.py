@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -109,8 +110,12 @@ class Adapters:
 
 def check_strength(strength: object) -> None:
     """ValueError unless it is a finite number."""
-    if not isinstance(strength, int | float) or isinstance(strength, bool) or not isfinite(strength):
-        raise ValueError(f"adapter: got strength {strength!r}, expected a finite number")
+    try:
+        finite = isinstance(strength, Real) and not isinstance(strength, bool) and isfinite(strength)
+    except OverflowError:  # an integer beyond the floats
+        finite = False
+    if not finite:
+        raise ValueError(f"adapter: got strength {str(strength)[:40]}, expected a finite number")
 
 
 def _checked(name: str, base: Tensor, adapters: Sequence[tuple[LoRA, float]]) -> Tensor:

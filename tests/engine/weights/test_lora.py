@@ -151,7 +151,7 @@ def saved(tensors, file, kind):
     elif kind == "safetensors":
         save_file(tensors, file)
     else:
-        torch.save({kind: tensors, "step": 3}, file)
+        torch.save({kind: tensors, "critic_lora": {}, "step": torch.tensor(3)}, file)
 
 
 CONTAINERS = ["flat", "legacy", "safetensors", "generator_lora", "state_dict", "lora", "model", "module"]
@@ -611,8 +611,10 @@ def test_strengths_that_are_not_finite(text):
         Adapter.of(text)
 
 
-@pytest.mark.parametrize("value", [("a", float("nan")), ("a", "0.5"), ("a", True), ("a", None), ("a",), ("a", 1, 2)])
-def test_pairs_that_are_none(value):
+@pytest.mark.parametrize(
+    "value", [("a", float("nan")), ("a", "0.5"), ("a", True), ("a", None), ("a", 10**400), ("a",), ("a", 1, 2)]
+)
+def test_pairs_that_are_no_path_and_strength(value):
     with pytest.raises(ValueError, match=r"adapter: got .*expected"):
         Adapter.of(value)
 
@@ -623,12 +625,14 @@ def test_names(tmp_path):
     (tmp_path / "b").mkdir()
     shutil.copy(tmp_path / "style.v2.safetensors", tmp_path / "b")
     values = [f"{tmp_path}/style.v2.safetensors:0.5", (f"{tmp_path}/motion/", 2)]
-    assert read_adapters(values, []).strengths == {"style.v2": 0.5, "motion": 2.0}
+    assert read_adapters(values, [], CONFIG).strengths == {"style.v2": 0.5, "motion": 2.0}
     with pytest.raises(ValueError, match=r"got the name 'style.v2' for .* and .*, expected different names"):
-        read_adapters([*values, tmp_path / "b" / "style.v2.safetensors"], [])
+        read_adapters([*values, tmp_path / "b" / "style.v2.safetensors"], [], CONFIG)
     named = Adapter(tmp_path / "b" / "style.v2.safetensors", 0.25, "other")
-    assert read_adapters([*values, named], []).strengths == {"style.v2": 0.5, "motion": 2.0, "other": 0.25}
-    assert read_adapters([], []) is None
+    assert read_adapters([*values, named], [], CONFIG).strengths == {"style.v2": 0.5, "motion": 2.0, "other": 0.25}
+    assert read_adapters([], [], CONFIG) is None
+    (tmp_path / "linked.safetensors").symlink_to(tmp_path / "style.v2.safetensors")  # as in the cache of a hub
+    assert Adapter(tmp_path / "linked.safetensors").name == "linked"
 
 
 def test_strength_zero_is_no_adapter(tmp_path):
@@ -638,8 +642,9 @@ def test_strength_zero_is_no_adapter(tmp_path):
         assert torch.equal(got[name], tensor)
 
 
-def test_half_precision_files_merge_in_the_models_precision(tmp_path):
-    made = {wan: (a.bfloat16(), b.bfloat16()) for wan, (a, b) in matrices().items()}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64], ids=str)
+def test_files_of_other_dtypes_merge_in_the_models(tmp_path, dtype):
+    made = {wan: (a.to(dtype), b.to(dtype)) for wan, (a, b) in matrices().items()}
     save_file(spelled(made), tmp_path / "lora.safetensors")
     wide = {wan: (a.float(), b.float()) for wan, (a, b) in made.items()}
     near(merged(tmp_path / "lora.safetensors"), diffusers_weights(spelled(wide, **SPELLINGS["diffusers"])))

@@ -65,12 +65,13 @@ def files(tmp_path_factory):
 def adapted(preset, files, strengths, fp8=False, join=False):
     """A pipeline of parts in memory, as loader.load assembles it."""
     models, dtype = models_of(preset), torch.bfloat16 if fp8 else torch.float32
-    adapters = read_adapters([Adapter(file, s) for file, s in zip(files, strengths, strict=True)], [])
+    config = next(iter(models.values())).config
+    chosen = [Adapter(file, strength) for file, strength in zip(files, strengths, strict=True)]
+    adapters = read_adapters(chosen, [], config)
     for role, model in models.items():
         model.to(dtype)
         adapters.merge(role, model)
         model.fuse()
-    config = next(iter(models.values())).config
     if fp8:
         models = {role: to_fp8(model, ("*.attn2.to_out.0",), role) for role, model in models.items()}
     stages = TorchStages(models, None, None)
@@ -271,7 +272,7 @@ def test_weights_are_merged_again_only_where_strengths_differ(files, monkeypatch
         ({"c": 1.0}, r"adapters: got the name 'c', expected one of a, b"),
         ({"a": float("nan")}, r"adapter: got strength nan, expected a finite number"),
         ({"a": float("inf")}, r"adapter: got strength inf, expected a finite number"),
-        ({"a": "1"}, r"adapter: got strength '1', expected a finite number"),
+        ({"a": "1"}, r"adapter: got strength 1, expected a finite number"),
         ({"a": None}, r"adapter: got strength None, expected a finite number"),
         ({"a": 3e38, "b": 3e38}, r"got weights of .* that are not finite, expected numbers"),
     ],
@@ -349,8 +350,9 @@ def test_user_adapters_come_on_top_of_a_models_own(model_dir, files, tmp_path):
     same(weights(both), weights(own))
 
 
-def test_an_adapter_of_another_size_is_refused(files):
+def test_an_adapter_of_another_size_is_refused_before_weights_are_read(files, monkeypatch):
     """The embedded model is wider."""
+    monkeypatch.setattr(engine.loader, "load_transformer", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=r"got LoRA of a transformer of width 32, expected width \d+"):
         engine.load(adapters=[files[0]])
 
