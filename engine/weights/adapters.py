@@ -68,6 +68,8 @@ def read_adapters(
 
     Raises FileNotFoundError, or ValueError for two of one name, an unreadable file, another base or another shape.
     """
+    if isinstance(values, str | Path | Adapter):
+        raise ValueError(f"adapters: got {values!r}, expected a list")
     chosen = [Adapter.of(value) for value in values]
     names = [adapter.name for adapter in chosen]
     if twice := [adapter for adapter in chosen if names.count(adapter.name) > 1]:

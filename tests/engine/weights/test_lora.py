@@ -631,6 +631,9 @@ def test_names(tmp_path):
     named = Adapter(tmp_path / "b" / "style.v2.safetensors", 0.25, "other")
     assert read_adapters([*values, named], [], CONFIG).strengths == {"style.v2": 0.5, "motion": 2.0, "other": 0.25}
     assert read_adapters([], [], CONFIG) is None
+    for alone in ("a.safetensors", tmp_path, named):
+        with pytest.raises(ValueError, match=r"adapters: got .*, expected a list"):
+            read_adapters(alone, [], CONFIG)
     (tmp_path / "linked.safetensors").symlink_to(tmp_path / "style.v2.safetensors")  # as in the cache of a hub
     assert Adapter(tmp_path / "linked.safetensors").name == "linked"
 
