@@ -27,9 +27,10 @@ from engine.runtime.passes import Stages
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
 from engine.threads import settle, work_of
-from engine.weights.adapters import merge_adapter, merge_lora_file
+from engine.weights.adapters import AdapterLike, merge_adapter, read_adapters
 from engine.weights.checkpoint import check_tensors, fill, load_text_encoder, load_transformer
 from engine.weights.folders import Given, Parts, check_folder, find_parts
+from engine.weights.merge import Adapters
 from engine.weights.sources import STATES, FileSource, TensorSource
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def load(
     model: str | Path | None = None, *, preset: str | None = None, overrides: dict[str, Any] | None = None,
     checkpoint: str | Path | None = None, checkpoint_state: str | None = None, vae: str | Path | None = None,
     text_encoder: str | Path | None = None, tokenizer: str | Path | None = None,
-    adapters: Sequence[str | Path] = (), height: int | None = None, width: int | None = None,
+    adapters: Sequence[AdapterLike] = (), height: int | None = None, width: int | None = None,
     fps: float | None = None, runtime: Runtime | None = None, **options: Any,
 ) -> Pipeline:  # fmt: skip
     """Load a pipeline.
@@ -96,7 +97,8 @@ def load(
                       preset's
     vae, text_encoder, tokenizer  files or folders instead of the directory's; with a checkpoint and all three, no
                       directory is read
-    adapters          PEFT LoRA folders, or LongLive's LoRA .pt, merged into every transformer
+    adapters          LoRA files and PEFT folders, merged into every transformer: a path, a text "PATH:0.8", a pair
+                      (path, strength) or an engine.Adapter; Stream.set_adapters changes their strengths
     height, width     pixels; None is the model's own
     fps               frames per second of the output; None is the model's own
     runtime           engine.Runtime: device, precision, threads
@@ -126,6 +128,7 @@ def load(
     if not fps > 0:
         raise ValueError(f"fps: got {fps}, expected a positive number")
 
+    adapted, notes = read_adapters(adapters, parts.transformer.files, config), list(parts.notes)
     roles = family.roles()
     geometry = Geometry.of(
         config, 1, height // vae_config.scale_factor_spatial, width // vae_config.scale_factor_spatial
@@ -140,17 +143,20 @@ def load(
     _check_memory(needed, cache_bytes(config, style, geometry.tokens, kv_dtype), device)
 
     models = {
-        role: _transformer(folder, config, parts.transformer, role, family.conditioned(role), adapters, dtype, device)
+        role: _transformer(
+            folder, config, parts.transformer, role, family.conditioned(role), adapted, dtype, device, notes
+        )
         for role in roles
     }
     fill(empty_vae, parts.vae, dtype, device)
     encoder = load_text_encoder(parts.text_encoder, parts.text_config, dtype, device)
     stages = make_stages(models, empty_vae, encoder, device, runtime, settings.fp8_keep)
     note = training_note(folder, settings, name, style, parts.transformer, given, adapters)
+    notes += [note] if note else []
     return assemble(
         stages, config, style, dtype, device, tokenizer=words, name=name, height=height,
         width=width, fps=fps, vae_config=vae_config, kv_dtype=FP8 if runtime.fp8_attention else None,
-        notes=[*parts.notes, *([note] if note else [])],
+        adapters=adapted, notes=list(dict.fromkeys(notes + (adapted.notes if adapted else []))),
     )  # fmt: skip
 
 
@@ -205,13 +211,14 @@ def make_stages(
 def assemble(
     stages: Stages, config: TransformerConfig, preset: Preset, dtype: torch.dtype, device: torch.device, *,
     height: int, width: int, tokenizer: Tokenizer | None = None, name: str = "", fps: float = 16,
-    vae_config: VAEConfig | None = None, kv_dtype: torch.dtype | None = None, notes: Sequence[str] = (),
+    vae_config: VAEConfig | None = None, kv_dtype: torch.dtype | None = None, adapters: Adapters | None = None,
+    notes: Sequence[str] = (),
 ) -> Pipeline:  # fmt: skip
     """Make a pipeline of parts in memory (tests, parity, random weights). height and width are pixels."""
     scale = vae_config or VAEConfig()
     return Pipeline(
         stages, tokenizer, config, preset, name, dtype, device, height, width, fps,
-        scale.scale_factor_spatial, scale.scale_factor_temporal, kv_dtype, tuple(notes),
+        scale.scale_factor_spatial, scale.scale_factor_temporal, kv_dtype, adapters, tuple(notes),
     )  # fmt: skip
 
 
@@ -294,18 +301,15 @@ def training_note(
 
 def _transformer(
     folder: Path, config: TransformerConfig, source: TensorSource, role: str, conditioned: bool,
-    adapters: Sequence[str | Path], dtype: torch.dtype, device: torch.device,
+    adapted: Adapters | None, dtype: torch.dtype, device: torch.device, notes: list[str],
 ) -> WanTransformer:  # fmt: skip
+    """The transformer of a role with its adapters merged: those that belong to it, then the user's. Adds notes."""
     model = load_transformer(config, source, dtype, device, conditioned)
     own = folder / "adapters" / role
-    belonging = ([source.lora] if source.lora else []) + ([own] if own.is_dir() else [])
-    for adapter in belonging + [Path(adapter) for adapter in adapters]:
-        if adapter.is_dir():
-            merge_adapter(model, adapter, source.files)
-        elif adapter.suffix == ".pt" and adapter.is_file():
-            merge_lora_file(model, adapter)
-        else:
-            raise FileNotFoundError(f"adapter: got {adapter}, expected a PEFT folder or a .pt file with generator_lora")
+    for adapter in ([source.lora] if source.lora else []) + ([own] if own.is_dir() else []):
+        notes += merge_adapter(model, adapter, source.files)
+    if adapted is not None:
+        adapted.merge(role, model)
     model.fuse()
     return model
 

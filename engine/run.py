@@ -16,6 +16,7 @@ from engine.bundles.manifest import read_manifest
 from engine.bundles.native import NativePipeline, NativeStream
 from engine.commands.interrupt import Interrupt
 from engine.commands.job import Bundle, Job, Model, Output, Video
+from engine.commands.strengths import strengths_at
 from engine.config import Preset, Runtime
 from engine.loader import load, load_bundle, settings_for, threads_of_bundle
 from engine.media.sinks import ChecksumSink, OutputClosed, Sink, open_sink
@@ -29,6 +30,7 @@ examples:
   python -m engine.run --prompt "a red circle moving right slowly on a gray background" --seconds 10 --out red.mp4
   python -m engine.run --prompt "..." --prompt-at 3.0s "a blue square moving up quickly on a white background"
   python -m engine.run --model Wan2.1-T2V-1.3B --checkpoint self_forcing_dmd.pt --preset self-forcing --prompt "..."
+  python -m engine.run --prompt "..." --model Wan2.1-T2V-1.3B --adapter style.safetensors:0.8 --adapter-at 4s style=0
   python -m engine.run --prompt "..." --out - | ffplay -
 
 presets: """ + ", ".join(PRESETS)
@@ -49,14 +51,14 @@ def parser() -> Parser:
     return made
 
 
-def _frame_of(when: str, fps: float) -> int:
+def _frame_of(when: str, fps: float, option: str = "--prompt-at") -> int:
     """'3.0s' or '3.0' in seconds, '48f' in frames -> frame number."""
     try:
         value = int(when[:-1]) if when.endswith("f") else round(float(when.removesuffix("s")) * fps)
     except (ValueError, OverflowError):
         value = -1
     if value < 0:
-        raise ValueError(f"--prompt-at: got {when!r}, expected a time such as 3.0s or a frame such as 48f")
+        raise ValueError(f"{option}: got {when!r}, expected a time such as 3.0s or a frame such as 48f")
     return value
 
 
@@ -66,8 +68,9 @@ def _limit(video: Video, fps: float) -> int | None:
 
 
 def _generate(
-    stream: Stream | NativeStream, sink: Sink, limit: int | None, switches: list[tuple[int, str]], job: Job,
-    interrupt: Interrupt, console: Console, fps: float, start: float,
+    stream: Stream | NativeStream, sink: Sink, limit: int | None, switches: list[tuple[int, str]],
+    strengths: list[tuple[int, dict[str, float]]], job: Job, interrupt: Interrupt, console: Console, fps: float,
+    start: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Write chunks to the sink until the limit, Ctrl-C or the reader's end; returns the measurements."""
     chunks, ttff, stopped = [], 0.0, False
@@ -83,6 +86,8 @@ def _generate(
             while limit is None or interrupt.written < limit:
                 while switches and switches[0][0] <= interrupt.written:
                     stream.set_prompt(switches.pop(0)[1], recommit=not job.video.no_recommit)
+                while strengths and strengths[0][0] <= interrupt.written:
+                    stream.set_adapters(strengths.pop(0)[1], recommit=not job.video.no_recommit)
                 chunk_start = time.perf_counter()
                 chunk = stream.next_chunk()
                 now = time.perf_counter()
@@ -163,21 +168,23 @@ def _run(job: Job, interrupt: Interrupt) -> int:
     height, width, fps = _shape(job)
     limit = _limit(video, fps)
     switches = sorted((_frame_of(when, fps), text) for when, text in video.prompt_at)
+    strengths = strengths_at(
+        video.adapter_at, job.model.adapter, lambda when: _frame_of(when, fps, "--adapter-at"), limit
+    )
     clip = _clip(video, height, width, fps)
     sink = open_sink(output.out, fps, (height * output.scale, width * output.scale), format=output.format)
     begun = time.perf_counter()
     try:
         with _loading(console, output.quiet):
             pipeline = _load(job, height, width, fps)
-            notes = [] if isinstance(pipeline, NativePipeline) else list(pipeline.notes)
             if not output.quiet:
-                for note in notes:
+                for note in pipeline.notes:
                     print(f"note: {note}", file=sys.stderr)
             if pipeline.device.type == "cuda":
                 pipeline.warm()
         start = time.perf_counter()
         with pipeline.stream(video.prompt, seed=video.seed, frames=limit, clip=clip) as stream:
-            report = _generate(stream, sink, limit, switches, job, interrupt, console, fps, start)
+            report = _generate(stream, sink, limit, switches, strengths, job, interrupt, console, fps, start)
         sink.close()
     except OutputClosed:
         sink.abort()  # the reader has left: this is no failure, and stdout has no reader to report to
@@ -198,7 +205,7 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         "height": pipeline.height,
         "width": pipeline.width,
         "out": output.out,
-        "notes": notes,
+        "notes": pipeline.notes,
     }
     if isinstance(sink, ChecksumSink):
         report["sha256"] = sink.digest

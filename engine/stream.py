@@ -1,8 +1,9 @@
 """The loop: noise -> denoising steps -> VAE decode -> commit, chunk by chunk, while the caller pulls frames."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -22,6 +23,7 @@ from engine.runtime.transfer import Download, SideStream, upload
 from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
 from engine.sampling.schedule import Schedule
 from engine.sampling.solvers import SOLVERS, make_solver
+from engine.weights.merge import Adapters
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Pipeline:
     spatial: int  # pixels per latent pixel, in height and in width
     temporal: int  # frames per latent frame, after the first
     kv_dtype: torch.dtype | None = None  # dtype of cached keys and values; None is `dtype`
+    adapters: Adapters | None = None  # whose strengths streams may change
     notes: tuple[str, ...] = ()  # what a user should know about the weights: what was chosen, what is lossy
 
     @cached_property
@@ -137,7 +140,8 @@ class Stream:
     ) -> None:
         self.pipeline, self.noise, self.limit = pipeline, noise, frames
         self.schedule = Schedule(pipeline.preset)
-        text_emb = self._embed(prompt)
+        self._strengths = {} if pipeline.adapters is None else pipeline.adapters.strengths
+        self._text_emb = text_emb = self._embed(prompt)
         config = pipeline.config
         geometry = Geometry.of(
             config, len(text_emb), pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
@@ -145,7 +149,7 @@ class Stream:
         self.supplied = deque(self._split(latents, geometry)) if latents is not None else deque()
         self._ahead_of_time = noise if isinstance(noise, DrawnAhead) else None
         self._prepare_noise(len(self.supplied), geometry)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._weights():
             self.state = pipeline.generator.open(geometry, pipeline.stages.prepare_text(text_emb))
         self.emitted = 0  # frames returned by the iterator so far
         self._vae_cache: Any = None
@@ -165,10 +169,39 @@ class Stream:
         ValueError for another shape or a closed stream.
         """
         self._check_open()
-        with torch.inference_mode():
-            text_kv = self.pipeline.stages.prepare_text(self._embed(prompt, self.state.geometry.batch))
+        with torch.inference_mode(), self._weights():
+            text_emb = self._embed(prompt, self.state.geometry.batch)
+            text_kv = self.pipeline.stages.prepare_text(text_emb)
             self.pipeline.generator.set_text(text_kv, self.state, recommit)
+        self._text_emb = text_emb
         self._ahead = None  # it has the old prompt; noise depends only on the chunk, so make it again
+
+    def set_adapters(self, strengths: Mapping[str, float], recommit: bool = True) -> None:
+        """Set strengths of adapters by name, of this stream alone, from the next chunk on. Others stay as they are.
+
+        `recommit` also rewrites the window's keys and values with the new weights, as in `set_prompt`.
+
+        Streams share the weights. A stream that finds another's strengths in them merges the adapters that differ anew,
+        from the base. So streams of different strengths that take turns pay for a merge per chunk: every adapted
+        weight of every transformer is read and written, on a GPU from host memory.
+
+        ValueError for an unknown name, a strength that is not finite, weights that are then not finite, a pipeline
+        without adapters or of a bundle, or a closed stream; the stream then stays at its strengths.
+        """
+        self._check_open()
+        pipeline, adapters = self.pipeline, self.pipeline.adapters
+        if adapters is None:
+            raise ValueError("adapters: got a pipeline without any, expected load(..., adapters=[...]) of a model")
+        chosen = adapters.checked(strengths, self._strengths)
+        with torch.inference_mode():
+            with adapters.at(chosen, pipeline.stages.modules()):
+                text_kv = pipeline.stages.prepare_text(self._text_emb)
+            if not recommit and self.state.pending is not None:
+                with self._weights():  # what is pending belongs to the old weights
+                    pipeline.generator.set_text(self.state.text_kv, self.state, recommit=False)
+        pipeline.generator.set_text(text_kv, self.state, recommit)
+        self._strengths = chosen
+        self._ahead = None  # it has the old weights
 
     @torch.inference_mode()
     def next_chunk(self) -> np.ndarray:
@@ -194,11 +227,15 @@ class Stream:
         x, self._ahead = self._ahead, None
         if isinstance(x, Exception):
             raise x
-        return self._make() if x is None else x
+        if x is None:
+            with self._weights():
+                x = self._make()
+        return x
 
     def _look_ahead(self) -> None:
         try:
-            self._ahead = self._make()
+            with self._weights():
+                self._ahead = self._make()
         except Exception as error:  # it belongs to the next chunk, so the next call raises it
             self._ahead = error
 
@@ -250,6 +287,11 @@ class Stream:
             self._frames.extend(self.next_chunk())
         self.emitted += 1
         return self._frames.popleft()
+
+    def _weights(self) -> AbstractContextManager[None]:
+        """Within the block the shared weights are at this stream's strengths."""
+        adapters = self.pipeline.adapters
+        return nullcontext() if adapters is None else adapters.at(self._strengths, self.pipeline.stages.modules())
 
     def _check_open(self) -> None:
         if self._closed:

@@ -37,7 +37,9 @@ class Options(Source):
     vae: Path | None = option(None, "VAE instead of the directory's", metavar="FILE")
     text_encoder: Path | None = option(None, "UMT5 encoder instead of the directory's", metavar="FILE")
     tokenizer: Path | None = option(None, "tokenizer instead of the directory's", metavar="DIR")
-    adapter: tuple[Path, ...] = option((), "PEFT LoRA folder to merge; may be repeated", metavar="PATH")
+    adapter: tuple[str, ...] = option(
+        (), "LoRA file or PEFT folder to merge, at a strength (1); may be repeated", metavar="PATH[:STRENGTH]"
+    )
     backend: tuple[str, ...] = option(
         (), "may be repeated: one bundle for several, the first is its default (onnx)", choices=BACKENDS
     )

@@ -146,7 +146,8 @@ def replace_linears(pipeline: Pipeline, names: Iterable[str], make: Callable[[st
         setattr(owner, leaf, make(name, owner.get_submodule(leaf)))  # type: ignore[arg-type]
     stages = pipeline.stages
     assert isinstance(stages, TorchStages)
-    return dataclasses.replace(pipeline, stages=TorchStages(models, stages.vae, stages.text_encoder))
+    stages = TorchStages(models, stages.vae, stages.text_encoder)
+    return dataclasses.replace(pipeline, stages=stages, adapters=None)  # the new linears keep no base to merge into
 
 
 def _fits(name: str, pattern: str) -> bool:

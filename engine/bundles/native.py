@@ -8,7 +8,7 @@
 The interface is that of engine.stream. All streams of a pipeline share weights and graphs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -62,6 +62,7 @@ class NativePipeline:
         info = self._bundle.info()
         self.height: int = info["height"]
         self.width: int = info["width"]
+        self.notes: tuple[str, ...] = ()
         self.fps: float = info["fps"]
         self.preset_name: str = info["preset"]
         self.dtype: str = {"fp32": "float32", "fp16": "float16"}.get(info["precision"], "bfloat16")
@@ -123,6 +124,10 @@ class NativeStream:
         if tuple(prompt.shape) != expected:
             raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, expected {list(expected)}")
         self._session.set_prompt_embedding(prompt[0].float().cpu().numpy(), recommit)
+
+    def set_adapters(self, strengths: Mapping[str, float], recommit: bool = True) -> None:
+        """ValueError: a bundle's weights are fixed."""
+        raise ValueError("adapters: got a pipeline without any, expected load(..., adapters=[...]) of a model")
 
     def next_chunk(self) -> np.ndarray:
         """The next chunk's frames, uint8 [T, H, W, 3], read-only. Raises engine._C.Cancelled after `cancel`."""

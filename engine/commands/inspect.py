@@ -18,10 +18,11 @@ from engine.model.transformer import WanTransformer
 from engine.model.umt5 import UMT5Config, UMT5Encoder
 from engine.model.vae import VAE, VAEConfig
 from engine.options import Parser, add_options, option, options_of
+from engine.weights.adapters import describe
 from engine.weights.checkpoint import check_tensors
 from engine.weights.containers import Container, open_container
 from engine.weights.folders import Given, find_parts, parts_of
-from engine.weights.names import WORDS, Found, Part, recognise, unwrapped
+from engine.weights.names import WORDS, Found, Part, is_adapter, recognise, unwrapped
 from engine.weights.shapes import transformer_config, transformer_of, umt5_of, vae_of
 from engine.weights.sources import FileSource, candidates, source_of, weight_files, what_instead
 
@@ -70,6 +71,11 @@ def _directory(path: Path) -> Report:
         )
     if (path / "model_index.json").is_file() or (path / "transformer").is_dir():
         return _model(path)
+    if (path / "adapter_config.json").is_file():
+        files = candidates(path)
+        names = [key for file in files if file.name.startswith("adapter_model") for key in open_container(file).tensors]
+        if (adapter := _adapter(path, names)) is not None:
+            return adapter
     # Wan's own folder holds several parts beside each other; a component's, or a checkpoint's, holds one.
     held = set().union(*(parts_of(file) for file in candidates(path)))
     if len(held) == 1 and not any(path.glob("*/*/spiece.model")):
@@ -109,6 +115,8 @@ def _containers(path: Path, containers: Sequence[Container]) -> Report:
     counted = Counter(str(stored.dtype).removeprefix("torch.") for stored in tensors)
     dtypes = ", ".join(f"{name} ({count})" for name, count in counted.most_common(6))
     report = Report(str(path), kinds, [f"{len(names)} tensors, {size / 1e9:.2f} GB: {dtypes}"])
+    if not found and (adapter := _adapter(path, names)) is not None:
+        return adapter
     if not found:
         report.problem = f"got {what_instead(names, found)}, expected a part of a Wan2.1 text-to-video model"
         return report
@@ -127,6 +135,27 @@ def _containers(path: Path, containers: Sequence[Container]) -> Report:
     if options:
         report.problem = None
         report.command = _command(path, options)
+    return report
+
+
+def _adapter(path: Path, names: Sequence[str]) -> Report | None:
+    """A LoRA file or PEFT folder; None for anything else."""
+    if not is_adapter(names):
+        return None
+    report = Report(str(path), "adapter")
+    try:
+        about = describe(path)
+    except ValueError as error:
+        report.problem = str(error)
+        return report
+    ranks = f", ranks {', '.join(map(str, about.ranks))}" if about.ranks else ""
+    width = f" of a transformer of width {about.width}" if about.width else ""
+    report.lines.append(
+        f"{about.layout}: changes {about.parameters} parameters{width}, in {about.blocks} blocks{ranks}"
+    )
+    report.lines.append(f"spelling: {', '.join(about.spelling)}")
+    report.lines += [f"note: {note}" for note in about.notes]
+    report.command = f'python -m engine.run --model DIR --adapter {path} --prompt "..."'
     return report
 
 

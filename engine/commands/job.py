@@ -18,7 +18,10 @@ class Video:
     prompt_at: tuple[tuple[str, str], ...] = option(
         (), "switch the prompt while streaming, at 3.0s or frame 48f; may be repeated", metavar=("TIME", "TEXT")
     )
-    no_recommit: bool = option(False, "leave the past as it is when the prompt switches")
+    adapter_at: tuple[tuple[str, str], ...] = option(
+        (), "change an adapter's strength while streaming; may be repeated", metavar=("TIME", "NAME=STRENGTH")
+    )
+    no_recommit: bool = option(False, "leave the past as it is when the prompt or a strength changes")
     image: Path | None = option(None, "start from a picture (image-to-video)", metavar="FILE", exclusive="clip")
     video: Path | None = option(
         None, "continue a clip; its end is re-encoded and comes first", metavar="FILE", exclusive="clip"
@@ -59,7 +62,9 @@ class Model:
     vae: Path | None = option(None, "VAE instead of the model's", metavar="FILE")
     text_encoder: Path | None = option(None, "UMT5 encoder instead of the model's", metavar="FILE")
     tokenizer: Path | None = option(None, "tokenizer instead of the model's", metavar="DIR")
-    adapter: tuple[Path, ...] = option((), "PEFT LoRA folder to merge; may be repeated", metavar="PATH")
+    adapter: tuple[str, ...] = option(
+        (), "LoRA file or PEFT folder to merge, at a strength (1); may be repeated", metavar="PATH[:STRENGTH]"
+    )
     preset: str | None = option(None, "default: the model's own", metavar="NAME|FILE.toml")
     height: int | None = option(None, "pixels; default: the model's own")
     width: int | None = option(None, "pixels; default: the model's own")

@@ -32,6 +32,15 @@ class Fp8Linear(nn.Module):
         values, scales = quantize_per_token(x)
         return self.product(values, scales, len(x))
 
+    def write(self, leaf: str, value: Tensor, rows: slice = slice(None)) -> None:
+        """Overwrite rows of the weight [N, K], which is quantised again, or of the bias [N], in the same storage."""
+        if leaf == "weight":
+            values, scale = quantize_per_channel(value)
+            self.weight[rows].copy_(values)
+            self.scale[rows].copy_(scale)
+        elif self.bias is not None:
+            self.bias[rows].copy_(value)
+
     def product(self, values: Tensor, scales: Tensor, batch: int) -> Tensor:
         """Multiply a quantised activation: values e4m3 [B * n, K] and scales [B * n, 1] -> [B, n, N]."""
         return fp8_linear(values, scales, self.weight, self.scale, self.bias).unflatten(0, (batch, -1))

@@ -86,6 +86,9 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+PROJECTIONS = ("to_q", "to_k", "to_v")  # of self-attention, in the order of their joint product
+
+
 class Attention(nn.Module):
     """Projections of one attention: to_q, to_k, to_v, to_out.0, norm_q, norm_k."""
 

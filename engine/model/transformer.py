@@ -13,7 +13,17 @@ from torch import Tensor
 
 from engine.config import TransformerConfig
 from engine.model.cache import Streaming
-from engine.model.layers import Attend, Block, ConditionEmbedder, modulation_table, rms_unit, total
+from engine.model.fp8 import Fp8Linear
+from engine.model.layers import (
+    PROJECTIONS,
+    Attend,
+    Attention,
+    Block,
+    ConditionEmbedder,
+    modulation_table,
+    rms_unit,
+    total,
+)
 from kernels.norm_modulate import Hidden, norm_modulate
 
 # Cross-attention K and V of every layer: one tensor [layers, B, rows, heads, head_dim] each, or one per layer.
@@ -58,6 +68,28 @@ class WanTransformer(nn.Module):
         for block in blocks:
             block.attn1.fuse()
         self._tables = torch.stack([block.scale_shift_table.detach() for block in blocks])[:, None]
+
+    @torch.no_grad()
+    def write(self, name: str, value: Tensor) -> None:
+        """Overwrite a parameter in place, wherever the forward pass reads it: fused, or quantised again to FP8.
+
+        `name` is its name before `fuse` and FP8. Captured graphs, which hold addresses, read the new value.
+        """
+        path, _, leaf = name.rpartition(".")
+        owner_path, _, own = path.rpartition(".")
+        owner = self.get_submodule(owner_path)
+        if isinstance(owner, Attention) and isinstance(owner.joint, Fp8Linear) and own in PROJECTIONS:
+            rows = len(value)
+            start = PROJECTIONS.index(own) * rows
+            owner.joint.write(leaf, value, slice(start, start + rows))
+            return
+        module = self.get_submodule(path)
+        if isinstance(module, Fp8Linear):
+            module.write(leaf, value)
+            return
+        self.get_parameter(name).copy_(value)
+        if self._tables is not None and isinstance(module, Block) and leaf == "scale_shift_table":
+            self._tables[int(own), 0].copy_(value)
 
     def encode(
         self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: Attend,

@@ -1,30 +1,89 @@
-"""Merges LoRA weights into transformers: PEFT folders and LongLive's LoRA checkpoints.
-
-W + scale * B A is added here, because importing PEFT takes as long as the rest of a start. PEFT itself merges what is
-more than that, as DoRA or ranks by layer.
-"""
+"""Adapters of a pipeline: which file at which strength under which name; and those that belong to a model."""
 
 import hashlib
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from engine.config import TransformerConfig
 from engine.files import read_json
 from engine.model.transformer import WanTransformer
-from engine.weights.checkpoint import check_tensors, shorten
-from engine.weights.containers import Container, open_container
-from engine.weights.names import diffusers_name
+from engine.weights.checkpoint import check_tensors
+from engine.weights.containers import open_container
+from engine.weights.lora import read_lora
+from engine.weights.merge import Adapters, check_strength, merge_into
 
-# What adapter_config.json may hold for _merge to do. Entries that are not listed must be unset (null, false, empty).
-_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
-_READ = {"r", "lora_alpha", "use_rslora", "target_modules"}
-_WITHOUT_EFFECT = {  # on a merge
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "task_type",
-}  # fmt: skip
+_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf|infinity|nan)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA file or PEFT folder, and its strength; the name is the file's stem or the folder's name.
+
+    ValueError unless the strength is finite.
+    """
+
+    path: Path
+    strength: float = 1.0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        check_strength(self.strength)
+        path = Path(self.path)
+        object.__setattr__(self, "path", path)
+        if not self.name:
+            whole = Path(os.path.abspath(path))  # a link keeps its own name
+            object.__setattr__(self, "name", whole.name if path.is_dir() else whole.stem)
+
+    @classmethod
+    def of(cls, value: "AdapterLike") -> "Adapter":
+        """From a path, a text PATH or PATH:STRENGTH, a pair of both, or an Adapter.
+
+        A text that is an existing path is that path, whatever colons are in it.
+        """
+        if isinstance(value, Adapter):
+            return value
+        if isinstance(value, tuple):
+            if len(value) != 2:
+                raise ValueError(f"adapter: got {len(value)} values, expected a path and a strength")
+            return cls(Path(value[0]), value[1])
+        text = str(value)
+        path, colon, number = text.rpartition(":")
+        if colon and path and _NUMBER.fullmatch(number) and not Path(text).exists():
+            return cls(Path(path), float(number))
+        return cls(Path(text))
+
+
+AdapterLike = str | Path | tuple[str | Path, float] | Adapter
+
+
+def read_adapters(
+    values: Sequence[AdapterLike], base_files: list[Path], config: TransformerConfig
+) -> Adapters | None:  # fmt: skip
+    """Read adapters for transformers of a shape, as `engine.load` takes them; None if there are none.
+
+    Raises FileNotFoundError, or ValueError for two of one name, an unreadable file, another base or another shape.
+    """
+    if isinstance(values, str | Path | Adapter):
+        raise ValueError(f"adapters: got {values!r}, expected a list")
+    chosen = [Adapter.of(value) for value in values]
+    names = [adapter.name for adapter in chosen]
+    if twice := [adapter for adapter in chosen if names.count(adapter.name) > 1]:
+        paths = " and ".join(str(adapter.path) for adapter in twice[:2])
+        raise ValueError(f"adapter: got the name {twice[0].name!r} for {paths}, expected different names "
+                         "(Adapter(path, strength, name) gives one)")  # fmt: skip
+    loras = {}
+    for adapter in chosen:
+        loras[adapter.name] = read_lora(adapter.path)
+        loras[adapter.name].fit(_shapes(config))
+        check_base(adapter.path, base_files)
+        if (condition := adapter.path / "condition.safetensors").is_file():
+            raise ValueError(f"{condition}: got condition weights, expected none for an adapter of every transformer")
+    return Adapters(loras, {adapter.name: float(adapter.strength) for adapter in chosen}) if loras else None
 
 
 def base_hash(files: list[Path]) -> str:
@@ -37,118 +96,71 @@ def base_hash(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def merge_adapter(model: WanTransformer, folder: Path, base_files: list[Path]) -> None:
-    """Merge a PEFT LoRA folder into `model`, in place; its condition.safetensors becomes W_c.
-
-    base.json in the folder names the base of the adapter's training (`base_sha256`). Raises FileNotFoundError for a
-    missing file, ValueError for another base or weights that do not fit.
-    """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"adapter: got {folder} without {name}, expected a PEFT folder")
-    if (folder / "base.json").is_file():
-        expected, got = read_json(folder / "base.json").get("base_sha256"), base_hash(base_files)
+def check_base(path: Path, base_files: list[Path]) -> None:
+    """ValueError if base.json in a folder names another base (`base_sha256`) than these files."""
+    if (path / "base.json").is_file():
+        expected, got = read_json(path / "base.json").get("base_sha256"), base_hash(base_files)
         if got != expected:
-            raise ValueError(f"adapter {folder}: got a base with sha256 {got[:12]}, expected {str(expected)[:12]}")
-    config, file = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    source = open_container(file)
-    if targets := _plain_targets(model, config):
-        prefix, rank = "base_model.model.", config["r"]
-        scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-        check_tensors(file, _shapes(source), _wanted(targets, rank, prefix))
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in source.read(source.tensors)}
-        _merge(file, targets, tensors, scale)
-    else:
-        _merge_with_peft(model, folder, source)
+            raise ValueError(f"adapter {path}: got a base with sha256 {got[:12]}, expected {str(expected)[:12]}")
+
+
+def merge_adapter(model: WanTransformer, path: Path, base_files: list[Path]) -> list[str]:
+    """Merge an adapter that belongs to a model, in place and for good; its condition.safetensors becomes W_c.
+
+    Returns notes about what was skipped. Raises FileNotFoundError for a missing file, ValueError for another base or
+    weights that do not fit.
+    """
+    lora = read_lora(path)
+    check_base(path, base_files)
+    merge_into(model, [(lora, 1.0)])
     model.requires_grad_(False)
-    condition = folder / "condition.safetensors"
+    condition = path / "condition.safetensors"
     if condition.is_file():
         if model.condition_proj is None:
             raise ValueError(f"{condition}: got condition weights, expected none for this model")
-        source = open_container(condition)
-        weight = model.condition_proj.weight
-        check_tensors(condition, _shapes(source), {"condition_proj.weight": weight})
-        for name, tensor in source.read(source.tensors):
+        source, weight = open_container(condition), model.condition_proj.weight
+        shapes = {name: stored.shape for name, stored in source.tensors.items()}
+        check_tensors(condition, shapes, {"condition_proj.weight": weight})
+        for name, tensor in source.read(shapes):
             model.load_state_dict({name: tensor.to(weight)}, strict=False)
+    return list(lora.notes)
 
 
-def merge_lora_file(model: nn.Module, file: Path) -> None:
-    """Merge the `generator_lora` of a LongLive checkpoint (PEFT keys in Wan's names; alpha equals the rank).
+@dataclass(frozen=True)
+class Description:
+    """A summary of an adapter.
 
-    Raises ValueError for weights that do not fit.
+    layout      "PEFT folder" or "file"
+    spelling    prefixes and parts as the file writes them
+    parameters  number of parameters that it changes
+    ranks       the different ranks, rising; empty if it has differences alone
+    width       of the transformer that it was made for; None if nothing tells
+    blocks      the least number of blocks of that transformer
+    notes       what is skipped
+    problem     why it does not fit the transformer that was asked about; None if it fits, or none was
     """
-    source, state = open_container(file), "generator_lora."
-    keys = [key for key in source.tensors if key.startswith(state)]
-    tensors = {key.removeprefix(state).removeprefix("base_model.model.").replace(".default", ""): tensor
-               for key, tensor in source.read(keys)}  # fmt: skip
-    tensors = {diffusers_name(name): tensor for name, tensor in tensors.items()}
-    names = sorted({name.split(".lora_")[0] for name in tensors})
-    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    unknown = [name for name in names if name not in linears]
-    if unknown or not names:
-        raise ValueError(
-            f"{file}: got LoRA weights for {shorten(unknown) or 'nothing'}, expected Linear layers of blocks"
-        )
-    targets = {name: linears[name] for name in names}
-    rank = next(t.shape[0] for name, t in tensors.items() if "lora_A" in name)
-    check_tensors(file, {name: tuple(t.shape) for name, t in tensors.items()}, _wanted(targets, rank))
-    _merge(file, targets, tensors, 1.0)
-    model.requires_grad_(False)
+
+    layout: str
+    spelling: tuple[str, ...]
+    parameters: int
+    ranks: tuple[int, ...]
+    width: int | None
+    blocks: int
+    notes: tuple[str, ...]
+    problem: str | None = None
 
 
-def _shapes(source: Container) -> dict[str, tuple[int, ...]]:
-    return {name: stored.shape for name, stored in source.tensors.items()}
+def describe(path: Path, config: TransformerConfig | None = None) -> Description:
+    """Summarise an adapter, and say whether it fits a transformer. Errors as `read_lora`."""
+    lora = read_lora(path)
+    problem = None if config is None else lora.problem(_shapes(config))
+    layout = "PEFT folder" if lora.peft is not None else "file"
+    return Description(
+        layout, lora.spelling, len(lora.changes), lora.ranks, lora.width, lora.blocks, lora.notes, problem
+    )  # fmt: skip
 
 
-def _plain_targets(model: nn.Module, config: Mapping[str, Any]) -> dict[str, nn.Linear]:
-    """The Linears that a PEFT configuration names; none if it asks for more than W + scale * B A."""
-    suffixes, numbers = config.get("target_modules"), (config.get("r"), config.get("lora_alpha"))
-    others = config.keys() - _PLAIN.keys() - _READ - _WITHOUT_EFFECT
-    plain = all(config.get(key, values[0]) in values for key, values in _PLAIN.items())
-    if not plain or any(config[key] for key in others) or not isinstance(suffixes, list):
-        return {}
-    if not all(isinstance(number, int | float) and number > 0 for number in numbers):
-        return {}
-    # PEFT's rule: a list names modules by whole dotted suffixes.
-    found = {name: layer for name, layer in model.named_modules()
-             if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)}  # fmt: skip
-    linears = {name: layer for name, layer in found.items() if type(layer) is nn.Linear}
-    return linears if len(linears) == len(found) else {}
-
-
-def _wanted(targets: Mapping[str, nn.Linear], rank: int, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of an adapter of this rank, without data."""
-    wanted = {}
-    for name, layer in targets.items():
-        wanted[f"{prefix}{name}.lora_A.weight"] = torch.empty(rank, layer.in_features, device="meta")
-        wanted[f"{prefix}{name}.lora_B.weight"] = torch.empty(layer.out_features, rank, device="meta")
-    return wanted
-
-
-def _merge(file: Path, targets: Mapping[str, nn.Linear], tensors: Mapping[str, Tensor], scale: float) -> None:
-    """W [out, in] of each target becomes W + scale * B A, with PEFT's bits: A, B in W's dtype, the product in float32.
-
-    W becomes a new tensor, because the old one may be mapped to its file.
-    """
-    for name, layer in targets.items():
-        weight = layer.weight.detach()
-        a, b = (tensors[f"{name}.lora_{x}.weight"].to(weight).float() for x in "AB")
-        merged = weight + (b @ a * scale).to(weight.dtype)
-        if not merged.isfinite().all():
-            raise ValueError(f"{file}: got weights of {name} that are not finite, expected numbers")
-        layer.weight = nn.Parameter(merged, requires_grad=False)
-
-
-def _merge_with_peft(model: WanTransformer, folder: Path, source: Container) -> None:
-    from peft import PeftModel, get_peft_model_state_dict  # takes seconds to import, so import it only here
-
-    try:
-        merged = PeftModel.from_pretrained(model, folder, is_trainable=False, low_cpu_mem_usage=True)
-        # PEFT initialises missing weights and drops unknown ones without an error, so check the names here.
-        check_tensors(source.file, _shapes(source), get_peft_model_state_dict(merged))
-        merged.merge_and_unload(safe_merge=True)  # creates a new tensor: the base may be mapped to its file
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"adapter {folder}: got weights that do not fit, expected LoRA of this model ({reason})"
-        ) from None
+def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of a transformer."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in WanTransformer(config).named_parameters()}

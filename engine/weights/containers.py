@@ -83,11 +83,7 @@ class TorchFile:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.metadata: dict[str, str] = {}
-        try:
-            loaded = _loaded(file)
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{file}: got an unreadable file, expected a torch checkpoint ({reason})") from None
+        loaded = load_torch(file)
         if not isinstance(loaded, Mapping):
             raise ValueError(f"{file}: got {type(loaded).__name__}, expected a dictionary of tensors")
         self._tensors = dict(_flat(loaded))
@@ -97,16 +93,21 @@ class TorchFile:
         return ((key, self._tensors[key].detach()) for key in keys)
 
 
-def _loaded(file: Path) -> Any:
-    """What torch.save wrote, mapped where that is possible."""
-    if file.suffix != ".safetensors":  # torch goes by that suffix; the content says otherwise
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):  # files of torch before 1.6 cannot be mapped
-                raise
-    with file.open("rb") as opened:
-        return torch.load(opened, map_location="cpu", weights_only=True)
+def load_torch(file: Path) -> Any:
+    """What torch.save wrote, mapped where that is possible; code in it never runs. ValueError if unreadable."""
+    try:
+        # torch takes a path with this suffix for safetensors; the content says otherwise.
+        if file.suffix != ".safetensors":
+            try:
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):  # files of torch before 1.6 cannot be mapped
+                    raise
+        with file.open("rb") as opened:
+            return torch.load(opened, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file}: got an unreadable file, expected a torch checkpoint ({reason})") from None
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -172,28 +173,34 @@ def _text(field: Any) -> str:
     return str(field.contents())
 
 
-def open_container(file: Path) -> Container:
-    """Open a file by its first bytes. FileNotFoundError, or ValueError naming what the file is instead."""
-    if not file.is_file():
-        raise FileNotFoundError(f"weights: got {file}, expected an existing file")
+def kind_of(file: Path) -> str:
+    """safetensors, torch or GGUF, by the first bytes. ValueError names what the file is instead."""
     with file.open("rb") as opened:
         start = opened.read(512)
     size = file.stat().st_size
     if start[:4] == b"GGUF":
-        return GGUFFile(file)
+        return "GGUF"
     # A safetensors file begins with the length of its header, which may look like the beginning of any other file.
     has_header = start[8:9] == b"{"
-    if has_header and 8 + int.from_bytes(start[:8], "little") <= size:
-        return SafetensorsFile(file)
-    if start[:2] == b"PK" or (
-        start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"
-    ):  # torch.save: zip, or a pickle before 1.6
-        return TorchFile(file)
+    whole = has_header and 8 + int.from_bytes(start[:8], "little") <= size
+    # torch.save: a zip archive, or before 1.6 a pickle.
+    if not whole and (start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")):
+        return "torch"
     if has_header:
-        return SafetensorsFile(file)  # cut off: the library says how
+        return "safetensors"  # a file that is cut off too: the library says how
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{file}: got a Git LFS pointer, expected the file itself (git lfs pull)")
     if start.lstrip()[:1] == b"<":
         raise ValueError(f"{file}: got a web page, expected weights: the download failed")
     what = f"{size} bytes that start with {start[:8]!r}" if start else "an empty file"
     raise ValueError(f"{file}: got {what}, expected safetensors, a torch checkpoint or GGUF")
+
+
+def open_container(file: Path) -> Container:
+    """Open a file. FileNotFoundError, or ValueError for one that is damaged or holds something else."""
+    if not file.is_file():
+        raise FileNotFoundError(f"weights: got {file}, expected an existing file")
+    kinds: dict[str, type[SafetensorsFile | TorchFile | GGUFFile]] = {
+        "safetensors": SafetensorsFile, "torch": TorchFile, "GGUF": GGUFFile
+    }  # fmt: skip
+    return kinds[kind_of(file)](file)

@@ -176,6 +176,7 @@ def recognise(names: Iterable[str]) -> list[Found]:
     return sorted(found, key=lambda one: (NAMINGS.index(one.naming), one.prefix))
 
 
+_ADAPTER = r"(^|\.)lora(_|\.)(A|B|up|down)(\.|$)|\.(hada|lokr)_|\.diff(_b|_m)?$"
 # Keys of models that are built otherwise, and what they are.
 _OTHERS = (
     (r"(^|\.)(k_img|v_img|add_k_proj|img_emb|image_embedder)\.", "an image-to-video model (Wan I2V or FLF2V)"),
@@ -189,7 +190,7 @@ _OTHERS = (
     (r"(^|\.)(down|up)_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.", "a U-Net (Stable Diffusion)"),
     (r"(^|\.)joint_blocks\.", "a model of another family (SD3)"),
     (r"(^|\.)visual\.transformer\.|textual\.", "CLIP"),
-    (r"(^|\.)lora_(A|B|up|down)(\.|$)|\.(hada|lokr)_", "an adapter (LoRA); pass it as --adapter"),
+    (_ADAPTER, "an adapter (LoRA); pass it as --adapter"),
     (r"^(encoder|decoder)\.\d+\.(conv\.\d+\.)?weight$", "a tiny autoencoder (TAEHV)"),
 )
 
@@ -198,3 +199,8 @@ def other_kind(names: Iterable[str]) -> str | None:
     """What a file is, in words, where its names say that the engine cannot run it."""
     names = list(names)
     return next((words for pattern, words in _OTHERS if any(re.search(pattern, name) for name in names)), None)
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether names are those of a LoRA and its relatives."""
+    return any(re.search(_ADAPTER, name) for name in names)

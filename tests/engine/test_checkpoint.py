@@ -20,8 +20,7 @@ import engine
 from engine.config import TransformerConfig
 from engine.model.layers import dense_attention
 from engine.model.rope import rope_tables
-from engine.weights import adapters
-from engine.weights.adapters import base_hash, merge_adapter, merge_lora_file
+from engine.weights.adapters import base_hash, merge_adapter
 from engine.weights.checkpoint import load_transformer
 from engine.weights.sources import open_source
 
@@ -291,38 +290,35 @@ def test_peft_adapter_equals_pefts_own_forward(tmp_path, targets, fused):
 
 
 @pytest.mark.parametrize(
-    ("options", "plain"),
+    "options",
     [
-        ({}, True),
-        ({"use_rslora": True, "r": 3}, True),
-        ({"init_lora_weights": "gaussian", "lora_dropout": 0.1}, True),
-        ({"target_modules": ["blocks.1.attn2.to_k"]}, True),
-        ({"target_modules": r"blocks\.0\.attn1\.to_[qk]"}, False),
-        ({"rank_pattern": {"to_q": 2}}, False),
-        ({"alpha_pattern": {"to_q": 32}}, False),
-        ({"layers_to_transform": [1], "layers_pattern": "blocks"}, False),
-        ({"exclude_modules": ["to_k"]}, False),
-        ({"use_dora": True}, False),
-        ({"lora_bias": True}, False),
-        ({"target_modules": ["to_v", "proj_out", "patch_embedding"]}, False),
+        {},
+        {"use_rslora": True, "r": 3},
+        {"init_lora_weights": "gaussian", "lora_dropout": 0.1},
+        {"target_modules": ["blocks.1.attn2.to_k"]},
+        {"target_modules": r"blocks\.0\.attn1\.to_[qk]"},
+        {"rank_pattern": {"to_q": 2}},
+        {"rank_pattern": {"ffn.net.2": 2, "to_q": 3}, "alpha_pattern": {"to_q": 32}, "use_rslora": True},
+        {"alpha_pattern": {"to_q": 32}},
+        {"layers_to_transform": [1], "layers_pattern": "blocks"},
+        {"exclude_modules": ["to_k"]},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"target_modules": ["to_v", "proj_out", "patch_embedding"]},
     ],
-    ids=lambda value: "" if isinstance(value, bool) else "-".join(value) or "plain",
+    ids=lambda options: "-".join(options) or "plain",
 )
 @pytest.mark.filterwarnings("ignore")
-def test_merged_weights_have_pefts_bits(tmp_path, monkeypatch, options, plain):
-    """What is more than W + scale * B A goes to PEFT itself."""
+def test_merged_weights_have_pefts_bits(tmp_path, options):
     adapter(tmp_path / "lora", **{"targets": ["to_q", "to_k", "ffn.net.2"]} | options)
     reference_of(transformer(0)).save_pretrained(tmp_path / "base")
-    called, inner = [], adapters._merge_with_peft
-    monkeypatch.setattr(adapters, "_merge_with_peft", lambda *parts: called.append(1) or inner(*parts))
-    for dtype in (torch.float32, torch.bfloat16, torch.float16) if plain else (torch.bfloat16,):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         base = loaded(tmp_path / "base", dtype=dtype)
         before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
         theirs = peft.PeftModel.from_pretrained(base, tmp_path / "lora", low_cpu_mem_usage=True)
         expected = theirs.merge_and_unload(safe_merge=True).state_dict()
         model = loaded(tmp_path / "base", dtype=dtype)
         merge_adapter(model, tmp_path / "lora", [])
-        assert bool(called) is not plain
         same(model, expected)
         assert any(not torch.equal(expected[name], tensor) for name, tensor in before.items())
 
@@ -462,7 +458,7 @@ def test_longlive_lora_is_w_plus_ba(tmp_path, spell):
     merged, tensors = longlive(tmp_path / "lora.pt", spell=spell)
     assert len(tensors) == 2 * 2 * 10
     model = transformer(0)
-    merge_lora_file(model, tmp_path / "lora.pt")
+    merge_adapter(model, tmp_path / "lora.pt", [])
     near(model, merged)
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -494,7 +490,7 @@ def test_longlive_files_that_do_not_fit_are_refused(tmp_path, how):
         tensors = {}
     torch.save({"generator_lora": tensors} if how != "no lora" else {"generator": tensors}, tmp_path / "lora.pt")
     with pytest.raises(ValueError, match=r"got .*expected") as raised:
-        merge_lora_file(transformer(0), tmp_path / "lora.pt")
+        merge_adapter(transformer(0), tmp_path / "lora.pt", [])
     assert "\n" not in str(raised.value)
 
 

@@ -84,6 +84,21 @@ def test_directories(capsys, wan, published, tmp_path):
         assert f"{option} {diffusers / part}" in report["command"]
 
 
+@pytest.mark.parametrize(("prefix", "a", "b"), [("diffusion_model.", "lora_A", "lora_B"), ("", "lora_down", "lora_up")])
+def test_adapters(capsys, wan, tmp_path, prefix, a, b):
+    layer = f"{prefix}blocks.0.self_attn.q"
+    state = {f"{layer}.{a}.weight": torch.ones(4, 128), f"{layer}.{b}.weight": torch.ones(128, 4)}
+    save_file(state, tmp_path / "style.safetensors")
+    report = inspected(capsys, tmp_path / "style.safetensors")
+    assert report["kind"] == "adapter"
+    assert "changes 1 parameters of a transformer of width 128, in 1 blocks, ranks 4" in report["lines"][0]
+    assert runs(report["command"], wan)
+    report = inspected(capsys, EMBEDDED / "adapters" / "etm")
+    assert "ranks" in report["lines"][0]
+    save_file({f"{layer}.{a}.weight": torch.ones(4, 128)}, tmp_path / "half.safetensors")
+    assert "expected" in inspected(capsys, tmp_path / "half.safetensors", 2)["problem"]
+
+
 def test_what_it_lacks(capsys, wan, published, tmp_path):
     state = published.wan("transformer")
     state.pop("blocks.1.ffn.2.bias")
