@@ -37,6 +37,9 @@ class Bundle {
     // Token ids lie below this: the rows of the text encoder's table. Without such a table the tokenizer's ids count.
     std::int64_t vocabulary() const;
 
+    // Throws Error(GREEDY_BAD_BUNDLE) that names the first weight which is not finite.
+    void check_weights() const;
+
     void log(int level, const std::string& text) const;
 
   private:

@@ -103,18 +103,18 @@ class HandsOver:
 
         `ready` gives the same result again if it is called again.
         """
-        frame, before = sys._getframe(), None
-        self._turns.take(frame)
+        before = None
+        self._turns.take(sys._getframe())  # no variable holds the frame: it would keep itself, and all caches, alive
         try:
             result, after = ready()
             after = replace(after, handed=self._now.handed + 1, last=result)
             before = self._now
-            self._turns.give_back(frame)
+            self._turns.give_back(sys._getframe())
             # Python runs signal handlers at calls and loops only: none comes between these lines.
             self._now = cast(Progress, after)
             return result
         except BaseException:
             if before is not None:
                 self._now = before
-            self._turns.give_back(frame)
+            self._turns.give_back(sys._getframe())
             raise

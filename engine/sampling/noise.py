@@ -37,12 +37,8 @@ class PhiloxNoise:
     def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
         size = prod(shape)
         raw = np.empty((count, size + size % 2), dtype=np.uint64)
-        bits = np.random.Philox(key=self._key)  # of this call alone: calls may be interrupted, or overlap in threads
-        state = bits.state  # restored with another counter: faster than a new generator
         for number in range(count):
-            state["state"]["counter"] = np.array([0, number, chunk, 0], dtype=np.uint64)
-            bits.state = state
-            raw[number] = bits.random_raw(raw.shape[1])
+            raw[number] = self._words(chunk, number, raw.shape[1])
         raw >>= np.uint64(11)
         raw += np.uint64(1)
         uniform = raw * 2.0**-53
@@ -53,6 +49,11 @@ class PhiloxNoise:
         np.multiply(radius, np.cos(angle), out=values[:, 0::2], casting="same_kind")
         np.multiply(radius, np.sin(angle), out=values[:, 1::2], casting="same_kind")
         return torch.from_numpy(values[:, :size]).reshape(count, *shape)
+
+    def _words(self, chunk: int, number: int, size: int) -> np.ndarray:
+        # A generator of this call alone: calls may be interrupted, or overlap in threads.
+        counter = np.array([0, number, chunk, 0], dtype=np.uint64)
+        return np.random.Philox(key=self._key, counter=counter).random_raw(size)
 
 
 class DrawnAhead:
