@@ -16,7 +16,7 @@ from engine.generators import family_of, make_generator
 from engine.generators.base import Generator, Geometry
 from engine.model.text import Tokenizer
 from engine.model.vae import frames_to_uint8, uint8_to_frames
-from engine.runtime.finite import first_bad, kind_of, numbers
+from engine.runtime.finite import bad_weight, first_bad, kind_of, numbers
 from engine.runtime.handover import HandsOver, Progress
 from engine.runtime.passes import Stages
 from engine.runtime.transfer import Download, SideStream, upload
@@ -58,6 +58,23 @@ class Pipeline:
         """The thread on which streams draw their next chunk's noise."""
         return ThreadPoolExecutor(1, thread_name_prefix="noise")
 
+    @cached_property
+    def _bad_weight(self) -> str:
+        """Names a weight of transformers and VAE that is not finite; empty if all are."""
+        return bad_weight(self.stages.named_weights(), text=False)
+
+    @cached_property
+    def _bad_text_weight(self) -> str:
+        return bad_weight(self.stages.named_weights(), text=True)
+
+    def check_weights(self, text: bool = False) -> None:
+        """ValueError for a weight of transformers and VAE (`text`: of the text encoder) that is not finite.
+
+        It reads all weights, once. Results alone do not tell: attention on a processor turns NaN scores into zeros.
+        """
+        if bad := self._bad_text_weight if text else self._bad_weight:
+            raise ValueError(bad)
+
     def warm(self) -> None:
         """Stream an empty prompt twice, to compile kernels and capture graphs before the first stream."""
         rows = self.tokenizer.rows if self.tokenizer else 1
@@ -75,6 +92,7 @@ class Pipeline:
         if self.tokenizer is None:
             raise ValueError("got a pipeline without a tokenizer, expected one")
         ids, mask = self.tokenizer(prompt)
+        self.check_weights(text=True)
         tokens = ids.to(self.device), mask.to(self.device)
         text_emb = self.stages.encode_text(*tokens).to(self.dtype)
         if kind_of(text_emb) is not None:
@@ -96,6 +114,7 @@ class Pipeline:
         unit = family_of(self.preset).unit(self.preset)
         latents = max((1 + (len(clip) - 1) // self.temporal) // unit, 1) * unit
         frames = 1 + self.temporal * (latents - 1)
+        self.check_weights()
         clip = clip[-frames:]
         if len(clip) < frames:
             clip = np.concatenate([clip, np.repeat(clip[-1:], frames - len(clip), axis=0)])
@@ -283,6 +302,8 @@ class Stream(HandsOver):
     def _latent(self) -> Tensor:
         """The next chunk's latent, made ahead or now. Raises the error of a failed look-ahead."""
         number = self._now.made
+        if number == 0:
+            self.pipeline.check_weights()
         if self._ahead is None or self._ahead[0] != number:
             self._ahead = number, self._make(self.pipeline.generator)
         x = self._ahead[1]

@@ -152,6 +152,7 @@ Latent Session::frame_of(const Latent& chunk, std::int64_t frame) const {
 
 // Makes one chunk; publishes the chunk before it, and nothing of its own.
 std::shared_ptr<const Latent> Session::make() {
+    bundle_->check_weights();
     apply_prompt();
     // Commits lazily, so that cache passes do not delay the frames of the chunk before.
     if (uncommitted_) {

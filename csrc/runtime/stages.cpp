@@ -334,7 +334,6 @@ Stages::VaeCache Stages::encode(const std::uint8_t* rgb, const VaeCache& cache, 
 void Stages::need_finite(const std::vector<float>& values, const std::string& where) const {
     const std::string got = not_finite(values.data(), values.size(), DType::float32);
     if (got.empty()) return;
-    bundle_.check_weights();
     fail(GREEDY_NOT_FINITE, where, got + " though all weights are finite", "finite numbers");
 }
 

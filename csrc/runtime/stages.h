@@ -80,8 +80,7 @@ class Stages {
     // Throws Error(GREEDY_CANCELLED) once for a cancel.
     void check_cancel();
 
-    // Throws unless the values are finite: Error(GREEDY_BAD_BUNDLE) for a weight that is not, else
-    // Error(GREEDY_NOT_FINITE) for `where`.
+    // Throws Error(GREEDY_NOT_FINITE) for `where` unless the values are finite.
     void need_finite(const std::vector<float>& values, const std::string& where) const;
 
     Ring make_cache(const std::string& role) const;

@@ -144,11 +144,12 @@ def test_single_instructions(made, name):
 def test_every_line_of_the_loop(made, name, ahead):
     """Each call is interrupted at one line more than the one before, so that all lines have their turn."""
     pipeline = made(name)
-    lines = 60 + max(events_of(lambda: chunk(s), places=LOOP) for s in [stream_of(pipeline, clip=clip())])
+    lines = 60 + events_of(stream_of(pipeline).next_chunk, places=LOOP)
     for step in ([chunk], [next], [latent], [switch(0), chunk], [switch(1, False), chunk]):
         steps = step * lines
+        point = lambda number: [(1 + number * lines // len(steps), LOOP)]  # noqa: B023, E731
         expected = plain(stream_of(pipeline, ahead=ahead), steps)
-        got, _ = stumbling(stream_of(pipeline, ahead=ahead), steps, lambda n, of=len(step): [(n // of + 1, LOOP)])
+        got, _ = stumbling(stream_of(pipeline, ahead=ahead), steps, point)
         same(got, expected)
 
 
@@ -262,8 +263,7 @@ def test_a_decoding_whose_cache_moves_in_place(made, inside):
                 call(stream)
     else:
         with pytest.raises(KeyboardInterrupt), Interrupted(1, (f"{ENGINE}/runtime/transfer.py",)):
-            for _ in range(2):
-                stream.next_chunk()  # SideStream.run, before the decoding
+            stream.next_chunk()  # before the decoding
         same([*got, *plain(stream, [chunk] * 2)], expected)
 
 
@@ -276,7 +276,8 @@ import numpy as np
 import engine
 
 model, preset, wanted, ahead = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True"
-pipeline = engine.load(model, preset=preset, overrides={} if preset == "greedy" else {"window": 6, "attn_sink": 0, "steps": ((1000,),)})
+short = {"window": 6, "attn_sink": 0, "steps": ((1000,),)}
+pipeline = engine.load(model, preset=preset, overrides={} if preset == "greedy" else short)
 CHUNKS = 30
 OTHER = {10: "a blue square on gray", 20: "a red circle"}
 def open_():

@@ -11,7 +11,9 @@ import numpy as np
 
 ENGINE = str(Path(__file__).parents[2] / "engine")
 # The loop and what it changes; the rest of engine/ computes.
-LOOP = tuple(f"{ENGINE}/{name}" for name in ("stream.py", "generators", "runtime", "bundles", "sampling", "model/cache.py"))
+LOOP = tuple(
+    f"{ENGINE}/{name}" for name in ("stream.py", "generators", "runtime", "bundles", "sampling", "model/cache.py")
+)
 
 
 class Interrupted:
