@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from csrc_tools import HANG, ROOT, cmake
-from interrupts import ENGINE, events_of, plain, same, stumbling
+from faults import ENGINE, events_of, plain, same, stumbling
 from safetensors.torch import load_file, save_file
 
 import engine.run

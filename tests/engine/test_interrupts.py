@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from dense_streams import joined
-from interrupts import ENGINE, LOOP, Interrupted, events_of, plain, same, spread, stumbling
+from faults import ENGINE, LOOP, Interrupted, events_of, plain, same, spread, stumbling
 from limits import HANG
 from tiny import HEIGHT, WIDTH
 
