@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -72,8 +72,18 @@ def _generate(
     strengths: list[tuple[int, dict[str, float]]], job: Job, interrupt: Interrupt, console: Console, fps: float,
     start: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write chunks to the sink until the limit, Ctrl-C or the reader's end; returns the measurements."""
-    chunks, ttff, stopped = [], 0.0, False
+    """Write chunks to the sink until the limit, Ctrl-C or the reader's end; returns the measurements.
+
+    After Ctrl-C it still writes what is decoded; a second Ctrl-C ends that too.
+    """
+    chunks: list[float] = []
+    ttff, stopped = 0.0, False
+    written, whole = 0, 0  # frames before the last chunk, and chunks before it
+
+    def write(frames: np.ndarray) -> None:
+        for frame in frames[: None if limit is None else limit - interrupt.written]:
+            interrupt.write(sink, frame.repeat(scale, axis=0).repeat(scale, axis=1))
+
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} frames"),
         TextColumn("{task.fields[rate]:.1f} fps  first frame {task.fields[ttff]:.0f} ms"), TimeElapsedColumn(),
@@ -93,12 +103,16 @@ def _generate(
                 now = time.perf_counter()
                 chunks.append(now - chunk_start)
                 ttff = ttff or now - start
-                for frame in chunk[: None if limit is None else limit - interrupt.written]:
-                    interrupt.write(sink, frame.repeat(scale, axis=0).repeat(scale, axis=1))
+                write(chunk)
+                written, whole = interrupt.written, stream.handed
                 rate = interrupt.written / (time.perf_counter() - begun)
                 progress.update(task, completed=interrupt.written, rate=rate, ttff=1e3 * ttff)
         except KeyboardInterrupt:
-            stopped = True
+            stopped, interrupt.asked = True, False
+            with suppress(KeyboardInterrupt):
+                if stream.handed > whole:  # handed over, but not written to the end
+                    write(stream.last[interrupt.written - written :])
+                write(stream.rest())
     spent, frames = time.perf_counter() - begun, interrupt.written
     steady = [1e3 * seconds for seconds in chunks[1:] or chunks] or [0.0]
     return {

@@ -1,13 +1,12 @@
 """The loop: noise -> denoising steps -> VAE decode -> commit, chunk by chunk, while the caller pulls frames."""
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +17,8 @@ from engine.generators import family_of, make_generator
 from engine.generators.base import Generator, Geometry
 from engine.model.text import Tokenizer
 from engine.model.vae import frames_to_uint8, uint8_to_frames
+from engine.runtime.finite import bad_weight, first_bad, kind_of, numbers
+from engine.runtime.handover import HandsOver, Progress
 from engine.runtime.passes import Stages
 from engine.runtime.transfer import Download, SideStream, upload
 from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
@@ -61,6 +62,23 @@ class Pipeline:
         """The thread on which streams draw their next chunk's noise."""
         return ThreadPoolExecutor(1, thread_name_prefix="noise")
 
+    @cached_property
+    def _bad_weight(self) -> str:
+        """Names a weight of transformers and VAE that is not finite; empty if all are."""
+        return bad_weight(self.stages.named_weights(), text=False)
+
+    @cached_property
+    def _bad_text_weight(self) -> str:
+        return bad_weight(self.stages.named_weights(), text=True)
+
+    def check_weights(self, text: bool = False) -> None:
+        """ValueError for a weight of transformers and VAE (`text`: of the text encoder) that is not finite.
+
+        It reads all weights, once. Results alone do not tell: attention on a processor turns NaN scores into zeros.
+        """
+        if bad := self._bad_text_weight if text else self._bad_weight:
+            raise ValueError(bad)
+
     def warm(self) -> None:
         """Stream an empty prompt twice, to compile kernels and capture graphs before the first stream."""
         rows = self.tokenizer.rows if self.tokenizer else 1
@@ -74,11 +92,16 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: str) -> Tensor:
-        """text_emb [1, rows, text_dim] of a prompt. ValueError without a tokenizer."""
+        """text_emb [1, rows, text_dim] of a prompt. Errors: no tokenizer, numbers that are not finite."""
         if self.tokenizer is None:
             raise ValueError("got a pipeline without a tokenizer, expected one")
         ids, mask = self.tokenizer(prompt)
-        return self.stages.encode_text(ids.to(self.device), mask.to(self.device)).to(self.dtype)
+        self.check_weights(text=True)
+        tokens = ids.to(self.device), mask.to(self.device)
+        text_emb = self.stages.encode_text(*tokens).to(self.dtype)
+        if kind_of(text_emb) is not None:
+            raise first_bad(self.stages, "text", lambda stages: stages.encode_text(*tokens))
+        return text_emb
 
     @torch.inference_mode()
     def encode_clip(self, clip: np.ndarray) -> Tensor:
@@ -95,11 +118,15 @@ class Pipeline:
         unit = family_of(self.preset).unit(self.preset)
         latents = max((1 + (len(clip) - 1) // self.temporal) // unit, 1) * unit
         frames = 1 + self.temporal * (latents - 1)
+        self.check_weights()
         clip = clip[-frames:]
         if len(clip) < frames:
             clip = np.concatenate([clip, np.repeat(clip[-1:], frames - len(clip), axis=0)])
         video = uint8_to_frames(torch.from_numpy(np.ascontiguousarray(clip))[None]).to(self.device, self.dtype)
-        return self.stages.vae_encode(video)
+        encoded = self.stages.vae_encode(video)
+        if kind_of(encoded) is not None:
+            raise first_bad(self.stages, "clip", lambda stages: stages.vae_encode(video))
+        return encoded
 
     def stream(
         self, prompt: str | Tensor, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
@@ -127,54 +154,93 @@ class Pipeline:
         return Stream(self, prompt, noise, frames, latents)
 
 
-class Stream:
+@dataclass(frozen=True)
+class _Waiting:
+    """A chunk that is decoded, and that no call has returned yet."""
+
+    shown: Download
+    vae_cache: Any  # the next chunk's
+    before: "_Progress"
+
+
+@dataclass(frozen=True)
+class _Progress(Progress):
+    supplied: tuple[Tensor, ...] = ()  # chunks of the clip to start from, the next one first
+    made: int = 0  # chunks made: the number of the next one
+    uncommitted: tuple[Tensor, bool] | None = None  # the last of them, and whether it was supplied
+    vae_cache: Any = None
+    waiting: _Waiting | None = None
+    started: int = 0  # frames of the chunks whose decoding has begun
+    rest: tuple[np.ndarray, int] | None = None  # the iterator's chunk, and how many of its frames it has returned
+    emitted: int = 0
+
+
+class Stream(HandsOver):
     """One video in progress: iterate for frames, or call `next_chunk` for whole chunks.
 
-    A failed chunk changes nothing: the next call makes the same chunk again. Exceptions: if CUDA graphs decode, a
-    failed decoding closes the stream; if passes are joined, a failed one in a full ring of the causal family computes
-    the window again. Not thread-safe; streams of one pipeline are independent.
+    A call that fails or is interrupted, anywhere, changes nothing: the next call returns the same chunk, of the same
+    bits. If the frames were decoded already, it returns those. HandsOver tells how a caller loses none. Exceptions:
+    - CUDA graphs move the VAE's cache on in place. A decoding that fails or is interrupted inside ends the stream:
+      later calls raise ValueError. Waiting for the frames is safe.
+    - If passes are joined, a failed one in a full ring of the causal family computes the window again.
+
+    Numbers that are not finite never become pixels. The call that meets them raises an error that says where they
+    began: ValueError for weights, FloatingPointError for an overflow.
+
+    One call at a time: a second one, from another thread too, gets a ValueError. Streams of one pipeline are
+    independent.
     """
+
+    _now: _Progress
 
     def __init__(
         self, pipeline: Pipeline, prompt: str | Tensor, noise: NoiseSource, frames: int | None, latents: Tensor | None
     ) -> None:
         self.pipeline, self.noise, self.limit = pipeline, noise, frames
         self.schedule = Schedule(pipeline.preset)
-        self._strengths = {} if pipeline.adapters is None else pipeline.adapters.strengths
-        self._text_emb = text_emb = self._embed(prompt)
+        text_emb = self._embed(prompt)
         config = pipeline.config
         geometry = Geometry.of(
             config, len(text_emb), pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
         )
-        self.supplied = deque(self._split(latents, geometry)) if latents is not None else deque()
+        super().__init__(_Progress(supplied=tuple(self._split(latents, geometry)) if latents is not None else ()))
         self._ahead_of_time = noise if isinstance(noise, DrawnAhead) else None
         self._prepare_noise(len(self.supplied), geometry)
-        with torch.inference_mode(), self._weights():
+        strengths = {} if pipeline.adapters is None else pipeline.adapters.strengths
+        with torch.inference_mode(), self._weights(strengths):
             self.state = pipeline.generator.open(geometry, pipeline.stages.prepare_text(text_emb))
-        self.emitted = 0  # frames returned by the iterator so far
-        self._vae_cache: Any = None
-        self._uncommitted: tuple[Tensor, bool] | None = None  # the last chunk, and whether it was supplied
+        self.state.publish(text_emb=text_emb, strengths=strengths)
         # On a GPU the stream makes the next latent while the last one is decoded and shown.
         self.looks_ahead = pipeline.device.type == "cuda"
-        self._ahead: Tensor | Exception | None = None
-        self._started = 0  # frames of the chunks whose decoding has begun
-        self._frames: deque[np.ndarray] = deque()
+        self._ahead: tuple[int, Tensor | Exception] | None = None  # a chunk's number, and the chunk or its error
+        self._spoiled = -1  # number of a chunk that cannot be made again, if it is the next one
         self._closed = False
+
+    @property
+    def emitted(self) -> int:
+        """Frames returned by the iterator so far."""
+        return self._now.emitted
+
+    @property
+    def supplied(self) -> tuple[Tensor, ...]:
+        """Chunks [B, C, F, h, w] of the clip to start from that are not shown yet."""
+        return self._now.supplied
 
     def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> None:
         """Switch the prompt, text or embedding [B, rows, text_dim], from the next chunk on.
 
         `recommit` also rewrites the window's keys and values under the new prompt, so that the past no longer pulls
-        towards the old one. Without it, a stream that looks ahead has committed the last chunk under the old prompt.
+        towards the old one. Without it, a stream that looks ahead has committed the last chunk under the old prompt,
+        and so has one whose last call was interrupted. An interrupted switch has happened or not.
         ValueError for another shape or a closed stream.
         """
-        self._check_open()
-        with torch.inference_mode(), self._weights():
+        with self._turns, torch.inference_mode():
+            self._check_open()
             text_emb = self._embed(prompt, self.state.geometry.batch)
-            text_kv = self.pipeline.stages.prepare_text(text_emb)
-            self.pipeline.generator.set_text(text_kv, self.state, recommit)
-        self._text_emb = text_emb
-        self._ahead = None  # it has the old prompt; noise depends only on the chunk, so make it again
+            with self._weights():
+                text_kv = self.pipeline.stages.prepare_text(text_emb)
+                self._ahead = None  # it has the old prompt; noise depends only on the chunk, so make it again
+                self.pipeline.generator.set_text(text_kv, self.state, recommit, text_emb=text_emb)
 
     def set_adapters(self, strengths: Mapping[str, float], recommit: bool = True) -> None:
         """Set strengths of adapters by name, of this stream alone, from the next chunk on. Others stay as they are.
@@ -188,66 +254,116 @@ class Stream:
         ValueError for an unknown name, a strength that is not finite, weights that are then not finite, a pipeline
         without adapters or of a bundle, or a closed stream; the stream then stays at its strengths.
         """
-        self._check_open()
-        pipeline, adapters = self.pipeline, self.pipeline.adapters
-        if adapters is None:
-            raise ValueError("adapters: got a pipeline without any, expected load(..., adapters=[...]) of a model")
-        chosen = adapters.checked(strengths, self._strengths)
-        with torch.inference_mode():
+        with self._turns, torch.inference_mode():
+            self._check_open()
+            pipeline, adapters, state = self.pipeline, self.pipeline.adapters, self.state
+            if adapters is None:
+                raise ValueError("adapters: got a pipeline without any, expected load(..., adapters=[...]) of a model")
+            chosen = adapters.checked(strengths, state.strengths)
             with adapters.at(chosen, pipeline.stages.modules()):
-                text_kv = pipeline.stages.prepare_text(self._text_emb)
-            if not recommit and self.state.pending is not None:
-                with self._weights():  # what is pending belongs to the old weights
-                    pipeline.generator.set_text(self.state.text_kv, self.state, recommit=False)
-        pipeline.generator.set_text(text_kv, self.state, recommit)
-        self._strengths = chosen
-        self._ahead = None  # it has the old weights
+                text_kv = pipeline.stages.prepare_text(state.text_emb)
+            self._ahead = None  # it has the old weights
+            with self._weights():  # what is pending belongs to them as well
+                pipeline.generator.set_text(text_kv, state, recommit, strengths=chosen)
 
-    @torch.inference_mode()
     def next_chunk(self) -> np.ndarray:
         """The next chunk, uint8 [T, H, W, 3]: T = 1 + 4 (F - 1) for chunk 0, then 4 F. ValueError if closed."""
-        x = self._take()
-        shown = self.pipeline.side.run(self._decode, x)
-        self._accept(x)
-        first, self._started = self._started == 0, self._started + len(shown)
-        if self.looks_ahead and not first and (self.limit is None or self._started < self.limit):
-            self._look_ahead()  # not in the first call: the viewer waits for its frame
-        return shown.wait()
+        return self._hand_over(self._ready_chunk)
 
-    @torch.inference_mode()
     def next_latent(self) -> Tensor:
-        """The next chunk's clean latent [B, C, F, h, w], not decoded. ValueError if closed."""
-        x = self._take()
-        self._accept(x)
-        return x
+        """The next chunk's clean latent [B, C, F, h, w], not decoded. It waits for the device. ValueError if closed."""
+        return self._hand_over(self._ready_latent)
 
-    def _take(self) -> Tensor:
-        """Return the latent made ahead, or make one. Raises the error of a failed look-ahead."""
+    def rest(self) -> np.ndarray:
+        """The frames that are decoded and not returned yet, uint8 [T, H, W, 3]; T may be 0. It makes no new ones.
+
+        They are what the iterator has left of its chunk, and the chunk of an interrupted call.
+        """
+        return self._hand_over(self._ready_rest)
+
+    def _ready_chunk(self) -> tuple[np.ndarray, _Progress]:
+        with torch.inference_mode():
+            pixels = self._decoded()
+        waiting = cast(_Waiting, self._now.waiting)
+        return pixels, replace(self._now, waiting=None, vae_cache=waiting.vae_cache)
+
+    def _ready_latent(self) -> tuple[Tensor, _Progress]:
         self._check_open()
-        x, self._ahead = self._ahead, None
-        if isinstance(x, Exception):
-            raise x
-        if x is None:
+        if self._now.waiting is not None:  # an interrupted call has made and decoded it
+            return cast(tuple[Tensor, bool], self._now.uncommitted)[0], replace(self._now, waiting=None)
+        with torch.inference_mode():
+            x = self._latent()
+            if kind_of(x) is not None:
+                raise self._not_finite()
+        return x, self._accepted(x)
+
+    def _ready_frame(self) -> tuple[np.ndarray, _Progress]:
+        if self._now.rest is None:
+            pixels, after = self._ready_chunk()
+            returned = 0
+        else:
+            after, (pixels, returned) = self._now, self._now.rest
+        rest = (pixels, returned + 1) if returned + 1 < len(pixels) else None
+        return pixels[returned], replace(after, rest=rest, emitted=after.emitted + 1)
+
+    def _ready_rest(self) -> tuple[np.ndarray, _Progress]:
+        self._check_open()
+        now, parts = self._now, [np.zeros((0, self.pipeline.height, self.pipeline.width, 3), np.uint8)]
+        if now.rest is not None:
+            parts.append(now.rest[0][now.rest[1] :])
+        if now.waiting is not None:
+            chunk, now = self._ready_chunk()
+            parts.append(chunk)
+        return np.concatenate(parts), replace(now, rest=None)
+
+    def _decoded(self) -> np.ndarray:
+        """The next chunk's frames, the same until a call has returned them."""
+        self._check_open()
+        if self._now.waiting is None:
+            self._decode(self._latent())
+        now, waiting = self._now, cast(_Waiting, self._now.waiting)
+        first = now.started == len(waiting.shown)
+        if self.looks_ahead and not first and (self.limit is None or now.started < self.limit):
+            self._look_ahead()  # not in the first call: the viewer waits for its frame
+        pixels = waiting.shown.wait()
+        self._check_open()  # another thread may have closed it meanwhile
+        if not waiting.shown.finite:
+            raise self._refused(waiting)
+        return pixels
+
+    def _latent(self) -> Tensor:
+        """The next chunk's latent, made ahead or now. Raises the error of a failed look-ahead."""
+        number = self._now.made
+        if number == 0:
+            self.pipeline.check_weights()
+        if self._ahead is None or self._ahead[0] != number:
             with self._weights():
-                x = self._make()
+                self._ahead = number, self._make(self.pipeline.generator)
+        x = self._ahead[1]
+        if isinstance(x, Exception):
+            self._ahead = None
+            raise x
         return x
 
     def _look_ahead(self) -> None:
+        number = self._now.made
+        if self._ahead is not None and self._ahead[0] == number:  # by an interrupted call
+            return
         try:
             with self._weights():
-                self._ahead = self._make()
+                self._ahead = number, self._make(self.pipeline.generator)
         except Exception as error:  # it belongs to the next chunk, so the next call raises it
-            self._ahead = error
+            self._ahead = number, error
 
-    def _make(self) -> Tensor:
+    def _make(self, generator: Generator) -> Tensor:
         """Commit the previous chunk, then make the next one without publishing it."""
-        generator, state = self.pipeline.generator, self.state
+        state, now = self.state, self._now
         # Commit lazily, so that cache passes do not delay frames.
-        if self._uncommitted is not None:
-            generator.commit(self._uncommitted[0], state, supplied=self._uncommitted[1])
-            self._uncommitted = None
-        if self.supplied:
-            return self.supplied[0]
+        if now.uncommitted is not None and state.index < now.made:
+            generator.commit(now.uncommitted[0], state, supplied=now.uncommitted[1])
+        if now.supplied:
+            return now.supplied[0]
+        state.joined = False  # a chunk that is made again takes the context pass along again
         index = state.index
         steps = self.schedule.steps(index)
         solver = make_solver(self.pipeline.preset.solver, self.schedule)
@@ -259,17 +375,21 @@ class Stream:
             x = solver.step(x, flow, t, t_next, new)
         return x
 
-    def _accept(self, x: Tensor) -> None:
-        self._uncommitted = x, bool(self.supplied)
-        if self.supplied:
-            self.supplied.popleft()
+    def _accepted(self, x: Tensor) -> _Progress:
+        """The progress with one chunk more."""
+        now = self._now
+        return replace(now, made=now.made + 1, uncommitted=(x, bool(now.supplied)), supplied=now.supplied[1:])
 
     def close(self) -> None:
-        """Drop caches and frames, and end the stream. Closing twice is fine."""
+        """Drop caches and frames, and end the stream. Closing twice is fine. A call of another thread fails."""
         self._closed = True
-        self._frames.clear()
-        self.supplied.clear()
-        self.state = self._uncommitted = self._vae_cache = self._ahead = None
+        if self._turns.free:
+            self._drop()
+
+    def _drop(self) -> None:
+        now = self._now
+        self._now = _Progress(handed=now.handed, last=now.last, made=now.made, emitted=now.emitted)
+        self.state = self._ahead = None
 
     def __enter__(self) -> "Stream":
         return self
@@ -283,19 +403,21 @@ class Stream:
     def __next__(self) -> np.ndarray:
         if self._closed or (self.limit is not None and self.emitted >= self.limit):
             raise StopIteration
-        if not self._frames:
-            self._frames.extend(self.next_chunk())
-        self.emitted += 1
-        return self._frames.popleft()
+        return self._hand_over(self._ready_frame)
 
-    def _weights(self) -> AbstractContextManager[None]:
-        """Within the block the shared weights are at this stream's strengths."""
-        adapters = self.pipeline.adapters
-        return nullcontext() if adapters is None else adapters.at(self._strengths, self.pipeline.stages.modules())
+    def _weights(self, strengths: Mapping[str, float] | None = None) -> AbstractContextManager[None]:
+        """Within the block the shared weights are at these strengths, by default this stream's."""
+        pipeline, adapters = self.pipeline, self.pipeline.adapters
+        if adapters is None:
+            return nullcontext()
+        return adapters.at(self.state.strengths if strengths is None else strengths, pipeline.stages.modules())
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("stream: got a closed one, expected an open one")
+        """ValueError if the stream is closed, or if its next chunk cannot be made any more."""
+        if self._closed or self._spoiled == self._now.made:
+            why = "" if self._closed else f" (chunk {self._spoiled} failed after the caches had moved on)"
+            self._drop()
+            raise ValueError(f"stream: got a closed one{why}, expected an open one")
 
     def _embed(self, prompt: str | Tensor, batch: int | None = None) -> Tensor:
         if isinstance(prompt, str):
@@ -304,7 +426,10 @@ class Stream:
         fits = prompt.ndim == 3 and min(prompt.shape) > 0 and prompt.shape[-1] == width
         if not fits or len(prompt) != (batch or len(prompt)):
             raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, expected [{batch or 'B'}, rows, {width}]")
-        return prompt.to(self.pipeline.device, self.pipeline.dtype)
+        prompt = prompt.to(self.pipeline.device, self.pipeline.dtype)
+        if (got := kind_of(prompt)) is not None:
+            raise ValueError(f"prompt: got {got} in the embedding ({numbers(prompt)}), expected finite numbers")
+        return prompt
 
     def _draws(self, index: int, geometry: Geometry) -> tuple[int, tuple[int, ...]]:
         """How many draws chunk `index` takes, and the shape of each."""
@@ -328,21 +453,60 @@ class Stream:
             raise ValueError(f"latents: got {list(latents.shape)}, expected "
                              f"[{expected[0]}, {expected[1]}, {frames}, {expected[2]}, {expected[3]}]")  # fmt: skip
         latents = latents.to(self.pipeline.device, self.pipeline.dtype)
+        if (got := kind_of(latents)) is not None:
+            raise ValueError(f"latents: got {got} ({numbers(latents)}), expected finite numbers")
         head = preset.first_chunk or latents.shape[2] % preset.chunk
         rest = latents[:, :, head:].split(preset.chunk, dim=2) if latents.shape[2] > head else ()
         return [latents[:, :, :head], *rest] if head else list(rest)
 
-    def _decode(self, x: Tensor) -> Download:
-        """Decode a chunk x [B, C, F, h, w]; keep the VAE's next cache only after success."""
-        stages, cache, parts = self.pipeline.stages, self._vae_cache, []
-        try:
-            for latent in x.split(1, dim=2):
-                frames, cache = stages.vae_first(latent) if cache is None else stages.vae_steady(latent, cache)
-                parts.append(frames_to_uint8(frames[:1])[0])
-            shown = Download(torch.cat(parts))
-        except Exception:
-            if stages.capabilities.moves_vae_cache:
-                self.close()  # the cache has changed in place, so a retry would decode the chunk after itself
-            raise
-        self._vae_cache = cache
-        return shown
+    def _decode(self, x: Tensor) -> None:
+        """Begin to decode the next chunk x [B, C, F, h, w], which then waits to be handed over."""
+        now = self._now
+        shown, cache = self.pipeline.side.run(self._frames_of, x)
+        if self.pipeline.device.type != "cuda" and not shown.finite:
+            raise self._not_finite()
+        after = self._accepted(x)
+        self._now = replace(
+            after, waiting=_Waiting(shown, cache, now), started=now.started + len(shown)
+        )  # fmt: skip
+        self._ahead = None
+
+    def _frames_of(self, x: Tensor) -> tuple[Download, Any]:
+        """The frames of a chunk on their way to the host, and the VAE's next cache."""
+        stages, cache, parts, largest = self.pipeline.stages, self._now.vae_cache, [], []
+        for latent in x.split(1, dim=2):
+            if cache is None:
+                frames, cache = stages.vae_first(latent)
+            else:
+                if stages.capabilities.moves_vae_cache:
+                    self._spoiled = self._now.made  # until the chunk waits: decoded again, it would follow on itself
+                frames, cache = stages.vae_steady(latent, cache)
+            parts.append(frames_to_uint8(frames[:1])[0])
+            largest.append(frames.amax())  # NaN if there is one in the frames; the VAE leaves no inf
+        return Download(torch.cat(parts), torch.stack(largest)), cache
+
+    def _refused(self, waiting: _Waiting) -> Exception:
+        """The error of a decoded chunk that is not finite. If it is not committed, the next call makes it again."""
+        stages, number = self.pipeline.stages, waiting.before.made
+        moved = stages.capabilities.moves_vae_cache and waiting.before.vae_cache is not None
+        if self.state.index > number or moved:
+            self._spoiled = self._now.made
+            return first_bad(stages, f"chunk {number}")
+        self._now = waiting.before
+        return self._not_finite()
+
+    def _not_finite(self) -> Exception:
+        """The error of the next chunk, which is not finite."""
+        number, steps = self._now.made, self.schedule.steps(self._now.made)
+        self._ahead = None
+        noise = self.noise.draw(number, *self._draws(number, self.state.geometry))
+        if not self.supplied and (got := kind_of(noise)) is not None:
+            return ValueError(f"noise: got {got} for chunk {number}, expected finite numbers")
+
+        def again(stages: Stages) -> None:
+            cache = self._now.vae_cache
+            for latent in self._make(replace(self.pipeline, stages=stages).generator).split(1, dim=2):
+                _, cache = stages.vae_first(latent) if cache is None else stages.vae_steady(latent, cache)
+
+        with self._weights():
+            return first_bad(self.pipeline.stages, f"chunk {number}", again, [t for t, _ in steps])

@@ -3,6 +3,7 @@
 #include <new>
 
 #include "base/error.h"
+#include "base/finite.h"
 #include "base/utf8.h"
 #include "core/session.h"
 #include "greedy/greedy.h"
@@ -95,8 +96,8 @@ const char* greedy_version(void) { return GREEDY_VERSION; }
 const char* greedy_status_name(int status) {
     static constexpr const char* kNames[] = {"GREEDY_OK",         "GREEDY_INVALID",    "GREEDY_NOT_FOUND",
                                              "GREEDY_BAD_BUNDLE", "GREEDY_NO_BACKEND", "GREEDY_NO_MEMORY",
-                                             "GREEDY_CANCELLED",  "GREEDY_FAILED"};
-    return status <= GREEDY_OK && status >= GREEDY_FAILED ? kNames[-status] : "unknown status";
+                                             "GREEDY_CANCELLED",  "GREEDY_FAILED",     "GREEDY_NOT_FINITE"};
+    return status <= GREEDY_OK && status >= GREEDY_NOT_FINITE ? kNames[-status] : "unknown status";
 }
 
 void greedy_settings_init(greedy_settings* settings) {
@@ -181,6 +182,7 @@ int greedy_set_prompt_embedding(greedy_session* session, const float* embedding,
             greedy::core::fail(GREEDY_INVALID, "prompt", "an embedding of " + std::to_string(rows) + " rows",
                                std::to_string(m.text_rows));
         const std::size_t count = rows * static_cast<std::size_t>(m.transformer.text_dim);
+        greedy::core::need_finite(embedding, count, "prompt");
         session->session.set_prompt({{}, {}, {embedding, embedding + count}}, recommit != 0);
     });
 }

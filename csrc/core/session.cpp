@@ -1,8 +1,10 @@
 #include "core/session.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "base/error.h"
+#include "base/finite.h"
 #include "base/half.h"
 #include "core/noise.h"
 
@@ -114,6 +116,7 @@ void Session::push_latent(const float* latent, std::size_t frames) {
     if (frames == 0 || frames % chunk)
         fail(GREEDY_INVALID, "push", std::to_string(frames) + " latent frames",
              "a multiple of " + std::to_string(chunk));
+    need_finite(latent, frames * stages_.frame_size(), "push");
     const std::size_t channels = static_cast<std::size_t>(manifest().transformer.in_channels);
     const std::size_t area = stages_.frame_size() / channels;
     supplied_.clear();
@@ -149,6 +152,7 @@ Latent Session::frame_of(const Latent& chunk, std::int64_t frame) const {
 
 // Makes one chunk; publishes the chunk before it, and nothing of its own.
 std::shared_ptr<const Latent> Session::make() {
+    bundle_->check_weights();
     apply_prompt();
     // Commits lazily, so that cache passes do not delay the frames of the chunk before.
     if (uncommitted_) {
@@ -160,8 +164,11 @@ std::shared_ptr<const Latent> Session::make() {
     const std::unique_ptr<Solver> solver = make_solver(manifest().preset.solver, schedule_, stages_.dtype());
     auto x = std::make_shared<Latent>(noise(index, 0));
     std::uint64_t draw = 0;
+    std::size_t number = 0;
     for (const Schedule::Step& step : schedule_.steps(index)) {
         const Latent flow = generator_->denoise(*x, step.t);
+        stages_.need_finite(flow, "chunk " + std::to_string(index) + ", step " + std::to_string(++number) + " (t = " +
+                                      std::to_string(std::lround(step.t)) + ")");
         const Latent fresh = solver->renoises() && step.next ? noise(index, ++draw) : Latent();
         solver->step(*x, flow.data(), step, fresh.data());
     }

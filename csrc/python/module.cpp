@@ -28,6 +28,8 @@ void translate(const greedy::StatusError& error) {
             return PyErr_SetString(PyExc_ImportError, error.what());
         case GREEDY_NO_MEMORY:
             return PyErr_SetString(PyExc_MemoryError, error.what());
+        case GREEDY_NOT_FINITE:
+            return PyErr_SetString(PyExc_FloatingPointError, error.what());
         case GREEDY_FAILED:
             return PyErr_SetString(PyExc_RuntimeError, error.what());
         default:

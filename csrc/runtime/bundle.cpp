@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "base/error.h"
+#include "base/finite.h"
 #include "base/sha256.h"
 
 namespace greedy::core {
@@ -152,6 +153,16 @@ const Graph& Bundle::graph(const std::string& name) {
     auto loaded = std::make_unique<Graph>(*device_, name, file, spec->second, constants);
     log(GREEDY_LOG_DEBUG, "loaded " + name);
     return *graphs_.emplace(name, std::move(loaded)).first->second;
+}
+
+void Bundle::check_weights() {
+    if (weights_checked_) return;
+    for (const auto& [name, stored] : weights_) {
+        const auto count = static_cast<std::size_t>(stored.spec.shape.count());
+        const std::string got = not_finite(stored.data, count, stored.spec.dtype);
+        if (!got.empty()) fail(GREEDY_BAD_BUNDLE, manifest_.weights + ": " + name, got, "finite numbers");
+    }
+    weights_checked_ = true;
 }
 
 void Bundle::log(int level, const std::string& text) const {

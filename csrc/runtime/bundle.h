@@ -1,6 +1,7 @@
 // An opened bundle: manifest, weights, tokenizer and graphs, shared by all sessions. Safe to use from several threads.
 #pragma once
 
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -37,6 +38,10 @@ class Bundle {
     // Token ids lie below this: the rows of the text encoder's table. Without such a table the tokenizer's ids count.
     std::int64_t vocabulary() const;
 
+    // Throws Error(GREEDY_BAD_BUNDLE) that names the first weight which is not finite. Reads all weights, once; results
+    // alone do not tell, because attention on a processor turns NaN scores into zeros.
+    void check_weights();
+
     void log(int level, const std::string& text) const;
 
   private:
@@ -56,6 +61,7 @@ class Bundle {
     std::unique_ptr<Device> device_;  // declared before the graphs, which it must outlive
     std::map<std::string, std::unique_ptr<Graph>> graphs_;
     std::mutex mutex_;
+    std::atomic<bool> weights_checked_{false};
 };
 
 }  // namespace greedy::core

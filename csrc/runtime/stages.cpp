@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "base/finite.h"
 #include "base/half.h"
 #include "runtime/rope.h"
 
@@ -25,7 +26,7 @@ void require_floats(const Graph& graph, const TensorSpec& spec, const Shape& sha
     require(graph, spec, shape, spec.dtype);
 }
 
-// [-1, 1] -> 0 to 255, to nearest even; NaN is black.
+// [-1, 1] -> 0 to 255, to nearest even. The caller has checked that it is finite.
 std::uint8_t pixel(float value) {
     constexpr float kRounder = 0x1.8p23f;  // adding and subtracting it rounds to an integer
     const float scaled = (value + 1.0f) * 127.5f, clamped = scaled > 0 ? std::min(scaled, 255.0f) : 0.0f;
@@ -244,7 +245,9 @@ std::vector<float> Stages::encode_text(const std::vector<std::int64_t>& ids, con
     const std::size_t index = graph.output_index("text_emb");
     const TensorSpec& spec = graph.outputs()[index];
     require_floats(graph, spec, {1, rows, manifest().transformer.text_dim});
-    return floats(device_, call(graph, inputs)[index], spec);
+    const std::vector<float> embedding = floats(device_, call(graph, inputs)[index], spec);
+    need_finite(embedding, graph.name());
+    return embedding;
 }
 
 TextKV Stages::prepare_text(const std::vector<float>& embedding) {
@@ -298,6 +301,7 @@ Stages::VaeCache Stages::decode(const Latent& latent, const VaeCache& cache, std
     Buffer shown;
     VaeCache next = call_vae(graph, "latent", upload(device_, latent.data(), in), cache, shown);
     const std::vector<float> values = floats(device_, shown, out);
+    need_finite(values, graph.name());
     const std::size_t area = static_cast<std::size_t>(m.height * m.width), plane = area * frames, begin = rgb.size();
     rgb.resize(begin + 3 * plane);
     std::uint8_t* to = rgb.data() + begin;
@@ -321,8 +325,16 @@ Stages::VaeCache Stages::encode(const std::uint8_t* rgb, const VaeCache& cache, 
             values[channel * plane + i] = static_cast<float>(rgb[3 * i + channel]) / 127.5f - 1.0f;
     Buffer made;
     VaeCache next = call_vae(graph, "frames", upload(device_, values.data(), in), cache, made);
-    for (float value : floats(device_, made, out)) latent.push_back(rounded(value, dtype_));
+    const std::vector<float> encoded = floats(device_, made, out);
+    need_finite(encoded, graph.name());
+    for (float value : encoded) latent.push_back(rounded(value, dtype_));
     return next;
+}
+
+void Stages::need_finite(const std::vector<float>& values, const std::string& where) const {
+    const std::string got = not_finite(values.data(), values.size(), DType::float32);
+    if (got.empty()) return;
+    fail(GREEDY_NOT_FINITE, where, got + " though all weights are finite", "finite numbers");
 }
 
 Ring Stages::make_cache(const std::string& role) const {

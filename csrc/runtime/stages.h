@@ -80,6 +80,9 @@ class Stages {
     // Throws Error(GREEDY_CANCELLED) once for a cancel.
     void check_cancel();
 
+    // Throws Error(GREEDY_NOT_FINITE) for `where` unless the values are finite.
+    void need_finite(const std::vector<float>& values, const std::string& where) const;
+
     Ring make_cache(const std::string& role) const;
     DType dtype() const { return dtype_; }
     const Manifest& manifest() const { return bundle_.manifest(); }

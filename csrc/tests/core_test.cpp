@@ -1,11 +1,13 @@
 // core_test VECTORS checks schedules, solvers and position tables against vectors that tests/csrc/test_csrc_core.py
 // wrote with the engine. A line is a JSON object; floats are their bits, as integers. Tests without vectors come first.
+#include <cmath>
 #include <cstring>
 #include <fstream>
 #include <set>
 
 #include "base/error.h"
 #include "base/file.h"
+#include "base/finite.h"
 #include "base/half.h"
 #include "base/sha256.h"
 #include "check.h"
@@ -221,6 +223,28 @@ void test_tokenizer() {
     check(status("") == GREEDY_BAD_BUNDLE, "tokenizer: accepted an empty mark");
 }
 
+void test_finite() {
+    const float values[] = {1, -3.4e38f, 0, -0.0f}, infinite[] = {1, -HUGE_VALF}, wrong[] = {HUGE_VALF, std::nanf("")};
+    check(not_finite(values, 4, DType::float32).empty(), "finite: float32");
+    check(not_finite(infinite, 2, DType::float32) == "inf", "finite: -inf");
+    check(not_finite(wrong, 2, DType::float32) == "nan", "finite: nan");
+    check(not_finite(wrong, 0, DType::float32).empty(), "finite: nothing");
+    for (const DType dtype : {DType::float16, DType::bfloat16}) {
+        const bool half = dtype == DType::float16;
+        const std::uint16_t good[] = {0x3C00, 0x8000, half ? std::uint16_t{0xFBFF} : std::uint16_t{0xFF7F}};
+        check(not_finite(good, 3, dtype).empty(), "finite: 16 bits");
+        const std::uint16_t inf[] = {0, half ? std::uint16_t{0xFC00} : std::uint16_t{0xFF80}};
+        check(not_finite(inf, 2, dtype) == "inf", "finite: inf in 16 bits");
+        const std::uint16_t nan[] = {half ? std::uint16_t{0x7E00} : std::uint16_t{0x7FC0}, 0};
+        check(not_finite(nan, 2, dtype) == "nan", "finite: nan in 16 bits");
+    }
+    const std::uint8_t e4m3[] = {0xFE, 0x7E, 0}, spoiled[] = {0, 0xFF};
+    check(not_finite(e4m3, 3, DType::float8).empty(), "finite: e4m3");
+    check(not_finite(spoiled, 2, DType::float8) == "nan", "finite: nan in e4m3");
+    const std::int64_t whole = -1;
+    check(not_finite(&whole, 1, DType::int64).empty(), "finite: integers");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -228,6 +252,7 @@ int main(int argc, char** argv) {
     test_json();
     test_sha256();
     test_half();
+    test_finite();
     test_safetensors();
     test_text();
     test_tokenizer();

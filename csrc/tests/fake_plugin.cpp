@@ -3,6 +3,7 @@
 // own.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -15,6 +16,7 @@
 namespace {
 
 std::atomic<long> runs_left{-1};  // until a graph fails; negative: none fails
+std::atomic<long> finite_left{-1};  // until a graph's result has a NaN; negative: none has
 
 struct Spec {
     std::vector<int64_t> shape;
@@ -207,6 +209,7 @@ int run(void* device, void* graph, void* const* inputs, greedy_buffer* outputs, 
         decode(call);
     else
         transform(call);
+    if (finite_left >= 0 && finite_left-- == 0) static_cast<float*>(outputs[0].data)[0] = std::nanf("");
     return GREEDY_OK;
 }
 
@@ -219,3 +222,5 @@ const greedy_plugin* greedy_plugin_get(void) { return &kPlugin; }
 
 // One graph fails after `runs` others; negative: none fails.
 extern "C" GREEDY_API void fake_fail_after(long runs) { runs_left = runs; }
+// The same for a result with a NaN.
+extern "C" GREEDY_API void fake_nan_after(long runs) { finite_left = runs; }

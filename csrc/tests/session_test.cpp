@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -230,6 +231,59 @@ void test_flush(const greedy::Bundle& bundle) {
     check(digest_of(session, 11) == first, "flush: another video");
 }
 
+// A result with a NaN is an error, wherever it arises; after it the next call makes the same frames.
+void test_not_finite(const greedy::Bundle& bundle) {
+    void* plugin = dlopen((plugin_dir + "/libgreedy_aoti.so").c_str(), RTLD_NOW);
+    const auto nan_after = reinterpret_cast<void (*)(long)>(plugin ? dlsym(plugin, "fake_nan_after") : nullptr);
+    check(nan_after, "not finite: no fake_nan_after");
+    if (!nan_after) return;
+    const std::uint64_t clean = clean_digest(bundle, 4, 17);
+    int failed = 0;
+    for (long run = 0; run < 40; ++run) {
+        greedy::Session session(bundle, 4);
+        session.set_prompt(kPrompt);
+        nan_after(run);
+        std::uint64_t hash = 14695981039346656037u;
+        for (int frame = 0; frame < 17;) {
+            try {
+                const greedy::Frame shown = session.next_frame();
+                const std::size_t size = shown->stride * static_cast<std::size_t>(shown->height);
+                for (std::size_t at = 0; at < size; ++at) hash = (hash ^ shown->data[at]) * 1099511628211u;
+                ++frame;
+            } catch (const greedy::StatusError& error) {
+                check(error.status == GREEDY_NOT_FINITE, "not finite: the status");
+                check(std::strstr(error.what(), "got nan though all weights are finite, expected finite numbers"),
+                      error.what());
+                ++failed;
+                break;  // a NaN that a cache holds stays there, so not every run can go on
+            }
+        }
+        nan_after(-1);
+        bool decoding = true;
+        try {
+            session.flush();
+            decoding = digest_of(session, 17) == clean;
+        } catch (const greedy::StatusError&) {
+            decoding = false;
+        }
+        check(decoding, "not finite: afterwards the stream starts over");
+    }
+    check(failed > 20, "not finite: results that became pixels");
+    greedy::Session session(bundle, 4);
+    std::vector<float> numbers(static_cast<std::size_t>(bundle.info().text_rows * bundle.info().text_dim));
+    numbers[3] = std::nanf("");
+    check(greedy_set_prompt_embedding(session.get(), numbers.data(), static_cast<std::size_t>(bundle.info().text_rows),
+                                      1) == GREEDY_INVALID,
+          "not finite: an embedding");
+    const greedy_info info = bundle.info();
+    std::vector<float> latent(static_cast<std::size_t>(info.latent_channels * info.latent_frames * info.latent_height *
+                                                       info.latent_width));
+    latent.back() = HUGE_VALF;
+    check(greedy_push_latent(session.get(), latent.data(), static_cast<std::size_t>(info.latent_frames)) ==
+              GREEDY_INVALID,
+          "not finite: latents");
+}
+
 // After a failure of any graph the next call makes the same frames.
 void test_failures(const greedy::Bundle& bundle) {
     void* plugin = dlopen((plugin_dir + "/libgreedy_aoti.so").c_str(), RTLD_NOW);
@@ -378,6 +432,7 @@ int main(int argc, char** argv) {
         test_version_2(bundle);
         test_flush(bundle);
         test_failures(bundle);
+        test_not_finite(bundle);
         test_cancel_under_load(bundle);
         test_two_threads(bundle);
         test_prompts_from_another_thread(bundle);

@@ -9,9 +9,10 @@ The interface is that of engine.stream. All streams of a pipeline share weights 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
+from operator import methodcaller
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.runtime.handover import HandsOver, Progress
 from engine.threads import use
 
 
@@ -87,16 +89,30 @@ class NativePipeline:
         return NativeStream(self, prompt, seed, frames, clip, latents)
 
 
-class NativeStream:
-    """One video in progress. Other threads may call `set_prompt` and `cancel` while a chunk is made."""
+@dataclass(frozen=True)
+class _Progress(Progress):
+    kept: tuple[np.ndarray, ...] = ()  # frames [T, H, W, 3] that the core gave and no call has returned
+    emitted: int = 0
+
+
+class NativeStream(HandsOver):
+    """One video in progress. Other threads may call `set_prompt` and `cancel` while a chunk is made.
+
+    Python cannot interrupt the core: KeyboardInterrupt comes when its call is done. What the core gave then stays here,
+    and the next call returns it. HandsOver tells how a caller loses none. A second thread that asks for frames
+    meanwhile gets a ValueError.
+    """
+
+    _now: _Progress
 
     def __init__(
         self, pipeline: NativePipeline, prompt: str | Tensor, seed: int, frames: int | None,
         clip: np.ndarray | None, latents: Tensor | None,
     ) -> None:  # fmt: skip
+        super().__init__(_Progress())
         self.pipeline, self.limit = pipeline, frames
-        self.emitted = 0
         self._closed = False
+        self._given: list[np.ndarray] = []  # what the core gave last; in `_now.kept` after that
         self._session = _core().Session(pipeline._bundle, seed)
         self.set_prompt(prompt)
         if clip is not None:
@@ -131,7 +147,11 @@ class NativeStream:
 
     def next_chunk(self) -> np.ndarray:
         """The next chunk's frames, uint8 [T, H, W, 3], read-only. Raises engine._C.Cancelled after `cancel`."""
-        return self._session.next_chunk()
+        return self._hand_over(self._ready_chunk)
+
+    def rest(self) -> np.ndarray:
+        """The frames that an interrupted call has left, uint8 [T, H, W, 3]; T may be 0. It makes no new ones."""
+        return self._hand_over(self._ready_rest)
 
     def cancel(self) -> None:
         """Make the running or next `next_chunk` raise engine._C.Cancelled. The stream can continue afterwards."""
@@ -140,6 +160,7 @@ class NativeStream:
     def close(self) -> None:
         """Drop the caches and end the stream. Closing twice is fine."""
         self._closed = True
+        self._now, self._given = replace(self._now, kept=()), []
         self._session.close()
 
     def __enter__(self) -> "NativeStream":
@@ -154,6 +175,37 @@ class NativeStream:
     def __next__(self) -> np.ndarray:
         if self._closed or (self.limit is not None and self.emitted >= self.limit):
             raise StopIteration
-        frame: np.ndarray = self._session.next_frame()
-        self.emitted += 1
-        return frame
+        return self._hand_over(self._ready_frame)
+
+    @property
+    def emitted(self) -> int:
+        """Frames returned by the iterator so far."""
+        return self._now.emitted
+
+    def _ready_chunk(self) -> tuple[np.ndarray, _Progress]:
+        self._ask("next_chunk")
+        return self._now.kept[0], replace(self._now, kept=self._now.kept[1:])
+
+    def _ready_frame(self) -> tuple[np.ndarray, _Progress]:
+        self._ask("next_frame")
+        first, *others = self._now.kept
+        left = (first[1:],) if len(first) > 1 else ()
+        return first[0], replace(self._now, kept=(*left, *others), emitted=self.emitted + 1)
+
+    def _ready_rest(self) -> tuple[np.ndarray, _Progress]:
+        self._keep()
+        nothing = np.zeros((0, self.pipeline.height, self.pipeline.width, 3), np.uint8)
+        return np.concatenate([nothing, *self._now.kept]), replace(self._now, kept=())
+
+    def _ask(self, call: str) -> None:
+        """Ask the core for a chunk or a frame, unless an interrupted call has left one."""
+        self._keep()
+        if not self._now.kept:
+            # One call of C code asks and stores the answer, so no signal handler comes in between.
+            self._given.extend(map(methodcaller(call), (self._session,)))
+            self._keep()
+
+    def _keep(self) -> None:
+        if self._given:
+            self._now = replace(self._now, kept=tuple(x if x.ndim == 4 else x[None] for x in self._given))
+            self._given = []

@@ -4,7 +4,7 @@ A backend only opens one graph. This file defines which tensors go into which gr
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -103,6 +103,12 @@ class GraphStages(ABC):
 
     def mapped_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.weights.tensors.values())
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        return ((f"{self.folder / self.manifest.weights}: {name}", x) for name, x in self.weights.tensors.items())
+
+    def plain(self) -> "GraphStages":
+        return self
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.run_graph("encode_text", {"ids": ids, "mask": mask})["text_emb"]

@@ -1,17 +1,18 @@
 """Shared by all families: a stream's shapes, rotary tables and state, and the interface of a generator.
 
 A generator holds no stream: each stream's state is passed as an argument. `denoise` only stages keys and values, in
-slots whose old content no pass reads any more. Only `commit` publishes them. So a call that raises can be repeated
-with the same result.
+slots whose old content no pass reads any more. Only `commit` publishes them, all at once. So a call that raises,
+anywhere, can be repeated with the same result.
 
 Where the backend joins passes, `commit` leaves its context pass to the next `denoise`: one run of the transformer
-computes both. A repeated call then gives the same result up to rounding. Exception: if such a run fails in a full
-ring, the window's keys and values are computed again from its latents, as after a prompt switch.
+computes both. Exception: if such a run fails in a full ring, the window's keys and values are computed again from its
+latents, as after a prompt switch. If a later step of that chunk fails, its first step runs alone when it is repeated:
+the result is the same up to rounding.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -78,8 +79,16 @@ class State:
     text_kv: TextKV
     index: int = 0  # chunks committed
     position: int = 0  # latent frames committed: temporal position of the next one
-    stale: bool = False  # the caches belong to an earlier prompt
-    pending: Pass | None = None  # the last chunk's context pass, if the next denoising call is to run it
+    held: int = 0  # latent frames in the ring: its own count is a working copy, which an interrupted call may leave
+    stale: bool = False  # the caches belong to an earlier prompt, or an interrupted call has spoiled them
+    pending: Pass | None = None  # the last chunk's context pass, if the next chunk's first denoising call is to run it
+    joined: bool = False  # that call has run it; false again if the chunk is made again
+    text_emb: Tensor | None = None  # [B, rows, text_dim], from which text_kv was made
+    strengths: Mapping[str, float] = field(default_factory=dict)  # of the adapters in the weights of text_kv
+
+    def publish(self, **changes: Any) -> None:
+        """Set several fields at once: no signal handler runs inside dict.update, so none sees half of them."""
+        vars(self).update(changes)
 
 
 @dataclass(frozen=True)
@@ -150,27 +159,40 @@ class Generator(ABC):
         """Publish a finished chunk x [B, C, F, h, w]. A `supplied` chunk was encoded from an image or clip."""
 
     @abstractmethod
-    def set_text(self, text_kv: TextKV, state: Any, recommit: bool = True) -> None:
-        """Switch the prompt; `recommit` rewrites the window's keys and values under the new prompt."""
+    def set_text(self, text_kv: TextKV, state: Any, recommit: bool = True, **also: Any) -> None:
+        """Switch the prompt; `recommit` rewrites the window's keys and values under the new prompt.
 
-    def _run_context(self, step: Pass, cache: RingCache, state: State) -> None:
-        """Run a finished chunk's context pass: now, or with the next denoising call."""
+        also  other fields of the state, which change with it
+        """
+
+    def _run_context(self, step: Pass, cache: RingCache, state: State) -> Pass | None:
+        """Run a finished chunk's context pass. Returns it instead, if the next denoising call is to run it."""
         if self.stages.capabilities.joins_context:
-            state.pending = step
-        else:
-            self.stages.run(step, cache, state.text_kv)
+            return step
+        self.stages.run(step, cache, state.text_kv)
+        return None
 
-    def _run_denoising(self, step: Pass, cache: RingCache, state: State) -> Tensor:
-        """Run a denoising pass, and with it the context pass that is pending."""
-        flow = self.stages.run(replace(step, context=state.pending), cache, state.text_kv)
-        state.pending = None
+    def _run_denoising(self, step: Pass, cache: RingCache, state: State, overwrites: bool = False) -> Tensor:
+        """Run a denoising pass, and with it the context pass that is pending.
+
+        overwrites  the step writes over rows that the context reads, so both cannot be repeated
+        """
+        if state.pending is None or state.joined:
+            return self.stages.run(step, cache, state.text_kv)
+        step = replace(step, context=state.pending)
+        if not overwrites:
+            flow = self.stages.run(step, cache, state.text_kv)
+            state.joined = True
+            return flow
+        state.stale = True  # until the pass is done: if it is interrupted, the window is computed again
+        flow = self.stages.run(step, cache, state.text_kv)
+        state.publish(pending=None, stale=False)
         return flow
 
     def _run_pending(self, cache: RingCache, state: State) -> None:
-        """Run the pending context pass alone, because no denoising call comes next."""
-        if state.pending is not None:
+        """Run the pending context pass alone, because no denoising call comes next. It stays pending."""
+        if state.pending is not None and not state.joined:
             self.stages.run(state.pending, cache, state.text_kv)
-            state.pending = None
 
     def _cache(self, role: str, geometry: Geometry) -> RingCache:
         config, ring = self.config, self.rings(self.preset)[role]

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,41 +53,40 @@ class CausalGenerator(Generator):
     def denoise(self, x: Tensor, t: float, state: CausalState) -> Tensor:
         self._refresh(state)
         step = self._pass(x, t, state.position, state)
-        try:
-            flow = self._run_denoising(step, state.cache, state)
-        except BaseException:
-            # In a full ring it may have written over the oldest chunk, which the context pass would read once more.
-            overwrites = state.cache.committed + x.shape[2] > state.cache.slots
-            state.stale = state.stale or (state.pending is not None and overwrites)
-            raise
+        # In a full ring the step writes over the oldest chunk, which the context pass reads.
+        overwrites = state.held + x.shape[2] > state.cache.slots
+        flow = self._run_denoising(step, state.cache, state, overwrites)
         state.staged = True
         return flow
 
     def commit(self, x: Tensor, state: CausalState, supplied: bool = False) -> None:
         self._refresh(state)
         self._run_pending(state.cache, state)
-        frames = x.shape[2]
+        frames, cache = x.shape[2], state.cache
+        changes: dict[str, Any] = {"pending": None, "joined": False, "staged": False, "index": state.index + 1}
         # After a prompt switch the last denoising call's keys belong to the old prompt, or are overwritten.
         lost = self.preset.commit == "noisy" and not state.staged
         if supplied or lost or self.preset.commit == "clean":
             # A supplied chunk is clean, so its timestep is 0, even if the preset's context_timestep is higher.
             t = 0.0 if supplied else self.preset.context_timestep
-            self._run_context(self._pass(x, t, state.position, state), state.cache, state)
+            changes["pending"] = self._run_context(self._pass(x, t, state.position, state), cache, state)
         if supplied or self.preset.commit != "none":
-            state.cache.commit(frames)
-            for offset in range(frames):
-                frame = state.position + offset, x[:, :, offset : offset + 1]
-                (state.attn_sink if len(state.attn_sink) < self.preset.attn_sink else state.window).append(frame)
-        state.staged = False
-        state.position += frames
-        state.index += 1
+            new = [(state.position + offset, x[:, :, offset : offset + 1]) for offset in range(frames)]
+            room = self.preset.attn_sink - len(state.attn_sink)
+            changes["attn_sink"] = [*state.attn_sink, *new[:room]]
+            changes["window"] = deque([*state.window, *new[room:]], state.window.maxlen)
+            changes["held"] = state.held + frames
+        state.publish(**changes, position=state.position + frames)
+        cache.rewind(state.held)
 
-    def set_text(self, text_kv: TextKV, state: CausalState, recommit: bool = True) -> None:
-        if not recommit and not state.stale:
+    def set_text(self, text_kv: TextKV, state: CausalState, recommit: bool = True, **also: Any) -> None:
+        if recommit:
+            state.publish(text_kv=text_kv, stale=state.index > 0, staged=False, **also)
+            return
+        if not state.stale:
             self._run_pending(state.cache, state)  # it belongs to the old prompt
-        state.text_kv = text_kv
-        if recommit:  # without recommit, an earlier pending refresh stays pending
-            state.stale, state.staged = state.index > 0, False
+        # An earlier pending refresh stays pending.
+        state.publish(text_kv=text_kv, pending=state.pending if state.stale else None, **also)
 
     def _pass(self, x: Tensor, t: float, position: int, state: CausalState) -> Pass:
         """A pass over the chunk x [B, C, F, h, w] that stands next in the ring."""
@@ -99,6 +99,7 @@ class CausalGenerator(Generator):
 
         `stale` is cleared only after success, so that a failure retries.
         """
+        state.cache.rewind(state.held)
         if not state.stale:
             return
         state.cache.reset()
@@ -110,7 +111,7 @@ class CausalGenerator(Generator):
             step = self._pass(chunk, self.preset.context_timestep, run[0][0], state)
             self.stages.run(step, state.cache, state.text_kv)
             state.cache.commit(len(run))
-        state.pending, state.stale = None, False
+        state.publish(held=state.cache.committed, pending=None, joined=False, stale=False)
 
 
 def _runs(frames: list[tuple[int, Tensor]], size: int) -> Iterable[list[tuple[int, Tensor]]]:

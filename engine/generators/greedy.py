@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -77,20 +78,22 @@ class GreedyGenerator(Generator):
         self._refresh(state)
         self._run_pending(state.sdd, state)
         c_f = self._temporal(x, state.position, state)
-        self._run_context(self._context(x, state.position, state), state.sdd, state)
-        state.etm.commit(chunk)
-        state.c_f = c_f
-        state.first = x if state.index == 0 else state.first
-        state.recent.append((state.position, x))
-        state.position += chunk
-        state.index += 1
+        pending = self._run_context(self._context(x, state.position, state), state.sdd, state)
+        state.publish(
+            c_f=c_f, first=x if state.index == 0 else state.first, pending=pending, joined=False,
+            recent=deque([*state.recent, (state.position, x)], state.recent.maxlen),
+            held=state.held + chunk, position=state.position + chunk, index=state.index + 1,
+        )  # fmt: skip
+        state.etm.rewind(state.held)
 
-    def set_text(self, text_kv: TextKV, state: GreedyState, recommit: bool = True) -> None:
-        if not recommit and not state.stale:
+    def set_text(self, text_kv: TextKV, state: GreedyState, recommit: bool = True, **also: Any) -> None:
+        if recommit:
+            state.publish(text_kv=text_kv, stale=state.stale or state.index > 0, **also)
+            return
+        if not state.stale:
             self._run_pending(state.sdd, state)  # it belongs to the old prompt
-        state.text_kv = text_kv
-        if recommit and state.index > 0:  # without recommit, an earlier pending refresh stays pending
-            state.stale = True
+        # An earlier pending refresh stays pending.
+        state.publish(text_kv=text_kv, pending=state.pending if state.stale else None, **also)
 
     def _temporal(self, x: Tensor, position: int, state: GreedyState) -> Tensor:
         """c_f = ETM(finished chunk) [B, tokens, dim]. It attends to the w chunks before it and to itself (Eq. 1, 2)."""
@@ -109,13 +112,15 @@ class GreedyGenerator(Generator):
 
         `stale` is cleared only after success, so that a failure retries.
         """
+        state.etm.rewind(state.held)
         if not state.stale or state.first is None:
             return
         state.etm.reset()
+        c_f = None
         for position, latent in state.recent:
-            state.c_f = self._temporal(latent, position, state)
+            c_f = self._temporal(latent, position, state)
             state.etm.commit(self.preset.chunk)
         finished = dict([(0, state.first), state.recent[-1]])  # one chunk only, if the last one is chunk 0
         for position, latent in finished.items():
             self.stages.run(self._context(latent, position, state), state.sdd, state.text_kv)
-        state.pending, state.stale = None, False
+        state.publish(c_f=c_f, held=state.etm.committed, pending=None, joined=False, stale=False)

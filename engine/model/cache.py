@@ -99,6 +99,10 @@ class RingCache:
         """Publish the last `frames` frames written."""
         self.committed += frames
 
+    def rewind(self, frames: int) -> None:
+        """Publish the first `frames` frames since the last reset, and no others. Repeating it changes nothing."""
+        self.committed = frames
+
     def _slot_of(self, frame: int) -> int:
         if frame < self.slots:
             return frame

@@ -224,7 +224,7 @@ class VAE(nn.Module):
         z = (latent.float() * std + mean).to(self.post_quant_conv.weight.dtype)
         past = Past(latent.shape[0], cache, in_place, self._fused)
         x = self.decoder(self.post_quant_conv(_images(z)), past)
-        return to_video(x, past.batch).clamp(-1, 1), tuple(past.next)
+        return _shown(to_video(x, past.batch)), tuple(past.next)
 
     def _check_latent(self, latent: Tensor, single: bool = False) -> None:
         shape, channels = tuple(latent.shape), self.config.z_dim
@@ -251,8 +251,13 @@ def _images(video: Tensor) -> Tensor:
     return to_images(video).contiguous(memory_format=torch.channels_last)
 
 
+def _shown(video: Tensor) -> Tensor:
+    """Clamped to [-1, 1], but NaN where video is infinite: a clamp would make an ordinary white or black of it."""
+    return video.clamp(-1, 1).add_(video, alpha=0)  # 0 * inf is NaN
+
+
 def frames_to_uint8(frames: Tensor) -> Tensor:
-    """[B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3], rounded to nearest."""
+    """[B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3], rounded. The caller checks that frames are finite."""
     pixels = frames.permute(0, 2, 3, 4, 1).float().add(1).mul(127.5).round().clamp(0, 255)
     return pixels.to(torch.uint8).contiguous()
 

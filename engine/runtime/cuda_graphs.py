@@ -116,6 +116,7 @@ class GraphedStages:
         self.models, self.vae, self.text_encoder = stages.models, stages.vae, stages.text_encoder
         self.encode_text, self.prepare_text = stages.encode_text, stages.prepare_text
         self.vae_encode, self.modules, self.mapped_bytes = stages.vae_encode, stages.modules, stages.mapped_bytes
+        self.named_weights, self.plain = stages.named_weights, stages.plain
         self._lock = threading.RLock()  # streams in several threads share the graphs' static tensors
         device = next(iter(stages.models.values())).proj_out.weight.device
         self._capture, self._capture_vae = capturer(device), capturer(device)  # VAE and transformers overlap
@@ -188,6 +189,7 @@ class GraphedStages:
             self._text[key] = [*map(torch.empty_like, text), None]
         static = self._text[key]
         if static[2] is not text:
+            static[2] = None  # until both are filled: an interrupted call must not pass for a whole one
             _fill(static[:2], text)
             static[2] = text
         return static[0], static[1]

@@ -1,5 +1,6 @@
 """The protocol of a backend: it runs passes of transformers, text encoder and VAE. The loop is the same for all."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,7 +63,7 @@ class Pass:
 class Capabilities:
     """Deviations of a backend from the default behaviour.
 
-    moves_vae_cache  vae_steady updates its cache in place, so a failed decoding cannot be repeated
+    moves_vae_cache  vae_steady updates its cache in place, so a failed or interrupted decoding cannot be repeated
     joins_context    `run` takes a Pass with a context
     """
 
@@ -82,6 +83,14 @@ class Stages(Protocol):
 
     def mapped_bytes(self) -> int:
         """Bytes of weights outside these modules."""
+        ...
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """Every weight with a name that a message can use."""
+        ...
+
+    def plain(self) -> "Stages":
+        """The same functions without CUDA graphs, so that hooks of `modules` see every call."""
         ...
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:

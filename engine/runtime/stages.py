@@ -1,5 +1,6 @@
 """The torch backend: runs Stages on this project's own modules."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,6 +12,7 @@ from engine.model.cache import CachedAttention, JoinedAttention, RingCache
 from engine.model.text import encode_text
 from engine.model.transformer import TextKV, WanTransformer
 from engine.model.vae import VAE
+from engine.runtime.finite import named_weights
 from engine.runtime.passes import Capabilities, Pass
 from kernels.table import use
 
@@ -38,6 +40,12 @@ class TorchStages:
 
     def mapped_bytes(self) -> int:
         return 0
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        return named_weights(self.modules())
+
+    def plain(self) -> "TorchStages":
+        return self
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         return encode_text(need(self.text_encoder, "text encoder"), ids, mask)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def upload(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -17,18 +21,22 @@ def upload(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) ->
 
 
 class Download:
-    """Frames on their way to the host; `wait` returns them."""
+    """Frames on their way to the host; `wait` returns them, as often as it is called."""
 
-    def __init__(self, pixels: Tensor) -> None:
-        """Start the copy of pixels, uint8 [T, H, W, 3], after the work queued on the device's current stream."""
+    def __init__(self, pixels: Tensor, largest: Tensor) -> None:
+        """Start the copy of pixels, uint8 [T, H, W, 3], after the work queued on the device's current stream.
+
+        largest  numbers [n] that are finite if the frames were. They travel with the pixels, so nothing else waits.
+        """
         self._done: torch.cuda.Event | None = None
+        self._host, self._largest = pixels, largest
         if pixels.device.type == "cuda":
             self._host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+            self._largest = torch.empty(largest.shape, dtype=largest.dtype, pin_memory=True)
             self._host.copy_(pixels, non_blocking=True)
+            self._largest.copy_(largest, non_blocking=True)
             self._done = torch.cuda.Event()
             self._done.record()
-        else:
-            self._host = pixels
 
     def __len__(self) -> int:
         return len(self._host)
@@ -40,6 +48,13 @@ class Download:
         self._done.synchronize()
         return self._host.numpy().copy()  # a copy, so that scarce pinned memory returns to its pool
 
+    @property
+    def finite(self) -> bool:
+        """Whether the frames come from finite numbers. It waits as `wait` does."""
+        if self._done is not None:
+            self._done.synchronize()
+        return all(map(math.isfinite, self._largest.tolist()))
+
 
 class SideStream:
     """A second queue of the GPU. Its work starts after the main queue's current work; the main queue does not wait.
@@ -50,7 +65,7 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def run(self, work: Callable[[Tensor], Download], x: Tensor) -> Download:
+    def run(self, work: Callable[[Tensor], T], x: Tensor) -> T:
         """Run work(x). The main queue made x and may free it before `work` is done."""
         if self._stream is None:
             return work(x)

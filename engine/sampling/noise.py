@@ -32,8 +32,7 @@ class PhiloxNoise:
     def __init__(self, seed: int) -> None:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed: got {seed}, expected 0 to 2^64 - 1")
-        self._bits = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
-        self._state = self._bits.state  # restored with another counter: faster than a new generator
+        self._key = np.array([seed, 0], dtype=np.uint64)
 
     def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
         size = prod(shape)
@@ -52,9 +51,9 @@ class PhiloxNoise:
         return torch.from_numpy(values[:, :size]).reshape(count, *shape)
 
     def _words(self, chunk: int, number: int, size: int) -> np.ndarray:
-        self._state["state"]["counter"] = np.array([0, number, chunk, 0], dtype=np.uint64)
-        self._bits.state = self._state
-        return self._bits.random_raw(size)
+        # A generator of this call alone: calls may be interrupted, or overlap in threads.
+        counter = np.array([0, number, chunk, 0], dtype=np.uint64)
+        return np.random.Philox(key=self._key, counter=counter).random_raw(size)
 
 
 class DrawnAhead:
@@ -64,31 +63,37 @@ class DrawnAhead:
     """
 
     def __init__(self, source: NoiseSource, worker: Executor) -> None:
-        """The source is used by one thread at a time. The worker is left running."""
+        """The source is used by one thread at a time, unless a call of `prepare` was interrupted. The worker is left
+        running."""
         self._source, self._worker = source, worker
-        self._asked: tuple[int, int, tuple[int, ...]] | None = None
-        self._drawing: Future[Tensor] | None = None
+        # What was asked for, and its draws. One value, so that an interrupted call leaves no half of it.
+        self._drawing: tuple[tuple[int, int, tuple[int, ...]], Future[Tensor]] | None = None
 
     def prepare(self, chunk: int, count: int, shape: tuple[int, ...]) -> None:
         """Begin the draws that the next call of `draw` will want."""
-        if self._asked != (chunk, count, shape):
+        asked = chunk, count, shape
+        if self._drawing is None or self._drawing[0] != asked:
             self._settle()
-            self._asked = self._drawing = None
+            self._drawing = None
             with suppress(RuntimeError):  # the interpreter is shutting down: `draw` does it then
-                self._drawing = self._worker.submit(self._source.draw, chunk, count, shape)
-                self._asked = chunk, count, shape
+                self._drawing = asked, self._worker.submit(self._source.draw, chunk, count, shape)
 
     def draw(self, chunk: int, count: int, shape: tuple[int, ...]) -> Tensor:
-        if self._drawing is None or self._asked != (chunk, count, shape):
+        if self._drawing is None or self._drawing[0] != (chunk, count, shape):
             self._settle()
             return self._source.draw(chunk, count, shape)
-        drawing, self._asked, self._drawing = self._drawing, None, None
-        return drawing.result()
+        try:
+            draws = self._drawing[1].result()
+        except Exception:
+            self._drawing = None  # the next call draws again
+            raise
+        self._drawing = None  # not before: an interrupted call would leave the worker drawing unnoticed
+        return draws
 
     def _settle(self) -> None:
         """Wait until the worker does not use the source. An error belongs to the call that asks for these draws."""
         if self._drawing is not None:
-            self._drawing.exception()
+            self._drawing[1].exception()
 
 
 class ReplayNoise:

@@ -1,13 +1,16 @@
 """The C++ core streams what Python streams: any kind of stream over graphs of formulas, and real graphs end to end."""
 
+import ctypes
 import dataclasses
 import gc
+import hashlib
 import importlib.util
 import json
 import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +24,8 @@ import numpy as np
 import pytest
 import torch
 from csrc_tools import HANG, ROOT, cmake
-from safetensors.torch import load_file
+from faults import ENGINE, events_of, plain, same, stumbling
+from safetensors.torch import load_file, save_file
 
 import engine.run
 from engine.bundles.native import NativePipeline, NativeStream
@@ -312,6 +316,95 @@ def test_other_threads_run_and_may_cancel_and_switch(recorded, core):
     assert np.array_equal(stream.next_chunk(), clean[0])
     stream.set_prompt("teal")
     assert not np.array_equal(stream.next_chunk(), clean[0])
+
+
+@pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "instructions"])
+def test_an_interrupt_loses_no_frame(recorded, opcodes):
+    """Chunks, frames and prompts mixed; every event of every call has its turn."""
+
+    def step(number: int):
+        return [NativeStream.next_chunk, next, next, lambda s: s.set_prompt(f"teal {number // 8}"), next][number % 5]
+
+    places = (f"{ENGINE}/bundles/native.py", f"{ENGINE}/runtime/handover.py")
+    lines = events_of(recorded.stream("a red circle").next_chunk, places=places, opcodes=opcodes) + 8
+    steps = [step(number) for number in range(5 * lines)]
+    expected = frames_of(plain(recorded.stream("a red circle", seed=5), steps))
+    got, interrupts = stumbling(
+        recorded.stream("a red circle", seed=5), steps, lambda n: [(1 + n // 5, places)], opcodes
+    )
+    same(frames_of(got), expected)
+    assert interrupts > 2 * lines
+
+
+def frames_of(results: list[np.ndarray]) -> list[np.ndarray]:
+    """An interrupted frame may come back as a chunk of one, so count frames."""
+    return [frame for result in results if result.ndim >= 3 for frame in (result if result.ndim == 4 else result[None])]
+
+
+def test_a_signal_while_the_core_works(recorded):
+    """Python sees it when the core is done: the chunk stays."""
+    expected = [stream.next_chunk() for stream in [recorded.stream("a red circle")] for _ in range(4)]
+    stream = recorded.stream("a red circle")
+    got = [stream.next_chunk()]
+
+    with pytest.raises(KeyboardInterrupt):
+        signalled(stream)
+    assert stream.handed == 1
+    got += [stream.rest(), stream.next_chunk(), stream.next_chunk()]
+    assert [frames.shape for frames in got] == [frames.shape for frames in expected]
+    close(got, expected)
+    assert stream.rest().shape[0] == 0
+    stream.close()
+    with pytest.raises(ValueError, match="got a closed one"):
+        stream.next_chunk()
+
+
+def signalled(stream: NativeStream) -> None:
+    """A call in which another thread sends SIGINT while the core works; signals are seen after it."""
+    stop = threading.Event()
+
+    def send() -> None:
+        while not stop.is_set() and not stream._given and stream.handed == 1:
+            time.sleep(0)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        while True:
+            stream._ask("next_chunk")
+            time.sleep(0.01)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_numbers_that_are_not_finite(recorded, fake, native_build, tmp_path):
+    plugin = ctypes.CDLL(str(native_build / "fake_plugin" / "libgreedy_aoti.so"))
+    stream = recorded.stream("a red circle")
+    stream.next_chunk()
+    plugin.fake_nan_after(ctypes.c_long(2))
+    try:
+        said = r"^chunk 1, step 1 \(t = 1000\): got nan though all weights are finite, expected finite numbers$"
+        with pytest.raises(FloatingPointError, match=said):
+            stream.next_chunk()
+    finally:
+        plugin.fake_nan_after(ctypes.c_long(-1))
+    nan = torch.full((1, recorded.text_rows, recorded.text_dim), torch.nan)
+    with pytest.raises(ValueError, match="prompt: got nan, expected finite numbers"):
+        recorded.stream(nan)
+    channels, frames, height, width = recorded.latent
+    with pytest.raises(ValueError, match="push: got inf, expected finite numbers"):
+        recorded.stream("a", latents=torch.full((1, channels, frames, height, width), -torch.inf))
+    bundle = Path(shutil.copytree(fake_stages.RECORDED, tmp_path / "bundle"))
+    save_file({"a.weight": torch.ones(3), "b.weight": torch.tensor([0, torch.nan])}, bundle / "weights.safetensors")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    data = (bundle / "weights.safetensors").read_bytes()
+    manifest["files"]["weights.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    spoiled = fake(bundle).stream("a red circle")
+    with pytest.raises(ValueError, match=r"^weights\.safetensors: b\.weight: got nan, expected finite numbers$"):
+        spoiled.next_chunk()
 
 
 # --- real graphs

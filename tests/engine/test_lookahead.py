@@ -53,9 +53,9 @@ def test_nothing_is_made_beyond_the_limit_nor_before_the_first_chunk_is_out(pipe
         next(stream)
         assert stream._ahead is None
         assert stream.state.index == 0
-        first_chunk = len(stream._frames) + 1
+        first_chunk = 1 if stream._now.rest is None else len(stream._now.rest[0])
         list(islice(stream, first_chunk))
-        assert stream._ahead is not None or stream._started >= 9
+        assert stream._ahead is not None or stream._now.started >= 9
         list(stream)
         assert stream._ahead is None
 

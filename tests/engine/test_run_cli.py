@@ -361,6 +361,50 @@ def test_a_signal_during_a_write_still_counts_the_frame():
         assert interrupt.written == 1
 
 
+def interrupted_at(monkeypatch, owner, name, call):
+    """A signal arrives in call number `call` of a method."""
+    real, calls = getattr(owner, name), []
+
+    def method(*args, **options):
+        calls.append(name)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, name, method)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "frames"),
+    [
+        (engine.runtime.transfer.Download, "wait", 3, 9),  # chunks of 1 and 4 frames: the third is decoded
+        (engine.media.sinks.RawSink, "write", 3, 5),  # in the second chunk: the rest of it is written
+        (engine.runtime.stages.TorchStages, "run", 14, None),  # while the next chunk is denoised
+        (engine.stream.Stream, "set_prompt", 1, 5),
+    ],
+    ids=lambda value: str(getattr(value, "__name__", value)),
+)
+def test_an_interrupt_writes_what_is_decoded(model_dir, tmp_path, monkeypatch, pipeline, owner, name, call, frames):
+    interrupted_at(monkeypatch, owner, name, call)
+    words = ["--out", "clip.rgb", "--seed", 2, "--frames", 40, "--quiet", "--prompt-at", "5f", "a blue square"]
+    assert run(model_dir, *words) == 0
+    monkeypatch.undo()
+    got = np.fromfile(tmp_path / "clip.rgb", np.uint8).reshape(-1, *SIZE, 3)
+    with pipeline.stream(PROMPT, seed=2) as stream:
+        expected = [stream.next_chunk(), stream.next_chunk()]
+        stream.set_prompt("a blue square")
+        expected = np.concatenate([*expected, *(stream.next_chunk() for _ in range(3))])
+    assert len(got) == frames or (frames is None and len(got) % 4 == 1)
+    assert np.array_equal(got, expected[: len(got)])
+
+
+def test_a_second_interrupt_ends_the_writing(model_dir, tmp_path, monkeypatch):
+    for call in (3, 4):
+        interrupted_at(monkeypatch, engine.media.sinks.RawSink, "write", call)
+    assert run(model_dir, "--out", "clip.rgb", "--frames", 40, "--quiet") == 0
+    assert (tmp_path / "clip.rgb").stat().st_size == 4 * SIZE[0] * SIZE[1] * 3
+
+
 @pytest.mark.slow
 def test_a_killed_run_leaves_something_to_watch(model_dir, tmp_path):
     process = start(model_dir, "--out", "clip.mp4", cwd=tmp_path)

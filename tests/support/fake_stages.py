@@ -49,6 +49,12 @@ class FakeStages:
         values = (ids[..., None] * 31 + torch.arange(CONFIG.text_dim) * 7) % 97
         return torch.where(mask[..., None] > 0, values.float() / 97 - 0.5, 0)
 
+    def named_weights(self) -> list[tuple[str, Tensor]]:
+        return []
+
+    def plain(self) -> "FakeStages":
+        return self
+
     def prepare_text(self, text_emb: Tensor) -> list[tuple[float, float]]:
         """Means of every layer's keys and values; the formulas use nothing else."""
         i, emb, wide = torch.arange(CONFIG.dim), text_emb[0].double(), CONFIG.text_dim

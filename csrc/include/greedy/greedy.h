@@ -51,7 +51,9 @@ enum greedy_status {
     GREEDY_NO_BACKEND = -4, /* the backend's plugin, or a library that it needs, is missing */
     GREEDY_NO_MEMORY = -5,
     GREEDY_CANCELLED = -6, /* greedy_cancel was called; the next greedy_next_frame goes on */
-    GREEDY_FAILED = -7     /* a graph or the system failed; the next call makes the same chunk again */
+    GREEDY_FAILED = -7,    /* a graph or the system failed; the next call makes the same chunk again */
+    GREEDY_NOT_FINITE = -8 /* NaN or infinity arose, though all weights are finite; the text says where. The next call
+                              makes the same chunk again. A weight that is not finite is GREEDY_BAD_BUNDLE */
 };
 
 /* Opened weights and compiled graphs, shared by any number of sessions. */
@@ -138,7 +140,7 @@ GREEDY_API int greedy_set_prompt_embedding(greedy_session *session, const float 
 
 /* Start from a picture (count 1) or continue a clip: RGB frames of the bundle's size, tightly packed, before the first
  * greedy_next_frame. The stream shows them first, re-encoded; of a long clip it keeps the end. The pixels are only read
- * during the call. GREEDY_INVALID, GREEDY_NO_MEMORY, GREEDY_FAILED. */
+ * during the call. GREEDY_INVALID, GREEDY_NO_MEMORY, GREEDY_FAILED, GREEDY_NOT_FINITE, GREEDY_BAD_BUNDLE. */
 GREEDY_API int greedy_push_frames(greedy_session *session, const uint8_t *rgb, size_t count);
 
 /* The same with encoded latents [latent_channels, frames, latent_height, latent_width]; frames is a multiple of
@@ -147,7 +149,8 @@ GREEDY_API int greedy_push_latent(greedy_session *session, const float *latent, 
 
 /* Get the next frame; makes a chunk when no frame is left. On success the caller owns a reference *frame and returns it
  * with greedy_frame_unref; otherwise it is NULL. A call that fails changes nothing: the next one makes the same frame.
- * GREEDY_INVALID (no prompt yet), GREEDY_CANCELLED, GREEDY_NO_MEMORY, GREEDY_FAILED. */
+ * GREEDY_INVALID (no prompt yet), GREEDY_CANCELLED, GREEDY_NO_MEMORY, GREEDY_FAILED, GREEDY_NOT_FINITE,
+ * GREEDY_BAD_BUNDLE (a weight that is not finite). */
 GREEDY_API int greedy_next_frame(greedy_session *session, greedy_frame **frame);
 
 /* Take one more reference to a frame; returns the frame. */

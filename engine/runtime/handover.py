@@ -1,0 +1,120 @@
+"""Handing results to a caller who may be interrupted anywhere, and one call of an object at a time."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar, cast
+
+P = TypeVar("P", bound="Progress")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What calls change. A call assigns the next value as its last act, so an interrupted one changes nothing."""
+
+    handed: int = 0  # results returned so far
+    last: Any = None  # the newest of them
+
+
+class _Turn(NamedTuple):
+    """A call that runs: its thread, and a frame that ends with the call."""
+
+    thread: int
+    frame: FrameType
+
+    def runs(self) -> bool:
+        frame = sys._current_frames().get(self.thread)
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
+
+
+class Turns:
+    """Lets one call at a time use an object. It never waits: a second one, from any thread, gets a ValueError.
+
+    An interrupt can keep a call from giving its turn back. Unlike a lock, the turn then ends with the call's frame.
+    """
+
+    def __init__(self) -> None:
+        self._taken: dict[str, _Turn] = {}  # at most one; dict.setdefault is atomic
+
+    def take(self, frame: FrameType) -> None:
+        """Take the turn until `frame` gives it back or ends. ValueError if another call has it."""
+        mine = _Turn(threading.get_ident(), frame)
+        while (found := self._taken.setdefault("turn", mine)) is not mine:
+            if found.runs():
+                raise ValueError("stream: got a call while another one runs, expected one at a time")
+            self.give_back(found.frame)
+
+    def give_back(self, frame: FrameType) -> None:
+        """End the turn of `frame`, if it has it."""
+        found = self._taken.get("turn")
+        if found is not None and found.frame is frame:
+            self._taken.pop("turn", None)
+
+    @property
+    def free(self) -> bool:
+        """Whether no call runs."""
+        found = self._taken.get("turn")
+        return found is None or not found.runs()
+
+    def __enter__(self) -> None:
+        self.take(sys._getframe(1))
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back(sys._getframe(1))
+
+
+class HandsOver:
+    """A stream whose calls hand over a result or change nothing, wherever KeyboardInterrupt comes.
+
+    One place is out of its reach: between the call's return and the caller's assignment. There the caller finds the
+    result in `last`:
+
+        before = stream.handed
+        try:
+            chunk = stream.next_chunk()
+        except KeyboardInterrupt:
+            if stream.handed > before:
+                chunk = stream.last
+    """
+
+    _now: Progress
+
+    def __init__(self, progress: Progress) -> None:
+        self._now, self._turns = progress, Turns()
+
+    @property
+    def handed(self) -> int:
+        """Number of results that calls have returned: chunks, latents, the iterator's frames."""
+        return self._now.handed
+
+    @property
+    def last(self) -> Any:
+        """The result that was returned last. It stays until another one is returned, also in a closed stream."""
+        return self._now.last
+
+    def _hand_over(self, ready: Callable[[], tuple[Any, P]]) -> Any:
+        """Return the result of ready() -> (result, progress after it), and make that progress.
+
+        `ready` gives the same result again if it is called again.
+        """
+        before = None
+        self._turns.take(sys._getframe())  # no variable holds the frame: it would keep itself, and all caches, alive
+        try:
+            result, after = ready()
+            after = replace(after, handed=self._now.handed + 1, last=result)
+            before = self._now
+            self._turns.give_back(sys._getframe())
+            # Python runs signal handlers at calls and loops only: none comes between these lines.
+            self._now = cast(Progress, after)
+            return result
+        except BaseException:
+            if before is not None:
+                self._now = before
+            self._turns.give_back(sys._getframe())
+            raise
