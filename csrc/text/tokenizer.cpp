@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "base/utf8.h"
 #include "text/charsmap.h"
+#include "text/cleaning.h"
 #include "text/text.h"
 
 namespace greedy::core {
@@ -188,6 +189,7 @@ class Unigram : public Tokenizer::Model {
         double score;
     };
     std::int64_t id_of(std::string_view piece) const {
+        if (piece.size() > longest_) return unknown_;
         const auto found = pieces_.find(std::string(piece));
         return found == pieces_.end() ? unknown_ : found->second.id;
     }

@@ -2,6 +2,7 @@
 
 import html
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,55 @@ from torch import Tensor, nn
 from engine.files import read_json
 
 MAX_ROWS = 512  # rows that Wan2.1 was trained with
+MOST_GARBLED = 8192  # characters of a prompt with HTML entities or garbled text, for which ftfy takes quadratic time
+
+_PLAIN = re.compile(r"[ -%'-~]*")  # printable ASCII without &
+_INVISIBLE = {"Cc", "Cf", "Cs", "Zs", "Zl", "Zp"}  # not the unassigned: emoji newer than this Python are among them
+# Letters and marks that show nothing; their categories do not say so.
+_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 
 
 def clean_prompt(prompt: str) -> str:
-    """Resolve HTML entities and fold white space, as Wan's pipeline does."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+    """The prompt as Wan's own pipeline and diffusers' WanPipeline read it.
+
+    ftfy repairs garbled text and replaces curly quotes, ligatures and full-width letters; HTML entities are resolved,
+    white space is folded. ValueError for a prompt that would take minutes, and where html.unescape raises one.
+    """
+    text = prompt
+    if not _PLAIN.fullmatch(prompt):  # ftfy and html.unescape leave plain text as it is
+        import ftfy
+
+        _check_length(prompt)
+        text = ftfy.fix_text(prompt)
+        try:
+            text = html.unescape(html.unescape(text))
+        except ValueError:  # of int()
+            raise ValueError("prompt: got a character's number of more than 4300 digits, "
+                             "expected a shorter one") from None  # fmt: skip
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _check_length(prompt: str) -> None:
+    """ftfy repeats its steps until nothing changes: at worst once per character, for these prompts alone."""
+    if len(prompt) <= MOST_GARBLED:
+        return
+    import ftfy
+    from ftfy.badness import is_bad
+    from ftfy.chardata import HTML_ENTITY_RE
+
+    def slow(text: str) -> bool:
+        return is_bad(text) or HTML_ENTITY_RE.search(text) is not None
+
+    marks = sum(unicodedata.combining(char) != 0 for char in prompt)  # Python sorts them one by one
+    characters_alone = {"unescape_html": False, "fix_encoding": False}
+    if marks > MOST_GARBLED or slow(prompt) or slow(ftfy.fix_text(prompt, **characters_alone)):
+        raise ValueError(f"prompt: got {len(prompt)} characters with HTML entities, garbled text or combining marks, "
+                         f"expected at most {MOST_GARBLED}")  # fmt: skip
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no visible character: white space, controls, joiners and the like, or nothing at all."""
+    return all(unicodedata.category(char) in _INVISIBLE or _UNSEEN.match(char) for char in text)
 
 
 class Tokenizer:
