@@ -16,6 +16,7 @@ from engine.bundles.manifest import read_manifest
 from engine.bundles.native import NativePipeline, NativeStream
 from engine.commands.interrupt import Interrupt
 from engine.commands.job import Bundle, Job, Model, Output, Video
+from engine.commands.prompts import Notes, Prompts
 from engine.config import Preset, Runtime
 from engine.loader import EMBEDDED, is_untrained, load, load_bundle, settings_of, threads_of_bundle
 from engine.media.sinks import ChecksumSink, OutputClosed, Sink, open_sink
@@ -49,24 +50,13 @@ def parser() -> Parser:
     return made
 
 
-def _frame_of(when: str, fps: float) -> int:
-    """'3.0s' or '3.0' in seconds, '48f' in frames -> frame number."""
-    try:
-        value = int(when[:-1]) if when.endswith("f") else round(float(when.removesuffix("s")) * fps)
-    except (ValueError, OverflowError):
-        value = -1
-    if value < 0:
-        raise ValueError(f"--prompt-at: got {when!r}, expected a time such as 3.0s or a frame such as 48f")
-    return value
-
-
 def _limit(video: Video, fps: float) -> int | None:
     """Number of frames to make; None means no limit."""
     return video.frames if video.seconds is None else max(1, round(video.seconds * fps))
 
 
 def _generate(
-    stream: Stream | NativeStream, sink: Sink, limit: int | None, switches: list[tuple[int, str]], job: Job,
+    stream: Stream | NativeStream, sink: Sink, limit: int | None, prompts: Prompts, job: Job,
     interrupt: Interrupt, console: Console, fps: float, start: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Write chunks to the sink until the limit, Ctrl-C or the reader's end; returns the measurements."""
@@ -81,8 +71,8 @@ def _generate(
         task = progress.add_task("streaming", total=limit, rate=0.0, ttff=0.0)
         try:
             while limit is None or interrupt.written < limit:
-                while switches and switches[0][0] <= interrupt.written:
-                    stream.set_prompt(switches.pop(0)[1], recommit=not job.video.no_recommit)
+                if (text := prompts.due(interrupt.written)) is not None:
+                    stream.set_prompt(text, recommit=not job.video.no_recommit)
                 chunk_start = time.perf_counter()
                 chunk = stream.next_chunk()
                 now = time.perf_counter()
@@ -166,7 +156,8 @@ def _run(job: Job, interrupt: Interrupt) -> int:
     # Check the whole command line before reading weights.
     height, width, fps = _shape(job)
     limit = _limit(video, fps)
-    switches = sorted((_frame_of(when, fps), text) for when, text in video.prompt_at)
+    notes = Notes(output.quiet)
+    prompts = Prompts.of(video, fps, limit, notes)
     clip = _clip(video, height, width, fps)
     sink = open_sink(output.out, fps, (height * output.scale, width * output.scale), format=output.format)
     begun = time.perf_counter()
@@ -176,8 +167,13 @@ def _run(job: Job, interrupt: Interrupt) -> int:
             if pipeline.device.type == "cuda":
                 pipeline.warm()
         start = time.perf_counter()
-        with pipeline.stream(video.prompt, seed=video.seed, frames=limit, clip=clip) as stream:
-            report = _generate(stream, sink, limit, switches, job, interrupt, console, fps, start)
+        with (
+            notes.of_prompts(),
+            pipeline.stream(prompts.due(0) or "", seed=video.seed, frames=limit, clip=clip) as stream,
+        ):
+            report = _generate(stream, sink, limit, prompts, job, interrupt, console, fps, start)
+        if not report["stopped"]:
+            prompts.finish()
         sink.close()
     except OutputClosed:
         sink.abort()  # the reader has left: this is no failure, and stdout has no reader to report to
@@ -198,6 +194,8 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         "height": pipeline.height,
         "width": pipeline.width,
         "out": output.out,
+        "prompts": prompts.shown,
+        "notes": notes,
     }
     if isinstance(sink, ChecksumSink):
         report["sha256"] = sink.digest

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.config import Preset, TransformerConfig
 from engine.generators import family_of, make_generator
 from engine.generators.base import Generator, Geometry
-from engine.model.text import Tokenizer
+from engine.model.text import Tokenizer, check_prompt
 from engine.model.vae import frames_to_uint8, uint8_to_frames
 from engine.runtime.passes import Stages
 from engine.runtime.transfer import Download, SideStream, upload
@@ -70,10 +70,14 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: str) -> Tensor:
-        """text_emb [1, rows, text_dim] of a prompt. ValueError without a tokenizer."""
+        """text_emb [1, rows, text_dim] of a prompt. ValueError without a tokenizer.
+
+        Warns (PromptWarning) if the prompt has more tokens than the model reads.
+        """
         if self.tokenizer is None:
             raise ValueError("got a pipeline without a tokenizer, expected one")
         ids, mask = self.tokenizer(prompt)
+        self.tokenizer.warn_if_cut(prompt)
         return self.stages.encode_text(ids.to(self.device), mask.to(self.device)).to(self.dtype)
 
     @torch.inference_mode()
@@ -103,7 +107,8 @@ class Pipeline:
     ) -> "Stream":  # fmt: skip
         """An iterator of uint8 frames [H, W, 3].
 
-        prompt   text, or a text embedding [B, rows, text_dim]; only video 0 of a batch is decoded
+        prompt   text, or a text embedding [B, rows, text_dim]; only video 0 of a batch is decoded. Of a text with
+                 more tokens than the model reads, the rest is ignored with a PromptWarning (engine.model.text)
         seed     0 to 2^64 - 1
         frames   number of frames to stream; None means no limit
         clip     uint8 [T, H, W, 3] to start from: one frame is image-to-video, a longer clip is continued
@@ -161,7 +166,7 @@ class Stream:
 
         `recommit` also rewrites the window's keys and values under the new prompt, so that the past no longer pulls
         towards the old one. Without it, a stream that looks ahead has committed the last chunk under the old prompt.
-        ValueError for another shape or a closed stream.
+        ValueError for another shape, a text without a visible character or a closed stream.
         """
         self._check_open()
         with torch.inference_mode():
@@ -256,6 +261,7 @@ class Stream:
 
     def _embed(self, prompt: str | Tensor, batch: int | None = None) -> Tensor:
         if isinstance(prompt, str):
+            check_prompt(prompt)
             prompt = self.pipeline.encode_prompt(prompt)
         width = self.pipeline.config.text_dim
         fits = prompt.ndim == 3 and min(prompt.shape) > 0 and prompt.shape[-1] == width

@@ -7,7 +7,7 @@
 namespace greedy::core {
 
 // Characters of a prompt with HTML entities or garbled text: ftfy takes quadratic time for these.
-constexpr std::size_t kMostGarbled = 8192;
+constexpr std::size_t kMostGarbled = 4096;
 
 // Throws Error(GREEDY_INVALID) for such a prompt of more characters.
 std::string clean_prompt(const std::string& prompt);

@@ -1,10 +1,10 @@
 """Writes the tables of prompt cleaning for the C++ core, from the libraries it must equal: ftfy, html and unicodedata.
 
-    python csrc/text/cleaning_tables.py        # needs ftfy
+python csrc/text/cleaning_tables.py        # needs ftfy
 
-    html_tables.inc      entities of `html`, and those that ftfy also reads in capitals
-    mojibake_tables.inc  ftfy's heuristic for garbled text as an automaton, its clues, and the encodings that it tries
-    normal_tables.inc    ftfy's replacements of single characters, decimal digits, what NFC needs, invisible characters
+html_tables.inc      entities of `html`, and those that ftfy also reads in capitals
+mojibake_tables.inc  ftfy's heuristic for garbled text as an automaton, its clues, and the encodings that it tries
+normal_tables.inc    ftfy's replacements of single characters, decimal digits, what NFC needs, invisible characters
 """
 
 import html.entities
