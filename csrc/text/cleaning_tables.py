@@ -62,7 +62,7 @@ def sequences(steps: list[Step]) -> Iterator[tuple[bool, list[Step]]]:
 
 
 def automaton() -> tuple[dict[int, int], list[list[int]]]:
-    """ftfy's badness as a deterministic automaton: class of each character (0 where absent), and [state][class] -> state.
+    """ftfy's badness as an automaton: the class of each character (0 where absent), and [state][class] -> state.
 
     State 0 is the start of a text, the last state is reached where the text is bad.
     """
@@ -197,7 +197,8 @@ def normal() -> str:
 
 def texts() -> dict[Path, str]:
     """The content of every file, by path."""
-    head = f"// Written by csrc/text/cleaning_tables.py from ftfy {ftfy.__version__}, Unicode {UNICODE}; not to be edited.\n"
+    source = f"csrc/text/cleaning_tables.py from ftfy {ftfy.__version__}, Unicode {UNICODE}"
+    head = f"// Written by {source}; not to be edited.\n"
     made = {"html": entities, "mojibake": mojibake, "normal": normal}
     return {HERE / f"{name}_tables.inc": head + make() for name, make in made.items()}
 

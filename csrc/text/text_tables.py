@@ -2,8 +2,9 @@
 
     python csrc/text/text_tables.py        # needs tokenizers and regex, which come with transformers
 
-Letters, lower case and white space come from the `tokenizers` library, character by character; white space of prompts
-from Python; grapheme boundaries from `regex`, which follows Unicode. cleaning_tables.py writes those of prompt cleaning.
+Letters, lower case and white space come from the `tokenizers` library, character by character; white space of
+prompts from Python; grapheme boundaries from `regex`, which follows Unicode. cleaning_tables.py writes the tables of
+prompt cleaning.
 """
 
 from collections.abc import Callable, Iterable

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class Prompts:
         if not due:
             return None
         self._waiting = self._waiting[len(due) :]
-        for prompt, after in zip(due, due[1:], strict=False):
+        for prompt, after in pairwise(due):
             self.notes.add(f"{prompt.where} has no effect: {after.where} replaces it before a chunk begins")
         self.shown.append({"frame": written, "prompt": due[-1].text})
         return due[-1].text
