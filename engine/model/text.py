@@ -125,7 +125,7 @@ class Tokenizer:
         encoded = self._core.encode(text)
         return torch.tensor([encoded.ids]), torch.tensor([encoded.attention_mask])
 
-    def warn_if_cut(self, prompt: str, stacklevel: int = 2) -> None:
+    def warn_if_cut(self, prompt: str) -> None:
         """A PromptWarning for a prompt of more tokens than `rows`. It counts them and quotes where the rest begins."""
         text = clean_prompt(prompt)
         encoded = self._core.encode(text)
@@ -136,7 +136,7 @@ class Tokenizer:
         rest = text[begin:].strip()
         quoted = rest if len(rest) <= _EXCERPT else rest[:_EXCERPT] + "..."
         note = f'the prompt has {every} tokens, the model reads {self.rows}: the rest, from "{quoted}", is ignored'
-        warnings.warn(note, PromptWarning, stacklevel=stacklevel + 1)
+        warnings.warn(note, PromptWarning, stacklevel=2)
 
 
 def _core(path: Path) -> Any:

@@ -21,8 +21,8 @@ COUNT = 10_000
 TEXT = """a red circle moving right slowly on gray background teal Square İstanbul ﬁne Ⅷ naïve ２０２６ ½ किताब क्षि ก็ ทำ
     up down left and white black quickly triangle yellow
     한국어 각 e\u0301 \U0001f468\u200d\U0001f469\u200d\U0001f467 🇩🇪🇫🇷 ﷺ ǆ ß ẞ Σς x&amp;lt;y &#8482; &#x80; &notit;
-    &copy; </s> <unk> <pad> ｱｲｳ ガ ﾊﾞ Å ① ™ … \u200b \ufeff \u00ad “red” ‘blue’ ﬂat ＧＲＡＹ cafÃ© naÃ¯ve â€œa circleâ€\x9d
-    &EACUTE; it\x92s \x1b[1mred\x1b[0m"""
+    &copy; </s> <unk> <pad> ｱｲｳ ガ ﾊﾞ Å ① ™ … \u200b \ufeff \u00ad “red” ‘blue’ ﬂat ＧＲＡＹ
+    cafÃ© naÃ¯ve â€œa circleâ€\x9d &EACUTE; it\x92s \x1b[1mred\x1b[0m"""
 WORDS = [*TEXT.split(), "\u00a0", "\u2003", "\u3000"]
 
 

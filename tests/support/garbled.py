@@ -25,11 +25,12 @@ emoji 😀 👩‍👩‍👧 🇩🇪 ✔️ ❤️ 🏴󠁧󠁢󠁷󠁬󠁳�
 ＦＵＬＬ　ｗｉｄｔｈ ￥ ￠ ￡ ＆ａｍｐ；
 │┌┐└ ═║╔ ▀▄█ ░▒▓ √± ≈° ≤ ≥ ∂ ∑ ∞ ∫ ∆ Ω π""".splitlines()
 OTHERS = [
-    "sloppy-windows-1255", "sloppy-windows-1256", "sloppy-cp874", "cp850", "cp866", "koi8-r", "shift_jis", "gbk", "big5",
-    "iso-8859-15",
+    "sloppy-windows-1255", "sloppy-windows-1256", "sloppy-cp874", "cp850", "cp866", "koi8-r", "shift_jis", "gbk",
+    "big5", "iso-8859-15",
 ]  # fmt: skip
 ODD = [
-    *map(chr, range(0x80, 0x180)), *"\ufffd\x1a? \xa0\n\r\u2028\x85[;<>&\0\x0b\x0c\x1c\x7f\ufeff\u200b\u206a\ufff9",
+    *map(chr, range(0x80, 0x180)),
+    *"\ufffd\x1a? \xa0\n\r\u2028\x85[;<>&\0\x0b\x0c\x1c\x7f\ufeff\u200b\u206a\ufff9",
     "\x1b[0m", "\x1b[1;31mX", "\x1b[٣m", "\x1b", "1;", "&amp;", "amp;", "&lt;", "&EACUTE;", "&eacute;", "&nbsp;",
     "&#59;", "&#xE9;", "&#233;", "&#x80;", "&#0;", "&#", "&notit;", "\u0301", "\u0316", "\u0327", "\u1100", "\u1161",
     "\u11a8", "\u212b", "\u037e", "\u0340", "\u0344", "\u0958", "\u2adc", "\U0001d15e", "\ufb1d", "\u0f73",
