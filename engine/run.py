@@ -29,6 +29,7 @@ EXAMPLES = """\
 examples:
   python -m engine.run --prompt "a red circle moving right slowly on a gray background" --seconds 10 --out red.mp4
   python -m engine.run --prompt "..." --prompt-at 3.0s "a blue square moving up quickly on a white background"
+  python -m engine.run --prompt-file story.txt --frames 96   # story.txt: lines such as "[3.0s] a blue square ..."
   python -m engine.run --model Wan2.1-T2V-1.3B --checkpoint self_forcing_dmd.pt --preset self-forcing --prompt "..."
   python -m engine.run --prompt "..." --out - | ffplay -
 
