@@ -14,7 +14,7 @@ import pytest
 from csrc_tools import HANG
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils import is_ftfy_available
-from garbled import TEXTS, garbled
+from texts.garbled import TEXTS, garbled
 
 from engine.model.text import MOST_GARBLED, clean_prompt, is_blank
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from csrc_tools import HANG
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from garbled import garbled
+from texts.garbled import garbled
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from engine.model.text import Tokenizer as Engine

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils import is_ftfy_available
-from garbled import TEXTS, garbled
+from texts.garbled import TEXTS, garbled
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from engine.loader import EMBEDDED
