@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from itertools import product
 from pathlib import Path
 
 import ftfy
@@ -99,6 +100,14 @@ def test_the_end_of_a_line_stands_in_for_a_byte(native_build):
     """ftfy's patterns end in $, which matches before a last line feed."""
     for garble in ("í\xa0½í¸\n", "À\n", "í\n", "í\xa0½í\n", "é À\n"):
         same_as_diffusers(native_build, [garble, "Ã©" + garble, garble + "a"])
+
+
+def test_every_short_sequence_of_bytes_that_were_lost_or_became_spaces(native_build):
+    """Behind a garbled letter, so that the text counts as garbled. ^Z is a lost byte in the sloppy encodings."""
+    few, more = b"\xe2\xe0\xf0\xc3\xa0\x85\x80 \x1aa", b"\xe3\xe1\xed\xc2\xdf\x9f\xbf?s\n"
+    parts = [*product(few + more, repeat=3), *product(few, repeat=4)]
+    prompts = [("\xc3\xa9".encode("latin-1") + bytes(part)).decode("sloppy-windows-1252") for part in parts]
+    same_as_diffusers(native_build, prompts)
 
 
 def test_a_long_line_is_cleaned_in_pieces_of_a_million(native_build):
