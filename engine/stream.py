@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.config import Preset, TransformerConfig
 from engine.generators import family_of, make_generator
 from engine.generators.base import Generator, Geometry
-from engine.model.text import Tokenizer
+from engine.model.text import Tokenizer, check_prompt
 from engine.model.vae import frames_to_uint8, uint8_to_frames
 from engine.runtime.finite import bad_weight, first_bad, kind_of, numbers
 from engine.runtime.handover import HandsOver, Progress
@@ -92,10 +92,14 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: str) -> Tensor:
-        """text_emb [1, rows, text_dim] of a prompt. Errors: no tokenizer, numbers that are not finite."""
+        """text_emb [1, rows, text_dim] of a prompt. Errors: no tokenizer, numbers that are not finite.
+
+        Warns (PromptWarning) if the prompt has more tokens than the model reads.
+        """
         if self.tokenizer is None:
             raise ValueError("got a pipeline without a tokenizer, expected one")
         ids, mask = self.tokenizer(prompt)
+        self.tokenizer.warn_if_cut(prompt)
         self.check_weights(text=True)
         tokens = ids.to(self.device), mask.to(self.device)
         text_emb = self.stages.encode_text(*tokens).to(self.dtype)
@@ -134,7 +138,8 @@ class Pipeline:
     ) -> "Stream":  # fmt: skip
         """An iterator of uint8 frames [H, W, 3].
 
-        prompt   text, or a text embedding [B, rows, text_dim]; only video 0 of a batch is decoded
+        prompt   text, or a text embedding [B, rows, text_dim]; only video 0 of a batch is decoded. Of a text with
+                 more tokens than the model reads, the rest is ignored with a PromptWarning (engine.model.text)
         seed     0 to 2^64 - 1
         frames   number of frames to stream; None means no limit
         clip     uint8 [T, H, W, 3] to start from: one frame is image-to-video, a longer clip is continued
@@ -232,7 +237,7 @@ class Stream(HandsOver):
         `recommit` also rewrites the window's keys and values under the new prompt, so that the past no longer pulls
         towards the old one. Without it, a stream that looks ahead has committed the last chunk under the old prompt,
         and so has one whose last call was interrupted. An interrupted switch has happened or not.
-        ValueError for another shape or a closed stream.
+        ValueError for another shape, a text without a visible character or a closed stream.
         """
         with self._turns, torch.inference_mode():
             self._check_open()
@@ -263,8 +268,10 @@ class Stream(HandsOver):
             with adapters.at(chosen, pipeline.stages.modules()):
                 text_kv = pipeline.stages.prepare_text(state.text_emb)
             self._ahead = None  # it has the old weights
-            with self._weights():  # what is pending belongs to them as well
-                pipeline.generator.set_text(text_kv, state, recommit, strengths=chosen)
+            if not recommit and state.pending is not None:
+                with self._weights():  # what is pending belongs to the old weights
+                    pipeline.generator.set_text(state.text_kv, state, recommit=False)
+            pipeline.generator.set_text(text_kv, state, recommit, strengths=chosen)
 
     def next_chunk(self) -> np.ndarray:
         """The next chunk, uint8 [T, H, W, 3]: T = 1 + 4 (F - 1) for chunk 0, then 4 F. ValueError if closed."""
@@ -421,6 +428,7 @@ class Stream(HandsOver):
 
     def _embed(self, prompt: str | Tensor, batch: int | None = None) -> Tensor:
         if isinstance(prompt, str):
+            check_prompt(prompt)
             prompt = self.pipeline.encode_prompt(prompt)
         width = self.pipeline.config.text_dim
         fits = prompt.ndim == 3 and min(prompt.shape) > 0 and prompt.shape[-1] == width

@@ -29,6 +29,7 @@ from engine.bundles.manifest import (
 from engine.bundles.stages import NotHere
 from engine.files import whole_folder
 from engine.loader import load_bundle
+from engine.model.text import clean_prompt, fold_prompt
 from engine.stream import Pipeline
 from export.compilers import Compiler, compiler_of
 from export.fp8 import is_quantized
@@ -131,7 +132,7 @@ def _write(
         transformer=transformer, precision=_precision(pipeline),
         height=pipeline.height, width=pipeline.width, fps=float(pipeline.fps), spatial=pipeline.spatial,
         temporal=pipeline.temporal, text_rows=pipeline.tokenizer.rows if pipeline.tokenizer else 0,
-        weights="weights.safetensors", tokenizer="tokenizer",
+        weights="weights.safetensors", tokenizer="tokenizer", prompt_cleaning="ftfy",
         golden=GoldenSpec(file=_GOLDEN, prompt=prompt, seed=seed), files=_files(part), backends=specs,
     )  # fmt: skip
     _save_manifest(manifest, part)
@@ -174,7 +175,7 @@ def _add_golden(part: Path, manifest: Manifest, golden: dict[str, Tensor]) -> It
     allowed = TOLERANCE[manifest.precision]
     for key, backend in manifest.backends.items():
         try:
-            frames = golden_frames(load_bundle(part, backend.backend), manifest.golden.prompt, manifest.golden.seed)
+            frames = _replayed(part, manifest, backend.backend)
         except NotHere as error:
             yield f"{key}: golden frames not replayed: {error}"
             continue
@@ -205,7 +206,20 @@ def _precision(pipeline: Pipeline) -> Literal["fp32", "fp16", "bf16", "fp8"]:
     return "fp8" if is_quantized(pipeline) else names[pipeline.dtype]
 
 
-def golden_frames(pipeline: Pipeline, prompt: str, seed: int) -> np.ndarray:
+def _replayed(folder: Path, manifest: Manifest, backend: str) -> np.ndarray:
+    """The golden frames on one backend of a bundle. The prompt is read as when the bundle was written."""
+    pipeline, golden = load_bundle(folder, backend), manifest.golden
+    before = fold_prompt(golden.prompt)
+    if manifest.prompt_cleaning == "ftfy" or before == clean_prompt(golden.prompt):
+        return golden_frames(pipeline, golden.prompt, golden.seed)
+    assert pipeline.tokenizer is not None  # a bundle has one
+    ids, mask = pipeline.tokenizer.ids(before)
+    with torch.inference_mode():
+        embedding = pipeline.stages.encode_text(ids.to(pipeline.device), mask.to(pipeline.device))
+    return golden_frames(pipeline, embedding, golden.seed)
+
+
+def golden_frames(pipeline: Pipeline, prompt: str | Tensor, seed: int) -> np.ndarray:
     """The first chunks of a stream, uint8 [T, H, W, 3]."""
     with pipeline.stream(prompt, seed=seed) as stream:
         return np.concatenate([stream.next_chunk() for _ in range(GOLDEN_CHUNKS)])
@@ -223,7 +237,7 @@ def verify_bundle(folder: Path, backends: Sequence[str] = ()) -> dict[str, int]:
     worst = {}
     for key, backend in manifest.backends.items():
         if not backends or backend.backend in backends:
-            frames = golden_frames(load_bundle(folder, backend.backend), manifest.golden.prompt, manifest.golden.seed)
+            frames = _replayed(folder, manifest, backend.backend)
             worst[key] = _apart(frames, stored.get(f"frames.{key}", stored["frames"]), manifest.precision)
     if not worst:
         raise ValueError(f"verify: got backend {', '.join(backends)}, expected one of {', '.join(manifest.backends)}")

@@ -54,4 +54,23 @@ inline void append_utf8(std::uint32_t code, std::string& out) {
     put(0x80 | (code & 0x3F));
 }
 
+// A malformed byte stands for itself.
+inline std::u32string to_utf32(std::string_view text) {
+    std::u32string out;
+    out.reserve(text.size());
+    while (!text.empty()) {
+        const std::size_t length = utf8_length(text);
+        out += length ? utf8_code(text, length) : static_cast<unsigned char>(text[0]);
+        text.remove_prefix(length ? length : 1);
+    }
+    return out;
+}
+
+inline std::string to_utf8(std::u32string_view text) {
+    std::string out;
+    out.reserve(text.size());
+    for (char32_t code : text) append_utf8(code, out);
+    return out;
+}
+
 }  // namespace greedy::core

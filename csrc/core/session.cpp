@@ -7,6 +7,7 @@
 #include "base/finite.h"
 #include "base/half.h"
 #include "core/noise.h"
+#include "text/cleaning.h"
 
 namespace greedy::core {
 
@@ -37,8 +38,12 @@ void Session::set_prompt(Prompt prompt, bool recommit) {
 }
 
 void Session::set_text(const std::string& text, bool recommit) {
+    if (is_blank(clean_prompt(text))) fail(GREEDY_INVALID, "prompt", "a text that shows nothing", "words");
     Prompt prompt;
-    bundle_->tokenizer().encode(text, prompt.ids, prompt.mask);
+    const std::size_t tokens = bundle_->tokenizer().encode(text, prompt.ids, prompt.mask);
+    if (tokens > prompt.ids.size())
+        bundle_->log(GREEDY_LOG_INFO, "note: the prompt has " + std::to_string(tokens) + " tokens, the model reads " +
+                                          std::to_string(prompt.ids.size()) + ": the rest is ignored");
     set_prompt(std::move(prompt), recommit);
 }
 

@@ -170,7 +170,7 @@ Manifest Manifest::parse(std::string_view text, const std::string& where) {
     const Fields fields(
         json, where,
         {"format", "version", "preset_name", "preset", "transformer", "precision", "height", "width", "fps", "spatial",
-         "temporal", "text_rows", "weights", "tokenizer", "golden", "files", "backends"});
+         "temporal", "text_rows", "weights", "tokenizer", "?prompt_cleaning", "golden", "files", "backends"});
     const std::int64_t number = fields["version"].integer(fields.at("version"), 1, kNewest);
     const std::string format = fields.name("format");
     expect(format == "greedy-bundle", fields.at("format"), "'" + format.substr(0, 60) + "'", "greedy-bundle");
@@ -196,6 +196,11 @@ Manifest Manifest::parse(std::string_view text, const std::string& where) {
            "a multiple of " + std::to_string(wide));
     out.weights = safe_path(fields.name("weights"), fields.at("weights"));
     out.tokenizer = safe_path(fields.name("tokenizer"), fields.at("tokenizer"));
+    if (json.find("prompt_cleaning")) {  // of the golden prompt; text is always cleaned by today's rules
+        const std::string cleaning = fields.name("prompt_cleaning");
+        expect(cleaning == "html" || cleaning == "ftfy", fields.at("prompt_cleaning"),
+               "'" + cleaning.substr(0, 60) + "'", "html or ftfy");
+    }
     out.files = files_from(fields["files"], fields.at("files"));
     const Fields golden(fields["golden"], fields.at("golden"), {"file", "prompt", "seed"});
     golden["prompt"].string(golden.at("prompt"));

@@ -1,10 +1,12 @@
 // greedy-host streams a bundle from the command line, without Python. It is an example of the whole interface.
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -17,7 +19,7 @@ namespace {
 constexpr const char* kUsage =
     "usage: greedy-host BUNDLE --prompt TEXT [options]\n"
     "  --prompt TEXT          text to show\n"
-    "  --prompt-at FRAME TEXT switch the prompt at a frame; may be repeated, in order\n"
+    "  --prompt-at FRAME TEXT switch the prompt at a frame, where the next chunk begins; may be repeated\n"
     "  --no-recommit          keep the old prompt's keys and values when the prompt switches\n"
     "  --image FILE.ppm       start from a picture of the bundle's size\n"
     "  --frames N             stop after N frames; default: until Ctrl-C\n"
@@ -57,6 +59,7 @@ std::uint64_t number(const std::string& option, const char* text) {
 Options parse(int count, char** words) {
     Options out;
     greedy_settings_init(&out.settings);
+    const char* first = nullptr;
     for (int i = 1; i < count; ++i) {
         const std::string word = words[i];
         const auto next = [&] {
@@ -64,7 +67,7 @@ Options parse(int count, char** words) {
             return words[++i];
         };
         if (word == "--prompt")
-            out.prompts.insert(out.prompts.begin(), {0, next()});
+            first = next();
         else if (word == "--prompt-at") {
             const std::uint64_t frame = number(word, next());
             out.prompts.emplace_back(frame, next());
@@ -102,7 +105,15 @@ Options parse(int count, char** words) {
             out.bundle = word;
     }
     if (out.bundle.empty()) throw Usage("BUNDLE: got none, expected a directory");
-    if (out.prompts.empty() || out.prompts.front().first != 0) throw Usage("--prompt: got none, expected words");
+    if (!first) throw Usage("--prompt: got none, expected words");
+    for (const auto& [frame, text] : out.prompts)
+        if (frame >= out.frames)
+            throw Usage("--prompt-at: got frame " + std::to_string(frame) + ", expected one before the end at " +
+                        std::to_string(out.frames));
+    out.prompts.insert(out.prompts.begin(), {0, first});
+    // Stable: of several at one frame the last one given wins.
+    std::stable_sort(out.prompts.begin(), out.prompts.end(),
+                     [](const auto& a, const auto& b) { return a.first < b.first; });
     if (out.threads && number("--threads", out.threads) == 0) throw Usage("--threads: got 0, expected at least 1");
     if (out.frames == 0) throw Usage("--frames: got 0, expected at least 1");
     return out;
@@ -145,6 +156,14 @@ void run(const Options& options) {
     greedy::Session session(bundle, options.seed);
     if (!options.image.empty()) session.push_frames(read_ppm(options.image, info.width, info.height).data(), 1);
     const auto sink = greedy::host::open_sink(options.out, options.format, info.width, info.height, info.fps);
+    // Refuses a bad prompt before the first frame. The first one is set last, so it counts.
+    for (auto prompt = options.prompts.rbegin(); prompt != options.prompts.rend(); ++prompt)
+        session.set_prompt(prompt->second);
+    const auto note = [&](std::uint64_t frame, const char* why) {
+        if (!options.quiet)
+            std::fprintf(stderr, "note: the prompt at frame %llu has no effect: %s\n",
+                         static_cast<unsigned long long>(frame), why);
+    };
     std::size_t prompt = 0;
     std::uint64_t frames = 0;
     double first_ms = 0, chunk_ms = 0;
@@ -152,8 +171,11 @@ void run(const Options& options) {
     const auto streaming = std::chrono::steady_clock::now();
     while (frames < options.frames && !stopped) {
         // A prompt applies from the next chunk on, so frames that are already made are shown first.
-        for (; prompt < options.prompts.size() && options.prompts[prompt].first <= frames; ++prompt)
-            session.set_prompt(options.prompts[prompt].second, options.recommit);
+        std::size_t due = prompt;
+        for (; due < options.prompts.size() && options.prompts[due].first <= frames; ++due)
+            if (due > prompt) note(options.prompts[due - 1].first, "another one replaces it before a chunk begins");
+        if (due > prompt) session.set_prompt(options.prompts[due - 1].second, options.recommit);
+        prompt = due;
         const auto asked = std::chrono::steady_clock::now();
         greedy::Frame frame = session.next_frame();
         chunk_ms = since(asked);
@@ -167,6 +189,8 @@ void run(const Options& options) {
     }
     const double spent = since(streaming);
     sink->close();
+    for (; prompt < options.prompts.size() && !stopped; ++prompt)
+        note(options.prompts[prompt].first, "the last chunk began before it");
     if (!sink->digest().empty()) std::printf("%s\n", sink->digest().c_str());
     double steady = 0;
     for (std::size_t i = 1; i < chunks.size(); ++i) steady += chunks[i] / static_cast<double>(chunks.size() - 1);
@@ -189,9 +213,13 @@ int main(int count, char** words) {
         Options options = parse(count, words);
         set_threads(options);
         if (!options.quiet)
-            options.settings.log = [](void*, int level, const char* text) {
-                if (level <= GREEDY_LOG_INFO) std::fprintf(stderr, "%s\n", text);
+            options.settings.log = [](void* said, int level, const char* text) {
+                // Each line once: a prompt is checked, and set again when it is due.
+                if (level <= GREEDY_LOG_INFO && static_cast<std::set<std::string>*>(said)->insert(text).second)
+                    std::fprintf(stderr, "%s\n", text);
             };
+        std::set<std::string> said;
+        options.settings.log_cookie = &said;
         run(options);
         return 0;
     } catch (const Usage& error) {

@@ -17,6 +17,7 @@
 #include "formats/manifest.h"
 #include "formats/safetensors.h"
 #include "runtime/rope.h"
+#include "text/cleaning.h"
 #include "text/text.h"
 #include "text/tokenizer.h"
 
@@ -173,6 +174,9 @@ void test_safetensors() {
 
 void test_text() {
     check(clean_prompt(" a&amp;lt;b\t\n c&#x41;&nbsp;&notit; ") == "a<b cA \xC2\xACit;", "text: clean_prompt");
+    check(clean_prompt("\xE2\x80\x9C\xEF\xAC\x81ne\xE2\x80\x9D caf\xC3\x83\xC2\xA9 \xEF\xBC\xA1") == "\"fine\" caf\xC3\xA9 A",
+          "text: curly quotes, a ligature, garbled and full-width letters");
+    check(is_blank(clean_prompt("\xE2\x80\x8B\x1B[0m \xEF\xBB\xBF")) && !is_blank("a"), "text: blank prompts");
     check(lower_case("\xC3\x89\xC4\xB0") == "\xC3\xA9i\xCC\x87", "text: lower case");
     check(graphemes("e\xCC\x81\r\n\xF0\x9F\x87\xA9\xF0\x9F\x87\xAA\xF0\x9F\x87\xA9").size() == 4, "text: graphemes");
 }

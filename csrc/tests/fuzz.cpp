@@ -1,5 +1,5 @@
 // Feeds damaged input to every reader of a bundle. The first byte names the kind of the rest: m a manifest,
-// s safetensors, t a tokenizer.json, c a map of characters and a text. A libFuzzer target with clang; with other
+// s safetensors, t a tokenizer.json, c a map of characters and a text, p a prompt. A libFuzzer target with clang; with other
 // compilers fuzz_driver.cpp calls it.
 #include <cstdint>
 #include <string>
@@ -10,6 +10,7 @@
 #include "formats/manifest.h"
 #include "formats/safetensors.h"
 #include "text/charsmap.h"
+#include "text/cleaning.h"
 #include "text/tokenizer.h"
 
 namespace {
@@ -39,6 +40,7 @@ void read(char kind, const std::string& rest) {
         if (split == std::string::npos || !utf8_valid(rest.substr(split + 1))) return;
         Charsmap(rest.substr(0, split), "fuzz").normalize(rest.substr(split + 1));
     }
+    if (kind == 'p' && utf8_valid(rest) && !utf8_valid(clean_prompt(rest))) __builtin_trap();
 }
 
 }  // namespace

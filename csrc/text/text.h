@@ -17,12 +17,10 @@ std::vector<Character> characters(std::string_view text);
 
 bool is_word(std::uint32_t code);   // \w of the tokenizers library
 bool is_space(std::uint32_t code);  // white space of the tokenizers library, which is Unicode's
+bool is_python_space(std::uint32_t code);
 std::string lower_case(std::string_view text);
 
 // Extended grapheme clusters (Unicode Standard Annex 29).
 std::vector<std::string_view> graphemes(std::string_view text);
-
-// Resolves HTML entities and folds white space, as clean_prompt of engine/model/text.py.
-std::string clean_prompt(const std::string& prompt);
 
 }  // namespace greedy::core

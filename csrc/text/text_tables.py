@@ -2,11 +2,11 @@
 
     python csrc/text/text_tables.py        # needs tokenizers and regex, which come with transformers
 
-Letters, lower case and white space come from the `tokenizers` library, character by character; white space of prompts
-from Python; entities from `html`; grapheme boundaries from `regex`, which follows Unicode.
+Letters, lower case and white space come from the `tokenizers` library, character by character; white space of
+prompts from Python; grapheme boundaries from `regex`, which follows Unicode. cleaning_tables.py writes the tables of
+prompt cleaning.
 """
 
-import html.entities
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -91,13 +91,11 @@ def run_rows(runs: list[tuple[int, int, int]]) -> list[str]:
 
 
 def text() -> str:
-    entities = sorted(html.entities.html5.items())
     return "\n".join([
         "// Written by csrc/text/text_tables.py; not to be edited.",
         table("Run", "kClasses", run_rows(classes())),
-        table("Lower", "kLower", [f'{{{code:#x}, "{quoted(to)}"}}' for code, to in lower_case()]),
+        table("Text", "kLower", [f'{{{code:#x}, "{quoted(to)}"}}' for code, to in lower_case()]),
         table("Run", "kGraphemes", run_rows(graphemes())),
-        table("Entity", "kEntities", [f'{{"{quoted(name)}", "{quoted(value)}"}}' for name, value in entities]),
     ])  # fmt: skip
 
 

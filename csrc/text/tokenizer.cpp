@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "base/utf8.h"
 #include "text/charsmap.h"
+#include "text/cleaning.h"
 #include "text/text.h"
 
 namespace greedy::core {
@@ -188,6 +189,7 @@ class Unigram : public Tokenizer::Model {
         double score;
     };
     std::int64_t id_of(std::string_view piece) const {
+        if (piece.size() > longest_) return unknown_;
         const auto found = pieces_.find(std::string(piece));
         return found == pieces_.end() ? unknown_ : found->second.id;
     }
@@ -337,8 +339,8 @@ void Tokenizer::encode_plain(std::string_view text, std::vector<std::int64_t>& i
         if (!piece.empty()) model_->encode(piece, ids);
 }
 
-void Tokenizer::encode(const std::string& prompt, std::vector<std::int64_t>& ids,
-                       std::vector<std::int64_t>& mask) const {
+std::size_t Tokenizer::encode(const std::string& prompt, std::vector<std::int64_t>& ids,
+                              std::vector<std::int64_t>& mask) const {
     const std::string text = clean_prompt(prompt);
     ids.clear();
     std::size_t plain = 0;  // start of the text after the last special token
@@ -355,20 +357,23 @@ void Tokenizer::encode(const std::string& prompt, std::vector<std::int64_t>& ids
         ids.push_back(found->id);
         at += found->text.size();
         if (found->right)
-            for (const Character& c : characters(std::string_view(text).substr(at))) {
-                if (!is_space(c.code)) break;
-                at += c.bytes.size();
+            for (std::size_t length; at < text.size(); at += length) {
+                const std::string_view rest = std::string_view(text).substr(at);
+                length = std::max<std::size_t>(utf8_length(rest), 1);
+                if (!is_space(utf8_code(rest, length))) break;
             }
         plain = at;
     }
     if (plain < text.size()) encode_plain(std::string_view(text).substr(plain), ids);
     const std::size_t rows = static_cast<std::size_t>(rows_), room = rows - before_.size() - after_.size();
+    const std::size_t whole = ids.size() + before_.size() + after_.size();
     if (ids.size() > room) ids.resize(room);
     ids.insert(ids.begin(), before_.begin(), before_.end());
     ids.insert(ids.end(), after_.begin(), after_.end());
     mask.assign(ids.size(), 1);
     ids.resize(rows, pad_);
     mask.resize(rows, 0);
+    return whole;
 }
 
 }  // namespace greedy::core

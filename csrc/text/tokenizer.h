@@ -30,7 +30,8 @@ class Tokenizer {
     std::int64_t largest_id() const;
 
     // Ids and mask of a prompt (UTF-8), each rows() long, as Tokenizer of engine/model/text.py. Cuts longer prompts.
-    void encode(const std::string& prompt, std::vector<std::int64_t>& ids, std::vector<std::int64_t>& mask) const;
+    // Returns the number of tokens of the whole prompt. Throws Error(GREEDY_INVALID) as clean_prompt.
+    std::size_t encode(const std::string& prompt, std::vector<std::int64_t>& ids, std::vector<std::int64_t>& mask) const;
 
     class Model {
       public:

@@ -148,6 +148,7 @@ class Manifest(_Strict):
     text_rows: _Size
     weights: _Name
     tokenizer: _Name
+    prompt_cleaning: Literal["html", "ftfy"] = "html"  # of the golden prompt; bundles without it knew no ftfy
     golden: GoldenSpec
     files: Annotated[dict[_Name, FileSpec], Field(max_length=100_000)]
     backends: Annotated[dict[_Name, BackendSpec], Field(min_length=1)]

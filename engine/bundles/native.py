@@ -10,6 +10,7 @@ The interface is that of engine.stream. All streams of a pipeline share weights 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from operator import methodcaller
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.bundles.manifest import read_manifest
+from engine.model.text import Tokenizer, check_prompt, clean_prompt
 from engine.runtime.handover import HandsOver, Progress
 from engine.threads import use
 
@@ -54,6 +57,7 @@ class NativePipeline:
         self, folder: str | Path, backend: str | None = None, *, verify: bool = True, parallel: int = 1,
         threads: int | None = None,
     ) -> None:  # fmt: skip
+        self._folder = Path(folder)
         if threads is not None:
             use(threads)
         found = find_spec("torch")
@@ -73,6 +77,11 @@ class NativePipeline:
         self.text_rows: int = info["text_rows"]
         self.text_dim: int = info["text_dim"]
         self.latent: tuple[int, int, int, int] = info["latent"]  # of a chunk: channels, frames, height, width
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer in Python. It only counts the tokens of long prompts; the core has its own."""
+        return Tokenizer(self._folder / read_manifest(self._folder).tokenizer)
 
     def warm(self) -> None:
         """Do nothing: graphs are already compiled and loaded."""
@@ -131,10 +140,16 @@ class NativeStream(HandsOver):
     def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> None:
         """Switch the prompt, text or embedding [1, rows, text_dim], from the next chunk on.
 
-        `recommit` rewrites the window's keys and values under the new prompt. ValueError for another shape.
+        `recommit` rewrites the window's keys and values under the new prompt. ValueError for another shape, or a text
+        without a visible character. Warns (PromptWarning) of a text that the model does not read to its end.
         """
         if isinstance(prompt, str):
+            check_prompt(prompt)
             self._session.set_prompt(prompt, recommit)
+            cleaned = clean_prompt(prompt)
+            # A character of ASCII is one token at most; an end mark and a space in front may be added.
+            if not cleaned.isascii() or len(cleaned) + 2 > self.pipeline.text_rows:
+                self.pipeline.tokenizer.warn_if_cut(prompt)
             return
         expected = (1, self.pipeline.text_rows, self.pipeline.text_dim)
         if tuple(prompt.shape) != expected:

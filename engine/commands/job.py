@@ -14,10 +14,15 @@ from engine.options import chosen, option, options_of
 class Video:
     """The video to generate: prompts, first frames, length and seed."""
 
-    prompt: str = option(metavar="TEXT", help="what the video shows")
+    prompt: str | None = option(None, "what the video shows", metavar="TEXT", exclusive="prompt")
+    prompt_file: str | None = option(
+        None, "the same from a file, or - for stdin: UTF-8 or UTF-16. A line that begins with [3.0s] or [48f] "
+        "switches the prompt there, as --prompt-at", metavar="FILE", exclusive="prompt",
+    )  # fmt: skip
     prompt_at: tuple[tuple[str, str], ...] = option(
-        (), "switch the prompt while streaming, at 3.0s or frame 48f; may be repeated", metavar=("TIME", "TEXT")
-    )
+        (), "switch the prompt while streaming, at 3.0s or frame 48f, from the next chunk on; may be repeated",
+        metavar=("TIME", "TEXT"),
+    )  # fmt: skip
     adapter_at: tuple[tuple[str, str], ...] = option(
         (), "change an adapter's strength while streaming; may be repeated", metavar=("TIME", "NAME=STRENGTH")
     )
@@ -34,8 +39,8 @@ class Video:
     seed: int = option(0, "the same seed gives the same video", metavar="N")
 
     def __post_init__(self) -> None:
-        if not self.prompt.strip():
-            raise ValueError("--prompt: got an empty text, expected words")
+        if self.prompt is None and self.prompt_file is None:
+            raise ValueError("--prompt: got none, expected a text, or --prompt-file with one")
         if self.video_frames < 1:
             raise ValueError(f"--video-frames: got {self.video_frames}, expected at least 1")
         for name, value in (("frames", self.frames), ("seconds", self.seconds)):

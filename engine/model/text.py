@@ -2,6 +2,8 @@
 
 import html
 import re
+import unicodedata
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,85 @@ from torch import Tensor, nn
 from engine.files import read_json
 
 MAX_ROWS = 512  # rows that Wan2.1 was trained with
+MOST_GARBLED = 4096  # characters of a prompt with HTML entities or garbled text, for which ftfy takes quadratic time
+
+_EXCERPT = 40  # characters of a prompt that a message quotes
+_PLAIN = re.compile(r"[ -%'-~]*")  # printable ASCII without &
+_INVISIBLE = {"Cc", "Cf", "Cs", "Zs", "Zl", "Zp"}  # not the unassigned: emoji newer than this Python are among them
+# Letters and marks that show nothing; their categories do not say so.
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 
 
 def clean_prompt(prompt: str) -> str:
-    """Resolve HTML entities and fold white space, as Wan's pipeline does."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+    """The prompt as Wan's own pipeline and diffusers' WanPipeline read it.
+
+    ftfy repairs garbled text and replaces curly quotes, ligatures and full-width letters; HTML entities are resolved,
+    white space is folded. ValueError for a prompt that would take minutes, and where html.unescape raises one.
+    """
+    if _PLAIN.fullmatch(prompt):  # ftfy leaves plain text as it is
+        return fold_prompt(prompt)
+    import ftfy
+
+    _check_length(prompt)
+    return fold_prompt(ftfy.fix_text(prompt))
+
+
+def fold_prompt(prompt: str) -> str:
+    """The prompt with HTML entities resolved, twice, and white space folded: clean_prompt without ftfy."""
+    try:
+        text = html.unescape(html.unescape(prompt))
+    except ValueError:  # of int()
+        raise ValueError("prompt: got a character's number of more than 4300 digits, expected a shorter one") from None
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _check_length(prompt: str) -> None:
+    """ftfy repeats its steps until nothing changes: at worst once per character, for these prompts alone."""
+    if len(prompt) <= MOST_GARBLED:
+        return
+    import ftfy
+    from ftfy.badness import is_bad
+    from ftfy.chardata import HTML_ENTITY_RE
+
+    def slow(text: str) -> bool:
+        return is_bad(text) or HTML_ENTITY_RE.search(text) is not None
+
+    marks = sum(unicodedata.combining(char) != 0 for char in prompt)  # Python sorts them one by one
+    if marks > MOST_GARBLED or slow(prompt) or slow(ftfy.fix_text(prompt, unescape_html=False, fix_encoding=False)):
+        raise ValueError(f"prompt: got {len(prompt)} characters with HTML entities, garbled text or combining marks, "
+                         f"expected at most {MOST_GARBLED}")  # fmt: skip
+
+
+def check_prompt(prompt: str, what: str = "prompt") -> None:
+    """ValueError that begins with `what` for a prompt that no model can read.
+
+    Surrogates (bytes of a command line that are no UTF-8), NUL characters, texts without a visible character once they
+    are cleaned, and what clean_prompt refuses.
+    """
+    if found := re.search("[\ud800-\udfff]", prompt):
+        code = ord(found[0])
+        got = f"byte {code - 0xDC00:#x}, which is no UTF-8" if 0xDC80 <= code <= 0xDCFF else f"a surrogate {code:#x}"
+        raise ValueError(f"{what}: got {got}, expected text in UTF-8")
+    if "\0" in prompt:
+        raise ValueError(f"{what}: got a NUL character, expected text")
+    try:
+        cleaned = clean_prompt(prompt)
+    except ValueError as error:
+        raise ValueError(f"{what}: {str(error).removeprefix('prompt: ')}") from None
+    if is_blank(cleaned):
+        got = "an empty text" if not prompt.strip() else f"{prompt[:_EXCERPT]!a}, which shows nothing"
+        raise ValueError(f"{what}: got {got}, expected words")
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no visible character: white space, controls, joiners and the like, or nothing at all."""
+    return all(unicodedata.category(char) in _INVISIBLE or _UNSEEN.match(char) for char in text)
+
+
+class PromptWarning(UserWarning):
+    """A prompt of which the model does not read all."""
 
 
 class Tokenizer:
@@ -40,11 +116,29 @@ class Tokenizer:
         self.tokens = self._core.get_vocab_size()
         self._core.enable_padding(length=self.rows, pad_id=number, pad_token=pad)
         self._core.enable_truncation(self.rows)
+        self._added = self._core.num_special_tokens_to_add(False)  # the end mark
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
         """ids and mask, each int64 [1, rows]; cuts longer prompts."""
-        encoded = self._core.encode(clean_prompt(prompt))
+        return self.ids(clean_prompt(prompt))
+
+    def ids(self, text: str) -> tuple[Tensor, Tensor]:
+        """The same of a text that needs no cleaning."""
+        encoded = self._core.encode(text)
         return torch.tensor([encoded.ids]), torch.tensor([encoded.attention_mask])
+
+    def warn_if_cut(self, prompt: str) -> None:
+        """A PromptWarning for a prompt of more tokens than `rows`. It counts them and quotes where the rest begins."""
+        text = clean_prompt(prompt)
+        encoded = self._core.encode(text)
+        if not encoded.overflowing:
+            return
+        every = sum(sum(part.attention_mask) - self._added for part in [encoded, *encoded.overflowing]) + self._added
+        begin = next(start for start, end in encoded.overflowing[0].offsets if end > start)
+        rest = text[begin:].strip()
+        quoted = rest if len(rest) <= _EXCERPT else rest[:_EXCERPT] + "..."
+        note = f'the prompt has {every} tokens, the model reads {self.rows}: the rest, from "{quoted}", is ignored'
+        warnings.warn(note, PromptWarning, stacklevel=2)
 
 
 def _core(path: Path) -> Any:

@@ -63,6 +63,60 @@ def test_a_prompt_switch_counts_from_the_next_chunk_on(host):
     assert not np.array_equal(plain[9:13], switched[9:13])
 
 
+def rgb(ran) -> bytes:
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_of_two_prompts_at_one_frame_the_last_one_given_wins(host):
+    usual = ["--frames", "17", "--format", "rgb"]
+    teal, yellow = (rgb(host(*usual, "--prompt-at", "9", word)) for word in ("teal", "yellow"))
+    assert teal != yellow
+    assert rgb(host(*usual, "--prompt-at", "9", "teal", "--prompt-at", "9", "yellow")) == yellow
+    assert rgb(host(*usual, "--prompt-at", "9", "yellow", "--prompt-at", "9", "teal")) == teal
+    in_turn = rgb(host(*usual, "--prompt-at", "5", "teal", "--prompt-at", "13", "yellow"))
+    assert rgb(host(*usual, "--prompt-at", "13", "yellow", "--prompt-at", "5", "teal")) == in_turn
+    assert rgb(host(*usual, "--prompt-at", "0", "teal")) == rgb(host(*usual, "--prompt", "teal"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--prompt", ""],
+        ["--prompt", "\u200b"],
+        ["--prompt", "&nbsp;\x01"],
+        ["--prompt", b"r\xe9d"],
+        ["--prompt-at", "5", " "],
+        ["--prompt-at", "5", "\u3164"],
+        ["--prompt-at", "5", b"r\xe9d"],
+        ["--prompt-at", "5", "&amp;" * 5000],
+        ["--prompt-at", "9", "teal"],
+        ["--prompt-at", "99", "teal"],
+    ],
+)
+def test_prompts_are_checked_before_the_first_frame(host, tmp_path, words):
+    ran = host("--frames", "9", "--out", "clip.y4m", *words)
+    assert ran.returncode == 2, ran.stderr
+    assert b"prompt" in ran.stderr
+    assert b"expected" in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_notes_about_prompts(native_build):
+    long = "teal " * 40
+    command = [native_build / "greedy-host", fake_stages.RECORDED, "--plugin-dir", native_build / "fake_plugin"]
+    words = ["--out", "null", "--frames", "9", "--prompt", "red", "--prompt-at", "3", "blue", "--prompt-at", "4", long,
+             "--prompt-at", "7", "teal"]  # fmt: skip
+    ran = subprocess.run([*command, *words], capture_output=True, text=True, timeout=HANG)
+    assert ran.returncode == 0, ran.stderr
+    assert [line for line in ran.stderr.splitlines() if line.startswith("note: ")] == [
+        "note: the prompt has 41 tokens, the model reads 16: the rest is ignored",
+        "note: the prompt at frame 3 has no effect: another one replaces it before a chunk begins",
+        "note: the prompt at frame 7 has no effect: the last chunk began before it",
+    ]
+
+
 def test_ffmpeg_gets_the_frames(host, tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()

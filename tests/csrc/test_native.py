@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -28,9 +29,11 @@ from faults import ENGINE, events_of, plain, same, stumbling
 from safetensors.torch import load_file, save_file
 
 import engine.run
+from engine.bundles.manifest import read_manifest
 from engine.bundles.native import NativePipeline, NativeStream
 from engine.config import Preset
 from engine.loader import load_bundle
+from engine.model.text import PromptWarning
 from engine.stream import Pipeline, Stream
 
 CHUNKS = 14
@@ -208,6 +211,49 @@ def test_bad_input_is_said(recorded, core, tmp_path, native_build):
         core.Bundle(str(fake_stages.RECORDED), library_dir=str(tmp_path))
     with pytest.raises(ImportError, match="no backend tensorrt"):
         core.Bundle(str(fake_stages.RECORDED), backend="tensorrt")
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\u200b", "\x01", "&nbsp;", "re\udce9d", "a\0b", "&amp;" * 5000])
+def test_prompts_that_no_model_can_read_are_refused(recorded, prompt):
+    stream = recorded.stream("red")
+    for call in (recorded.stream, stream.set_prompt):
+        with pytest.raises(ValueError, match=r"^prompt: got .*, expected ") as raised:
+            call(prompt)
+        assert "\n" not in str(raised.value)
+    if prompt.isascii() and "\0" not in prompt:  # those that reach the core
+        with pytest.raises(ValueError, match=r"^prompt: got .*, expected "):
+            stream._session.set_prompt(prompt, True)
+
+
+def test_prompts_are_cleaned_as_in_python(recorded):
+    chunks = [
+        recorded.stream(text, seed=1).next_chunk() for text in ("teal", "ｔｅａｌ", "te\x01al", "te&#97;l", "red")
+    ]
+    for chunk in chunks[1:4]:
+        assert np.array_equal(chunk, chunks[0])
+    assert not np.array_equal(chunks[4], chunks[0])
+
+
+def test_cut_prompts_say_so(recorded):
+    with pytest.warns(PromptWarning, match='the prompt has 41 tokens, the model reads 16: the rest, from "teal teal'):
+        recorded.stream("teal " * 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recorded.stream("teal " * 15)
+
+
+def test_the_cleaning_that_a_manifest_names(fake, tmp_path):
+    bundle = fake_stages.write_fake_bundle(tmp_path / "bundle", PRESETS["greedy"])
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for name in ("html", "ftfy"):
+        (bundle / "manifest.json").write_text(json.dumps({**manifest, "prompt_cleaning": name}))
+        assert read_manifest(bundle).prompt_cleaning == name
+        fake(bundle).stream("teal").next_chunk()
+    for wrong in ("none", "", 1, None):
+        (bundle / "manifest.json").write_text(json.dumps({**manifest, "prompt_cleaning": wrong}))
+        for reader in (read_manifest, fake):
+            with pytest.raises(ValueError, match="prompt_cleaning"):
+                reader(bundle)
 
 
 def test_arrays_of_another_shape_are_refused(recorded):

@@ -14,6 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as Core
 
 import engine
 import engine.run
@@ -26,7 +28,7 @@ from engine.model.vae import VAEConfig
 from engine.stream import Pipeline
 from export.__main__ import main as export_main
 from export.graphs import stage_graphs
-from export.write import verify_bundle, write_bundle
+from export.write import golden_frames, verify_bundle, write_bundle
 
 PROMPT = "a red circle moving right on a gray background"
 
@@ -154,6 +156,33 @@ def refused(folder: Path, match: str) -> None:
         check_hashes(folder, read_manifest(folder))
     assert "got" in str(caught.value)
     assert "expected" in str(caught.value)
+
+
+def test_golden_frames_are_replayed_with_the_cleaning_of_their_time(damaged: Path) -> None:
+    """Bundles without prompt_cleaning resolved HTML entities alone: there full-width letters were unknown words."""
+    assert read_manifest(damaged).prompt_cleaning == "ftfy"
+    prompt = "a ｒｅｄ circle"
+    pipeline = load_bundle(damaged)
+    encoded = Core.from_file(str(damaged / "tokenizer" / "tokenizer.json")).encode(prompt)
+    room = (0, 16 - len(encoded.ids))
+    ids, mask = (torch.nn.functional.pad(torch.tensor([part]), room) for part in (encoded.ids, encoded.attention_mask))
+    with torch.inference_mode():
+        old = pipeline.stages.encode_text(ids, mask)
+    assert (old - pipeline.encode_prompt(prompt)).abs().max() > 0.01
+    golden = {"frames": torch.from_numpy(golden_frames(pipeline, old, 5))}
+    save_file(golden, damaged / "golden.safetensors")
+    size, digest = (damaged / "golden.safetensors").stat().st_size, file_hash(damaged / "golden.safetensors")
+
+    def change(manifest: dict) -> None:
+        manifest["golden"] |= {"prompt": prompt, "seed": 5}
+        manifest["files"]["golden.safetensors"] = {"bytes": size, "sha256": digest}
+        del manifest["prompt_cleaning"]
+
+    edit(damaged, change)
+    assert read_manifest(damaged).prompt_cleaning == "html"
+    assert verify_bundle(damaged) == {"onnx-cpu": 0}
+    edit(damaged, lambda manifest: manifest.update(prompt_cleaning="ftfy"))
+    assert verify_bundle(damaged)["onnx-cpu"] > 0
 
 
 def test_truncated_file(damaged: Path) -> None:

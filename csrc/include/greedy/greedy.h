@@ -63,7 +63,8 @@ typedef struct greedy_session greedy_session;
 
 enum greedy_log_level { GREEDY_LOG_ERROR = 0, GREEDY_LOG_INFO = 1, GREEDY_LOG_DEBUG = 2 };
 
-/* Runs on the thread that opens or streams; `text` is valid during the call. It must not call this library. */
+/* Runs on the thread that opens, streams or sets a prompt; `text` is valid during the call. It must not call this
+ * library. */
 typedef void (*greedy_log_callback)(void *cookie, int level, const char *text);
 
 /* Fill with greedy_settings_init, then change fields. Strings are only read during the open call. */
@@ -132,7 +133,9 @@ GREEDY_API int greedy_open(greedy_session **session, greedy_bundle *bundle, uint
 /* Set the prompt from the next chunk on. Any thread may call these while another streams. They copy their arguments.
  * recommit 1 rewrites the stream's cached keys and values under the new prompt, so that they do not pull towards the
  * old one; 0 keeps them. Of several calls before a chunk the last one counts. The prompt is UTF-8 text; token ids of
- * the bundle's tokenizer, at most text_rows, the end token included; or an embedding [text_rows, text_dim].
+ * the bundle's tokenizer, at most text_rows, the end token included; or an embedding [text_rows, text_dim]. Text is
+ * cleaned as Wan's pipeline cleans it (ftfy, HTML entities, white space). A text without a visible character is
+ * GREEDY_INVALID. The rest of a text of more than text_rows tokens is ignored, with a note in the log (INFO).
  * GREEDY_INVALID, GREEDY_NO_MEMORY. */
 GREEDY_API int greedy_set_prompt(greedy_session *session, const char *text, int recommit);
 GREEDY_API int greedy_set_prompt_tokens(greedy_session *session, const int64_t *ids, size_t count, int recommit);

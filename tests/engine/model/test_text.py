@@ -1,15 +1,22 @@
 """Prompt to embedding against transformers' UMT5 and diffusers' WanPipeline."""
 
 import json
+import random
 import shutil
+import string
+import warnings
 
+import ftfy
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.utils import is_ftfy_available
+from texts.garbled import TEXTS, garbled
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from engine.loader import EMBEDDED
-from engine.model.text import MAX_ROWS, Tokenizer, clean_prompt
+from engine.model.text import MAX_ROWS, PromptWarning, Tokenizer, check_prompt, clean_prompt, is_blank
 from engine.weights.checkpoint import open_text_encoder
 
 PROMPT = "a red circle moving right on gray"
@@ -43,7 +50,7 @@ def test_equals_the_stock_pipeline(pipeline, model_dir):
         transformer=WanTransformer3DModel.from_pretrained(model_dir / "transformer"),
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
-    for prompt in (PROMPT, "  a  red\n&amp;circle&lt; "):
+    for prompt in (PROMPT, "  a  red\n&amp;circle&lt; ", "ａ ｒｅｄ ﻿circle “on” gray", "a re&zwnj;d"):
         expected, _ = stock.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=16)
         assert (pipeline.encode_prompt(prompt) - expected).abs().max() < 1e-5
 
@@ -53,7 +60,50 @@ def test_equals_the_stock_pipeline(pipeline, model_dir):
     [(" a\n\tred  circle ", "a red circle"), ("a &amp;amp; b &lt;c&gt;", "a & b <c>"), ("plain", "plain")],
 )
 def test_prompts_are_cleaned(prompt, clean):
-    assert clean_prompt(prompt) == clean
+    assert clean_prompt(prompt) == clean == prompt_clean(prompt)
+
+
+def test_prompts_are_cleaned_as_by_diffusers():
+    assert is_ftfy_available()  # without it diffusers cleans otherwise
+    choose = random.Random(1)
+    prompts = [*TEXTS, *(garbled(choose) for _ in range(10_000)), "\ud83d\ude00 red", "re\udce9d", "a\0b"]
+    for prompt in prompts:
+        assert clean_prompt(prompt) == prompt_clean(prompt), ascii(prompt)
+    assert sum(clean_prompt(prompt) != prompt for prompt in prompts) > 3000
+
+
+def test_plain_prompts_need_no_ftfy():
+    """Cleaning leaves ftfy out for printable ASCII without &: ftfy returns that as it is."""
+    choose = random.Random(2)
+    plain = [char for char in map(chr, range(32, 127)) if char != "&"]
+    assert sorted(plain) == sorted(set(string.printable) - set("&\t\n\r\x0b\x0c"))
+    prompts = ["".join(plain), *("".join(choose.choices(plain, k=choose.randint(0, 60))) for _ in range(20_000))]
+    pairs = [a + b + c for a in "<;#[\\" for b in plain for c in plain]
+    for prompt in prompts + pairs:
+        assert ftfy.fix_text(prompt) == prompt
+        assert clean_prompt(prompt) == prompt_clean(prompt)
+
+
+BLANK = ["", " ", "\n\t", "\u200b", "\ufeff", "\x01\x02", "\u200b \u200d\u2060", "\x1b[0m", "&nbsp;", "&#8203;",
+         "\u3000", "\u3164", "\ufe0f", "\u00ad", "\u2800"]  # fmt: skip
+REFUSED = [*BLANK, "re\udce9d", "\ud83d", "a\0b", "&#" + "1" * 5000 + ";", "&amp;" * 5000]
+
+
+@pytest.mark.parametrize("prompt", REFUSED, ids=lambda prompt: ascii(prompt[:12]))
+def test_prompts_that_no_model_can_read_are_refused(pipeline, prompt):
+    for call in (lambda: check_prompt(prompt), lambda: pipeline.stream(prompt), lambda: stream.set_prompt(prompt)):
+        with (
+            pipeline.stream(PROMPT) as stream,
+            pytest.raises(ValueError, match=r"^prompt: got .*, expected ") as raised,
+        ):
+            call()
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("prompt", ["a", "红", "😀", "🫨", "\u0301", "?", "&#233;", "\ue000", "é\u200b"])
+def test_what_shows_something_is_a_prompt(prompt):
+    assert not is_blank(clean_prompt(prompt))
+    check_prompt(prompt)
 
 
 def test_long_prompts_are_cut_at_the_models_rows(pipeline):
@@ -63,6 +113,35 @@ def test_long_prompts_are_cut_at_the_models_rows(pipeline):
     # 15 words and the end mark: what stands behind them has no effect.
     assert torch.equal(full, pipeline.encode_prompt("red " * 15 + "blue circle"))
     assert not torch.equal(full, pipeline.encode_prompt("red " * 14 + "blue circle"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "rest"),
+    [
+        ("red " * 40, 41, "red red red red red red red red red red ..."),
+        ("red " * 15 + "blue circle", 18, "blue circle"),
+        ("“red” " * 15 + "blue", 47, None),
+        ("red&nbsp;" * 15 + "\n\nblue", 17, "blue"),
+    ],
+)
+def test_cut_prompts_say_so(pipeline, model_dir, prompt, count, rest):
+    tokens = AutoTokenizer.from_pretrained(model_dir / "tokenizer")([prompt_clean(prompt)]).input_ids[0]
+    assert len(tokens) == count
+    with pytest.warns(PromptWarning) as warned:
+        pipeline.encode_prompt(prompt)
+    (said,) = [str(one.message) for one in warned]
+    assert said.startswith(f"the prompt has {count} tokens, the model reads 16: the rest, from ")
+    assert said.endswith("is ignored")
+    assert rest is None or f'from "{rest}",' in said
+    with pipeline.stream(PROMPT) as stream, pytest.warns(PromptWarning):
+        stream.set_prompt(prompt)
+
+
+def test_prompts_that_fit_warn_of_nothing(pipeline):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prompt in ("red " * 15, "red", "“" + "red " * 13):
+            pipeline.encode_prompt(prompt)
 
 
 def test_rows_are_the_tokenizers_limit_or_wans(model_dir, tmp_path):
