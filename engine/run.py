@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from engine.bundles.manifest import read_manifest
@@ -18,8 +19,9 @@ from engine.commands.interrupt import Interrupt
 from engine.commands.job import Bundle, Job, Model, Output, Video
 from engine.config import Preset, Runtime
 from engine.loader import EMBEDDED, is_untrained, load, load_bundle, settings_of, threads_of_bundle
+from engine.media.clips import read_clip
+from engine.media.pictures import read_image
 from engine.media.sinks import ChecksumSink, OutputClosed, Sink, open_sink
-from engine.media.sources import read_clip, read_image
 from engine.options import Parser, add_options
 from engine.presets import PRESETS
 from engine.stream import Pipeline, Stream
@@ -119,12 +121,23 @@ def _peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _clip(video: Video, height: int, width: int, fps: float) -> np.ndarray | None:
+def _clip(
+    job: Job, height: int, width: int, fps: float, notes: list[str], console: Console
+) -> np.ndarray | None:  # fmt: skip
+    """The picture or the clip to start from, if there is one: uint8 [T, height, width, 3]."""
+    video = job.video
     if video.image is not None:
-        return read_image(video.image, height, width)
-    if video.video is not None:
-        return read_clip(video.video, height, width, fps, video.video_frames)
-    return None
+        return read_image(video.image, height, width, notes)
+    if video.video is None:
+        return None
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn()
+    hidden = job.output.quiet or not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
+        task = progress.add_task(f"reading {escape(video.video.name)}", total=1.0)
+        return read_clip(
+            video.video, height, width, fps, video.video_frames, notes=notes,
+            progress=lambda share: progress.update(task, completed=share),
+        )  # fmt: skip
 
 
 def _shape(job: Job) -> tuple[int, int, float]:
@@ -167,7 +180,11 @@ def _run(job: Job, interrupt: Interrupt) -> int:
     height, width, fps = _shape(job)
     limit = _limit(video, fps)
     switches = sorted((_frame_of(when, fps), text) for when, text in video.prompt_at)
-    clip = _clip(video, height, width, fps)
+    notes: list[str] = []  # what was changed in what the user gave
+    clip = _clip(job, height, width, fps, notes, console)
+    if not output.quiet:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
     sink = open_sink(output.out, fps, (height * output.scale, width * output.scale), format=output.format)
     begun = time.perf_counter()
     try:
@@ -198,6 +215,7 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         "height": pipeline.height,
         "width": pipeline.width,
         "out": output.out,
+        "notes": notes,
     }
     if isinstance(sink, ChecksumSink):
         report["sha256"] = sink.digest

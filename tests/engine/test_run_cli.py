@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 import engine.commands.interrupt
 import engine.run
-from engine.media.sources import read_clip, read_image
+from engine.media.clips import read_clip
+from engine.media.pictures import read_image
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle moving right"

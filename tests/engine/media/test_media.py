@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from engine.media.sources import read_clip, read_image
+from engine.media.clips import read_clip
+from engine.media.pictures import read_image
 
 
 def gradient(height, width):
