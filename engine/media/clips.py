@@ -1,7 +1,5 @@
 """Reads the end of a clip as a viewer shows it, on the stream's grid of times."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +11,7 @@ from engine.media.decoding import Damaged, Decoder
 from engine.media.frames import Renderer
 from engine.media.inputs import add_once, check_file, reason
 from engine.media.pictures import frames_of, kind_of
-from engine.media.timeline import Clock, Grid, is_rounded, rounding
+from engine.media.timeline import Clock, Grid, rounded_to, tolerance_of
 
 Progress = Callable[[float], None]  # receives the share of the work that is done, from 0 to 1
 _HELD = 2**30  # bytes of decoded frames that may wait until it is known which of them are taken
@@ -61,7 +59,8 @@ def read_clip(
         raise ValueError(f"video: got {path}, damaged {error}, {mend}") from None
     except (av.FFmpegError, OSError, ValueError) as error:
         why = reason(error)
-        raise ValueError(f"video: got {path}, " + (why if "expected" in why else f"expected a video ({why})")) from None
+        why = why.removeprefix("got ") if "expected" in why else f"expected a video that FFmpeg can read ({why})"
+        raise ValueError(f"video: got {path}, {why}") from None
     if total > last:
         made.append(f"{path.name}: taken: the last {last} of {total} frames at {fps:g} fps")
     if notes is not None:
@@ -86,14 +85,12 @@ def _starts(wanted: _Wanted) -> list[tuple[Fraction, Fraction]]:
     """(first timestamp, timestamp to seek) in seconds, to be tried in turn; empty where reading must begin at 0."""
     need = Fraction(wanted.last) / Fraction(wanted.fps)
     with Decoder(wanted.path, threads=False) as decoder:
-        length = decoder.length()
-        if not decoder.seeks() or length is None or length < need + 3:
+        first = next(decoder.frames(None, lambda share: None), None) if decoder.seeks() else None
+        if first is None or first.stamp is None:
             return []
-        first = next(decoder.frames(None, lambda share: None), None)
-    if first is None or first.stamp is None:
-        return []
-    ends = [length - back for back in (need + 1, 2 * need + 15)]
-    return [(first.stamp, first.stamp + end) for end in ends if end > 1]
+        length = decoder.length(first.stamp) or decoder.whole(first.stamp) or 0
+    backs = need + 1, 2 * need + 15
+    return [(first.stamp, first.stamp + length - back) for back in backs if length - back > 2]
 
 
 def _attempt(
@@ -103,7 +100,7 @@ def _attempt(
     notes: list[str] = []
     with Decoder(wanted.path, threads) as decoder:
         render = Renderer(wanted.height, wanted.width, decoder.stream.sample_aspect_ratio, wanted.path.name, notes)
-        grid: Grid[Any] = Grid(wanted.fps, wanted.last, rounding(decoder.time_base))
+        grid: Grid[Any] = Grid(wanted.fps, wanted.last, tolerance_of(decoder.time_base))
         clock = Clock(decoder.usual, start and start[0])
         wait = True
         try:
@@ -117,12 +114,12 @@ def _attempt(
             if start is None:
                 raise ValueError("got no frame that can be decoded, expected at least one")
             return None
-        cut, told = decoder.is_cut_off(wanted.path), decoder.length()
+        cut, told = decoder.is_cut_off(wanted.path), decoder.length(clock.origin or Fraction(0))
         end = clock.end()
         if told is not None and told > clock.time and not cut and not decoder.lost:
             end = told
         # Jitter of the last timestamp must not add an output frame.
-        grid.finish(end - (Fraction(1, 200) if is_rounded(decoder.time_base) else 0))
+        grid.finish(end - (Fraction(1, 200) if rounded_to(decoder.time_base) else 0))
         if start is not None and (grid.first is None or grid.first > grid.start):
             return None
         if cut or decoder.lost:
@@ -142,7 +139,7 @@ def _rendered(wanted: _Wanted, grid: Grid[Any], render: Renderer) -> np.ndarray:
 
 def _animated(wanted: _Wanted, notes: list[str]) -> tuple[np.ndarray, int]:
     """The same for a GIF, WebP, PNG or AVIF animation."""
-    grid: Grid[np.ndarray] = Grid(wanted.fps, wanted.last, rounding(Fraction(1, 1000)))
+    grid: Grid[np.ndarray] = Grid(wanted.fps, wanted.last, tolerance_of(Fraction(1, 1000)))
     time = Fraction(0)
     for duration, share, pixels in frames_of(wanted.path, wanted.height, wanted.width, notes):
         grid.show(time, pixels, lambda shown: shown)

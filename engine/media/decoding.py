@@ -1,24 +1,18 @@
 """Decodes the video track of a file, from its begin or from a keyframe near its end."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
-from engine.media.frames import MOST_PIXELS, too_large
-
-if TYPE_CHECKING:
-    import av
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
+from engine.media.frames import MOST_PIXELS, Frame, too_large
 
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ones leave alpha out
-
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"[playlist]", b"v=0")  # what they name may be anywhere
+_INTRA = (0, 1)  # picture types: none told, I
+_GAP = 4096  # bytes between the packets of a Matroska file in which nothing but headers stands
 _TEXT = ("tty", "bin", "xbin", "adf", "idf")  # FFmpeg draws text as a video
 
 
@@ -31,11 +25,11 @@ class Shown(NamedTuple):
 
     stamp: Fraction | None
     length: Fraction | None
-    frame: VideoFrame
+    frame: Frame
 
 
 class Decoder:
-    """One reading of a file's best video track.
+    """One reading of a file's best video track: av.VideoStream in `stream`.
 
     Frames before the first one that can be decoded are left out, as a player does. What cannot be decoded at the end is
     left out too, and `lost` says so. Damage in between raises Damaged.
@@ -60,6 +54,7 @@ class Decoder:
             raise
         self.stream.thread_type = "AUTO" if threads else "NONE"
         self.lost = False
+        self._lost_at: int | None = None
         rate = self.stream.average_rate
         self.usual = 1 / rate if rate and 1 <= rate <= 240 else Fraction(1, 25)  # seconds per frame
         self.time_base = self.stream.time_base or Fraction(1, 1000)
@@ -70,7 +65,7 @@ class Decoder:
     def __exit__(self, *_: object) -> None:
         self.container.close()
 
-    def _best_stream(self) -> VideoStream:
+    def _best_stream(self) -> Any:
         import av
 
         stream = self.container.streams.best("video")
@@ -84,7 +79,7 @@ class Decoder:
             raise ValueError(too_large(stream.width, stream.height))
         return stream
 
-    def _codec(self) -> av.VideoCodecContext:
+    def _codec(self) -> Any:
         """The track's decoder, or another one that knows its alpha."""
         import av
 
@@ -97,17 +92,24 @@ class Decoder:
                 return decoder
         return context
 
-    def length(self) -> Fraction | None:
-        """Seconds from the first timestamp to the last frame's end, as the container says; None if it does not."""
-        stream, container = self.stream, self.container
-        if "mp4" in container.format.name and stream.duration:
-            return stream.duration * self.time_base
-        whole = Fraction(container.duration, 10**6) if container.duration else None
-        if "matroska" in container.format.name and whole:
-            tag = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", "").strip("\0 ")[:18])
-            told = 3600 * int(tag[1]) + 60 * int(tag[2]) + Fraction(tag[3]) if tag else None
-            return told if told and told <= whole + Fraction(1, 500) else None
+    def length(self, first: Fraction) -> Fraction | None:
+        """Seconds from the first timestamp to the last frame's end, as the track says; None if it does not."""
+        if "mp4" in self.container.format.name and self.stream.duration:
+            return self.stream.duration * self.time_base
+        whole = self.whole(first)
+        if "matroska" in self.container.format.name and whole:
+            tag = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", self.stream.metadata.get("DURATION", "").strip("\0 ")[:18])
+            told = 3600 * int(tag[1]) + 60 * int(tag[2]) + Fraction(tag[3]) - first if tag else None
+            return told if told and told <= whole + Fraction(1, 500) else None  # a copy may keep another file's tag
         return None
+
+    def whole(self, first: Fraction) -> Fraction | None:
+        """Seconds from the first timestamp to the end of the longest track."""
+        known = self.container.duration
+        if not known:
+            return None
+        from_zero = "matroska" in self.container.format.name
+        return Fraction(known, 10**6) - (first if from_zero else 0)
 
     def seeks(self) -> bool:
         """Whether a seek in such a file is exact: it has an index, and timestamps of one clock."""
@@ -125,63 +127,70 @@ class Decoder:
         """Frames in the order in which they are shown; from the keyframe before `start`, a timestamp in seconds."""
         if start is not None:
             self.container.seek(int(start / self.time_base), stream=self.stream)
-        key = None  # timestamp of the first keyframe after a seek: frames before it lack what they refer to
-        shown, lost_at, begin = False, None, None
+        clean = start is None  # after a seek: an intra frame was met, so what follows lacks nothing it refers to
+        shown, begin = False, None
         for packet in self._packets():
-            if start is not None and key is None:
-                if not packet.is_keyframe or packet.pts is None:
-                    continue
-                key = packet.pts
             if packet.pos is not None and packet.pos >= 0:
                 begin = packet.pos if begin is None else begin
                 progress(max(0, packet.pos - begin) / max(1, self.container.size - begin))
-            frames, whole = self._decode(packet)
-            if not whole:
-                self.lost = True
-                lost_at = packet.pts if lost_at is None else lost_at
-            for frame in frames:
+            for frame in self._decode(packet):
                 if frame.is_corrupt:
-                    self.lost = True
-                    lost_at = frame.pts if lost_at is None else lost_at
+                    self._lose(frame.pts)
                     continue
-                if key is not None and frame.pts is not None and frame.pts < key:
+                clean = clean or (frame.key_frame and frame.pict_type in _INTRA)
+                if not clean:  # leading pictures, or a gradual refresh
                     continue
                 if self.lost and not shown:
-                    self.lost, lost_at = False, None  # before the first frame
-                if self.lost and (lost_at is None or frame.pts is None or frame.pts > lost_at):
+                    self.lost, self._lost_at = False, None  # before the first frame
+                if self.lost and (self._lost_at is None or frame.pts is None or frame.pts > self._lost_at):
                     raise Damaged
                 shown = True
                 base = frame.time_base or self.time_base
-                yield Shown(
-                    None if frame.pts is None else frame.pts * base, frame.duration * base if frame.duration else None,
-                    frame,
-                )  # fmt: skip
+                stamp = None if frame.pts is None else frame.pts * base
+                yield Shown(stamp, frame.duration * base if frame.duration else None, frame)
+
+    def _lose(self, at: int | None) -> None:
+        """Remember the first timestamp that something is missing at."""
+        if not self.lost:
+            self.lost, self._lost_at = True, at
 
     def _packets(self) -> Iterator[Any]:
         """Packets of the track, and one without data at the end. A container that breaks off ends there."""
         import av
 
+        matroska = "matroska" in self.container.format.name
+        end, last = None, None
         try:
-            for packet in self.container.demux(self.stream):
+            # All tracks, to see what Matroska's reader skips without a word because it is damaged.
+            for packet in self.container.demux(*([] if matroska else [self.stream])):
+                ours = packet.stream_index == self.stream.index
                 if packet.has_sidedata("encryption_info"):
                     raise ValueError("got an encrypted video, expected one that can be decoded without a key")
-                yield packet
+                if matroska and packet.size and packet.pos is not None and packet.pos >= 0:
+                    if end is not None and packet.pos - end > _GAP and ours and self._jumps(last, packet.pts):
+                        self._lose(last)
+                    end = packet.pos + packet.size
+                if ours:
+                    last = packet.pts if packet.size else last
+                    yield packet
         except av.FFmpegError:
-            self.lost = True
+            self._lose(last)
             yield av.Packet(0)
 
-    def _decode(self, packet: Any) -> tuple[list[VideoFrame], bool]:
-        """The frames that a packet completes, and whether it is whole itself."""
+    def _jumps(self, last: int | None, now: int | None) -> bool:
+        """Whether more than three frames are missing between two timestamps."""
+        return last is not None and now is not None and (now - last) * self.time_base > 4 * self.usual
+
+    def _decode(self, packet: Any) -> list[Frame]:
+        """The frames that a packet completes; none, and a loss, if it is damaged."""
         import av
 
-        if packet.is_corrupt:
-            return [], False
-        try:
-            return self.codec.decode(packet if packet.size else None), True
-        except av.FFmpegError as error:
-            if isinstance(error, av.error.InvalidDataError):
-                return [], False
-            raise
+        # In a transport stream "corrupt" means a gap before the packet.
+        if not (packet.is_corrupt and self.container.format.name != "mpegts"):
+            with suppress(av.error.InvalidDataError):
+                return list(self.codec.decode(packet if packet.size else None))
+        self._lose(packet.pts)
+        return []
 
 
 def _matroska_end(head: bytes) -> int:

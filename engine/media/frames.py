@@ -1,20 +1,16 @@
 """Turns decoded video frames into pixels as a viewer shows them: upright, square pixels, BT.709 colours, no alpha."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterable
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.media.colour import BT709, BT2020, HLG, P3, PQ, to_sdr
 from engine.media.inputs import add_once, note_crop
 
-if TYPE_CHECKING:
-    import av
-
+Frame = Any  # av.VideoFrame; PyAV is imported where a clip is read
 MOST_PIXELS = 8192 * 8192
 # Matrix coefficients of ISO/IEC 23091-2 by the names of FFmpeg's scale filter. 0 is RGB, 2 and 3 say nothing.
 _MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
@@ -42,7 +38,7 @@ class Look(NamedTuple):
     peak: float  # cd/m2
 
 
-def look_of(frame: av.VideoFrame) -> Look:
+def look_of(frame: Frame) -> Look:
     """Reads a frame's own tags and side data."""
     entries: Iterable[Any] = frame.side_data
     side = {data.type.name: bytes(data) for data in entries}
@@ -115,7 +111,7 @@ class Renderer:
         self.aspect = aspect or Fraction(1)  # a stored pixel's width divided by its height
         self.look: Look | None = None
 
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+    def __call__(self, frame: Frame) -> np.ndarray:
         """ValueError for a frame that is too large, or in colours that cannot be decoded."""
         if frame.width * frame.height > MOST_PIXELS:
             raise ValueError(
@@ -131,8 +127,8 @@ class Renderer:
             pixels = to_sdr(pixels, look.transfer, look.primaries, look.peak)
         return np.ascontiguousarray(_turned(pixels, look.turn))
 
-    def _graph(self, frame: av.VideoFrame, look: Look) -> av.filter.Graph:
-        """FFmpeg's filters for frames of one look. Their colours stay as coded if `self.deep`."""
+    def _graph(self, frame: Frame, look: Look) -> Any:
+        """An av.filter.Graph for frames of one look. Their colours stay as coded if `self.deep`."""
         import av
 
         form = av.VideoFormat(look.pixels)

@@ -1,7 +1,5 @@
 """Which frame of a clip is shown at which time of an even grid."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -45,18 +43,24 @@ class Clock:
         return self.time + (self.length or self.step or self.usual)
 
 
-def is_rounded(time_base: Fraction) -> bool:
-    """Whether timestamps are rounded to thousandths or hundredths of a second, as in Matroska, WebM and GIF."""
-    return time_base in (Fraction(1, 1000), Fraction(1, 100))
+def rounded_to(time_base: Fraction) -> Fraction:
+    """The tick that timestamps are rounded to, in seconds; 0 where they are exact.
 
-
-def rounding(time_base: Fraction) -> Fraction:
-    """By how much a timestamp may lie after the time that was meant.
-
-    Half a tick if they are rounded. Other clocks have ticks that are fine, or that are the frames themselves. A
-    microsecond allows for a rate such as 23.976.
+    Matroska, WebM and GIF count thousandths or hundredths of a second. FFmpeg copies thousandths into an MP4 whose
+    clock counts 16000ths. Other clocks have ticks that are fine, or that are the frames themselves.
     """
-    return Fraction(1, 10**6) + (time_base / 2 if is_rounded(time_base) else 0)
+    return {Fraction(1, 16000): Fraction(1, 1000)}.get(time_base, time_base) if time_base in _ROUNDED else Fraction(0)
+
+
+_ROUNDED = (Fraction(1, 100), Fraction(1, 1000), Fraction(1, 16000))
+
+
+def tolerance_of(time_base: Fraction) -> Fraction:
+    """By how much a timestamp may lie after the time that was meant: half a tick if it is rounded.
+
+    A microsecond allows for a rate such as 23.976.
+    """
+    return Fraction(1, 10**6) + rounded_to(time_base) / 2
 
 
 class Grid(Generic[Picture]):
