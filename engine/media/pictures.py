@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from engine.media.decoding import Decoder
 from engine.media.inputs import add_once, check_file, note_crop, reason
 
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # where PIL refuses: 178,956,970
@@ -179,11 +180,10 @@ def _converted(image: Image.Image, source: object, srgb: object) -> Image.Image:
 
 
 def _is_video(path: Path) -> bool:
-    """Whether PyAV finds a video track in a file that PIL does not know."""
-    import av
-
+    """Whether a file that PIL does not know holds a video."""
     try:
-        with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
-            return bool(container.streams.video) and container.format.name != "tty"
-    except (av.FFmpegError, OSError, ValueError):
+        with Decoder(path, threads=False) as decoder:
+            still = decoder.container.format.name.endswith(("_pipe", "image2"))
+            return not still and next(decoder.frames(None, lambda share: None), None) is not None
+    except Exception:  # whatever it is, it is no video
         return False

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from clips import grey, numbers_of, plain, write
+from clip_files import grey, numbers_of, plain, write
 from PIL import Image, ImageSequence
 
 import engine.media.clips
