@@ -85,21 +85,23 @@ def matrix_of(look: Look) -> str:
     return "bt709" if look.width >= 1280 or look.height >= 720 or look.primaries == BT709 else "bt601"
 
 
-def crop_box(width: int, height: int, aspect: Fraction, across: int, down: int, step: int) -> tuple[int, int, int, int]:
+def crop_box(
+    width: int, height: int, aspect: Fraction, across: int, down: int, raster: tuple[int, int]
+) -> tuple[int, int, int, int]:
     """Width, height, left and top of the middle part that has the shape across : down on the display.
 
-    aspect is a stored pixel's width divided by its height. All four are multiples of `step`, the chroma's raster,
-    unless the frame is too small for that.
+    aspect is a stored pixel's width divided by its height; raster is how many pixels share a chroma sample, each way.
+    A part that is cropped lies on the raster.
     """
-    wide, high = height * Fraction(across, down) / aspect, width * aspect * down / across
 
-    def part(kept: Fraction, whole: int) -> tuple[int, int]:
+    def part(kept: Fraction, whole: int, step: int) -> tuple[int, int]:
         if kept >= whole:
             return whole, 0
         size = min(max(step * round(kept / step), step), whole)
         return size, (whole - size) // 2 // step * step
 
-    (w, x), (h, y) = part(wide, width), part(high, height)
+    w, x = part(height * Fraction(across, down) / aspect, width, raster[0])
+    h, y = part(width * aspect * down / across, height, raster[1])
     return w, h, x, y
 
 
@@ -144,12 +146,14 @@ class Renderer:
             steps.append(("field", "type=top"))
             high, aspect = (look.height + 1) // 2, aspect / 2
         tags = "" if rgb else f":in_color_matrix={matrix_of(look)}:in_range={'full' if look.full_range else 'limited'}"
-        if alpha:  # laid over black before it is scaled, so that hidden colours do not bleed into shown ones
+        raster = (1, 1) if rgb else (8 // form.chroma_width(8), 8 // form.chroma_height(8))
+        if alpha or look.width < raster[0] or high < raster[1]:
             steps.append(("scale", _SCALING + tags))
-            steps += [("format", "gbrap16le" if self.deep else "gbrap"), ("premultiply", "inplace=1")]
-            tags = ""
-        step = 1 if rgb or alpha or len(components) < 3 else 2
-        w, h, x, y = crop_box(look.width, high, aspect, across, down, step)
+            steps.append(("format", ("gbrap" if alpha else "gbrp") + ("16le" if self.deep else "")))
+            tags, raster = "", (1, 1)
+        if alpha:  # laid over black before it is scaled, so that hidden colours do not bleed into shown ones
+            steps.append(("premultiply", "inplace=1"))
+        w, h, x, y = crop_box(look.width, high, aspect, across, down, raster)
         steps.append(("crop", f"{w}:{h}:{x}:{y}"))
         steps.append(("scale", f"{across}:{down}:{_SCALING}{tags}"))
         steps.append(("format", "rgb48le" if self.deep else "rgb24"))
@@ -184,7 +188,7 @@ class Renderer:
         if look.interlaced:
             found.append("interlaced, only the upper field is used")
         add_once(self.notes, [f"{self.name}: {text}" for text in found])
-        wide, high = look.width * self.aspect, Fraction(look.height)
+        wide, high = max(look.width * self.aspect, Fraction(1)), Fraction(look.height)
         if self.aspect != 1:
             add_once(self.notes, [f"{self.name}: pixels of {self.aspect} made square"])
         size = (round(high), round(wide)) if look.turn[0] == 0 else (round(wide), round(high))

@@ -14,6 +14,7 @@ from PIL import Image, ImageSequence
 
 import engine.media.clips
 from engine.media.clips import read_clip
+from engine.media.frames import Renderer
 
 SIZE = 32, 48
 MS = Fraction(1, 1000)
@@ -249,6 +250,23 @@ def test_matrix_and_range(tmp_path, pixels, matrix, span, size, expected, full):
     assert np.abs(got - want).max() <= 2
     others = [decoded(*values, other, flag, bits) for other in KR_KB for flag in (False, True)]
     assert sum(np.abs(other - want).max() <= 4 for other in others) == 1  # the others would be seen
+
+
+EVERY = [
+    "yuv420p", "yuv411p", "yuv410p", "nv12", "p010le", "yuv444p16le", "gray", "gray16le", "rgb24", "rgb48le", "gbrp12le",
+    "yuyv422",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pixels", EVERY)
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (2, 400), (400, 2), (36, 52)])
+@pytest.mark.parametrize("aspect", [None, Fraction(100), Fraction(1, 100)])
+def test_every_format_and_shape(pixels, size, aspect):
+    frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 150, np.uint8)).reformat(format=pixels)
+    frame.pts, frame.time_base = 0, MS
+    got = Renderer(*SIZE, aspect, "a", [])(frame)
+    assert got.shape == (*SIZE, 3)
+    assert np.abs(got.astype(int) - 150).max() <= 4
 
 
 def test_a_jpeg_track_has_full_range(tmp_path):
