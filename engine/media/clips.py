@@ -102,7 +102,6 @@ def _attempt(
         render = Renderer(wanted.height, wanted.width, decoder.stream.sample_aspect_ratio, wanted.path.name, notes)
         grid: Grid[Any] = Grid(wanted.fps, wanted.last, tolerance_of(decoder.time_base))
         clock = Clock(decoder.usual, start and start[0])
-        wait = True
         try:
             for stamp, length, frame in decoder.frames(start and start[1], lambda share: wanted.progress(0.7 * share)):
                 time = clock.at(stamp, length)

@@ -253,8 +253,8 @@ def test_matrix_and_range(tmp_path, pixels, matrix, span, size, expected, full):
 
 
 EVERY = [
-    "yuv420p", "yuv411p", "yuv410p", "nv12", "p010le", "yuv444p16le", "gray", "gray16le", "rgb24", "rgb48le", "gbrp12le",
-    "yuyv422",
+    "yuv420p", "yuv411p", "yuv410p", "nv12", "p010le", "yuv444p16le", "gray", "gray16le", "rgb24", "rgb48le",
+    "gbrp12le", "yuyv422",
 ]  # fmt: skip
 
 
