@@ -107,6 +107,8 @@ def _attempt(
                 time = clock.at(stamp, length)
                 wait = wanted.last * frame.width * frame.height * frame.format.padded_bits_per_pixel / 8 <= _HELD
                 grid.show(time, frame, (lambda shown: shown) if wait else render)
+            if decoder.lost and threads:
+                raise Damaged
         except Damaged:
             raise Damaged(f"after {float(max(clock.time, Fraction(0))):.1f} s") from None
         if clock.time < 0:
