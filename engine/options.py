@@ -13,6 +13,8 @@ Only the class defines a field's type, default and help text.
 """
 
 import argparse
+import re
+import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -102,7 +104,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line instead of argparse's usage and message, and exit with status 2."""
-        self.exit(2, f"error: {message} (see --help)\n")
+        if re.search(r"expected (one|\d+) arguments?$", message):
+            message += "; a value that begins with - is written --NAME=-value, a file's name also ./-name"
+        self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Take what follows an option of one value as its value although it begins with one -, as in --image -x.png."""
+        given = list(sys.argv[1:] if args is None else args)
+        known, joined = self._option_string_actions, []
+        while given:
+            one = given.pop(0)
+            option = known.get(one)
+            takes_one = option is not None and option.nargs is None and option.option_strings and one.startswith("--")
+            if takes_one and given and re.match(r"-[^-]", given[0]) and given[0] not in known:
+                one = f"{one}={given.pop(0)}"
+            joined.append(one)
+        return super().parse_known_args(joined, namespace)
 
 
 def add_options(
@@ -273,6 +290,9 @@ def _reader(hint: Any) -> Any:
 
     def convert(text: str) -> Any:
         value: Any = text
+        if core is not Path and not text.isprintable() and any("\ud800" <= one <= "\udfff" for one in text):
+            shown = text.encode("utf-8", "backslashreplace").decode()
+            raise argparse.ArgumentTypeError(f"got '{shown}', expected text in UTF-8")
         if core in (int, float):
             with suppress(ValueError):
                 value = core(text)

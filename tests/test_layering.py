@@ -29,7 +29,18 @@ LEVELS = {
     "csrc": ["include", "base", "formats", "text", "runtime", "core", "api host plugins python", "tests"],
 }  # fmt: skip
 # Heavy or development-only packages; where one is needed in engine/, then only inside the function that needs it.
-LAZY = {"diffusers", "peft", "transformers", "tokenizers", "onnxruntime", "onnx", "av", "imageio", "tensorrt"}
+LAZY = {
+    "diffusers",
+    "peft",
+    "transformers",
+    "tokenizers",
+    "onnxruntime",
+    "onnx",
+    "av",
+    "imageio",
+    "tensorrt",
+    "pillow_heif",
+}
 MOST_FILES = 13
 OURS = {*MAY, "csrc", "tests"}
 

@@ -50,6 +50,11 @@ def test_what_the_user_did_not_set_is_not_chosen():
         (["--mode", "none"], "argument --mode: invalid choice: 'none'"),
         (["--image", "a", "--video", "b"], "argument --video: not allowed with argument --image"),
         (["--hight", "3"], "unrecognized arguments: --hight 3"),
+        (["--video", "--eager"], "argument --video: expected one argument; a value that begins with -"),
+        (["--video", "-h"], "argument --video: expected one argument; a value that begins with -"),
+        (["--at", "1s", "-x"], "argument --at: expected 2 arguments; a value that begins with -"),
+        (["--at", "1s", "caf\udce9"], "argument --at: got 'caf\\udce9', expected text in UTF-8"),
+        (["--height", "\udce9"], "argument --height: got '\\udce9', expected text in UTF-8"),
     ],
 )
 def test_a_bad_command_line_is_one_line(words, message, capsys):
@@ -58,6 +63,13 @@ def test_a_bad_command_line_is_one_line(words, message, capsys):
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+def test_values_may_begin_with_a_dash():
+    made = options_of(parsed("--video", "-a.mp4", "--adapter", "-b", "--adapter", "-1", "--seed", "-3"), Options)
+    assert made == Options("a", video=Path("-a.mp4"), adapter=(Path("-b"), Path("-1")), seed=-3)
+    assert options_of(parsed("--image", "-"), Options).image == Path("-")
+    assert options_of(parsed("--image", "caf\udce9.png"), Options).image == Path("caf\udce9.png")
 
 
 def test_help_names_defaults(capsys):

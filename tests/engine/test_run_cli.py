@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 import engine.commands.interrupt
 import engine.run
-from engine.media.sources import read_clip, read_image
+from engine.media.clips import read_clip
+from engine.media.pictures import read_image
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle moving right"
@@ -149,6 +150,29 @@ def test_a_clip_is_continued(model_dir, pipeline, tmp_path, capfd):
 
 
 @pytest.mark.slow
+def test_what_was_changed_is_said(model_dir, capfd):
+    """A name that begins with -, a picture that lies on its side, and an alpha channel."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 4), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save("-start.png", exif=exif)
+    options = ["--model", str(model_dir), "--image", "-start.png", "--frames", "1", "--out", "checksum", "--json"]
+    assert engine.run.main(["--prompt", PROMPT, *options]) == 0
+    out, err = capfd.readouterr()
+    notes = json.loads(out.splitlines()[-1])["notes"]
+    assert notes == [
+        "-start.png: turned upright (EXIF orientation 6)",
+        "-start.png: transparent, laid over black",
+        "-start.png: cropped from 50x40 to the shape of 24x16, 83% of it is left",
+    ]
+    assert [line for line in err.splitlines() if line.startswith("note: -start")] == [f"note: {note}" for note in notes]
+    assert engine.run.main(["--prompt", PROMPT, "--quiet", *options]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out.splitlines()[-1])["notes"] == notes
+    assert err == ""
+
+
+@pytest.mark.slow
 def test_pixels_can_be_enlarged(model_dir, tmp_path, capfd):
     assert run(model_dir, "--frames", 2, "--out", "big.rgb", "--scale", 2) == 0
     assert run(model_dir, "--frames", 2, "--out", "small.rgb") == 0
@@ -202,6 +226,13 @@ BAD = [
     ["--video", "nowhere.mp4"],
     ["--video", "text.txt"],
     ["--video", "empty"],
+    ["--video", "picture.png"],
+    ["--video", "-"],
+    ["--video", "https://host/clip.mp4"],
+    ["--video", "/dev/zero"],
+    ["--video", "-nowhere.mp4"],
+    ["--image", "-nowhere.png"],
+    ["--image", "/dev/zero"],
     ["--image", "picture.png", "--video", "nowhere.mp4"],
     ["--video-frames", "0"],
     ["--frames", "0"],
@@ -220,6 +251,7 @@ BAD = [
     ["--prompt-at", "infs", "a"],
     ["--prompt-at", "1.5f", "a"],
     ["--prompt-at", "1s"],
+    ["--prompt-at", "1s", "-a"],
     ["--out", "clip.avi"],
     ["--out", "clip"],
     ["--out", "nowhere/clip.mp4"],
@@ -278,6 +310,32 @@ def test_bad_input_is_one_line_exit_2_and_no_file(model_dir, bad_files, monkeypa
     assert len(err.splitlines()) == 1, err
     assert err.startswith("error: ")
     assert listing(bad_files) == before
+
+
+LATIN_1 = os.fsdecode(b"caf\xe9")
+
+
+@pytest.mark.parametrize(
+    "option", ["--prompt", "--image", "--video", "--model", "--checkpoint", "--checkpoint-state", "--adapter",
+               "--preset", "--height", "--seed", "--bundle", "--backend", "--device", "--precision", "--out",
+               "--format", "--fps"],
+)  # fmt: skip
+def test_bytes_that_are_no_text_are_one_line_exit_2(model_dir, tmp_path, capfd, option):
+    try:
+        code = engine.run.main(["--prompt", PROMPT, "--out", "null", option, LATIN_1])
+    except SystemExit as stopped:
+        code = stopped.code
+    err = capfd.readouterr().err
+    assert code == 2, err
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: ")
+
+
+def test_bytes_that_are_no_text_on_a_real_command_line(tmp_path):
+    words = [sys.executable, "-m", "engine.run", "--prompt", b"caf\xe9", "--out", "null"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr == b"error: argument --prompt: got 'caf\\udce9', expected text in UTF-8 (see --help)\n"
 
 
 @pytest.mark.parametrize("prompt", ["", "  ", None])

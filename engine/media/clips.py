@@ -1,0 +1,151 @@
+"""Reads the end of a clip as a viewer shows it, on the stream's grid of times."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engine.media.decoding import Damaged, Decoder
+from engine.media.frames import Renderer
+from engine.media.inputs import add_once, check_file, reason
+from engine.media.pictures import frames_of, kind_of
+from engine.media.timeline import Clock, Grid, rounded_to, tolerance_of
+
+Progress = Callable[[float], None]  # receives the share of the work that is done, from 0 to 1
+_HELD = 2**30  # bytes of decoded frames that may wait until it is known which of them are taken
+
+
+class _Wanted(NamedTuple):
+    path: Path
+    height: int
+    width: int
+    fps: float
+    last: int
+    progress: Progress
+
+
+def read_clip(
+    path: Path, height: int, width: int, fps: float, last: int, *, notes: list[str] | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray:  # fmt: skip
+    """The last `last` frames of a video at `fps` frames per second: uint8 [T, height, width, 3], T <= last.
+
+    Time starts with the first frame that is shown: a frame's time is pts * time_base less that frame's. Output frame k
+    is the frame that is shown at k / fps: the last one whose time is not after it. The clip ends when its last frame's
+    duration is over (where times are rounded to milliseconds, 5 ms earlier, so that jitter adds no frame). What is
+    returned is the end of that row of output frames, wherever reading began.
+
+    Pixels are as a viewer shows them: turned and mirrored by the display matrix, with square pixels, in the colours of
+    a BT.709 display, alpha over black, scaled to cover and cropped in the middle. Of interlaced frames the upper field
+    is used. `notes` receives a line for each change that a user may want to know; `progress` the share that is done.
+
+    Raises FileNotFoundError, or ValueError for what is no file, no video, damaged before its end, encrypted, or larger
+    than 67 megapixels.
+    """
+    check_file(path, "video")
+    import av
+
+    made: list[str] = []
+    wanted = _Wanted(path, height, width, fps, last, progress or (lambda share: None))
+    try:
+        kind = kind_of(path)
+        if kind == "picture":
+            raise ValueError("a picture, expected a video: pass it as --image")
+        clip, total = _animated(wanted, made) if kind == "animation" else _decoded(wanted, made)
+    except Damaged as error:
+        mend = "expected a whole file (ffmpeg -i IN OUT.mp4 writes what it can decode)"
+        raise ValueError(f"video: got {path}, damaged {error}, {mend}") from None
+    except (av.FFmpegError, OSError, ValueError) as error:
+        why = reason(error)
+        why = why.removeprefix("got ") if "expected" in why else f"expected a video that FFmpeg can read ({why})"
+        raise ValueError(f"video: got {path}, {why}") from None
+    if total > last:
+        made.append(f"{path.name}: taken: the last {last} of {total} frames at {fps:g} fps")
+    if notes is not None:
+        add_once(notes, made)
+    return clip
+
+
+def _decoded(wanted: _Wanted, notes: list[str]) -> tuple[np.ndarray, int]:
+    """The clip, and how many frames the whole one has. Starts near the end if the container can seek."""
+    for back in (*_starts(wanted), None):
+        try:
+            found = _attempt(wanted, back, threads=True)
+        except Damaged:  # read again so that every error belongs to its packet
+            found = _attempt(wanted, back, threads=False)
+        if found is not None:
+            notes += found[2]
+            return found[:2]
+    raise AssertionError("reading from the begin covers everything")
+
+
+def _starts(wanted: _Wanted) -> list[tuple[Fraction, Fraction]]:
+    """(first timestamp, timestamp to seek) in seconds, to be tried in turn; empty where reading must begin at 0."""
+    need = Fraction(wanted.last) / Fraction(wanted.fps)
+    with Decoder(wanted.path, threads=False) as decoder:
+        first = next(decoder.frames(None, lambda share: None), None) if decoder.seeks() else None
+        if first is None or first.stamp is None:
+            return []
+        length = decoder.length(first.stamp) or decoder.whole(first.stamp) or 0
+    backs = need + 1, 2 * need + 15
+    return [(first.stamp, first.stamp + length - back) for back in backs if length - back > 2]
+
+
+def _attempt(
+    wanted: _Wanted, start: tuple[Fraction, Fraction] | None, threads: bool
+) -> tuple[np.ndarray, int, list[str]] | None:
+    """Decode from a timestamp to the end: clip, frames of the whole clip, notes. None if that was not early enough."""
+    notes: list[str] = []
+    with Decoder(wanted.path, threads) as decoder:
+        render = Renderer(wanted.height, wanted.width, decoder.stream.sample_aspect_ratio, wanted.path.name, notes)
+        grid: Grid[Any] = Grid(wanted.fps, wanted.last, tolerance_of(decoder.time_base))
+        clock = Clock(decoder.usual, start and start[0])
+        try:
+            for stamp, length, frame in decoder.frames(start and start[1], lambda share: wanted.progress(0.7 * share)):
+                time = clock.at(stamp, length)
+                wait = wanted.last * frame.width * frame.height * frame.format.padded_bits_per_pixel / 8 <= _HELD
+                grid.show(time, frame, (lambda shown: shown) if wait else render)
+            if decoder.lost and threads:
+                raise Damaged
+        except Damaged:
+            raise Damaged(f"after {float(max(clock.time, Fraction(0))):.1f} s") from None
+        if clock.time < 0:
+            if start is None:
+                raise ValueError("got no frame that can be decoded, expected at least one")
+            return None
+        cut, told = decoder.is_cut_off(wanted.path), decoder.length(clock.origin or Fraction(0))
+        end = clock.end()
+        if told is not None and told > clock.time and not cut and not decoder.lost:
+            end = told
+        # Jitter of the last timestamp must not add an output frame.
+        grid.finish(end - (Fraction(1, 200) if rounded_to(decoder.time_base) else 0))
+        if start is not None and (grid.first is None or grid.first > grid.start):
+            return None
+        if cut or decoder.lost:
+            notes.append(f"{wanted.path.name}: cut off, what is left ends after {float(end):.1f} s")
+        return _rendered(wanted, grid, render), grid.total, notes
+
+
+def _rendered(wanted: _Wanted, grid: Grid[Any], render: Renderer) -> np.ndarray:
+    clip = np.empty((grid.total - grid.start, wanted.height, wanted.width, 3), np.uint8)
+    at = 0
+    for picture, count in grid.pictures():
+        clip[at : at + count] = picture if isinstance(picture, np.ndarray) else render(picture)
+        at += count
+        wanted.progress(0.7 + 0.3 * at / len(clip))
+    return clip
+
+
+def _animated(wanted: _Wanted, notes: list[str]) -> tuple[np.ndarray, int]:
+    """The same for a GIF, WebP, PNG or AVIF animation."""
+    grid: Grid[np.ndarray] = Grid(wanted.fps, wanted.last, tolerance_of(Fraction(1, 1000)))
+    time = Fraction(0)
+    for duration, share, pixels in frames_of(wanted.path, wanted.height, wanted.width, notes):
+        grid.show(time, pixels, lambda shown: shown)
+        time += duration
+        wanted.progress(share)
+    grid.finish(time)
+    clip = np.concatenate([np.repeat(picture[None], count, axis=0) for picture, count in grid.pictures()])
+    return clip, grid.total
