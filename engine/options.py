@@ -102,6 +102,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line instead of argparse's usage and message, and exit with status 2."""
+        if message.endswith("expected one argument"):
+            message += "; write --name=VALUE where the value begins with -"
         self.exit(2, f"error: {message} (see --help)\n")
 
 

@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from engine.bundles.manifest import read_manifest
 from engine.bundles.native import NativePipeline, NativeStream
 from engine.commands.interrupt import Interrupt
 from engine.commands.job import Bundle, Job, Model, Output, Video
+from engine.commands.stderr import Forgiving, say
 from engine.config import Preset, Runtime
 from engine.loader import EMBEDDED, is_untrained, load, load_bundle, settings_of, threads_of_bundle
-from engine.media.sinks import ChecksumSink, OutputClosed, Sink, open_sink
+from engine.media.base import shown
+from engine.media.sinks import ChecksumSink, Encoding, OutputClosed, Sink, open_sink
 from engine.media.sources import read_clip, read_image
 from engine.options import Parser, add_options
 from engine.presets import PRESETS
@@ -65,47 +68,55 @@ def _limit(video: Video, fps: float) -> int | None:
     return video.frames if video.seconds is None else max(1, round(video.seconds * fps))
 
 
+@dataclass
+class _Times:
+    """When a stream made its chunks."""
+
+    start: float
+    begun: float
+    ttff: float = 0.0
+    chunks: list[float] = field(default_factory=list)
+
+    def report(self, frames: int, fps: float, stopped: bool) -> dict[str, Any]:
+        """The measurements of a stream that ends now."""
+        spent = time.perf_counter() - self.begun
+        steady = [1e3 * seconds for seconds in self.chunks[1:] or self.chunks] or [0.0]
+        return {
+            "frames": frames,
+            "fps": frames / spent,
+            "ttff_ms": 1e3 * self.ttff,
+            "ms_per_chunk": {"p50": float(np.percentile(steady, 50)), "p99": float(np.percentile(steady, 99))},
+            "chunks": len(self.chunks),
+            "seconds": spent,
+            "realtime": frames / spent / fps,
+            "stopped": stopped,
+        }
+
+
 def _generate(
     stream: Stream | NativeStream, sink: Sink, limit: int | None, switches: list[tuple[int, str]], job: Job,
-    interrupt: Interrupt, console: Console, fps: float, start: float,
-) -> dict[str, Any]:  # fmt: skip
-    """Write chunks to the sink until the limit, Ctrl-C or the reader's end; returns the measurements."""
-    chunks, ttff, stopped = [], 0.0, False
+    interrupt: Interrupt, console: Console, times: _Times,
+) -> None:  # fmt: skip
+    """Write chunks to the sink until the limit. KeyboardInterrupt where a signal ends it."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} frames"),
         TextColumn("{task.fields[rate]:.1f} fps  first frame {task.fields[ttff]:.0f} ms"), TimeElapsedColumn(),
     )  # fmt: skip
     hidden, scale = job.output.quiet or not console.is_terminal, job.output.scale
-    begun = time.perf_counter()
     with Progress(*columns, console=console, disable=hidden) as progress:
         task = progress.add_task("streaming", total=limit, rate=0.0, ttff=0.0)
-        try:
-            while limit is None or interrupt.written < limit:
-                while switches and switches[0][0] <= interrupt.written:
-                    stream.set_prompt(switches.pop(0)[1], recommit=not job.video.no_recommit)
-                chunk_start = time.perf_counter()
-                chunk = stream.next_chunk()
-                now = time.perf_counter()
-                chunks.append(now - chunk_start)
-                ttff = ttff or now - start
-                for frame in chunk[: None if limit is None else limit - interrupt.written]:
-                    interrupt.write(sink, frame.repeat(scale, axis=0).repeat(scale, axis=1))
-                rate = interrupt.written / (time.perf_counter() - begun)
-                progress.update(task, completed=interrupt.written, rate=rate, ttff=1e3 * ttff)
-        except KeyboardInterrupt:
-            stopped = True
-    spent, frames = time.perf_counter() - begun, interrupt.written
-    steady = [1e3 * seconds for seconds in chunks[1:] or chunks] or [0.0]
-    return {
-        "frames": frames,
-        "fps": frames / spent,
-        "ttff_ms": 1e3 * ttff,
-        "ms_per_chunk": {"p50": float(np.percentile(steady, 50)), "p99": float(np.percentile(steady, 99))},
-        "chunks": len(chunks),
-        "seconds": spent,
-        "realtime": frames / spent / fps,
-        "stopped": stopped,
-    }
+        while limit is None or interrupt.written < limit:
+            while switches and switches[0][0] <= interrupt.written:
+                stream.set_prompt(switches.pop(0)[1], recommit=not job.video.no_recommit)
+            chunk_start = time.perf_counter()
+            chunk = stream.next_chunk()
+            now = time.perf_counter()
+            times.chunks.append(now - chunk_start)
+            times.ttff = times.ttff or now - times.start
+            for frame in chunk[: None if limit is None else limit - interrupt.written]:
+                interrupt.write(sink, frame.repeat(scale, axis=0).repeat(scale, axis=1))
+            rate = interrupt.written / (time.perf_counter() - times.begun)
+            progress.update(task, completed=interrupt.written, rate=rate, ttff=1e3 * times.ttff)
 
 
 def _loading(console: Console, quiet: bool) -> AbstractContextManager[object]:
@@ -161,30 +172,48 @@ def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePip
     return pipeline
 
 
+def _say_notes(sink: Sink, quiet: bool) -> None:
+    """Print what the sink noted since the last call."""
+    for note in sink.notes:
+        if not quiet:
+            say(f"note: {note}")
+    sink.notes.clear()
+
+
 def _run(job: Job, interrupt: Interrupt) -> int:
-    console, video, output = Console(stderr=True), job.video, job.output
+    console, video, output = Console(file=Forgiving(sys.stderr)), job.video, job.output  # type: ignore[arg-type]
     # Check the whole command line before reading weights.
     height, width, fps = _shape(job)
     limit = _limit(video, fps)
     switches = sorted((_frame_of(when, fps), text) for when, text in video.prompt_at)
-    clip = _clip(video, height, width, fps)
-    sink = open_sink(output.out, fps, (height * output.scale, width * output.scale), format=output.format)
+    encoding = Encoding(output.codec, output.pix_fmt, output.crf)
+    sink = open_sink(output.out, fps, (height * output.scale, width * output.scale), output.format, encoding)
     begun = time.perf_counter()
     try:
+        _say_notes(sink, output.quiet)
+        clip = _clip(video, height, width, fps)
         with _loading(console, output.quiet):
             pipeline = _load(job, height, width, fps)
             if pipeline.device.type == "cuda":
                 pipeline.warm()
         start = time.perf_counter()
-        with pipeline.stream(video.prompt, seed=video.seed, frames=limit, clip=clip) as stream:
-            report = _generate(stream, sink, limit, switches, job, interrupt, console, fps, start)
-        sink.close()
-    except OutputClosed:
-        sink.abort()  # the reader has left: this is no failure, and stdout has no reader to report to
+        times = _Times(start, start)
+        try:
+            with pipeline.stream(video.prompt, seed=video.seed, frames=limit, clip=clip) as stream:
+                times.begun = time.perf_counter()
+                _generate(stream, sink, limit, switches, job, interrupt, console, times)
+        except KeyboardInterrupt:
+            if not interrupt.written:
+                raise
+        report = times.report(interrupt.written, fps, stopped=interrupt.asked)
+        interrupt.close(sink)
+    except OutputClosed as error:
+        interrupt.abort(sink, error)  # the reader has left: this is no failure, and stdout has no reader to report to
         return 0
-    except BaseException:
-        sink.abort()
+    except BaseException as error:
+        interrupt.abort(sink, error)
         raise
+    _say_notes(sink, output.quiet)
     fp8 = job.runtime.precision == "fp8"
     report |= {
         "load_ms": 1e3 * (start - begun),
@@ -202,29 +231,31 @@ def _run(job: Job, interrupt: Interrupt) -> int:
     if isinstance(sink, ChecksumSink):
         report["sha256"] = sink.digest
     if not output.quiet:
-        print(f"{report['frames']} frames at {report['fps']:.1f} fps, first after {report['ttff_ms']:.0f} ms, "
-              f"{report['ms_per_chunk']['p50']:.1f} ms per chunk -> {report.get('sha256', output.out)}",
-              file=sys.stderr)  # fmt: skip
+        made = report.get("sha256", shown(output.out))
+        say(f"{report['frames']} frames at {report['fps']:.1f} fps, first after {report['ttff_ms']:.0f} ms, "
+            f"{report['ms_per_chunk']['p50']:.1f} ms per chunk -> {made}")  # fmt: skip
     if output.json:
         print(json.dumps(report), flush=True)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done or stopped by Ctrl-C, 130 stopped before the first frame, 2 bad input, 1 a failure."""
+    """Exit status: 0 done or stopped by a signal, 130 stopped before the first frame, 2 bad input, 1 a failure."""
     args = parser().parse_args(argv)
+    interrupt = Interrupt()
     try:
-        with Interrupt() as interrupt:
+        with interrupt:
             return _run(Job.of(args), interrupt)
     except KeyboardInterrupt:
-        print("stopped before the first frame", file=sys.stderr)
+        say("stopped before the first frame")
         return 130
     except Exception as error:
         if getattr(args, "debug", False):
             raise
         lines = str(error).splitlines() or [type(error).__name__]
-        print(f"error: {lines[0]}", file=sys.stderr)
-        return 2 if isinstance(error, _BAD_INPUT) else 1
+        say("error: " + "; ".join([lines[0], *getattr(error, "__notes__", [])]))
+        # Input was good if it gave frames.
+        return 2 if isinstance(error, _BAD_INPUT) and not interrupt.written else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Signals that end a stream, but never during the write of a frame."""
+"""Signals that end a stream, but never during the write of a frame or while an output gets its name."""
 
 import signal
 from types import FrameType
@@ -9,14 +9,22 @@ from engine.media.sinks import Sink
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM stop the stream, but never during the write of a frame."""
+    """Ctrl-C, SIGTERM and SIGHUP stop the stream.
+
+    Before the first frame each signal raises KeyboardInterrupt. After it only the first one does, and never during a
+    write: what follows it must reach the end of the output. While that ends, a signal only makes it hurry.
+    """
 
     def __init__(self) -> None:
         self.writing = self.asked = False
         self.written = 0  # frames, each counted with its write: a signal cannot come in between
+        self._ending: Sink | None = None
 
     def __enter__(self) -> "Interrupt":
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -24,8 +32,10 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        if not self.writing:
+        raised, self.asked = self.asked and self.written > 0, True
+        if self._ending is not None:
+            self._ending.hurry = True
+        elif not self.writing and not raised:
             raise KeyboardInterrupt
 
     def write(self, sink: Sink, frame: np.ndarray) -> None:
@@ -38,3 +48,13 @@ class Interrupt:
             self.writing = False
         if self.asked:
             raise KeyboardInterrupt
+
+    def close(self, sink: Sink) -> None:
+        """Give the output its name."""
+        self._ending = sink
+        sink.close()
+
+    def abort(self, sink: Sink, error: BaseException) -> None:
+        """Keep what there is after an error, which gets a note that says where."""
+        self._ending = sink
+        sink.abort(error)
