@@ -324,9 +324,7 @@ def test_an_old_file_survives_bad_input_and_failure(model_dir, tmp_path, capfd, 
 
 
 @pytest.mark.parametrize("target", ["clip.mp4", "clip.webm", "clip.y4m", "clip.gif", "shots/", "shot_%03d.png"])
-@pytest.mark.parametrize(
-    "error", [ValueError("got NaN, expected numbers"), MemoryError(), OSError(28, "No space left")]
-)
+@pytest.mark.parametrize("error", [ValueError, MemoryError, PermissionError], ids=lambda kind: kind.__name__)
 def test_a_failure_in_mid_run_keeps_what_was_made(model_dir, tmp_path, capfd, monkeypatch, target, error):
     """Exit status 1 also for errors that mean bad input at the start."""
     calls = []
@@ -334,17 +332,14 @@ def test_a_failure_in_mid_run_keeps_what_was_made(model_dir, tmp_path, capfd, mo
     def fail(self, latent, cache):
         calls.append(1)
         if len(calls) == 4:
-            raise error
+            raise error("got NaN, expected numbers")
         return real(self, latent, cache)
 
     real = engine.runtime.stages.TorchStages.vae_steady
     monkeypatch.setattr(engine.runtime.stages.TorchStages, "vae_steady", fail)
-    assert run(model_dir, "--frames", 50, "--out", target) == 1
-    err = capfd.readouterr().err
-    assert len(err.splitlines()) == 1
+    assert run(model_dir, "--frames", 50, "--out", target, "--quiet") == 1
     where = tmp_path if target.startswith("shot_") else tmp_path / target
-    assert err.startswith("error: ")
-    assert err.endswith(f"; kept 13 frames in {where}\n")
+    assert capfd.readouterr().err == f"error: got NaN, expected numbers; kept 13 frames in {where}\n"
     made = listing(tmp_path)
     assert len([name for name in made if name.endswith("png")]) == 13 if "shot" in target else made == [target]
     if target.startswith("clip") and not target.endswith("gif"):
