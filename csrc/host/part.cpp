@@ -25,10 +25,13 @@ const std::string kSuffix = ".part";
     throw StatusError(status, "output: got " + shown(name) + ", expected " + expected);
 }
 
+// The file that a name means, which need not exist. A circle of links stays a link.
 std::string resolved(const std::string& name) {
     std::error_code error;
-    const fs::path path = fs::weakly_canonical(fs::absolute(name), error);
-    return error ? name : path.string();
+    fs::path path = fs::absolute(name);
+    for (int i = 0; i < 40 && fs::is_symlink(path, error); ++i) path = path.parent_path() / fs::read_symlink(path, error);
+    const fs::path folder = fs::weakly_canonical(path.parent_path(), error);
+    return (error ? path : folder / path.filename()).string();
 }
 
 // The name stem + rest, with the stem cut where a file system would refuse so many bytes.
@@ -157,7 +160,7 @@ void check_place(const std::string& name) {
     if (fs::is_symlink(target, error)) fail(GREEDY_INVALID, name + ", a link to itself", "a link to a file");
     if (!fs::is_directory(folder, error)) fail(GREEDY_NOT_FOUND, name, "an existing directory");
     if (access(folder.c_str(), W_OK | X_OK) != 0) fail(GREEDY_INVALID, name, "a directory that can be written");
-    if (fs::is_directory(target, error)) fail(GREEDY_INVALID, name + ", a directory", "a file name");
+    if (fs::is_directory(target, error)) fail(GREEDY_INVALID, name + ", which is a directory", "a file name");
     if (!fs::exists(target, error)) return;
     if (!fs::is_regular_file(target, error))
         fail(GREEDY_INVALID, name + ", a device or pipe", "a file name; use - for a pipe, null for nothing");
