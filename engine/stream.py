@@ -152,6 +152,7 @@ class Stream:
         # On a GPU the stream makes the next latent while the last one is decoded and shown.
         self.looks_ahead = pipeline.device.type == "cuda"
         self._ahead: Tensor | Exception | None = None
+        self._shown: Download | None = None  # the last chunk's frames until they are handed over
         self._started = 0  # frames of the chunks whose decoding has begun
         self._frames: deque[np.ndarray] = deque()
         self._closed = False
@@ -172,13 +173,16 @@ class Stream:
     @torch.inference_mode()
     def next_chunk(self) -> np.ndarray:
         """The next chunk, uint8 [T, H, W, 3]: T = 1 + 4 (F - 1) for chunk 0, then 4 F. ValueError if closed."""
-        x = self._take()
-        shown = self.pipeline.side.run(self._decode, x)
-        self._accept(x)
-        first, self._started = self._started == 0, self._started + len(shown)
-        if self.looks_ahead and not first and (self.limit is None or self._started < self.limit):
-            self._look_ahead()  # not in the first call: the viewer waits for its frame
-        return shown.wait()
+        if self._shown is None:
+            x = self._take()
+            shown = self._shown = self.pipeline.side.run(self._decode, x)
+            self._accept(x)
+            first, self._started = self._started == 0, self._started + len(shown)
+            if self.looks_ahead and not first and (self.limit is None or self._started < self.limit):
+                self._look_ahead()  # not in the first call: the viewer waits for its frame
+        frames = self._shown.wait()
+        self._shown = None  # only now: a call that Ctrl-C ends while it waits is repeated with the same frames
+        return frames
 
     @torch.inference_mode()
     def next_latent(self) -> Tensor:
@@ -231,7 +235,7 @@ class Stream:
         self._closed = True
         self._frames.clear()
         self.supplied.clear()
-        self.state = self._uncommitted = self._vae_cache = self._ahead = None
+        self.state = self._uncommitted = self._vae_cache = self._ahead = self._shown = None
 
     def __enter__(self) -> "Stream":
         return self
