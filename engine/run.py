@@ -4,31 +4,38 @@ import json
 import resource
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from engine.bundles.manifest import read_manifest
-from engine.bundles.native import NativePipeline, NativeStream
+from engine.bundles.native import NativePipeline
 from engine.commands.interrupt import Interrupt
 from engine.commands.job import Bundle, Job, Model, Output, Video
+from engine.commands.notes import Notes
+from engine.commands.prompts import Prompts, frame_of
+from engine.commands.record import Recording, Times
+from engine.commands.stderr import Forgiving, say
 from engine.commands.strengths import strengths_at
 from engine.config import Preset, Runtime
 from engine.loader import load, load_bundle, settings_for, threads_of_bundle
-from engine.media.sinks import ChecksumSink, OutputClosed, Sink, open_sink
-from engine.media.sources import read_clip, read_image
+from engine.media.base import shown
+from engine.media.clips import read_clip
+from engine.media.pictures import read_image
+from engine.media.sinks import ChecksumSink, Encoding, OutputClosed, open_sink
 from engine.options import Parser, add_options
 from engine.presets import PRESETS
-from engine.stream import Pipeline, Stream
+from engine.stream import Pipeline
 
 EXAMPLES = """\
 examples:
   python -m engine.run --prompt "a red circle moving right slowly on a gray background" --seconds 10 --out red.mp4
   python -m engine.run --prompt "..." --prompt-at 3.0s "a blue square moving up quickly on a white background"
+  python -m engine.run --prompt-file story.txt --frames 96   # story.txt: lines such as "[3.0s] a blue square ..."
   python -m engine.run --model Wan2.1-T2V-1.3B --checkpoint self_forcing_dmd.pt --preset self-forcing --prompt "..."
   python -m engine.run --prompt "..." --model Wan2.1-T2V-1.3B --adapter style.safetensors:0.8 --adapter-at 4s style=0
   python -m engine.run --prompt "..." --out - | ffplay -
@@ -51,80 +58,9 @@ def parser() -> Parser:
     return made
 
 
-def _frame_of(when: str, fps: float, option: str = "--prompt-at") -> int:
-    """'3.0s' or '3.0' in seconds, '48f' in frames -> frame number."""
-    try:
-        value = int(when[:-1]) if when.endswith("f") else round(float(when.removesuffix("s")) * fps)
-    except (ValueError, OverflowError):
-        value = -1
-    if value < 0:
-        raise ValueError(f"{option}: got {when!r}, expected a time such as 3.0s or a frame such as 48f")
-    return value
-
-
 def _limit(video: Video, fps: float) -> int | None:
     """Number of frames to make; None means no limit."""
     return video.frames if video.seconds is None else max(1, round(video.seconds * fps))
-
-
-def _generate(
-    stream: Stream | NativeStream, sink: Sink, limit: int | None, switches: list[tuple[int, str]],
-    strengths: list[tuple[int, dict[str, float]]], job: Job, interrupt: Interrupt, console: Console, fps: float,
-    start: float,
-) -> dict[str, Any]:  # fmt: skip
-    """Write chunks to the sink until the limit, Ctrl-C or the reader's end; returns the measurements.
-
-    After Ctrl-C it still writes what is decoded; a second Ctrl-C ends that too.
-    """
-    chunks: list[float] = []
-    ttff, stopped = 0.0, False
-    written, whole = 0, 0  # frames before the last chunk, and chunks before it
-
-    def write(frames: np.ndarray) -> None:
-        for frame in frames[: None if limit is None else limit - interrupt.written]:
-            interrupt.write(sink, frame.repeat(scale, axis=0).repeat(scale, axis=1))
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} frames"),
-        TextColumn("{task.fields[rate]:.1f} fps  first frame {task.fields[ttff]:.0f} ms"), TimeElapsedColumn(),
-    )  # fmt: skip
-    hidden, scale = job.output.quiet or not console.is_terminal, job.output.scale
-    begun = time.perf_counter()
-    with Progress(*columns, console=console, disable=hidden) as progress:
-        task = progress.add_task("streaming", total=limit, rate=0.0, ttff=0.0)
-        try:
-            while limit is None or interrupt.written < limit:
-                while switches and switches[0][0] <= interrupt.written:
-                    stream.set_prompt(switches.pop(0)[1], recommit=not job.video.no_recommit)
-                while strengths and strengths[0][0] <= interrupt.written:
-                    stream.set_adapters(strengths.pop(0)[1], recommit=not job.video.no_recommit)
-                chunk_start = time.perf_counter()
-                chunk = stream.next_chunk()
-                now = time.perf_counter()
-                chunks.append(now - chunk_start)
-                ttff = ttff or now - start
-                write(chunk)
-                written, whole = interrupt.written, stream.handed
-                rate = interrupt.written / (time.perf_counter() - begun)
-                progress.update(task, completed=interrupt.written, rate=rate, ttff=1e3 * ttff)
-        except KeyboardInterrupt:
-            stopped, interrupt.asked = True, False
-            with suppress(KeyboardInterrupt):
-                if stream.handed > whole:  # handed over, but not written to the end
-                    write(stream.last[interrupt.written - written :])
-                write(stream.rest())
-    spent, frames = time.perf_counter() - begun, interrupt.written
-    steady = [1e3 * seconds for seconds in chunks[1:] or chunks] or [0.0]
-    return {
-        "frames": frames,
-        "fps": frames / spent,
-        "ttff_ms": 1e3 * ttff,
-        "ms_per_chunk": {"p50": float(np.percentile(steady, 50)), "p99": float(np.percentile(steady, 99))},
-        "chunks": len(chunks),
-        "seconds": spent,
-        "realtime": frames / spent / fps,
-        "stopped": stopped,
-    }
 
 
 def _loading(console: Console, quiet: bool) -> AbstractContextManager[object]:
@@ -138,12 +74,24 @@ def _peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _clip(video: Video, height: int, width: int, fps: float) -> np.ndarray | None:
+def _clip(job: Job, height: int, width: int, fps: float, notes: Notes, console: Console) -> np.ndarray | None:
+    """The picture or the clip to start from, if there is one: uint8 [T, height, width, 3]."""
+    video, changed = job.video, list[str]()
     if video.image is not None:
-        return read_image(video.image, height, width)
-    if video.video is not None:
-        return read_clip(video.video, height, width, fps, video.video_frames)
-    return None
+        clip = read_image(video.image, height, width, changed)
+    elif video.video is not None:
+        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %")
+        hidden = job.output.quiet or not console.is_terminal
+        with Progress(*columns, TimeElapsedColumn(), console=console, disable=hidden, transient=True) as progress:
+            task = progress.add_task(f"reading {escape(video.video.name)}", total=1.0)
+            clip = read_clip(
+                video.video, height, width, fps, video.video_frames, notes=changed,
+                progress=lambda share: progress.update(task, completed=share),
+            )  # fmt: skip
+    else:
+        return None
+    notes.take(changed)
+    return clip
 
 
 def _shape(job: Job) -> tuple[int, int, float]:
@@ -177,35 +125,45 @@ def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePip
 
 
 def _run(job: Job, interrupt: Interrupt) -> int:
-    console, video, output = Console(stderr=True), job.video, job.output
+    console, video, output = Console(file=Forgiving(sys.stderr)), job.video, job.output  # type: ignore[arg-type]
+    notes = Notes(output.quiet)
     # Check the whole command line before reading weights.
     height, width, fps = _shape(job)
     limit = _limit(video, fps)
-    switches = sorted((_frame_of(when, fps), text) for when, text in video.prompt_at)
+    prompts = Prompts.of(video, fps, limit, notes)
     strengths = strengths_at(
-        video.adapter_at, job.model.adapter, lambda when: _frame_of(when, fps, "--adapter-at"), limit
+        video.adapter_at, job.model.adapter, lambda when: frame_of(when, fps, "--adapter-at"), limit
     )
-    clip = _clip(video, height, width, fps)
-    sink = open_sink(output.out, fps, (height * output.scale, width * output.scale), format=output.format)
+    encoding = Encoding(output.codec, output.pix_fmt, output.crf)
+    sink = open_sink(output.out, fps, (height * output.scale, width * output.scale), output.format, encoding)
     begun = time.perf_counter()
     try:
+        notes.take(sink.notes)
+        clip = _clip(job, height, width, fps, notes, console)
         with _loading(console, output.quiet):
             pipeline = _load(job, height, width, fps)
-            if not output.quiet:
-                for note in pipeline.notes:
-                    print(f"note: {note}", file=sys.stderr)
+            notes.take(list(pipeline.notes))
             if pipeline.device.type == "cuda":
                 pipeline.warm()
         start = time.perf_counter()
-        with pipeline.stream(video.prompt, seed=video.seed, frames=limit, clip=clip) as stream:
-            report = _generate(stream, sink, limit, switches, strengths, job, interrupt, console, fps, start)
-        sink.close()
-    except OutputClosed:
-        sink.abort()  # the reader has left: this is no failure, and stdout has no reader to report to
+        times = Times(start, start)
+        with (
+            notes.of_prompts(),
+            pipeline.stream(prompts.due(0) or "", seed=video.seed, frames=limit, clip=clip) as stream,
+        ):
+            times.begun = time.perf_counter()
+            Recording(job, sink, limit, prompts, strengths, interrupt, console).make(stream, times)
+        report = times.report(interrupt.written, fps, stopped=interrupt.stopped)
+        interrupt.close(sink)
+    except OutputClosed as error:
+        interrupt.abort(sink, error)  # the reader has left: this is no failure, and stdout has no reader to report to
         return 0
-    except BaseException:
-        sink.abort()
+    except BaseException as error:
+        interrupt.abort(sink, error)
         raise
+    if not interrupt.stopped:
+        prompts.finish()
+    notes.take(sink.notes)
     fp8 = job.runtime.precision == "fp8"
     report |= {
         "load_ms": 1e3 * (start - begun),
@@ -219,34 +177,37 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         "height": pipeline.height,
         "width": pipeline.width,
         "out": output.out,
-        "notes": pipeline.notes,
+        "prompts": prompts.shown,
+        "notes": notes,
     }
     if isinstance(sink, ChecksumSink):
         report["sha256"] = sink.digest
     if not output.quiet:
-        print(f"{report['frames']} frames at {report['fps']:.1f} fps, first after {report['ttff_ms']:.0f} ms, "
-              f"{report['ms_per_chunk']['p50']:.1f} ms per chunk -> {report.get('sha256', output.out)}",
-              file=sys.stderr)  # fmt: skip
+        made = report.get("sha256", shown(output.out))
+        say(f"{report['frames']} frames at {report['fps']:.1f} fps, first after {report['ttff_ms']:.0f} ms, "
+            f"{report['ms_per_chunk']['p50']:.1f} ms per chunk -> {made}")  # fmt: skip
     if output.json:
         print(json.dumps(report), flush=True)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done or stopped by Ctrl-C, 130 stopped before the first frame, 2 bad input, 1 a failure."""
+    """Exit status: 0 done or stopped by a signal, 130 stopped before the first frame, 2 bad input, 1 a failure."""
     args = parser().parse_args(argv)
+    interrupt = Interrupt()
     try:
-        with Interrupt() as interrupt:
+        with interrupt:
             return _run(Job.of(args), interrupt)
     except KeyboardInterrupt:
-        print("stopped before the first frame", file=sys.stderr)
+        say("stopped before the first frame")
         return 130
     except Exception as error:
         if getattr(args, "debug", False):
             raise
         lines = str(error).splitlines() or [type(error).__name__]
-        print(f"error: {lines[0]}", file=sys.stderr)
-        return 2 if isinstance(error, _BAD_INPUT) else 1
+        say("error: " + "; ".join([lines[0], *getattr(error, "__notes__", [])]))
+        # Input was good if it gave frames.
+        return 2 if isinstance(error, _BAD_INPUT) and not interrupt.written else 1
 
 
 if __name__ == "__main__":

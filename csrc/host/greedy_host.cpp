@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "greedy/greedy.hpp"
+#include "host/part.h"
 #include "host/sinks.h"
 
 namespace {
@@ -148,8 +149,12 @@ double since(std::chrono::steady_clock::time_point begun) {
     return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begun).count();
 }
 
+// What stderr says behind an error after which frames were kept.
+std::string kept;
+
 void run(const Options& options) {
     const auto begun = std::chrono::steady_clock::now();
+    greedy::host::check_target(options.out, options.format);
     const greedy::Bundle bundle(options.bundle, &options.settings);
     const double load_ms = since(begun);
     const greedy_info info = bundle.info();
@@ -166,31 +171,39 @@ void run(const Options& options) {
     };
     std::size_t prompt = 0;
     std::uint64_t frames = 0;
-    double first_ms = 0, chunk_ms = 0;
+    double first_ms = 0, chunk_ms = 0, spent = 0;
     std::vector<double> chunks;
     const auto streaming = std::chrono::steady_clock::now();
-    while (frames < options.frames && !stopped) {
-        // A prompt applies from the next chunk on, so frames that are already made are shown first.
-        std::size_t due = prompt;
-        for (; due < options.prompts.size() && options.prompts[due].first <= frames; ++due)
-            if (due > prompt) note(options.prompts[due - 1].first, "another one replaces it before a chunk begins");
-        if (due > prompt) session.set_prompt(options.prompts[due - 1].second, options.recommit);
-        prompt = due;
-        const auto asked = std::chrono::steady_clock::now();
-        greedy::Frame frame = session.next_frame();
-        chunk_ms = since(asked);
-        if (frames == 0) first_ms = since(begun);
-        chunks.push_back(chunk_ms);
-        for (;;) {
-            sink->write(frame->data);
-            if (++frames == options.frames || frame->left == 0 || stopped) break;
-            frame = session.next_frame();
+    try {
+        while (frames < options.frames && !stopped) {
+            // A prompt applies from the next chunk on, so frames that are already made are shown first.
+            std::size_t due = prompt;
+            for (; due < options.prompts.size() && options.prompts[due].first <= frames; ++due)
+                if (due > prompt) note(options.prompts[due - 1].first, "another one replaces it before a chunk begins");
+            if (due > prompt) session.set_prompt(options.prompts[due - 1].second, options.recommit);
+            prompt = due;
+            const auto asked = std::chrono::steady_clock::now();
+            greedy::Frame frame = session.next_frame();
+            chunk_ms = since(asked);
+            if (frames == 0) first_ms = since(begun);
+            chunks.push_back(chunk_ms);
+            for (;;) {
+                sink->write(frame->data);
+                if (++frames == options.frames || frame->left == 0 || stopped) break;
+                frame = session.next_frame();
+            }
         }
+        spent = since(streaming);
+        sink->close();
+    } catch (...) {
+        const std::string name = sink->abort();
+        if (!name.empty()) kept = "; kept what was made in " + greedy::host::shown(name);
+        throw;
     }
-    const double spent = since(streaming);
-    sink->close();
     for (; prompt < options.prompts.size() && !stopped; ++prompt)
         note(options.prompts[prompt].first, "the last chunk began before it");
+    if (!options.quiet)
+        for (const std::string& note : sink->notes()) std::fprintf(stderr, "note: %s\n", note.c_str());
     if (!sink->digest().empty()) std::printf("%s\n", sink->digest().c_str());
     double steady = 0;
     for (std::size_t i = 1; i < chunks.size(); ++i) steady += chunks[i] / static_cast<double>(chunks.size() - 1);
@@ -207,8 +220,11 @@ void run(const Options& options) {
 
 // Exit status: 0 done or stopped, 2 bad input, 1 a failure.
 int main(int count, char** words) {
-    std::signal(SIGPIPE, SIG_IGN);
-    for (int number : {SIGINT, SIGTERM}) std::signal(number, [](int) { stopped = 1; });
+    for (int number : {SIGPIPE, SIGXFSZ}) std::signal(number, SIG_IGN);  // the write fails then, and is an error
+    for (int number : {SIGINT, SIGTERM, SIGHUP}) {
+        const auto before = std::signal(number, [](int) { stopped = 1; });
+        if (number == SIGHUP && before == SIG_IGN) std::signal(number, SIG_IGN);  // as nohup wants it
+    }
     try {
         Options options = parse(count, words);
         set_threads(options);
@@ -229,10 +245,10 @@ int main(int count, char** words) {
     } catch (const greedy::host::OutputClosed&) {
         return 0;  // the reader has ended the stream
     } catch (const greedy::StatusError& error) {
-        std::fprintf(stderr, "error: %s\n", error.what());
-        return error.status <= GREEDY_NO_MEMORY ? 1 : 2;
+        std::fprintf(stderr, "error: %s%s\n", error.what(), kept.c_str());
+        return error.status <= GREEDY_NO_MEMORY || !kept.empty() ? 1 : 2;
     } catch (const std::exception& error) {
-        std::fprintf(stderr, "error: %s\n", error.what());
+        std::fprintf(stderr, "error: %s%s\n", error.what(), kept.c_str());
         return 1;
     }
 }

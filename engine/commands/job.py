@@ -97,9 +97,19 @@ class Output:
     """The frames' output and the report's."""
 
     out: str = option(
-        "video.mp4", "FILE.mp4, .y4m, .gif, .webp, DIR/ (png sequence), - (stdout), null, checksum", metavar="TARGET"
+        "video.mp4",
+        "FILE.mp4, .mov, .mkv, .webm, .y4m, .rgb, .gif, .webp, DIR/ or name_%05d.png (png sequence), - (stdout), null, "
+        "checksum",
+        metavar="TARGET",
     )
-    format: Literal["y4m", "mp4", "rgb"] | None = option(None, "what --out - writes; default: y4m")
+    format: Literal["y4m", "mp4", "mkv", "webm", "rgb"] | None = option(None, "what --out - writes; default: y4m")
+    codec: str | None = option(
+        None, "h264 (default of mp4, mov, mkv), hevc, av1 or vp9 (default of webm)", metavar="NAME"
+    )
+    pix_fmt: str | None = option(
+        None, "yuv420p (default; y4m: yuv444p), yuv422p, yuv444p, yuv420p10le, yuv444p10le", metavar="NAME"
+    )
+    crf: int | None = option(None, "constant quality, 0 is best; default: visually close to lossless", metavar="N")
     fps: float | None = option(None, "frame rate of the output; default: the model's own", metavar="F")
     scale: int = option(1, "enlarge every pixel N times each way", metavar="N")
     json: bool = option(False, "print a report as the last line of stdout")

@@ -3,16 +3,14 @@
 import codecs
 import re
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from engine.commands.job import Video
-from engine.model.text import PromptWarning, check_prompt
+from engine.commands.notes import Notes
+from engine.model.text import check_prompt
 
 _MOST_BYTES = 16 << 20  # of a file
 # The longer marks first: that of UTF-32 begins as that of UTF-16.
@@ -30,36 +28,6 @@ class Prompt:
     frame: int
     text: str
     where: str
-
-
-class Notes(list[str]):
-    """What a run has to say beside its result: printed to stderr as it comes, each once, and kept for the report."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-
-    def add(self, note: str) -> None:
-        """Keep a note; print it unless quiet."""
-        if note not in self:
-            self.append(note)
-            if not self.quiet:
-                print(f"note: {note}", file=sys.stderr)
-
-    @contextmanager
-    def of_prompts(self) -> Iterator[None]:
-        """Add every PromptWarning from inside. Other warnings stay warnings."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", PromptWarning)
-            others = warnings.showwarning
-
-            def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-                if issubclass(category, PromptWarning):
-                    self.add(str(message))
-                else:
-                    others(message, category, *where, **more)
-
-            warnings.showwarning = show
-            yield
 
 
 class Prompts:

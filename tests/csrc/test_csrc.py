@@ -121,7 +121,7 @@ def test_headers_compile_alone(tmp_path):
     if reason := missing_tool():
         pytest.skip(f"the C++ core is not built: {reason}")
     for name, words in (("greedy/greedy.h", ["cc", "-std=c99"]), ("greedy/plugin.h", ["cc", "-std=c99"]),
-                        ("greedy/greedy.hpp", ["c++"]), ("host/sinks.h", ["c++"]),
+                        ("greedy/greedy.hpp", ["c++"]), ("host/sinks.h", ["c++"]), ("host/part.h", ["c++"]),
                         ("core/noise.h", ["c++", "-std=c++17"])):  # fmt: skip
         source = tmp_path / f"{Path(name).name}.{'c' if words[0] == 'cc' else 'cpp'}"
         source.write_text(f"#include <{name}>\n")

@@ -2,14 +2,20 @@
 
 import hashlib
 import os
+import resource
+import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
+import av
 import fake_stages
 import numpy as np
 import pytest
 from csrc_tools import HANG
 
+from engine.files import left_over
 from engine.media.sinks import open_sink
 
 SIZE = (fake_stages.HEIGHT, fake_stages.WIDTH)
@@ -19,14 +25,49 @@ SIZE = (fake_stages.HEIGHT, fake_stages.WIDTH)
 def host(native_build, tmp_path):
     """Runs greedy-host in an empty directory, with a directory of programs that comes first in PATH."""
 
-    def run(*words: str, programs: Path = tmp_path) -> subprocess.CompletedProcess[bytes]:
+    def run(*words: str, programs: Path = tmp_path, **options) -> subprocess.CompletedProcess[bytes]:
         env = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
         plugins = native_build / "fake_plugin"
         fixed = [fake_stages.RECORDED, "--plugin-dir", plugins, "--quiet", "--prompt", "a red circle"]
         given = [native_build / "greedy-host", *fixed, *words]
-        return subprocess.run(given, cwd=tmp_path, env=env, capture_output=True, timeout=HANG)
+        return subprocess.run(given, cwd=tmp_path, env=env, capture_output=True, timeout=HANG, **options)
 
     return run
+
+
+@pytest.fixture
+def start(native_build, tmp_path):
+    """Starts greedy-host in the same way, without an end of its own."""
+
+    def begin(*words: str) -> subprocess.Popen[bytes]:
+        plugins = native_build / "fake_plugin"
+        given = [native_build / "greedy-host", fake_stages.RECORDED, "--plugin-dir", plugins, "--prompt", "a", *words]
+        env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+        return subprocess.Popen(given, cwd=tmp_path, env=env, stderr=subprocess.PIPE, start_new_session=True)
+
+    return begin
+
+
+def grown(process: subprocess.Popen[bytes], folder: Path, name: str, size: int) -> Path:
+    """The temporary file of a running process, once it is larger than `size` bytes."""
+    while process.poll() is None:
+        for part in folder.glob(f".{name}.*.part"):
+            if part.stat().st_size > size:
+                return part
+        time.sleep(0.02)
+    raise AssertionError(process.stderr.read())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != "bin")
+
+
+def fake_ffmpeg(folder: Path, script: str) -> Path:
+    programs = folder / "bin"
+    programs.mkdir(exist_ok=True)
+    (programs / "ffmpeg").write_text(f"#!/bin/sh\n{script}\n")
+    (programs / "ffmpeg").chmod(0o755)
+    return programs
 
 
 def frames_of(host, count: int) -> np.ndarray:
@@ -118,13 +159,11 @@ def test_notes_about_prompts(native_build):
 
 
 def test_ffmpeg_gets_the_frames(host, tmp_path):
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "ffmpeg").write_text('#!/bin/sh\nfor last; do :; done\necho "$@" > arguments\ncat > "$last"\n')
-    (programs / "ffmpeg").chmod(0o755)
+    programs = fake_ffmpeg(tmp_path, 'for last; do :; done\necho "$@" >> arguments\ncat > "$last"')
     ran = host("--frames", "9", "--out", "video.mp4", programs=programs)
     assert ran.returncode == 0, ran.stderr
-    assert (tmp_path / "video.mp4").read_bytes() == frames_of(host, 9).tobytes()
+    assert (tmp_path / "video.mp4").read_bytes() == frames_of(host, 9).tobytes()  # the copy is no mp4: not taken
+    assert names(tmp_path) == ["arguments", "video.mp4"]
     arguments = (tmp_path / "arguments").read_text().split()
     assert arguments[arguments.index("-s") + 1] == "16x8"
     assert arguments[arguments.index("-r") + 1] == "8/1"
@@ -133,17 +172,140 @@ def test_ffmpeg_gets_the_frames(host, tmp_path):
 @pytest.mark.parametrize("script", ["exit 3", "cat > /dev/null; exit 1", None])
 def test_an_ffmpeg_that_fails_is_said(host, tmp_path, script):
     programs = tmp_path / "bin"
-    programs.mkdir()
     if script:
-        (programs / "ffmpeg").write_text(f"#!/bin/sh\n{script}\n")
-        (programs / "ffmpeg").chmod(0o755)
+        fake_ffmpeg(tmp_path, script)
     elif any((Path(place) / "ffmpeg").exists() for place in os.environ["PATH"].split(":")):
         pytest.skip("an ffmpeg is installed")
     ran = host("--frames", "200", "--out", "video.mp4", programs=programs)
     assert ran.returncode == 1
     assert b"ffmpeg: got" in ran.stderr
-    assert not (tmp_path / "video.mp4").exists()
-    assert not list(tmp_path.glob(".*.part"))
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_a_failing_ffmpeg_wrote_is_kept(host, tmp_path, older):
+    if older:
+        (tmp_path / "video.mp4").write_bytes(b"old")
+    programs = fake_ffmpeg(tmp_path, 'for last; do :; done\nhead -c 1152 > "$last"; exit 1')
+    ran = host("--frames", "2000", "--out", "video.mp4", programs=programs)
+    assert ran.returncode == 1
+    assert ran.stderr.count(b"\n") == 1
+    name = "video.kept.mp4" if older else "video.mp4"
+    assert f"; kept what was made in {tmp_path}/{name}\n" in ran.stderr.decode()
+    assert (tmp_path / name).read_bytes() == frames_of(host, 3).tobytes()
+    assert names(tmp_path) == sorted({"video.mp4", name})
+    assert not older or (tmp_path / "video.mp4").read_bytes() == b"old"
+
+
+def real_ffmpeg() -> str | None:
+    try:
+        import imageio_ffmpeg
+    except ImportError:
+        return shutil.which("ffmpeg")
+    return imageio_ffmpeg.get_ffmpeg_exe()
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "video.mov", "video.mkv"])
+def test_a_real_ffmpeg_makes_an_ordinary_file(host, tmp_path, name):
+    if real_ffmpeg() is None:
+        pytest.skip("no ffmpeg is installed")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ffmpeg").symlink_to(real_ffmpeg())
+    ran = host("--frames", "25", "--out", name, programs=tmp_path / "bin")
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    frames = frames_of(host, 25)
+    with av.open(str(tmp_path / name)) as container:
+        got = list(container.decode(video=0))
+    assert len(got) == 25
+    assert {(f.colorspace, f.color_primaries, f.color_trc, f.color_range) for f in got} == {(1, 1, 1, 1)}
+    mean = np.abs(np.stack([f.to_ndarray(format="rgb24") for f in got]).mean((1, 2)) - frames.mean((1, 2)))
+    assert mean.max() < 6
+    assert names(tmp_path) == [name]
+    if name != "video.mkv":
+        data = (tmp_path / name).read_bytes()
+        assert b"moof" not in data
+        assert -1 < data.find(b"moov") < data.find(b"mdat")
+
+
+@pytest.mark.parametrize("name", ["video.y4m", "video.rgb"])
+def test_a_limit_on_the_file_size_keeps_whole_frames(host, tmp_path, name):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+
+    (tmp_path / name).write_bytes(b"old")
+    ran = host("--frames", "200", "--out", name, preexec_fn=limit)
+    assert ran.returncode == 1
+    assert ran.stderr.count(b"\n") == 1
+    kept = tmp_path / f"video.kept{Path(name).suffix}"
+    assert f"kept what was made in {kept}" in ran.stderr.decode()
+    assert (tmp_path / name).read_bytes() == b"old"
+    if name.endswith("rgb"):
+        assert kept.read_bytes() == frames_of(host, 13).tobytes()  # 13 frames of 384 bytes
+    else:
+        with av.open(str(kept)) as container:
+            assert len(list(container.decode(video=0))) == 12
+        assert (kept.stat().st_size - kept.read_bytes().index(b"FRAME")) % 390 == 0
+
+
+def test_a_whole_file_replaces_and_says_so(host, tmp_path):
+    (tmp_path / "video.y4m").write_bytes(b"old")
+    plugins = ["--frames", "3", "--out", "video.y4m"]
+    assert host(*plugins).stderr == b""
+    assert (tmp_path / "video.y4m").read_bytes() != b"old"
+    assert names(tmp_path) == ["video.y4m"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.parametrize("name", ["video.rgb", "video.mp4"])
+def test_a_signal_ends_the_stream(start, tmp_path, number, name):
+    """Also where a terminal sends it to the whole group, ffmpeg included."""
+    fake_ffmpeg(tmp_path, 'for last; do :; done\ncat > "$last"')
+    process = start("--out", name)
+    grown(process, tmp_path, name, 4000)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=HANG)
+    assert process.returncode == 0, err
+    assert names(tmp_path) == [name]
+    size = (tmp_path / name).stat().st_size
+    assert size >= 4000
+    assert size % 384 == 0
+
+
+def test_a_killed_run_leaves_its_file(start, host, tmp_path):
+    process = start("--out", "video.rgb")
+    part = grown(process, tmp_path, "video.rgb", 4000)
+    assert left_over(tmp_path / "video.rgb") == []  # both programs have one kind of lock
+    process.kill()
+    process.communicate()
+    data = part.read_bytes()
+    again = start("--out", "video.rgb", "--frames", "3")
+    _, err = again.communicate(timeout=HANG)
+    assert f"note: an earlier run was killed and left {part}" in err.decode()
+    assert part.read_bytes() == data
+    assert names(tmp_path) == sorted([part.name, "video.rgb"])
+
+
+def test_two_runs_with_one_name(start, tmp_path):
+    runs = [start("--out", "video.rgb", "--frames", str(count)) for count in (3000, 5000)]
+    for process in runs:
+        _, err = process.communicate(timeout=HANG)
+        assert process.returncode == 0, err
+    assert names(tmp_path) == ["video.rgb"]
+    assert (tmp_path / "video.rgb").stat().st_size in (3000 * 384, 5000 * 384)
+
+
+@pytest.mark.parametrize("name", ["-a.rgb", "100%.rgb", "a b.rgb", "a\nb.rgb", "\udcff.rgb", "x" * 251 + ".rgb"])
+def test_odd_names_are_names(host, tmp_path, name):
+    assert host("--frames", "2", "--out", name).returncode == 0
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_link_is_followed(host, tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "video.rgb").symlink_to("far/other.rgb")
+    assert host("--frames", "2", "--out", "video.rgb").returncode == 0
+    assert (tmp_path / "video.rgb").is_symlink()
+    assert names(tmp_path / "far") == ["other.rgb"]
 
 
 @pytest.mark.parametrize(
@@ -156,11 +318,17 @@ def test_an_ffmpeg_that_fails_is_said(host, tmp_path, script):
         (["--out", "video.avi"], "output: got video.avi"),
         (["--out", "nowhere/video.y4m"], "expected an existing directory"),
         (["--out", "null", "--format", "rgb"], "expected it only for -"),
+        (["--out", "/"], "output: got /"),
+        (["--out", "folder.y4m"], "which is a directory"),
+        (["--out", "/dev/full.y4m/x.y4m"], "expected an existing directory"),
+        (["--out", "x" * 300 + ".y4m"], "a name of 304 bytes"),
+        (["--out", "a\nb.avi"], "output: got a\\x0ab.avi"),
         (["--image", "nothing.ppm"], "--image: got nothing.ppm"),
         (["--backend", "tensorrt"], "no backend tensorrt"),
     ],
 )
-def test_bad_input_is_one_line(host, words, said):
+def test_bad_input_is_one_line(host, tmp_path, words, said):
+    (tmp_path / "folder.y4m").mkdir()
     ran = host("--frames", "1", *words)
     assert ran.returncode in (1, 2)
     assert ran.stderr.decode().startswith("error: ")

@@ -5,6 +5,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from engine.runtime.transfer import Download
+
 PROMPT, OTHER = "a red circle moving right", "a blue square on gray"
 FAMILIES = pytest.mark.parametrize("family", ["pipeline", "causal"])
 
@@ -77,3 +79,29 @@ def test_a_chunk_that_fails_ahead_fails_in_its_own_call_and_can_be_made_again(re
     assert 14 < len(frames) < 40
     monkeypatch.setattr(type(pipeline.generator), "denoise", real)
     assert np.array_equal([*frames, *stream], expected)
+
+
+@FAMILIES
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_chunk_whose_wait_is_interrupted_is_handed_over_by_the_next_call(request, family, ahead, monkeypatch):
+    """On a GPU the host spends most of its time there, so that is where Ctrl-C arrives."""
+    pipeline = request.getfixturevalue(family)
+    expected = list(stream_of(pipeline, False, frames=30))
+    real, calls = Download.wait, []
+
+    def wait(self):
+        calls.append(self)
+        if len(calls) in (1, 3, 4):
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(Download, "wait", wait)
+    frames, interrupts = [], 0
+    stream = stream_of(pipeline, ahead, frames=30)
+    while len(frames) < 30:
+        try:
+            frames.extend(stream)
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts == 3
+    assert np.array_equal(frames, expected)

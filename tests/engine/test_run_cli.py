@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -258,6 +259,17 @@ BAD = [
     ["--out", "text.txt/clip.mp4"],
     ["--out", "full/"],
     ["--format", "mp4"],
+    ["--format", "mov", "--out", "-"],
+    ["--codec", "theora"],
+    ["--codec", "h264", "--out", "clip.webm"],
+    ["--crf", "99"],
+    ["--crf", "20", "--out", "clip.y4m"],
+    ["--pix-fmt", "yuv420"],
+    ["--pix-fmt", "yuv420p", "--out", "clip.gif"],
+    ["--out", "-clip.mp4"],
+    ["--out", "empty.mp4"],
+    ["--out", "old_%02d.png"],
+    ["--out", "x" * 300 + ".mp4"],
     ["--out", "-", "--json"],
     ["--adapter", "nowhere"],
     ["--adapter", "empty"],
@@ -286,6 +298,8 @@ def bad_files(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "full").mkdir()
     (folder / "full" / "holiday.png").touch()
+    (folder / "empty.mp4").mkdir()
+    (folder / "old_00.png").touch()
     (folder / "unknown.toml").write_text("windows = 3\n")
     (folder / "broken.toml").write_text("window = \n")
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "picture.png")
@@ -361,9 +375,50 @@ def test_an_old_file_survives_bad_input_and_failure(model_dir, tmp_path, capfd, 
     monkeypatch.setattr(engine.runtime.stages.TorchStages, "vae_steady", fail)
     capfd.readouterr()
     assert run(model_dir, "--frames", 50, "--out", "clip.mp4", "--quiet") == 1
-    assert capfd.readouterr().err == "error: the kernel\n"
+    assert capfd.readouterr().err == f"error: the kernel; kept 9 frames in {tmp_path}/clip.kept.mp4\n"
     assert (tmp_path / "clip.mp4").read_bytes() == b"old"
-    assert listing(tmp_path) == ["clip.mp4"]
+    assert listing(tmp_path) == ["clip.kept.mp4", "clip.mp4"]
+    assert len(decode(tmp_path / "clip.kept.mp4")) == 9
+
+
+@pytest.mark.parametrize("target", ["clip.mp4", "clip.webm", "clip.y4m", "clip.gif", "shots/", "shot_%03d.png"])
+@pytest.mark.parametrize("error", [ValueError, MemoryError, PermissionError], ids=lambda kind: kind.__name__)
+def test_a_failure_in_mid_run_keeps_what_was_made(model_dir, tmp_path, capfd, monkeypatch, target, error):
+    """Exit status 1 also for errors that mean bad input at the start."""
+    calls = []
+
+    def fail(self, latent, cache):
+        calls.append(1)
+        if len(calls) == 4:
+            raise error("got NaN, expected numbers")
+        return real(self, latent, cache)
+
+    real = engine.runtime.stages.TorchStages.vae_steady
+    monkeypatch.setattr(engine.runtime.stages.TorchStages, "vae_steady", fail)
+    assert run(model_dir, "--frames", 50, "--out", target, "--quiet") == 1
+    where = tmp_path if target.startswith("shot_") else tmp_path / target
+    assert capfd.readouterr().err == f"error: got NaN, expected numbers; kept 13 frames in {where}\n"
+    made = listing(tmp_path)
+    assert len([name for name in made if name.endswith("png")]) == 13 if "shot" in target else made == [target]
+    if target.startswith("clip") and not target.endswith("gif"):
+        assert len(decode(tmp_path / target)) == 13
+
+
+def test_replacing_is_said(model_dir, tmp_path, capfd):
+    assert run(model_dir, "--frames", 1, "--out", "clip.mp4") == 0
+    assert "note: replaced" not in capfd.readouterr().err
+    assert run(model_dir, "--frames", 1, "--out", "clip.mp4") == 0
+    assert f"note: replaced the older {tmp_path}/clip.mp4\n" in capfd.readouterr().err
+    assert run(model_dir, "--frames", 1, "--out", "clip.mp4", "--quiet") == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_options_of_the_encoder(model_dir, tmp_path):
+    options = ["--codec", "vp9", "--pix-fmt", "yuv444p", "--crf", 10]
+    assert run(model_dir, "--frames", 2, "--out", "clip.mkv", *options) == 0
+    with av.open("clip.mkv") as container:
+        assert container.streams.video[0].codec_context.codec.canonical_name == "vp9"
+        assert next(container.decode(video=0)).format.name == "yuv444p"
 
 
 def test_debug_shows_the_traceback(model_dir):
@@ -381,23 +436,27 @@ def test_signal_handlers_are_given_back(model_dir):
 def start(model_dir, *arguments, **options):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "engine.run", "--prompt", PROMPT, "--model", str(model_dir), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options)
+    process.cwd = options["cwd"]
+    return process
 
 
-def wait_until_it_grows(process, path, size):
+def part_of(process, name, size):
+    """The file of a running process beside `name`, once it is larger than `size` bytes."""
     for _ in range(20 * HANG):
-        if path.exists() and path.stat().st_size > size:
-            return
+        for path in Path(process.cwd).glob(f".{name}.*.part"):
+            if path.stat().st_size > size:
+                return path
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    raise AssertionError(f"{path} did not grow")
+    raise AssertionError(f"{name} did not grow")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
 @pytest.mark.slow
 def test_ctrl_c_closes_the_file(model_dir, tmp_path, number):
     process = start(model_dir, "--out", "clip.mp4", "--json", cwd=tmp_path)
-    wait_until_it_grows(process, tmp_path / ".clip.mp4.part", 20_000)
+    part_of(process, "clip.mp4", 20_000)
     process.send_signal(number)
     out, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
@@ -406,6 +465,64 @@ def test_ctrl_c_closes_the_file(model_dir, tmp_path, number):
     assert report["stopped"] is True
     assert listing(tmp_path) == ["clip.mp4"]
     assert len(decode(tmp_path / "clip.mp4")) == report["frames"] > 10
+
+
+@pytest.mark.slow
+def test_many_signals_at_once(model_dir, tmp_path):
+    """An impatient user, or a terminal that closes while Ctrl-C is handled."""
+    process = start(model_dir, "--out", "clip.mp4", "--json", cwd=tmp_path)
+    part_of(process, "clip.mp4", 20_000)
+    for turn in range(30):
+        with suppress(ProcessLookupError):
+            process.send_signal((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[turn % 3])
+        time.sleep(0.002)
+    out, err = process.communicate(timeout=HANG)
+    assert listing(tmp_path) == ["clip.mp4"], err
+    frames = len(decode(tmp_path / "clip.mp4"))
+    assert frames > 10
+    if process.returncode == 0:
+        assert json.loads(out.splitlines()[-1])["frames"] == frames
+    else:  # the last signals met the interpreter's exit
+        assert process.returncode < 0
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes(model_dir, tmp_path):
+    """Its hang-up comes while stderr refuses every write: the file is closed all the same."""
+    ours, theirs = os.openpty()
+    words = [sys.executable, "-m", "engine.run", "--prompt", PROMPT, "--model", str(model_dir), "--out", "clip.mp4"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    process = subprocess.Popen(
+        words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=tmp_path, start_new_session=True
+    )
+    os.close(theirs)
+    process.cwd = tmp_path
+    part_of(process, "clip.mp4", 20_000)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=HANG) == 0
+    assert listing(tmp_path) == ["clip.mp4"]
+    assert len(decode(tmp_path / "clip.mp4")) > 10
+
+
+def test_nohup_keeps_its_meaning():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with engine.commands.interrupt.Interrupt():
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+def test_two_runs_to_one_name(model_dir, tmp_path):
+    runs = [start(model_dir, "--out", "clip.mp4", "--frames", n, cwd=tmp_path) for n in (17, 41)]
+    for process in runs:
+        _, err = process.communicate(timeout=HANG)
+        assert process.returncode == 0, err
+    assert listing(tmp_path) == ["clip.mp4"]
+    assert len(decode(tmp_path / "clip.mp4")) in (17, 41)
 
 
 def test_a_signal_during_a_write_still_counts_the_frame():
@@ -466,11 +583,10 @@ def test_a_second_interrupt_ends_the_writing(model_dir, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_killed_run_leaves_something_to_watch(model_dir, tmp_path):
     process = start(model_dir, "--out", "clip.mp4", cwd=tmp_path)
-    part = tmp_path / ".clip.mp4.part"
-    wait_until_it_grows(process, part, 20_000)
+    part = part_of(process, "clip.mp4", 20_000)
     process.kill()
     process.communicate(timeout=HANG)
-    assert listing(tmp_path) == [".clip.mp4.part"]
+    assert listing(tmp_path) == [part.name]
     frames = decode(part)
     assert len(frames) > 10
     assert frames[0].shape == (*SIZE, 3)

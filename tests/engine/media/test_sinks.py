@@ -1,8 +1,7 @@
-"""Every sink: what is read back is what was written; nothing half-made stands under the final name."""
+"""Every sink: what is read back is what was written; bad targets and options are refused."""
 
 import hashlib
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,37 +11,22 @@ import numpy as np
 import pytest
 from limits import HANG
 from PIL import Image, ImageSequence
+from videos import decode, files_in, moving_square
 
-import engine.media.sinks
-from engine.media.sinks import open_sink
+import engine.media.base
+import engine.media.sequences
+from engine.media.sinks import Encoding, open_sink
 
 ROOT = Path(__file__).parents[3]
 SIZE = (48, 64)
 FPS = 16
 
 
-def moving_square(count, size=SIZE):
-    """A bright square on a dark red ground, another place in every frame; uint8 [H, W, 3] each."""
-    frames = []
-    for i in range(count):
-        frame = np.full((*size, 3), (150, 40, 60), np.uint8)
-        left = 4 * i % (size[1] - 16)
-        frame[8:24, left : left + 16] = (20, 180, 230)
-        frames.append(frame)
-    return frames
-
-
-def write(target, frames, fps=FPS, **options):
-    with open_sink(target, fps, frames[0].shape[:2], **options) as sink:
+def write(target, frames, fps=FPS, format=None, **encoding):
+    with open_sink(target, fps, frames[0].shape[:2], format, Encoding(**encoding)) as sink:
         for frame in frames:
             sink.write(frame)
     return sink
-
-
-def decode(path):
-    with av.open(str(path)) as container:
-        rate = container.streams.video[0].average_rate
-        return [f.to_ndarray(format="rgb24") for f in container.decode(video=0)], rate
 
 
 def mean_error(got, expected):
@@ -78,6 +62,21 @@ def test_y4m_colours_and_odd_sizes(tmp_path):
     luma = (tmp_path / "colours.y4m").read_bytes().split(b"FRAME\n")[1][:125]
     assert min(luma) == 16
     assert max(luma) == 235
+
+
+@pytest.mark.parametrize(("pix_fmt", "decoded"), [("yuv420p", "yuv420p"), ("yuv422p", "yuv422p"), (None, "yuv444p")])
+def test_y4m_chroma(tmp_path, pix_fmt, decoded):
+    """Chroma of blocks as large as a sample survives, and FFmpeg reads the layout from the header."""
+    blocks = np.random.default_rng(0).integers(40, 216, (24, 32, 3), np.uint8)
+    frame = np.kron(blocks, np.ones((2, 2, 1), np.uint8))
+    write(tmp_path / "clip.y4m", [frame, frame], pix_fmt=pix_fmt)
+    with av.open(str(tmp_path / "clip.y4m")) as container:
+        pictures = list(container.decode(video=0))
+    assert [picture.format.name for picture in pictures] == [decoded] * 2
+    wanted = av.VideoFrame.from_ndarray(blocks, format="rgb24").reformat(format="yuv444p").to_ndarray()  # FFmpeg's own
+    got = pictures[1].reformat(format="yuv444p", interpolation="POINT").to_ndarray()
+    for plane in range(3):  # [H, W] each
+        assert np.abs(got[plane][::2, ::2].astype(int) - wanted[plane]).max() <= 2, plane
 
 
 def test_raw(tmp_path):
@@ -121,73 +120,6 @@ def test_counting_and_hashing():
     assert sink.digest == hashlib.sha256(flipped).hexdigest()
 
 
-FILES = ["clip.mp4", "clip.y4m", "clip.rgb", "clip.gif", "clip.webp", "shots/", "shot_%03d.png"]
-
-
-@pytest.mark.parametrize("target", FILES)
-def test_nothing_under_the_name_until_whole_and_nothing_after_abort(tmp_path, target):
-    sink = open_sink(f"{tmp_path}/{target}", FPS, SIZE)
-    for frame in moving_square(3):
-        sink.write(frame)
-    assert [p for p in tmp_path.iterdir() if not p.name.startswith(".")] == []
-    assert len(hidden(tmp_path)) == 1
-    sink.abort()
-    sink.abort()
-    sink.close()
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="after close"):
-        sink.write(moving_square(1)[0])
-
-
-@pytest.mark.parametrize("target", FILES)
-def test_without_frames_there_is_no_file(tmp_path, target):
-    open_sink(f"{tmp_path}/{target}", FPS, SIZE).close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def write_then_raise(path, frames, error):
-    with open_sink(path, FPS, SIZE) as sink:
-        for frame in frames:
-            sink.write(frame)
-        raise error
-
-
-@pytest.mark.parametrize("target", ["clip.mp4", "clip.y4m", "clip.gif"])
-def test_failure_keeps_the_old_file_and_interrupt_keeps_the_new(tmp_path, target):
-    path = tmp_path / target
-    path.write_bytes(b"old")
-    with pytest.raises(RuntimeError):
-        write_then_raise(path, moving_square(1), RuntimeError("the model failed"))
-    assert path.read_bytes() == b"old"
-    assert not hidden(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        write_then_raise(path, moving_square(4), KeyboardInterrupt())
-    assert len(decode(path)[0]) == 4
-    assert not hidden(tmp_path)
-
-
-@pytest.mark.parametrize("target", ["clip.gif", "clip.y4m", "shots/"])
-def test_failure_in_close_leaves_nothing(tmp_path, target, monkeypatch):
-    def fail(*args):
-        raise OSError("no space left on device")
-
-    sink = open_sink(f"{tmp_path}/{target}", FPS, SIZE)
-    sink.write(moving_square(1)[0])
-    monkeypatch.setattr(engine.media.sinks.os, "replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        sink.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_y4m_drops_a_write_cut_short(tmp_path):
-    sink = open_sink(tmp_path / "clip.y4m", FPS, SIZE)
-    for frame in moving_square(3):
-        sink.write(frame)
-    sink.output.stream.write(b"FRAME\nhalf of a frame")  # as Ctrl-C would leave it
-    sink.close()
-    assert len(decode(tmp_path / "clip.y4m")[0]) == 3
-
-
 WRITER = """
 import sys
 import numpy as np
@@ -214,24 +146,7 @@ def start(*arguments, **pipes):
 
 
 @pytest.mark.slow
-def test_a_killed_mp4_is_playable(tmp_path):
-    process = start(tmp_path / "clip.mp4", 1_000_000)
-    for line in process.stderr:
-        if int(line) == 40:
-            break
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert [p.name for p in tmp_path.iterdir()] == [".clip.mp4.part"]
-    got, _ = decode(tmp_path / ".clip.mp4.part")
-    assert len(got) >= 40
-    assert all(abs(int(frame[20, 20, 0]) - 10 * i % 256) <= 4 for i, frame in enumerate(got[:40]))
-    # a later run is not disturbed by what is left
-    write(tmp_path / "clip.mp4", moving_square(2))
-    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["y4m"], ["mp4"], ["rgb"]])
+@pytest.mark.parametrize("options", [[], ["y4m"], ["mp4"], ["mkv"], ["webm"], ["rgb"]])
 def test_stdout(tmp_path, options):
     process = start("-", 7, *options, stdout=subprocess.PIPE)
     data, log = process.communicate(timeout=HANG)
@@ -253,7 +168,7 @@ def test_a_terminal_gets_no_bytes(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["y4m", "mp4"])
+@pytest.mark.parametrize("kind", ["y4m", "mp4", "mkv"])
 def test_stdout_whose_reader_leaves(kind):
     process = start("-", 100_000, kind, stdout=subprocess.PIPE)
     assert process.stdout.read(20)
@@ -279,13 +194,33 @@ def test_stdout_whose_reader_leaves(kind):
         ("file.txt/clip.mp4", SIZE, NotADirectoryError),
         ("full/", SIZE, ValueError),
         ("pipe.y4m", SIZE, ValueError),
+        ("pipe.mp4/", SIZE, ValueError),
+        ("folder.mp4", SIZE, ValueError),
+        ("file.txt/", SIZE, NotADirectoryError),
+        ("clip.mp4.", SIZE, ValueError),
+        (".mp4", SIZE, ValueError),
+        ("a\nb", SIZE, ValueError),
+        ("no\nwhere/clip.mp4", SIZE, FileNotFoundError),
+        ("\udcff/clip.mp4", SIZE, FileNotFoundError),
+        ("a%.png", SIZE, ValueError),
+        ("x" * 252 + ".mp4", SIZE, ValueError),
+        ("x" * 252 + "/clip.mp4", SIZE, FileNotFoundError),
+        ("x/" * 2100 + "clip.mp4", SIZE, ValueError),
+        ("circle.mp4", SIZE, ValueError),
+        ("old_%03d.png", SIZE, ValueError),
+        ("old_%d.png", SIZE, ValueError),
     ],
 )
 def test_bad_targets(tmp_path, target, size, error):
     (tmp_path / "file.txt").touch()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "holiday.png").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "old_007.png").touch()
+    (tmp_path / "old_12.png").touch()
     os.mkfifo(tmp_path / "pipe.y4m")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "circle.mp4").symlink_to(tmp_path / "circle.mp4")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(error, match=r"got .*expected") as raised:
         open_sink(f"{tmp_path}/{target}", FPS, size)
@@ -299,10 +234,88 @@ def test_bad_options(tmp_path, monkeypatch):
     for target, fps, format in (*wrong, ("clip.mp4", FPS, "mp4"), ("-", FPS, "gif")):
         with pytest.raises(ValueError, match=r"got .*expected"):
             open_sink(target if target == "-" else tmp_path / target, fps, SIZE, format)
-    monkeypatch.setattr(engine.media.sinks.os, "access", lambda *_: False)
+    monkeypatch.setattr(engine.media.base.os, "access", lambda *_: False)
     with pytest.raises(PermissionError, match=r"got .*expected"):
         open_sink(tmp_path / "clip.mp4", FPS, SIZE)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "format", "encoding", "said"),
+    [
+        ("clip.y4m", None, {"crf": 20}, "crf: got 20 for y4m"),
+        ("clip.rgb", None, {"pix_fmt": "yuv420p"}, "pix-fmt: got yuv420p for rgb"),
+        ("clip.gif", None, {"codec": "h264"}, "codec: got h264 for gif"),
+        ("shots/", None, {"crf": 20}, "crf: got 20 for png"),
+        ("null", None, {"crf": 20}, "crf: got 20 for null"),
+        ("clip.webm", None, {"codec": "h264"}, "codec: got h264 for webm, expected vp9 or av1"),
+        ("clip.mov", None, {"codec": "vp9"}, "codec: got vp9 for mov, expected h264 or hevc"),
+        ("clip.mp4", None, {"codec": "theora"}, "codec: got theora for mp4, expected h264 or hevc or av1 or vp9"),
+        ("clip.mp4", None, {"crf": 52}, "crf: got 52 for h264, expected 0"),
+        ("clip.webm", None, {"crf": -1}, "crf: got -1 for vp9, expected 0"),
+        ("clip.mp4", None, {"pix_fmt": "rgb24"}, "pix-fmt: got rgb24 for mp4, expected yuv420p or"),
+        ("clip.webm", None, {"pix_fmt": "yuv420p10le"}, "pix-fmt: got yuv420p10le for webm"),
+        ("clip.y4m", None, {"pix_fmt": "yuv420p10le"}, "pix-fmt: got yuv420p10le for y4m"),
+        ("odd.y4m", None, {"pix_fmt": "yuv420p"}, "got 63x47 pixels in yuv420p, expected even numbers"),
+        ("odd.y4m", None, {"pix_fmt": "yuv422p"}, "got 63x47 pixels in yuv422p, expected an even width"),
+        ("odd.mkv", None, {}, "got 63x47 pixels in yuv420p, expected even numbers"),
+        ("-", "mov", {}, "format: got mov, expected one of"),
+        ("-", "webm", {"codec": "hevc"}, "codec: got hevc for webm"),
+        ("tiny.mp4", None, {"codec": "hevc"}, "libx265: got 2x2 pixels"),
+    ],
+)
+def test_choices_that_do_not_go_together(tmp_path, target, format, encoding, said):
+    size = {"odd": (47, 63), "tiny": (2, 2)}.get(target.partition(".")[0], SIZE)
+    place = target if target in ("-", "null") else f"{tmp_path}/{target}"
+    with pytest.raises(ValueError, match=r"got .*expected") as raised:
+        open_sink(place, FPS, size, format, Encoding(**encoding))
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+NAMES = [
+    "-clip.mp4",
+    "100%.mp4",
+    "%05d.mp4",
+    "a b.mp4",
+    "a\nb.mp4",
+    "clip..mp4",
+    "\udcff.mp4",
+    "x" * 251 + ".mp4",
+    "ü.mp4",
+]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "%d\n.png"])
+def test_odd_names_are_names(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(name, moving_square(3))
+    made = name % 2 if name.endswith("png") else name
+    assert np.abs(decode(made)[0][-1][40, 60].astype(int) - (150, 40, 60)).max() <= 4
+    assert len(os.listdir(tmp_path)) == (3 if name.endswith("png") else 1)
+
+
+def test_links_are_followed(tmp_path):
+    (tmp_path / "far").mkdir()
+    for link, file in (("new.mp4", "new.mp4"), ("old.mp4", "old.mp4"), ("shots", "shots")):
+        (tmp_path / link).symlink_to(tmp_path / "far" / file)
+    (tmp_path / "far" / "old.mp4").write_bytes(b"old")
+    (tmp_path / "far" / "shots").mkdir()
+    for name in ("new.mp4", "old.mp4", "shots"):
+        write(tmp_path / name, moving_square(2))
+        assert (tmp_path / name).is_symlink()
+    assert files_in(tmp_path / "far") == ["new.mp4", "old.mp4", "shots/00000.png", "shots/00001.png"]
+    assert len(decode(tmp_path / "far" / "old.mp4")[0]) == 2
+
+
+def test_a_protected_file_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "clip.mp4").write_bytes(b"mine")
+    real = os.access
+    monkeypatch.setattr(engine.media.base.os, "access", lambda path, mode: real(path, mode) and path.name != "clip.mp4")
+    with pytest.raises(PermissionError, match=r"write-protected, expected"):
+        open_sink(tmp_path / "clip.mp4", FPS, SIZE)
+    assert files_in(tmp_path) == ["clip.mp4"]
 
 
 def test_bad_frames(tmp_path):
@@ -317,10 +330,11 @@ def test_bad_frames(tmp_path):
 
 
 def test_long_animations_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.media.sinks, "HELD_LIMIT", 3 * 48 * 64 * 3)
+    monkeypatch.setattr(engine.media.sequences, "HELD_LIMIT", 3 * 48 * 64 * 3)
     with pytest.raises(ValueError, match="more than 3 frames"):
         write(tmp_path / "clip.gif", moving_square(4))
-    assert list(tmp_path.iterdir()) == []
+    with Image.open(tmp_path / "clip.gif") as image:
+        assert image.n_frames == 3
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
