@@ -107,7 +107,7 @@ setup(
         "pydantic>=2.7",
         "psutil>=5.9",
         "rich>=13",
-        "av>=14",
+        "av>=18",
         "ftfy>=6.3,<7",
     ],
     extras_require={

@@ -164,8 +164,8 @@ def test_recommit_gives_what_a_stream_of_the_new_strengths_would_hold(preset, fi
     for _ in range(2):
         x = old.next_latent()
         with torch.inference_mode():  # the same latents, as if the other pipeline had made them
-            new._take()
-            new._accept(x)
+            new._latent()
+            new._now = new._accepted(x)
     old.set_adapters({"a": 0.25, "b": -0.5})
     # The last chunk was not committed before, so both commit it; `new` rewrites nothing.
     assert (old.next_latent() - new.next_latent()).abs().max() < 1e-5
