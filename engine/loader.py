@@ -30,7 +30,7 @@ from engine.threads import settle, work_of
 from engine.weights.adapters import AdapterLike, merge_adapter, read_adapters
 from engine.weights.checkpoint import check_tensors, fill, load_text_encoder, load_transformer
 from engine.weights.folders import Given, Parts, check_folder, find_parts
-from engine.weights.merge import Adapters
+from engine.weights.lora.merge import Adapters
 from engine.weights.sources import STATES, FileSource, TensorSource
 
 if TYPE_CHECKING:

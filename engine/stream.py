@@ -24,7 +24,7 @@ from engine.runtime.transfer import Download, SideStream, upload
 from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
 from engine.sampling.schedule import Schedule
 from engine.sampling.solvers import SOLVERS, make_solver
-from engine.weights.merge import Adapters
+from engine.weights.lora.merge import Adapters
 
 
 @dataclass(frozen=True)

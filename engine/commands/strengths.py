@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from engine.weights.adapters import Adapter
-from engine.weights.merge import check_strength
+from engine.weights.lora.merge import check_strength
 
 
 def strengths_at(

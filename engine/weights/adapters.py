@@ -14,8 +14,8 @@ from engine.files import read_json
 from engine.model.transformer import WanTransformer
 from engine.weights.checkpoint import check_tensors
 from engine.weights.containers import open_container
-from engine.weights.lora import read_lora
-from engine.weights.merge import Adapters, check_strength, merge_into
+from engine.weights.lora.form import read_lora
+from engine.weights.lora.merge import Adapters, check_strength, merge_into
 
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf|infinity|nan)", re.IGNORECASE)
 

@@ -13,8 +13,8 @@ from tiny import TRANSFORMER, reference_of, transformer
 
 from engine.config import TransformerConfig
 from engine.weights.adapters import Adapter, describe, merge_adapter, read_adapters
-from engine.weights.lora import read_lora
-from engine.weights.merge import merge_into
+from engine.weights.lora.form import read_lora
+from engine.weights.lora.merge import merge_into
 
 CONFIG = TransformerConfig(**TRANSFORMER)
 RANK, ALPHA = 4, 6.0

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.model.transformer import WanTransformer
-from engine.weights.lora import Change, LoRA
+from engine.weights.lora.form import Change, LoRA
 
 
 def merged(base: Tensor, steps: Sequence[tuple[Change, float]]) -> Tensor:

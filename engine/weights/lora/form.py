@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from engine.weights.checkpoint import shorten
-from engine.weights.lora_files import read_adapter
-from engine.weights.lora_keys import Key, parse, wan_name
-from engine.weights.peft_config import PeftConfig
+from engine.weights.lora.files import read_adapter
+from engine.weights.lora.keys import Key, parse, wan_name
+from engine.weights.lora.peft_config import PeftConfig
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.files import read_json
 from engine.weights.checkpoint import shorten
 from engine.weights.containers import kind_of, load_torch, open_container
-from engine.weights.peft_config import PeftConfig
+from engine.weights.lora.peft_config import PeftConfig
 
 _METADATA = "lora_adapter_metadata"  # where diffusers stores PEFT's configuration in a safetensors file
 _STATES = ("generator_lora", "lora", "lora_state_dict", "state_dict", "model", "module")
