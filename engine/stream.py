@@ -75,7 +75,7 @@ class Pipeline:
         if self.tokenizer is None:
             raise ValueError("got a pipeline without a tokenizer, expected one")
         ids, mask = self.tokenizer(prompt)
-        return self.stages.encode_text(ids.to(self.device), mask.to(self.device)).to(self.dtype)
+        return self.stages.encode_text(ids.to(self.device), mask.to(self.device)).to(self.device, self.dtype)
 
     @torch.inference_mode()
     def encode_clip(self, clip: np.ndarray) -> Tensor:

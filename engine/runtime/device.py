@@ -1,5 +1,7 @@
 """Devices and precisions by name."""
 
+import ctypes
+from contextlib import suppress
 from typing import get_args
 
 import torch
@@ -37,3 +39,11 @@ def check_fp8(device: torch.device) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         if (major, minor) < (8, 9):
             raise ValueError(f"precision: got fp8 on a GPU of compute capability {major}.{minor}, expected 8.9 or more")
+
+
+def give_back(device: torch.device) -> None:
+    """Return free memory to the system: the cache of torch's allocator on a GPU, the heap's pages on a processor."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # of the GNU C library alone
+        ctypes.CDLL(None).malloc_trim(0)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.model.cache import CachedAttention, JoinedAttention, RingCache
-from engine.model.text import encode_text
+from engine.model.text import ReadAgain, encode_text
 from engine.model.transformer import TextKV, WanTransformer
 from engine.model.vae import VAE
 from engine.runtime.passes import Capabilities, Pass
@@ -40,7 +40,9 @@ class TorchStages:
         return 0
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return encode_text(need(self.text_encoder, "text encoder"), ids, mask)
+        encoder = need(self.text_encoder, "text encoder")
+        device = place_of(encoder, ids.device)  # it may be another one than the transformers'
+        return encode_text(encoder, ids.to(device), mask.to(device))
 
     def prepare_text(self, text_emb: Tensor) -> dict[str, TextKV]:
         with self._operations():
@@ -85,6 +87,13 @@ class TorchStages:
 def _time_of(step: Pass) -> Tensor:
     """[B], float32; 0 where the kind is not timed."""
     return step.latent.new_zeros(len(step.latent), dtype=torch.float32) if step.t is None else step.t
+
+
+def place_of(encoder: nn.Module, default: torch.device) -> torch.device:
+    """The device on which a text encoder computes."""
+    if isinstance(encoder, ReadAgain):
+        return encoder.device
+    return next((p.device for p in encoder.parameters()), default)
 
 
 def need(part: Any, what: str) -> Any:

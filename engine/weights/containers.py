@@ -32,6 +32,7 @@ class Container(Protocol):
 
     file: Path
     kind: str  # "safetensors", "torch" or "GGUF"
+    maps: bool  # whether `read` gives tensors that lie in the mapped file, without reading them
     tensors: dict[str, Stored]
     metadata: dict[str, str]
 
@@ -41,7 +42,7 @@ class Container(Protocol):
 class SafetensorsFile:
     """A safetensors file. `read` maps it again every 32 MB, to release the pages already converted."""
 
-    kind = "safetensors"
+    kind, maps = "safetensors", True
     _SPAN = 32 << 20
 
     def __init__(self, file: Path) -> None:
@@ -75,31 +76,49 @@ class TorchFile:
     """A file of torch.save, opened with weights_only=True: code in it never runs.
 
     Dictionaries inside dictionaries become dotted names: {"generator": {"head.head.bias": t}} holds
-    `generator.head.head.bias`. Everything else in the file, as step counts, is left out.
+    `generator.head.head.bias`. Everything else in the file, as step counts, is left out. `read` maps the file again,
+    so that its pages leave memory with the tensors that were read. Files of torch before 1.6 cannot be mapped: they
+    are read whole, once.
     """
 
     kind = "torch"
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.file, self.maps = file, True
         self.metadata: dict[str, str] = {}
+        self._whole: dict[str, Tensor] = {}
         try:
             try:
-                loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                tensors = self._mapped()
             except RuntimeError as error:
-                if "mmap" not in str(error):  # files of torch before 1.6 cannot be mapped
+                if "mmap" not in str(error):
                     raise
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
+                tensors, self.maps = _named(file, loaded), False
+                self._whole = tensors
+        except _Unnamed as error:
+            raise ValueError(str(error)) from None
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{file}: got an unreadable file, expected a torch checkpoint ({reason})") from None
-        if not isinstance(loaded, Mapping):
-            raise ValueError(f"{file}: got {type(loaded).__name__}, expected a dictionary of tensors")
-        self._tensors = dict(_flat(loaded))
-        self.tensors = {name: Stored(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+        self.tensors = {name: Stored(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+    def _mapped(self) -> dict[str, Tensor]:
+        return _named(self.file, torch.load(self.file, map_location="cpu", weights_only=True, mmap=True))
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        return ((key, self._tensors[key].detach()) for key in keys)
+        tensors = self._whole or self._mapped()
+        return ((key, tensors[key].detach()) for key in keys)
+
+
+class _Unnamed(Exception):
+    """A file that holds no dictionary."""
+
+
+def _named(file: Path, loaded: Any) -> dict[str, Tensor]:
+    if not isinstance(loaded, Mapping):
+        raise _Unnamed(f"{file}: got {type(loaded).__name__}, expected a dictionary of tensors")
+    return dict(_flat(loaded))
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -116,7 +135,7 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 class GGUFFile:
     """A GGUF file. `read` expands its blocks to float32. Needs the package gguf."""
 
-    kind = "GGUF"
+    kind, maps = "GGUF", False
 
     def __init__(self, file: Path) -> None:
         try:
