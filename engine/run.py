@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from engine.media.sinks import ChecksumSink, OutputClosed, Sink, open_sink
 from engine.media.sources import read_clip, read_image
 from engine.options import Parser, add_options
 from engine.presets import PRESETS
+from engine.runtime.memory_plan import MemoryPlan
 from engine.stream import Pipeline, Stream
 
 EXAMPLES = """\
@@ -140,8 +141,25 @@ def _shape(job: Job) -> tuple[int, int, float]:
     return manifest.height, manifest.width, fps or manifest.fps
 
 
+class _Planned(Exception):
+    """Ends a load after the memory plan."""
+
+
+def _show_plan(plan: MemoryPlan, job: Job) -> None:
+    """The plan as a table on stderr; with --plan the load ends with it. MemoryError if --plan asks for too much."""
+    if not job.output.quiet or job.output.plan:
+        print(plan.table(), file=sys.stderr)
+    if job.output.plan:
+        if job.output.json:
+            print(json.dumps({"memory_plan": plan.report()}), flush=True)
+        plan.check()
+        raise _Planned
+
+
 def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePipeline:
     model, bundle, backend = job.model, job.bundle.bundle, job.bundle.backend
+    if bundle is not None and job.output.plan:
+        raise ValueError("--plan: got --bundle as well, expected a model: a bundle's memory is not planned")
     if bundle is not None:
         if backend == "native":  # the C++ core reads the bundle and chooses a backend
             native = NativePipeline(bundle, threads=job.runtime.threads)
@@ -154,6 +172,7 @@ def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePip
         model.model, preset=model.preset, overrides=job.overrides, checkpoint=model.checkpoint,
         checkpoint_state=model.checkpoint_state, vae=model.vae, text_encoder=model.text_encoder,
         tokenizer=model.tokenizer, adapters=model.adapter, height=height, width=width, fps=fps, runtime=job.runtime,
+        planned=lambda plan: _show_plan(plan, job),
     )  # fmt: skip
 
 
@@ -161,6 +180,10 @@ def _run(job: Job, interrupt: Interrupt) -> int:
     console, video, output = Console(stderr=True), job.video, job.output
     # Check the whole command line before reading weights.
     height, width, fps = _shape(job)
+    if output.plan:
+        with suppress(_Planned):
+            _load(job, height, width, fps)
+        return 0
     limit = _limit(video, fps)
     switches = sorted((_frame_of(when, fps), text) for when, text in video.prompt_at)
     clip = _clip(video, height, width, fps)
@@ -199,6 +222,7 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         "width": pipeline.width,
         "out": output.out,
         "notes": notes,
+        "memory_plan": None if isinstance(pipeline, NativePipeline) or not pipeline.plan else pipeline.plan.report(),
     }
     if isinstance(sink, ChecksumSink):
         report["sha256"] = sink.digest

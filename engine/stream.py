@@ -17,6 +17,7 @@ from engine.generators import family_of, make_generator
 from engine.generators.base import Generator, Geometry
 from engine.model.text import Tokenizer
 from engine.model.vae import frames_to_uint8, uint8_to_frames
+from engine.runtime.memory_plan import MemoryPlan
 from engine.runtime.passes import Stages
 from engine.runtime.transfer import Download, SideStream, upload
 from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
@@ -42,6 +43,8 @@ class Pipeline:
     temporal: int  # frames per latent frame, after the first
     kv_dtype: torch.dtype | None = None  # dtype of cached keys and values; None is `dtype`
     notes: tuple[str, ...] = ()  # what a user should know about the weights: what was chosen, what is lossy
+    plan: MemoryPlan | None = None  # the memory that the pipeline and one stream were counted to need
+    low_memory: bool = False  # decode a chunk before the next one is made, on the same queue
 
     @cached_property
     def generator(self) -> Generator:
@@ -51,7 +54,7 @@ class Pipeline:
     @cached_property
     def side(self) -> SideStream:
         """The queue on which streams decode while their next latents are made."""
-        return SideStream(self.device)
+        return SideStream(torch.device("cpu") if self.low_memory else self.device)
 
     @cached_property
     def worker(self) -> Executor:
@@ -151,7 +154,7 @@ class Stream:
         self._vae_cache: Any = None
         self._uncommitted: tuple[Tensor, bool] | None = None  # the last chunk, and whether it was supplied
         # On a GPU the stream makes the next latent while the last one is decoded and shown.
-        self.looks_ahead = pipeline.device.type == "cuda"
+        self.looks_ahead = pipeline.device.type == "cuda" and not pipeline.low_memory
         self._ahead: Tensor | Exception | None = None
         self._started = 0  # frames of the chunks whose decoding has begun
         self._frames: deque[np.ndarray] = deque()

@@ -92,6 +92,7 @@ class Output:
     format: Literal["y4m", "mp4", "rgb"] | None = option(None, "what --out - writes; default: y4m")
     fps: float | None = option(None, "frame rate of the output; default: the model's own", metavar="F")
     scale: int = option(1, "enlarge every pixel N times each way", metavar="N")
+    plan: bool = option(False, "print how much memory the run would need on every device, and stop")
     json: bool = option(False, "print a report as the last line of stdout")
     quiet: bool = option(False, "print no progress and no warnings")
     debug: bool = option(False, "show tracebacks")

@@ -20,6 +20,7 @@ class TorchStages:
 
     eager         use PyTorch's own operations even where kernels exist
     join_context  run a chunk's context pass together with the next chunk's first denoising call
+    in_place      vae_steady overwrites its cache instead of making another one
     """
 
     name = "torch"
@@ -27,10 +28,10 @@ class TorchStages:
 
     def __init__(
         self, models: dict[str, WanTransformer], vae: VAE | None, text_encoder: nn.Module | None, eager: bool = False,
-        join_context: bool = False,
+        join_context: bool = False, in_place: bool = False,
     ) -> None:  # fmt: skip
         self.models, self.vae, self.text_encoder, self.eager = models, vae, text_encoder, eager
-        self.capabilities = Capabilities(joins_context=join_context)
+        self.capabilities = Capabilities(moves_vae_cache=in_place, joins_context=join_context)
 
     def modules(self) -> dict[str, nn.Module]:
         parts = self.models | {"vae": self.vae, "text_encoder": self.text_encoder}
@@ -78,7 +79,7 @@ class TorchStages:
         return need(self.vae, "VAE").first(latent)
 
     def vae_steady(self, latent: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        return need(self.vae, "VAE").steady(latent, cache)
+        return need(self.vae, "VAE").steady(latent, cache, in_place=self.capabilities.moves_vae_cache)
 
     def vae_encode(self, video: Tensor) -> Tensor:
         return need(self.vae, "VAE").encode(video)

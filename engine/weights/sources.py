@@ -145,13 +145,17 @@ class FileSource:
 
     def mapped(self, dtype: torch.dtype) -> set[str]:
         """Names of the tensors that stay mapped to their file if a processor uses them as `dtype`. Reads no data."""
-        return {name for container in self._containers if container.maps
-                for name, tensor in self._tensors_of(container)
-                if tensor.dtype == dtype and tensor.data_ptr() % ALIGNMENT == 0}  # fmt: skip
+        found = set()
+        for container in (one for one in self._containers if one.maps):
+            ours = {self._keys[name][1]: mine for mine, name in self._names.items()
+                    if self._keys[name][0] is container and self._stored(name).dtype == dtype}  # fmt: skip
+            found |= {ours[key] for key, part in container.read(ours) if part.data_ptr() % ALIGNMENT == 0}
+        return found - self.scaled()
 
-    def _tensors_of(self, container: Container) -> Iterator[tuple[str, Tensor]]:
-        ours = {self._keys[name][1]: mine for mine, name in self._names.items() if self._keys[name][0] is container}
-        return ((ours[key], tensor) for key, tensor in container.read(ours))
+    @property
+    def maps(self) -> bool:
+        """Whether `read_stored` gives tensors that lie in mapped files."""
+        return all(container.maps for container in self._containers)
 
 
 def _words(dtype: torch.dtype | str) -> str:
