@@ -137,6 +137,8 @@ def _shape(job: Job) -> tuple[int, int, float]:
     if job.fixed:
         name = job.fixed[0].replace("_", "-")
         raise ValueError(f"--bundle: got --{name} as well, expected none: a bundle fixes it")
+    if job.output.plan:
+        raise ValueError("--plan: got --bundle as well, expected a model: the memory of bundles is not planned")
     manifest = read_manifest(bundle)
     return manifest.height, manifest.width, fps or manifest.fps
 
@@ -158,8 +160,6 @@ def _show_plan(plan: MemoryPlan, job: Job) -> None:
 
 def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePipeline:
     model, bundle, backend = job.model, job.bundle.bundle, job.bundle.backend
-    if bundle is not None and job.output.plan:
-        raise ValueError("--plan: got --bundle as well, expected a model: a bundle's memory is not planned")
     if bundle is not None:
         if backend == "native":  # the C++ core reads the bundle and chooses a backend
             native = NativePipeline(bundle, threads=job.runtime.threads)

@@ -35,7 +35,7 @@ def transformer_activations(
 def umt5_activations(config: UMT5Config, rows: int, dtype: torch.dtype) -> int:
     """One prompt of `rows` rows, without a weight's expansion."""
     size, heads = dtype.itemsize, config.num_heads * config.d_kv
-    bias = 3 * config.num_heads * rows * rows * size  # before and after the mask, and its permutation
+    bias = 2 * config.num_heads * rows * rows * size  # before and after the mask
     attention = rows * size * (3 * config.d_model + 4 * heads) + bias
     # GELU step by step; half precision becomes float32 in none of them
     feed_forward = rows * size * (3 * config.d_model + 6 * config.d_ff)

@@ -48,7 +48,8 @@ class SafetensorsFile:
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            with safe_open(file, framework="pt") as opened:
+            # As torch maps a file it may not be larger than memory; its header can be read all the same.
+            with safe_open(file, framework="np") as opened:
                 self.metadata = dict(opened.metadata() or {})
                 slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
                 self.tensors = {key: _stored(part.get_shape(), part.get_dtype()) for key, part in slices.items()}
@@ -59,13 +60,21 @@ class SafetensorsFile:
         waiting = list(reversed(list(keys)))
         while waiting:
             read = 0
-            with safe_open(self.file, framework="pt") as opened:
+            with self._opened() as opened:
                 while waiting and read < self._SPAN:
                     key = waiting.pop()
                     tensor = opened.get_tensor(key)
                     read += tensor.nbytes
                     yield key, tensor
                     del tensor
+
+    def _opened(self) -> Any:
+        try:
+            return safe_open(self.file, framework="pt")
+        except RuntimeError as error:
+            size = self.file.stat().st_size
+            raise MemoryError(f"{self.file}: got {size} bytes that the system does not map ({error}), expected "
+                              "more memory, or the same weights in several files") from None  # fmt: skip
 
 
 def _stored(shape: list[int], dtype: str) -> Stored:
