@@ -31,6 +31,7 @@ from engine.stream import Pipeline
 from engine.threads import settle, work_of
 from engine.weights.adapters import merge_adapter, merge_lora_file
 from engine.weights.checkpoint import check_tensors, fill, load_text_encoder, load_transformer
+from engine.weights.containers import open_container
 from engine.weights.folders import Given, Parts, check_folder, find_parts
 from engine.weights.sources import STATES, FileSource, TensorSource
 from engine.weights.text_encoder import ReleasedEncoder
@@ -42,6 +43,7 @@ EMBEDDED = Path(__file__).parent / "assets" / "sprites"
 # Cross-attention's output product stays in bf16. No gate scales its rounding error down, so in FP8 it adds the largest
 # error of all products (docs/fp8.md). It has only 6% of the operations.
 FP8_KEEP = ("*.attn2.to_out.0",)
+_NO_ADAPTER = "adapter: got {}, expected a PEFT folder or a .pt file with generator_lora"
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def load(
     threads_of(runtime.threads, config, style, geometry.tokens, device)
     words = _tokenizer(parts)
     empty_vae = _empty(parts, family)
+    _check_adapters(adapters)
     adapted = bool(adapters) or parts.transformer.lora is not None or (folder / "adapters").is_dir()
     case = Case(parts, style, height, width, device, runtime, words.rows, settings.fp8_keep, adapted)
     case = place_encoder(case)
@@ -348,9 +351,21 @@ def _transformer(
         elif adapter.suffix == ".pt" and adapter.is_file():
             merge_lora_file(model, adapter)
         else:
-            raise FileNotFoundError(f"adapter: got {adapter}, expected a PEFT folder or a .pt file with generator_lora")
+            raise FileNotFoundError(_NO_ADAPTER.format(adapter))
     model.fuse()
     return model
+
+
+def _check_adapters(adapters: Sequence[str | Path]) -> None:
+    """Before the plan is shown: FileNotFoundError or ValueError for files that cannot be opened."""
+    for adapter in map(Path, adapters):
+        if adapter.suffix == ".pt" and adapter.is_file():
+            open_container(adapter)
+        elif not adapter.is_dir():
+            raise FileNotFoundError(_NO_ADAPTER.format(adapter))
+        elif missing := [name for name in ("adapter_config.json", "adapter_model.safetensors")
+                         if not (adapter / name).is_file()]:  # fmt: skip
+            raise FileNotFoundError(f"adapter: got {adapter} without {missing[0]}, expected a PEFT folder")
 
 
 def _check_size(config: TransformerConfig, vae: VAEConfig, height: int, width: int) -> None:

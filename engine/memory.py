@@ -30,6 +30,7 @@ from engine.runtime.memory_plan import (
     LOADING,
     PASS,
     PHASES,
+    PREPARING,
     PROMPT,
     STREAMING,
     SWITCH,
@@ -44,7 +45,7 @@ Place = Literal["kept", "cpu", "release"]
 
 MEGA = 1 << 20
 # Estimates: CUDA's context with cuBLAS and cuDNN; thread stacks and code that oneDNN and MKL make on a processor.
-CUDA_SHARE, CPU_SHARE = 512 * MEGA, 48 * MEGA
+CUDA_SHARE, CPU_SHARE = 512 * MEGA, 40 * MEGA
 SLACK = 0.05  # estimate: of a processor's activations and VAE caches, what its allocator holds and cannot use
 SPAN = 32 * MEGA  # mapped pages that reading keeps, see SafetensorsFile
 PREPARED = 4  # chunks whose rotary tables a stream keeps, see RopeTables
@@ -134,7 +135,7 @@ def _needs(case: Case) -> Iterator[Need]:
     graphs = case.fused and not case.runtime.low_memory
     text = 2 * config.num_layers * case.rows * config.dim * size
     yield Need("text K/V", place, len(rings) * text * (2 if graphs else 1), during=STREAMING)  # graphs have a copy
-    yield Need("a new prompt's K/V", place, (len(rings) + 1) * text, during=(SWITCH,))
+    yield Need("a new prompt's K/V", place, (len(rings) + 1) * text, during=(PREPARING,))
     chunk = preset.chunk * tokens
     yield Need("rotary tables, features", place, PREPARED * chunk * config.attention_head_dim * 4
                + chunk * config.dim * size, during=STREAMING)  # fmt: skip
@@ -215,10 +216,11 @@ def _encoder(case: Case) -> Iterator[Need]:
     if case.encoder == "release":
         block = {n for n in stored if n.startswith("block.0.")}
         layer = sum(bytes_of[n] for n in block - there)
-        pages = sum(bytes_of[n] for n in block & there) + SPAN  # several layers' pages, see SafetensorsFile
+        pages = sum(counts[n] * _size(stored[n].dtype) for n in block) if source.maps else 0
         whole = 0 if source.maps else 4 * counts["embed_tokens.weight"]
         during = (PROMPT, SWITCH)
         yield Need("text encoder, a layer", place, layer + while_encoding, pages if on_cpu else 0, during=during)
+        yield Need("text encoder's pages", "cpu", 0, 0 if on_cpu else pages, during=during)
         yield Need("text encoder's table", "cpu", whole, during=during)
         return
     after = tuple(phase for phase in PHASES if phase != TRANSFORMERS)
@@ -229,6 +231,11 @@ def _encoder(case: Case) -> Iterator[Need]:
 
 def _counts(source: FileSource) -> dict[str, int]:
     return {name: torch.Size(shape).numel() for name, shape in source.shapes().items()}
+
+
+def _size(dtype: torch.dtype | str) -> int:
+    """Bytes of one stored number; a block format of GGUF has no whole number and is not mapped."""
+    return 0 if isinstance(dtype, str) else dtype.itemsize
 
 
 def _mapped(case: Case, source: FileSource, on_cpu: bool | None = None) -> set[str]:

@@ -6,12 +6,12 @@ from typing import Any
 
 GIGA = 1 << 30
 
-TRANSFORMERS, LOADING, PROMPT, CLIP, SWITCH, PASS, DECODING = (
-    "loading transformers", "loading", "encoding a prompt", "encoding a clip", "switching the prompt",
-    "running a transformer", "decoding",
+TRANSFORMERS, LOADING, PROMPT, CLIP, SWITCH, PREPARING, PASS, DECODING = (
+    "loading transformers", "loading", "encoding a prompt", "encoding a clip", "encoding another prompt",
+    "preparing another prompt", "running a transformer", "decoding",
 )  # fmt: skip
-PHASES = (TRANSFORMERS, LOADING, PROMPT, CLIP, SWITCH, PASS, DECODING)
-STREAMING = (SWITCH, PASS, DECODING)
+PHASES = (TRANSFORMERS, LOADING, PROMPT, CLIP, SWITCH, PREPARING, PASS, DECODING)
+STREAMING = (SWITCH, PREPARING, PASS, DECODING)
 
 
 @dataclass(frozen=True)
