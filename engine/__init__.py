@@ -9,9 +9,9 @@ prepare()  # before anything imports torch
 join(Path(__file__).resolve().parents[1] / "kernels")
 
 from engine.config import Runtime  # noqa: E402
-from engine.loader import load, load_bundle  # noqa: E402
+from engine.loader import load, load_bundle, plan_of  # noqa: E402
 from engine.stream import Pipeline, Stream  # noqa: E402
 from engine.weights.adapters import Adapter  # noqa: E402
 
-__all__ = ["Adapter", "Pipeline", "Runtime", "Stream", "load", "load_bundle"]
+__all__ = ["Adapter", "Pipeline", "Runtime", "Stream", "load", "load_bundle", "plan_of"]
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ from engine.options import Convert, option, read
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 Commit = Literal["clean", "noisy", "none"]
 Switch = Literal["auto", "on", "off"]
+EncoderDevice = Literal["auto", "cuda", "cpu", "release"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,14 @@ class Runtime:
     join_context: Switch = option(
         "auto", "run a chunk's context pass together with the next chunk's first step: the same up to rounding, in "
         "one run less; auto is on with CUDA graphs",
+    )  # fmt: skip
+    text_encoder_device: EncoderDevice = option(
+        "auto", "where prompts are encoded: cuda (beside the model), cpu, or release (beside the model, read again for "
+        "every prompt and then let go); auto is beside the model if it fits, else cpu",
+    )  # fmt: skip
+    low_memory: bool = option(
+        False, "need less memory and take longer: release the text encoder, decode before the next chunk is made, no "
+        "CUDA graphs (docs/memory.md)",
     )  # fmt: skip
     threads: int | None = option(None, "CPU threads; default: OMP_NUM_THREADS, else by the model's size", metavar="N")
 

@@ -1,11 +1,11 @@
 """Builds a pipeline from files: settings, memory check, weights, adapters, stages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -13,6 +13,7 @@ from engine.config import Preset, Runtime, TransformerConfig
 from engine.files import read_json
 from engine.generators import family_of
 from engine.generators.base import Generator, Geometry
+from engine.memory import Case, place_encoder, plan_memory
 from engine.model.cache import FP8
 from engine.model.fp8 import to_fp8
 from engine.model.text import Tokenizer
@@ -22,7 +23,8 @@ from engine.model.vae import VAE, VAEConfig
 from engine.options import read, replaced
 from engine.presets import find_preset, states_of
 from engine.runtime.cuda_graphs import GraphedStages
-from engine.runtime.device import check_fp8, device_of, dtype_of
+from engine.runtime.device import check_fp8, device_of, dtype_of, keep_no_heap
+from engine.runtime.memory_plan import GIGA, MemoryPlan
 from engine.runtime.passes import Stages
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
@@ -32,6 +34,7 @@ from engine.weights.checkpoint import check_tensors, fill, load_text_encoder, lo
 from engine.weights.folders import Given, Parts, check_folder, find_parts
 from engine.weights.lora.merge import Adapters
 from engine.weights.sources import STATES, FileSource, TensorSource
+from engine.weights.text_encoder import ReleasedEncoder
 
 if TYPE_CHECKING:
     from engine.bundles.manifest import Manifest
@@ -85,7 +88,8 @@ def load(
     checkpoint: str | Path | None = None, checkpoint_state: str | None = None, vae: str | Path | None = None,
     text_encoder: str | Path | None = None, tokenizer: str | Path | None = None,
     adapters: Sequence[AdapterLike] = (), height: int | None = None, width: int | None = None,
-    fps: float | None = None, runtime: Runtime | None = None, **options: Any,
+    fps: float | None = None, runtime: Runtime | None = None,
+    planned: Callable[[MemoryPlan], object] | None = None, **options: Any,
 ) -> Pipeline:  # fmt: skip
     """Load a pipeline.
 
@@ -102,6 +106,7 @@ def load(
     height, width     pixels; None is the model's own
     fps               frames per second of the output; None is the model's own
     runtime           engine.Runtime: device, precision, threads
+    planned           is called with the memory plan before weights are read; what it raises ends the call
     options           fields of the runtime by name, such as load(precision="fp8")
 
     In fp8 the model's engine.json may list products to keep in bf16 (fp8_keep: patterns such as "sdd.blocks.0.*",
@@ -136,28 +141,68 @@ def load(
     threads_of(runtime.threads, config, style, geometry.tokens, device)
     words = _tokenizer(parts)
     empty_vae = _empty(parts, family)
-    kv_dtype = FP8 if runtime.fp8_attention else dtype
-    needed = len(roles) * parts.transformer.bytes_at(dtype) + parts.vae.bytes_at(dtype)
-    needed += parts.text_encoder.bytes_at(dtype)
-    needed += len(roles) * parts.transformer.bytes_at(FP8) if fp8 else 0
-    _check_memory(needed, cache_bytes(config, style, geometry.tokens, kv_dtype), device)
+    changed = adapted is not None or parts.transformer.lora is not None or (folder / "adapters").is_dir()
+    case = Case(parts, style, height, width, device, runtime, words.rows, settings.fp8_keep, changed)
+    case = place_encoder(case)
+    plan = plan_memory(case)
+    if planned is not None:
+        planned(plan)
+    plan.check()
 
-    models = {
-        role: _transformer(
-            folder, config, parts.transformer, role, family.conditioned(role), adapted, dtype, device, notes
-        )
-        for role in roles
-    }
+    if device.type == "cpu":
+        keep_no_heap()
+    models = {}
+    for role in roles:  # one after the other, so that only one of them is in memory before it is quantised
+        arguments = folder, config, parts.transformer, role, family.conditioned(role), adapted, dtype, device, notes
+        # No name here holds the model: to_fp8 lets each weight go when it has its e4m3 one.
+        models[role] = to_fp8(_transformer(*arguments), settings.fp8_keep, role) if fp8 else _transformer(*arguments)
     fill(empty_vae, parts.vae, dtype, device)
-    encoder = load_text_encoder(parts.text_encoder, parts.text_config, dtype, device)
+    encoder = _text_encoder(case)
     stages = make_stages(models, empty_vae, encoder, device, runtime, settings.fp8_keep)
     note = training_note(folder, settings, name, style, parts.transformer, given, adapters)
-    notes += [note] if note else []
+    notes += _encoder_notes(case) + ([note] if note else [])
     return assemble(
         stages, config, style, dtype, device, tokenizer=words, name=name, height=height,
         width=width, fps=fps, vae_config=vae_config, kv_dtype=FP8 if runtime.fp8_attention else None,
-        adapters=adapted, notes=list(dict.fromkeys(notes + (adapted.notes if adapted else []))),
+        adapters=adapted, notes=list(dict.fromkeys(notes + (adapted.notes if adapted else []))), plan=plan,
+        low_memory=runtime.low_memory,
     )  # fmt: skip
+
+
+def plan_of(*args: Any, **options: Any) -> MemoryPlan:
+    """The memory plan of `load` with these arguments, without loading; also where it does not fit. Errors as `load`."""
+
+    class Planned(Exception):
+        pass
+
+    found: list[MemoryPlan] = []
+
+    def keep(plan: MemoryPlan) -> None:
+        found.append(plan)
+        raise Planned
+
+    with suppress(Planned):
+        load(*args, planned=keep, **options)
+    return found[0]
+
+
+def _text_encoder(case: Case) -> nn.Module:
+    source, config = case.parts.text_encoder, case.parts.text_config
+    if case.encoder == "release":
+        return ReleasedEncoder(source, config, case.dtype, case.device)
+    return load_text_encoder(source, config, case.dtype, torch.device("cpu") if case.encoder == "cpu" else case.device)
+
+
+def _encoder_notes(case: Case) -> list[str]:
+    """Where prompts are encoded, if that is another place than asked for, or slow."""
+    source, chosen = case.parts.text_encoder, case.runtime.text_encoder_device == "auto"
+    size = sum(file.stat().st_size for file in source.files)
+    if case.encoder == "cpu" and chosen:
+        why = f"{case.device} has no room beside the model"
+        return [f"{source.label}: prompts are encoded on cpu, where they take longer: {why}"]
+    if case.encoder == "release" and size >= GIGA:
+        return [f"{source.label}: every prompt reads {size / GIGA:.1f} GB again, which may take long"]
+    return []
 
 
 def _tokenizer(parts: Parts) -> Tokenizer:
@@ -201,24 +246,25 @@ def make_stages(
     if fp8:
         models = {role: to_fp8(model, keep, role) for role, model in models.items()}
     fast = device.type == "cuda" and not runtime.eager
+    graphs = fast and not runtime.low_memory  # graphs keep the memory of their passes
     if vae is not None and fast:
         vae.fuse()
-    joined = fast if runtime.join_context == "auto" else runtime.join_context == "on"
-    stages = TorchStages(models, vae, encoder, runtime.eager, joined)
-    return GraphedStages(stages) if fast else stages
+    joined = graphs if runtime.join_context == "auto" else runtime.join_context == "on"
+    stages = TorchStages(models, vae, encoder, runtime.eager, joined, runtime.low_memory)
+    return GraphedStages(stages) if graphs else stages
 
 
 def assemble(
     stages: Stages, config: TransformerConfig, preset: Preset, dtype: torch.dtype, device: torch.device, *,
     height: int, width: int, tokenizer: Tokenizer | None = None, name: str = "", fps: float = 16,
     vae_config: VAEConfig | None = None, kv_dtype: torch.dtype | None = None, adapters: Adapters | None = None,
-    notes: Sequence[str] = (),
+    notes: Sequence[str] = (), plan: MemoryPlan | None = None, low_memory: bool = False,
 ) -> Pipeline:  # fmt: skip
     """Make a pipeline of parts in memory (tests, parity, random weights). height and width are pixels."""
     scale = vae_config or VAEConfig()
     return Pipeline(
         stages, tokenizer, config, preset, name, dtype, device, height, width, fps,
-        scale.scale_factor_spatial, scale.scale_factor_temporal, kv_dtype, adapters, tuple(notes),
+        scale.scale_factor_spatial, scale.scale_factor_temporal, kv_dtype, adapters, tuple(notes), plan, low_memory,
     )  # fmt: skip
 
 
@@ -271,12 +317,6 @@ def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int 
     )  # fmt: skip
 
 
-def cache_bytes(config: TransformerConfig, preset: Preset, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of one stream's key and value caches, which do not grow. `tokens` counts per latent frame."""
-    slots = sum(ring.slots for ring in family_of(preset).rings(preset).values())
-    return 2 * config.num_layers * slots * tokens * config.dim * dtype.itemsize
-
-
 def training_note(
     folder: Path, settings: Settings, name: str, preset: Preset, source: FileSource, given: Given,
     adapters: Sequence[object],
@@ -319,13 +359,3 @@ def _check_size(config: TransformerConfig, vae: VAEConfig, height: int, width: i
         unit = vae.scale_factor_spatial * patch
         if pixels < unit or pixels % unit:
             raise ValueError(f"{what}: got {pixels}, expected a positive multiple of {unit}")
-
-
-def _check_memory(weights: int, caches: int, device: torch.device) -> None:
-    free = psutil.virtual_memory().available if device.type != "cuda" else torch.cuda.mem_get_info(device)[0]
-    if weights + caches > free:
-        giga = 1 << 30
-        parts = f"weights {weights / giga:.1f}, caches {caches / giga:.1f}"
-        raise MemoryError(
-            f"memory: got {free / giga:.1f} GB free on {device}, expected {(weights + caches) / giga:.1f} ({parts})"
-        )

@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from engine.media.pictures import read_image
 from engine.media.sinks import ChecksumSink, Encoding, OutputClosed, open_sink
 from engine.options import Parser, add_options
 from engine.presets import PRESETS
+from engine.runtime.memory_plan import MemoryPlan
 from engine.stream import Pipeline
 
 EXAMPLES = """\
@@ -103,8 +104,25 @@ def _shape(job: Job) -> tuple[int, int, float]:
     if job.fixed:
         name = job.fixed[0].replace("_", "-")
         raise ValueError(f"--bundle: got --{name} as well, expected none: a bundle fixes it")
+    if job.output.plan:
+        raise ValueError("--plan: got --bundle as well, expected a model: the memory of bundles is not planned")
     manifest = read_manifest(bundle)
     return manifest.height, manifest.width, fps or manifest.fps
+
+
+class _Planned(Exception):
+    """Ends a load after the memory plan."""
+
+
+def _show_plan(plan: MemoryPlan, job: Job) -> None:
+    """The plan as a table on stderr; with --plan the load ends with it. MemoryError if --plan asks for too much."""
+    if not job.output.quiet or job.output.plan:
+        print(plan.table(), file=sys.stderr)
+    if job.output.plan:
+        if job.output.json:
+            print(json.dumps({"memory_plan": plan.report()}), flush=True)
+        plan.check()
+        raise _Planned
 
 
 def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePipeline:
@@ -121,6 +139,7 @@ def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePip
         model.model, preset=model.preset, overrides=job.overrides, checkpoint=model.checkpoint,
         checkpoint_state=model.checkpoint_state, vae=model.vae, text_encoder=model.text_encoder,
         tokenizer=model.tokenizer, adapters=model.adapter, height=height, width=width, fps=fps, runtime=job.runtime,
+        planned=lambda plan: _show_plan(plan, job),
     )  # fmt: skip
 
 
@@ -129,6 +148,10 @@ def _run(job: Job, interrupt: Interrupt) -> int:
     notes = Notes(output.quiet)
     # Check the whole command line before reading weights.
     height, width, fps = _shape(job)
+    if output.plan:
+        with suppress(_Planned):
+            _load(job, height, width, fps)
+        return 0
     limit = _limit(video, fps)
     prompts = Prompts.of(video, fps, limit, notes)
     strengths = strengths_at(
@@ -179,6 +202,7 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         "out": output.out,
         "prompts": prompts.shown,
         "notes": notes,
+        "memory_plan": None if isinstance(pipeline, NativePipeline) or not pipeline.plan else pipeline.plan.report(),
     }
     if isinstance(sink, ChecksumSink):
         report["sha256"] = sink.digest

@@ -19,6 +19,7 @@ from engine.model.text import Tokenizer, check_prompt
 from engine.model.vae import frames_to_uint8, uint8_to_frames
 from engine.runtime.finite import bad_weight, first_bad, kind_of, numbers
 from engine.runtime.handover import HandsOver, Progress
+from engine.runtime.memory_plan import MemoryPlan
 from engine.runtime.passes import Stages
 from engine.runtime.transfer import Download, SideStream, upload
 from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
@@ -46,6 +47,8 @@ class Pipeline:
     kv_dtype: torch.dtype | None = None  # dtype of cached keys and values; None is `dtype`
     adapters: Adapters | None = None  # whose strengths streams may change
     notes: tuple[str, ...] = ()  # what a user should know about the weights: what was chosen, what is lossy
+    plan: MemoryPlan | None = None  # the memory that the pipeline and one stream were counted to need
+    low_memory: bool = False  # decode a chunk before the next one is made, on the same queue
 
     @cached_property
     def generator(self) -> Generator:
@@ -55,7 +58,7 @@ class Pipeline:
     @cached_property
     def side(self) -> SideStream:
         """The queue on which streams decode while their next latents are made."""
-        return SideStream(self.device)
+        return SideStream(torch.device("cpu") if self.low_memory else self.device)
 
     @cached_property
     def worker(self) -> Executor:
@@ -102,7 +105,7 @@ class Pipeline:
         self.tokenizer.warn_if_cut(prompt)
         self.check_weights(text=True)
         tokens = ids.to(self.device), mask.to(self.device)
-        text_emb = self.stages.encode_text(*tokens).to(self.dtype)
+        text_emb = self.stages.encode_text(*tokens).to(self.device, self.dtype)
         if kind_of(text_emb) is not None:
             raise first_bad(self.stages, "text", lambda stages: stages.encode_text(*tokens))
         return text_emb
@@ -216,7 +219,7 @@ class Stream(HandsOver):
             self.state = pipeline.generator.open(geometry, pipeline.stages.prepare_text(text_emb))
         self.state.publish(text_emb=text_emb, strengths=strengths)
         # On a GPU the stream makes the next latent while the last one is decoded and shown.
-        self.looks_ahead = pipeline.device.type == "cuda"
+        self.looks_ahead = pipeline.device.type == "cuda" and not pipeline.low_memory
         self._ahead: tuple[int, Tensor | Exception] | None = None  # a chunk's number, and the chunk or its error
         self._spoiled = -1  # number of a chunk that cannot be made again, if it is the next one
         self._closed = False

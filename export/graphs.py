@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from engine.bundles.manifest import ROW_INPUTS, VERSION
 from engine.generators import family_of
 from engine.model.layers import Attend
-from engine.model.text import encode_text
+from engine.model.scaled_linear import expanded
+from engine.model.text import ReadAgain, encode_text
 from engine.model.transformer import WanTransformer
 from engine.runtime.passes import PassKind
 from engine.runtime.stages import TorchStages
@@ -89,11 +90,16 @@ def stage_graphs(pipeline: Pipeline, in_place: bool = False) -> list[Graph]:
         raise ValueError("export: got a chunk 0 or attention sink of another size, expected whole chunks")
     rows = pipeline.tokenizer.rows if pipeline.tokenizer else 0
     return [
-        _encode_text(stages.text_encoder, rows),
+        _encode_text(_whole(stages.text_encoder, pipeline), rows),
         *(_prepare_text(name, model, rows) for name, model in stages.models.items()),
         *_transformers(pipeline, stages.models, in_place),
         *_vae(pipeline, stages),
     ]
+
+
+def _whole(encoder: nn.Module, pipeline: Pipeline) -> nn.Module:
+    """The text encoder with weights that a graph can hold: in memory, on the pipeline's device, not in 8 bits."""
+    return expanded(encoder.kept() if isinstance(encoder, ReadAgain) else encoder).to(pipeline.device)
 
 
 def _encode_text(encoder: nn.Module, rows: int) -> Graph:

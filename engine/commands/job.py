@@ -112,6 +112,7 @@ class Output:
     crf: int | None = option(None, "constant quality, 0 is best; default: visually close to lossless", metavar="N")
     fps: float | None = option(None, "frame rate of the output; default: the model's own", metavar="F")
     scale: int = option(1, "enlarge every pixel N times each way", metavar="N")
+    plan: bool = option(False, "print how much memory the run would need on every device, and stop")
     json: bool = option(False, "print a report as the last line of stdout")
     quiet: bool = option(False, "print no progress and no warnings")
     debug: bool = option(False, "show tracebacks")

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -63,29 +63,32 @@ def to_fp8(model: M, keep: Sequence[str], role: str) -> M:
     """A twin of a WanTransformer with FP8 products. It shares all other weights and keeps no bf16 copy of these.
 
     Products whose name matches a pattern of `keep`, with role (`sdd.blocks.3.ffn.net.2`) or without, stay unchanged.
-    q, k and v of self-attention are one product.
+    q, k and v of self-attention are one product. Products that are FP8 already stay.
     """
     model = twin(model)
-
-    def wanted(names: list[str]) -> bool:
-        return not any(fnmatchcase(n, p) or fnmatchcase(f"{role}.{n}", p) for n in names for p in keep)
-
-    def replace(owner: nn.Module, leaf: str, name: str) -> None:
-        if wanted([name]):
-            linear: Any = getattr(owner, leaf)
-            setattr(owner, leaf, Fp8Linear(linear.weight, linear.bias))
-
-    blocks: Any = model.blocks
-    for number, block in enumerate(blocks):
-        name = f"blocks.{number}"
-        if wanted([f"{name}.attn1.to_{part}" for part in "qkv"]):
+    for number, block in enumerate(cast(Any, model).blocks):
+        joint, *others = products(number)
+        if wanted(joint, keep, role) and block.attn1.joint is None:
             block.attn1.join(Fp8Linear(*block.attn1.joined_weights()))
-        replace(block.attn1.to_out, "0", f"{name}.attn1.to_out.0")
-        replace(block.attn2, "to_q", f"{name}.attn2.to_q")
-        replace(block.attn2.to_out, "0", f"{name}.attn2.to_out.0")
-        replace(block.ffn.net[0], "proj", f"{name}.ffn.net.0.proj")
-        replace(block.ffn.net, "2", f"{name}.ffn.net.2")
+        for (name,) in others:
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            linear: Any = getattr(owner, leaf)
+            if wanted([name], keep, role) and not isinstance(linear, Fp8Linear):
+                setattr(owner, leaf, Fp8Linear(linear.weight, linear.bias))
+            del linear  # it would keep one weight in bf16 while the next is quantised
     return model
+
+
+def products(number: int) -> list[list[str]]:
+    """Names of a block's large products; the first three are one."""
+    names = ("attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    return [[f"blocks.{number}.attn1.to_{part}" for part in "qkv"], *([f"blocks.{number}.{name}"] for name in names)]
+
+
+def wanted(names: Sequence[str], keep: Sequence[str], role: str) -> bool:
+    """Whether FP8 replaces a product: no pattern of `keep` matches its names."""
+    return not any(fnmatchcase(n, p) or fnmatchcase(f"{role}.{n}", p) for n in names for p in keep)
 
 
 def twin(module: M) -> M:

@@ -159,6 +159,16 @@ def _core(path: Path) -> Any:
         raise ValueError(f"{file if file.is_file() else path}: got {reason}, expected a tokenizer") from None
 
 
+class ReadAgain(nn.Module):
+    """A text encoder without weights of its own: it reads them for every call. It computes on `device`."""
+
+    device: torch.device
+
+    def kept(self) -> nn.Module:
+        """The same encoder, its weights in memory."""
+        raise NotImplementedError
+
+
 def encode_text(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """ids, mask [B, rows] -> text_emb [B, rows, text_dim]. Rows after the prompt are zero; attention includes them."""
     hidden = encoder(ids, mask)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.model.scaled_linear import dtype_of
 from engine.options import read
 
 
@@ -103,7 +104,7 @@ class GatedGelu(nn.Module):
         inner = self.wi_0(x)
         # step by step, for transformers' rounding: F.gelu has another one
         gelu = 0.5 * inner * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner.pow(3.0))))
-        return self.wo((gelu * self.wi_1(x)).to(self.wo.weight.dtype))
+        return self.wo((gelu * self.wi_1(x)).to(dtype_of(self.wo)))
 
 
 class Residual(nn.Module):

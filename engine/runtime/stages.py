@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.model.cache import CachedAttention, JoinedAttention, RingCache
-from engine.model.text import encode_text
+from engine.model.text import ReadAgain, encode_text
 from engine.model.transformer import TextKV, WanTransformer
 from engine.model.vae import VAE
 from engine.runtime.finite import named_weights
@@ -22,6 +22,7 @@ class TorchStages:
 
     eager         use PyTorch's own operations even where kernels exist
     join_context  run a chunk's context pass together with the next chunk's first denoising call
+    in_place      vae_steady overwrites its cache instead of making another one
     """
 
     name = "torch"
@@ -29,10 +30,10 @@ class TorchStages:
 
     def __init__(
         self, models: dict[str, WanTransformer], vae: VAE | None, text_encoder: nn.Module | None, eager: bool = False,
-        join_context: bool = False,
+        join_context: bool = False, in_place: bool = False,
     ) -> None:  # fmt: skip
         self.models, self.vae, self.text_encoder, self.eager = models, vae, text_encoder, eager
-        self.capabilities = Capabilities(joins_context=join_context)
+        self.capabilities = Capabilities(moves_vae_cache=in_place, joins_context=join_context)
 
     def modules(self) -> dict[str, nn.Module]:
         parts = self.models | {"vae": self.vae, "text_encoder": self.text_encoder}
@@ -48,7 +49,9 @@ class TorchStages:
         return self
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return encode_text(need(self.text_encoder, "text encoder"), ids, mask)
+        encoder = need(self.text_encoder, "text encoder")
+        device = place_of(encoder, ids.device)  # it may be another one than the transformers'
+        return encode_text(encoder, ids.to(device), mask.to(device))
 
     def prepare_text(self, text_emb: Tensor) -> dict[str, TextKV]:
         with self._operations():
@@ -84,7 +87,7 @@ class TorchStages:
         return need(self.vae, "VAE").first(latent)
 
     def vae_steady(self, latent: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        return need(self.vae, "VAE").steady(latent, cache)
+        return need(self.vae, "VAE").steady(latent, cache, in_place=self.capabilities.moves_vae_cache)
 
     def vae_encode(self, video: Tensor) -> Tensor:
         return need(self.vae, "VAE").encode(video)
@@ -93,6 +96,13 @@ class TorchStages:
 def _time_of(step: Pass) -> Tensor:
     """[B], float32; 0 where the kind is not timed."""
     return step.latent.new_zeros(len(step.latent), dtype=torch.float32) if step.t is None else step.t
+
+
+def place_of(encoder: nn.Module, default: torch.device) -> torch.device:
+    """The device on which a text encoder computes."""
+    if isinstance(encoder, ReadAgain):
+        return encoder.device
+    return next((p.device for p in encoder.parameters()), default)
 
 
 def need(part: Any, what: str) -> Any:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from engine.config import TransformerConfig
 from engine.files import read_json
+from engine.model.scaled_linear import EIGHT_BITS, ScaledEmbedding, ScaledLinear, expand
 from engine.model.transformer import WanTransformer
 from engine.model.umt5 import UMT5Config, UMT5Encoder
-from engine.weights.sources import TensorSource, open_source
-
-_ALIGNMENT = 64  # bytes; that of torch's own tensors
+from engine.weights.sources import ALIGNMENT, FileSource, TensorSource, open_source
 
 
 def shorten(names: list[str]) -> str:
@@ -43,22 +42,19 @@ def check_tensors(
 
 def fill(
     module: nn.Module, source: TensorSource, dtype: torch.dtype, device: torch.device,
-    optional: tuple[str, ...] = (), float32: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     """Load the weights of a module built on the meta device, each directly as `dtype` on `device`.
 
     Tensors already in that dtype stay mapped to the file, where they begin at a multiple of 64 bytes. Elsewhere
     libraries for processors sum in another order, and equal weights should give equal videos from every file.
-    `optional` ones may be missing: they become zero. Those whose names end in one of `float32` are float32 instead.
-    Raises ValueError where names or shapes differ.
+    `optional` ones may be missing: they become zero. Raises ValueError where names or shapes differ.
     """
     wanted = module.state_dict()
     check_tensors(source.label, source.shapes(), wanted, optional)
     for name, tensor in source.read():
         if name in wanted:
-            kept = torch.float32 if name.endswith(float32) else dtype
-            tensor = tensor.to(device=device, dtype=kept)
-            _assign(module, name, tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone())
+            _assign(module, name, placed(tensor, dtype, device))
         del tensor
     for name in set(optional) & set(wanted) - set(source.shapes()):
         _assign(module, name, torch.zeros(wanted[name].shape, dtype=dtype, device=device))
@@ -81,17 +77,49 @@ def load_transformer(
     return model
 
 
-def load_text_encoder(
-    source: TensorSource, config: UMT5Config, dtype: torch.dtype, device: torch.device
-) -> UMT5Encoder:
-    """Load a UMT5 encoder. In float16 each `wo` stays float32, as transformers keeps it.
+def placed(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The tensor as `dtype` on `device`, aligned; the same one where it is that already."""
+    tensor = tensor.to(device=device, dtype=dtype)
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
-    Raises ValueError for tensors that do not fit.
+
+def fill_text(
+    module: nn.Module, source: FileSource, dtype: torch.dtype, device: torch.device, prefix: str = ""
+) -> None:
+    """As `fill`, for a text encoder or the part of one whose names begin with `prefix`; 8-bit weights stay in 8 bits.
+
+    In float16 each `wo` stays float32, as transformers keeps it.
     """
+    wanted = module.state_dict()
+    shapes = {n.removeprefix(prefix): shape for n, shape in source.shapes().items() if n.startswith(prefix)}
+    check_tensors(source.label, shapes, wanted)
+    for name, tensor, scale in source.read_stored(prefix):
+        name = name.removeprefix(prefix)
+        wide = dtype == torch.float16 and name.endswith(".wo.weight")
+        path, _, leaf = name.rpartition(".")
+        kind = _SCALED.get(type(module.get_submodule(path))) if leaf == "weight" else None
+        if tensor.dtype in EIGHT_BITS and kind is not None and "relative_attention_bias" not in name:
+            scale = None if scale is None else scale.to(device)
+            owner, _, leaf = path.rpartition(".")
+            small = kind(tensor.to(device), scale, torch.float32 if wide else dtype)
+            setattr(module.get_submodule(owner), leaf, small)
+        else:
+            tensor = tensor if scale is None else expand(tensor, scale)
+            _assign(module, name, placed(tensor, torch.float32 if wide else dtype, device))
+        del tensor
+    module.eval().requires_grad_(False)
+
+
+_SCALED: dict[type[nn.Module], type[ScaledLinear | ScaledEmbedding]] = {
+    nn.Linear: ScaledLinear, nn.Embedding: ScaledEmbedding,
+}  # fmt: skip
+
+
+def load_text_encoder(source: FileSource, config: UMT5Config, dtype: torch.dtype, device: torch.device) -> UMT5Encoder:
+    """Load a UMT5 encoder; 8-bit weights stay in 8 bits. Raises ValueError for tensors that do not fit."""
     with torch.device("meta"):
         model = UMT5Encoder(config)
-    wide = (".wo.weight",) if dtype == torch.float16 else ()
-    fill(model, source, dtype, device, float32=wide)
+    fill_text(model, source, dtype, device)
     return model
 
 

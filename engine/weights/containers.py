@@ -32,6 +32,7 @@ class Container(Protocol):
 
     file: Path
     kind: str  # "safetensors", "torch" or "GGUF"
+    maps: bool  # whether `read` gives tensors that lie in the mapped file, without reading them
     tensors: dict[str, Stored]
     metadata: dict[str, str]
 
@@ -41,13 +42,14 @@ class Container(Protocol):
 class SafetensorsFile:
     """A safetensors file. `read` maps it again every 32 MB, to release the pages already converted."""
 
-    kind = "safetensors"
+    kind, maps = "safetensors", True
     _SPAN = 32 << 20
 
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            with safe_open(file, framework="pt") as opened:
+            # As torch maps a file it may not be larger than memory; its header can be read all the same.
+            with safe_open(file, framework="np") as opened:
                 self.metadata = dict(opened.metadata() or {})
                 slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
                 self.tensors = {key: _stored(part.get_shape(), part.get_dtype()) for key, part in slices.items()}
@@ -58,13 +60,21 @@ class SafetensorsFile:
         waiting = list(reversed(list(keys)))
         while waiting:
             read = 0
-            with safe_open(self.file, framework="pt") as opened:
+            with self._opened() as opened:
                 while waiting and read < self._SPAN:
                     key = waiting.pop()
                     tensor = opened.get_tensor(key)
                     read += tensor.nbytes
                     yield key, tensor
                     del tensor
+
+    def _opened(self) -> Any:
+        try:
+            return safe_open(self.file, framework="pt")
+        except RuntimeError as error:
+            size = self.file.stat().st_size
+            raise MemoryError(f"{self.file}: got {size} bytes that the system does not map ({error}), expected "
+                              "more memory, or the same weights in several files") from None  # fmt: skip
 
 
 def _stored(shape: list[int], dtype: str) -> Stored:
@@ -75,7 +85,9 @@ class TorchFile:
     """A file of torch.save, opened with weights_only=True: code in it never runs.
 
     Dictionaries inside dictionaries become dotted names: {"generator": {"head.head.bias": t}} holds
-    `generator.head.head.bias`. Everything else in the file, as step counts, is left out.
+    `generator.head.head.bias`. Everything else in the file, as step counts, is left out. `read` maps the file again,
+    so that its pages leave memory with the tensors that were read. Files of torch before 1.6 cannot be mapped: they
+    are read whole, once.
     """
 
     kind = "torch"
@@ -83,28 +95,30 @@ class TorchFile:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.metadata: dict[str, str] = {}
-        loaded = load_torch(file)
+        loaded, self.maps = load_torch(file)
         if not isinstance(loaded, Mapping):
             raise ValueError(f"{file}: got {type(loaded).__name__}, expected a dictionary of tensors")
-        self._tensors = dict(_flat(loaded))
-        self.tensors = {name: Stored(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+        tensors = dict(_flat(loaded))
+        self._whole = {} if self.maps else tensors
+        self.tensors = {name: Stored(tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        return ((key, self._tensors[key].detach()) for key in keys)
+        tensors = self._whole or dict(_flat(load_torch(self.file)[0]))
+        return ((key, tensors[key].detach()) for key in keys)
 
 
-def load_torch(file: Path) -> Any:
-    """What torch.save wrote, mapped where that is possible; code in it never runs. ValueError if unreadable."""
+def load_torch(file: Path) -> tuple[Any, bool]:
+    """What torch.save wrote, and whether it is mapped; code in it never runs. ValueError if unreadable."""
     try:
         # torch takes a path with this suffix for safetensors; the content says otherwise.
         if file.suffix != ".safetensors":
             try:
-                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True), True
             except RuntimeError as error:
                 if "mmap" not in str(error):  # files of torch before 1.6 cannot be mapped
                     raise
         with file.open("rb") as opened:
-            return torch.load(opened, map_location="cpu", weights_only=True)
+            return torch.load(opened, map_location="cpu", weights_only=True), False
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{file}: got an unreadable file, expected a torch checkpoint ({reason})") from None
@@ -124,7 +138,7 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 class GGUFFile:
     """A GGUF file. `read` expands its blocks to float32. Needs the package gguf."""
 
-    kind = "GGUF"
+    kind, maps = "GGUF", False
 
     def __init__(self, file: Path) -> None:
         try:

@@ -104,11 +104,6 @@ def format_of(label: object, name: str, described: Tensor) -> str:
         raise ValueError(f"{label}: got {name} that cannot be read, expected JSON with a format") from None
 
 
-def expand(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight [out, ...] in 8 bits, scale one number or [out] -> float32 [out, ...]."""
-    return weight.float() * (scale.float().reshape(-1, *[1] * (weight.dim() - 1)) if weight.dim() else scale.float())
-
-
 def check_scale_values(label: object, name: str, scale: Tensor) -> None:
     """ValueError unless every scale is a positive, finite number."""
     values = scale.float()

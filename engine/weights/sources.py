@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from engine.files import read_json
+from engine.model.scaled_linear import expand
 from engine.weights.containers import SUFFIXES, Container, Stored, open_container
 from engine.weights.names import BUFFERS, WORDS, Found, Part, other_kind, recognise, unwrapped
 from engine.weights.scaled import (
     FP8,
     check_scale_values,
-    expand,
     expansion,
     format_of,
     layers_of_metadata,
     refused_format,
 )
 
+ALIGNMENT = 64  # bytes; that of torch's own tensors
 # States of training checkpoints, the preferred one first. A preset may prefer another (engine.presets.state_of).
 STATES = ("generator_ema", "generator", "ema", "student", "model", "module", "state_dict", "model_state_dict", "")
 # States that are never the student: they hold networks of the same shape.
@@ -108,20 +109,23 @@ class FileSource:
             (name, tensor if scale is None else expand(tensor, scale)) for name, tensor, scale in self.read_stored()
         )
 
-    def read_stored(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-        """(name, tensor, its scale or None), not expanded."""
-        scales = self._scales()
+    def read_stored(self, prefix: str = "") -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """(name, tensor, its scale or None), not expanded; of the names that begin with `prefix`."""
+        scales = self._scales(prefix)
         for container in self._containers:
             ours = {self._keys[name][1]: (mine, name) for mine, name in self._names.items()
-                    if self._keys[name][0] is container}  # fmt: skip
+                    if self._keys[name][0] is container and mine.startswith(prefix)}  # fmt: skip
             for key, tensor in container.read(ours):
                 mine, name = ours[key]
                 yield mine, tensor, scales.get(name)
                 del tensor
 
-    def _scales(self) -> dict[str, Tensor]:
+    def _scales(self, prefix: str) -> dict[str, Tensor]:
         found = {}
+        wanted = {name for mine, name in self._names.items() if mine.startswith(prefix)}
         for weight, name in self._expansion.scales.items():
+            if weight not in wanted:
+                continue
             container, key = self._keys[name]
             _, scale = next(iter(container.read([key])))
             check_scale_values(self.label, name, scale)
@@ -131,13 +135,27 @@ class FileSource:
     def bytes_at(self, dtype: torch.dtype) -> int:
         return sum(torch.Size(shape).numel() for shape in self.shapes().values()) * dtype.itemsize
 
-    def bytes_kept(self, dtype: torch.dtype) -> int:
-        """As `bytes_at`, where weights with scales stay in 8 bits."""
-        total = 0
-        for name in self._names.values():
-            count = torch.Size(self._stored(name).shape).numel()
-            total += count * (1 if name in self._expansion.scales else dtype.itemsize)
-        return total
+    def stored(self) -> dict[str, Stored]:
+        """Every tensor's shape and its dtype in the file, by the engine's names."""
+        return {mine: self._stored(name) for mine, name in self._names.items()}
+
+    def scaled(self) -> set[str]:
+        """Names of the weights that have scales."""
+        return {mine for mine, name in self._names.items() if name in self._expansion.scales}
+
+    def mapped(self, dtype: torch.dtype) -> set[str]:
+        """Names of the tensors that stay mapped to their file if a processor uses them as `dtype`. Reads no data."""
+        found = set()
+        for container in (one for one in self._containers if one.maps):
+            ours = {self._keys[name][1]: mine for mine, name in self._names.items()
+                    if self._keys[name][0] is container and self._stored(name).dtype == dtype}  # fmt: skip
+            found |= {ours[key] for key, part in container.read(ours) if part.data_ptr() % ALIGNMENT == 0}
+        return found - self.scaled()
+
+    @property
+    def maps(self) -> bool:
+        """Whether `read_stored` gives tensors that lie in mapped files."""
+        return all(container.maps for container in self._containers)
 
 
 def _words(dtype: torch.dtype | str) -> str:

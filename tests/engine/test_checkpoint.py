@@ -520,14 +520,12 @@ def test_adapters_of_a_model_reach_their_roles(model_dir, tmp_path):
 
 def test_memory_is_checked_before_weights_are_read(model_dir, monkeypatch):
     import engine.loader
+    import engine.memory
 
     def never(*_):
         raise AssertionError("weights were read")
 
-    class Memory:
-        available = 1000
-
-    monkeypatch.setattr(engine.loader.psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(engine.memory, "free_memory", lambda device: 1000)
     monkeypatch.setattr(engine.loader, "load_transformer", never)
     with pytest.raises(MemoryError, match=r"memory: got .*expected"):
         engine.load(model_dir)

@@ -49,7 +49,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if kind_of(file) != "torch":
         container = open_container(file)
         return dict(container.read(container.tensors)), container.metadata
-    loaded = load_torch(file)
+    loaded, _ = load_torch(file)
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{file}: got {type(loaded).__name__}, expected a dictionary of tensors")
     states = [name for name in _STATES if isinstance(loaded.get(name), Mapping)]
