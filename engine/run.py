@@ -1,10 +1,12 @@
 """python -m engine.run: a prompt in, a video out, written while it is made."""
 
 import json
+import os
 import resource
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,8 +62,12 @@ def parser() -> Parser:
 
 
 def _limit(video: Video, fps: float) -> int | None:
-    """Number of frames to make; None means no limit."""
-    return video.frames if video.seconds is None else max(1, round(video.seconds * fps))
+    """Number of frames to make; None means no limit. ValueError for more than a counter holds."""
+    if video.seconds is None:
+        return video.frames
+    if video.seconds * fps > 2**53:
+        raise ValueError(f"--seconds: got {video.seconds:g} at {fps:g} fps, expected fewer than 2^53 frames")
+    return max(1, round(video.seconds * fps))
 
 
 def _loading(console: Console, quiet: bool) -> AbstractContextManager[object]:
@@ -158,9 +164,9 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         video.adapter_at, job.model.adapter, lambda when: frame_of(when, fps, "--adapter-at"), limit
     )
     encoding = Encoding(output.codec, output.pix_fmt, output.crf)
-    sink = open_sink(output.out, fps, (height * output.scale, width * output.scale), output.format, encoding)
-    begun = time.perf_counter()
+    begun, sink = time.perf_counter(), None
     try:
+        sink = open_sink(output.out, fps, (height * output.scale, width * output.scale), output.format, encoding)
         notes.take(sink.notes)
         clip = _clip(job, height, width, fps, notes, console)
         with _loading(console, output.quiet):
@@ -175,17 +181,18 @@ def _run(job: Job, interrupt: Interrupt) -> int:
             pipeline.stream(prompts.due(0) or "", seed=video.seed, frames=limit, clip=clip) as stream,
         ):
             times.begun = time.perf_counter()
-            Recording(job, sink, limit, prompts, strengths, interrupt, console).make(stream, times)
-        report = times.report(interrupt.written, fps, stopped=interrupt.stopped)
+            recording = Recording(job, sink, limit, prompts, strengths, interrupt, console, notes)
+            stopped = recording.make(stream, times)
+        report = times.report(interrupt.written, fps, stopped)
         interrupt.close(sink)
     except OutputClosed as error:
-        interrupt.abort(sink, error)  # the reader has left: this is no failure, and stdout has no reader to report to
+        if sink is not None:
+            interrupt.abort(sink, error)  # the reader has left: no failure, and stdout has no reader to report to
         return 0
     except BaseException as error:
-        interrupt.abort(sink, error)
+        if sink is not None:
+            interrupt.abort(sink, error)
         raise
-    if not interrupt.stopped:
-        prompts.finish()
     notes.take(sink.notes)
     fp8 = job.runtime.precision == "fp8"
     report |= {
@@ -210,17 +217,28 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         made = report.get("sha256", shown(output.out))
         say(f"{report['frames']} frames at {report['fps']:.1f} fps, first after {report['ttff_ms']:.0f} ms, "
             f"{report['ms_per_chunk']['p50']:.1f} ms per chunk -> {made}")  # fmt: skip
-    if output.json:
+    return _print(report) if output.json else 0
+
+
+def _print(report: dict[str, Any]) -> int:
+    """Print the report; exit status 1 where stdout cannot take it. A reader that has left is no failure."""
+    try:
         print(json.dumps(report), flush=True)
+    except OSError as error:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        if not isinstance(error, BrokenPipeError):
+            say(f"error: report: got {error.strerror} on stdout, expected it to be written; the video is whole")
+            return 1
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done or stopped by a signal, 130 stopped before the first frame, 2 bad input, 1 a failure."""
-    args = parser().parse_args(argv)
-    interrupt = Interrupt()
+    interrupt, args = Interrupt(), None
     try:
         with interrupt:
+            args = parser().parse_args(argv)
             return _run(Job.of(args), interrupt)
     except KeyboardInterrupt:
         say("stopped before the first frame")
@@ -228,7 +246,11 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if getattr(args, "debug", False):
             raise
-        lines = str(error).splitlines() or [type(error).__name__]
+        # Libraries turn a signal during load into errors of their own.
+        if interrupt.stopped and not interrupt.written:
+            say("stopped before the first frame")
+            return 130
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         say("error: " + "; ".join([lines[0], *getattr(error, "__notes__", [])]))
         # Input was good if it gave frames.
         return 2 if isinstance(error, _BAD_INPUT) and not interrupt.written else 1

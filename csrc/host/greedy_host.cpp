@@ -152,7 +152,8 @@ double since(std::chrono::steady_clock::time_point begun) {
 // What stderr says behind an error after which frames were kept.
 std::string kept;
 
-void run(const Options& options) {
+// Returns the number of frames.
+std::uint64_t run(const Options& options) {
     const auto begun = std::chrono::steady_clock::now();
     greedy::host::check_target(options.out, options.format);
     const greedy::Bundle bundle(options.bundle, &options.settings);
@@ -204,7 +205,8 @@ void run(const Options& options) {
         note(options.prompts[prompt].first, "the last chunk began before it");
     if (!options.quiet)
         for (const std::string& note : sink->notes()) std::fprintf(stderr, "note: %s\n", note.c_str());
-    if (!sink->digest().empty()) std::printf("%s\n", sink->digest().c_str());
+    if (!sink->digest().empty() && (std::printf("%s\n", sink->digest().c_str()) < 0 || std::fflush(stdout) != 0))
+        throw std::runtime_error("checksum: got no stdout that takes it, expected one");
     double steady = 0;
     for (std::size_t i = 1; i < chunks.size(); ++i) steady += chunks[i] / static_cast<double>(chunks.size() - 1);
     if (options.json)
@@ -214,11 +216,12 @@ void run(const Options& options) {
             "\"fps\": %.3f, \"backend\": \"%s\", \"target\": \"%s\"}\n",
             static_cast<unsigned long long>(frames), chunks.size(), load_ms, first_ms, steady,
             1e3 * static_cast<double>(frames) / spent, info.backend, info.target);
+    return frames;
 }
 
 }  // namespace
 
-// Exit status: 0 done or stopped, 2 bad input, 1 a failure.
+// Exit status: 0 done or stopped, 130 stopped before the first frame, 2 bad input, 1 a failure.
 int main(int count, char** words) {
     for (int number : {SIGPIPE, SIGXFSZ}) std::signal(number, SIG_IGN);  // the write fails then, and is an error
     for (int number : {SIGINT, SIGTERM, SIGHUP}) {
@@ -236,8 +239,9 @@ int main(int count, char** words) {
             };
         std::set<std::string> said;
         options.settings.log_cookie = &said;
-        run(options);
-        return 0;
+        if (run(options) > 0 || !stopped) return 0;
+        std::fputs("stopped before the first frame\n", stderr);
+        return 130;
     } catch (const Usage& error) {
         if (!*error.what()) return std::fputs(kUsage, stdout) < 0;
         std::fprintf(stderr, "error: %s (see --help)\n", error.what());

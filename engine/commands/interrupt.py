@@ -11,17 +11,17 @@ from engine.media.sinks import Sink
 class Interrupt:
     """Ctrl-C, SIGTERM and SIGHUP stop the stream.
 
-    Before the first frame each signal raises KeyboardInterrupt. After it the first one does, never during a write, and
-    one that comes while the decoded rest is written. What follows must reach the end of the output: while that ends, a
-    signal only makes it hurry.
+    Before the first frame each signal raises KeyboardInterrupt. From then on the first one does, and never during a
+    write. Further ones only ask to hurry: what follows must reach the end of the output.
     """
 
     def __init__(self) -> None:
         self.writing = False
-        self.asked = False  # a signal has come that nobody has acted upon
-        self.stopped = False  # a signal has come
-        self._raised = 0
+        self.asked = False  # a signal has come during a write
+        self.stopped = False  # a signal has come before the end of the stream
+        self.hurry = False  # another signal has come: do not write the decoded rest
         self.written = 0  # frames, each counted with its write: a signal cannot come in between
+        self._ended = False
         self._ending: Sink | None = None
 
     def __enter__(self) -> "Interrupt":
@@ -36,16 +36,16 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = self.stopped = True
+        again = self.stopped or self._ended
+        self.stopped = self.stopped or not self._ended
         if self._ending is not None:
             self._ending.hurry = True
-        elif not self.writing and (self.written == 0 or self._raised < 2):
-            self._raised += 1
+        if self.written and again:
+            self.hurry = True
+        elif self.writing:
+            self.asked = True
+        elif not self._ended:
             raise KeyboardInterrupt
-
-    def heard(self) -> None:
-        """The signal is acted upon: writes go on, until another one comes."""
-        self.asked = False
 
     def write(self, sink: Sink, frame: np.ndarray) -> None:
         """Write one frame completely, then raise KeyboardInterrupt if a signal has arrived."""
@@ -56,8 +56,12 @@ class Interrupt:
         finally:
             self.writing = False
         if self.asked:
-            self._raised += 1
+            self.asked = False
             raise KeyboardInterrupt
+
+    def end(self) -> None:
+        """The stream has ended: from now on no signal raises."""
+        self._ended = True
 
     def close(self, sink: Sink) -> None:
         """Give the output its name."""
@@ -66,5 +70,5 @@ class Interrupt:
 
     def abort(self, sink: Sink, error: BaseException) -> None:
         """Keep what there is after an error, which gets a note that says where."""
-        self._ending = sink
+        self._ended, self._ending = True, sink
         sink.abort(error)

@@ -24,8 +24,9 @@ class Video:
         metavar=("TIME", "TEXT"),
     )  # fmt: skip
     adapter_at: tuple[tuple[str, str], ...] = option(
-        (), "change an adapter's strength while streaming; may be repeated", metavar=("TIME", "NAME=STRENGTH")
-    )
+        (), "change an adapter's strength at 3.0s or frame 48f, from the next chunk on; may be repeated",
+        metavar=("TIME", "NAME=STRENGTH"),
+    )  # fmt: skip
     no_recommit: bool = option(False, "leave the past as it is when the prompt or a strength changes")
     image: Path | None = option(None, "start from a picture (image-to-video)", metavar="FILE", exclusive="clip")
     video: Path | None = option(
@@ -122,7 +123,7 @@ class Output:
             raise ValueError("--json: got --out -, expected a file (both write to stdout)")
         if self.scale < 1:
             raise ValueError(f"--scale: got {self.scale}, expected at least 1")
-        if self.fps is not None and not self.fps > 0:
+        if self.fps is not None and not 0 < self.fps < float("inf"):
             raise ValueError(f"--fps: got {self.fps}, expected a positive number")
 
 

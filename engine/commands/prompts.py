@@ -41,6 +41,7 @@ class Prompts:
                 raise ValueError(f"{prompt.where}: got frame {prompt.frame}, expected one before the end at {limit}")
         self.notes = notes
         self.shown: list[dict[str, Any]] = []
+        self._next: dict[str, Any] | None = None
         # Stable: of several at one frame the last one given wins.
         self._waiting = sorted(prompts, key=lambda prompt: prompt.frame)
 
@@ -62,9 +63,15 @@ class Prompts:
             return None
         self._waiting = self._waiting[len(due) :]
         for prompt, after in pairwise(due):
-            self.notes.add(f"{prompt.where} has no effect: {after.where} replaces it before a chunk begins")
-        self.shown.append({"frame": written, "prompt": due[-1].text})
+            self.notes.add(f"{prompt.where} has no effect: a later {after.where} replaces it before a chunk begins")
+        self._next = {"frame": written, "prompt": due[-1].text}
         return due[-1].text
+
+    def took(self) -> None:
+        """The chunk of the last prompt that was due is made."""
+        if self._next is not None:
+            self.shown.append(self._next)
+            self._next = None
 
     def finish(self) -> None:
         """Note the prompts that came too late for the last chunk."""
@@ -93,7 +100,7 @@ def in_file(name: str, fps: float) -> list[Prompt]:
         if time := _TIME.match(line):
             at = f"{where} line {number}"
             found.append((frame_of(time[1], fps, at), at, []))
-            line = line[time.end() :]
+            line = line[time.end() :].lstrip()
         found[-1][2].append(line)
     prompts = [Prompt(frame, "\n".join(lines), at) for frame, at, lines in found]
     if len(prompts) > 1 and not prompts[0].text.strip():  # the first line has a time

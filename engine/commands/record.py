@@ -1,7 +1,6 @@
 """Writes a stream to a sink: switches what is due, shows progress, measures, and ends well where a signal comes."""
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from engine.bundles.native import NativeStream
 from engine.commands.interrupt import Interrupt
 from engine.commands.job import Job
+from engine.commands.notes import Notes
 from engine.commands.prompts import Prompts
 from engine.media.sinks import Sink
 from engine.stream import Stream
@@ -56,11 +56,13 @@ class Recording:
     strengths: list[tuple[int, dict[str, float]]]
     interrupt: Interrupt
     console: Console
+    notes: Notes
 
-    def make(self, stream: Stream | NativeStream, times: Times) -> None:
-        """Write chunks until the limit. A signal ends it: what is decoded is still written, but for a second signal.
+    def make(self, stream: Stream | NativeStream, times: Times) -> bool:
+        """Write chunks until the limit; returns whether a signal ended it before.
 
-        KeyboardInterrupt where the signal comes before the first frame.
+        After a signal it still writes what is decoded, unless another signal comes. KeyboardInterrupt where there is
+        no frame yet.
         """
         before = 0  # frames that were written before the last chunk
         handed = 0  # chunks that were written
@@ -72,31 +74,57 @@ class Recording:
                     chunk_start = time.perf_counter()
                     chunk = stream.next_chunk()
                     now = time.perf_counter()
+                    self.prompts.took()
                     times.chunks.append(now - chunk_start)
                     times.ttff = times.ttff or now - times.start
                     self._write(chunk)
                     before, handed = self.interrupt.written, stream.handed
                     rate = self.interrupt.written / (time.perf_counter() - times.begun)
                     progress.update(task, completed=self.interrupt.written, rate=rate, ttff=1e3 * times.ttff)
+                self.interrupt.end()
         except KeyboardInterrupt:
-            self.interrupt.heard()
-            with suppress(KeyboardInterrupt):
-                if stream.handed > handed:  # handed over, but not written to the end
-                    self._write(stream.last[self.interrupt.written - before :])
-                self._write(stream.rest())
+            if stream.handed > handed:  # handed over, but not written to the end
+                self._write(stream.last[self.interrupt.written - before :])
+            if not self.interrupt.hurry:
+                self._write(self._rest(stream))
             if not self.interrupt.written:
                 raise
+            self.interrupt.end()
+            return True
+        for frame, strengths in self.strengths:
+            names = ", ".join(f"{name}={strength:g}" for name, strength in strengths.items())
+            self.notes.add(f"--adapter-at {frame}f {names} has no effect: the last chunk began before it")
+        self.prompts.finish()
+        return False
+
+    def _rest(self, stream: Stream | NativeStream) -> np.ndarray:
+        """The frames that are decoded; none of a stream that the signal has spoiled."""
+        if isinstance(stream, Stream):
+            stream.looks_ahead = False
+        try:
+            return stream.rest()
+        except ValueError:
+            return np.zeros((0, 1, 1, 3), np.uint8)
 
     def _switch(self, stream: Stream | NativeStream) -> None:
         recommit = not self.job.video.no_recommit
         if (text := self.prompts.due(self.interrupt.written)) is not None:
             stream.set_prompt(text, recommit=recommit)
+        due: dict[str, float] = {}
         while self.strengths and self.strengths[0][0] <= self.interrupt.written:
-            stream.set_adapters(self.strengths.pop(0)[1], recommit=recommit)
+            frame, strengths = self.strengths.pop(0)
+            for name in strengths.keys() & due.keys():
+                why = f"the one at {frame}f replaces it before a chunk begins"
+                self.notes.add(f"--adapter-at ... {name}={due[name]:g} has no effect: {why}")
+            due |= strengths
+        if due:
+            stream.set_adapters(due, recommit=recommit)
 
     def _write(self, frames: np.ndarray) -> None:
         scale = self.job.output.scale
         for frame in frames[: None if self.limit is None else self.limit - self.interrupt.written]:
+            if self.interrupt.hurry:
+                break
             self.interrupt.write(self.sink, frame.repeat(scale, axis=0).repeat(scale, axis=1))
 
     def _progress(self) -> Progress:

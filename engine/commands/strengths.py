@@ -17,8 +17,8 @@ def strengths_at(
     for when, text in entries:
         name, _, number = text.rpartition("=")
         if name not in names:
-            known = ", ".join(names) or "--adapter with it"
-            raise ValueError(f"--adapter-at: got {text!r}, expected NAME=STRENGTH, the name one of {known}")
+            expected = f"NAME=STRENGTH, the name one of {', '.join(names)}" if names else "--adapter as well"
+            raise ValueError(f"--adapter-at: got {text!r}, expected {expected}")
         try:
             strength = float(number)
         except ValueError:
@@ -26,6 +26,6 @@ def strengths_at(
         check_strength(strength)
         frame = frame_of(when)
         if limit is not None and frame >= limit:
-            raise ValueError(f"--adapter-at: got {when}, frame {frame}, expected a frame before the end ({limit})")
+            raise ValueError(f"--adapter-at {when}: got frame {frame}, expected one before the end at {limit}")
         made.append((frame, {name: strength}))
     return sorted(made, key=lambda change: change[0])

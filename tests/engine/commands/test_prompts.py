@@ -17,7 +17,7 @@ from limits import HANG
 import engine.run
 from engine.commands.prompts import Notes, Prompt, Prompts, frame_of, in_file
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RED, BLUE, TEAL = "a red circle moving right", "a blue square on gray", "teal"
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error::UserWarning")]
