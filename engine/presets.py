@@ -64,6 +64,6 @@ def find_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
         return override(PRESETS[name], overrides)
     values = read_toml(Path(name))
     base = values.pop("base", "greedy")
-    if base not in PRESETS:
+    if not isinstance(base, str) or base not in PRESETS:
         raise ValueError(f"{name}: got base {base!r}, expected one of {', '.join(PRESETS)}")
     return override(PRESETS[base], values | overrides)

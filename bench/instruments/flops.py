@@ -141,6 +141,9 @@ class CountingStages:
     def modules(self) -> dict[str, nn.Module]:
         return {}
 
+    def named_weights(self) -> list[tuple[str, Tensor]]:
+        return []
+
     def prepare_text(self, text_emb: Tensor) -> int:
         return text_emb.shape[1]
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -77,7 +78,10 @@ def _directory(path: Path) -> Report:
         if (adapter := _adapter(path, names)) is not None:
             return adapter
     # Wan's own folder holds several parts beside each other; a component's, or a checkpoint's, holds one.
-    held = set().union(*(parts_of(file) for file in candidates(path)))
+    files = candidates(path)
+    held = set().union(*(parts_of(file) for file in files))
+    if not held and files and (adapter := _adapter(path, list(open_container(files[0]).tensors))) is not None:
+        return adapter
     if len(held) == 1 and not any(path.glob("*/*/spiece.model")):
         return _containers(path, [open_container(file) for file in weight_files(path)])
     return _model(path)
@@ -101,7 +105,7 @@ def _model(path: Path) -> Report:
         report.lines.append(f"engine.json: preset {settings.preset}, {settings.width}x{settings.height}")
     report.problem = next(filter(None, (_lacks(source, config) for source, config in configs)), None)
     if report.problem is None:
-        report.command = f'python -m engine.run --model {path} --prompt "..." --seconds 5 --out video.mp4'
+        report.command = f'python -m engine.run --model {quote(str(path))} --prompt "..." --seconds 5 --out video.mp4'
     return report
 
 
@@ -148,6 +152,9 @@ def _adapter(path: Path, names: Sequence[str]) -> Report | None:
     except ValueError as error:
         report.problem = str(error)
         return report
+    if not about.blocks:
+        report.problem = "got an adapter that changes no block, expected one for Wan's transformer"
+        return report
     ranks = f", ranks {', '.join(map(str, about.ranks))}" if about.ranks else ""
     width = f" of a transformer of width {about.width}" if about.width else ""
     report.lines.append(
@@ -155,7 +162,7 @@ def _adapter(path: Path, names: Sequence[str]) -> Report | None:
     )
     report.lines.append(f"spelling: {', '.join(about.spelling)}")
     report.lines += [f"note: {note}" for note in about.notes]
-    report.command = f'python -m engine.run --model DIR --adapter {path} --prompt "..."'
+    report.command = f'python -m engine.run --model DIR --adapter {quote(str(path))} --prompt "..."'
     return report
 
 
@@ -163,7 +170,7 @@ def _command(path: Path, found: Sequence[Found]) -> str:
     """The command line that runs the parts of a file."""
     options: dict[Part, str] = {"transformer": "--checkpoint", "vae": "--vae", "text_encoder": "--text-encoder"}
     parts = list(dict.fromkeys(one.naming.part for one in found))
-    given = " ".join(f"{options[part]} {path}" for part in parts)
+    given = " ".join(f"{options[part]} {quote(str(path))}" for part in parts)
     preset = " --preset self-forcing" if "transformer" in parts else ""
     return f'python -m engine.run --model DIR {given}{preset} --prompt "..."'
 

@@ -21,6 +21,8 @@ def kind_of(x: Tensor) -> str | None:
     """nan, inf or -inf if x has such a number, else None. It reads x once, and waits for the device."""
     if not x.is_floating_point() or x.numel() == 0 or x.is_meta:
         return None
+    if (local := getattr(x, "to_local", None)) is not None:  # a sharded weight in training
+        x = local()
     ends = torch.stack(torch.aminmax(x.float() if x.dtype.itemsize == 1 else x)).tolist()
     return next((str(end) for end in ends if not math.isfinite(end)), None)
 

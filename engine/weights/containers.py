@@ -3,6 +3,7 @@
 A container knows names, shapes and dtypes before it reads any data.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +18,7 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
 
 
@@ -120,8 +122,17 @@ def load_torch(file: Path) -> tuple[Any, bool]:
         with file.open("rb") as opened:
             return torch.load(opened, map_location="cpu", weights_only=True), False
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file}: got an unreadable file, expected a torch checkpoint ({reason})") from None
+        raise ValueError(f"{file}: got {_reason(error)}, expected a torch checkpoint of tensors") from None
+
+
+def _reason(error: Exception) -> str:
+    """Why torch cannot read a file. Its own text advises to run the code in it."""
+    text = str(error)
+    if found := re.search(r"(?:GLOBAL|[Uu]nsupported \w+:?) (?:`|')?([\w.]+)", text):
+        return f"an object of {found[1]}, which is no tensor"
+    if "eights only" in text or "weights_only" in text:
+        return "objects that are no tensors"
+    return f"an unreadable file ({(text.splitlines() or [type(error).__name__])[0]})"
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

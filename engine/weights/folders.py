@@ -15,7 +15,16 @@ from engine.model.vae import VAEConfig
 from engine.weights.containers import open_container
 from engine.weights.names import WORDS, Part, recognise, unwrapped
 from engine.weights.shapes import expect_class, is_wan_config, transformer_config, transformer_of, umt5_of, vae_of
-from engine.weights.sources import STATES, FileSource, candidates, check_shards, open_source, shard_of, source_of
+from engine.weights.sources import (
+    STATES,
+    FileSource,
+    candidates,
+    check_shards,
+    files_of_index,
+    open_source,
+    shard_of,
+    source_of,
+)
 
 _STANDARD = ("diffusion_pytorch_model", "model")  # names that go first where two files hold the same part
 _TOKENIZER = ("tokenizer.json", "spiece.model")
@@ -157,6 +166,7 @@ class _Directory:
         self.folder = folder
         check_folder(folder)
         self.notes: list[str] = []
+        self._unreadable: list[str] = []
         self._seen: dict[Path, set[Part]] = {}
         self._groups = groups_of(folder)
         self.components = (folder / "model_index.json").is_file() or (folder / "transformer").is_dir()
@@ -180,6 +190,8 @@ class _Directory:
             standard = [files for files in holding if (shard_of(files[0]) or (files[0].stem,))[0] in _STANDARD]
             holding = standard if len(standard) == 1 else holding
         option = f"--{_OPTIONS[part]} FILE"
+        if not holding and self._unreadable:
+            raise ValueError(f"{self._unreadable[0]}; it may be the {WORDS[part]}")
         if not holding:
             seen = ", ".join(files[0].name for files in self._groups) or "no weight files"
             raise FileNotFoundError(f"{self.folder}: got no {WORDS[part]} ({seen}), expected one, or {option}")
@@ -191,7 +203,11 @@ class _Directory:
 
     def _parts(self, file: Path) -> set[Part]:
         if file not in self._seen:
-            self._seen[file] = parts_of(file)
+            try:
+                self._seen[file] = parts_of(file)
+            except (ValueError, OSError) as error:
+                self._seen[file] = set()
+                self._unreadable.append(str(error))
         return self._seen[file]
 
     def config(self, part: Part) -> dict[str, Any] | None:
@@ -209,10 +225,15 @@ class _Directory:
 
     def tokenizer(self) -> Path:
         if self.components:
-            return self.folder / "tokenizer"
+            place = self.folder / "tokenizer"
+            if not any((place / name).is_file() for name in _TOKENIZER):
+                raise FileNotFoundError(f"{place}: got neither {' nor '.join(_TOKENIZER)}, expected one of them")
+            return place
         places = [self.folder, *sorted(p for p in self.folder.glob("*") if p.is_dir()),
                   *sorted(p for p in self.folder.glob("*/*") if p.is_dir())]  # fmt: skip
         found = [place for place in places if any((place / name).is_file() for name in _TOKENIZER)]
+        named = [place for place in found if "umt5" in place.name]  # others may belong to parts that are not used
+        found = named if len(found) > 1 and len(named) == 1 else found
         if len(found) != 1:
             got = ", ".join(str(place.relative_to(self.folder)) for place in found) or "none"
             raise FileNotFoundError(f"{self.folder}: got tokenizers {got}, expected one, as google/umt5-xxl")
@@ -267,11 +288,8 @@ _OPTIONS: dict[Part, str] = {"transformer": "checkpoint", "vae": "vae", "text_en
 
 
 def parts_of(file: Path) -> set[Part]:
-    """Which parts a file holds; none if it cannot be read, as one of another program."""
-    try:
-        return {found.naming.part for found in recognise(map(unwrapped, open_container(file).tensors))}
-    except ValueError:
-        return set()
+    """Which parts a file holds. ValueError for one that cannot be read."""
+    return {found.naming.part for found in recognise(map(unwrapped, open_container(file).tensors))}
 
 
 def groups_of(folder: Path) -> list[list[Path]]:
@@ -279,10 +297,7 @@ def groups_of(folder: Path) -> list[list[Path]]:
     groups: list[list[Path]] = []
     indexed: set[Path] = set()
     for index in sorted(folder.glob("*.index.json")):
-        named = read_json(index).get("weight_map")
-        if not isinstance(named, dict):
-            raise ValueError(f"{index}: got no weight_map, expected the index of a model's files")
-        files = sorted({folder / str(name) for name in named.values()})
+        files = files_of_index(index)
         if missing := [file.name for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{folder}: got no {', '.join(missing)}, expected it: {index.name} names it")
         groups.append(files)

@@ -171,7 +171,13 @@ def recognise(names: Iterable[str]) -> list[Found]:
             anchor = next((a for a in naming.anchors if name == a or name.endswith(f".{a}")), None)
             prefix = name[: len(name) - len(anchor)] if anchor else ""
             # The short spelling of transformers ends the long one, and the decoder of a whole UMT5.
-            if anchor and not (anchor.startswith("block.") and prefix.endswith(("encoder.", "decoder."))):
+            if (
+                anchor
+                and not (anchor.startswith("block.") and prefix.endswith(("encoder.", "decoder.")))
+                and not (
+                    prefix.endswith("textual.")  # of CLIP
+                )
+            ):
                 found.add(Found(naming, prefix))
     return sorted(found, key=lambda one: (NAMINGS.index(one.naming), one.prefix))
 

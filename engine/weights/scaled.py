@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from engine.weights.containers import Stored
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _READ = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # formats of ComfyUI's descriptions
+_HARMLESS = ("full_precision_matrix_mult",)  # how ComfyUI multiplies
 _SCALES = (".scale_weight", ".weight_scale")
 _OF_ACTIVATIONS = (".scale_input", ".input_scale")  # the engine scales activations by their own values
 _MARKERS = ("scaled_fp8", "spiece_model")
@@ -71,6 +73,9 @@ def expansion(label: object, tensors: Mapping[str, Stored], descriptions: Iterab
         if stored.dtype in FP8 and (marked or _kind(name) in kinds):
             raise ValueError(f"{label}: got no scale of {name}, expected one as the file has for other weights")
         if isinstance(stored.dtype, torch.dtype) and not stored.dtype.is_floating_point and not name.endswith("freqs"):
+            if torch.Size(stored.shape).numel() == 1:  # a count of steps
+                dropped.add(name)
+                continue
             kind = str(stored.dtype).removeprefix("torch.")
             raise ValueError(f"{label}: got {name} in {kind} without a scale, expected floating-point numbers")
     return Expansion(scales, frozenset(dropped | set(scales.values())))
@@ -90,7 +95,7 @@ def layers_of_metadata(label: object, metadata: Mapping[str, str]) -> dict[str, 
     if (text := metadata.get("_quantization_metadata")) is None:
         return {}
     try:
-        return {str(layer): str(about["format"]) for layer, about in json.loads(text)["layers"].items()}
+        return {str(layer): _described(about) for layer, about in json.loads(text)["layers"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{label}: got _quantization_metadata {text[:60]!r}, "
                          "expected JSON with layers and their format") from None  # fmt: skip
@@ -99,9 +104,15 @@ def layers_of_metadata(label: object, metadata: Mapping[str, str]) -> dict[str, 
 def format_of(label: object, name: str, described: Tensor) -> str:
     """The format in a X.comfy_quant tensor: JSON as uint8. ValueError if it is damaged."""
     try:
-        return str(json.loads(bytes(described.to(torch.uint8).flatten().tolist()))["format"])
+        return _described(json.loads(bytes(described.to(torch.uint8).flatten().tolist())))
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{label}: got {name} that cannot be read, expected JSON with a format") from None
+
+
+def _described(about: Any) -> str:
+    """A description's format, with what else changes the numbers, such as `convrot`."""
+    more = [name for name, value in about.items() if name not in ("format", *_HARMLESS) and value]
+    return " with ".join([str(about["format"]), *more])
 
 
 def check_scale_values(label: object, name: str, scale: Tensor) -> None:
@@ -118,6 +129,8 @@ def _check_scale(label: object, name: str, scale: Stored, weight: str, stored: S
     if stored.dtype not in (*FP8, torch.int8):
         # A scale of ones beside a plain weight would be harmless, any other one contradicts it.
         raise ValueError(f"{label}: got {name} beside {weight} in {stored.dtype}, expected a weight in 8 bits")
+    if scale.dtype in FP8 or not isinstance(scale.dtype, torch.dtype) or not scale.dtype.is_floating_point:
+        raise ValueError(f"{label}: got {name} in {scale.dtype}, expected a scale in float32 or bf16")
     count, rows = torch.Size(scale.shape).numel(), stored.shape[0] if stored.shape else 1
     if scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)) or count not in (1, rows):
         raise ValueError(f"{label}: got {name} {list(scale.shape)}, expected one number or [{rows}, 1]")

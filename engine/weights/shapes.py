@@ -19,7 +19,8 @@ _WAN_KEYS = {
     "freq_dim": "freq_dim", "ffn_dim": "ffn_dim", "num_layers": "num_layers", "eps": "eps",
     "cross_attn_norm": "cross_attn_norm", "patch_size": "patch_size",
 }  # fmt: skip
-_WAN_IGNORED = {"dim", "model_type", "text_len", "window_size", "qk_norm"}
+_WAN_IGNORED = {"dim", "model_type", "text_len", "window_size", "qk_norm",
+                "local_attn_size", "sink_size", "num_frame_per_block"}  # fmt: skip
 
 
 def is_wan_config(raw: Mapping[str, Any]) -> bool:

@@ -25,10 +25,11 @@ from engine.weights.scaled import (
 )
 
 ALIGNMENT = 64  # bytes; that of torch's own tensors
-# States of training checkpoints, the preferred one first. A preset may prefer another (engine.presets.state_of).
+# States of training checkpoints, the preferred one first. A preset may prefer another (engine.presets.states_of).
 STATES = ("generator_ema", "generator", "ema", "student", "model", "module", "state_dict", "model_state_dict", "")
 # States that are never the student: they hold networks of the same shape.
-_NO_STUDENTS = ("critic", "fake_score", "real_score", "teacher", "discriminator", "optimizer")
+_NO_STUDENTS = {"critic", "fake_score", "real_score", "teacher", "discriminator", "optimizer"}
+_LORA = re.compile(r"(^|\.)lora_(A|B|up|down)(\.|$)")
 
 
 class TensorSource(Protocol):
@@ -46,14 +47,22 @@ class TensorSource(Protocol):
 class FileSource:
     """The tensors of one part: `found` in the containers, translated, expanded from 8 bits."""
 
-    def __init__(self, containers: Sequence[Container], found: Found, label: str, lora: Path | None = None) -> None:
+    def __init__(
+        self,
+        containers: Sequence[Container],
+        found: Found,
+        label: str,
+        lora: Path | None = None,
+        others: Sequence[str] = (),
+    ) -> None:
         self.label, self.found, self.lora, self._containers = label, found, lora, containers
         self.files = [container.file for container in containers]
+        apart = tuple(prefix for prefix in others if prefix != found.prefix and prefix.startswith(found.prefix))
         self._keys: dict[str, tuple[Container, str]] = {}  # name in the file, unwrapped, without prefix -> where it is
         for container in containers:
             for key in container.tensors:
                 name = unwrapped(key)
-                if name.startswith(found.prefix):
+                if name.startswith(found.prefix) and not (apart and name.startswith(apart)):
                     self._add(name.removeprefix(found.prefix), container, key)
         stored = {name: container.tensors[key] for name, (container, key) in self._keys.items()}
         self._expansion = expansion(label, stored, self._descriptions())
@@ -92,10 +101,17 @@ class FileSource:
                 continue
             ours = naming.translate(name)
             # Two keys may hold one tensor: an embedding under `shared` and under its place in the encoder.
-            if ours in names and naming.part != "text_encoder":
+            if ours in names and not self._same(ours, name, names[ours]):
                 raise ValueError(f"{self.label}: got {ours} twice ({name}, {names[ours]}), expected every tensor once")
             names.setdefault(ours, name)
         return names
+
+    def _same(self, ours: str, *names: str) -> bool:
+        """Whether two keys hold one table of tokens, as files of transformers may."""
+        if self.found.naming.part != "text_encoder" or ours != "embed_tokens.weight":
+            return False
+        first, second = (next(iter(self._keys[name][0].read([self._keys[name][1]])))[1] for name in names)
+        return torch.equal(first, second)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {ours: self._stored(name).shape for ours, name in self._names.items()}
@@ -169,7 +185,7 @@ def weight_files(folder: Path) -> list[Path]:
     own = [index for index in indexes if index.with_suffix("").with_suffix("") in plain]
     indexes = own or ([] if any(file.is_file() for file in plain) else indexes)
     if indexes:
-        files = sorted({folder / name for name in read_json(indexes[0]).get("weight_map", {}).values()})
+        files = files_of_index(indexes[0])
     else:  # a variant beside the plain file, such as model.fp16.safetensors, is not taken
         found = candidates(folder)
         safe = [file for file in found if file.suffix in (".safetensors", ".sft")]
@@ -183,6 +199,14 @@ def weight_files(folder: Path) -> list[Path]:
         what = f"no {', '.join(missing)}" if missing else f"no file of {', '.join(SUFFIXES)}"
         raise FileNotFoundError(f"{folder}: got {what}, expected the weights")
     return files
+
+
+def files_of_index(index: Path) -> list[Path]:
+    """The files that an index names, sorted. ValueError for one without a weight_map."""
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise ValueError(f"{index}: got no weight_map of file names, expected the index of a model's files")
+    return sorted({index.parent / name for name in named.values()})
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -240,13 +264,23 @@ def source_of(
         raise ValueError(f"{label}: got states {there}, expected {state!r} among them")
     if not found:
         raise ValueError(f"{label}: got {what_instead(names, every)}, expected a {words}")
-    kind = other_kind(name.removeprefix(found[0].prefix) for name in names if name.startswith(found[0].prefix))
+    if state is None:
+        students = [one for one in found if not set(one.state.split(".")) & _NO_STUDENTS]
+        if not students:
+            states = ", ".join(one.state for one in found)
+            raise ValueError(f"{label}: got states {states}, expected one of {', '.join(filter(None, prefer))}")
+        found = students
+    chosen = found[0] if len(found) == 1 else _chosen(found, label, prefer)
+    kind = other_kind(name.removeprefix(chosen.prefix) for name in names if name.startswith(chosen.prefix))
     if kind is not None:
         raise ValueError(f"{label}: got {kind}, expected a {words} of Wan2.1's text-to-video models")
-    chosen = found[0] if len(found) == 1 else _chosen(found, label, prefer)
-    lora = next((container.file for container in containers for key in container.tensors
-                 if key.startswith("generator_lora.")), None)  # fmt: skip
-    source = FileSource(containers, chosen, label, lora if state is None else None)
+    own = next((container.file for container in containers for key in container.tensors if _LORA.search(key)), None)
+    merged = own is not None and state is None and any(
+        key.startswith("generator_lora.") for container in containers for key in container.tensors
+    )  # fmt: skip
+    source = FileSource(containers, chosen, label, own if merged else None, [one.prefix for one in every])
+    if own is not None and not merged and part == "transformer":
+        source.notes.append(f"{label}: holds LoRA weights, which are not merged; pass it as an adapter as well")
     if len(found) > 1:
         others = ", ".join(one.state or "the rest" for one in found if one is not chosen)
         source.notes.insert(0, f"{label}: took {chosen.state or 'the plain tensors'} (also there: {others})")
@@ -257,11 +291,8 @@ def _chosen(found: Sequence[Found], label: str, prefer: Sequence[str]) -> Found:
     """The preferred state among several. ValueError if none of them is known."""
     for name in prefer:
         for one in found:
-            if one.state == name or (name and one.prefix.startswith(f"{name}.")):
+            if name in one.state.split("."):
                 return one
-    students = [one for one in found if not one.prefix.startswith(_NO_STUDENTS)]
-    if len(students) == 1:
-        return students[0]
     states = ", ".join(one.state for one in found)
     raise ValueError(f"{label}: got states {states}, expected one of {', '.join(filter(None, prefer))}: "
                      "choose with checkpoint_state")  # fmt: skip

@@ -170,6 +170,11 @@ def other(state):
     return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
 
 
+def leaves(states):
+    for name, what in states.items():
+        yield from leaves(what) if isinstance(what, dict) else [(name, what)]
+
+
 @pytest.mark.parametrize(
     ("states", "preset", "taken"),
     [
@@ -186,6 +191,9 @@ def other(state):
         ({"model": "right", "optimizer": "numbers", "step": "number"}, "self-forcing", "model"),
         ({"generator": "right", "critic": "other", "real_score": "other"}, "self-forcing", "generator"),
         ({"critic": "other", "mine": "right"}, "self-forcing", "mine"),
+        ({"state_dict": {"generator": "right", "critic": "other"}}, "self-forcing", "state_dict.generator"),
+        ({"model": {"generator_ema": "right", "fake_score": "other"}}, "self-forcing", "model.generator_ema"),
+        ({"model": {"generator_ema": "other", "generator": "right"}}, "longlive", "model.generator"),
     ],
 )
 def test_states_of_training_checkpoints(folders, published, tmp_path, states, preset, taken):
@@ -195,13 +203,30 @@ def test_states_of_training_checkpoints(folders, published, tmp_path, states, pr
                "numbers": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-5}]}}  # fmt: skip
     (tmp_path / "checkpoint_model_000600").mkdir()
     file = tmp_path / "checkpoint_model_000600" / "model.pt"
-    torch.save({name: content[what] for name, what in states.items()}, file)
+
+    def filled(states):
+        return {name: filled(what) if isinstance(what, dict) else content[what] for name, what in states.items()}
+
+    torch.save(filled(states), file)
     expected = video_of(folders["diffusers"], preset=preset)
     for path in (file, file.parent):
         assert video_of(folders["wan"], checkpoint=path, preset=preset) == expected
     notes = load(folders["wan"], checkpoint=file, **{**SIZE, "preset": preset}).notes
-    several = sum(what in ("right", "other") for what in states.values()) > 1
+    networks = [what for name, what in leaves(states) if name not in ("critic", "fake_score", "real_score")]
+    several = sum(what in ("right", "other") for what in networks) > 1
     assert any(f"took {taken} " in note for note in notes) == several
+
+
+def test_bystanders(folders, published, expected, tmp_path):
+    """Counts of steps, another part in the same file, CLIP and its tokenizer in Wan's own folder."""
+    folder = shutil.copytree(folders["wan"], tmp_path / "m")
+    torch.save({"textual.blocks.0.attn.q.weight": torch.zeros(2, 2)}, folder / "models_clip.pth")
+    shutil.copytree(folder / "google" / "umt5-xxl", folder / "xlm-roberta-large")
+    assert video_of(folder) == expected
+    state = {**published.wan("transformer"), "global_step": torch.tensor(5)}
+    state |= {f"vae.{name}": torch.zeros_like(tensor) for name, tensor in published.wan("vae").items()}
+    save_file(state, tmp_path / "w.safetensors")
+    assert video_of(folder, checkpoint=tmp_path / "w.safetensors") == expected
 
 
 def test_a_toml_preset_takes_the_state_of_its_base(folders, published, tmp_path):

@@ -247,6 +247,36 @@ def test_several_states_of_which_none_is_known(folders, published, tmp_path):
     refused("got states one, two, expected one of", folders["wan"], checkpoint=tmp_path / "w.pt")
     torch.save({"critic": state, "real_score": state}, tmp_path / "w.pt")
     refused("got states critic, real_score", folders["wan"], checkpoint=tmp_path / "w.pt")
+    torch.save({"generator": {}, "generator_ema": {}, "critic": state}, tmp_path / "w.pt")
+    refused("got states critic, expected one of generator_ema", folders["wan"], checkpoint=tmp_path / "w.pt")
+
+
+def test_two_tables_of_tokens(folders, published, tmp_path):
+    """A text encoder may hold its table twice, but not two tables."""
+    table = published.state("text")["shared.weight"]
+    twice = published.state("text") | {"encoder.embed_tokens.weight": table.clone()}
+    save_file(twice, tmp_path / "w.safetensors")
+    with pytest.raises(LookupError):
+        load(folders["wan"], text_encoder=tmp_path / "w.safetensors", height=HEIGHT, width=WIDTH, preset="self-forcing")
+    save_file(twice | {"encoder.embed_tokens.weight": table + 1}, tmp_path / "w.safetensors")
+    refused("embed_tokens.weight twice", folders["wan"], text_encoder=tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["cut", "pointer"])
+def test_a_damaged_file_of_wans_own_folder_is_named(wan, damage):
+    file = wan / "Wan2.1_VAE.pth"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"version https://git-lfs.github.com/spec/v1")
+    refused(r"Wan2\.1_VAE\.pth: got .*it may be the VAE", wan)
+
+
+@pytest.mark.parametrize("weight_map", [[1], {"a": 5}, None])
+@pytest.mark.parametrize("layout", ["diffusers", "wan"])
+def test_damaged_indexes(folders, tmp_path, layout, weight_map):
+    folder = shutil.copytree(folders[layout], tmp_path / "m")
+    place = folder / "transformer" if layout == "diffusers" else folder
+    (place / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    refused("got no weight_map of file names", folder)
 
 
 def test_a_state_without_a_checkpoint(folders, capsys):

@@ -149,6 +149,15 @@ FAULTS = {
         lambda t: t | {f"{LAYER}.comfy_quant": torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8)},
         "in mxfp8, expected one of",
     ),
+    "a rotation": (
+        lambda t: t | {f"{LAYER}.comfy_quant": torch.tensor(
+            list(b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 256}'), dtype=torch.uint8)},
+        "int8_tensorwise with convrot",
+    ),
+    "16-bit words": (
+        lambda t: t | {"head.head.weight": torch.ones(64, 128, dtype=torch.uint16)}, "uint16 without a scale"),
+    "a scale of exponents": (
+        lambda t: t | {f"{LAYER}.scale_weight": torch.tensor(127, dtype=torch.uint8)}, "expected a scale in float32"),
     "no format": (
         lambda t: t | {f"{LAYER}.comfy_quant": torch.tensor(list(b"{"), dtype=torch.uint8)}, "expected JSON"),
 }  # fmt: skip
