@@ -266,7 +266,6 @@ BAD = [
     ["--crf", "20", "--out", "clip.y4m"],
     ["--pix-fmt", "yuv420"],
     ["--pix-fmt", "yuv420p", "--out", "clip.gif"],
-    ["--out", "-clip.mp4"],
     ["--out", "empty.mp4"],
     ["--out", "old_%02d.png"],
     ["--out", "x" * 300 + ".mp4"],

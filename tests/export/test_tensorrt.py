@@ -394,7 +394,7 @@ class Mixed(GraphStages):
         self.manifest: Any = SimpleNamespace(row_inputs=ROW_INPUTS[VERSION])
         self.backend = SimpleNamespace(graphs={name: plan.spec for name, plan in plans.items()})
         self.encode_text, self.prepare_text = rest.encode_text, rest.prepare_text
-        self.vae_first, self.vae_steady = rest.vae_first, rest.vae_steady
+        self.vae_first, self.vae_steady, self.named_weights = rest.vae_first, rest.vae_steady, rest.named_weights
 
     def open_graph(self, name: str, file: Path, spec: GraphSpec) -> TensorrtGraph:
         raise AssertionError
