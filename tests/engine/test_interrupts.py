@@ -341,8 +341,7 @@ def test_a_timer_interrupts_a_stream_hundreds_of_times(model_dir, preset, ahead)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("preset", ["greedy", "self-forcing", "longlive", "diagonal"])
+@pytest.mark.parametrize(("preset", "ahead"), [("longlive", True), ("diagonal", False)])
 def test_a_timer_interrupts_a_stream_thousands_of_times(model_dir, preset, ahead):
     signalled(model_dir, preset, 2000, ahead)
 
