@@ -63,7 +63,8 @@ class Prompts:
             return None
         self._waiting = self._waiting[len(due) :]
         for prompt, after in pairwise(due):
-            self.notes.add(f"{prompt.where} has no effect: a later {after.where} replaces it before a chunk begins")
+            later = "a later " if after.where == prompt.where else ""
+            self.notes.add(f"{prompt.where} has no effect: {later}{after.where} replaces it before a chunk begins")
         self._next = {"frame": written, "prompt": due[-1].text}
         return due[-1].text
 
@@ -100,7 +101,7 @@ def in_file(name: str, fps: float) -> list[Prompt]:
         if time := _TIME.match(line):
             at = f"{where} line {number}"
             found.append((frame_of(time[1], fps, at), at, []))
-            line = line[time.end() :].lstrip()
+            line = line[time.end() :]
         found[-1][2].append(line)
     prompts = [Prompt(frame, "\n".join(lines), at) for frame, at, lines in found]
     if len(prompts) > 1 and not prompts[0].text.strip():  # the first line has a time

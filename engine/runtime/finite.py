@@ -35,6 +35,8 @@ def numbers(x: Tensor) -> str:
 def named_weights(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of modules by role, under names such as `transformer sdd: blocks.7.ffn.net.2.weight`."""
     for role, module in modules.items():
+        if not isinstance(module, nn.Module):  # a compiled function around one
+            continue
         part = role if role in ("vae", "text_encoder") else f"transformer {role}:"
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             yield f"{part} {name}", tensor

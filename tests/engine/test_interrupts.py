@@ -138,21 +138,6 @@ def test_single_instructions(made, name):
     assert interrupts > len(steps) / 3
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("name", FIELDS)
-def test_every_line_of_the_loop(made, name, ahead):
-    """Each call is interrupted at one line more than the one before, so that all lines have their turn."""
-    pipeline = made(name)
-    lines = 60 + events_of(stream_of(pipeline).next_chunk, places=LOOP)
-    for step in ([chunk], [next], [latent], [switch(0), chunk], [switch(1, False), chunk]):
-        steps = step * lines
-        point = lambda number: [(1 + number * lines // len(steps), LOOP)]  # noqa: B023, E731
-        expected = plain(stream_of(pipeline, ahead=ahead), steps)
-        got, _ = stumbling(stream_of(pipeline, ahead=ahead), steps, point)
-        same(got, expected)
-
-
 def test_the_embedded_model():
     for preset in ("greedy", "longlive"):
         interrupted_everywhere(engine.load(preset=preset), [chunk, switch(0), chunk, next, latent, chunk])

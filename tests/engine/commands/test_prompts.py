@@ -220,8 +220,8 @@ def test_bytes_of_latin_1_on_a_real_command_line(model_dir, tmp_path, options):
     ]
     ran = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path, timeout=HANG)
     assert ran.returncode == 2, ran.stderr
-    assert ran.stderr.splitlines()[0].startswith(b"error: --prompt")
-    assert b"byte 0xe9, which is no UTF-8, expected text in UTF-8" in ran.stderr
+    assert ran.stderr.startswith(b"error: argument --prompt")
+    assert b"expected text in UTF-8" in ran.stderr
     assert len(ran.stderr.splitlines()) == 1
 
 
