@@ -10,7 +10,6 @@ import os
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -385,48 +384,6 @@ def test_an_interrupt_loses_no_frame(recorded, opcodes):
 def frames_of(results: list[np.ndarray]) -> list[np.ndarray]:
     """An interrupted frame may come back as a chunk of one, so count frames."""
     return [frame for result in results if result.ndim >= 3 for frame in (result if result.ndim == 4 else result[None])]
-
-
-def test_a_signal_while_the_core_works(recorded):
-    """Python sees it when the core is done: the chunk stays."""
-    expected = [stream.next_chunk() for stream in [recorded.stream("a red circle")] for _ in range(4)]
-    stream = recorded.stream("a red circle")
-    got = [stream.next_chunk()]
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            signalled(stream)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert stream.handed == 1
-    got += [stream.rest(), stream.next_chunk(), stream.next_chunk()]
-    assert [frames.shape for frames in got] == [frames.shape for frames in expected]
-    close(got, expected)
-    assert stream.rest().shape[0] == 0
-    stream.close()
-    with pytest.raises(ValueError, match="got a closed one"):
-        stream.next_chunk()
-
-
-def signalled(stream: NativeStream) -> None:
-    """A call in which another thread sends SIGINT while the core works; signals are seen after it."""
-    stop = threading.Event()
-
-    def send() -> None:
-        while not stop.is_set() and not stream._given and stream.handed == 1:
-            time.sleep(0)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    try:
-        while True:
-            stream._ask("next_chunk")
-            time.sleep(0.01)
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_numbers_that_are_not_finite(recorded, fake, native_build, tmp_path):
