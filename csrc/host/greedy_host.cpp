@@ -161,10 +161,10 @@ std::uint64_t run(const Options& options) {
     const greedy_info info = bundle.info();
     greedy::Session session(bundle, options.seed);
     if (!options.image.empty()) session.push_frames(read_ppm(options.image, info.width, info.height).data(), 1);
-    const auto sink = greedy::host::open_sink(options.out, options.format, info.width, info.height, info.fps);
     // Refuses a bad prompt before the first frame. The first one is set last, so it counts.
     for (auto prompt = options.prompts.rbegin(); prompt != options.prompts.rend(); ++prompt)
         session.set_prompt(prompt->second);
+    const auto sink = greedy::host::open_sink(options.out, options.format, info.width, info.height, info.fps);
     const auto note = [&](std::uint64_t frame, const char* why) {
         if (!options.quiet)
             std::fprintf(stderr, "note: the prompt at frame %llu has no effect: %s\n",
