@@ -1,10 +1,8 @@
 """The loop: noise -> denoising steps -> VAE decode -> commit, chunk by chunk, while the caller pulls frames."""
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import zip_longest
 from typing import Any, cast
 
@@ -12,154 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import Preset, TransformerConfig
-from engine.generators import family_of, make_generator
+from engine.generators import family_of
 from engine.generators.base import Generator, Geometry
-from engine.model.text import Tokenizer, check_prompt
-from engine.model.vae import frames_to_uint8, uint8_to_frames
-from engine.runtime.finite import bad_weight, first_bad, kind_of, numbers
+from engine.model.text import check_prompt
+from engine.model.vae import frames_to_uint8
+from engine.runtime.finite import bad_number, first_bad, numbers
 from engine.runtime.handover import HandsOver, Progress
-from engine.runtime.memory_plan import MemoryPlan
 from engine.runtime.passes import Stages
-from engine.runtime.transfer import Download, SideStream, upload
+from engine.runtime.transfer import Download, upload
 from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
 from engine.sampling.schedule import Schedule
 from engine.sampling.solvers import SOLVERS, make_solver
-from engine.weights.lora.merge import Adapters
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """Weights, backend and preset, shared by all streams. All changing state belongs to a Stream."""
-
-    stages: Stages
-    tokenizer: Tokenizer | None
-    config: TransformerConfig
-    preset: Preset
-    preset_name: str
-    dtype: torch.dtype
-    device: torch.device
-    height: int
-    width: int
-    fps: float
-    spatial: int  # pixels per latent pixel, in height and in width
-    temporal: int  # frames per latent frame, after the first
-    kv_dtype: torch.dtype | None = None  # dtype of cached keys and values; None is `dtype`
-    adapters: Adapters | None = None  # whose strengths streams may change
-    notes: tuple[str, ...] = ()  # what a user should know about the weights: what was chosen, what is lossy
-    plan: MemoryPlan | None = None  # the memory that the pipeline and one stream were counted to need
-    low_memory: bool = False  # decode a chunk before the next one is made, on the same queue
-
-    @cached_property
-    def generator(self) -> Generator:
-        """The preset's generator on this pipeline's stages."""
-        return make_generator(self.stages, self.config, self.preset, self.kv_dtype or self.dtype, self.device)
-
-    @cached_property
-    def side(self) -> SideStream:
-        """The queue on which streams decode while their next latents are made."""
-        return SideStream(torch.device("cpu") if self.low_memory else self.device)
-
-    @cached_property
-    def worker(self) -> Executor:
-        """The thread on which streams draw their next chunk's noise."""
-        return ThreadPoolExecutor(1, thread_name_prefix="noise")
-
-    @cached_property
-    def _bad_weight(self) -> str:
-        """Names a weight of transformers and VAE that is not finite; empty if all are."""
-        return bad_weight(self.stages.named_weights(), text=False)
-
-    @cached_property
-    def _bad_text_weight(self) -> str:
-        return bad_weight(self.stages.named_weights(), text=True)
-
-    def check_weights(self, text: bool = False) -> None:
-        """ValueError for a weight of transformers and VAE (`text`: of the text encoder) that is not finite.
-
-        It reads all weights, once. Results alone do not tell: attention on a processor turns NaN scores into zeros.
-        """
-        if bad := self._bad_text_weight if text else self._bad_weight:
-            raise ValueError(bad)
-
-    def warm(self) -> None:
-        """Stream an empty prompt twice, to compile kernels and capture graphs before the first stream."""
-        rows = self.tokenizer.rows if self.tokenizer else 1
-        prompt = torch.zeros(1, rows, self.config.text_dim)
-        for _ in range(2):  # some passes run once per stream, and a graph is captured on the second run
-            with self.stream(prompt) as stream:
-                for _ in range(3):
-                    stream.next_chunk()
-                stream.set_prompt(prompt)  # its passes as well
-                stream.next_chunk()
-
-    @torch.inference_mode()
-    def encode_prompt(self, prompt: str) -> Tensor:
-        """text_emb [1, rows, text_dim] of a prompt. Errors: no tokenizer, numbers that are not finite.
-
-        Warns (PromptWarning) if the prompt has more tokens than the model reads.
-        """
-        if self.tokenizer is None:
-            raise ValueError("got a pipeline without a tokenizer, expected one")
-        ids, mask = self.tokenizer(prompt)
-        self.tokenizer.warn_if_cut(prompt)
-        self.check_weights(text=True)
-        tokens = ids.to(self.device), mask.to(self.device)
-        text_emb = self.stages.encode_text(*tokens).to(self.device, self.dtype)
-        if kind_of(text_emb) is not None:
-            raise first_bad(self.stages, "text", lambda stages: stages.encode_text(*tokens))
-        return text_emb
-
-    @torch.inference_mode()
-    def encode_clip(self, clip: np.ndarray) -> Tensor:
-        """Latents [1, C, F, h, w] of uint8 frames [T, H, W, 3]. F is a multiple of the family's unit.
-
-        A longer clip than 1 + 4 (F - 1) frames loses its beginning; a shorter one (an image) repeats its last frame.
-        ValueError for another shape or dtype.
-        """
-        expected = (self.height, self.width, 3)
-        if clip.ndim != 4 or clip.shape[1:] != expected or clip.dtype != np.uint8 or not len(clip):
-            raise ValueError(
-                f"clip: got {clip.dtype} {list(clip.shape)}, expected uint8 [T, {self.height}, {self.width}, 3]"
-            )
-        unit = family_of(self.preset).unit(self.preset)
-        latents = max((1 + (len(clip) - 1) // self.temporal) // unit, 1) * unit
-        frames = 1 + self.temporal * (latents - 1)
-        self.check_weights()
-        clip = clip[-frames:]
-        if len(clip) < frames:
-            clip = np.concatenate([clip, np.repeat(clip[-1:], frames - len(clip), axis=0)])
-        video = uint8_to_frames(torch.from_numpy(np.ascontiguousarray(clip))[None]).to(self.device, self.dtype)
-        encoded = self.stages.vae_encode(video)
-        if kind_of(encoded) is not None:
-            raise first_bad(self.stages, "clip", lambda stages: stages.vae_encode(video))
-        return encoded
-
-    def stream(
-        self, prompt: str | Tensor, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
-        latents: Tensor | None = None, noise: NoiseSource | None = None,
-    ) -> "Stream":  # fmt: skip
-        """An iterator of uint8 frames [H, W, 3].
-
-        prompt   text, or a text embedding [B, rows, text_dim]; only video 0 of a batch is decoded. Of a text with
-                 more tokens than the model reads, the rest is ignored with a PromptWarning (engine.model.text)
-        seed     0 to 2^64 - 1
-        frames   number of frames to stream; None means no limit
-        clip     uint8 [T, H, W, 3] to start from: one frame is image-to-video, a longer clip is continued
-        latents  an encoded clip [B, C, F, h, w]
-        noise    replaces the seeded source
-
-        Raises ValueError for invalid arguments (got and expected).
-        """
-        if frames is not None and frames < 1:
-            raise ValueError(f"frames: got {frames}, expected at least 1")
-        if clip is not None:
-            latents = self.encode_clip(clip)
-        if noise is None:
-            noise = PhiloxNoise(seed)
-            # A GPU would wait for the draws. A processor has no idle core for another thread.
-            noise = DrawnAhead(noise, self.worker) if self.device.type == "cuda" else noise
-        return Stream(self, prompt, noise, frames, latents)
+from engine.shared import Shared
 
 
 @dataclass(frozen=True)
@@ -202,7 +64,7 @@ class Stream(HandsOver):
     _now: _Progress
 
     def __init__(
-        self, pipeline: Pipeline, prompt: str | Tensor, noise: NoiseSource, frames: int | None, latents: Tensor | None
+        self, pipeline: Shared, prompt: str | Tensor, noise: NoiseSource, frames: int | None, latents: Tensor | None
     ) -> None:
         self.pipeline, self.noise, self.limit = pipeline, noise, frames
         self.schedule = Schedule(pipeline.preset)
@@ -303,7 +165,7 @@ class Stream(HandsOver):
             return cast(tuple[Tensor, bool], self._now.uncommitted)[0], replace(self._now, waiting=None)
         with torch.inference_mode():
             x = self._latent()
-            if kind_of(x) is not None:
+            if bad_number(x) is not None:
                 raise self._not_finite()
         return x, self._accepted(x)
 
@@ -438,7 +300,7 @@ class Stream(HandsOver):
         if not fits or len(prompt) != (batch or len(prompt)):
             raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, expected [{batch or 'B'}, rows, {width}]")
         prompt = prompt.to(self.pipeline.device, self.pipeline.dtype)
-        if (got := kind_of(prompt)) is not None:
+        if (got := bad_number(prompt)) is not None:
             raise ValueError(f"prompt: got {got} in the embedding ({numbers(prompt)}), expected finite numbers")
         return prompt
 
@@ -464,7 +326,7 @@ class Stream(HandsOver):
             raise ValueError(f"latents: got {list(latents.shape)}, expected "
                              f"[{expected[0]}, {expected[1]}, {frames}, {expected[2]}, {expected[3]}]")  # fmt: skip
         latents = latents.to(self.pipeline.device, self.pipeline.dtype)
-        if (got := kind_of(latents)) is not None:
+        if (got := bad_number(latents)) is not None:
             raise ValueError(f"latents: got {got} ({numbers(latents)}), expected finite numbers")
         head = preset.first_chunk or latents.shape[2] % preset.chunk
         rest = latents[:, :, head:].split(preset.chunk, dim=2) if latents.shape[2] > head else ()
@@ -511,7 +373,7 @@ class Stream(HandsOver):
         number, steps = self._now.made, self.schedule.steps(self._now.made)
         self._ahead = None
         noise = self.noise.draw(number, *self._draws(number, self.state.geometry))
-        if not self.supplied and (got := kind_of(noise)) is not None:
+        if not self.supplied and (got := bad_number(noise)) is not None:
             return ValueError(f"noise: got {got} for chunk {number}, expected finite numbers")
 
         def again(stages: Stages) -> None:
@@ -521,3 +383,44 @@ class Stream(HandsOver):
 
         with self._weights():
             return first_bad(self.pipeline.stages, f"chunk {number}", again, [t for t, _ in steps])
+
+
+class Pipeline(Shared):
+    """Weights, backend and preset, and the streams that share them."""
+
+    def warm(self) -> None:
+        """Stream an empty prompt twice, to compile kernels and capture graphs before the first stream."""
+        rows = self.tokenizer.rows if self.tokenizer else 1
+        prompt = torch.zeros(1, rows, self.config.text_dim)
+        for _ in range(2):  # some passes run once per stream, and a graph is captured on the second run
+            with self.stream(prompt) as stream:
+                for _ in range(3):
+                    stream.next_chunk()
+                stream.set_prompt(prompt)  # its passes as well
+                stream.next_chunk()
+
+    def stream(
+        self, prompt: str | Tensor, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
+        latents: Tensor | None = None, noise: NoiseSource | None = None,
+    ) -> Stream:  # fmt: skip
+        """An iterator of uint8 frames [H, W, 3].
+
+        prompt   text, or a text embedding [B, rows, text_dim]; only video 0 of a batch is decoded. Of a text with
+                 more tokens than the model reads, the rest is ignored with a PromptWarning (engine.model.text)
+        seed     0 to 2^64 - 1
+        frames   number of frames to stream; None means no limit
+        clip     uint8 [T, H, W, 3] to start from: one frame is image-to-video, a longer clip is continued
+        latents  an encoded clip [B, C, F, h, w]
+        noise    replaces the seeded source
+
+        Raises ValueError for invalid arguments (got and expected).
+        """
+        if frames is not None and frames < 1:
+            raise ValueError(f"frames: got {frames}, expected at least 1")
+        if clip is not None:
+            latents = self.encode_clip(clip)
+        if noise is None:
+            noise = PhiloxNoise(seed)
+            # A GPU would wait for the draws. A processor has no idle core for another thread.
+            noise = DrawnAhead(noise, self.worker) if self.device.type == "cuda" else noise
+        return Stream(self, prompt, noise, frames, latents)

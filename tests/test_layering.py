@@ -22,7 +22,7 @@ MAY = {
 LEVELS = {
     "engine": [
         "files options threads kernels_folder", "config", "media model", "sampling runtime", "weights generators",
-        "presets", "bundles", "memory", "stream", "loader", "commands", "run", "cli",
+        "presets", "bundles", "memory", "shared", "stream", "loader", "commands", "run", "cli",
     ],
     "distill": ["training", "models", "data", "scores", "stages", "experiments", "__main__"],
     "bench": ["instruments", "adapters", "operations", "report", "commands", "gpu", "__main__"],

@@ -22,6 +22,7 @@ from engine.model.cache import RingCache
 from engine.runtime.passes import Pass, Stages
 from engine.runtime.transfer import SideStream
 from engine.sampling.noise import NoiseSource
+from engine.shared import Shared
 from engine.stream import Pipeline, Stream
 
 # Function of a backend -> part. A transformer's pass is the part that its graph names.
@@ -170,10 +171,10 @@ class MeteredPipeline(Pipeline):
     """A pipeline that charges a meter. It shares its weights with the pipeline that it was made from."""
 
     meter: Meter = field(kw_only=True)
-    plain: Pipeline = field(kw_only=True)
+    plain: Shared = field(kw_only=True)
 
     @classmethod
-    def of(cls, pipeline: Pipeline, meter: Meter) -> "MeteredPipeline":
+    def of(cls, pipeline: Shared, meter: Meter) -> "MeteredPipeline":
         values = {f.name: getattr(pipeline, f.name) for f in fields(Pipeline)}
         values["stages"] = cast(Stages, MeteredStages(pipeline.stages, meter))
         return cls(**values, meter=meter, plain=pipeline)

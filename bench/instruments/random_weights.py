@@ -91,9 +91,6 @@ class RandomSource:
             tensor = _random(name, torch.Size(shape), self._device)
             yield name, self._gain * tensor if name.endswith("attn1.norm_q.weight") else tensor
 
-    def bytes_at(self, dtype: torch.dtype) -> int:
-        return sum(torch.Size(shape).numel() for shape in self._shapes.values()) * dtype.itemsize
-
 
 def _write(
     folder: Path, config: dict[str, Any], shapes: Mapping[str, Tensor], dtype: torch.dtype,

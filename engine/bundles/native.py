@@ -149,7 +149,7 @@ class NativeStream(HandsOver):
             cleaned = clean_prompt(prompt)
             # A character of ASCII is one token at most; an end mark and a space in front may be added.
             if not cleaned.isascii() or len(cleaned) + 2 > self.pipeline.text_rows:
-                self.pipeline.tokenizer.warn_if_cut(prompt)
+                self.pipeline.tokenizer.warn_if_cut(cleaned)
             return
         expected = (1, self.pipeline.text_rows, self.pipeline.text_dim)
         if tuple(prompt.shape) != expected:

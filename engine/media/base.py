@@ -62,7 +62,7 @@ def need(module: str, what: str) -> ModuleType:
         return import_module(module)
     except ImportError as error:
         package = {"av": "av", "PIL.Image": "pillow"}[module]
-        expected = f"it installed (extra `video`, or pip install {package}); .y4m and .rgb need no package"
+        expected = f"it installed (pip install {package}); .y4m and .rgb need no package"
         raise ImportError(f"{what} output: got no package {package}, expected {expected}") from error
 
 

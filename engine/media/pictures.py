@@ -100,7 +100,7 @@ def _opened(path: Path) -> Image.Image:
         import pillow_heif
     except ImportError:
         raise ImportError(
-            f"image: got {path}, a HEIC picture, expected the package pillow_heif to read it: pip install pillow_heif"
+            f"image: got {path}, a HEIC picture, expected the package pillow_heif to read it (extra heic)"
         ) from None
     pillow_heif.register_heif_opener()
     return Image.open(path)

@@ -10,16 +10,12 @@ import numpy as np
 from engine.media.base import BaseSink, Encoding, Output, check_pix_fmt
 
 
-class RawSink(BaseSink):
-    """RGB bytes, frame after frame, no header."""
+class _BytesSink(BaseSink):
+    """Bytes that need no ending: what is written plays."""
 
-    def __init__(self, size: tuple[int, int], rate: Fraction, path: Path | None, encoding: Encoding) -> None:
+    def __init__(self, size: tuple[int, int], path: Path | None) -> None:
         super().__init__(size)
-        encoding.refuse("rgb", "codec", "crf", "pix_fmt")
         self.output = Output(path, self.notes)
-
-    def _put(self, frame: np.ndarray) -> None:
-        self.output.write(frame.data)
 
     def _finish(self) -> None:
         self.output.keep()
@@ -29,6 +25,17 @@ class RawSink(BaseSink):
 
     def _discard(self) -> None:
         self.output.drop()
+
+
+class RawSink(_BytesSink):
+    """RGB bytes, frame after frame, no header."""
+
+    def __init__(self, size: tuple[int, int], rate: Fraction, path: Path | None, encoding: Encoding) -> None:
+        encoding.refuse("rgb", "codec", "crf", "pix_fmt")
+        super().__init__(size, path)
+
+    def _put(self, frame: np.ndarray) -> None:
+        self.output.write(frame.data)
 
 
 # BT.601, limited range. A y4m has no field for the matrix; readers assume this one.
@@ -45,18 +52,17 @@ YUV_OFFSET = np.array([[16], [128], [128]], dtype=np.float32)
 Y4M_SPACE = {"yuv420p": "420jpeg", "yuv422p": "422", "yuv444p": "444"}
 
 
-class Y4mSink(BaseSink):
+class Y4mSink(_BytesSink):
     """YUV4MPEG2, 4:4:4 unless asked otherwise: takes every size, plays everywhere."""
 
     def __init__(self, size: tuple[int, int], rate: Fraction, path: Path | None, encoding: Encoding) -> None:
-        super().__init__(size)
         encoding.refuse("y4m", "codec", "crf")
         self.pix_fmt = encoding.pix_fmt or "yuv444p"
         check_pix_fmt(self.pix_fmt, list(Y4M_SPACE), "y4m", size)
         height, width = size
         shape = f"W{width} H{height} F{rate.numerator}:{rate.denominator} Ip A1:1"
         self.header = f"YUV4MPEG2 {shape} C{Y4M_SPACE[self.pix_fmt]} XCOLORRANGE=LIMITED\n".encode()
-        self.output = Output(path, self.notes)
+        super().__init__(size, path)
 
     def _put(self, frame: np.ndarray) -> None:
         yuv = RGB_TO_YUV @ frame.reshape(-1, 3).T.astype(np.float32) + YUV_OFFSET  # [3, H*W]
@@ -64,15 +70,6 @@ class Y4mSink(BaseSink):
         data = b"".join(np.rint(plane).astype(np.uint8).tobytes() for plane in planes)
         self.output.write(self.header + b"FRAME\n" + data)
         self.header = b""
-
-    def _finish(self) -> None:
-        self.output.keep()
-
-    def _rescue(self) -> Path | None:
-        return self.output.rescue()
-
-    def _discard(self) -> None:
-        self.output.drop()
 
 
 def _thinned(plane: np.ndarray, pix_fmt: str) -> np.ndarray:

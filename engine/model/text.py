@@ -4,6 +4,7 @@ import html
 import re
 import unicodedata
 import warnings
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +120,22 @@ class Tokenizer:
         self._added = self._core.num_special_tokens_to_add(False)  # the end mark
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """ids and mask, each int64 [1, rows]; cuts longer prompts."""
-        return self.ids(clean_prompt(prompt))
-
-    def ids(self, text: str) -> tuple[Tensor, Tensor]:
-        """The same of a text that needs no cleaning."""
-        encoded = self._core.encode(text)
-        return torch.tensor([encoded.ids]), torch.tensor([encoded.attention_mask])
-
-    def warn_if_cut(self, prompt: str) -> None:
-        """A PromptWarning for a prompt of more tokens than `rows`. It counts them and quotes where the rest begins."""
+        """ids and mask, each int64 [1, rows]. Cuts a longer prompt, with a PromptWarning."""
         text = clean_prompt(prompt)
         encoded = self._core.encode(text)
+        self._warn(text, encoded)
+        return _tensors(encoded)
+
+    def ids(self, text: str) -> tuple[Tensor, Tensor]:
+        """The same of a text that needs no cleaning, without a warning."""
+        return _tensors(self._core.encode(text))
+
+    def warn_if_cut(self, text: str) -> None:
+        """A PromptWarning for a cleaned text of more tokens than `rows`, for those who encode it elsewhere."""
+        self._warn(text, self._core.encode(text))
+
+    def _warn(self, text: str, encoded: Any) -> None:
+        """Count the tokens, and quote where the rest begins."""
         if not encoded.overflowing:
             return
         every = sum(sum(part.attention_mask) - self._added for part in [encoded, *encoded.overflowing]) + self._added
@@ -138,7 +143,11 @@ class Tokenizer:
         rest = text[begin:].strip()
         quoted = rest if len(rest) <= _EXCERPT else rest[:_EXCERPT] + "..."
         note = f'the prompt has {every} tokens, the model reads {self.rows}: the rest, from "{quoted}", is ignored'
-        warnings.warn(note, PromptWarning, stacklevel=2)
+        warnings.warn(note, PromptWarning, stacklevel=3)
+
+
+def _tensors(encoded: Any) -> tuple[Tensor, Tensor]:
+    return torch.tensor([encoded.ids]), torch.tensor([encoded.attention_mask])
 
 
 def _core(path: Path) -> Any:
@@ -159,14 +168,14 @@ def _core(path: Path) -> Any:
         raise ValueError(f"{file if file.is_file() else path}: got {reason}, expected a tokenizer") from None
 
 
-class ReadAgain(nn.Module):
+class ReadAgain(nn.Module, ABC):
     """A text encoder without weights of its own: it reads them for every call. It computes on `device`."""
 
     device: torch.device
 
+    @abstractmethod
     def kept(self) -> nn.Module:
         """The same encoder, its weights in memory."""
-        raise NotImplementedError
 
 
 def encode_text(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ _WIDER = {torch.float16: "bf16 or fp32", torch.bfloat16: "fp32"}  # precisions t
 _WATCHED = ("encode_text", "vae_first", "vae_steady", "vae_encode")
 
 
-def kind_of(x: Tensor) -> str | None:
+def bad_number(x: Tensor) -> str | None:
     """nan, inf or -inf if x has such a number, else None. It reads x once, and waits for the device."""
     if not x.is_floating_point() or x.numel() == 0 or x.is_meta:
         return None
@@ -50,7 +50,7 @@ def bad_weight(weights: Iterable[tuple[str, Tensor]], text: bool) -> str:
     for name, tensor in weights:
         # The table of tokens is large, and most rows are never read: those that are show in the embedding.
         wanted = name.startswith("text_encoder ") == text and not name.endswith("embed_tokens.weight")
-        if wanted and (got := kind_of(tensor)) is not None:
+        if wanted and (got := bad_number(tensor)) is not None:
             return f"{name}: got {got} in {numbers(tensor)}, expected finite numbers"
     return ""
 
@@ -120,7 +120,7 @@ class _WatchedStages:
         return run
 
     def _look(self, what: str, x: Tensor) -> None:
-        if (got := kind_of(x)) is not None:
+        if (got := bad_number(x)) is not None:
             raise _Found(self._during + what, got, x)
 
     @contextmanager

@@ -4,7 +4,7 @@ Shapes are known before data is read. 8-bit weights with scales are expanded as 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -33,7 +33,7 @@ _LORA = re.compile(r"(^|\.)lora_(A|B|up|down)(\.|$)")
 
 
 class TensorSource(Protocol):
-    """Named tensors. `shapes` reads no data, `read` yields (name, tensor), `bytes_at` is their size in a dtype."""
+    """Named tensors. `shapes` reads no data, `read` yields (name, tensor)."""
 
     label: str
     files: list[Path]
@@ -41,20 +41,16 @@ class TensorSource(Protocol):
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
     def read(self) -> Iterator[tuple[str, Tensor]]: ...
-    def bytes_at(self, dtype: torch.dtype) -> int: ...
 
 
 class FileSource:
     """The tensors of one part: `found` in the containers, translated, expanded from 8 bits."""
 
     def __init__(
-        self,
-        containers: Sequence[Container],
-        found: Found,
-        label: str,
-        lora: Path | None = None,
+        self, containers: Sequence[Container], found: Found, label: str, lora: Path | None = None,
         others: Sequence[str] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
+        """lora: a file with LoRA weights to merge afterwards; others: prefixes of the parts beside this one."""
         self.label, self.found, self.lora, self._containers = label, found, lora, containers
         self.files = [container.file for container in containers]
         apart = tuple(prefix for prefix in others if prefix != found.prefix and prefix.startswith(found.prefix))
@@ -87,11 +83,19 @@ class FileSource:
         for container in self._containers:
             for layer, format in layers_of_metadata(self.label, container.metadata).items():
                 described.append((unwrapped(layer).removeprefix(self.found.prefix), format))
-        for name, (container, key) in self._keys.items():
-            if name.endswith(".comfy_quant"):
-                _, tensor = next(iter(container.read([key])))
-                described.append((name.removesuffix(".comfy_quant"), format_of(self.label, name, tensor)))
+        told = [name for name in self._keys if name.endswith(".comfy_quant")]
+        for name, tensor in self._stored_tensors(told):
+            described.append((name.removesuffix(".comfy_quant"), format_of(self.label, name, tensor)))
         return described
+
+    def _stored_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors by their names in the file; opens each container once."""
+        wanted = list(names)
+        for container in self._containers:
+            here = {self._keys[name][1]: name for name in wanted if self._keys[name][0] is container}
+            for key, tensor in container.read(here) if here else ():
+                yield here[key], tensor
+                del tensor  # before the next one is read
 
     def _translated(self, stored: Mapping[str, Stored]) -> dict[str, str]:
         names: dict[str, str] = {}
@@ -110,7 +114,7 @@ class FileSource:
         """Whether two keys hold one table of tokens, as files of transformers may."""
         if self.found.naming.part != "text_encoder" or ours != "embed_tokens.weight":
             return False
-        first, second = (next(iter(self._keys[name][0].read([self._keys[name][1]])))[1] for name in names)
+        first, second = (tensor for _, tensor in self._stored_tensors(names))
         return torch.equal(first, second)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -127,29 +131,15 @@ class FileSource:
 
     def read_stored(self, prefix: str = "") -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """(name, tensor, its scale or None), not expanded; of the names that begin with `prefix`."""
-        scales = self._scales(prefix)
-        for container in self._containers:
-            ours = {self._keys[name][1]: (mine, name) for mine, name in self._names.items()
-                    if self._keys[name][0] is container and mine.startswith(prefix)}  # fmt: skip
-            for key, tensor in container.read(ours):
-                mine, name = ours[key]
-                yield mine, tensor, scales.get(name)
-                del tensor
-
-    def _scales(self, prefix: str) -> dict[str, Tensor]:
-        found = {}
-        wanted = {name for mine, name in self._names.items() if mine.startswith(prefix)}
-        for weight, name in self._expansion.scales.items():
-            if weight not in wanted:
-                continue
-            container, key = self._keys[name]
-            _, scale = next(iter(container.read([key])))
+        ours = {name: mine for mine, name in self._names.items() if mine.startswith(prefix)}
+        of_scale = {scale: weight for weight, scale in self._expansion.scales.items() if weight in ours}
+        scales = {}
+        for name, scale in self._stored_tensors(of_scale):
             check_scale_values(self.label, name, scale)
-            found[weight] = scale.clone()
-        return found
-
-    def bytes_at(self, dtype: torch.dtype) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.shapes().values()) * dtype.itemsize
+            scales[of_scale[name]] = scale.clone()
+        for name, tensor in self._stored_tensors(ours):
+            yield ours[name], tensor, scales.get(name)
+            del tensor
 
     def stored(self) -> dict[str, Stored]:
         """Every tensor's shape and its dtype in the file, by the engine's names."""

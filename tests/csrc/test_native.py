@@ -10,6 +10,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -384,6 +385,36 @@ def test_an_interrupt_loses_no_frame(recorded, opcodes):
 def frames_of(results: list[np.ndarray]) -> list[np.ndarray]:
     """An interrupted frame may come back as a chunk of one, so count frames."""
     return [frame for result in results if result.ndim >= 3 for frame in (result if result.ndim == 4 else result[None])]
+
+
+def test_real_signals_lose_no_chunk(recorded):
+    """SIGINT comes at other moments of every call; what the core made is handed over, in order, each chunk once."""
+    count = 12
+    with recorded.stream("a red circle") as stream:
+        expected = [stream.next_chunk() for _ in range(count)]
+    stream, got, interrupts = recorded.stream("a red circle"), [], 0
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
+    try:
+        for number in range(40 * count):
+            timer = threading.Timer(1e-4 * (number % 25), os.kill, (os.getpid(), signal.SIGINT))
+            try:
+                timer.start()
+                try:
+                    got.append(stream.next_chunk())
+                finally:
+                    timer.join()
+                    time.sleep(0)
+            except KeyboardInterrupt:
+                interrupts += 1
+            if stream.handed > len(got):  # returned, but not assigned
+                got.append(stream.last)
+            if len(got) == count:
+                break
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [frames.shape for frames in got] == [frames.shape for frames in expected]
+    close(got, expected)
+    assert interrupts > 0
 
 
 def test_numbers_that_are_not_finite(recorded, fake, native_build, tmp_path):

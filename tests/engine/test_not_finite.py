@@ -15,7 +15,7 @@ import engine
 import engine.run
 from engine.model.vae import frames_to_uint8
 from engine.runtime.cuda_graphs import GraphedStages
-from engine.runtime.finite import bad_weight, kind_of
+from engine.runtime.finite import bad_number, bad_weight
 from engine.runtime.stages import TorchStages
 from engine.sampling.noise import PhiloxNoise, ReplayNoise
 from engine.stream import Stream, _Waiting
@@ -275,16 +275,16 @@ def test_the_command_line(spoil, capfd, tmp_path, monkeypatch, value, status, sa
 def test_kinds(dtype):
     x = torch.linspace(-3, 3, 1001).to(dtype)
     largest = torch.full((3,), torch.finfo(dtype).max).to(dtype)
-    assert kind_of(x) is None
-    assert kind_of(largest) is None
+    assert bad_number(x) is None
+    assert bad_number(largest) is None
     for value in (NAN, INF, -INF):
         y = x.float().clone()
         y[7] = value
         z = y.to(dtype)
         expected = None if z.float().isfinite().all() else str(float(z[7]))
-        assert (kind_of(z) or "").replace("-nan", "nan") == (expected or "")
-    assert kind_of(torch.tensor([1, 2])) is None
-    assert kind_of(torch.zeros(0)) is None
+        assert (bad_number(z) or "").replace("-nan", "nan") == (expected or "")
+    assert bad_number(torch.tensor([1, 2])) is None
+    assert bad_number(torch.zeros(0)) is None
     assert bad_weight([("a", x), ("b", largest)], text=False) == ""
 
 

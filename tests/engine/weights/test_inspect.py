@@ -6,21 +6,15 @@ import shutil
 
 import pytest
 import torch
-from layouts import Published
 from safetensors.torch import save_file
 
 from engine import cli, run
 from engine.loader import EMBEDDED
 
 
-@pytest.fixture(scope="module")
-def published():
-    return Published()
-
-
-@pytest.fixture(scope="module")
-def wan(published, tmp_path_factory):
-    return published.write_wan(tmp_path_factory.mktemp("models") / "wan")
+@pytest.fixture
+def wan(folders):
+    return folders["wan"]
 
 
 def inspected(capsys, path, status=0):

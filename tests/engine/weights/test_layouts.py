@@ -20,18 +20,6 @@ from engine.weights.names import NAMINGS
 SIZE = {"height": HEIGHT, "width": WIDTH, "preset": "self-forcing", "precision": "fp32", "threads": 1}
 
 
-@pytest.fixture(scope="module")
-def published():
-    return Published()
-
-
-@pytest.fixture(scope="module")
-def folders(published, tmp_path_factory):
-    """The same model in diffusers' layout and in Wan's own."""
-    root = tmp_path_factory.mktemp("models")
-    return {"diffusers": published.write_diffusers(root / "diffusers"), "wan": published.write_wan(root / "wan")}
-
-
 def video_of(model, **options):
     """sha256 of the first frames."""
     pipeline = load(model, **{**SIZE, **options})

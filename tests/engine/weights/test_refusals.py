@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from layouts import HEIGHT, WIDTH, Published
+from layouts import HEIGHT, WIDTH
 from safetensors.torch import load_file, save_file
 
 import engine.loader
@@ -17,17 +17,6 @@ from engine import load
 from engine.run import main
 from engine.weights.shapes import transformer_of
 from engine.weights.sources import open_source
-
-
-@pytest.fixture(scope="module")
-def published():
-    return Published()
-
-
-@pytest.fixture(scope="module")
-def folders(published, tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return {"diffusers": published.write_diffusers(root / "diffusers"), "wan": published.write_wan(root / "wan")}
 
 
 @pytest.fixture(autouse=True)

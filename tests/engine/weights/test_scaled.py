@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from layouts import Published, llama_text_names
+from layouts import llama_text_names
 from safetensors.torch import save_file
 
 from engine import load
@@ -16,14 +16,9 @@ from engine.weights.sources import open_source
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-@pytest.fixture(scope="module")
-def published():
-    return Published()
-
-
-@pytest.fixture(scope="module")
-def folder(published, tmp_path_factory):
-    return published.write_wan(tmp_path_factory.mktemp("models") / "wan")
+@pytest.fixture
+def folder(folders):
+    return folders["wan"]
 
 
 def is_linear(name, tensor):

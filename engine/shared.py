@@ -1,0 +1,116 @@
+"""What all streams of a pipeline share: weights, backend, preset, and the encoding of prompts and clips."""
+
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.config import Preset, TransformerConfig
+from engine.generators import family_of, make_generator
+from engine.generators.base import Generator
+from engine.model.text import Tokenizer
+from engine.model.vae import uint8_to_frames
+from engine.runtime.finite import bad_number, bad_weight, first_bad
+from engine.runtime.memory_plan import MemoryPlan
+from engine.runtime.passes import Stages
+from engine.runtime.transfer import SideStream
+from engine.weights.lora.merge import Adapters
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Weights, backend and preset. All changing state belongs to a Stream."""
+
+    stages: Stages
+    tokenizer: Tokenizer | None
+    config: TransformerConfig
+    preset: Preset
+    preset_name: str
+    dtype: torch.dtype
+    device: torch.device
+    height: int
+    width: int
+    fps: float
+    spatial: int  # pixels per latent pixel, in height and in width
+    temporal: int  # frames per latent frame, after the first
+    kv_dtype: torch.dtype | None = None  # dtype of cached keys and values; None is `dtype`
+    adapters: Adapters | None = None  # whose strengths streams may change
+    notes: tuple[str, ...] = ()  # what a user should know about the weights: what was chosen, what is lossy
+    plan: MemoryPlan | None = None  # the memory that the pipeline and one stream were counted to need
+    low_memory: bool = False  # decode a chunk before the next one is made, on the same queue
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The preset's generator on this pipeline's stages."""
+        return make_generator(self.stages, self.config, self.preset, self.kv_dtype or self.dtype, self.device)
+
+    @cached_property
+    def side(self) -> SideStream:
+        """The queue on which streams decode while their next latents are made."""
+        return SideStream(torch.device("cpu") if self.low_memory else self.device)
+
+    @cached_property
+    def worker(self) -> Executor:
+        """The thread on which streams draw their next chunk's noise."""
+        return ThreadPoolExecutor(1, thread_name_prefix="noise")
+
+    @cached_property
+    def _bad_weight(self) -> str:
+        """Names a weight of transformers and VAE that is not finite; empty if all are."""
+        return bad_weight(self.stages.named_weights(), text=False)
+
+    @cached_property
+    def _bad_text_weight(self) -> str:
+        return bad_weight(self.stages.named_weights(), text=True)
+
+    def check_weights(self, text: bool = False) -> None:
+        """ValueError for a weight of transformers and VAE (`text`: of the text encoder) that is not finite.
+
+        It reads all weights, once. Results alone do not tell: attention on a processor turns NaN scores into zeros.
+        """
+        if bad := self._bad_text_weight if text else self._bad_weight:
+            raise ValueError(bad)
+
+    @torch.inference_mode()
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """text_emb [1, rows, text_dim] of a prompt. Errors: no tokenizer, numbers that are not finite.
+
+        Warns (PromptWarning) if the prompt has more tokens than the model reads.
+        """
+        if self.tokenizer is None:
+            raise ValueError("got a pipeline without a tokenizer, expected one")
+        ids, mask = self.tokenizer(prompt)
+        self.check_weights(text=True)
+        tokens = ids.to(self.device), mask.to(self.device)
+        text_emb = self.stages.encode_text(*tokens).to(self.device, self.dtype)
+        if bad_number(text_emb) is not None:
+            raise first_bad(self.stages, "text", lambda stages: stages.encode_text(*tokens))
+        return text_emb
+
+    @torch.inference_mode()
+    def encode_clip(self, clip: np.ndarray) -> Tensor:
+        """Latents [1, C, F, h, w] of uint8 frames [T, H, W, 3]. F is a multiple of the family's unit.
+
+        A longer clip than 1 + 4 (F - 1) frames loses its beginning; a shorter one (an image) repeats its last frame.
+        ValueError for another shape or dtype.
+        """
+        expected = (self.height, self.width, 3)
+        if clip.ndim != 4 or clip.shape[1:] != expected or clip.dtype != np.uint8 or not len(clip):
+            raise ValueError(
+                f"clip: got {clip.dtype} {list(clip.shape)}, expected uint8 [T, {self.height}, {self.width}, 3]"
+            )
+        unit = family_of(self.preset).unit(self.preset)
+        latents = max((1 + (len(clip) - 1) // self.temporal) // unit, 1) * unit
+        frames = 1 + self.temporal * (latents - 1)
+        self.check_weights()
+        clip = clip[-frames:]
+        if len(clip) < frames:
+            clip = np.concatenate([clip, np.repeat(clip[-1:], frames - len(clip), axis=0)])
+        video = uint8_to_frames(torch.from_numpy(np.ascontiguousarray(clip))[None]).to(self.device, self.dtype)
+        encoded = self.stages.vae_encode(video)
+        if bad_number(encoded) is not None:
+            raise first_bad(self.stages, "clip", lambda stages: stages.vae_encode(video))
+        return encoded
