@@ -136,6 +136,8 @@ def _containers(path: Path, containers: Sequence[Container]) -> Report:
                 options.append(one)
         except ValueError as error:
             report.problem = report.problem or str(error)
+    if any(one.naming.part == "transformer" for one in options):
+        report.lines.append("preset: the file does not tell; name the one that it was trained for")
     if options:
         report.problem = None
         report.command = _command(path, options)

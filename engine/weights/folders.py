@@ -27,6 +27,7 @@ from engine.weights.sources import (
 )
 
 _STANDARD = ("diffusion_pytorch_model", "model")  # names that go first where two files hold the same part
+_SHAPE_KEYS = {"num_layers", "z_dim", "d_model"}  # a config.json of a transformer, a VAE, a text encoder has one
 _TOKENIZER = ("tokenizer.json", "spiece.model")
 # Parts of a pipeline that the engine runs or needs not; any other one that is there changes the video.
 _CLASSES = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan", "text_encoder": "UMT5EncoderModel"}
@@ -132,7 +133,9 @@ def _source(part: Part, given: Given, directory: "_Directory | None") -> FileSou
 def _config(part: Part, given: Path | None, directory: "_Directory | None") -> dict[str, Any] | None:
     """The raw config that goes with a part: beside the given file's folder, or the directory's."""
     if given is not None and given.is_dir() and (given / "config.json").is_file():
-        return read_json(given / "config.json")
+        raw = read_json(given / "config.json")
+        if _SHAPE_KEYS & raw.keys():  # else it belongs to the training that wrote the checkpoint
+            return raw
     if given is not None and part != "transformer":
         return None  # a file: its tensors tell
     return directory.config(part) if directory else None

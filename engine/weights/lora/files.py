@@ -52,12 +52,13 @@ def read_tensors(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     loaded, _ = load_torch(file)
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{file}: got {type(loaded).__name__}, expected a dictionary of tensors")
-    states = [name for name in _STATES if isinstance(loaded.get(name), Mapping)]
+    states = [name for name in _STATES if isinstance(loaded.get(name), Mapping) and loaded[name]]
     if not states and not any(isinstance(value, Tensor) for value in loaded.values()):
         raise ValueError(f"{file}: got keys {shorten(list(map(str, loaded)))}, expected LoRA tensors, "
                          f"or one of {', '.join(_STATES)}")  # fmt: skip
     loaded = loaded[states[0]] if states else loaded
-    return {str(key): value for key, value in loaded.items()}, {}
+    # Some tools write alpha as a number; every other number or text, as a count of steps, belongs to the training.
+    return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor) or "alpha" in str(key)}, {}
 
 
 def _stored_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:

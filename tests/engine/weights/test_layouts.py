@@ -197,6 +197,7 @@ def test_states_of_training_checkpoints(folders, published, tmp_path, states, pr
 
     torch.save(filled(states), file)
     expected = video_of(folders["diffusers"], preset=preset)
+    (file.parent / "config.json").write_text('{"learning_rate": 2e-6}')  # of the training
     for path in (file, file.parent):
         assert video_of(folders["wan"], checkpoint=path, preset=preset) == expected
     notes = load(folders["wan"], checkpoint=file, **{**SIZE, "preset": preset}).notes

@@ -166,6 +166,15 @@ def test_contents_decide_and_not_the_file_name(tmp_path, kind, suffix):
     near(merged(tmp_path / f"lora{suffix}"), expected)
 
 
+def test_what_training_leaves_in_a_file_is_no_weight(tmp_path):
+    made = matrices()
+    expected = diffusers_weights(spelled(made, **SPELLINGS["diffusers"]))
+    torch.save(spelled(made) | {"global_step": 100, "config": {"rank": 4}, "note": "mine"}, tmp_path / "flat.pt")
+    torch.save({"generator_lora": {}, "lora": spelled(made)}, tmp_path / "empty.pt")
+    for name in ("flat.pt", "empty.pt"):
+        near(merged(tmp_path / name), expected)
+
+
 def test_alpha_may_be_a_plain_number(tmp_path):
     made = matrices(IN_BLOCKS)
     tensors = spelled(made) | {f"{wan}.alpha": 6 for wan in IN_BLOCKS}
