@@ -114,8 +114,8 @@ class Recording:
         while self.strengths and self.strengths[0][0] <= self.interrupt.written:
             frame, strengths = self.strengths.pop(0)
             for name in strengths.keys() & due.keys():
-                why = f"the one at {frame}f replaces it before a chunk begins"
-                self.notes.add(f"--adapter-at ... {name}={due[name]:g} has no effect: {why}")
+                why = f"{name}={strengths[name]:g} at {frame}f replaces it before a chunk begins"
+                self.notes.add(f"--adapter-at {name}={due[name]:g} has no effect: {why}")
             due |= strengths
         if due:
             stream.set_adapters(due, recommit=recommit)

@@ -80,11 +80,11 @@ def test_a_full_size_chunk_takes_no_more_launches_and_bytes_than_it_did():
     totals = {name: [call.total for call in calls] for name, calls in stages.parts.items()}
     launches = {name: sum(n for n, _ in found) for name, found in totals.items()}
     moved = {name: sum(b for _, b in found) / 1e9 for name, found in totals.items()}
-    assert launches["vae"] <= 104
+    assert launches["vae"] <= 105  # one finds the largest value, which tells whether the frames are finite
     ours = ("convolve_hopper", "_taps", "_add_planes", "_interleave_phases")
     assert [stages.parts["vae"][0].launches[kernel] for kernel in ours] == [6, 1, 1, 3]
     assert moved["vae"] <= 26.9
-    assert sum(launches.values()) <= 2598
+    assert sum(launches.values()) <= 2599
     assert sum(moved.values()) <= 101.3
 
 

@@ -341,7 +341,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     for target, package in (("clip.mp4", "av"), ("clip.gif", "pillow"), ("shots/", "pillow")):
-        with pytest.raises(ImportError, match=f"got no package {package}.*video"):
+        with pytest.raises(ImportError, match=f"got no package {package}, expected it installed"):
             open_sink(f"{tmp_path}/{target}", FPS, SIZE)
     write(tmp_path / "clip.y4m", moving_square(2))
     assert [p.name for p in tmp_path.iterdir()] == ["clip.y4m"]

@@ -395,7 +395,7 @@ def test_the_command_line(capfd, model_dir, files):
     code, report, err = run(capfd, model_dir, "--frames", 17, "--adapter", f"{a}:0.5", "--adapter", b, "--adapter-at",
                             "9f", "b=-1", "--adapter-at", "9f", "b=0.25")  # fmt: skip
     assert code == 0, err
-    assert report["notes"] == []
+    assert report["notes"] == ["--adapter-at b=-1 has no effect: b=0.25 at 9f replaces it before a chunk begins"]
     stream = engine.load(model_dir, adapters=[(a, 0.5), b]).stream("a red circle", seed=1)
     frames = [stream.next_chunk() for _ in range(3)]
     stream.set_adapters({"b": 0.25})
@@ -418,13 +418,16 @@ def test_the_command_line_prints_notes(capfd, model_dir, files, tmp_path):
         (["--adapter", "/nowhere.safetensors"], "adapter: got /nowhere.safetensors, expected a LoRA file"),
         (["--adapter", "{a}:much"], "a.safetensors:much, expected a LoRA file"),
         (["--adapter", "{a}", "--adapter", "{a}:0.5"], "got the name 'a' for"),
-        (["--adapter-at", "1s", "a=1"], "--adapter-at: got 'a=1', expected NAME=STRENGTH, the name one of --adapter"),
+        (["--adapter-at", "1s", "a=1"], "--adapter-at: got 'a=1', expected --adapter as well"),
         (["--adapter", "{a}", "--adapter-at", "1s", "b=1"], "got 'b=1', expected NAME=STRENGTH, the name one of a"),
         (["--adapter", "{a}", "--adapter-at", "1s", "a"], "got 'a', expected NAME=STRENGTH"),
         (["--adapter", "{a}", "--adapter-at", "1s", "a=x"], "got 'a=x', expected NAME=STRENGTH, as in a=0.5"),
         (["--adapter", "{a}", "--adapter-at", "1s", "a=inf"], "got strength inf, expected a finite number"),
         (["--adapter", "{a}", "--adapter-at", "soon", "a=1"], "--adapter-at: got 'soon', expected a time"),
-        (["--adapter", "{a}", "--adapter-at", "99s", "a=1"], "expected a frame before the end (17)"),
+        (
+            ["--adapter", "{a}", "--adapter-at", "99s", "a=1"],
+            "--adapter-at 99s: got frame 792, expected one before the end at 17",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
