@@ -287,7 +287,7 @@ def threads_of_bundle(threads: int | None, manifest: "Manifest", device: torch.d
 def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int | None = None) -> Pipeline:
     """Load a pipeline that runs a bundle's compiled graphs. The bundle fixes size, preset and precision.
 
-    backend  a name of BACKENDS; None is the first one in the bundle
+    backend  a name of BACKENDS, or of one entry of the manifest; None is the first one that runs on this machine
     threads  CPU threads; None chooses as in Runtime
 
     The graphs of aoti and tensorrt are code: load only bundles from a source whose programs you would run. Raises
@@ -296,25 +296,33 @@ def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int 
     from engine.bundles.manifest import read_manifest  # imported here: only bundles need their packages
     from engine.bundles.registry import BACKENDS
     from engine.bundles.stages import DTYPES as TENSOR_DTYPES
+    from engine.bundles.stages import NotHere
 
     folder = Path(folder)
     manifest = read_manifest(folder)
-    found = [spec for spec in manifest.backends.values() if backend in (None, spec.backend)]
+    found = [spec for spec in manifest.backends.values() if backend in (None, spec.backend, spec.key)]
     if not found:
         raise ValueError(f"bundle: got backend {backend!r}, expected one of {', '.join(manifest.backends)}")
-    tokenizer = Tokenizer(folder / manifest.tokenizer)
+    tokenizer, preset = Tokenizer(folder / manifest.tokenizer), manifest.preset_value()
     if tokenizer.rows != manifest.text_rows:
         raise ValueError(f"bundle: got a tokenizer of {tokenizer.rows} rows, expected {manifest.text_rows}")
-    device, preset = torch.device(found[0].target.split("-")[0]), manifest.preset_value()
-    count = threads_of_bundle(threads, manifest, device)
-    stages = BACKENDS[found[0].backend].load()(folder, manifest, found[0], count, device)
-    graph = found[0].graphs[family_of(preset).passes[0].graph]
-    latent, keys = (next(spec for spec in graph.inputs if spec.name == name) for name in ("latent", "k_0"))
-    return Pipeline(
-        stages, tokenizer, manifest.transformer_value(), preset, manifest.preset_name,
-        TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
-        manifest.spatial, manifest.temporal, TENSOR_DTYPES[keys.dtype],
-    )  # fmt: skip
+    refused: list[str] = []
+    for spec in found:
+        device = torch.device(spec.target.split("-")[0])
+        count = threads_of_bundle(threads, manifest, device)
+        try:
+            stages = BACKENDS[spec.backend].load()(folder, manifest, spec, count, device)
+        except NotHere as error:
+            refused.append(str(error))
+            continue
+        graph = spec.graphs[family_of(preset).passes[0].graph]
+        latent, keys = (next(spec for spec in graph.inputs if spec.name == name) for name in ("latent", "k_0"))
+        return Pipeline(
+            stages, tokenizer, manifest.transformer_value(), preset, manifest.preset_name,
+            TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
+            manifest.spatial, manifest.temporal, TENSOR_DTYPES[keys.dtype],
+        )  # fmt: skip
+    raise NotHere("; ".join(dict.fromkeys(refused)))
 
 
 def training_note(

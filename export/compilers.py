@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from engine.bundles.aoti import target_of
 from engine.bundles.manifest import TensorSpec
-from engine.bundles.tensorrt import require_tensorrt
+from engine.bundles.stages import NotHere
+from engine.bundles.tensorrt import gpu_of, require_tensorrt
 from export.aoti import compile_program, constants_of, source_of
 from export.onnx_graph import to_onnx
 from export.program import Program
-from export.tensorrt import BuildOptions, build_plan
-from export.tensorrt_onnx import spell_for_tensorrt
+from export.tensorrt.build import ADA_ON, BuildOptions, build_plan
+from export.tensorrt.spelling import spell_for_tensorrt
 
 
 class Compiler(ABC):
@@ -104,21 +105,27 @@ class TensorrtCompiler(Compiler):
 
     backend = "tensorrt"
     suffix = "plan"
+    gpus: tuple[int, ...] = ()  # that the plans are for, where the package builds for others than this machine's
+    grouped = False  # spelling of attention: HeadCaches
 
     def __init__(self, options: BuildOptions | None = None) -> None:
-        self.trt = require_tensorrt()
-        self.target = target_of(torch.device("cuda"))
         self.options = options or BuildOptions()
+        self.trt = require_tensorrt(self.backend)
+        if self.options.gpu:
+            got = ", ".join(map(str, self.options.gpu))
+            raise ValueError(f"--gpu: got {got} for tensorrt, expected none: it builds for this machine's GPU")
+        self.target = f"cuda-{gpu_of(self.backend, torch.device('cuda'))}"
 
     @property
     def versions(self) -> dict[str, str]:
-        return {"tensorrt": self.trt.__version__, "torch": torch.__version__}
+        return {self.backend: self.trt.__version__, "torch": torch.__version__}
 
     def write(self, program: Program, file: Path) -> dict[str, Tensor]:
-        spell = partial(spell_for_tensorrt, attention=self.options.attention)
+        spell = partial(spell_for_tensorrt, attention=self.options.attention, grouped=self.grouped)
         made = to_onnx(replace(program.graph, module=cast(nn.Module, program.traced)), spell)
         weights = {name: _tensor(value) for name, value in made.weights.items()}
-        file.write_bytes(build_plan(made.model.SerializeToString(), weights, self.options))
+        model = made.model.SerializeToString()
+        file.write_bytes(build_plan(model, weights, self.options, self.backend, self.gpus))
         return weights if self.options.strip else {}
 
     def signature(self, program: Program) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -139,19 +146,39 @@ class TensorrtCompiler(Compiler):
         return [stored(spec) for spec in program.inputs], [stored(spec) for spec in program.outputs]
 
 
-# Rows as engine.bundles.registry.BACKENDS has them.
-COMPILERS: dict[str, Callable[[torch.device, BuildOptions | None], Compiler]] = {
-    "onnx": lambda device, plans: OnnxCompiler(),
-    "aoti": lambda device, plans: AotiCompiler(device),
-    "tensorrt": lambda device, plans: TensorrtCompiler(plans),
+class TensorrtRtxCompiler(TensorrtCompiler):
+    """Plans of TensorRT for RTX, for named GPUs of one generation; this machine needs none."""
+
+    backend = "tensorrt_rtx"
+
+    def __init__(self, options: BuildOptions, gpus: tuple[int, ...]) -> None:
+        if options.attention.startswith("plugin"):
+            raise ValueError(f"tensorrt_rtx: got attention {options.attention}, expected native or native_fp8: "
+                             "it takes no plugins of this kind")  # fmt: skip
+        if options.strip and not torch.cuda.is_available():
+            raise NotHere("tensorrt_rtx: got --strip without a GPU, expected one: it makes such plans on a GPU only")
+        self.options, self.gpus = options, gpus
+        self.trt = require_tensorrt(self.backend)
+        self.target = "cuda-" + "_".join(f"sm{gpu}" for gpu in gpus)
+        self.grouped = set(gpus) <= set(ADA_ON)
+
+
+# Rows as engine.bundles.registry.BACKENDS has them. `fp8`: whether graphs have FP8 products.
+COMPILERS: dict[str, Callable[[torch.device, BuildOptions, bool], list[Compiler]]] = {
+    "onnx": lambda device, plans, fp8: [OnnxCompiler()],
+    "aoti": lambda device, plans, fp8: [AotiCompiler(device)],
+    "tensorrt": lambda device, plans, fp8: [TensorrtCompiler(plans)],
+    "tensorrt_rtx": lambda device, plans, fp8: [TensorrtRtxCompiler(plans, row) for row in plans.generations(fp8)],
 }
 
 
-def compiler_of(backend: str, device: torch.device, plans: BuildOptions | None = None) -> Compiler:
-    """The compiler of a backend for the device that the pipeline is on."""
+def compilers_of(
+    backend: str, device: torch.device, plans: BuildOptions | None = None, fp8: bool = False
+) -> list[Compiler]:
+    """The compilers of a backend, one for each target, for the device that the pipeline is on."""
     if backend not in COMPILERS:
         raise ValueError(f"export: got backend {backend!r}, expected one of {', '.join(COMPILERS)}")
-    return COMPILERS[backend](device, plans)
+    return COMPILERS[backend](device, plans or BuildOptions(), fp8)
 
 
 def _tensor(value: np.ndarray) -> Tensor:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -31,11 +31,11 @@ from engine.files import whole_folder
 from engine.loader import load_bundle
 from engine.model.text import clean_prompt, fold_prompt
 from engine.stream import Pipeline
-from export.compilers import Compiler, compiler_of
+from export.compilers import Compiler, compilers_of
 from export.fp8 import is_quantized
 from export.graphs import stage_graphs
 from export.program import trace
-from export.tensorrt import BuildOptions
+from export.tensorrt.build import BuildOptions
 
 GOLDEN_CHUNKS = 3
 # Allowed difference, in grey levels, of golden frames from torch's frames of the same precision, and of replayed frames
@@ -106,7 +106,8 @@ def write_bundle(
         raise FileNotFoundError(f"export: got no tokenizer in {tokenizer}, expected a directory")
     if not backends or len(set(backends)) != len(backends):
         raise ValueError(f"export: got backends {', '.join(backends) or 'none'}, expected each once")
-    compilers = [compiler_of(backend, pipeline.device, plans) for backend in backends]
+    fp8 = is_quantized(pipeline)
+    compilers = [one for backend in backends for one in compilers_of(backend, pipeline.device, plans, fp8)]
     with whole_folder(out) as part:
         yield from _write(pipeline, part, tokenizer, prompt, seed, compilers, Reusable(reuse))
 
@@ -173,9 +174,9 @@ def _compile(
 def _add_golden(part: Path, manifest: Manifest, golden: dict[str, Tensor]) -> Iterator[str]:
     """Replay the golden frames on the written bundle, compare them with torch's, and store them beside these."""
     allowed = TOLERANCE[manifest.precision]
-    for key, backend in manifest.backends.items():
+    for key in manifest.backends:
         try:
-            frames = _replayed(part, manifest, backend.backend)
+            frames = _replayed(part, manifest, key)
         except NotHere as error:
             yield f"{key}: golden frames not replayed: {error}"
             continue
@@ -225,23 +226,31 @@ def golden_frames(pipeline: Pipeline, prompt: str | Tensor, seed: int) -> np.nda
         return np.concatenate([stream.next_chunk() for _ in range(GOLDEN_CHUNKS)])
 
 
-def verify_bundle(folder: Path, backends: Sequence[str] = ()) -> dict[str, int]:
+def verify_bundle(folder: Path, backends: Sequence[str] = ()) -> dict[str, int | NotHere]:
     """Check every hash, then replay the golden frames on `backends` (on all where empty).
 
     Returns each backend's difference in grey levels, as TOLERANCE counts it: from the frames that it gave when it was
-    exported, or from torch's where it could not run there.
+    exported, or from torch's where it could not run there. Where it does not run here, it returns the reason; if none
+    of a named backend runs here, or none at all, it raises that.
     """
     manifest = read_manifest(folder)
     check_hashes(folder, manifest)
     stored = load_file(folder / manifest.golden.file)
-    worst = {}
+    found: dict[str, int | NotHere] = {}
     for key, backend in manifest.backends.items():
         if not backends or backend.backend in backends:
-            frames = _replayed(folder, manifest, backend.backend)
-            worst[key] = _apart(frames, stored.get(f"frames.{key}", stored["frames"]), manifest.precision)
-    if not worst:
-        raise ValueError(f"verify: got backend {', '.join(backends)}, expected one of {', '.join(manifest.backends)}")
-    return worst
+            try:
+                frames = _replayed(folder, manifest, key)
+                found[key] = _apart(frames, stored.get(f"frames.{key}", stored["frames"]), manifest.precision)
+            except NotHere as error:
+                found[key] = error
+    for name in backends or [""]:
+        results = [result for key, result in found.items() if name in ("", manifest.backends[key].backend)]
+        if not results:
+            raise ValueError(f"verify: got backend {name}, expected one of {', '.join(manifest.backends)}")
+        if all(isinstance(result, NotHere) for result in results):
+            raise cast(NotHere, results[0])
+    return found
 
 
 def _apart(got: np.ndarray, expected: Tensor, precision: str) -> int:

@@ -1,9 +1,12 @@
 """The tensorrt backend: the graphs of a bundle as plans of TensorRT 11, on an NVIDIA GPU.
 
-This file is written against TensorRT 11, but we have never run it with TensorRT: we had no machine with it. Tests check
-every name against the published API and drive this file with a stand-in. As with aoti, such a bundle is code.
+This file is written against TensorRT 11, but we have never run a plan: we had no machine for it. Tests check every name
+against the published API, and against TensorRT for RTX itself, and drive this file with a stand-in. As with aoti, such
+a bundle is code.
 """
 
+import functools
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,20 +19,38 @@ from engine.bundles.aoti import target_of
 from engine.bundles.manifest import BackendSpec, GraphSpec, Manifest
 from engine.bundles.stages import DTYPES, GraphStages, NotHere, check_inputs
 
-MAJOR = 11
+MAJORS = {"tensorrt": 11, "tensorrt_rtx": 1}  # package -> the version that this is written against
+UNREAD = "unread_"  # outputs of these names lead the builder to a better plan; they share memory that is never read
 REPLAYS = 8  # CUDA graphs kept per plan, for streams and prompts that take turns
 _TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn", "INT64": "int64"}
 
 
-def require_tensorrt() -> Any:
-    """The package tensorrt in version MAJOR. NotHere if it is missing or has another version."""
+def require_tensorrt(package: str = "tensorrt") -> Any:
+    """A package of MAJORS in that version. NotHere if it is missing or has another version."""
+    expected = f"version {MAJORS[package]}"
     try:
-        import tensorrt as trt
-    except ImportError:
-        raise NotHere(f"tensorrt: got no package tensorrt, expected version {MAJOR}") from None
-    if int(trt.__version__.split(".")[0]) != MAJOR:
-        raise NotHere(f"tensorrt: got version {trt.__version__}, expected {MAJOR}")
+        trt = importlib.import_module(package)
+    except ImportError as error:  # also a library that the package needs
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        why = f"no package {package}" if missing else str(error).splitlines()[0]
+        raise NotHere(f"{package}: got {why}, expected {expected}") from None
+    if int(trt.__version__.split(".")[0]) != MAJORS[package]:
+        raise NotHere(f"{package}: got version {trt.__version__}, expected {MAJORS[package]}")
     return trt
+
+
+@functools.cache
+def logger_of(trt: Any) -> Any:
+    """One logger per process: the library keeps the first that it is given."""
+    return trt.Logger(trt.Logger.WARNING)
+
+
+def gpu_of(package: str, device: torch.device) -> str:
+    """smXY of the GPU that a device is. NotHere without one."""
+    try:
+        return target_of(device).removeprefix("cuda-")
+    except NotHere:
+        raise NotHere(f"{package}: got no GPU, expected one that its plans are for") from None
 
 
 def type_of(trt: Any, dtype: str) -> Any:
@@ -59,17 +80,23 @@ class TensorrtGraph:
     """
 
     def __init__(
-        self, name: str, file: Path, spec: GraphSpec, weights: dict[str, Tensor], runtime: Any, device: torch.device
-    ) -> None:
-        self.name, self.spec, self.device = name, spec, device
-        engine = runtime.deserialize_cuda_engine(file.read_bytes())
+        self, name: str, file: Path, spec: GraphSpec, weights: dict[str, Tensor], runtime: Any, device: torch.device,
+        trt: Any, new_context: Callable[[Any, bytes], Any] = lambda engine, plan: engine.create_execution_context(),
+    ) -> None:  # fmt: skip
+        """trt is the package of the plan; new_context makes an execution context of (engine, plan)."""
+        self.name, self.spec, self.device, self.trt = name, spec, device, trt
+        plan = file.read_bytes()
+        engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise NotHere(f"{file}: got a plan that does not load, expected one built by this TensorRT for this GPU")
-        self._check(file, engine)
+        unread = self._check(file, engine)
         if weights:
-            _refit(file, engine, weights)
+            self._refit(file, engine, weights)
         self.engine = engine
-        self.context = engine.create_execution_context()
+        self.context = new_context(engine, plan)
+        self._unread = torch.empty(max(unread.values(), default=0), dtype=torch.uint8, device=device)
+        for output in unread:
+            self._bind(output, self._unread)
         resident = {*spec.aliases.values(), *(i.name for i in spec.inputs if i.name.startswith("text_"))}
         self.resident = [i.name for i in spec.inputs if i.name in resident] if spec.aliases else []
         self._buffers: dict[str, Tensor] = {}
@@ -81,15 +108,22 @@ class TensorrtGraph:
                 self._buffers[tensor.name] = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=device)
                 self._bind(tensor.name, self._buffers[tensor.name])
 
-    def _check(self, file: Path, engine: Any) -> None:
-        """Compare the plan with the manifest: with a wrong one the plan could read or write past a buffer."""
-        trt = require_tensorrt()
+    def _check(self, file: Path, engine: Any) -> dict[str, int]:
+        """Compare the plan with the manifest: with a wrong one the plan could read or write past a buffer.
+
+        Returns the bytes of each output that only the plan has.
+        """
+        trt = self.trt
         modes = {trt.TensorIOMode.INPUT: "input", trt.TensorIOMode.OUTPUT: "output"}
-        real = {}
+        real, unread = {}, {}
         for number in range(engine.num_io_tensors):
             tensor = engine.get_tensor_name(number)
-            size = math.prod(engine.get_tensor_shape(tensor))
-            real[tensor] = modes[engine.get_tensor_mode(tensor)], engine.get_tensor_dtype(tensor), size
+            size, dtype = math.prod(engine.get_tensor_shape(tensor)), engine.get_tensor_dtype(tensor)
+            mode = modes[engine.get_tensor_mode(tensor)]
+            if mode == "output" and tensor.startswith(UNREAD):
+                unread[tensor] = size * DTYPES[_TYPES[dtype.name]].itemsize
+            else:
+                real[tensor] = mode, dtype, size
         sides = {"input": self.spec.inputs, "output": self.spec.outputs}
         told = {
             spec.name: (mode, type_of(trt, spec.dtype), math.prod(spec.shape))  # caches have one axis more
@@ -103,6 +137,7 @@ class TensorrtGraph:
         for output, replaced in self.spec.aliases.items():
             if (shared := engine.get_aliased_input_tensor(output)) != replaced:
                 raise ValueError(f"{file}: {output}: got {replaced!r} at its address, expected {shared!r}")
+        return unread
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on torch's current stream; an output with an alias overwrites that input."""
@@ -155,25 +190,25 @@ class TensorrtGraph:
         if not self.context.execute_async_v3(_stream(self.device)):
             raise RuntimeError(f"{self.name}: TensorRT did not start the plan")
 
-
-def _refit(file: Path, engine: Any, weights: dict[str, Tensor]) -> None:
-    """Load the bundle's weights into a plan that was stored without them."""
-    trt = require_tensorrt()
-    refitter = trt.Refitter(engine, trt.Logger(trt.Logger.WARNING))
-    kept = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
-    for name in refitter.get_missing_weights():
-        if name not in kept:
-            raise ValueError(f"{file}: got no weight {name!r} in the manifest, expected what the plan lacks")
-        tensor = kept[name]
-        dtype = type_of(trt, str(tensor.dtype).removeprefix("torch."))
-        if not refitter.set_named_weights(name, trt.Weights(dtype, tensor.data_ptr(), tensor.numel())):
-            raise ValueError(f"{file}: {name}: got {tensor.dtype} {list(tensor.shape)}, expected what the plan lacks")
-    if not refitter.refit_cuda_engine():
-        raise ValueError(f"{file}: got weights that do not complete the plan, expected those it was built with")
+    def _refit(self, file: Path, engine: Any, weights: dict[str, Tensor]) -> None:
+        """Load the bundle's weights into a plan that was stored without them."""
+        trt = self.trt
+        refitter = trt.Refitter(engine, logger_of(trt))
+        kept = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+        for name in refitter.get_missing_weights():
+            if name not in kept:
+                raise ValueError(f"{file}: got no weight {name!r} in the manifest, expected what the plan lacks")
+            tensor = kept[name]
+            dtype = type_of(trt, str(tensor.dtype).removeprefix("torch."))
+            if not refitter.set_named_weights(name, trt.Weights(dtype, tensor.data_ptr(), tensor.numel())):
+                got = f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(f"{file}: {name}: got {got}, expected what the plan lacks")
+        if not refitter.refit_cuda_engine():
+            raise ValueError(f"{file}: got weights that do not complete the plan, expected those it was built with")
 
 
 class TensorrtStages(GraphStages):
-    """Stages of a bundle's tensorrt backend."""
+    """Stages of a bundle's tensorrt backend. Its target names one or several GPUs, as cuda-sm89_sm120."""
 
     name = "tensorrt"
     executable = True
@@ -181,13 +216,14 @@ class TensorrtStages(GraphStages):
     def __init__(
         self, folder: Path, manifest: Manifest, backend: BackendSpec, threads: int, device: torch.device
     ) -> None:
-        trt = require_tensorrt()
-        if backend.target != (here := target_of(device)):
-            raise NotHere(f"tensorrt: got plans for {backend.target}, expected {here}, which this machine runs")
-        if (made := backend.versions.get("tensorrt")) != trt.__version__:
-            raise NotHere(f"tensorrt: got plans of version {made}, expected {trt.__version__} (export again)")
-        self.runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        self.trt = require_tensorrt(self.name)
+        here = gpu_of(self.name, device)
+        if here not in backend.target.removeprefix("cuda-").split("_"):
+            raise NotHere(f"{self.name}: got plans for {backend.target}, expected cuda-{here}, which this machine runs")
+        if (made := backend.versions.get(self.name)) != self.trt.__version__:
+            raise NotHere(f"{self.name}: got plans of version {made}, expected {self.trt.__version__} (export again)")
+        self.runtime = self.trt.Runtime(logger_of(self.trt))
         super().__init__(folder, manifest, backend, threads, device)
 
     def open_graph(self, name: str, file: Path, spec: GraphSpec) -> TensorrtGraph:
-        return TensorrtGraph(name, file, spec, self.weights.of(name, spec), self.runtime, self.device)
+        return TensorrtGraph(name, file, spec, self.weights.of(name, spec), self.runtime, self.device, self.trt)

@@ -89,7 +89,7 @@ class Bundle:
 
     bundle: Path | None = option(None, "stream from a bundle that python -m export wrote", metavar="DIR")
     backend: str | None = option(
-        None, "default: torch; with --bundle its first", choices=("torch", *BACKENDS, "native")
+        None, "default: torch; with --bundle its first that runs here", choices=("torch", *BACKENDS, "native")
     )  # fmt: skip
 
 

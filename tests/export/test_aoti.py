@@ -24,7 +24,7 @@ from engine.runtime.passes import Pass
 from engine.stream import Pipeline
 from export.__main__ import main as export_main
 from export.aoti import compile_program, constants_of, source_of
-from export.compilers import compiler_of
+from export.compilers import compilers_of
 from export.graphs import Graph, stage_graphs
 from export.program import Program, trace
 from export.write import verify_bundle, write_bundle
@@ -119,7 +119,7 @@ def test_causal_transformer(dit: Graph, tmp_path: Path) -> None:
 )
 def test_lower_precision(model_dir: Path, pipeline: Pipeline, tmp_path: Path, backend: str, precision: str) -> None:
     """As close to float32 as torch in the same precision is, times two: both round, each in its own places."""
-    compiler, low = compiler_of(backend, CPU), engine.load(model_dir, precision=precision)
+    (compiler,), low = compilers_of(backend, CPU), engine.load(model_dir, precision=precision)
     torch.manual_seed(0)
     graph = next(graph for graph in stage_graphs(low, compiler.in_place) if graph.name == "sdd")
     exact = next(graph for graph in stage_graphs(pipeline) if graph.name == "sdd")

@@ -31,9 +31,9 @@ from export.fp8 import Recipe, quantize
 from export.graphs import Graph, stage_graphs
 from export.onnx_graph import OnnxGraph, to_onnx
 from export.program import trace
-from export.tensorrt import BuildOptions, build_plan
-from export.tensorrt_onnx import spell_for_tensorrt
-from export.tensorrt_plugin import register_plugins
+from export.tensorrt.build import BuildOptions, build_plan
+from export.tensorrt.plugins import register_plugins
+from export.tensorrt.spelling import spell_for_tensorrt
 from export.write import write_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ CLASSES = {
     "runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext", "refitter": "Refitter",
     "cache": "ITimingCache", "errors": "ParserError", "params": "KernelLaunchParams",
 }  # fmt: skip
-FILES = {"engine/bundles/tensorrt.py": 15, "export/tensorrt.py": 15, "export/tensorrt_plugin.py": 10}
+FILES = {"engine/bundles/tensorrt.py": 15, "export/tensorrt/build.py": 15, "export/tensorrt/plugins.py": 10}
 
 
 def attributes(tree: ast.AST) -> list[tuple[list[str], int]]:

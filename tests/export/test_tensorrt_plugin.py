@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from export.tensorrt_plugin_onnx import plugin_bodies
+from export.tensorrt.plugin_nodes import plugin_bodies
 from kernels.ring_attention_fp8 import ring_attention_fp8_reference
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ import json, re, sys
 sys.path.insert(0, "tests/support")
 import stand_in_tensorrt as s
 sys.modules["tensorrt"], sys.modules["tensorrt.plugin"] = s.module(), s.plugin_module()
-from export.tensorrt_plugin import register_plugins
+from export.tensorrt.plugins import register_plugins
 from kernels.compile import resources
 from triton import knobs
 register_plugins(90)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from export.tensorrt_plugin import KEYS, QUERIES, WARPS, write_keys_kernel, write_values_kernel
+from export.tensorrt.plugins import KEYS, QUERIES, WARPS, write_keys_kernel, write_values_kernel
 from kernels.launch import launch
 from kernels.ring_attention import ring_attention_reference
 from kernels.stream_k_attention import LOG2_E, attend_kernel

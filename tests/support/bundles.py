@@ -92,7 +92,7 @@ def exports_remembered() -> Iterator[None]:
     """Within the block torch.onnx.export reuses its stored result for an equal traced program.
 
     Equal programs have the same operations, shapes, names, weights and translation of our own operators. Later changes
-    to the model (export/onnx_graph.py, export/tensorrt_onnx.py) run each time.
+    to the model (export/onnx_graph.py, export/tensorrt/spelling.py) run each time.
     """
     plain = torch.onnx.export
     if getattr(plain, "remembers", False):  # already active: nested locks would deadlock

@@ -1,7 +1,7 @@
 """Our TensorRT plugins as ONNX nodes, and ONNX functions that compute the same in every other runtime.
 
-Nodes have the names, inputs and outputs of the plugins in export.tensorrt_plugin. Outputs after the first are memory of
-the compiled kernel. The functions return zeros for them, and no node reads them.
+Nodes have the names, inputs and outputs of the plugins in export.tensorrt.plugins. Outputs after the first are memory
+of the compiled kernel. The functions return zeros for them, and no node reads them.
 """
 
 from typing import Any
@@ -10,7 +10,8 @@ import numpy as np
 from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.onnx_graph import DOMAIN, OPSET
-from export.tensorrt_plugin import NAMESPACE
+from export.tensorrt.attention import Casts, add_constant, cache_update, declare_caches, int32
+from export.tensorrt.plugins import NAMESPACE
 
 PLUGIN_DOMAIN = "greedy.plugin"  # TensorRT reads the operator's name and the attribute plugin_namespace
 FP8 = TensorProto.FLOAT8E4M3FN
@@ -18,19 +19,28 @@ _PLUGIN: dict[str, Any] = {"plugin_namespace": NAMESPACE, "aot": 1}
 _HIDDEN = ["descriptors", "profile"]
 _ATTENTION_REST = ["lse", "partial", "stats", *_HIDDEN]
 _SCALE = "fp8_head_scale"
-Casts = dict[str, NodeProto]
 
 
-def int32(name: str, casts: Casts) -> str:
-    """The name of an int32 copy: positions are int64 in all bundles, int32 in TensorRT's layers and our kernels."""
-    casts.setdefault(name, helper.make_node("Cast", [name], [f"{name}_int32"], to=TensorProto.INT32))
-    return f"{name}_int32"
+class RowCaches:
+    """Spellings on caches [1, 1, rows, dim], which TensorRT writes: TRT_KVCacheUpdate needs four dimensions."""
 
+    def __init__(self, model: ModelProto) -> None:
+        """Changes the shapes of the caches in the graph's signature."""
+        self.model = model
+        declare_caches(model, lambda rows, dim: [1, 1, rows, dim])
 
-def plugin_attention(node: NodeProto, model: ModelProto, casts: Casts) -> list[NodeProto]:
-    """ring_attention on caches [1, 1, rows, dim]."""
-    q, k, v, length = node.input
-    return [_node("ring_attention", [q, k, v, int32(length, casts)], node, _ATTENTION_REST, _heads(node))]
+    def write(self, node: NodeProto, casts: Casts) -> list[NodeProto]:
+        cache, update, index = node.input
+        out = node.output[0]
+        axis = add_constant(self.model, helper.make_tensor("trt_axis_1", TensorProto.INT64, [1], [1]))
+        return [
+            helper.make_node("Unsqueeze", [update, axis], [f"{out}_rows"]),
+            cache_update(cache, f"{out}_rows", int32(index, casts), out),
+        ]
+
+    def attend(self, node: NodeProto, casts: Casts) -> list[NodeProto]:
+        q, k, v, length = node.input
+        return [_node("ring_attention", [q, k, v, int32(length, casts)], node, _ATTENTION_REST, _heads(node))]
 
 
 class Fp8Caches:
@@ -54,12 +64,12 @@ class Fp8Caches:
                 value.CopyFrom(helper.make_tensor_value_info(value.name, FP8, shape))
         model.graph.initializer.append(numpy_helper.from_array(np.ones(heads, np.float32), _SCALE))
 
-    def write(self, node: NodeProto, model: ModelProto, casts: Casts) -> list[NodeProto]:
+    def write(self, node: NodeProto, casts: Casts) -> list[NodeProto]:
         cache, update, index = node.input
         kind = "write_values_fp8" if node.output[0] in self.values else "write_keys_fp8"
         return [_node(kind, [cache, update, _SCALE, int32(index, casts)], node, _HIDDEN)]
 
-    def attend(self, node: NodeProto, model: ModelProto, casts: Casts) -> list[NodeProto]:
+    def attend(self, node: NodeProto, casts: Casts) -> list[NodeProto]:
         q, k, v, length = node.input
         inputs = [q, k, v, int32(length, casts), _SCALE, _SCALE, _SCALE]
         return [_node("ring_attention_fp8", inputs, node, _ATTENTION_REST, _heads(node))]

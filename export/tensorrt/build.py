@@ -1,9 +1,10 @@
-"""Program -> a plan of TensorRT 11. Written against TensorRT 11, not executed by us (see docs/tensorrt.md).
+"""Program -> a plan of TensorRT 11, or of TensorRT for RTX, which builds without a GPU (docs/tensorrt.md).
 
 Networks are strongly typed: the graph's own types and its Q/DQ nodes decide. Shapes are static, so no profile is
 described. Weights go to the parser from memory, because graphs here only name them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.bundles.tensorrt import require_tensorrt
+from engine.bundles.tensorrt import logger_of, require_tensorrt
 from engine.files import whole_file
 from engine.options import option
-from export.tensorrt_onnx import ATTENTIONS
-from export.tensorrt_plugin import register_plugins
+from export.tensorrt.plugins import register_plugins
+from export.tensorrt.spelling import ATTENTIONS
+
+# GPUs that plans of TensorRT for RTX are built for, by generation. One plan serves a whole row. One plan for all would
+# copy caches on the newer ones, because the kernels of the older ones need copies.
+AMPERE, ADA_ON = (80, 86), (89, 120, 121)
 
 
 @dataclass(frozen=True)
@@ -23,56 +28,82 @@ class BuildOptions:
     """How plans are built; also the command-line options of `python -m export`, but for `level`."""
 
     attention: str = option(
-        "native", "TensorRT's own, our kernel compiled into the plan, or our kernel on e4m3 caches", choices=ATTENTIONS
-    )
+        "native", "TensorRT's own, its own on e4m3 operands, our kernel compiled into the plan, or ours on e4m3 caches",
+        choices=ATTENTIONS,
+    )  # fmt: skip
     level: int = option(3, "0 to 5: how long TensorRT searches for kernels")
     strip: bool = option(False, "leave weights out of the plans; the loader adds those of weights.safetensors")
     timing_cache: Path | None = option(
         None, "measured kernels: read if the file exists, written afterwards", metavar="FILE"
     )
+    gpu: tuple[int, ...] = option(
+        (), "tensorrt_rtx: compute capability to build for, such as 89; may be repeated; default: all that the "
+        "precision runs on", metavar="89",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if not 0 <= self.level <= 5:
             raise ValueError(f"tensorrt: got level {self.level}, expected 0 to 5")
         if self.attention not in ATTENTIONS:
             raise ValueError(f"tensorrt: got attention {self.attention!r}, expected one of {', '.join(ATTENTIONS)}")
+        known = (*AMPERE, *ADA_ON)
+        for gpu in self.gpu:
+            if gpu not in known or self.gpu.count(gpu) > 1:
+                got = "twice" if gpu in known else "which TensorRT for RTX does not know"
+                raise ValueError(f"--gpu: got {gpu} {got}, expected each once of {', '.join(map(str, known))}")
+
+    def generations(self, fp8: bool) -> list[tuple[int, ...]]:
+        """The named GPUs by generation, or all: GPUs of one row share plans. ValueError for FP8 on a GPU without it."""
+        if fp8 and (old := [gpu for gpu in self.gpu if gpu in AMPERE]):
+            raise ValueError(f"--gpu: got {old[0]} with FP8, expected one of {', '.join(map(str, ADA_ON))}")
+        rows = [ADA_ON] if fp8 else [ADA_ON, AMPERE]
+        return [row for all_of in rows if (row := tuple(g for g in all_of if not self.gpu or g in self.gpu))]
 
 
-def build_plan(model: bytes, weights: dict[str, Tensor], options: BuildOptions) -> bytes:
-    """Serialised plan for the current GPU from ONNX bytes and its outside weights, contiguous on the CPU.
+def build_plan(
+    model: bytes, weights: dict[str, Tensor], options: BuildOptions, package: str = "tensorrt",
+    gpus: Sequence[int] = (),
+) -> bytes:  # fmt: skip
+    """Serialised plan from ONNX bytes and its outside weights, contiguous on the CPU.
 
-    Raises NotHere without TensorRT or a GPU, ValueError with the parser's words where it refuses the graph.
+    package is tensorrt, whose plan is for the current GPU, or tensorrt_rtx, whose plan is for `gpus`. Raises NotHere
+    without the package or, for tensorrt, a GPU; ValueError with the parser's words where it refuses the graph.
     """
-    trt = require_tensorrt()
-    if options.attention != "native":
+    trt = require_tensorrt(package)
+    if options.attention.startswith("plugin"):
         major, minor = torch.cuda.get_device_capability()
         register_plugins(10 * major + minor)
-    logger = trt.Logger(trt.Logger.WARNING)
-    builder = trt.Builder(logger)
+    builder = trt.Builder(logger_of(trt))
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+    if package == "tensorrt":
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
     network = builder.create_network(flags)
-    _parse(trt, network, logger, model, weights)
+    _parse(trt, network, model, weights)
 
     config = builder.create_builder_config()
     config.builder_optimization_level = options.level
-    config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.NONE
+    if package == "tensorrt":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.NONE
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    else:
+        config.num_compute_capabilities = len(gpus)
+        for number, gpu in enumerate(gpus):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{gpu}"), number)
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
-    config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if options.strip:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
     _read_timings(config, options.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ValueError("tensorrt: got a network without a plan, expected one (see TensorRT's messages above)")
+        raise ValueError(f"{package}: got a network without a plan, expected one (see TensorRT's messages above)")
     _write_timings(config, options.timing_cache)
     return bytes(plan)
 
 
-def _parse(trt: Any, network: Any, logger: Any, model: bytes, weights: dict[str, Tensor]) -> None:
+def _parse(trt: Any, network: Any, model: bytes, weights: dict[str, Tensor]) -> None:
     """Parse the graph into the network. The weights are not copied: they must live until the plan is built."""
-    parser = trt.OnnxParser(network, logger)
+    parser = trt.OnnxParser(network, logger_of(trt))
     good = parser.load_model_proto(model)
     for name, tensor in weights.items():
         if not tensor.is_contiguous() or tensor.device.type != "cpu":

@@ -1,0 +1,1 @@
+"""Graphs as TensorRT reads them, and plans built from them."""
