@@ -3,19 +3,20 @@ find_package(CUDAToolkit QUIET)
 find_path(GREEDY_TENSORRT_INCLUDE NvInfer.h DOC "Directory of TensorRT's NvInfer.h")
 find_library(GREEDY_TENSORRT_LIBRARY nvinfer DOC "TensorRT's libnvinfer")
 
-# The pip package of TensorRT for RTX has a library without a plain name, and no headers.
+# The pip package of TensorRT for RTX has a library without a plain name, and no headers. An isolated build of pip hides
+# the environment's packages from sys.path, not from sysconfig.
 set(GREEDY_TENSORRT_RTX_INCLUDE ${CMAKE_CURRENT_LIST_DIR}/rtx CACHE PATH
   "Directory of NvInfer.h of TensorRT for RTX; by default our own declaration of what is called")
 if(NOT GREEDY_TENSORRT_RTX_LIBRARY)
   find_package(Python QUIET COMPONENTS Interpreter)
   if(Python_Interpreter_FOUND)
     execute_process(
-      COMMAND ${Python_EXECUTABLE} -c "from importlib.util import find_spec
-found = find_spec('tensorrt_rtx_libs')
-print(found.submodule_search_locations[0] if found else '')"
-      OUTPUT_VARIABLE rtx_folder OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+      COMMAND ${Python_EXECUTABLE} -c "import site, sysconfig, sys
+folders = [*sys.path, *(sysconfig.get_path(name) for name in ('purelib', 'platlib')), site.getusersitepackages()]
+print(';'.join(folder + '/tensorrt_rtx_libs' for folder in folders))"
+      OUTPUT_VARIABLE rtx_folders OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
   endif()
-  find_library(GREEDY_TENSORRT_RTX_LIBRARY NAMES libtensorrt_rtx.so.1 tensorrt_rtx HINTS ${rtx_folder}
+  find_library(GREEDY_TENSORRT_RTX_LIBRARY NAMES libtensorrt_rtx.so.1 tensorrt_rtx HINTS ${rtx_folders}
     DOC "libtensorrt_rtx of TensorRT for RTX")
 endif()
 

@@ -1,7 +1,7 @@
-// The tensorrt plugin, plans of TensorRT 11 on an NVIDIA GPU, and with GREEDY_TENSORRT_RTX the tensorrt_rtx plugin, plans
-// of TensorRT for RTX 1.7. The first is built where NvInfer.h is found; it was written against the published headers and
-// never executed on TensorRT. The second is linked with the real library in tests, which open it and hand it plans as
-// far as a machine without a GPU goes; it never ran one. The tests of both run this file over a stand-in.
+// The tensorrt plugin, plans of TensorRT 11 on an NVIDIA GPU, and with GREEDY_TENSORRT_RTX the tensorrt_rtx plugin,
+// plans of TensorRT for RTX 1.7. The first is built where NvInfer.h is found; it was written against the published
+// headers and never executed on TensorRT. The second is linked with the real library in tests, which open it and hand
+// it plans as far as a machine without a GPU goes; it never ran one. The tests of both run this file over a stand-in.
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
 
@@ -91,7 +91,8 @@ struct TrtDevice {
         if (code == cudaSuccess) code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number);
         if (code == cudaSuccess) code = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number);
         if (code != cudaSuccess)
-            throw Failure(GREEDY_NO_BACKEND, std::string("got no GPU (") + cudaGetErrorString(code) + "), expected one");
+            throw Failure(GREEDY_NO_BACKEND,
+                          std::string("got no GPU (") + cudaGetErrorString(code) + "), expected one");
         const std::string kind = "cuda-", here = "sm" + std::to_string(major) + std::to_string(minor);
         const bool named = target.compare(0, kind.size(), kind) == 0 &&
                            ("_" + target.substr(kind.size()) + "_").find("_" + here + "_") != std::string::npos;

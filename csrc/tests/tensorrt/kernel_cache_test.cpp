@@ -1,5 +1,8 @@
 // Tests where the tensorrt_rtx plugin keeps compiled kernels, over the stand-in of tests/stand_in.
+#include "kernel_cache.h"
+
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -13,7 +16,6 @@
 #include "../check.h"
 #include "NvInfer.h"
 #include "greedy/plugin.h"
-#include "kernel_cache.h"
 
 namespace {
 namespace fs = std::filesystem;
@@ -30,7 +32,7 @@ Start start(const std::string& output = "y") {
     Start out;
     const auto keep = [](void* cookie, int, const char* text) { static_cast<Start*>(cookie)->said.emplace_back(text); };
     const greedy_device_settings settings{"cuda-sm90", "1.7.1", nullptr, 2, keep, &out};
-    const std::string plan = (kFolder / "a.plan").string();
+    const std::string plan = (kFolder / (std::to_string(getpid()) + ".plan")).string();
     std::ofstream(plan) << "in x 0 6\nout " << output << " 0 6\n";
     const greedy_tensor input{"x", GREEDY_FLOAT32, 2, kShape}, made{output.c_str(), GREEDY_FLOAT32, 2, kShape};
     const std::int32_t alias = -1;
@@ -82,12 +84,28 @@ void test_damaged(const std::string& whole) {
         check(content(file) == whole && start().compiled == 0, "damaged: replaced");
     }
     fs::remove(file);
-    fs::create_symlink(kFolder / "a.plan", file);
-    check(start().said.size() == 1 && !fs::is_symlink(file) && content(file) == whole, "damaged: a link is not followed");
+    fs::create_symlink(kFolder / (std::to_string(getpid()) + ".plan"), file);
+    check(start().said.size() == 1 && !fs::is_symlink(file) && content(file) == whole,
+          "damaged: a link is not followed");
     fs::remove(file);
     fs::create_directory(file);
     check(start().said.size() == 2, "damaged: a directory in its place is said when read and when written");
     fs::remove(file);
+}
+
+// Programs that start together write one whole file.
+void test_together() {
+    std::vector<pid_t> children;
+    for (int i = 0; i < 8; ++i)
+        if (children.push_back(fork()); children.back() == 0) {
+            start();
+            _exit(failures);
+        }
+    for (const pid_t child : children) {
+        int status = -1;
+        check(waitpid(child, &status, 0) == child && status == 0, "together: a program that fails");
+    }
+    check(kept().size() == 1 && content(kept().front()) == "kernels y", "together: one whole file");
 }
 
 }  // namespace
@@ -116,12 +134,15 @@ int main() {
     start();
     check(kept().size() == 1 && start().compiled == 0, "a cut file of another writer is used up");
     test_damaged("kernels y");
+    fs::remove_all(kFolder / "cache");
+    test_together();
 
     fs::remove_all(kFolder / "cache");
     std::ofstream(kFolder / "cache") << "a file";
     const Start blocked = start();
     check(blocked.compiled == 1 && !blocked.said.empty(), "no place: it runs and says so");
-    check(blocked.said.front().find("expected a place to keep compiled kernels") != std::string::npos, "no place: text");
+    check(blocked.said.front().find("expected a place to keep compiled kernels") != std::string::npos,
+          "no place: text");
     check(content(kFolder / "cache") == "a file", "no place: nothing is overwritten");
     setenv("GREEDY_CACHE", "", 1);
     check(start().compiled == 2 && start().said.empty(), "switched off: each context compiles");

@@ -1,5 +1,5 @@
-// The calls that plugins/rtx/NvInfer.h declares, for tests/csrc/test_tensorrt_rtx.py. It makes each one on an object that
-// notes the slot and the arguments, and NVIDIA's Python package makes the same call.
+// The calls that plugins/rtx/NvInfer.h declares, for tests/csrc/test_tensorrt_rtx.py. It makes each one on an object
+// that notes the slot and the arguments, and NVIDIA's Python package makes the same call.
 #include <NvInfer.h>
 
 #include <cstring>

@@ -1,6 +1,6 @@
 // Tests the tensorrt_rtx plugin with the real library and the stand-in of CUDA's runtime. Without a GPU the library
-// refuses every plan, and says at which check: so this tests the version, the logger, the runtime and its end, and how a
-// plan is handed over. An argument is a plan that the library's builder made.
+// refuses every plan, and says at which check: so this tests the version, the logger, the runtime and its end, and how
+// a plan is handed over. An argument is a plan that the library's builder made.
 #include <unistd.h>
 
 #include <cstdio>
@@ -43,7 +43,8 @@ int load(const std::string& plan) {
 }  // namespace
 
 int main(int count, char** words) {
-    const std::string path = (std::filesystem::temp_directory_path() / ("greedy_rtx." + std::to_string(getpid()))).string();
+    const std::string path =
+        (std::filesystem::temp_directory_path() / ("greedy_rtx." + std::to_string(getpid()))).string();
     for (const std::size_t size : {0, 1, 63}) {
         std::ofstream(path) << std::string(size, 'x');
         check(load(path) == GREEDY_NO_BACKEND, "a short plan");

@@ -100,7 +100,8 @@ int main() {
     const std::int32_t library = std::exchange(stand_in_library, kOtherLibrary);
     check(open_status("cuda-sm90", kVersion) == GREEDY_NO_BACKEND, "open: another library");
 #ifdef GREEDY_TENSORRT_RTX  // whose slots are those of one version
-    check(open_status("cuda-sm90", "1.8.0.1") == GREEDY_NO_BACKEND, "open: a library that the plugin was not built for");
+    check(open_status("cuda-sm90", "1.8.0.1") == GREEDY_NO_BACKEND,
+          "open: a library that the plugin was not built for");
 #endif
     stand_in_library = library;
     test_gpus();
