@@ -13,6 +13,15 @@ namespace {
 
 constexpr std::int64_t kMostSize = 1 << 16;
 constexpr std::int64_t kMostDim = std::int64_t{1} << 32;
+// As engine/bundles/registry.py has them: the package whose version a bundle must name, and how graphs write caches.
+struct KnownBackend {
+    std::string_view name, made_with;
+    bool aliases, mutates;
+};
+constexpr KnownBackend kBackends[] = {{"onnx", "", true, false},
+                                      {"aoti", "torch", false, true},
+                                      {"tensorrt", "", true, true},
+                                      {"tensorrt_rtx", "", true, true}};
 // By version: 1, 2.
 constexpr RowNames kRowNames[] = {{"write_idx", "kv_len"}, {"start_row", "valid_rows"}};
 constexpr std::int64_t kNewest = std::size(kRowNames);
@@ -133,16 +142,42 @@ GraphSpec graph_from(const Json& values, const std::string& where) {
     return spec;
 }
 
-BackendSpec backend_from(const Json& values, const std::string& where) {
+// cpu or cuda, and up to three parts of at most 40 characters behind it: cpu-x86_64-avx2, cuda-sm89_sm120.
+bool is_target(std::string_view target) {
+    const std::size_t kind = std::min(target.find('-'), target.size());
+    if (target.substr(0, kind) != "cpu" && target.substr(0, kind) != "cuda") return false;
+    std::size_t parts = 0;
+    for (std::size_t begin = kind; begin < target.size(); ++parts) {
+        const std::size_t end = std::min(target.find('-', begin + 1), target.size());
+        const std::string_view part = target.substr(begin + 1, end - begin - 1);
+        const auto plain = [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_'; };
+        if (part.empty() || part.size() > 40 || !std::all_of(part.begin(), part.end(), plain)) return false;
+        begin = end;
+    }
+    return parts <= 3;
+}
+
+BackendSpec backend_from(const Json& values, const std::string& name, const std::string& where) {
     const Fields fields(values, where, {"backend", "target", "versions", "graphs"});
     BackendSpec spec;
     spec.backend = fields.name("backend");
     spec.target = fields.name("target");
-    const bool known = spec.backend == "onnx" || spec.backend == "aoti" || spec.backend == "tensorrt";
-    expect(known, fields.at("backend"), "'" + spec.backend.substr(0, 60) + "'", "onnx, aoti or tensorrt");
+    const auto known = std::find_if(std::begin(kBackends), std::end(kBackends),
+                                    [&](const KnownBackend& one) { return one.name == spec.backend; });
+    expect(known != std::end(kBackends), fields.at("backend"), "'" + spec.backend.substr(0, 60) + "'",
+           "onnx, aoti, tensorrt or tensorrt_rtx");
+    expect(is_target(spec.target), fields.at("target"), "'" + spec.target.substr(0, 60) + "'",
+           "one such as cpu, cuda-sm90 or cuda-sm89_sm120");
+    expect(name == spec.backend + "-" + spec.target, where, "this name", "'" + spec.backend + "-" + spec.target + "'");
     spec.versions = names_from(fields["versions"], fields.at("versions"));
-    for (const auto& [name, graph] : fields["graphs"].object(fields.at("graphs")))
-        spec.graphs.emplace(name, graph_from(graph, where + ".graphs." + name.substr(0, 60)));
+    expect(known->made_with.empty() || spec.versions.count(std::string(known->made_with)) > 0, fields.at("versions"),
+           "no version of " + std::string(known->made_with), "the one it was compiled with");
+    for (const auto& [graph_name, graph] : fields["graphs"].object(fields.at("graphs"))) {
+        const std::string at = where + ".graphs." + graph_name.substr(0, 60);
+        const GraphSpec& made = spec.graphs.emplace(graph_name, graph_from(graph, at)).first->second;
+        expect(known->aliases || made.aliases.empty(), at, "aliases", "mutates, as " + spec.backend + " writes caches");
+        expect(known->mutates || made.mutates.empty(), at, "mutates", "aliases, as " + spec.backend + " writes caches");
+    }
     return spec;
 }
 
@@ -207,7 +242,7 @@ Manifest Manifest::parse(std::string_view text, const std::string& where) {
     golden["seed"].unsigned_integer(golden.at("seed"));
     std::vector<std::string> named = {out.weights, golden.name("file")};
     for (const auto& [name, backend] : fields["backends"].object(fields.at("backends"))) {
-        out.backends.emplace_back(name, backend_from(backend, fields.at("backends") + "." + name.substr(0, 60)));
+        out.backends.emplace_back(name, backend_from(backend, name, fields.at("backends") + "." + name.substr(0, 60)));
         for (const auto& graph : out.backends.back().second.graphs) named.push_back(graph.second.file);
     }
     expect(!out.backends.empty(), fields.at("backends"), "none", "at least one");

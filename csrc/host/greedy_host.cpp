@@ -27,7 +27,7 @@ constexpr const char* kUsage =
     "  --seed S               the same seed gives the same video (0)\n"
     "  --out TARGET           FILE.y4m, .rgb, .mp4 (with ffmpeg), - (stdout), null, checksum (-)\n"
     "  --format y4m|rgb       format of --out - (y4m)\n"
-    "  --backend NAME         aoti, tensorrt, ...; default: the first of the bundle that opens\n"
+    "  --backend NAME         aoti, tensorrt, tensorrt_rtx, ...; default: the first of the bundle that opens\n"
     "  --plugin-dir DIR       directory of the plugins; default: beside the library\n"
     "  --library-dir DIR      directory of libtorch_cpu.so; default: $GREEDY_LIBRARY_DIR, or the installed torch\n"
     "  --threads N            CPU threads; default: OMP_NUM_THREADS, else by the model's size\n"

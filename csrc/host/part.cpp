@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <random>
 
+#include "base/error.h"
 #include "greedy/greedy.hpp"
 
 namespace greedy::host {
@@ -71,15 +72,7 @@ bool is_free(const std::string& path) {
 
 }  // namespace
 
-std::string shown(const std::string& name) {
-    std::string text;
-    for (const unsigned char c : name) {
-        char escaped[8];
-        std::snprintf(escaped, sizeof escaped, "\\x%02x", c);
-        text += c < 32 || c == 127 ? escaped : std::string(1, static_cast<char>(c));
-    }
-    return text;
-}
+std::string shown(const std::string& name) { return core::one_line(name); }
 
 Part::Part(const std::string& name) : target_(resolved(name)) {
     while (lock_ < 0) {

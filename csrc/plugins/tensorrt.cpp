@@ -1,5 +1,7 @@
-// The tensorrt plugin: plans of TensorRT 11 on an NVIDIA GPU. It is built where NvInfer.h is found. It was written
-// against the published headers, and its tests run over a stand-in of them; it was never executed on TensorRT.
+// The tensorrt plugin, plans of TensorRT 11 on an NVIDIA GPU, and with GREEDY_TENSORRT_RTX the tensorrt_rtx plugin,
+// plans of TensorRT for RTX 1.7. The first is built where NvInfer.h is found; it was written against the published
+// headers and never executed on TensorRT. The second is linked with the real library in tests, which open it and hand
+// it plans as far as a machine without a GPU goes; it never ran one. The tests of both run this file over a stand-in.
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
 
@@ -16,8 +18,17 @@
 #include "base/file.h"
 #include "greedy/plugin.h"
 #include "guard.h"
+#ifdef GREEDY_TENSORRT_RTX
+#include "kernel_cache.h"
+#endif
 
 namespace {
+
+#ifdef GREEDY_TENSORRT_RTX
+constexpr const char *kName = "tensorrt_rtx", *kLibrary = "TensorRT for RTX";
+#else
+constexpr const char *kName = "tensorrt", *kLibrary = "TensorRT";
+#endif
 
 using greedy::core::MappedFile;
 using greedy::plugin::Failure;
@@ -62,26 +73,46 @@ class Logger : public nvinfer1::ILogger {
 struct TrtDevice {
     explicit TrtDevice(const greedy_device_settings& settings)
         : logger(settings.log, settings.log_cookie), parallel(settings.parallel) {
-        int number = 0, major = 0, minor = 0;
-        check(cudaGetDevice(&number), "device");
-        check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number), "device");
-        check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number), "device");
-        const std::string here = "cuda-sm" + std::to_string(major) + std::to_string(minor);
-        if (here != settings.target)
-            throw Failure(GREEDY_NO_BACKEND, std::string("got plans for ") + settings.target + ", expected " + here);
-        const int version = getInferLibVersion();  // 110300 is 11.3.0
-        const std::string found = std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + ".";
-        if (!settings.version || std::strncmp(settings.version, found.c_str(), found.size()) != 0)
-            throw Failure(GREEDY_NO_BACKEND, std::string("got plans of TensorRT ") +
-                                                 (settings.version ? settings.version : "an unknown version") +
-                                                 ", expected " + found);
+        check_gpu(settings.target);
+        check_version(settings.version);
         runtime.reset(nvinfer1::createInferRuntime(logger));
-        if (!runtime) throw Failure(GREEDY_NO_BACKEND, "got no TensorRT runtime, expected one");
+        if (!runtime) throw Failure(GREEDY_NO_BACKEND, std::string("got no runtime of ") + kLibrary + ", expected one");
     }
 
     Logger logger;
     const int parallel;
     std::unique_ptr<nvinfer1::IRuntime> runtime;
+
+  private:
+    // A target names one GPU or several: cuda-sm90, cuda-sm89_sm120.
+    static void check_gpu(const std::string& target) {
+        int number = 0, major = 0, minor = 0;
+        cudaError_t code = cudaGetDevice(&number);
+        if (code == cudaSuccess) code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number);
+        if (code == cudaSuccess) code = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number);
+        if (code != cudaSuccess)
+            throw Failure(GREEDY_NO_BACKEND,
+                          std::string("got no GPU (") + cudaGetErrorString(code) + "), expected one");
+        const std::string kind = "cuda-", here = "sm" + std::to_string(major) + std::to_string(minor);
+        const bool named = target.compare(0, kind.size(), kind) == 0 &&
+                           ("_" + target.substr(kind.size()) + "_").find("_" + here + "_") != std::string::npos;
+        if (!named) throw Failure(GREEDY_NO_BACKEND, "got plans for " + target + ", expected " + kind + here);
+    }
+
+    static void check_version(const char* plans) {
+        const int version = getInferLibVersion();  // 110300 is 11.3.0
+        const std::string found = std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + ".";
+#ifdef GREEDY_TENSORRT_RTX
+        constexpr int kBuilt = NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR;
+        if (version / 100 != kBuilt)
+            throw Failure(GREEDY_NO_BACKEND, std::string("got ") + kLibrary + " " + found + ", expected " +
+                                                 std::to_string(kBuilt / 100) + "." + std::to_string(kBuilt % 100) +
+                                                 ". as this plugin was built for");
+#endif
+        if (!plans || std::strncmp(plans, found.c_str(), found.size()) != 0)
+            throw Failure(GREEDY_NO_BACKEND, std::string("got plans of ") + kLibrary + " " +
+                                                 (plans ? plans : "an unknown version") + ", expected " + found);
+    }
 };
 
 class TrtGraph {
@@ -107,12 +138,18 @@ class TrtGraph {
         if (static_cast<size_t>(engine_->getNbIOTensors()) != spec.input_count + spec.output_count)
             throw Failure(GREEDY_BAD_BUNDLE, "got other tensors in the manifest than in the plan, expected the same");
         if (spec.constant_count) refit(device, spec);
+#ifdef GREEDY_TENSORRT_RTX
+        kernels_ = std::make_unique<greedy::plugin::KernelCache>(*engine_, plan.text(), device.logger);
+#endif
         for (int i = 0; i < device.parallel; ++i) {
             idle_.emplace_back();
-            idle_.back().context.reset(engine_->createExecutionContext());
+            idle_.back().context.reset(new_context());
             if (!idle_.back().context) throw Failure(GREEDY_NO_MEMORY, "got no execution context, expected one");
             check(cudaStreamCreate(&idle_.back().stream), "stream");
         }
+#ifdef GREEDY_TENSORRT_RTX
+        kernels_->save();
+#endif
     }
 
     ~TrtGraph() {
@@ -153,6 +190,14 @@ class TrtGraph {
         std::unique_ptr<nvinfer1::IExecutionContext> context;
         cudaStream_t stream = nullptr;
     };
+
+    nvinfer1::IExecutionContext* new_context() {
+#ifdef GREEDY_TENSORRT_RTX
+        return kernels_->new_context();
+#else
+        return engine_->createExecutionContext();
+#endif
+    }
 
     // An alias lives as long as its input, and only the keys and values of a transformer are kept in place.
     static bool in_place(const std::string& graph, const std::string& input) {
@@ -199,7 +244,7 @@ class TrtGraph {
 
     static void bind(const Worker& worker, const std::string& name, void* data) {
         if (!worker.context->setTensorAddress(name.c_str(), data))
-            throw Failure(GREEDY_FAILED, "got an address of " + name + " that TensorRT refuses, expected another");
+            throw Failure(GREEDY_FAILED, "got an address of " + name + " that the plan refuses, expected another");
     }
 
     Worker take() {
@@ -220,6 +265,9 @@ class TrtGraph {
 
     const std::vector<int32_t> aliases_;
     std::unique_ptr<nvinfer1::ICudaEngine> engine_;
+#ifdef GREEDY_TENSORRT_RTX
+    std::unique_ptr<greedy::plugin::KernelCache> kernels_;  // outlives the contexts
+#endif
     std::vector<std::string> inputs_, outputs_;
     std::vector<size_t> bytes_;  // of the outputs
     std::mutex mutex_;
@@ -258,7 +306,7 @@ int run(void*, void* graph, void* const* inputs, greedy_buffer* outputs, char* e
 }
 
 const greedy_plugin kPlugin = {GREEDY_PLUGIN_VERSION,
-                               "tensorrt",
+                               kName,
                                open_device,
                                close_device,
                                load,

@@ -122,9 +122,11 @@ void test_arguments() {
     check(greedy_bundle_open(&bundle, bundle_path.c_str(), &odd, why, sizeof why) == GREEDY_INVALID,
           "open: parallel 0");
     odd = chosen;
-    odd.backend = "tensorrt";
-    check(greedy_bundle_open(&bundle, bundle_path.c_str(), &odd, why, sizeof why) == GREEDY_NO_BACKEND,
-          "open: tensorrt");
+    for (const char* absent : {"tensorrt", "tensorrt_rtx"}) {
+        odd.backend = absent;
+        check(greedy_bundle_open(&bundle, bundle_path.c_str(), &odd, why, sizeof why) == GREEDY_NO_BACKEND,
+              std::string("open: ") + absent);
+    }
     odd.backend = nullptr, odd.plugin_dir = "/nowhere";
     check(greedy_bundle_open(&bundle, bundle_path.c_str(), &odd, why, sizeof why) == GREEDY_NO_BACKEND,
           "open: no plugin");

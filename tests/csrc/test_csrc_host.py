@@ -324,7 +324,8 @@ def test_a_link_is_followed(host, tmp_path):
         (["--out", "x" * 300 + ".y4m"], "a name of 304 bytes"),
         (["--out", "a\nb.avi"], "output: got a\\x0ab.avi"),
         (["--image", "nothing.ppm"], "--image: got nothing.ppm"),
-        (["--backend", "tensorrt"], "no backend tensorrt"),
+        (["--backend", "tensorrt"], "got no backend tensorrt, expected one of aoti-cpu"),
+        (["--backend", "tensorrt_rtx"], "got no backend tensorrt_rtx, expected one of aoti-cpu"),
     ],
 )
 def test_bad_input_is_one_line(host, tmp_path, words, said):

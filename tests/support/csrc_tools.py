@@ -67,7 +67,8 @@ def _key(options: tuple[str, ...], targets: tuple[str, ...]) -> str:
     environment = [os.environ.get(name) for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_GENERATOR")]
     tools = [_said_version(tool) for tool in ("cmake", str(_compiler()))]
     module = version("pybind11") if find_spec("pybind11") else None
-    return key_of(options, targets, environment, tools, sys.version, module, str(ROOT), str(CACHE), files=read)
+    rtx = version("tensorrt_rtx_cu13_libs") if find_spec("tensorrt_rtx_libs") else None
+    return key_of(options, targets, environment, tools, sys.version, module, rtx, str(ROOT), str(CACHE), files=read)
 
 
 def _said_version(tool: str) -> str:

@@ -69,7 +69,7 @@ typedef void (*greedy_log_callback)(void *cookie, int level, const char *text);
 
 /* Fill with greedy_settings_init, then change fields. Strings are only read during the open call. */
 typedef struct greedy_settings {
-    const char *backend;     /* "aoti", "tensorrt", ...; NULL: the bundle's first backend that opens here */
+    const char *backend;     /* "aoti", "tensorrt", "tensorrt_rtx"; NULL: the bundle's first that opens here */
     const char *plugin_dir;  /* directory of libgreedy_<backend>.so; NULL: that of this library (or program), or the
                                 installed lib beside the program's bin */
     const char *library_dir; /* directory of the plugin's own libraries (libtorch_cpu.so); NULL: the environment

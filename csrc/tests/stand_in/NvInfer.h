@@ -1,17 +1,28 @@
 // The part of TensorRT 11 that csrc/plugins/tensorrt.cpp uses: the published declarations over an engine that is a list
 // of tensors. A plan is text, one line per tensor: "in|out NAME TYPE COUNT [ALIASED INPUT]", or "weight NAME". A run
-// adds 1 to the first float of every output. It tests the plugin's own code, nothing of TensorRT.
+// adds 1 to the first float of every output. With GREEDY_TENSORRT_RTX it is TensorRT for RTX: a context compiles one
+// kernel for each output, unless a cache has it. It tests the plugin's own code, nothing of TensorRT.
 #pragma once
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <sstream>
 #include <string>
 #include <vector>
 
 #include "cuda_runtime_api.h"
 
-inline int32_t getInferLibVersion() noexcept { return 110000; }
+#ifdef GREEDY_TENSORRT_RTX
+#define NV_TENSORRT_MAJOR 1
+#define NV_TENSORRT_MINOR 7
+inline int32_t stand_in_library = 10701;
+#else
+inline int32_t stand_in_library = 110000;
+#endif
+inline int stand_in_compiled = 0;  // kernels so far
+
+inline int32_t getInferLibVersion() noexcept { return stand_in_library; }
 
 namespace nvinfer1 {
 
@@ -59,6 +70,42 @@ class IExecutionContext {
     std::map<std::string, void*> addresses_;
 };
 
+class IHostMemory {
+  public:
+    explicit IHostMemory(std::string content) : content_(std::move(content)) {}
+    void* data() noexcept { return content_.data(); }
+    std::size_t size() const noexcept { return content_.size(); }
+
+  private:
+    std::string content_;
+};
+
+class IRuntimeCache {
+  public:
+    std::set<std::string> kernels;
+
+    IHostMemory* serialize() const noexcept {
+        std::string content = "kernels";
+        for (const std::string& kernel : kernels) content += " " + kernel;
+        return new IHostMemory(content);
+    }
+    bool deserialize(void const* blob, std::size_t size) noexcept {
+        std::istringstream words(std::string(static_cast<const char*>(blob), size));
+        std::string word;
+        if (!(words >> word) || word != "kernels") return false;
+        while (words >> word) kernels.insert(word);
+        return true;
+    }
+};
+
+class IRuntimeConfig {
+  public:
+    IRuntimeCache* cache = nullptr;
+
+    IRuntimeCache* createRuntimeCache() const noexcept { return new IRuntimeCache; }
+    bool setRuntimeCache(IRuntimeCache const& used) noexcept { return cache = const_cast<IRuntimeCache*>(&used), true; }
+};
+
 class ICudaEngine {
   public:
     std::vector<StandInTensor> tensors;
@@ -77,7 +124,14 @@ class ICudaEngine {
     char const* getAliasedInputTensor(char const* name) const noexcept {
         return find(name)->aliased.empty() ? nullptr : find(name)->aliased.c_str();
     }
-    IExecutionContext* createExecutionContext() noexcept { return new IExecutionContext(tensors); }
+    IRuntimeConfig* createRuntimeConfig() noexcept { return new IRuntimeConfig; }
+    IExecutionContext* createExecutionContext(IRuntimeConfig* config = nullptr) noexcept {
+        IRuntimeCache* cache = config ? config->cache : nullptr;
+        for (const StandInTensor& tensor : tensors)
+            if (tensor.mode == TensorIOMode::kOUTPUT && (!cache || cache->kernels.insert(tensor.name).second))
+                ++stand_in_compiled;
+        return new IExecutionContext(tensors);
+    }
 
   private:
     const StandInTensor* find(const std::string& name) const {

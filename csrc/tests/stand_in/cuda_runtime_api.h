@@ -4,15 +4,19 @@
 #include <cstdlib>
 #include <cstring>
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInsufficientDriver = 35 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
 using cudaStream_t = struct CUstream_st*;
 
+inline int stand_in_gpu = 90;  // its compute capability, times 10; 0: there is none
+
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the stand-in"; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+    return *device = 0, stand_in_gpu ? cudaSuccess : cudaErrorInsufficientDriver;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
-    return *value = what == cudaDevAttrComputeCapabilityMajor ? 9 : 0, cudaSuccess;
+    return *value = what == cudaDevAttrComputeCapabilityMajor ? stand_in_gpu / 10 : stand_in_gpu % 10, cudaSuccess;
 }
 inline cudaError_t cudaMalloc(void** data, std::size_t bytes) {
     *data = std::calloc(bytes, 1);

@@ -1,17 +1,27 @@
-// Tests the checks, bindings, aliases and releases of the tensorrt plugin over the stand-in of tests/stand_in.
+// Tests the checks, bindings, aliases and releases of the tensorrt and tensorrt_rtx plugins over the stand-in of
+// tests/stand_in. The program is built for each of them.
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "check.h"
+#include "../check.h"
+#include "NvInfer.h"
 #include "greedy/plugin.h"
 
 namespace {
 
 const std::int64_t kShape[] = {2, 3};
 const float kWeight[6] = {};
+#ifdef GREEDY_TENSORRT_RTX
+const char *const kName = "tensorrt_rtx", *const kVersion = "1.7.1.116", *const kOther = "1.6.1.120";
+const std::int32_t kOtherLibrary = 10800;
+#else
+const char *const kName = "tensorrt", *const kVersion = "11.0.0.99", *const kOther = "10.9.0";
+const std::int32_t kOtherLibrary = 120000;
+#endif
 
 std::string write(const std::string& text) {
     const std::string path = (std::filesystem::temp_directory_path() / "greedy_stand_in.plan").string();
@@ -19,13 +29,50 @@ std::string write(const std::string& text) {
     return path;
 }
 
-int open_status(const char* target, const char* version) {
+int open_status(const char* target, const char* version, std::string* why = nullptr) {
     const greedy_device_settings settings{target, version, nullptr, 2, nullptr, nullptr};
     char error[256] = "";
     void* device = nullptr;
     const int status = greedy_plugin_get()->open(&settings, &device, error, sizeof error);
     if (device) greedy_plugin_get()->close(device);
+    if (why) *why = error;
     return status;
+}
+
+void test_gpus() {
+    struct Case {
+        int gpu;
+        const char* target;
+        bool runs;
+    };
+    for (const Case& one : {Case{89, "cuda-sm89", true},
+                            {80, "cuda-sm80_sm86_sm89_sm120_sm121", true},
+                            {89, "cuda-sm80_sm86_sm89_sm120_sm121", true},
+                            {121, "cuda-sm80_sm86_sm89_sm120_sm121", true},
+                            {90, "cuda-sm80_sm86_sm89_sm120_sm121", false},
+                            {87, "cuda-sm80_sm86", false},
+                            {120, "cuda-sm12_sm121", false},
+                            {12, "cuda-sm120_sm121", false},
+                            {86, "cuda-sm860_sm8", false},
+                            {86, "cuda-86", false},
+                            {86, "cuda", false},
+                            {86, "cuda-", false},
+                            {86, "", false},
+                            {86, "cpu-sm86", false},
+                            {86, "sm86", false},
+                            {86, "cuda-sm80-sm86", false}}) {
+        stand_in_gpu = one.gpu;
+        std::string why;
+        const int status = open_status(one.target, kVersion, &why);
+        const std::string here = "cuda-sm" + std::to_string(one.gpu);
+        check(status == (one.runs ? GREEDY_OK : GREEDY_NO_BACKEND), "gpu: " + here + " with " + one.target);
+        check(one.runs || why == std::string("got plans for ") + one.target + ", expected " + here, "gpu: " + why);
+    }
+    stand_in_gpu = 0;
+    std::string why;
+    check(open_status("cuda-sm89", kVersion, &why) == GREEDY_NO_BACKEND, "gpu: none");
+    check(why == "got no GPU (an error of the stand-in), expected one", "gpu: " + why);
+    stand_in_gpu = 90;
 }
 
 // Loads a plan of this text as a graph with x, k_0 -> y, k_0_out; returns the status.
@@ -45,13 +92,21 @@ int load_status(void* device, const std::string& plan, void** graph, bool weight
 
 int main() {
     const greedy_plugin& plugin = *greedy_plugin_get();
-    check(plugin.version == GREEDY_PLUGIN_VERSION && !std::strcmp(plugin.name, "tensorrt"), "plugin: name and version");
-    check(open_status("cuda-sm90", "11.0.0.99") == GREEDY_OK, "open: this GPU and version");
-    check(open_status("cuda-sm89", "11.0.0.99") == GREEDY_NO_BACKEND, "open: another GPU");
-    check(open_status("cuda-sm90", "10.9.0") == GREEDY_NO_BACKEND, "open: another version");
+    check(plugin.version == GREEDY_PLUGIN_VERSION && !std::strcmp(plugin.name, kName), "plugin: name and version");
+    check(open_status("cuda-sm90", kVersion) == GREEDY_OK, "open: this GPU and version");
+    check(open_status("cuda-sm89", kVersion) == GREEDY_NO_BACKEND, "open: another GPU");
+    check(open_status("cuda-sm90", kOther) == GREEDY_NO_BACKEND, "open: another version");
     check(open_status("cuda-sm90", nullptr) == GREEDY_NO_BACKEND, "open: no version");
+    const std::int32_t library = std::exchange(stand_in_library, kOtherLibrary);
+    check(open_status("cuda-sm90", kVersion) == GREEDY_NO_BACKEND, "open: another library");
+#ifdef GREEDY_TENSORRT_RTX  // whose slots are those of one version
+    check(open_status("cuda-sm90", "1.8.0.1") == GREEDY_NO_BACKEND,
+          "open: a library that the plugin was not built for");
+#endif
+    stand_in_library = library;
+    test_gpus();
 
-    const greedy_device_settings settings{"cuda-sm90", "11.0.0", nullptr, 2, nullptr, nullptr};
+    const greedy_device_settings settings{"cuda-sm90", kVersion, nullptr, 2, nullptr, nullptr};
     char error[256] = "";
     void *device = nullptr, *graph = nullptr;
     check(plugin.open(&settings, &device, error, sizeof error) == GREEDY_OK, "open: again");
