@@ -53,6 +53,12 @@ size_t count_of(const greedy_tensor& tensor) {
     return count;
 }
 
+size_t count_of(const nvinfer1::Dims& dims) {
+    size_t count = 1;
+    for (int32_t i = 0; i < dims.nbDims; ++i) count *= static_cast<size_t>(dims.d[i]);
+    return count;
+}
+
 size_t bytes_of(const greedy_tensor& tensor) {
     static constexpr size_t kBytes[] = {4, 2, 2, 1, 8};
     return count_of(tensor) * kBytes[tensor.dtype];
@@ -135,7 +141,9 @@ class TrtGraph {
             if ((shared == nullptr) != (told == nullptr) || (told && std::strcmp(shared, told) != 0))
                 throw Failure(GREEDY_BAD_BUNDLE, "got another alias of " + outputs_.back() + ", expected the plan's");
         }
-        if (static_cast<size_t>(engine_->getNbIOTensors()) != spec.input_count + spec.output_count)
+        find_unread();
+        const size_t known = spec.input_count + spec.output_count + unread_.size();
+        if (static_cast<size_t>(engine_->getNbIOTensors()) != known)
             throw Failure(GREEDY_BAD_BUNDLE, "got other tensors in the manifest than in the plan, expected the same");
         if (spec.constant_count) refit(device, spec);
 #ifdef GREEDY_TENSORRT_RTX
@@ -145,6 +153,7 @@ class TrtGraph {
             idle_.emplace_back();
             idle_.back().context.reset(new_context());
             if (!idle_.back().context) throw Failure(GREEDY_NO_MEMORY, "got no execution context, expected one");
+            for (const std::string& name : unread_) bind(idle_.back(), name, garbage_.get());
             check(cudaStreamCreate(&idle_.back().stream), "stream");
         }
 #ifdef GREEDY_TENSORRT_RTX
@@ -186,6 +195,9 @@ class TrtGraph {
     }
 
   private:
+    struct Freed {
+        void operator()(void* memory) const { cudaFree(memory); }
+    };
     struct Worker {
         std::unique_ptr<nvinfer1::IExecutionContext> context;
         cudaStream_t stream = nullptr;
@@ -210,12 +222,27 @@ class TrtGraph {
     std::string checked(const greedy_tensor& told, nvinfer1::TensorIOMode mode) const {
         const bool known = engine_->getTensorIOMode(told.name) == mode;
         const nvinfer1::Dims dims = known ? engine_->getTensorShape(told.name) : nvinfer1::Dims{};
-        size_t count = 1;  // the plan's caches have one more axis
-        for (int32_t i = 0; i < dims.nbDims; ++i) count *= static_cast<size_t>(dims.d[i]);
-        if (!known || count != count_of(told) || engine_->getTensorDataType(told.name) != type_of(told.dtype))
+        // Counts, because the plan's caches have other axes.
+        if (!known || count_of(dims) != count_of(told) || engine_->getTensorDataType(told.name) != type_of(told.dtype))
             throw Failure(GREEDY_BAD_BUNDLE,
                           std::string("got another ") + told.name + " in the manifest, expected the plan's");
         return told.name;
+    }
+
+    // Outputs that only the plan has lead the builder to a better plan (export/tensorrt/attention.py). They share memory,
+    // because no program reads them.
+    void find_unread() {
+        size_t bytes = 0;
+        for (int32_t i = 0; i < engine_->getNbIOTensors(); ++i) {
+            const std::string name = engine_->getIOTensorName(i);
+            const bool output = engine_->getTensorIOMode(name.c_str()) == nvinfer1::TensorIOMode::kOUTPUT;
+            if (!output || name.rfind("unread_", 0) != 0) continue;
+            unread_.push_back(name);
+            bytes = std::max(bytes, 8 * count_of(engine_->getTensorShape(name.c_str())));  // no type is wider
+        }
+        void* made = nullptr;
+        if (bytes) check(cudaMalloc(&made, bytes), "memory");
+        garbage_.reset(made);
     }
 
     // Weights lie outside the plan; loading puts them into it once.
@@ -268,7 +295,8 @@ class TrtGraph {
 #ifdef GREEDY_TENSORRT_RTX
     std::unique_ptr<greedy::plugin::KernelCache> kernels_;  // outlives the contexts
 #endif
-    std::vector<std::string> inputs_, outputs_;
+    std::vector<std::string> inputs_, outputs_, unread_;
+    std::unique_ptr<void, Freed> garbage_;  // what `unread_` holds
     std::vector<size_t> bytes_;  // of the outputs
     std::mutex mutex_;
     std::condition_variable returned_;

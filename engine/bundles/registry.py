@@ -31,5 +31,5 @@ BACKENDS: dict[str, Backend] = {
     "onnx": Backend("engine.bundles.onnx", "OnnxStages", extra="onnx", writes="aliases"),
     "aoti": Backend("engine.bundles.aoti", "AotiStages", extra="", writes="mutates", made_with=("torch",)),
     "tensorrt": Backend("engine.bundles.tensorrt", "TensorrtStages", extra="tensorrt", writes="either"),
-    "tensorrt_rtx": Backend("engine.bundles.tensorrt_rtx", "TensorrtRtxStages", extra="rtx", writes="aliases"),
+    "tensorrt_rtx": Backend("engine.bundles.tensorrt_rtx", "TensorrtRtxStages", extra="rtx", writes="either"),
 }

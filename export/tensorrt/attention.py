@@ -1,7 +1,8 @@
 """Attention by TensorRT's own layers, on caches [1, heads, rows, d].
 
 TensorRT's kernels read keys and values by heads. So the caches are network inputs of that shape, and the cache update
-turns only a chunk's new rows. The ring's memory then holds the same numbers in another order, which only these graphs read.
+turns only a chunk's new rows. The ring's memory then holds the same numbers in another order, and only these graphs
+read it.
 """
 
 import math
@@ -124,24 +125,24 @@ class HeadCaches:
         if not self.fp8:
             inputs = [q, k, v, "", "", lengths]
             return [helper.make_node("TRT_Attention", inputs, [out], domain=TRT_DOMAIN, **ATTENTION)]
-        one = add_constant(self.model, helper.make_tensor("trt_fp8_scale", TensorProto.FLOAT, [], [1.0]))
         share = add_constant(self.model, helper.make_tensor("trt_fp8_share", self.dtype, [], [1 / 448]))
+        scales = {"q": 1 / math.sqrt(self.d), "k": 1.0, "v": 1.0}  # q comes scaled by the softmax's factor
         nodes = []
         for side, x in zip("qkv", (q, k, v), strict=True):
             name = f"{out}_{side}"
+            scale = helper.make_tensor(f"trt_fp8_scale_{scales[side]}", TensorProto.FLOAT, [], [scales[side]])
+            add_constant(self.model, scale)
             nodes += [  # from float32: with 16-bit scales the builder moves a whole cache once more
                 helper.make_node("Cast", [x], [f"{name}_wide"], to=TensorProto.FLOAT),
-                helper.make_node("QuantizeLinear", [f"{name}_wide", one], [f"{name}_e4m3"], output_dtype=FP8),
-                helper.make_node("DequantizeLinear", [f"{name}_e4m3", one], [f"{name}_near"]),
-                helper.make_node("Cast", [f"{name}_near"], [f"{name}_e4m3_value"], to=self.dtype),
+                helper.make_node("QuantizeLinear", [f"{name}_wide", scale.name], [f"{name}_e4m3"], output_dtype=FP8),
+                helper.make_node("DequantizeLinear", [f"{name}_e4m3", scale.name], [f"{name}_near"]),
+                helper.make_node("Cast", [f"{name}_near"], [f"{name}_value"], to=self.dtype),
             ]
-        inputs = [*(f"{out}_{side}_e4m3_value" for side in "qkv"), "", share, "", lengths]
+        inputs = [*(f"{out}_{side}_value" for side in "qkv"), "", share, "", lengths]
         return [*nodes, helper.make_node("TRT_QuantizedAttention", inputs, [out], domain=TRT_DOMAIN, **QUANTISED)]
 
     def _shape(self, what: str, shape: list[int]) -> str:
-        return add_constant(
-            self.model, helper.make_tensor(f"trt_{what}", TensorProto.INT64, [len(shape)], shape)
-        )  # fmt: skip
+        return add_constant(self.model, helper.make_tensor(f"trt_{what}", TensorProto.INT64, [len(shape)], shape))
 
 
 def _smallest_divisor(n: int) -> int:

@@ -49,6 +49,7 @@ def calls(rtx: Any) -> dict[str, tuple[str, Any, tuple[Any, ...], tuple[Any, ...
     data = (c_char_p(BLOB), c_size_t(len(BLOB)))
     return {
         "num_io_tensors": ("", engine.num_io_tensors.fget, (), ()),
+        "get_tensor_name": ("i", engine.get_tensor_name, (3,), (c_int32(3),)),
         "get_tensor_mode": ("s", engine.get_tensor_mode, ("x",), (b"x",)),
         "get_tensor_dtype": ("s", engine.get_tensor_dtype, ("x",), (b"x",)),
         "get_aliased_input_tensor": ("s", engine.get_aliased_input_tensor, ("x",), (b"x",)),

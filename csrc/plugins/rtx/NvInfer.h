@@ -118,6 +118,7 @@ class ICudaEngine : public Object {
     DataType getTensorDataType(const char* name) const noexcept { return call<16, DataType>(name); }
     TensorIOMode getTensorIOMode(const char* name) const noexcept { return call<19, TensorIOMode>(name); }
     std::int32_t getNbIOTensors() const noexcept { return call<26, std::int32_t>(); }
+    const char* getIOTensorName(std::int32_t index) const noexcept { return call<27, const char*>(index); }
     const char* getAliasedInputTensor(const char* name) const noexcept { return call<50, const char*>(name); }
 };
 

@@ -112,6 +112,9 @@ class ICudaEngine {
     std::vector<std::string> missing;
 
     int32_t getNbIOTensors() const noexcept { return static_cast<int32_t>(tensors.size()); }
+    char const* getIOTensorName(int32_t index) const noexcept {
+        return tensors[static_cast<std::size_t>(index)].name.c_str();
+    }
     TensorIOMode getTensorIOMode(char const* name) const noexcept {
         return find(name) ? find(name)->mode : TensorIOMode::kNONE;
     }

@@ -18,6 +18,9 @@ struct Quiet : ILogger {
 #define CALL extern "C" __attribute__((visibility("default")))
 
 CALL std::int32_t num_io_tensors(const ICudaEngine* engine) { return engine->getNbIOTensors(); }
+CALL const char* get_tensor_name(const ICudaEngine* engine, std::int32_t index) {
+    return engine->getIOTensorName(index);
+}
 CALL std::int32_t get_tensor_mode(const ICudaEngine* engine, const char* name) {
     return static_cast<std::int32_t>(engine->getTensorIOMode(name));
 }
