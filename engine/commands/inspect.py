@@ -14,18 +14,20 @@ from torch import nn
 
 from engine.config import TransformerConfig
 from engine.files import read_json
-from engine.loader import settings_of
+from engine.loader import CHECKPOINT_PRESET, settings_of
 from engine.model.transformer import WanTransformer
 from engine.model.umt5 import UMT5Config, UMT5Encoder
 from engine.model.vae import VAE, VAEConfig
 from engine.options import Parser, add_options, option, options_of
+from engine.presets import presets_for
 from engine.weights.adapters import describe
 from engine.weights.checkpoint import check_tensors
 from engine.weights.containers import Container, open_container
-from engine.weights.folders import Given, find_parts, parts_of
+from engine.weights.finding import candidates, contents_of, weight_files
+from engine.weights.folders import Given, find_parts
 from engine.weights.names import WORDS, Found, Part, is_adapter, recognise, unwrapped
 from engine.weights.shapes import transformer_config, transformer_of, umt5_of, vae_of
-from engine.weights.sources import FileSource, candidates, source_of, weight_files, what_instead
+from engine.weights.sources import FileSource, source_of, what_instead
 
 EPILOG = """\
 exit status: 0 if the engine runs it, 2 if not
@@ -79,7 +81,7 @@ def _directory(path: Path) -> Report:
             return adapter
     # Wan's own folder holds several parts beside each other; a component's, or a checkpoint's, holds one.
     files = candidates(path)
-    held = set().union(*(parts_of(file) for file in files))
+    held = set().union(*(contents_of(file)[0] for file in files))
     if not held and files and (adapter := _adapter(path, list(open_container(files[0]).tensors))) is not None:
         return adapter
     if len(held) == 1 and not any(path.glob("*/*/spiece.model")):
@@ -124,7 +126,7 @@ def _containers(path: Path, containers: Sequence[Container]) -> Report:
     if not found:
         report.problem = f"got {what_instead(names, found)}, expected a part of a Wan2.1 text-to-video model"
         return report
-    options = []
+    options, preset = [], None
     for one in found:
         try:
             source = source_of(containers, str(path), one.state or None, one.naming.part)
@@ -134,14 +136,25 @@ def _containers(path: Path, containers: Sequence[Container]) -> Report:
                 report.problem = report.problem or problem
             else:
                 options.append(one)
+                preset = preset or (_preset(source, config, report) if isinstance(config, TransformerConfig) else None)
         except ValueError as error:
             report.problem = report.problem or str(error)
-    if any(one.naming.part == "transformer" for one in options):
-        report.lines.append("preset: the file does not tell; name the one that it was trained for")
     if options:
         report.problem = None
-        report.command = _command(path, options)
+        report.command = _command(path, options, preset)
     return report
+
+
+def _preset(source: FileSource, config: TransformerConfig, report: Report) -> str | None:
+    """The preset that a transformer's tensors tell; else None, and a line names those that it may be for."""
+    if "condition_proj.weight" in source.shapes():
+        return "greedy"  # no other one has W_c
+    names = ", ".join(presets_for(config.dim))
+    line = (f"preset: the file does not tell which one its weights were trained for; of width {config.dim} there are "
+            f"{names}; --preset NAME chooses, else {CHECKPOINT_PRESET} is taken")  # fmt: skip
+    if line not in report.lines:
+        report.lines.append(line)
+    return None
 
 
 def _adapter(path: Path, names: Sequence[str]) -> Report | None:
@@ -168,13 +181,13 @@ def _adapter(path: Path, names: Sequence[str]) -> Report | None:
     return report
 
 
-def _command(path: Path, found: Sequence[Found]) -> str:
+def _command(path: Path, found: Sequence[Found], preset: str | None) -> str:
     """The command line that runs the parts of a file."""
     options: dict[Part, str] = {"transformer": "--checkpoint", "vae": "--vae", "text_encoder": "--text-encoder"}
     parts = list(dict.fromkeys(one.naming.part for one in found))
     given = " ".join(f"{options[part]} {quote(str(path))}" for part in parts)
-    preset = " --preset self-forcing" if "transformer" in parts else ""
-    return f'python -m engine.run --model DIR {given}{preset} --prompt "..."'
+    chosen = f" --preset {preset}" if preset else ""
+    return f'python -m engine.run --model DIR {given}{chosen} --prompt "..."'
 
 
 def _config(source: FileSource, path: Path) -> Config:

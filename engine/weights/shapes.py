@@ -11,6 +11,7 @@ from engine.model.vae import VAEConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+MOST_ROWS = 1 << 16  # of a prompt; Wan2.1 has 512
 HEAD_DIM = 128  # of every Wan transformer; tensors do not tell it
 DEPTHS = {1536: 30, 5120: 40}  # blocks of Wan2.1's transformers by width: a file that lacks the last ones looks whole
 # Wan's own config.json -> diffusers'.
@@ -48,6 +49,14 @@ def transformer_config(raw: Mapping[str, Any], label: object) -> TransformerConf
         raise ValueError(f"{label}: got dim {dim} with {heads} heads, expected a multiple of them")
     named = {ours: values[theirs] for theirs, ours in _WAN_KEYS.items() if theirs in values}
     return TransformerConfig.from_dict({**named, "attention_head_dim": dim // heads})
+
+
+def text_rows_of(raw: Mapping[str, Any], label: object) -> int | None:
+    """Rows of a prompt that a transformer was trained with, if its config.json tells. ValueError for no such number."""
+    rows = raw.get("text_len")
+    if rows is not None and (type(rows) is not int or not 1 <= rows <= MOST_ROWS):
+        raise ValueError(f"{label}: got text_len {rows!r}, expected a whole number from 1 to {MOST_ROWS}")
+    return rows
 
 
 def expect_class(raw: Mapping[str, Any], classes: tuple[str, ...], label: object) -> None:
