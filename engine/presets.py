@@ -39,7 +39,7 @@ _WIDTHS = {"krea-realtime": 5120}
 def presets_for(width: int) -> list[str]:
     """The presets whose weights were published for transformers of that width; all where none were.
 
-    greedy is not among them: its transformer has a further weight.
+    greedy is not among them: a checkpoint alone holds one of its two transformers.
     """
     causal = [name for name, preset in PRESETS.items() if preset.family == "causal"]
     return [name for name in causal if _WIDTHS.get(name, 1536) == width] or causal

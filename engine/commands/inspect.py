@@ -126,7 +126,7 @@ def _containers(path: Path, containers: Sequence[Container]) -> Report:
     if not found:
         report.problem = f"got {what_instead(names, found)}, expected a part of a Wan2.1 text-to-video model"
         return report
-    options, preset = [], None
+    options, presets = [], set[str]()
     for one in found:
         try:
             source = source_of(containers, str(path), one.state or None, one.naming.part)
@@ -136,25 +136,21 @@ def _containers(path: Path, containers: Sequence[Container]) -> Report:
                 report.problem = report.problem or problem
             else:
                 options.append(one)
-                preset = preset or (_preset(source, config, report) if isinstance(config, TransformerConfig) else None)
+                presets |= {_presets(config)} if isinstance(config, TransformerConfig) else set()
         except ValueError as error:
             report.problem = report.problem or str(error)
+    report.lines += sorted(presets)
     if options:
         report.problem = None
-        report.command = _command(path, options, preset)
+        report.command = _command(path, options)
     return report
 
 
-def _preset(source: FileSource, config: TransformerConfig, report: Report) -> str | None:
-    """The preset that a transformer's tensors tell; else None, and a line names those that it may be for."""
-    if "condition_proj.weight" in source.shapes():
-        return "greedy"  # no other one has W_c
+def _presets(config: TransformerConfig) -> str:
+    """Which presets a transformer may be for; its tensors do not tell."""
     names = ", ".join(presets_for(config.dim))
-    line = (f"preset: the file does not tell which one its weights were trained for; of width {config.dim} there are "
+    return (f"preset: the file does not tell which one its weights were trained for; of width {config.dim} there are "
             f"{names}; --preset NAME chooses, else {CHECKPOINT_PRESET} is taken")  # fmt: skip
-    if line not in report.lines:
-        report.lines.append(line)
-    return None
 
 
 def _adapter(path: Path, names: Sequence[str]) -> Report | None:
@@ -181,13 +177,12 @@ def _adapter(path: Path, names: Sequence[str]) -> Report | None:
     return report
 
 
-def _command(path: Path, found: Sequence[Found], preset: str | None) -> str:
+def _command(path: Path, found: Sequence[Found]) -> str:
     """The command line that runs the parts of a file."""
     options: dict[Part, str] = {"transformer": "--checkpoint", "vae": "--vae", "text_encoder": "--text-encoder"}
     parts = list(dict.fromkeys(one.naming.part for one in found))
     given = " ".join(f"{options[part]} {quote(str(path))}" for part in parts)
-    chosen = f" --preset {preset}" if preset else ""
-    return f'python -m engine.run --model DIR {given}{chosen} --prompt "..."'
+    return f'python -m engine.run --model DIR {given} --prompt "..."'
 
 
 def _config(source: FileSource, path: Path) -> Config:
@@ -223,11 +218,11 @@ def _lacks(source: FileSource, config: Config) -> str | None:
     with torch.device("meta"):
         module: nn.Module
         if isinstance(config, TransformerConfig):
-            module = WanTransformer(config, True)
+            module = WanTransformer(config)  # W_c comes from an adapter's condition.safetensors alone
         else:
             module = VAE(config) if isinstance(config, VAEConfig) else UMT5Encoder(config)
     try:
-        check_tensors(source.label, source.shapes(), module.state_dict(), ("condition_proj.weight",))
+        check_tensors(source.label, source.shapes(), module.state_dict())
     except ValueError as error:
         return str(error)
     return None

@@ -281,11 +281,11 @@ def check_index(folder: Path) -> list[str]:
 
 
 def _kind(file: Path) -> str:
-    """What a file is, in words, if that is known to be no part of a model."""
+    """What a file is, in words: a file, if it may be a part of a model."""
     try:
         return other_kind(map(unwrapped, open_container(file).tensors)) or "a file"
-    except (ValueError, OSError, ImportError):
-        return "a file"
+    except (ValueError, OSError, ImportError) as error:
+        return str(error).removeprefix(f"{file}: got ").partition(", expected")[0]
 
 
 def _content(folder: Path) -> str:

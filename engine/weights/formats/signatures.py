@@ -39,7 +39,7 @@ def kind_of(file: Path) -> str:
     # torch.save: a zip archive, or before 1.6 a pickle.
     if not whole and (start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")):
         if (other := archive_of(file)) is not None:
-            raise ValueError(f"{file}: got {other}, expected {_READ}: a state dict written by torch.save")
+            raise ValueError(f"{file}: got {other}, expected safetensors, GGUF or a state dict that torch.save wrote")
         return "torch"
     if has_header:
         return "safetensors"  # a file that is cut off too: the library says how

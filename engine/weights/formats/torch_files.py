@@ -98,7 +98,7 @@ def load_torch(file: Path) -> tuple[Mapping[Any, Any], bool]:
         loaded, maps = _without_objects(file, error), True
     if isinstance(loaded, Mapping):
         return loaded, maps
-    what = kind if (kind := getattr(loaded, "words", None)) else type(loaded).__name__
+    what = f"{words}, pickled whole" if (words := getattr(loaded, "words", None)) else type(loaded).__name__
     raise ValueError(f"{file}: got {what}, expected a dictionary of tensors: a torch checkpoint that "
                      "torch.save(model.state_dict(), FILE) writes")  # fmt: skip
 
@@ -139,7 +139,7 @@ def _without_objects(file: Path, error: Exception) -> Any:
 
 def _unread(name: str) -> type[Unread]:
     """A class that stands for the one of that name."""
-    return type(name, (Unread,), {"words": f"a whole pickled object of class {name}"})
+    return type(name, (Unread,), {"words": f"an object of class {name}"})
 
 
 def _reason(error: Exception) -> str:

@@ -241,5 +241,5 @@ def test_a_vae_beside_a_file_that_cannot_be_read(folders, published, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"")
     assert open_source(tmp_path, part="vae").files == [tmp_path / "b.safetensors"]
     save_file(published.wan("transformer"), tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="an empty file.*; it may be the VAE"):
+    with pytest.raises(ValueError, match=r"an empty file.*; it may be the VAE"):
         open_source(tmp_path, part="vae")
