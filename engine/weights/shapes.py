@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from engine.config import TransformerConfig
+from engine.model.text import MAX_ROWS
 from engine.model.umt5 import UMT5Config
 from engine.model.vae import VAEConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-MOST_ROWS = 1 << 16  # of a prompt; Wan2.1 has 512
 HEAD_DIM = 128  # of every Wan transformer; tensors do not tell it
 DEPTHS = {1536: 30, 5120: 40}  # blocks of Wan2.1's transformers by width: a file that lacks the last ones looks whole
 # Wan's own config.json -> diffusers'.
@@ -54,8 +54,8 @@ def transformer_config(raw: Mapping[str, Any], label: object) -> TransformerConf
 def text_rows_of(raw: Mapping[str, Any], label: object) -> int | None:
     """Rows of a prompt that a transformer was trained with, if its config.json tells. ValueError for no such number."""
     rows = raw.get("text_len")
-    if rows is not None and (type(rows) is not int or not 1 <= rows <= MOST_ROWS):
-        raise ValueError(f"{label}: got text_len {rows!r}, expected a whole number from 1 to {MOST_ROWS}")
+    if rows is not None and (type(rows) is not int or not 1 <= rows <= MAX_ROWS):
+        raise ValueError(f"{label}: got text_len {rows!r}, expected a whole number from 1 to {MAX_ROWS}")
     return rows
 
 

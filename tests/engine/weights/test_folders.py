@@ -10,8 +10,10 @@ from layouts import HEIGHT, WIDTH
 from safetensors.torch import load_file, save_file
 
 from engine import load
+from engine.model.text import Tokenizer
 from engine.run import main
 from engine.weights.sources import open_source
+from export.write import _copy_tokenizer
 
 SIZE = {"height": HEIGHT, "width": WIDTH, "preset": "self-forcing", "threads": 1}
 PARTS = {"transformer": "checkpoint", "vae": "vae", "text_encoder": "text_encoder"}
@@ -215,7 +217,8 @@ def test_tokenizers(folders, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("rows", "said"), [(12, None), (16, None), (31, None), (0, "text_len 0"), (True, "text_len T"),
+@pytest.mark.parametrize(("rows", "said"), [(12, None), (16, None), (31, None), (0, "text_len 0"), (513, "text_len 513"),
+                                            (True, "text_len T"),
                                             ("512", "text_len '512'"), (512.0, "text_len 512.0")])  # fmt: skip
 def test_text_len_sets_the_rows_of_a_prompt(folders, tmp_path, rows, said):
     folder = shutil.copytree(folders["wan"], tmp_path / "m")
@@ -227,6 +230,8 @@ def test_text_len_sets_the_rows_of_a_prompt(folders, tmp_path, rows, said):
         return
     pipeline = load(folder, **SIZE)
     assert pipeline.tokenizer.rows == rows
+    _copy_tokenizer(pipeline.tokenizer.path, tmp_path / "bundle", rows)  # bundles take the limit from its files
+    assert Tokenizer(tmp_path / "bundle").rows == rows
     embedding = pipeline.encode_prompt("a red circle")
     assert embedding.shape[1] == rows
     # The text encoder sees the end of the prompt, not the padding: the values are those of another length.
