@@ -217,9 +217,13 @@ def test_tokenizers(folders, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("rows", "said"), [(12, None), (16, None), (31, None), (0, "text_len 0"), (513, "text_len 513"),
-                                            (True, "text_len T"),
-                                            ("512", "text_len '512'"), (512.0, "text_len 512.0")])  # fmt: skip
+TEXT_LEN = [
+    (12, None), (16, None), (31, None), (0, "text_len 0"), (513, "text_len 513"), (True, "text_len T"),
+    ("512", "text_len '512'"), (512.0, "text_len 512.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "said"), TEXT_LEN)
 def test_text_len_sets_the_rows_of_a_prompt(folders, tmp_path, rows, said):
     folder = shutil.copytree(folders["wan"], tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
