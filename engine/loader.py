@@ -39,6 +39,7 @@ from engine.weights.text_encoder import ReleasedEncoder
 if TYPE_CHECKING:
     from engine.bundles.manifest import Manifest
 
+CHECKPOINT_PRESET = "self-forcing"  # of a checkpoint, where none is named
 EMBEDDED = Path(__file__).parent / "assets" / "sprites"
 # Cross-attention's output product stays in bf16. No gate scales its rounding error down, so in FP8 it adds the largest
 # error of all products (docs/fp8.md). It has only 6% of the operations.
@@ -77,7 +78,7 @@ def choose_preset(
 ) -> tuple[str, Preset]:
     """The preset's name and value. The model's own overrides apply only to the preset of its training."""
     if name is None:
-        name = "self-forcing" if checkpoint is not None else settings.preset
+        name = CHECKPOINT_PRESET if checkpoint is not None else settings.preset
     if name == settings.preset:
         overrides = settings.overrides | overrides
     return name, find_preset(name, overrides)
@@ -116,7 +117,7 @@ def load(
     runtime = replaced(runtime or Runtime(), options, "load")
     folder = Path(model) if model is not None else EMBEDDED
     paths = [None if path is None else Path(path) for path in (checkpoint, vae, text_encoder, tokenizer)]
-    given = Given(paths[0], checkpoint_state, STATES, *paths[1:])
+    given = Given(paths[0], checkpoint_state, STATES, paths[1], paths[2], paths[3])
     settings = settings_for(Path(model) if model is not None else None, *paths)
     name, style = choose_preset(settings, preset, overrides or {}, given.checkpoint)
     family, fp8 = family_of(style), runtime.precision == "fp8"
@@ -124,7 +125,7 @@ def load(
     if fp8 or runtime.fp8_attention:
         check_fp8(device)
     dtype = dtype_of(runtime.precision, device)
-    parts = find_parts(folder, replace(given, prefer=states_of(name)))
+    parts = find_parts(folder, replace(given, prefer=states_of(name), dtype=dtype))
     config, vae_config = parts.config, parts.vae_config
     height = settings.height if height is None else height
     width = settings.width if width is None else width
@@ -207,7 +208,7 @@ def _encoder_notes(case: Case) -> list[str]:
 
 def _tokenizer(parts: Parts) -> Tokenizer:
     """The tokenizer. ValueError if it has tokens that the text encoder has not."""
-    tokenizer, known = Tokenizer(parts.tokenizer), parts.text_config.vocab_size
+    tokenizer, known = Tokenizer(parts.tokenizer, parts.text_rows), parts.text_config.vocab_size
     if tokenizer.tokens > known:
         raise ValueError(f"{parts.tokenizer}: got {tokenizer.tokens} tokens, expected at most {known}, those of the "
                          f"text encoder ({parts.text_encoder.label})")  # fmt: skip

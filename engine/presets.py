@@ -32,6 +32,17 @@ PRESETS: dict[str, Preset] = {
 }  # fmt: skip
 # Published for the plain weights of their training, where others are for the moving average (generator_ema).
 _PLAIN_STATE = ("causvid", "longlive", "causal-forcing", "krea-realtime")
+# Width of the transformers that a preset's weights were published for, where it is not 1536 (Wan2.1-1.3B).
+_WIDTHS = {"krea-realtime": 5120}
+
+
+def presets_for(width: int) -> list[str]:
+    """The presets whose weights were published for transformers of that width; all where none were.
+
+    greedy is not among them: a checkpoint alone holds one of its two transformers.
+    """
+    causal = [name for name, preset in PRESETS.items() if preset.family == "causal"]
+    return [name for name in causal if _WIDTHS.get(name, 1536) == width] or causal
 
 
 def states_of(name: str) -> tuple[str, ...]:

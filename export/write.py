@@ -27,9 +27,9 @@ from engine.bundles.manifest import (
     read_manifest,
 )
 from engine.bundles.stages import NotHere
-from engine.files import whole_folder
+from engine.files import read_json, whole_folder, write_json
 from engine.loader import load_bundle
-from engine.model.text import clean_prompt, fold_prompt
+from engine.model.text import Tokenizer, clean_prompt, fold_prompt
 from engine.stream import Pipeline
 from export.compilers import Compiler, compilers_of
 from export.fp8 import is_quantized
@@ -122,7 +122,7 @@ def _write(
         yield from _compile(pipeline, compiler, spec, part, store, older)
         specs[spec.key] = spec
     save_file(store.tensors, part / "weights.safetensors")
-    _copy_tokenizer(tokenizer, part / "tokenizer")
+    _copy_tokenizer(tokenizer, part / "tokenizer", pipeline.tokenizer.rows if pipeline.tokenizer else None)
 
     golden = {"frames": torch.from_numpy(golden_frames(pipeline, prompt, seed))}
     save_file(golden, part / _GOLDEN)
@@ -140,12 +140,18 @@ def _write(
     yield from _add_golden(part, manifest, golden)
 
 
-def _copy_tokenizer(folder: Path, into: Path) -> None:
-    """Copy a tokenizer's own files: in some layouts a model's weights lie beside them."""
+def _copy_tokenizer(folder: Path, into: Path, rows: int | None = None) -> None:
+    """Copy a tokenizer's own files: in some layouts a model's weights lie beside them.
+
+    The copy has `rows` as its limit where the model's config.json sets another one than the tokenizer's.
+    """
     into.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model"):
         if (folder / name).is_file():
             shutil.copy(folder / name, into)
+    if rows is not None and Tokenizer(into).rows != rows:
+        file = into / "tokenizer_config.json"
+        write_json(file, (read_json(file) if file.is_file() else {}) | {"model_max_length": rows})
 
 
 def _compile(

@@ -30,7 +30,7 @@ from distill.training.stage import Options, Stage
 from engine.files import whole_folder, write_json
 from engine.options import option
 from engine.weights.adapters import base_hash
-from engine.weights.sources import weight_files
+from engine.weights.finding import weight_files
 
 FPS = 8
 

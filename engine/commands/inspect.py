@@ -14,18 +14,20 @@ from torch import nn
 
 from engine.config import TransformerConfig
 from engine.files import read_json
-from engine.loader import settings_of
+from engine.loader import CHECKPOINT_PRESET, settings_of
 from engine.model.transformer import WanTransformer
 from engine.model.umt5 import UMT5Config, UMT5Encoder
 from engine.model.vae import VAE, VAEConfig
 from engine.options import Parser, add_options, option, options_of
+from engine.presets import presets_for
 from engine.weights.adapters import describe
 from engine.weights.checkpoint import check_tensors
 from engine.weights.containers import Container, open_container
-from engine.weights.folders import Given, find_parts, parts_of
+from engine.weights.finding import candidates, contents_of, weight_files
+from engine.weights.folders import Given, find_parts
 from engine.weights.names import WORDS, Found, Part, is_adapter, recognise, unwrapped
 from engine.weights.shapes import transformer_config, transformer_of, umt5_of, vae_of
-from engine.weights.sources import FileSource, candidates, source_of, weight_files, what_instead
+from engine.weights.sources import FileSource, source_of, what_instead
 
 EPILOG = """\
 exit status: 0 if the engine runs it, 2 if not
@@ -79,7 +81,7 @@ def _directory(path: Path) -> Report:
             return adapter
     # Wan's own folder holds several parts beside each other; a component's, or a checkpoint's, holds one.
     files = candidates(path)
-    held = set().union(*(parts_of(file) for file in files))
+    held = set().union(*(contents_of(file)[0] for file in files))
     if not held and files and (adapter := _adapter(path, list(open_container(files[0]).tensors))) is not None:
         return adapter
     if len(held) == 1 and not any(path.glob("*/*/spiece.model")):
@@ -124,7 +126,7 @@ def _containers(path: Path, containers: Sequence[Container]) -> Report:
     if not found:
         report.problem = f"got {what_instead(names, found)}, expected a part of a Wan2.1 text-to-video model"
         return report
-    options = []
+    options, presets = [], set[str]()
     for one in found:
         try:
             source = source_of(containers, str(path), one.state or None, one.naming.part)
@@ -134,14 +136,21 @@ def _containers(path: Path, containers: Sequence[Container]) -> Report:
                 report.problem = report.problem or problem
             else:
                 options.append(one)
+                presets |= {_presets(config)} if isinstance(config, TransformerConfig) else set()
         except ValueError as error:
             report.problem = report.problem or str(error)
-    if any(one.naming.part == "transformer" for one in options):
-        report.lines.append("preset: the file does not tell; name the one that it was trained for")
+    report.lines += sorted(presets)
     if options:
         report.problem = None
         report.command = _command(path, options)
     return report
+
+
+def _presets(config: TransformerConfig) -> str:
+    """Which presets a transformer may be for; its tensors do not tell."""
+    names = ", ".join(presets_for(config.dim))
+    return (f"preset: the file does not tell which one its weights were trained for; of width {config.dim} there are "
+            f"{names}; --preset NAME chooses, else {CHECKPOINT_PRESET} is taken")  # fmt: skip
 
 
 def _adapter(path: Path, names: Sequence[str]) -> Report | None:
@@ -173,8 +182,7 @@ def _command(path: Path, found: Sequence[Found]) -> str:
     options: dict[Part, str] = {"transformer": "--checkpoint", "vae": "--vae", "text_encoder": "--text-encoder"}
     parts = list(dict.fromkeys(one.naming.part for one in found))
     given = " ".join(f"{options[part]} {quote(str(path))}" for part in parts)
-    preset = " --preset self-forcing" if "transformer" in parts else ""
-    return f'python -m engine.run --model DIR {given}{preset} --prompt "..."'
+    return f'python -m engine.run --model DIR {given} --prompt "..."'
 
 
 def _config(source: FileSource, path: Path) -> Config:
@@ -210,11 +218,11 @@ def _lacks(source: FileSource, config: Config) -> str | None:
     with torch.device("meta"):
         module: nn.Module
         if isinstance(config, TransformerConfig):
-            module = WanTransformer(config, True)
+            module = WanTransformer(config)  # W_c comes from an adapter's condition.safetensors alone
         else:
             module = VAE(config) if isinstance(config, VAEConfig) else UMT5Encoder(config)
     try:
-        check_tensors(source.label, source.shapes(), module.state_dict(), ("condition_proj.weight",))
+        check_tensors(source.label, source.shapes(), module.state_dict())
     except ValueError as error:
         return str(error)
     return None

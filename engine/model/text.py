@@ -96,18 +96,18 @@ class PromptWarning(UserWarning):
 
 
 class Tokenizer:
-    """Turns a prompt into token ids and a mask, padded or cut to `rows`.
+    """Turns a prompt into token ids and a mask, padded or cut to `rows`: given ones, or the tokenizer's limit.
 
     It reads tokenizer.json with the tokenizers library. Only where a folder has none, transformers converts what is
     there, which takes seconds.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rows: int | None = None) -> None:
         self.path = path
         file = path / "tokenizer_config.json"
         settings = read_json(file) if file.is_file() else {}
         # A tokenizer that names no limit reports an astronomical one.
-        self.rows = min(int(settings.get("model_max_length") or MAX_ROWS), MAX_ROWS)
+        self.rows = rows or min(int(settings.get("model_max_length") or MAX_ROWS), MAX_ROWS)
         self._core = _core(path)
         pad = settings.get("pad_token") or "<pad>"
         pad = pad["content"] if isinstance(pad, dict) else pad

@@ -8,26 +8,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.config import TransformerConfig
 from engine.files import read_json
 from engine.model.umt5 import UMT5Config
 from engine.model.vae import VAEConfig
 from engine.weights.containers import open_container
-from engine.weights.names import WORDS, Part, recognise, unwrapped
-from engine.weights.shapes import expect_class, is_wan_config, transformer_config, transformer_of, umt5_of, vae_of
-from engine.weights.sources import (
-    STATES,
-    FileSource,
-    candidates,
-    check_shards,
-    files_of_index,
-    open_source,
-    shard_of,
-    source_of,
+from engine.weights.finding import OPTIONS, Folder, candidates, choose
+from engine.weights.names import WORDS, Part, other_kind, unwrapped
+from engine.weights.shapes import (
+    expect_class,
+    is_wan_config,
+    text_rows_of,
+    transformer_config,
+    transformer_of,
+    umt5_of,
+    vae_of,
 )
+from engine.weights.sources import STATES, FileSource, open_source, source_of
 
-_STANDARD = ("diffusion_pytorch_model", "model")  # names that go first where two files hold the same part
-_SHAPE_KEYS = {"num_layers", "z_dim", "d_model"}  # a config.json of a transformer, a VAE, a text encoder has one
+# Keys of a config.json that belongs to a part; another one belongs to the training that wrote a checkpoint.
+_SHAPE_KEYS: dict[Part, str] = {"transformer": "num_layers", "vae": "z_dim", "text_encoder": "d_model"}
 _TOKENIZER = ("tokenizer.json", "spiece.model")
 # Parts of a pipeline that the engine runs or needs not; any other one that is there changes the video.
 _CLASSES = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan", "text_encoder": "UMT5EncoderModel"}
@@ -40,8 +42,9 @@ class Given:
 
     checkpoint    transformer weights: a file, or a folder that holds one
     state         the state of a training checkpoint to take; None takes the first of `prefer`
-    vae, text_encoder   a file, or a component folder
-    tokenizer     a folder with tokenizer.json or spiece.model
+    vae, text_encoder   a file, or a folder that holds one
+    tokenizer     a folder with tokenizer.json or spiece.model in it
+    dtype         that the weights will have: it decides between variants of the files
     """
 
     checkpoint: Path | None = None
@@ -50,6 +53,7 @@ class Given:
     vae: Path | None = None
     text_encoder: Path | None = None
     tokenizer: Path | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def complete(self) -> bool:
@@ -68,6 +72,7 @@ class Parts:
     text_encoder: FileSource
     text_config: UMT5Config
     tokenizer: Path
+    text_rows: int | None = None  # of a prompt, where the transformer's config.json tells
     notes: list[str] = field(default_factory=list)
 
 
@@ -76,18 +81,20 @@ def find_parts(folder: Path, given: Given) -> Parts:
 
     Raises FileNotFoundError for what is missing, ValueError for what cannot be read or contradicts (got, expected).
     """
-    directory = _Directory(folder) if not given.complete else None
+    directory = _Directory(folder, given.dtype) if not given.complete else None
     return _checked(given, directory)
 
 
 def _checked(given: Given, directory: "_Directory | None") -> Parts:
     notes = list(directory.notes) if directory else []
     transformer, vae, text = (_source(part, given, directory) for part in WORDS)
-    config, note = _transformer_config(transformer, given, directory)
+    raw = _config("transformer", given.checkpoint, transformer, directory)
+    config, note = _transformer_config(transformer, given, raw)
+    text_rows = text_rows_of(raw, transformer.label) if raw is not None else None
     notes += [note] if note else []
-    raw = _config("vae", given.vae, directory)
+    raw = _config("vae", given.vae, vae, directory)
     vae_config = vae_of(vae.shapes(), vae.label) if raw is None else _vae_config(raw)
-    raw = _config("text_encoder", given.text_encoder, directory)
+    raw = _config("text_encoder", given.text_encoder, text, directory)
     text_config = umt5_of(text.shapes(), text.label) if raw is None else UMT5Config.from_dict(dict(raw))
     for what, got, expected in (
         ("in_channels", config.in_channels, vae_config.z_dim), ("out_channels", config.out_channels, vae_config.z_dim),
@@ -101,14 +108,13 @@ def _checked(given: Given, directory: "_Directory | None") -> Parts:
     tokenizer = _tokenizer(given.tokenizer, directory)
     for source in (transformer, vae, text):
         notes += source.notes
-    return Parts(transformer, config, vae, vae_config, text, text_config, tokenizer, notes)
+    return Parts(transformer, config, vae, vae_config, text, text_config, tokenizer, text_rows, notes)
 
 
 def _transformer_config(
-    source: FileSource, given: Given, directory: "_Directory | None"
+    source: FileSource, given: Given, raw: Mapping[str, Any] | None
 ) -> tuple[TransformerConfig, str | None]:
     """The config.json's shape where its width is the tensors'; else, for a given file, what its tensors tell."""
-    raw = _config("transformer", given.checkpoint, directory)
     known = transformer_config(raw, "transformer") if raw is not None else None
     config = transformer_of(source.shapes(), known, source.label)
     if known is None or config == known:
@@ -123,18 +129,24 @@ def _source(part: Part, given: Given, directory: "_Directory | None") -> FileSou
     path: Path | None = {"transformer": given.checkpoint, "vae": given.vae, "text_encoder": given.text_encoder}[part]
     state, prefer = (given.state, given.prefer) if part == "transformer" else (None, STATES)
     if path is not None:
-        return open_source(path, state, part, prefer)
+        if path.is_dir():
+            check_folder(path, OPTIONS[part])
+        if part == "transformer" and (path / "model_index.json").is_file():
+            check_index(path)
+        return open_source(path, state, part, prefer, given.dtype)
     assert directory is not None
     if part == "transformer" and state is not None:
         raise ValueError(f"checkpoint_state: got {state!r} without a checkpoint, expected both")
     return directory.source(part, prefer)
 
 
-def _config(part: Part, given: Path | None, directory: "_Directory | None") -> dict[str, Any] | None:
-    """The raw config that goes with a part: beside the given file's folder, or the directory's."""
-    if given is not None and given.is_dir() and (given / "config.json").is_file():
-        raw = read_json(given / "config.json")
-        if _SHAPE_KEYS & raw.keys():  # else it belongs to the training that wrote the checkpoint
+def _config(
+    part: Part, given: Path | None, source: FileSource, directory: "_Directory | None"
+) -> dict[str, Any] | None:
+    """The raw config that goes with a part: beside the files in a given folder, or the directory's."""
+    if given is not None and given.is_dir() and (file := source.files[0].parent / "config.json").is_file():
+        raw = read_json(file)
+        if _SHAPE_KEYS[part] in raw and (part != "transformer" or "d_model" not in raw):
             return raw
     if given is not None and part != "transformer":
         return None  # a file: its tensors tell
@@ -153,25 +165,39 @@ def _difference(got: Any, expected: Any) -> str:
 
 def _tokenizer(given: Path | None, directory: "_Directory | None") -> Path:
     if given is not None:
-        if given.is_file():
-            given = given.parent
+        given = given.parent if given.is_file() else given
         if not given.is_dir():
             raise FileNotFoundError(f"tokenizer: got {given}, expected a folder with {' or '.join(_TOKENIZER)}")
-        return given
+        check_folder(given, "tokenizer")
+        return find_tokenizer(given)
     assert directory is not None
     return directory.tokenizer()
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """The folder with a tokenizer: this one, or one inside it. FileNotFoundError unless there is exactly one."""
+    depths = (folder, *sorted(folder.glob("*")), *sorted(folder.glob("*/*")))
+    found = [place for place in depths if any((place / name).is_file() for name in _TOKENIZER)]
+    if folder in found:
+        return folder
+    for fits in (lambda place: "umt5" in place.name, lambda place: place.name == "tokenizer"):
+        # Others may belong to parts that are not used.
+        named = [place for place in found if fits(place)]
+        found = named if len(found) > 1 and len(named) == 1 else found
+    if len(found) != 1:
+        got = ", ".join(str(place.relative_to(folder)) for place in found) or "none"
+        raise FileNotFoundError(f"{folder}: got tokenizers {got}, expected one, as google/umt5-xxl")
+    return found[0]
 
 
 class _Directory:
     """A model directory in diffusers' layout (a folder per part) or in Wan's own (files beside each other)."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
+        self.folder, self._dtype = folder, dtype
         check_folder(folder)
         self.notes: list[str] = []
-        self._unreadable: list[str] = []
-        self._seen: dict[Path, set[Part]] = {}
-        self._groups = groups_of(folder)
+        self._weights = Folder(folder, dtype)
         self.components = (folder / "model_index.json").is_file() or (folder / "transformer").is_dir()
         if self.components:
             self.notes += check_index(folder)
@@ -181,37 +207,12 @@ class _Directory:
 
     def source(self, part: Part, prefer: Sequence[str]) -> FileSource:
         if self.components:
-            return open_source(self.folder / part, None, part, prefer)
-        files = self._files(part)
-        label = str(self.folder / files[0].name)
-        return source_of([open_container(file) for file in files], label, None, part, prefer)
-
-    def _files(self, part: Part) -> list[Path]:
-        """The files of Wan's own folder that hold a part, by their keys."""
-        holding = [files for files in self._groups if any(part in self._parts(file) for file in files)]
-        if len(holding) > 1:
-            standard = [files for files in holding if (shard_of(files[0]) or (files[0].stem,))[0] in _STANDARD]
-            holding = standard if len(standard) == 1 else holding
-        option = f"--{_OPTIONS[part]} FILE"
-        if not holding and self._unreadable:
-            raise ValueError(f"{self._unreadable[0]}; it may be the {WORDS[part]}")
-        if not holding:
-            seen = ", ".join(files[0].name for files in self._groups) or "no weight files"
-            raise FileNotFoundError(f"{self.folder}: got no {WORDS[part]} ({seen}), expected one, or {option}")
-        if len(holding) > 1:
-            names = ", ".join(sorted(files[0].name for files in holding))
-            raise ValueError(f"{self.folder}: got several files with a {WORDS[part]} ({names}), expected one, or "
-                             f"{option}")  # fmt: skip
-        return holding[0]
-
-    def _parts(self, file: Path) -> set[Part]:
-        if file not in self._seen:
-            try:
-                self._seen[file] = parts_of(file)
-            except (ValueError, OSError) as error:
-                self._seen[file] = set()
-                self._unreadable.append(str(error))
-        return self._seen[file]
+            return open_source(self.folder / part, None, part, prefer, self._dtype)
+        chosen = choose(self.folder, part, [self._weights])
+        label = str(self.folder / chosen.files[0].name)
+        source = source_of([open_container(file) for file in chosen.files], label, None, part, prefer)
+        source.notes += chosen.notes
+        return source
 
     def config(self, part: Part) -> dict[str, Any] | None:
         if self.components:
@@ -232,25 +233,17 @@ class _Directory:
             if not any((place / name).is_file() for name in _TOKENIZER):
                 raise FileNotFoundError(f"{place}: got neither {' nor '.join(_TOKENIZER)}, expected one of them")
             return place
-        places = [self.folder, *sorted(p for p in self.folder.glob("*") if p.is_dir()),
-                  *sorted(p for p in self.folder.glob("*/*") if p.is_dir())]  # fmt: skip
-        found = [place for place in places if any((place / name).is_file() for name in _TOKENIZER)]
-        named = [place for place in found if "umt5" in place.name]  # others may belong to parts that are not used
-        found = named if len(found) > 1 and len(named) == 1 else found
-        if len(found) != 1:
-            got = ", ".join(str(place.relative_to(self.folder)) for place in found) or "none"
-            raise FileNotFoundError(f"{self.folder}: got tokenizers {got}, expected one, as google/umt5-xxl")
-        return found[0]
+        return find_tokenizer(self.folder)
 
 
-def check_folder(folder: Path) -> None:
-    """FileNotFoundError with the way out for what people pass as a model and is none."""
+def check_folder(folder: Path, what: str = "model") -> None:
+    """FileNotFoundError with the way out for what people pass as a model, or a part of one, and is none."""
     if not folder.exists() and len(folder.parts) == 2 and not folder.is_absolute():
         raise FileNotFoundError(f"model: got {folder}, which is no directory here, expected one; download a model of "
                                 f"a hub first (hf download {folder} --local-dir {folder.name})")  # fmt: skip
     if folder.is_file():
-        raise FileNotFoundError(f"model: got {folder}, a file, expected a directory; pass a transformer's weights as "
-                                "--checkpoint, a VAE as --vae, a text encoder as --text-encoder")  # fmt: skip
+        raise FileNotFoundError(f"model: got {folder}, {_kind(folder)}, expected a directory; pass a transformer "
+                                "as --checkpoint, a VAE as --vae, a text encoder as --text-encoder")  # fmt: skip
     if not folder.is_dir():
         raise FileNotFoundError(f"model: got {folder}, expected a diffusers pipeline directory or Wan's own folder")
     if (folder / "snapshots").is_dir():  # the hub's cache
@@ -258,10 +251,10 @@ def check_folder(folder: Path) -> None:
         head = folder / "refs" / "main"
         current = folder / "snapshots" / head.read_text().strip() if head.is_file() else None
         use = current if current in kept else kept[-1] if kept else "one of its snapshots"
-        raise FileNotFoundError(f"model: got {folder}, the root of a download cache, expected {use}")
+        raise FileNotFoundError(f"{what}: got {folder}, the root of a download cache, expected {use}")
     for name in ("low_noise_model", "high_noise_model"):
         if (folder / name).is_dir():
-            raise ValueError(f"model: got {folder} with {name}/ (Wan2.2-A14B), expected a model of one transformer")
+            raise ValueError(f"{what}: got {folder} with {name}/ (Wan2.2-A14B), expected a model of one transformer")
 
 
 def check_index(folder: Path) -> list[str]:
@@ -287,32 +280,12 @@ def check_index(folder: Path) -> list[str]:
     return [f"{folder}: {', '.join(others)} is there and not used"] if others else []
 
 
-_OPTIONS: dict[Part, str] = {"transformer": "checkpoint", "vae": "vae", "text_encoder": "text-encoder"}
-
-
-def parts_of(file: Path) -> set[Part]:
-    """Which parts a file holds. ValueError for one that cannot be read."""
-    return {found.naming.part for found in recognise(map(unwrapped, open_container(file).tensors))}
-
-
-def groups_of(folder: Path) -> list[list[Path]]:
-    """The weight files of a folder; those of an index, and those that are numbered, belong together."""
-    groups: list[list[Path]] = []
-    indexed: set[Path] = set()
-    for index in sorted(folder.glob("*.index.json")):
-        files = files_of_index(index)
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise FileNotFoundError(f"{folder}: got no {', '.join(missing)}, expected it: {index.name} names it")
-        groups.append(files)
-        indexed |= set(files)
-    by_stem: dict[str, list[Path]] = {}
-    for file in candidates(folder):
-        if file not in indexed:
-            shard = shard_of(file)
-            by_stem.setdefault(f"{shard[0]} of {shard[2]}" if shard else file.name, []).append(file)
-    for files in by_stem.values():
-        check_shards(files)
-    return groups + list(by_stem.values())
+def _kind(file: Path) -> str:
+    """What a file is, in words: a file, if it may be a part of a model."""
+    try:
+        return other_kind(map(unwrapped, open_container(file).tensors)) or "a file"
+    except (ValueError, OSError, ImportError) as error:
+        return str(error).removeprefix(f"{file}: got ").partition(", expected")[0]
 
 
 def _content(folder: Path) -> str:

@@ -197,7 +197,10 @@ _OTHERS = (
     (r"(^|\.)joint_blocks\.", "a model of another family (SD3)"),
     (r"(^|\.)visual\.transformer\.|textual\.", "CLIP"),
     (_ADAPTER, "an adapter (LoRA); pass it as --adapter"),
-    (r"^(encoder|decoder)\.\d+\.(conv\.\d+\.)?weight$", "a tiny autoencoder (TAEHV)"),
+    (
+        r"(^|\.)(encoder|decoder)\.\d+\.(conv\.(\d+\.)?|skip\.)?(weight|bias)$",
+        "a tiny autoencoder (TAEHV, TAEW, LightTAE or the like), for which the engine has no decoder",
+    ),
 )
 
 

@@ -11,14 +11,14 @@ Every one means weight * scale. Formats of four bits and scales by blocks are re
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.weights.containers import Stored
+from engine.weights.formats.tensors import Stored
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _READ = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # formats of ComfyUI's descriptions
@@ -44,18 +44,29 @@ class Expansion:
     dropped: frozenset[str]
 
 
-def expansion(label: object, tensors: Mapping[str, Stored], descriptions: Iterable[tuple[str, str]]) -> Expansion:
+def scales_of_plain(tensors: Mapping[str, Stored]) -> list[str]:
+    """Names of the scales beside weights that are stored in a floating-point dtype of more than 8 bits."""
+    scales = [(name, weight) for name in tensors if (weight := _scaled(name)) is not None]
+    return [name for name, weight in scales if weight in tensors and _is_plain(tensors[weight])]
+
+
+def expansion(
+    label: object, tensors: Mapping[str, Stored], descriptions: Iterable[tuple[str, str]],
+    ones: Collection[str] = (),
+) -> Expansion:  # fmt: skip
     """Sort a part's tensors (names without prefix) into weights, scales and others.
 
-    descriptions: (layer, format) of each layer that the file describes as quantised. ValueError for a format that is
-    not read, for a scale without its weight or of another shape, and for a weight that lacks the scale it should have.
+    descriptions: (layer, format) of each layer that the file describes as quantised; ones: the scales of plain weights
+    that are 1. ValueError for a format that is not read, for a scale without its weight or of another shape, for
+    another scale of a plain weight, and for a weight that lacks the scale it should have.
     """
     if words := refused_format(tensors):
         raise ValueError(f"{label}: got {words}, expected bf16, fp16, fp32, GGUF or fp8 with scales")
     scales, dropped = {}, set()
     for name, stored in tensors.items():
-        if (suffix := next((s for s in _SCALES if name.endswith(s)), None)) is not None:
-            weight = name.removesuffix(suffix) + ".weight"
+        if name in ones:
+            dropped.add(name)
+        elif (weight := _scaled(name)) is not None:
             _check_scale(label, name, stored, weight, tensors.get(weight))
             scales[weight] = name
         elif name.endswith((*_OF_ACTIVATIONS, ".comfy_quant")) or name in _MARKERS:
@@ -63,7 +74,7 @@ def expansion(label: object, tensors: Mapping[str, Stored], descriptions: Iterab
     for layer, format in descriptions:
         if format not in _READ:
             raise ValueError(f"{label}: got {layer} in {format}, expected one of {', '.join(_READ)}")
-        if f"{layer}.weight" not in scales:
+        if f"{layer}.weight" not in scales and not any(layer + suffix in ones for suffix in _SCALES):
             raise ValueError(f"{label}: got no scale of {layer}.weight, expected one: it is described as {format}")
     kinds = {_kind(weight) for weight in scales}
     for name, stored in tensors.items():
@@ -127,13 +138,24 @@ def _check_scale(label: object, name: str, scale: Stored, weight: str, stored: S
     if stored is None:
         raise ValueError(f"{label}: got {name} without {weight}, expected both")
     if stored.dtype not in (*FP8, torch.int8):
-        # A scale of ones beside a plain weight would be harmless, any other one contradicts it.
-        raise ValueError(f"{label}: got {name} beside {weight} in {stored.dtype}, expected a weight in 8 bits")
+        # Programs differ: some round such a weight to 8 bits and multiply, some take it as it is.
+        raise ValueError(f"{label}: got {name} other than 1 beside {weight} in {stored.dtype}, "
+                         "expected a weight in 8 bits")  # fmt: skip
     if scale.dtype in FP8 or not isinstance(scale.dtype, torch.dtype) or not scale.dtype.is_floating_point:
         raise ValueError(f"{label}: got {name} in {scale.dtype}, expected a scale in float32 or bf16")
     count, rows = torch.Size(scale.shape).numel(), stored.shape[0] if stored.shape else 1
     if scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)) or count not in (1, rows):
         raise ValueError(f"{label}: got {name} {list(scale.shape)}, expected one number or [{rows}, 1]")
+
+
+def _scaled(name: str) -> str | None:
+    """The weight that a scale belongs to; None for a name that is no scale's."""
+    suffix = next((suffix for suffix in _SCALES if name.endswith(suffix)), None)
+    return None if suffix is None else name.removesuffix(suffix) + ".weight"
+
+
+def _is_plain(stored: Stored) -> bool:
+    return isinstance(stored.dtype, torch.dtype) and stored.dtype.is_floating_point and stored.dtype not in FP8
 
 
 def _kind(name: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.config import TransformerConfig
+from engine.model.text import MAX_ROWS
 from engine.model.umt5 import UMT5Config
 from engine.model.vae import VAEConfig
 
@@ -48,6 +49,14 @@ def transformer_config(raw: Mapping[str, Any], label: object) -> TransformerConf
         raise ValueError(f"{label}: got dim {dim} with {heads} heads, expected a multiple of them")
     named = {ours: values[theirs] for theirs, ours in _WAN_KEYS.items() if theirs in values}
     return TransformerConfig.from_dict({**named, "attention_head_dim": dim // heads})
+
+
+def text_rows_of(raw: Mapping[str, Any], label: object) -> int | None:
+    """Rows of a prompt that a transformer was trained with, if its config.json tells. ValueError for no such number."""
+    rows = raw.get("text_len")
+    if rows is not None and (type(rows) is not int or not 1 <= rows <= MAX_ROWS):
+        raise ValueError(f"{label}: got text_len {rows!r}, expected a whole number from 1 to {MAX_ROWS}")
+    return rows
 
 
 def expect_class(raw: Mapping[str, Any], classes: tuple[str, ...], label: object) -> None:

@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.files import read_json
 from engine.model.scaled_linear import expand
-from engine.weights.containers import SUFFIXES, Container, Stored, open_container
+from engine.weights.containers import Container, open_container
+from engine.weights.finding import Chosen, part_files
+from engine.weights.formats.tensors import Stored, expect_dense
 from engine.weights.names import BUFFERS, WORDS, Found, Part, other_kind, recognise, unwrapped
 from engine.weights.scaled import (
     FP8,
@@ -22,6 +23,7 @@ from engine.weights.scaled import (
     format_of,
     layers_of_metadata,
     refused_format,
+    scales_of_plain,
 )
 
 ALIGNMENT = 64  # bytes; that of torch's own tensors
@@ -61,7 +63,8 @@ class FileSource:
                 if name.startswith(found.prefix) and not (apart and name.startswith(apart)):
                     self._add(name.removeprefix(found.prefix), container, key)
         stored = {name: container.tensors[key] for name, (container, key) in self._keys.items()}
-        self._expansion = expansion(label, stored, self._descriptions())
+        self._check_dense(stored)
+        self._expansion = expansion(label, stored, self._descriptions(), self._ones(stored))
         self._names = self._translated(stored)  # the engine's name -> name in the file
         self.dtypes = sorted({_words(stored[name].dtype) for name in self._names.values()})
         eight = [stored[name] for name in self._names.values() if stored[name].dtype in (*FP8, torch.int8)]
@@ -76,6 +79,20 @@ class FileSource:
         if name in self._keys:
             raise ValueError(f"{self.label}: got {name} twice ({container.file.name}), expected every tensor once")
         self._keys[name] = container, key
+
+    def _check_dense(self, stored: Mapping[str, Stored]) -> None:
+        if refused_format(stored):
+            return  # whose name says more
+        for name, one in stored.items():
+            if not name.startswith(self.found.naming.ignored) and not BUFFERS.search(name):
+                container, key = self._keys[name]
+                expect_dense(container.file, key, one.problem)
+
+    def _ones(self, stored: Mapping[str, Stored]) -> set[str]:
+        """The scales beside plain weights that are exactly 1: they change nothing."""
+        plain = scales_of_plain(stored)
+        return {name for name, scale in self._stored_tensors(plain)
+                if scale.dtype.is_floating_point and bool((scale.float() == 1).all())}  # fmt: skip
 
     def _descriptions(self) -> list[tuple[str, str]]:
         """(layer, format) that the files tell of quantised layers."""
@@ -168,73 +185,25 @@ def _words(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a component folder, sorted. An index decides which ones. FileNotFoundError if none."""
-    plain = [folder / f"{stem}.safetensors" for stem in ("model", "diffusion_pytorch_model")]
-    indexes = sorted(file for file in folder.glob("*.safetensors.index.json") if not file.name.startswith("."))
-    own = [index for index in indexes if index.with_suffix("").with_suffix("") in plain]
-    indexes = own or ([] if any(file.is_file() for file in plain) else indexes)
-    if indexes:
-        files = files_of_index(indexes[0])
-    else:  # a variant beside the plain file, such as model.fp16.safetensors, is not taken
-        found = candidates(folder)
-        safe = [file for file in found if file.suffix in (".safetensors", ".sft")]
-        found = safe or found  # the same weights are often there a second time, as .bin
-        stems = [file.stem for file in found if "." not in file.stem]
-        files = [file for file in found if not any(file.name.startswith(f"{stem}.") and file.stem != stem
-                                                   for stem in stems)]  # fmt: skip
-        check_shards(files)
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        what = f"no {', '.join(missing)}" if missing else f"no file of {', '.join(SUFFIXES)}"
-        raise FileNotFoundError(f"{folder}: got {what}, expected the weights")
-    return files
-
-
-def files_of_index(index: Path) -> list[Path]:
-    """The files that an index names, sorted. ValueError for one without a weight_map."""
-    named = read_json(index).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-        raise ValueError(f"{index}: got no weight_map of file names, expected the index of a model's files")
-    return sorted({index.parent / name for name in named.values()})
-
-
-def candidates(folder: Path) -> list[Path]:
-    """The files of a folder that may hold weights, sorted; not the hidden ones that macOS writes beside them."""
-    return sorted(file for file in folder.iterdir()
-                  if file.is_file() and file.suffix in SUFFIXES and not file.name.startswith("."))  # fmt: skip
-
-
-def shard_of(file: Path) -> tuple[str, int, int] | None:
-    """(stem, number, count) of a file such as model-00001-of-00007.safetensors."""
-    match = re.fullmatch(r"(.+?)-(\d+)-of-(\d+)", file.stem)
-    return (match[1], int(match[2]), int(match[3])) if match else None
-
-
-def check_shards(files: Sequence[Path]) -> None:
-    """FileNotFoundError where a numbered file is missing."""
-    shards = [shard for shard in map(shard_of, files) if shard]
-    for stem, _, count in shards:
-        there = {number for name, number, _ in shards if name == stem}
-        if missing := sorted(set(range(1, count + 1)) - there):
-            raise FileNotFoundError(f"{files[0].parent}: got {len(there)} of {count} files of {stem}, "
-                                    f"expected number {missing[0]} as well")  # fmt: skip
-
-
 def open_source(
-    path: Path, state: str | None = None, part: Part = "transformer", prefer: Sequence[str] = STATES
-) -> FileSource:
-    """Open a part of a model: a component folder, or a file in any container.
+    path: Path, state: str | None = None, part: Part = "transformer", prefer: Sequence[str] = STATES,
+    dtype: torch.dtype | None = None,
+) -> FileSource:  # fmt: skip
+    """Open a part of a model: a file in any container, a component folder, or a folder that holds the part somewhere.
 
     state   the state of a training checkpoint to take; None takes the first of `prefer` that holds the part
     part    what to look for
+    dtype   that the weights will have: of several variants of the files the one in it is taken
 
     Raises FileNotFoundError, or ValueError for an unreadable file and one without the part.
     """
     if not path.exists():
         raise FileNotFoundError(f"{WORDS[part]}: got {path}, expected an existing file or folder")
-    files = weight_files(path) if path.is_dir() else [path]
-    return source_of([open_container(file) for file in files], str(path), state, part, prefer)
+    chosen = part_files(path, part, dtype) if path.is_dir() else Chosen([path])
+    label = str(path if path in (chosen.files[0], chosen.files[0].parent) else chosen.files[0])
+    source = source_of([open_container(file) for file in chosen.files], label, state, part, prefer)
+    source.notes += chosen.notes
+    return source
 
 
 def source_of(
@@ -266,7 +235,7 @@ def source_of(
         raise ValueError(f"{label}: got {kind}, expected a {words} of Wan2.1's text-to-video models")
     own = next((container.file for container in containers for key in container.tensors if _LORA.search(key)), None)
     merged = own is not None and state is None and any(
-        key.startswith("generator_lora.") for container in containers for key in container.tensors
+        re.search(r"(^|\.)generator_lora\.", key) for container in containers for key in container.tensors
     )  # fmt: skip
     source = FileSource(containers, chosen, label, own if merged else None, [one.prefix for one in every])
     if own is not None and not merged and part == "transformer":

@@ -488,7 +488,7 @@ def test_longlive_files_that_do_not_fit_are_refused(tmp_path, how):
         tensors[name] = tensors[name][:-1]
     elif how == "empty":
         tensors = {}
-    torch.save({"generator_lora": tensors} if how != "no lora" else {"generator": tensors}, tmp_path / "lora.pt")
+    torch.save({"generator_lora": tensors} if how != "no lora" else {"critic": tensors}, tmp_path / "lora.pt")
     with pytest.raises(ValueError, match=r"got .*expected") as raised:
         merge_adapter(transformer(0), tmp_path / "lora.pt", [])
     assert "\n" not in str(raised.value)
@@ -586,13 +586,18 @@ def test_full_width_loads_within_its_memory(tmp_path, stored):
     assert float(ratio) <= 1.3
 
 
-def test_a_tensor_given_twice_is_refused(model_dir, tmp_path):
-    """A folder without an index may hold several files; a variant in another precision is none of them."""
+def test_weights_that_are_there_twice(model_dir, tmp_path):
+    """Without an index the standard name goes first, as diffusers reads it, and a note names what is not used."""
     folder = tmp_path / "transformer"
     shutil.copytree(model_dir / "transformer", folder)
     file = next(folder.glob("*.safetensors"))
     shutil.copy(file, folder / "diffusion_pytorch_model.fp16.safetensors")
     assert open_source(folder).files == [file]
     shutil.copy(file, folder / "second.safetensors")
-    with pytest.raises(ValueError, match="twice"):
+    source = open_source(folder)
+    assert source.files == [file]
+    assert any("not used: second.safetensors" in note for note in source.notes)
+    file.rename(folder / "first.safetensors")
+    (folder / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"several files with a transformer \(first.safetensors, second.safetensors"):
         open_source(folder)

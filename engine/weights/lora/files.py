@@ -6,28 +6,45 @@ Contents decide what a file is, never its name. Pickles are opened with weights_
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from engine.files import read_json
 from engine.weights.checkpoint import shorten
-from engine.weights.containers import kind_of, load_torch, open_container
+from engine.weights.containers import open_container
+from engine.weights.formats.signatures import kind_of
+from engine.weights.formats.tensors import dense_problem, expect_dense
+from engine.weights.formats.torch_files import Leaf, is_tensor, leaves, load_torch
 from engine.weights.lora.peft_config import PeftConfig
+from engine.weights.lora.states import STATES, take_state
+from engine.weights.names import is_adapter
 
 _METADATA = "lora_adapter_metadata"  # where diffusers stores PEFT's configuration in a safetensors file
-_STATES = ("generator_lora", "lora", "lora_state_dict", "state_dict", "model", "module")
 _FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 
 
-def read_adapter(path: Path) -> tuple[dict[str, Any], PeftConfig | None, bool]:
-    """Tensors by key, PEFT's configuration if there is one, and whether `path` is a PEFT folder."""
+class AdapterFile(NamedTuple):
+    """What a LoRA file or a PEFT folder holds.
+
+    tensors   tensors and numbers by key
+    peft      PEFT's configuration, if there is one
+    folder    whether it is a PEFT folder
+    notes     about other states in the file
+    """
+
+    tensors: dict[str, Any]
+    peft: PeftConfig | None
+    folder: bool
+    notes: list[str]
+
+
+def read_adapter(path: Path) -> AdapterFile:
+    """Open a LoRA file or a PEFT folder. FileNotFoundError, or ValueError (got and expected)."""
     if not path.is_dir():
         if not path.is_file():
             raise FileNotFoundError(f"adapter: got {path}, expected a LoRA file or a PEFT folder")
-        tensors, metadata = read_tensors(path)
+        tensors, metadata, notes = read_tensors(path)
         stored = _stored_config(path, metadata)
-        return tensors, PeftConfig(stored, f"adapter {path}") if stored else None, False
+        return AdapterFile(tensors, PeftConfig(stored, f"adapter {path}") if stored else None, False, notes)
     file = next((path / name for name in _FOLDER_FILES if (path / name).is_file()), None)
     if file is None:
         raise FileNotFoundError(f"adapter: got {path} without {_FOLDER_FILES[0]}, expected a PEFT folder")
@@ -38,27 +55,34 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], PeftConfig | None, bool]:
     config = read_json(path / "adapter_config.json")
     if not isinstance(config, dict):
         raise ValueError(f"{path / 'adapter_config.json'}: got {type(config).__name__}, expected a table")
-    return read_tensors(file)[0], PeftConfig(config, f"adapter {path}"), True
+    tensors, _, notes = read_tensors(file)
+    return AdapterFile(tensors, PeftConfig(config, f"adapter {path}"), True, notes)
 
 
-def read_tensors(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Tensors (and numbers) by key, and the metadata of a safetensors file or a torch checkpoint, mapped.
+def read_tensors(file: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Tensors (and numbers) by key, the metadata of a safetensors file, and notes; torch checkpoints are mapped.
 
-    A checkpoint may hold them in a state, such as generator_lora. ValueError for an unreadable file.
+    A file may hold them in a state, such as generator_lora, however deep it is nested. ValueError for an unreadable
+    file, and for a tensor that is not dense.
     """
     if kind_of(file) != "torch":
         container = open_container(file)
-        return dict(container.read(container.tensors)), container.metadata
+        chosen, notes = take_state(file, (Leaf(key, "", None) for key in container.tensors))
+        keys = {leaf.name: key for key, leaf in chosen}
+        for key in keys:
+            expect_dense(file, key, container.tensors[key].problem)
+        return {keys[key]: tensor for key, tensor in container.read(keys)}, container.metadata, notes
     loaded, _ = load_torch(file)
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"{file}: got {type(loaded).__name__}, expected a dictionary of tensors")
-    states = [name for name in _STATES if isinstance(loaded.get(name), Mapping) and loaded[name]]
-    if not states and not any(isinstance(value, Tensor) for value in loaded.values()):
-        raise ValueError(f"{file}: got keys {shorten(list(map(str, loaded)))}, expected LoRA tensors, "
-                         f"or one of {', '.join(_STATES)}")  # fmt: skip
-    loaded = loaded[states[0]] if states else loaded
     # Some tools write alpha as a number; every other number or text, as a count of steps, belongs to the training.
-    return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor) or "alpha" in str(key)}, {}
+    values = [leaf for leaf in leaves(loaded) if is_tensor(leaf.name, leaf.value) or "alpha" in leaf.name]
+    chosen, notes = take_state(file, values)
+    if not any(is_adapter([key]) or not leaf.folder for key, leaf in chosen):  # nothing in a state, nothing outside
+        raise ValueError(f"{file}: got keys {shorten(list(map(str, loaded)))}, expected LoRA tensors, "
+                         f"or one of {', '.join(filter(None, STATES))}")  # fmt: skip
+    for _, leaf in chosen:
+        if not isinstance(leaf.value, int | float) or is_adapter([leaf.name]):
+            expect_dense(file, leaf.name, dense_problem(leaf.value))
+    return {key: leaf.value for key, leaf in chosen}, {}, notes
 
 
 def _stored_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -104,8 +104,9 @@ class LoRA:
 
 def read_lora(path: Path) -> LoRA:
     """Read a PEFT folder or a LoRA file of any spelling. FileNotFoundError, or ValueError (got and expected)."""
-    tensors, peft, folder = read_adapter(path)
+    tensors, peft, folder, about = read_adapter(path)
     modules, notes, spelling = _by_module(path, tensors)
+    notes = about + notes
     changes: dict[str, Change] = {}
     for name, (raw, parts) in modules.items():
         for parameter, change in _changes(path, name, raw, parts, peft):

@@ -70,6 +70,17 @@ def wan_name(module: str) -> str:
     return block[1] + _TO_WAN.get(block[2], block[2]) if block else _TO_WAN.get(module, module)
 
 
+_MODULES = sorted({name.split(".")[0] for name in (*_TO_WAN, *_TO_WAN.values(), *TOP_MODULES) if "attn" not in name}
+                  - {"ffn", "norm2", "norm3"})  # fmt: skip
+_BEGIN = re.compile(rf"(blocks[._]\d|({'|'.join(_MODULES)})([._]|$))")
+
+
+def begins_module(name: str) -> bool:
+    """Whether a name begins with a module of a transformer or a text encoder, behind prefixes of training tools."""
+    prefix, rest = _prefix(name)
+    return prefix.endswith(UNDERSCORED) or rest.startswith(TEXT_ENCODER) or _BEGIN.match(rest) is not None
+
+
 @dataclass(frozen=True)
 class Key:
     """What a key of a LoRA file stands for.

@@ -167,5 +167,5 @@ class Published:
             "_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": config.num_attention_heads * 128,
             "eps": 1e-06, "ffn_dim": config.ffn_dim, "freq_dim": config.freq_dim, "in_dim": config.in_channels,
             "model_type": "t2v", "num_heads": config.num_attention_heads, "num_layers": config.num_layers,
-            "out_dim": config.out_channels, "text_len": 512, "text_dim": config.text_dim,
+            "out_dim": config.out_channels, "text_len": tokenizer().model_max_length, "text_dim": config.text_dim,
         }  # fmt: skip

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine import cli, run
+from engine import cli, load, run
 from engine.loader import EMBEDDED
+from engine.presets import PRESETS, presets_for
 
 
 @pytest.fixture
@@ -63,6 +64,34 @@ def test_states_of_a_training_checkpoint(capsys, wan, published, tmp_path):
         for name in ("generator", "generator_ema", "critic"):
             assert any(f"state {name};" in line for line in report["lines"])
         assert runs(report["command"], wan)
+
+
+def test_the_preset_is_named_only_where_the_file_tells(capsys, wan, published, tmp_path):
+    """Any causal preset streams any transformer, so its tensors do not tell."""
+    state = published.wan("transformer")
+    save_file(state, tmp_path / "w.safetensors")
+    report = inspected(capsys, tmp_path / "w.safetensors")
+    assert "--preset" not in report["command"]
+    line = next(line for line in report["lines"] if line.startswith("preset: "))
+    causal = [name for name, preset in PRESETS.items() if preset.family == "causal"]
+    assert f"the file does not tell which one its weights were trained for; of width 128 there are {', '.join(causal)}"\
+        in line  # fmt: skip
+    assert "else self-forcing is taken" in line
+    assert load(wan, checkpoint=tmp_path / "w.safetensors", height=32, width=48).preset_name == "self-forcing"
+    assert runs(report["command"], wan)
+    # W_c belongs into an adapter of greedy: neither a run nor inspect takes it here.
+    save_file(state | {"condition_proj.weight": torch.zeros(128, 128)}, tmp_path / "greedy.safetensors")
+    assert "extra condition_proj.weight" in inspected(capsys, tmp_path / "greedy.safetensors", 2)["problem"]
+    for name in PRESETS:
+        with pytest.raises(ValueError, match="extra condition_proj"):
+            load(wan, checkpoint=tmp_path / "greedy.safetensors", preset=name, height=32, width=48)
+
+
+def test_presets_by_the_width_of_public_weights():
+    assert presets_for(5120) == ["krea-realtime"]
+    assert "krea-realtime" not in presets_for(1536)
+    assert {"self-forcing", "longlive", "causvid"} < set(presets_for(1536))
+    assert set(presets_for(256)) == set(PRESETS) - {"greedy"}
 
 
 def test_directories(capsys, wan, published, tmp_path):

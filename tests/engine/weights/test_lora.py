@@ -166,6 +166,75 @@ def test_contents_decide_and_not_the_file_name(tmp_path, kind, suffix):
     near(merged(tmp_path / f"lora{suffix}"), expected)
 
 
+def nested(tensors, *names):
+    for name in reversed(names):
+        tensors = {name: tensors}
+    return tensors
+
+
+def by_module(tensors):
+    """A dictionary for every module, and in it one for every part."""
+    made = {}
+    for name, tensor in tensors.items():
+        module, part, leaf = name.rsplit(".", 2)
+        made.setdefault(module, {}).setdefault(part, {})[leaf] = tensor
+    return made
+
+
+STATES = {
+    "one": lambda t: nested(t, "generator_lora"), "two": lambda t: nested(t, "model", "generator_lora"),
+    "state_dict lora": lambda t: nested(t, "state_dict", "lora"),
+    "module model": lambda t: nested(t, "module", "model"),
+    "three": lambda t: nested(t, "checkpoint", "state_dict", "generator_lora"),
+    "any name": lambda t: nested(t, "run_7", "student"), "generator": lambda t: nested(t, "generator"),
+    "a dictionary per module": by_module, "per module in two": lambda t: nested(by_module(t), "model", "lora"),
+    "beside others": lambda t: {"model": {"generator_lora": t, "critic_lora": spelled(matrices(seed=9)), "step": 3},
+                                "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+    "beside the base": lambda t: {"state_dict": {"generator": transformer(3).state_dict(), "generator_lora": t}},
+    "beside the moving average": lambda t: {"generator_lora": t, "generator_lora_ema": spelled(matrices(seed=9))},
+    "empty ones": lambda t: {"model": {"generator_lora": {}, "lora": t}, "lora": {}},
+}  # fmt: skip
+
+
+def flattened(values, prefix=""):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f"{prefix}{name}.")
+        elif isinstance(value, torch.Tensor):
+            yield f"{prefix}{name}", value.clone()
+
+
+@pytest.mark.parametrize("spelling", ["comfy", "bare", "peft", "diffusers", "kohya"])
+@pytest.mark.parametrize("container", ["pt", "safetensors"])
+@pytest.mark.parametrize("states", STATES)
+def test_states_at_any_depth(tmp_path, states, container, spelling):
+    """As deep as a checkpoint of whole weights may have them; safetensors have the states in their names."""
+    tensors = spelled(matrices(), **SPELLINGS[spelling])
+    save_file(tensors, tmp_path / "flat.safetensors")
+    content = STATES[states](tensors)
+    file = tmp_path / f"lora.{container}"
+    torch.save(content, file) if container == "pt" else save_file(dict(flattened(content)), file)
+    expected, found = merged(tmp_path / "flat.safetensors"), merged(file)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    if spelling in READ_BY_DIFFUSERS:
+        near(found, diffusers_weights(tensors))
+    several = states in ("beside others", "beside the moving average")
+    assert any("took" in note and "generator_lora" in note for note in read_lora(file).notes) == several
+
+
+def test_states_of_which_none_is_known(tmp_path):
+    tensors = spelled(matrices())
+    for content, said in (
+        ({"one": tensors, "two": tensors}, "got LoRA in one, two, expected it in one of generator_lora"),
+        ({"critic_lora": tensors}, "got LoRA in critic_lora, expected"),
+        ({"lora": tensors | {"surplus.lora_A.weight": torch.ones(2, 2)}}, "surplus"),
+        ({"model": {"lora": tensors | {"blocks.0.surplus": torch.ones(2, 2)}}}, "surplus"),
+    ):
+        torch.save(content, tmp_path / "lora.pt")
+        with pytest.raises(ValueError, match=said):
+            merged(tmp_path / "lora.pt")
+
+
 def test_what_training_leaves_in_a_file_is_no_weight(tmp_path):
     made = matrices()
     expected = diffusers_weights(spelled(made, **SPELLINGS["diffusers"]))

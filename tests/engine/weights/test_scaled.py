@@ -111,6 +111,31 @@ def test_a_scaled_checkpoint_streams_as_its_expansion(folder, published, tmp_pat
     assert np.array_equal(*videos)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (1,), (128,), (128, 1)])
+@pytest.mark.parametrize("spelling", [comfy_old, comfy_new, comfy_header, lightx2v])
+def test_a_scale_of_1_beside_a_plain_weight_changes_nothing(published, tmp_path, spelling, shape, dtype):
+    """Some converters leave a layer as it was, and write the scale all the same."""
+    layer, rest = "blocks.0.self_attn.q", published.wan("transformer")
+    stored, scales, worth = quantised(rest, E4M3, spelling is lightx2v)
+    tensors, header = spelling(stored, scales, E4M3)
+    own = rest[f"{layer}.weight"].to(dtype)
+    suffix = ".scale_weight" if spelling is comfy_old else ".weight_scale"
+    tensors |= {f"{layer}.weight": own, f"{layer}{suffix}": torch.ones(shape)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "w.safetensors", header)
+    source = open_source(tmp_path / "w.safetensors")
+    found = dict(source.read())
+    names = {source.found.naming.translate(name): name for name in worth}
+    assert found.keys() == names.keys() == source.shapes().keys()
+    for ours, name in names.items():
+        if name == f"{layer}.weight":
+            assert torch.equal(found[ours], own)
+            assert ours not in source.scaled()
+        else:
+            np.testing.assert_allclose(found[ours].double(), worth[name], rtol=1e-7, atol=0)
+    assert any(f"{len(scales) - 1} weights are stored in float8_e4m3fn" in note for note in source.notes)
+
+
 def test_plain_8_bit_weights_without_scales(published, tmp_path):
     """Files that were only cast: the numbers are the weights."""
     state = {name: t.to(E4M3) if is_linear(name, t) else t for name, t in published.wan("transformer").items()}
@@ -136,6 +161,15 @@ FAULTS = {
     "a negative scale": (lambda t: t | {f"{LAYER}.scale_weight": torch.tensor(-1.0)}, "positive, finite"),
     "a scale of nan": (lambda t: t | {f"{LAYER}.scale_weight": torch.tensor(torch.nan)}, "positive, finite"),
     "a plain weight with a scale": (lambda t: t | {f"{LAYER}.weight": torch.ones(128, 128)}, "expected a weight in 8"),
+    "a plain weight with a scale of 2": (
+        lambda t: t | {f"{LAYER}.weight": torch.ones(128, 128), f"{LAYER}.scale_weight": torch.tensor(2.0)},
+        r"other than 1 beside blocks\.0\.self_attn\.q\.weight in torch\.float32, expected a weight in 8 bits"),
+    "a plain weight with scales of which one is 1": (
+        lambda t: t | {f"{LAYER}.weight": torch.ones(128, 128).bfloat16(),
+                       f"{LAYER}.scale_weight": torch.tensor([1.0] * 127 + [1.001])}, "other than 1 beside"),
+    "an exponent beside a plain weight": (
+        lambda t: t | {f"{LAYER}.weight": torch.ones(128, 128),
+                       f"{LAYER}.scale_weight": torch.tensor(1, dtype=torch.uint8)}, "other than 1 beside"),
     "whole numbers": (lambda t: t | {"head.head.weight": torch.ones(64, 128, dtype=torch.int8)}, "int8 without a sca"),
     "bitsandbytes": (lambda t: t | {f"{LAYER}.weight.absmax": torch.ones(4)}, "bitsandbytes"),
     "NVFP4": (lambda t: t | {f"{LAYER}.weight_scale_2": torch.ones(())}, "NVFP4"),

@@ -1,0 +1,243 @@
+"""Which files of a folder hold a part of a model: by their keys where there are several, never by their names alone.
+
+A name tells two things: which files are numbered pieces of one set, and which sets are variants of one
+(model.fp16.safetensors, model.bf16.safetensors). Of variants one is taken: the plain one, else the one in the dtype
+that the weights will have, else bf16, fp16, fp32, else the first by name.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from engine.files import read_json
+from engine.weights.containers import open_container
+from engine.weights.names import WORDS, Part, other_kind, recognise, unwrapped
+
+# What a directory's weight files are called. A file that the user names may be called anything.
+SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
+_SAFE = (".safetensors", ".sft")
+_STANDARD = ("diffusion_pytorch_model", "model")  # names that go first where two hold the same part
+_VARIANT = re.compile(r"(.+)\.(fp32|fp16|bf16|fp8\w*|ema|non_ema)")
+_VARIANTS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_PIECE = re.compile(r"-(\d+)-of-(\d+)(?=\.|$)")
+# Folders of a pipeline, and of ComfyUI, that hold a part.
+_PLACES: dict[Part, tuple[str, ...]] = {
+    "transformer": ("transformer", "diffusion_models", "unet", "checkpoints"), "vae": ("vae",),
+    "text_encoder": ("text_encoder", "text_encoders", "clip"),
+}  # fmt: skip
+_ROOTS = (".", "models", "split_files")  # of ComfyUI's folders: in its own folder, in its models, as published
+OPTIONS: dict[Part, str] = {"transformer": "checkpoint", "vae": "vae", "text_encoder": "text-encoder"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Files that belong together: one file, numbered ones, or those of an index. `variant` is fp16 or the like."""
+
+    stem: str
+    variant: str
+    files: list[Path]
+    index: Path | None = None
+
+    @property
+    def safe(self) -> bool:
+        return self.files[0].suffix in _SAFE
+
+    @property
+    def name(self) -> str:
+        return (self.index or self.files[0]).name
+
+    def check(self) -> None:
+        """FileNotFoundError where a file is missing."""
+        folder = self.files[0].parent
+        if missing := [file.name for file in self.files if not file.is_file()]:
+            named = f" that {self.index.name} names" if self.index else ""
+            raise FileNotFoundError(f"{folder}: got no {', '.join(missing)}, expected the weights{named}")
+        if self.index is None:
+            _check_numbers(self.files)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The files of a part, and notes about others that are left aside."""
+
+    files: list[Path]
+    notes: list[str] = field(default_factory=list)
+
+
+class Folder:
+    """The weight files beside each other in a folder. Opens each file once, and only where it has to."""
+
+    def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        self.path = path
+        self.notes: list[str] = []
+        self.unreadable: list[str] = []
+        self._contents: dict[Path, tuple[set[Part], str | None]] = {}
+        self.groups = self._without_variants(groups_of(path), dtype)
+
+    def _without_variants(self, groups: Sequence[Group], dtype: torch.dtype | None) -> list[Group]:
+        """One group per stem; a note names the variants that are left aside."""
+        order = list(filter(None, (_VARIANTS.get(dtype) if dtype else None, "bf16", "fp16", "fp32")))
+
+        def rank(group: Group) -> tuple[object, ...]:
+            place = order.index(group.variant) if group.variant in order else len(order)
+            # The same weights are often there a second time, as .bin.
+            return group.variant != "", place, group.variant, not group.safe, group.index is None
+
+        kept: dict[str, Group] = {}
+        aside: dict[str, list[str]] = {}
+        for group in sorted(groups, key=rank):
+            if kept.setdefault(group.stem, group).variant != group.variant:
+                aside.setdefault(group.stem, []).append(group.name)
+        self.notes += [f"{self.path}: took {kept[stem].name} (not used: {', '.join(names)})"
+                       for stem, names in aside.items()]  # fmt: skip
+        return [group for group in groups if group in kept.values()]
+
+    def holding(self, part: Part) -> list[Group]:
+        """The groups with a part. Of several, the one with a standard name goes first, with a note."""
+        found = [group for group in self.groups if any(part in self.contents(file)[0] for file in group.files)]
+        standard = [group for group in found if group.stem in _STANDARD]
+        if len(found) > 1 and len(standard) == 1:
+            others = ", ".join(group.name for group in found if group not in standard)
+            self.notes.append(f"{self.path}: took {standard[0].name} (not used: {others})")
+            return standard
+        return found
+
+    def contents(self, file: Path) -> tuple[set[Part], str | None]:
+        """The parts in a file, and what it is in words if the engine does not run it. Remembers unreadable files."""
+        if file not in self._contents:
+            self._contents[file] = set(), None
+            try:
+                self._contents[file] = contents_of(file) if file.is_file() else (set(), None)
+            except (ValueError, OSError, ImportError) as error:
+                self.unreadable.append(str(error))
+        return self._contents[file]
+
+    def seen(self) -> str:
+        """The names of the files, in words."""
+        kinds = [(group.name, self.contents(group.files[0])[1]) for group in self.groups]
+        return ", ".join(f"{name}: {kind}" if kind else name for name, kind in kinds)
+
+
+def part_files(path: Path, part: Part, dtype: torch.dtype | None = None) -> Chosen:
+    """The files with a part: in a component folder, Wan's own folder, a pipeline directory or ComfyUI's folders.
+
+    ValueError where several hold it or a file cannot be read, FileNotFoundError where none does.
+    """
+    folders = [Folder(place, dtype) for place in (path, *_places(path, part))]
+    filled = [folder for folder in folders if folder.groups]
+    if len(filled) == 1 and len(filled[0].groups) == 1:  # to open it tells what else it is
+        return _chosen(filled[0], filled[0].groups[0])
+    return choose(path, part, folders)
+
+
+def choose(path: Path, part: Part, folders: Sequence[Folder]) -> Chosen:
+    """The files with a part in the first of several folders, else in the others together. Errors as `part_files`."""
+    found = [(folders[0], group) for group in folders[0].holding(part)]
+    found = found or [(folder, group) for folder in folders[1:] for group in folder.holding(part)]
+    return _chosen(*found[0]) if len(found) == 1 else _refuse(path, part, found, folders)
+
+
+def _chosen(folder: Folder, group: Group) -> Chosen:
+    group.check()
+    return Chosen(group.files, [note for note in folder.notes if f"took {group.name} " in note])
+
+
+def _refuse(path: Path, part: Part, found: Sequence[tuple[Folder, Group]], folders: Sequence[Folder]) -> Chosen:
+    """Raise what `part_files` says where it does not find exactly one."""
+    words = WORDS[part]
+    if found:
+        names = ", ".join(sorted(str((folder.path / group.name).relative_to(path)) for folder, group in found))
+        raise ValueError(f"{path}: got several files with a {words} ({names}), expected one, or "
+                         f"--{OPTIONS[part]} FILE")  # fmt: skip
+    for folder in folders:
+        if folder.unreadable:
+            raise ValueError(f"{folder.unreadable[0]}; it may be the {words}")
+    if seen := ", ".join(filter(None, (folder.seen() for folder in folders))):
+        raise FileNotFoundError(f"{path}: got no {words} ({seen}), expected one, or --{OPTIONS[part]} FILE")
+    raise FileNotFoundError(f"{path}: got no file of {', '.join(SUFFIXES)}, expected the weights of a {words}")
+
+
+def _places(path: Path, part: Part) -> list[Path]:
+    """Folders inside a folder that are there for a part, with those inside them."""
+    tops = [path / root / name for root in _ROOTS for name in _PLACES[part] if (path / root / name).is_dir()]
+    return [place for top in tops for place in (top, *_inside(top), *(deep for one in _inside(top)
+                                                                      for deep in _inside(one)))]  # fmt: skip
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
+
+
+def weight_files(folder: Path, dtype: torch.dtype | None = None) -> list[Path]:
+    """The weight files of a component folder, sorted. FileNotFoundError if there is none, or one is missing."""
+    groups = Folder(folder, dtype).groups
+    groups = [group for group in groups if group.safe] or groups
+    groups = [group for group in groups if group.index and group.stem in _STANDARD] or groups
+    for group in groups:
+        group.check()
+    if not groups:
+        raise FileNotFoundError(f"{folder}: got no file of {', '.join(SUFFIXES)}, expected the weights")
+    return sorted({file for group in groups for file in group.files})
+
+
+def contents_of(file: Path) -> tuple[set[Part], str | None]:
+    """Which parts a file holds, and what it is in words if the engine does not run it. ValueError if unreadable."""
+    names = [unwrapped(key) for key in open_container(file).tensors]
+    parts = {found.naming.part for found in recognise(names)}
+    return parts, None if parts else other_kind(names)
+
+
+def groups_of(folder: Path) -> list[Group]:
+    """The weight files of a folder; those of an index, and those that are numbered, belong together."""
+    groups: list[Group] = []
+    for index in sorted(folder.glob("*.json")):
+        words = index.name.split(".")
+        if "index" in words and not index.name.startswith("."):
+            base = ".".join(word for word in words if word not in ("json", "index", "safetensors", "bin"))
+            if files := files_of_index(index):
+                groups.append(Group(*_stem_and_variant(base), files, index))
+    indexed = {file for group in groups for file in group.files}
+    sets: dict[tuple[str, str, str, str], list[Path]] = {}
+    for file in candidates(folder):
+        if file not in indexed:
+            piece = _PIECE.search(file.stem)
+            stem, variant = _stem_and_variant(_PIECE.sub("", file.stem))
+            sets.setdefault((stem, variant, file.suffix, piece[2] if piece else ""), []).append(file)
+    return groups + [Group(stem, variant, files) for (stem, variant, *_), files in sets.items()]
+
+
+def files_of_index(index: Path) -> list[Path]:
+    """The files that an index names, sorted. ValueError for one without a weight_map."""
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise ValueError(f"{index}: got no weight_map of file names, expected the index of a model's files")
+    return sorted({index.parent / name for name in named.values()})
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The files of a folder that may hold weights, sorted; not the hidden ones that macOS writes beside them."""
+    return sorted(file for file in folder.iterdir()
+                  if file.is_file() and file.suffix in SUFFIXES and not file.name.startswith("."))  # fmt: skip
+
+
+def _stem_and_variant(base: str) -> tuple[str, str]:
+    base = re.sub(r"^pytorch_model(?=\.|$)", "model", base)  # transformers' name of the same weights as .bin
+    for stem in _STANDARD:
+        if base == stem or base.startswith(f"{stem}."):
+            return stem, base[len(stem) + 1 :]
+    match = _VARIANT.fullmatch(base)
+    return (match[1], match[2]) if match else (base, "")
+
+
+def _check_numbers(files: Sequence[Path]) -> None:
+    """FileNotFoundError where a numbered file is missing."""
+    pieces = [(int(piece[1]), int(piece[2])) for file in files if (piece := _PIECE.search(file.stem))]
+    for _, count in pieces:
+        there = {number for number, _ in pieces}
+        if missing := sorted(set(range(1, count + 1)) - there):
+            stem = _PIECE.sub("", files[0].stem)
+            raise FileNotFoundError(f"{files[0].parent}: got {len(there)} of {count} files of {stem}, "
+                                    f"expected number {missing[0]} as well")  # fmt: skip
