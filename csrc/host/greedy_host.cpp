@@ -73,67 +73,82 @@ double since(std::chrono::steady_clock::time_point begun) {
 // What stderr says behind an error after which frames were kept.
 std::string kept;
 
-// Returns the number of frames.
-std::uint64_t run(const Options& options) {
+// What a stream came to.
+struct Made {
+    std::string backend, target;
+    std::uint64_t frames = 0;
+    std::size_t prompts = 0;  // that were due
+    double load_ms = 0, first_ms = 0, spent_ms = 0;
+    std::vector<double> chunk_ms;
+};
+
+void note(const Options& options, const Prompt& late, const std::string& why) {
+    if (!options.quiet)
+        std::fprintf(stderr, "note: %s has no effect: %s\n", greedy::host::shown(late.where).c_str(), why.c_str());
+}
+
+// Loads the bundle and writes its frames; the output has its name then.
+Made stream(const Options& options, const std::vector<Prompt>& prompts, const std::vector<std::uint8_t>& picture,
+            greedy::host::FrameSink& sink) {
     const auto begun = std::chrono::steady_clock::now();
-    // All that can be refused is, before graphs and weights are read.
-    const Shape shape = shape_of(options.bundle);
-    const std::vector<Prompt> prompts = greedy::host::prompts_of(options, shape.fps, stopped);
-    const auto sink = greedy::host::open_sink(options.out, options.format, shape.width, shape.height, shape.fps);
-    std::vector<std::uint8_t> picture;
-    if (!options.image.empty()) picture = read_ppm(options.image, shape.width, shape.height);
     const greedy::Bundle bundle(options.bundle, &options.settings);
-    const double load_ms = since(begun);
-    const greedy_info info = bundle.info();
+    Made made;
+    made.load_ms = since(begun);
+    made.backend = bundle.info().backend, made.target = bundle.info().target;
     greedy::Session session(bundle, options.seed);
     if (!picture.empty()) session.push_frames(picture.data(), 1);
     // Refuses a prompt that the tokenizer does not take. The first one is set last, so it counts.
     for (auto one = prompts.rbegin(); one != prompts.rend(); ++one) session.set_prompt(one->text);
-    const auto note = [&](const Prompt& late, const std::string& why) {
-        if (!options.quiet)
-            std::fprintf(stderr, "note: %s has no effect: %s\n", greedy::host::shown(late.where).c_str(), why.c_str());
-    };
-    std::size_t prompt = 0;
-    std::uint64_t frames = 0;
-    double first_ms = 0, chunk_ms = 0, spent = 0;
-    std::vector<double> chunks;
     const auto streaming = std::chrono::steady_clock::now();
-    try {
-        while (frames < options.frames && !stopped) {
-            // A prompt applies from the next chunk on, so frames that are already made are shown first.
-            std::size_t due = prompt;
-            for (; due < prompts.size() && prompts[due].frame <= frames; ++due)
-                if (due > prompt) {
-                    const std::string later = prompts[due].where == prompts[due - 1].where ? "a later " : "";
-                    note(prompts[due - 1], later + prompts[due].where + " replaces it before a chunk begins");
-                }
-            if (due > prompt) session.set_prompt(prompts[due - 1].text, options.recommit);
-            prompt = due;
-            const auto asked = std::chrono::steady_clock::now();
-            greedy::Frame frame = session.next_frame();
-            chunk_ms = since(asked);
-            if (frames == 0) first_ms = since(begun);
-            chunks.push_back(chunk_ms);
-            for (;;) {
-                sink->write(frame->data);
-                if (++frames == options.frames || frame->left == 0 || stopped) break;
-                frame = session.next_frame();
+    while (made.frames < options.frames && !stopped) {
+        // A prompt applies from the next chunk on, so frames that are already made are shown first.
+        std::size_t due = made.prompts;
+        for (; due < prompts.size() && prompts[due].frame <= made.frames; ++due)
+            if (due > made.prompts) {
+                const std::string later = prompts[due].where == prompts[due - 1].where ? "a later " : "";
+                note(options, prompts[due - 1], later + prompts[due].where + " replaces it before a chunk begins");
             }
+        if (due > made.prompts) session.set_prompt(prompts[due - 1].text, options.recommit);
+        made.prompts = due;
+        const auto asked = std::chrono::steady_clock::now();
+        greedy::Frame frame = session.next_frame();
+        made.chunk_ms.push_back(since(asked));
+        if (made.frames == 0) made.first_ms = since(begun);
+        for (;;) {
+            sink.write(frame->data);
+            if (++made.frames == options.frames || frame->left == 0 || stopped) break;
+            frame = session.next_frame();
         }
-        spent = since(streaming);
-        sink->close();
+    }
+    made.spent_ms = since(streaming);
+    sink.close();
+    return made;
+}
+
+// Returns the number of frames.
+std::uint64_t run(const Options& options) {
+    // All that can be refused is, before graphs and weights are read.
+    const Shape shape = shape_of(options.bundle);
+    const std::vector<Prompt> prompts = greedy::host::prompts_of(options, shape.fps, stopped);
+    const auto sink = greedy::host::open_sink(options.out, options.format, shape.width, shape.height, shape.fps);
+    Made made;
+    try {
+        std::vector<std::uint8_t> picture;
+        if (!options.image.empty()) picture = read_ppm(options.image, shape.width, shape.height);
+        made = stream(options, prompts, picture, *sink);
     } catch (...) {
         const std::string name = sink->abort();
         if (!name.empty()) kept = "; kept what was made in " + greedy::host::shown(name);
         throw;
     }
-    for (; prompt < prompts.size() && !stopped; ++prompt)
-        note(prompts[prompt], "prompts switch where a chunk begins, and the last one began before frame " +
-                                  std::to_string(prompts[prompt].frame));
+    for (std::size_t late = made.prompts; late < prompts.size() && !stopped; ++late)
+        note(options, prompts[late], "prompts switch where a chunk begins, and the last one began before frame " +
+                                         std::to_string(prompts[late].frame));
     if (!options.quiet)
         for (const std::string& note : sink->notes()) std::fprintf(stderr, "note: %s\n", note.c_str());
     if (!sink->digest().empty() && (std::printf("%s\n", sink->digest().c_str()) < 0 || std::fflush(stdout) != 0))
         throw std::runtime_error("checksum: got no stdout that takes it, expected one");
+    const std::vector<double>& chunks = made.chunk_ms;
     double steady = 0;
     for (std::size_t i = 1; i < chunks.size(); ++i) steady += chunks[i] / static_cast<double>(chunks.size() - 1);
     if (options.json)
@@ -141,9 +156,9 @@ std::uint64_t run(const Options& options) {
             stderr,
             "{\"frames\": %llu, \"chunks\": %zu, \"load_ms\": %.3f, \"ttff_ms\": %.3f, \"ms_per_chunk\": %.4f, "
             "\"fps\": %.3f, \"backend\": \"%s\", \"target\": \"%s\"}\n",
-            static_cast<unsigned long long>(frames), chunks.size(), load_ms, first_ms, steady,
-            1e3 * static_cast<double>(frames) / spent, info.backend, info.target);
-    return frames;
+            static_cast<unsigned long long>(made.frames), chunks.size(), made.load_ms, made.first_ms, steady,
+            1e3 * static_cast<double>(made.frames) / made.spent_ms, made.backend.c_str(), made.target.c_str());
+    return made.frames;
 }
 
 }  // namespace

@@ -86,7 +86,12 @@ Part::Part(const std::string& name) : target_(resolved(name)) {
         path_ = beside(target_, short_name(hidden(target_), "." + token() + kSuffix));
         lock_ = create(path_);
         if (lock_ < 0 && errno == EEXIST) continue;
-        if (lock_ < 0) fail(GREEDY_FAILED, name, std::string("a place for a new file (") + std::strerror(errno) + ")");
+        if (lock_ < 0) {
+            const bool place = errno == ENOENT || errno == EROFS || errno == EACCES || errno == EPERM ||
+                               errno == ENAMETOOLONG || errno == EINVAL;
+            fail(place ? GREEDY_INVALID : GREEDY_FAILED, fs::absolute(name).string(),
+                 std::string("a place for a new file (") + std::strerror(errno) + ")");
+        }
         flock(lock_, LOCK_EX);
         if (is_at(lock_, path_)) break;
         release();  // another process took it for a left one before it was locked

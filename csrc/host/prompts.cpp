@@ -88,6 +88,7 @@ std::string read_all(const std::string& name, const std::string& where, const vo
         const int status = errno == ENOENT ? GREEDY_NOT_FOUND : GREEDY_INVALID;
         fail(where, std::strerror(errno), "a text file", status);
     };
+    if (name.empty()) fail(where, "an empty name", "a text file");
     if (name == "-" && !was_open(STDIN_FILENO)) fail(where, "stdin closed", "a text file");
     const int file = name == "-" ? dup(STDIN_FILENO) : open(name.c_str(), O_RDONLY | O_CLOEXEC);
     if (file < 0) failed();

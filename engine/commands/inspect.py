@@ -18,8 +18,8 @@ from engine.loader import settings_of
 from engine.model.transformer import WanTransformer
 from engine.model.umt5 import UMT5Config, UMT5Encoder
 from engine.model.vae import VAE, VAEConfig
-from engine.program import cleanly
 from engine.options import Parser, add_options, option, options_of
+from engine.program import cleanly
 from engine.weights.adapters import describe
 from engine.weights.checkpoint import check_tensors
 from engine.weights.containers import Container, open_container

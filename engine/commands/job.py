@@ -11,7 +11,6 @@ from engine.config import Preset, Runtime
 from engine.media.sinks import LONGEST
 from engine.options import chosen, option, options_of
 
-
 MOST_FRAMES = 2**53 - 1  # in the C++ core and in JSON, too, a counter holds so many
 
 

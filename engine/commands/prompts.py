@@ -113,6 +113,8 @@ def in_file(name: str, fps: float) -> list[Prompt]:
 
 
 def _bytes_of(name: str, where: str) -> bytes:
+    if not name:
+        raise ValueError(f"{where}: got an empty name, expected a text file")
     try:
         if name == "-":
             if sys.stdin is None:
