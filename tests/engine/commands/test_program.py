@@ -13,7 +13,7 @@ from limits import HANG
 
 from engine.program import cleanly
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROGRAMS = {
     "engine.run": ["-m", "engine.run", "--prompt", "a", "--out", "clip.mp4"],
     "greedy-stream run": ["greedy-stream", "run", "--prompt", "a", "--out", "clip.mp4"],
@@ -71,9 +71,14 @@ def test_a_signal_at_any_time_of_the_start(tmp_path, name, number):
 
 def test_what_is_ignored_stays_ignored(tmp_path):
     """As nohup wants it."""
-    words = ["-c", "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); sys.argv[0] = 'greedy-stream'\n"
-             "import engine\nprint(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"]  # fmt: skip
-    out, err = start(tmp_path, words).communicate(timeout=HANG)
+    code = """
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+sys.argv[0] = 'greedy-stream'
+import engine
+print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
+"""
+    out, err = start(tmp_path, ["-c", code]).communicate(timeout=HANG)
     assert (out, err) == ("True\n", "")
 
 
@@ -93,17 +98,21 @@ def test_a_program_of_others_keeps_its_handlers(tmp_path):
 def test_a_block_is_left_cleanly(number):
     """What is half done is undone, also where a library turns the signal into an error of its own."""
     before, undone = [signal.getsignal(one) for one in SIGNALS], []
+
+    def work(error):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(HANG)
+        except KeyboardInterrupt:
+            if error is not None:
+                raise error from None
+            raise
+        finally:
+            undone.append(error)
+
     for error in (None, ImportError("numpy failed to import")):
         with pytest.raises(SystemExit) as ended, cleanly():
-            try:
-                os.kill(os.getpid(), number)
-                time.sleep(HANG)
-            except KeyboardInterrupt:
-                if error is not None:
-                    raise error from None
-                raise
-            finally:
-                undone.append(error)
+            work(error)
         assert ended.value.code == 128 + number
     assert len(undone) == 2
     assert [signal.getsignal(one) for one in SIGNALS] == before
