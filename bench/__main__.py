@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from engine.options import Parser, add_options, options_of
+from engine.program import cleanly
 
 # Command -> its module, and what it measures. A module has `Options`, a frozen dataclass of its command-line options,
 # and `run(options) -> exit status`. Only the chosen command's module is imported.
@@ -51,7 +52,8 @@ def parse(argv: list[str]) -> tuple[ModuleType, Any]:
 def main(argv: list[str] | None = None) -> int:
     command, options = parse(sys.argv[1:] if argv is None else argv)
     try:
-        return command.run(options)
+        with cleanly():
+            return command.run(options)
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,7 @@ import torch
 
 from distill.training.stage import Stage, leave_processes
 from engine.options import Parser, add_options, option, options_of, pairs, read_table
+from engine.program import cleanly
 
 # Stage -> its module, and one line of help, in the order in which a model is made.
 STAGES = {
@@ -55,17 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = options_of(args, stage.options)
         torch.set_num_threads(options.threads)
-        if stage.config is None:
-            stage.run(options)
-        else:
-            config = read_table(stage.config, options.config, stage.table, pairs(options.set))
-            if options_of(args, PlanOptions).dry_run:
-                from distill.stages.plan import report
-
-                report(options.config, name, config)
+        with cleanly():
+            if stage.config is None:
+                stage.run(options)
             else:
-                stage.run(config, options)
-        leave_processes()
+                config = read_table(stage.config, options.config, stage.table, pairs(options.set))
+                if options_of(args, PlanOptions).dry_run:
+                    from distill.stages.plan import report
+
+                    report(options.config, name, config)
+                else:
+                    stage.run(config, options)
+            leave_processes()
     except (ValueError, OSError) as error:
         if getattr(args, "debug", False):
             raise

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from engine.kernels_folder import join
+from engine.program import begin
 from engine.threads import prepare
 
+begin()  # before the imports below, which take seconds
 prepare()  # before anything imports torch
 join(Path(__file__).resolve().parents[1] / "kernels")
 

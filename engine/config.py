@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from engine.options import Convert, option, read
+from engine.options import Convert, option, read, real_number
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 Commit = Literal["clean", "noisy", "none"]
@@ -56,9 +56,12 @@ class TransformerConfig:
         return read(cls, values, "transformer")
 
 
+MOST_THREADS = 1024
+
+
 @dataclass(frozen=True)
 class Runtime:
-    """Device, precision and threads that run a model. ValueError if threads < 1."""
+    """Device, precision and threads that run a model. ValueError for a number of threads below 1 or above 1024."""
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: Precision = option(
@@ -81,14 +84,15 @@ class Runtime:
     threads: int | None = option(None, "CPU threads; default: OMP_NUM_THREADS, else by the model's size", metavar="N")
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads: got {self.threads}, expected at least 1")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            expected = "at least 1" if self.threads < 1 else f"at most {MOST_THREADS}"
+            raise ValueError(f"threads: got {self.threads}, expected {expected}")
 
 
 def parse_steps(text: str) -> tuple[tuple[float, ...], ...]:
     """Parse '1000,750,500,250' or, one row per chunk, '1000,750,500,250/1000,500'. ValueError for other texts."""
     try:
-        return tuple(tuple(float(step) for step in part.split(",")) for part in text.split("/"))
+        return tuple(tuple(real_number(step.strip()) for step in part.split(",")) for part in text.split("/"))
     except ValueError:
         raise ValueError(f"steps: got {text!r}, expected numbers as in 1000,500 or 1000,750,500,250/1000") from None
 

@@ -19,6 +19,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -93,6 +94,21 @@ def pairs(texts: Iterable[str]) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             found[key.strip()] = value.strip()
     return found
+
+
+def whole_number(text: str) -> int:
+    """A sign and ASCII digits as an integer, as greedy-host reads it. ValueError for another text."""
+    if not re.fullmatch(r"[-+]?[0-9]+", text):
+        raise ValueError(f"got {text!r}, expected an integer")
+    return int(text)
+
+
+def real_number(text: str) -> float:
+    """A finite decimal number in ASCII, such as -1, .5 or 1e3. ValueError for another text."""
+    number = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
+    if not re.fullmatch(number, text) or not isfinite(float(text)):
+        raise ValueError(f"got {text!r}, expected a finite number")
+    return float(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -295,7 +311,7 @@ def _reader(hint: Any) -> Any:
             raise argparse.ArgumentTypeError(f"got '{shown}', expected text in UTF-8")
         if core in (int, float):
             with suppress(ValueError):
-                value = core(text)
+                value = (whole_number if core is int else real_number)(text)
         try:
             return _fitted(hint, value)
         except _Unfit as expected:

@@ -234,7 +234,10 @@ def _print(report: dict[str, Any]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done or stopped by a signal, 130 stopped before the first frame, 2 bad input, 1 a failure."""
+    """Exit status: 0 done or stopped by a signal, 2 bad input, 1 a failure.
+
+    A signal before the first frame gives 128 + its number: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+    """
     interrupt, args = Interrupt(), None
     try:
         with interrupt:
@@ -242,14 +245,14 @@ def main(argv: list[str] | None = None) -> int:
             return _run(Job.of(args), interrupt)
     except KeyboardInterrupt:
         say("stopped before the first frame")
-        return 130
+        return interrupt.status
     except Exception as error:
         if getattr(args, "debug", False):
             raise
         # Libraries turn a signal during load into errors of their own.
         if interrupt.stopped and not interrupt.written:
             say("stopped before the first frame")
-            return 130
+            return interrupt.status
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         say("error: " + "; ".join([lines[0], *getattr(error, "__notes__", [])]))
         # Input was good if it gave frames.

@@ -20,6 +20,7 @@ from engine.bundles.manifest import read_manifest
 from engine.bundles.registry import BACKENDS
 from engine.loader import load, settings_for
 from engine.options import Parser, add_options, option, options_of
+from engine.program import cleanly
 from engine.runtime.device import PRECISIONS
 from engine.stream import Pipeline
 from export.calibrate import DEFAULT_PROMPT, Source, calibrate, read_calibration
@@ -137,11 +138,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     options = options_of(args, Options)
     try:
-        if options.what == "write":
-            return _export(options, options_of(args, BuildOptions))
-        if options.bundle is None:
-            raise ValueError(f"{options.what}: got no bundle, expected a directory")
-        return _inspect(options.bundle) if options.what == "inspect" else _verify(options.bundle, options.backend)
+        with cleanly():
+            if options.what == "write":
+                return _export(options, options_of(args, BuildOptions))
+            if options.bundle is None:
+                raise ValueError(f"{options.what}: got no bundle, expected a directory")
+            return _inspect(options.bundle) if options.what == "inspect" else _verify(options.bundle, options.backend)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engine.files import write_json
 from engine.loader import load
 from engine.options import Parser, add_options, option, options_of
+from engine.program import cleanly
 from engine.runtime.device import DTYPES
 from engine.stream import Pipeline
 from export.fp8 import quantizable, replace_linears
@@ -152,12 +153,13 @@ def main(argv: list[str] | None = None) -> int:
         if options.prompts is not None:
             lines = options.prompts.read_text(encoding="utf-8").splitlines()
             prompts = [line.strip() for line in lines if line.strip()]
-        pipeline = load(
-            options.model, preset=options.preset, device="cpu", precision=options.precision, height=options.height,
-            width=options.width,
-        )  # fmt: skip
-        amax = calibrate(pipeline, prompts, range(options.seeds), options.chunks, options.percentile)
-        write_calibration(amax, options.out)
+        with cleanly():
+            pipeline = load(
+                options.model, preset=options.preset, device="cpu", precision=options.precision, height=options.height,
+                width=options.width,
+            )  # fmt: skip
+            amax = calibrate(pipeline, prompts, range(options.seeds), options.chunks, options.percentile)
+            write_calibration(amax, options.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

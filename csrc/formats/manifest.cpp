@@ -1,15 +1,20 @@
 #include "formats/manifest.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <initializer_list>
 #include <iterator>
 #include <set>
 #include <string_view>
 
 #include "base/error.h"
+#include "base/file.h"
 
 namespace greedy::core {
+namespace fs = std::filesystem;
 namespace {
+
+constexpr std::size_t kManifestLimit = std::size_t{1} << 26;
 
 constexpr std::int64_t kMostSize = 1 << 16;
 constexpr std::int64_t kMostDim = std::int64_t{1} << 32;
@@ -249,6 +254,20 @@ Manifest Manifest::parse(std::string_view text, const std::string& where) {
     for (const std::string& name : named)
         expect(out.files.count(name) > 0, where, "no entry in files for " + name, "one");
     return out;
+}
+
+std::string manifest_path(const std::string& folder) { return (fs::path(folder) / "manifest.json").string(); }
+
+Manifest read_manifest(const std::string& folder) {
+    const std::string path = manifest_path(folder);
+    std::error_code error;
+    if (!fs::is_directory(folder, error) || !fs::exists(path, error))
+        fail(GREEDY_NOT_FOUND, "bundle", folder + " without manifest.json", "a bundle");
+    const MappedFile file(path);
+    if (file.size() > kManifestLimit)
+        fail(GREEDY_BAD_BUNDLE, path, std::to_string(file.size()) + " bytes",
+             "at most " + std::to_string(kManifestLimit));
+    return Manifest::parse(file.text(), path);
 }
 
 }  // namespace greedy::core

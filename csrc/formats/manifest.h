@@ -55,4 +55,9 @@ struct Manifest {
     static Manifest parse(std::string_view text, const std::string& where);
 };
 
+// <folder>/manifest.json.
+std::string manifest_path(const std::string& folder);
+// Of a bundle. Throws Error(GREEDY_NOT_FOUND or GREEDY_BAD_BUNDLE).
+Manifest read_manifest(const std::string& folder);
+
 }  // namespace greedy::core

@@ -79,7 +79,12 @@ Part::Part(const std::string& name) : target_(resolved(name)) {
         path_ = beside(target_, short_name(hidden(target_), "." + token() + kSuffix));
         lock_ = create(path_);
         if (lock_ < 0 && errno == EEXIST) continue;
-        if (lock_ < 0) fail(GREEDY_FAILED, name, std::string("a place for a new file (") + std::strerror(errno) + ")");
+        if (lock_ < 0) {
+            const bool place = errno == ENOENT || errno == EROFS || errno == EACCES || errno == EPERM ||
+                               errno == ENAMETOOLONG || errno == EINVAL;
+            fail(place ? GREEDY_INVALID : GREEDY_FAILED, fs::absolute(name).string(),
+                 std::string("a place for a new file (") + std::strerror(errno) + ")");
+        }
         flock(lock_, LOCK_EX);
         if (is_at(lock_, path_)) break;
         release();  // another process took it for a left one before it was locked
@@ -93,14 +98,13 @@ void Part::release() {
     lock_ = -1;
 }
 
-bool Part::replace() {
+bool Part::replace(bool& older) {
     std::error_code error;
-    const bool older = fs::exists(target_, error);
-    if (std::rename(path_.c_str(), target_.c_str()) != 0)
-        fail(GREEDY_FAILED, target_, std::string("a name that can be given (") + std::strerror(errno) + ")");
+    older = fs::exists(target_, error);
+    if (std::rename(path_.c_str(), target_.c_str()) != 0) return false;
     path_ = target_;
     release();
-    return older;
+    return true;
 }
 
 std::string Part::keep() {
@@ -144,18 +148,28 @@ std::vector<std::string> left_over(const std::string& name) {
     return found;
 }
 
-void check_place(const std::string& name) {
-    std::error_code error;
-    if (fs::path(name).filename().string().size() > kNameBytes)
-        fail(GREEDY_INVALID, "a name of " + std::to_string(fs::path(name).filename().string().size()) + " bytes",
-             "at most " + std::to_string(kNameBytes));
+void check_place(const std::string& asked) {
+    if (asked.empty()) throw StatusError(GREEDY_INVALID, "output: got an empty name, expected a file name");
+    const std::string name = fs::absolute(asked).string();
+    const std::size_t length = fs::path(name).filename().string().size();
+    if (length > kNameBytes)
+        fail(GREEDY_INVALID, "a name of " + std::to_string(length) + " bytes", "at most " + std::to_string(kNameBytes));
     const fs::path target(resolved(name)), folder = target.parent_path();
+    std::error_code error;
+    struct stat about;
     if (fs::is_symlink(target, error)) fail(GREEDY_INVALID, name + ", a link to itself", "a link to a file");
-    if (!fs::is_directory(folder, error)) fail(GREEDY_NOT_FOUND, name, "an existing directory");
-    if (access(folder.c_str(), W_OK | X_OK) != 0) fail(GREEDY_INVALID, name, "a directory that can be written");
-    if (fs::is_directory(target, error)) fail(GREEDY_INVALID, name + ", which is a directory", "a file name");
-    if (!fs::exists(target, error)) return;
-    if (!fs::is_regular_file(target, error))
+    if (stat(folder.c_str(), &about) != 0) {
+        const std::string reason = std::string(" (") + std::strerror(errno) + ")";
+        if (errno == ENOENT || errno == ENOTDIR)
+            fail(GREEDY_NOT_FOUND, name, "an existing directory " + shown(folder.string()));
+        fail(GREEDY_INVALID, name, (errno == ENAMETOOLONG ? "a shorter path" : "a place for a new file") + reason);
+    }
+    if (!S_ISDIR(about.st_mode)) fail(GREEDY_INVALID, name, shown(folder.string()) + " to be a directory");
+    if (access(folder.c_str(), W_OK | X_OK) != 0)
+        fail(GREEDY_INVALID, name, "a directory that can be written, " + shown(folder.string()) + " cannot");
+    if (stat(target.c_str(), &about) != 0) return;
+    if (S_ISDIR(about.st_mode)) fail(GREEDY_INVALID, name + ", which is a directory", "a file name");
+    if (!S_ISREG(about.st_mode))
         fail(GREEDY_INVALID, name + ", a device or pipe", "a file name; use - for a pipe, null for nothing");
     if (access(target.c_str(), W_OK) != 0)
         fail(GREEDY_INVALID, name + ", which is write-protected", "a file to replace");

@@ -17,8 +17,8 @@ class Part {
 
     const std::string& path() const { return path_; }
     const std::string& target() const { return target_; }
-    // Gives the file its final name; true if that replaced an older one.
-    bool replace();
+    // Gives the file its final name; `older` if that replaces an older one. False, with errno, if it cannot.
+    bool replace(bool& older);
     // Gives it a name that nothing has, the final one or <stem>.kept<suffix>; returns that name.
     std::string keep();
     void drop();

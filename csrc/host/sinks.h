@@ -41,14 +41,11 @@ class FrameSink {
 };
 
 // `null` counts, `checksum` hashes, `-` is stdout in `format` ("y4m" if empty, or "rgb"). Any other target is a file,
-// and its suffix decides: .y4m, .rgb, or what an ffmpeg in PATH writes (.mp4, .mkv, .webm, .mov). A file grows beside its
+// and its suffix, in any case, decides: .y4m, .rgb, or what an ffmpeg in PATH writes (.mp4, .mkv, .webm, .mov). A file grows beside its
 // name (part.h). An mp4 or mov is fragmented while it grows and an ordinary file after close.
 // OutputClosed is only thrown in a program that ignores SIGPIPE; one that ignores SIGXFSZ gets a StatusError for a file
 // that is too large.
 std::unique_ptr<FrameSink> open_sink(const std::string& target, const std::string& format, int width, int height,
                                      double fps);
-
-// Throws what open_sink would throw for this target, before the size of the frames is known.
-void check_target(const std::string& target, const std::string& format);
 
 }  // namespace greedy::host

@@ -10,25 +10,6 @@
 
 namespace greedy::core {
 namespace fs = std::filesystem;
-namespace {
-
-constexpr std::size_t kManifestLimit = std::size_t{1} << 26;
-
-}  // namespace
-
-std::string manifest_path(const std::string& folder) { return (fs::path(folder) / "manifest.json").string(); }
-
-Manifest read_manifest(const std::string& folder) {
-    const std::string path = manifest_path(folder);
-    std::error_code error;
-    if (!fs::is_directory(folder, error) || !fs::exists(path, error))
-        fail(GREEDY_NOT_FOUND, "bundle", folder + " without manifest.json", "a bundle");
-    const MappedFile file(path);
-    if (file.size() > kManifestLimit)
-        fail(GREEDY_BAD_BUNDLE, path, std::to_string(file.size()) + " bytes",
-             "at most " + std::to_string(kManifestLimit));
-    return Manifest::parse(file.text(), path);
-}
 
 Bundle::Bundle(const std::string& folder, Manifest manifest, const greedy_settings& settings)
     : folder_(folder), log_(settings.log), log_cookie_(settings.log_cookie), manifest_(std::move(manifest)) {

@@ -15,9 +15,6 @@
 
 namespace greedy::core {
 
-// <folder>/manifest.json.
-std::string manifest_path(const std::string& folder);
-Manifest read_manifest(const std::string& folder);
 
 class Bundle {
   public:

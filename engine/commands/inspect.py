@@ -20,6 +20,7 @@ from engine.model.umt5 import UMT5Config, UMT5Encoder
 from engine.model.vae import VAE, VAEConfig
 from engine.options import Parser, add_options, option, options_of
 from engine.presets import presets_for
+from engine.program import cleanly
 from engine.weights.adapters import describe
 from engine.weights.checkpoint import check_tensors
 from engine.weights.containers import Container, open_container
@@ -234,7 +235,8 @@ def main(argv: list[str] | None = None) -> int:
     add_options(parser, Options)
     options = options_of(parser.parse_args(argv), Options)
     try:
-        report = inspect(options.path)
+        with cleanly():
+            report = inspect(options.path)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2

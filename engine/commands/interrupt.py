@@ -1,11 +1,11 @@
 """Signals that end a stream, but never during the write of a frame or while an output gets its name."""
 
-import signal
 from types import FrameType
 
 import numpy as np
 
 from engine.media.sinks import Sink
+from engine.program import handle, restore
 
 
 class Interrupt:
@@ -19,23 +19,21 @@ class Interrupt:
         self.writing = False
         self.asked = False  # a signal has come during a write
         self.stopped = False  # a signal has come before the end of the stream
+        self.status = 0  # exit status of a run that the first signal ended before its first frame: 128 + its number
         self.hurry = False  # another signal has come: do not write the decoded rest
         self.written = 0  # frames, each counted with its write: a signal cannot come in between
         self._ended = False
         self._ending: Sink | None = None
 
     def __enter__(self) -> "Interrupt":
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored
-            numbers.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        self._before = handle(self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        restore(self._before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.status = self.status or 128 + number
         again = self.stopped or self._ended
         self.stopped = self.stopped or not self._ended
         if self._ending is not None:

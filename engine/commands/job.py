@@ -1,13 +1,17 @@
 """The options of `engine.run`: one frozen dataclass per concern, and the whole command line as a Job."""
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.bundles.registry import BACKENDS
 from engine.config import Preset, Runtime
+from engine.media.sinks import LONGEST
 from engine.options import chosen, option, options_of
+
+MOST_FRAMES = 2**53 - 1  # in the C++ core and in JSON, too, a counter holds so many
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,12 @@ class Video:
             raise ValueError("--prompt: got none, expected a text, or --prompt-file with one")
         if self.video_frames < 1:
             raise ValueError(f"--video-frames: got {self.video_frames}, expected at least 1")
-        for name, value in (("frames", self.frames), ("seconds", self.seconds)):
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"--{name}: got {value}, expected a positive number")
+        if self.video_frames > MOST_FRAMES:
+            raise ValueError(f"--video-frames: got {self.video_frames}, expected at most 2^53 - 1")
+        if self.frames is not None and not 1 <= self.frames <= MOST_FRAMES:
+            raise ValueError(f"--frames: got {self.frames}, expected 1 to 2^53 - 1")
+        if self.seconds is not None and not 0 < self.seconds < float("inf"):
+            raise ValueError(f"--seconds: got {self.seconds}, expected a positive number")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"--seed: got {self.seed}, expected 0 to 2^64 - 1")
 
@@ -79,8 +86,8 @@ class Model:
         if self.checkpoint_state is not None and self.checkpoint is None:
             raise ValueError(f"--checkpoint-state: got {self.checkpoint_state} alone, expected --checkpoint as well")
         for name, value in (("height", self.height), ("width", self.width)):
-            if value is not None and value < 1:
-                raise ValueError(f"--{name}: got {value}, expected at least 1")
+            if value is not None and not 1 <= value <= LONGEST:
+                raise ValueError(f"--{name}: got {value}, expected 1 to {LONGEST}")
 
 
 @dataclass(frozen=True)
@@ -121,8 +128,10 @@ class Output:
     def __post_init__(self) -> None:
         if self.json and self.out == "-":
             raise ValueError("--json: got --out -, expected a file (both write to stdout)")
-        if self.scale < 1:
-            raise ValueError(f"--scale: got {self.scale}, expected at least 1")
+        if not 1 <= self.scale <= LONGEST:
+            raise ValueError(f"--scale: got {self.scale}, expected 1 to {LONGEST}")
+        if self.json and sys.stdout is None:
+            raise ValueError("--json: got stdout closed, expected a pipe or a redirection")
         if self.fps is not None and not 0 < self.fps < float("inf"):
             raise ValueError(f"--fps: got {self.fps}, expected a positive number")
 

@@ -8,9 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from engine.commands.job import Video
+from engine.commands.job import MOST_FRAMES, Video
 from engine.commands.notes import Notes
 from engine.model.text import check_prompt
+from engine.options import real_number, whole_number
 
 _MOST_BYTES = 16 << 20  # of a file
 # The longer marks first: that of UTF-32 begins as that of UTF-16.
@@ -18,7 +19,7 @@ _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
-_TIME = re.compile(r"\s*\[([-+]?[\d.]+[sf])\]")  # [3.0s] or [48f] at the beginning of a line
+_TIME = re.compile(r"\s*\[([-+]?[0-9.]+[sf])\]")  # [3.0s] or [48f] at the beginning of a line
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ class Prompts:
 def frame_of(when: str, fps: float, where: str) -> int:
     """'3.0s' or '3.0' in seconds, '48f' in frames -> frame number. ValueError that begins with `where`."""
     try:
-        value = int(when[:-1]) if when.endswith("f") else round(float(when.removesuffix("s")) * fps)
+        value = whole_number(when[:-1]) if when.endswith("f") else round(real_number(when.removesuffix("s")) * fps)
     except (ValueError, OverflowError):
         value = -1
-    if value < 0:
+    if not 0 <= value <= MOST_FRAMES:
         raise ValueError(f"{where}: got {when!r}, expected a time such as 3.0s or a frame such as 48f")
     return value
 
@@ -112,10 +113,16 @@ def in_file(name: str, fps: float) -> list[Prompt]:
 
 
 def _bytes_of(name: str, where: str) -> bytes:
+    if not name:
+        raise ValueError(f"{where}: got an empty name, expected a text file")
     try:
         if name == "-":
-            data = sys.stdin.buffer.read(_MOST_BYTES + 1) if sys.stdin else b""
+            if sys.stdin is None:
+                raise ValueError(f"{where}: got stdin closed, expected a text file")
+            data = sys.stdin.buffer.read(_MOST_BYTES + 1)
         else:
+            if "\0" in name:
+                raise ValueError(f"{where}: got a name with a NUL character, expected a text file")
             with Path(name).open("rb") as opened:
                 data = opened.read(_MOST_BYTES + 1)
     except OSError as error:
@@ -132,7 +139,8 @@ def _decoded(data: bytes, where: str) -> str:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        got = f"byte {data[error.start]:#04x} at {error.start}, which is no {encoding.removesuffix('-sig').upper()}"
+        at = error.start + len(data) - len(error.object)  # the codec of utf-8-sig counts from behind the mark
+        got = f"byte {data[at]:#04x} at {at}, which is no {encoding.removesuffix('-sig').upper()}"
         raise ValueError(f"{where}: got {got}, expected text in UTF-8") from None
     if "\0" in text:
         raise ValueError(f"{where}: got a NUL character, expected a text file in UTF-8")

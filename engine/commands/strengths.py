@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+from engine.options import real_number
 from engine.weights.adapters import Adapter
 from engine.weights.lora.merge import check_strength
 
@@ -20,7 +21,7 @@ def strengths_at(
             expected = f"NAME=STRENGTH, the name one of {', '.join(names)}" if names else "--adapter as well"
             raise ValueError(f"--adapter-at: got {text!r}, expected {expected}")
         try:
-            strength = float(number)
+            strength = real_number(number)
         except ValueError:
             raise ValueError(f"--adapter-at: got {text!r}, expected NAME=STRENGTH, as in {name}=0.5") from None
         check_strength(strength)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import os
 import select
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -71,6 +73,22 @@ def shown(path: str | Path) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
 
 
+@contextmanager
+def naming(target: str) -> Iterator[None]:
+    """An error of the operating system from inside names the output that the user asked for, not a temporary file."""
+    try:
+        yield
+    except OutputClosed:
+        raise
+    except OSError as error:
+        if error.errno is None:  # a message of our own
+            raise
+        reason = os.strerror(error.errno)
+        made = type(OSError(error.errno, ""))(f"output: got {reason} for {target}, expected it to be written")
+        made.errno = error.errno
+        raise made from error
+
+
 class BaseSink:
     """Checks frames and the order write* -> close or abort.
 
@@ -80,6 +98,7 @@ class BaseSink:
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.shape = (*size, 3)
+        self.target = "-"  # as messages name it
         self.frames = 0
         self.ended = False
         self.hurry = False  # set it while `close` runs: it then leaves out what only improves the file
@@ -91,7 +110,8 @@ class BaseSink:
             raise ValueError("sink: got a frame after close, expected none")
         if frame.dtype != np.uint8 or frame.shape != self.shape:
             raise ValueError(f"frame: got {frame.dtype} {frame.shape}, expected uint8 {self.shape}")
-        self._put(np.ascontiguousarray(frame))
+        with naming(self.target):
+            self._put(np.ascontiguousarray(frame))
         self.frames += 1
 
     def close(self) -> None:
@@ -99,10 +119,11 @@ class BaseSink:
             return
         self.ended = True
         try:
-            if self.frames:
-                self._finish()
-            else:
-                self._discard()
+            with naming(self.target):
+                if self.frames:
+                    self._finish()
+                else:
+                    self._discard()
         except BaseException as error:
             self._end_badly(error)
             raise
@@ -180,7 +201,8 @@ def check_place(path: Path) -> None:
         present, is_folder = folder.exists(), folder.is_dir()
         other = target.exists() and not target.is_file() and not target.is_dir()
     except OSError as error:
-        raise ValueError(f"output: got {shown(path)}, expected a shorter path ({error.strerror})") from None
+        expected = "a shorter path" if error.errno == errno.ENAMETOOLONG else "a place for a new file"
+        raise ValueError(f"output: got {shown(path)}, expected {expected} ({error.strerror})") from None
     if target.is_symlink():
         raise ValueError(f"output: got {shown(path)}, a link to itself, expected a link to a file")
     if not present:
@@ -197,6 +219,21 @@ def check_place(path: Path) -> None:
         raise PermissionError(f"output: got {shown(path)}, which is write-protected, expected a file to replace")
 
 
+def check_stdout() -> None:
+    """Raise ValueError if stdout takes no video, and OutputClosed if the reader of its pipe has gone."""
+    if sys.stdout is None or sys.stdout.closed:
+        raise ValueError("output: got - with stdout closed, expected a pipe or a redirection")
+    if sys.stdout.isatty():
+        raise ValueError("output: got - on a terminal, expected a pipe or a redirection")
+    number = sys.stdout.fileno()
+    if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise ValueError("output: got - with stdout open for reading, expected a pipe or a redirection")
+    poll = select.poll()
+    poll.register(number, 0)
+    if any(event & select.POLLERR for _, event in poll.poll(0)):
+        raise OutputClosed("output: got no reader of stdout, expected one")
+
+
 class Output:
     """Writes bytes to a file under a temporary name, or (path None) to stdout, at once and unbuffered."""
 
@@ -205,10 +242,7 @@ class Output:
         self.end = 0  # offset after the last whole write
         self.part: Part | None = None
         if path is None:
-            if sys.stdout is None or sys.stdout.closed:
-                raise ValueError("output: got - with stdout closed, expected a pipe or a redirection")
-            if sys.stdout.isatty():
-                raise ValueError("output: got - on a terminal, expected a pipe or a redirection")
+            check_stdout()
             sys.stdout.flush()
             # Use a descriptor of our own: after a broken pipe, sys.stdout then has nothing to flush at exit.
             self.file = io.FileIO(os.dup(sys.stdout.fileno()), "w")

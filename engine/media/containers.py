@@ -136,7 +136,8 @@ class VideoSink(BaseSink):
         except Exception as error:
             if whole is not None:
                 whole.drop()
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            known = isinstance(error, OSError) and error.errno  # then its text would name a temporary file
+            reason = os.strerror(known) if known else (str(error).splitlines() or [type(error).__name__])[0]
             self.notes.append(f"the {self.kind} stays fragmented, it plays but has no index ({reason})")
         except BaseException:
             if whole is not None:

@@ -14,6 +14,7 @@ import numpy as np
 from engine.media.base import BaseSink, Encoding, Output, need, reserve, shown
 
 HELD_LIMIT = 1 << 30  # bytes of frames that gif and webp may hold: their writer needs all frames at once
+WEBP_LONGEST = 16383  # pixels each way
 PATTERN = r"[^%]*%(0\d)?d[^%]*"  # a name with one number: frame_%05d.png
 
 
@@ -87,6 +88,9 @@ class AnimationSink(BaseSink):
         super().__init__(size)
         self.kind = path.suffix.lower()[1:]
         encoding.refuse(self.kind, "codec", "crf", "pix_fmt")
+        if self.kind == "webp" and max(size) > WEBP_LONGEST:
+            height, width = size
+            raise ValueError(f"webp output: got {width}x{height} pixels, expected at most {WEBP_LONGEST} each way")
         self.image = need("PIL.Image", self.kind)
         self.rate = rate
         self.output = Output(path, self.notes)

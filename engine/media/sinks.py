@@ -21,10 +21,12 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from engine.media.base import BaseSink, Encoding, OutputClosed, check_name, check_place, shown
+from engine.media.base import BaseSink, Encoding, OutputClosed, check_name, check_place, naming, shown
 from engine.media.containers import CONTAINERS, VideoSink
 from engine.media.raw import RawSink, Y4mSink
 from engine.media.sequences import PATTERN, AnimationSink, PngSink
+
+LONGEST = 16384  # pixels; no picture or video that is in use has a longer side
 
 __all__ = ["ChecksumSink", "Encoding", "NullSink", "OutputClosed", "Sink", "open_sink"]
 
@@ -32,6 +34,7 @@ __all__ = ["ChecksumSink", "Encoding", "NullSink", "OutputClosed", "Sink", "open
 class Sink(Protocol):
     """Takes frames uint8 [H, W, 3] one by one. After the first `close` or `abort`, further calls of both do nothing."""
 
+    target: str  # what messages call it
     frames: int  # number written so far; after an error, number kept
     hurry: bool  # set while `close` runs, it leaves out what only improves the file
     kept: Path | None  # after an error: the file or folder that holds the frames
@@ -58,12 +61,21 @@ def open_sink(
 
     Raises ValueError (got and expected), OSError for a place that cannot be written, ImportError for a missing package.
     """
+    with naming(shown(target)):
+        sink = _made(str(target), fps, size, format, encoding or Encoding())
+    sink.target = shown(target)
+    return sink
+
+
+def _made(name: str, fps: float, size: tuple[int, int], format: str | None, encoding: Encoding) -> Sink:
     height, width = size
     if not 0.01 <= fps <= 1000:
         raise ValueError(f"fps: got {fps}, expected 0.01 to 1000")
     if min(size) < 1:
         raise ValueError(f"size: got {width}x{height} pixels, expected positive numbers")
-    name, rate, encoding = str(target), Fraction(fps).limit_denominator(1001), encoding or Encoding()
+    if max(size) > LONGEST:
+        raise ValueError(f"size: got {width}x{height} pixels, expected at most {LONGEST} each way")
+    rate = Fraction(fps).limit_denominator(1001)
     if format is not None and name != "-":
         raise ValueError(f"format: got {format} for {shown(name)}, expected it for - (stdout); a file has a suffix")
     if name in ("null", "checksum"):
@@ -74,7 +86,11 @@ def open_sink(
         if format not in STDOUT_FORMATS:
             raise ValueError(f"format: got {format}, expected one of {', '.join(STDOUT_FORMATS)}")
         return FORMATS[format](size, rate, None, encoding)
-    path = Path(target).absolute()  # gives even . a name
+    if not name:
+        raise ValueError("output: got an empty name, expected a file name")
+    if "\0" in name:
+        raise ValueError(f"output: got {shown(name)}, expected a name without NUL characters")
+    path = Path(name).absolute()  # gives even . a name
     check_name(path)
     check_place(path)
     suffix = path.suffix.lower()

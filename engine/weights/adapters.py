@@ -17,7 +17,7 @@ from engine.weights.containers import open_container
 from engine.weights.lora.form import read_lora
 from engine.weights.lora.merge import Adapters, check_strength, merge_into
 
-_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf|infinity|nan)", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf|infinity|nan)", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True)

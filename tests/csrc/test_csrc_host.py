@@ -1,6 +1,7 @@
 """greedy-host: outputs, prompts and errors, over the bundle of formulas."""
 
 import hashlib
+import json
 import os
 import resource
 import shutil
@@ -153,8 +154,8 @@ def test_notes_about_prompts(native_build):
     assert ran.returncode == 0, ran.stderr
     assert [line for line in ran.stderr.splitlines() if line.startswith("note: ")] == [
         "note: the prompt has 41 tokens, the model reads 16: the rest is ignored",
-        "note: the prompt at frame 3 has no effect: another one replaces it before a chunk begins",
-        "note: the prompt at frame 7 has no effect: the last chunk began before it",
+        "note: --prompt-at 3 has no effect: --prompt-at 4 replaces it before a chunk begins",
+        "note: --prompt-at 7 has no effect: prompts switch where a chunk begins, and the last one began before frame 7",
     ]
 
 
@@ -169,17 +170,62 @@ def test_ffmpeg_gets_the_frames(host, tmp_path):
     assert arguments[arguments.index("-r") + 1] == "8/1"
 
 
-@pytest.mark.parametrize("script", ["exit 3", "cat > /dev/null; exit 1", None])
-def test_an_ffmpeg_that_fails_is_said(host, tmp_path, script):
-    programs = tmp_path / "bin"
-    if script:
-        fake_ffmpeg(tmp_path, script)
-    elif any((Path(place) / "ffmpeg").exists() for place in os.environ["PATH"].split(":")):
-        pytest.skip("an ffmpeg is installed")
-    ran = host("--frames", "200", "--out", "video.mp4", programs=programs)
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 3", "exit status 3 for video.mp4"),
+        ("cat > /dev/null; exit 1", "exit status 1 for video.mp4"),
+        ("kill -9 $$", "signal 9 for video.mp4"),
+        ('for last; do :; done; echo "[mp4 @ 0x5] $last: no room" >&2; echo more >&2; exit 4',
+         "exit status 4 for video.mp4 (video.mp4: no room)"),
+        # More messages than a pipe holds must not make it wait.
+        ("yes words | head -c 300000 >&2; exit 5", "exit status 5 for video.mp4 (words)"),
+    ],
+)  # fmt: skip
+def test_an_ffmpeg_that_fails_is_said(host, tmp_path, script, said):
+    ran = host("--frames", "2000", "--out", "video.mp4", programs=fake_ffmpeg(tmp_path, script))
     assert ran.returncode == 1
-    assert b"ffmpeg: got" in ran.stderr
+    assert ran.stderr.decode() == f"error: ffmpeg: got {said}, expected it to read all frames\n"
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("found", ["nothing", "no program", "a folder"])
+@pytest.mark.parametrize("name", ["video.mp4", "VIDEO.MKV", "video.webm", "video.mov"])
+def test_a_missing_ffmpeg_is_said_before_anything_is_loaded(native_build, tmp_path, found, name):
+    """The bundle has nothing but its manifest."""
+    (tmp_path / "bundle").mkdir()
+    shutil.copy(fake_stages.RECORDED / "manifest.json", tmp_path / "bundle")
+    (tmp_path / "bin").mkdir()
+    if found == "no program":
+        (tmp_path / "bin" / "ffmpeg").write_bytes(b"")
+    elif found == "a folder":
+        (tmp_path / "bin" / "ffmpeg").mkdir()
+    words = [native_build / "greedy-host", "bundle", "--prompt", "a", "--frames", "2", "--out"]
+    environment = {**os.environ, "PATH": str(tmp_path / "bin")}
+
+    def ran(out):
+        return subprocess.run([*words, out], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                              timeout=HANG)  # fmt: skip
+
+    kind = Path(name).suffix[1:].lower()
+    expected = "expected it installed; .y4m and .rgb need no program"
+    got = ran(name)
+    assert (got.returncode, got.stderr) == (2, f"error: {kind} output: got no program ffmpeg in PATH, {expected}\n")
+    assert "got no plain file inside the bundle" in ran("video.y4m").stderr  # there it does load, and leaves nothing
+    assert names(tmp_path) == ["bundle"]
+
+
+def test_a_size_that_ffmpeg_does_not_code_is_said_before_anything_is_loaded(native_build, tmp_path):
+    manifest = json.loads((fake_stages.RECORDED / "manifest.json").read_text())
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(manifest | {"height": 9, "width": 15, "spatial": 3}))
+    fake_ffmpeg(tmp_path, "cat > /dev/null")
+    words = [native_build / "greedy-host", "bundle", "--prompt", "a", "--frames", "2", "--out", "video.mp4"]
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    ran = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG)
+    assert ran.returncode == 2
+    expected = "expected even numbers; .y4m takes any size"
+    assert ran.stderr == f"error: mp4 output: got 15x9 pixels in yuv420p, {expected}\n"
 
 
 @pytest.mark.parametrize("older", [False, True])
@@ -312,14 +358,17 @@ def test_a_link_is_followed(host, tmp_path):
     ("words", "said"),
     [
         (["--frames", "0"], "--frames: got 0"),
-        (["--frames", "x"], "--frames: got 'x'"),
+        (["--frames", "x"], "argument --frames: got 'x', expected a valid integer (see --help)"),
+        (["--quiet=1"], "--quiet: got a value"),
         (["--frames"], "--frames: got nothing"),
         (["--wrong"], "got --wrong"),
         (["--out", "video.avi"], "output: got video.avi"),
         (["--out", "nowhere/video.y4m"], "expected an existing directory"),
-        (["--out", "null", "--format", "rgb"], "expected it only for -"),
+        (["--out", "null", "--format", "rgb"], "expected it for - (stdout)"),
+        (["--format", "mp4"], "format: got mp4, expected one of y4m, rgb"),
         (["--out", "/"], "output: got /"),
         (["--out", "folder.y4m"], "which is a directory"),
+        (["--out", "video.AVI"], "output: got video.AVI, expected .mp4, .mov, .mkv, .webm, .y4m, .rgb, null"),
         (["--out", "/dev/full.y4m/x.y4m"], "expected an existing directory"),
         (["--out", "x" * 300 + ".y4m"], "a name of 304 bytes"),
         (["--out", "a\nb.avi"], "output: got a\\x0ab.avi"),

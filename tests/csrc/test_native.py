@@ -4,7 +4,6 @@ import ctypes
 import dataclasses
 import gc
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -51,23 +50,6 @@ PRESETS = {
     "uncommitted": dataclasses.replace(CAUSAL, commit="none"),
     "noisy-context": dataclasses.replace(CAUSAL, context_timestep=100.0),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def core(native_build: Path) -> Iterator[ModuleType]:
-    """engine._C of this source tree, in place of one that may be installed."""
-    found = sorted(native_build.glob("_C*.so"))
-    if not found:
-        pytest.skip("engine._C is not built: pybind11 is not installed")
-    before = sys.modules.pop("engine._C", None)
-    spec = importlib.util.spec_from_file_location("engine._C", found[0])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["engine._C"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["engine._C"]
-    if before is not None:
-        sys.modules["engine._C"] = before
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -352,3 +353,63 @@ def test_ctrl_c_at_any_moment_leaves_a_file_that_plays(tmp_path):
 
 def test_the_limits_of_this_process_are_untouched():
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+LIMITED = """
+import resource, signal, sys
+import numpy as np
+from engine.media.sinks import open_sink
+
+size = (48, 64)
+noise = np.random.default_rng(0).integers(0, 256, (8, *size, 3), dtype=np.uint8)
+for limit in (0, 100, 3000, 30000):
+    for target in sys.argv[1:]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+        sink = None
+        try:
+            sink = open_sink(target, 16, size)
+            for i in range(40):
+                sink.write(noise[i % 8])
+            sink.close()
+            said = "nothing"
+        except OSError as error:
+            if sink is not None:
+                sink.abort(error)
+            said = f"{type(error).__name__} {error.errno} {error}"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        print(limit, target, said, sep="|")
+"""
+
+
+def test_a_limit_names_the_output_that_was_asked_for(tmp_path):
+    """As a full disk does. The temporary name says nothing to the user, who cannot see the file."""
+    targets = [*FILES, "CLIP2.Y4M"]
+    ran = subprocess.run([sys.executable, "-c", LIMITED, *targets], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=HANG)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    lines = [line.split("|") for line in ran.stdout.splitlines()]
+    assert len(lines) == 4 * len(targets)
+    for limit, target, said in lines:
+        pictures = ".png" in target or target.endswith("/")  # each is a file of its own, of some 9 kB
+        if int(limit) < 30000 or not pictures:
+            assert said == f"OSError 27 output: got File too large for {target}, expected it to be written"
+        else:
+            assert said == "nothing"
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
+
+
+def test_a_folder_that_goes_away_is_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    target = f"{tmp_path}/folder/clip.y4m"
+    sink = filled(target, 2)
+    shutil.rmtree(tmp_path / "folder")
+    with pytest.raises(FileNotFoundError, match=f"^output: got No such file or directory for {target}, expected it"):
+        sink.close()
+
+
+@pytest.mark.parametrize("target", ["", "a\0b.y4m", "a\0b/c.y4m"])
+def test_names_that_are_none(tmp_path, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^output: got (an empty name|a\\x00b.*), expected a (file )?name"):
+        open_sink(target, 16, SIZE)
+    assert not list(tmp_path.iterdir())

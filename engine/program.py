@@ -1,0 +1,87 @@
+"""How the programs of this package begin and how a signal ends them: no traceback, and the status 128 + its number.
+
+`begin` runs before anything heavy is imported. During the imports, which take seconds, a signal ends the program at
+once. Inside `cleanly` it raises KeyboardInterrupt, so that half-made files are removed first.
+"""
+
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+PACKAGES = ("engine", "export", "distill", "bench")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def begin() -> None:
+    """Prepare the process if it runs a program of this package; leave other processes as they are."""
+    if not _is_ours():
+        return
+    # A file that is opened later must not get the number of a closed standard stream: messages would land in it.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    handle(_leave)
+
+
+def _is_ours() -> bool:
+    """Whether Python was started as `python -m PACKAGE...` or by the script greedy-stream."""
+    if sys.argv[:1] != ["-m"]:  # as it stands while Python looks for the module that -m names
+        return bool(sys.argv) and os.path.basename(sys.argv[0]) == "greedy-stream"
+    words = iter(sys.orig_argv[1:])
+    for word in words:
+        if option := re.fullmatch(r"-[a-zA-Z]*?m(.*)", word):
+            return (option[1] or next(words, "")).partition(".")[0] in PACKAGES
+    return False
+
+
+def handle(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
+    """Let `handler` have the signals that end a program. Returns the handlers before, for `restore`."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}  # only the main thread may
+    taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup wants it
+    return {number: signal.signal(number, handler) for number in taken}
+
+
+def restore(handlers: dict[int, Any]) -> None:
+    """Give the signals back what `handle` returned."""
+    for number, handler in handlers.items():
+        # The program's work is done where `begin` had them: nothing is left to interrupt.
+        signal.signal(number, signal.SIG_IGN if handler is _leave else handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
+@contextmanager
+def cleanly() -> Iterator[None]:
+    """A signal inside the block raises KeyboardInterrupt there; the program then ends with status 128 + its number.
+
+    A second signal ends the program at once.
+    """
+    came, process = list[int](), os.getpid()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if came or os.getpid() != process:  # a forked worker has nothing to clean up
+            _leave(number, frame)
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = handle(handler)
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        # Libraries turn a signal into errors of their own.
+        if came or isinstance(error, KeyboardInterrupt):
+            with suppress(OSError, ValueError):
+                sys.stdout and sys.stdout.flush()
+            raise SystemExit(128 + (came[0] if came else signal.SIGINT)) from None
+        raise
+    finally:
+        restore(before)

@@ -1,0 +1,120 @@
+"""How programs end by a signal, from their first imports on: no traceback, and the status 128 + its number."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from limits import HANG
+
+from engine.program import cleanly
+
+ROOT = Path(__file__).parents[3]
+PROGRAMS = {
+    "engine.run": ["-m", "engine.run", "--prompt", "a", "--out", "clip.mp4"],
+    "greedy-stream run": ["greedy-stream", "run", "--prompt", "a", "--out", "clip.mp4"],
+    "export": ["-m", "export", "--out", "bundle"],
+    "distill": ["-m", "distill", "gallery", "--out", "gallery.webp"],
+    "bench": ["-m", "bench", "stream", "--rounds", "1000"],
+}
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+pytestmark = [pytest.mark.slow]
+
+
+def start(folder, words):
+    script = folder / "greedy-stream"
+    script.write_text("import sys\nfrom engine.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    usual = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a child of a process in the background has it ignored
+    try:
+        return subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True)  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def wait_for_handlers(process):
+    """Until the program has its own code running: before that only Python itself is there."""
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+        if caught >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.002)
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_signal_at_any_time_of_the_start(tmp_path, name, number):
+    draw = random.Random(f"{name} {number}")
+    for latest in (0.02, 3.0):
+        process = start(tmp_path, PROGRAMS[name])
+        wait_for_handlers(process)
+        time.sleep(draw.uniform(0, latest))
+        process.send_signal(number)
+        out, err = process.communicate(timeout=HANG)
+        assert "Traceback" not in err
+        if process.returncode == 0:  # engine.run alone, once it has frames
+            assert "engine.run" in name or name.startswith("greedy-stream")
+            assert (tmp_path / "clip.mp4").stat().st_size > 0
+            continue
+        assert process.returncode == 128 + number, (out, err)
+        assert err in ("", "stopped before the first frame\n") or err.startswith("note: ")
+        assert {path.name for path in tmp_path.iterdir()} <= {"greedy-stream", "clip.mp4", "gallery.webp"}
+
+
+def test_what_is_ignored_stays_ignored(tmp_path):
+    """As nohup wants it."""
+    code = """
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+sys.argv[0] = 'greedy-stream'
+import engine
+print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
+"""
+    out, err = start(tmp_path, ["-c", code]).communicate(timeout=HANG)
+    assert (out, err) == ("True\n", "")
+
+
+def test_a_program_of_others_keeps_its_handlers(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import engine\n")
+    (tmp_path / "other" / "__main__.py").write_text(
+        "import signal\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler, "
+        "signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)\n"
+    )
+    for words in (["-m", "other"], ["-m", "other", "-m", "engine.run"]):
+        out, err = start(tmp_path, words).communicate(timeout=HANG)
+        assert (out, err) == ("True True\n", "")
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_block_is_left_cleanly(number):
+    """What is half done is undone, also where a library turns the signal into an error of its own."""
+    before, undone = [signal.getsignal(one) for one in SIGNALS], []
+
+    def work(error):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(HANG)
+        except KeyboardInterrupt:
+            if error is not None:
+                raise error from None
+            raise
+        finally:
+            undone.append(error)
+
+    for error in (None, ImportError("numpy failed to import")):
+        with pytest.raises(SystemExit) as ended, cleanly():
+            work(error)
+        assert ended.value.code == 128 + number
+    assert len(undone) == 2
+    assert [signal.getsignal(one) for one in SIGNALS] == before
+    with pytest.raises(ValueError, match="as it is"), cleanly():
+        raise ValueError("as it is")
