@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engine.bundles.aoti import target_of
 from engine.bundles.manifest import TensorSpec
 from engine.bundles.stages import NotHere
-from engine.bundles.tensorrt import gpu_of, require_tensorrt
+from engine.bundles.tensorrt import gpu_target, require_tensorrt
 from export.aoti import compile_program, constants_of, source_of
 from export.onnx_graph import to_onnx
 from export.program import Program
@@ -114,7 +114,7 @@ class TensorrtCompiler(Compiler):
         if self.options.gpu:
             got = ", ".join(map(str, self.options.gpu))
             raise ValueError(f"--gpu: got {got} for tensorrt, expected none: it builds for this machine's GPU")
-        self.target = f"cuda-{gpu_of(self.backend, torch.device('cuda'))}"
+        self.target = gpu_target(self.backend, torch.device("cuda"))
 
     @property
     def versions(self) -> dict[str, str]:

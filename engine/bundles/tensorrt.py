@@ -45,12 +45,18 @@ def logger_of(trt: Any) -> Any:
     return trt.Logger(trt.Logger.WARNING)
 
 
-def gpu_of(package: str, device: torch.device) -> str:
-    """smXY of the GPU that a device is. NotHere without one."""
+def gpu_target(package: str, device: torch.device) -> str:
+    """The target of a GPU alone, such as cuda-sm89. NotHere without one."""
     try:
-        return target_of(device).removeprefix("cuda-")
+        return target_of(device)
     except NotHere:
         raise NotHere(f"{package}: got no GPU, expected one that its plans are for") from None
+
+
+def serves(target: str, here: str) -> bool:
+    """Whether plans for a target of one or several GPUs, such as cuda-sm89_sm120, run on the one of `here`."""
+    kind, _, gpus = target.partition("-")
+    return here.partition("-")[0] == kind and here.partition("-")[2] in gpus.split("_")
 
 
 def type_of(trt: Any, dtype: str) -> Any:
@@ -217,9 +223,8 @@ class TensorrtStages(GraphStages):
         self, folder: Path, manifest: Manifest, backend: BackendSpec, threads: int, device: torch.device
     ) -> None:
         self.trt = require_tensorrt(self.name)
-        here = gpu_of(self.name, device)
-        if here not in backend.target.removeprefix("cuda-").split("_"):
-            raise NotHere(f"{self.name}: got plans for {backend.target}, expected cuda-{here}, which this machine runs")
+        if not serves(backend.target, here := gpu_target(self.name, device)):
+            raise NotHere(f"{self.name}: got plans for {backend.target}, expected {here}, which this machine runs")
         if (made := backend.versions.get(self.name)) != self.trt.__version__:
             raise NotHere(f"{self.name}: got plans of version {made}, expected {self.trt.__version__} (export again)")
         self.runtime = self.trt.Runtime(logger_of(self.trt))

@@ -119,8 +119,8 @@ def _parse(trt: Any, network: Any, model: bytes, weights: dict[str, Tensor]) -> 
 def _read_timings(config: Any, file: Path | None) -> None:
     if file is not None:
         known = file.read_bytes() if file.is_file() else b""
-        cache = config.create_timing_cache(known)
-        if cache is None or not config.set_timing_cache(cache, False):
+        timings = config.create_timing_cache(known)
+        if timings is None or not config.set_timing_cache(timings, False):
             raise ValueError(f"{file}: got no timing cache of this TensorRT and GPU, expected one, or no file")
 
 

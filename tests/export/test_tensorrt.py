@@ -1,5 +1,5 @@
-"""TensorRT without TensorRT: every name against the published API, every graph through its ONNX bodies, and the
-builder and the runtime driven by a stand-in (support/stand_in_tensorrt.py). None of this executes TensorRT itself."""
+"""TensorRT 11 without TensorRT 11: every name against the published API, every graph through its ONNX bodies, and the
+runtime driven by a stand-in (support/stand_in_tensorrt.py). Parser and builder: tests/export/test_tensorrt_rtx.py."""
 
 import ast
 import sys
@@ -17,6 +17,7 @@ import stand_in_tensorrt
 import torch
 from torch import Tensor
 
+import engine
 import export.__main__
 from engine.bundles import tensorrt as tensorrt_stages
 from engine.bundles.manifest import ROW_INPUTS, VERSION, GraphSpec, read_manifest
@@ -36,16 +37,18 @@ from export.tensorrt.plugins import register_plugins
 from export.tensorrt.spelling import spell_for_tensorrt
 from export.write import write_bundle
 
-ROOT = Path(__file__).parents[2]
+ROOT, CPU = Path(__file__).parents[2], torch.device("cpu")
 PROMPT = "a red circle moving right on a gray background"
 NAMES = stand_in_tensorrt.NAMES
 # Variables of these names hold objects of these published classes, in every file that talks to TensorRT.
 CLASSES = {
     "builder": "Builder", "network": "INetworkDefinition", "config": "IBuilderConfig", "parser": "OnnxParser",
     "runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext", "refitter": "Refitter",
-    "cache": "ITimingCache", "errors": "ParserError", "params": "KernelLaunchParams",
+    "timings": "ITimingCache", "errors": "ParserError", "params": "KernelLaunchParams",
 }  # fmt: skip
 FILES = {"engine/bundles/tensorrt.py": 15, "export/tensorrt/build.py": 15, "export/tensorrt/plugins.py": 10}
+# Of TensorRT for RTX alone: test_tensorrt_rtx.py asks that package itself.
+RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
 
 
 def attributes(tree: ast.AST) -> list[tuple[list[str], int]]:
@@ -68,6 +71,8 @@ def test_every_name_is_published(file: str) -> None:
     checked = 0
     for parts, line in attributes(ast.parse((ROOT / file).read_text())):
         parts = parts[1:] if parts[0] == "self" else parts
+        if len(parts) > 1 and parts[1] in RTX_ONLY:
+            continue
         if len(parts) > 1 and parts[0] == "trt" and parts[1] != "__version__":
             assert parts[1] in NAMES, (file, line, parts)
             assert len(parts) == 2 or parts[2] in NAMES[parts[1]]["members"], (file, line, parts)
@@ -130,8 +135,30 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((got.flatten().double() - expected.flatten().double()).norm() / expected.double().norm())
 
 
-def run_onnx(made: OnnxGraph, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """In ONNX Runtime, which knows none of the TRT_ operators and takes their bodies."""
+def by_heads(cache: Tensor, shape: list[int]) -> Tensor:
+    """A cache [1, rows, dim] as the graph has it, [1, heads, rows, d]; others reshaped."""
+    if cache.ndim == 3 and len(shape) == 4 and shape[1] > 1:
+        return cache.reshape(1, shape[2], shape[1], shape[3]).transpose(1, 2).contiguous()
+    return cache.reshape(shape)
+
+
+def stored(cache: Tensor, heads: int = 2) -> Tensor:
+    """A cache [1, rows, dim] in the bytes that a plan keeps in that memory: by heads."""
+    return cache.unflatten(2, (heads, -1)).transpose(1, 2).reshape(cache.shape)
+
+
+def shown(cache: Tensor, heads: int = 2) -> Tensor:
+    """The inverse of `stored`."""
+    return by_rows(cache.reshape(1, heads, cache.shape[1], -1))
+
+
+def by_rows(cache: Tensor) -> Tensor:
+    """A cache [1, heads, rows, d] as the engine has it, [1, rows, dim]."""
+    return cache.transpose(1, 2).flatten(2) if cache.ndim == 4 else cache
+
+
+def run_onnx(made: OnnxGraph, inputs: dict[str, Tensor], outputs: list[str]) -> list[Tensor]:
+    """In ONNX Runtime, which knows none of the TRT_ operators and takes their bodies. Caches [1, rows, dim]."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -141,8 +168,10 @@ def run_onnx(made: OnnxGraph, inputs: dict[str, Tensor]) -> list[Tensor]:
     options.add_external_initializers(list(made.weights), kept)
     session = ort.InferenceSession(made.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     shapes = {value.name: value.shape for value in session.get_inputs()}
-    given = {name: value.reshape(shapes[name]).numpy() for name, value in inputs.items()}
-    return [torch.from_numpy(result) for result in session.run(None, given)]
+    given = {name: by_heads(value, shapes[name]).numpy() for name, value in inputs.items()}
+    made_of = dict(zip(outputs, session.run(outputs, given), strict=True))
+    caches = {name for name in outputs if name[:2] in ("k_", "v_")}
+    return [by_rows(torch.from_numpy(x)) if name in caches else torch.from_numpy(x) for name, x in made_of.items()]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
@@ -154,8 +183,74 @@ def test_bodies_compute_the_stage(name: str, precision: str, made: Made) -> None
         inputs = inputs_of(graph, seed, slot, valid)
         with torch.no_grad():
             expected = graph.module(*inputs.values())
-        got = run_onnx(spelled, inputs)
+        got = run_onnx(spelled, inputs, graph.outputs)
         assert max(relative(a, b) for a, b in zip(got, expected, strict=True)) <= 1e-5
+
+
+@pytest.mark.parametrize("attention", ["native", "native_fp8"])
+def test_grouped_queries_compute_the_same(attention: str) -> None:
+    """In 16 bits each head's queries enter as several heads. e4m3 operands: within their rounding, of 2^-4."""
+    half = engine.load(precision="fp16")
+    graph = stage(half, "etm")
+    spelled = to_onnx(graph, partial(spell_for_tensorrt, attention=attention))
+    plain = to_onnx(graph, partial(spell_for_tensorrt, grouped=False))
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in spelled.model.graph.output}
+    unread = [name for name in shapes if name.startswith(tensorrt_stages.UNREAD)]
+    assert unread == ([f"unread_{i}" for i in range(4)] if attention == "native" else [])
+    assert all(shapes[name] == [1, 8, 32, 32] for name in unread)  # 4 heads and 64 tokens
+    inputs = inputs_of(graph, 0, 1, 2)
+    expected = run_onnx(plain, inputs, graph.outputs)
+    got = run_onnx(spelled, inputs, graph.outputs)
+    assert relative(got[0], expected[0]) <= (2e-3 if attention == "native" else 0.3)
+    assert relative(got[1], expected[1]) <= 1e-3  # keys of the first layer: before any attention
+
+
+def test_attention_on_e4m3_operands() -> None:
+    """The body of TRT_QuantizedAttention, alone, against float64 math with the same roundings and with none."""
+    from ml_dtypes import float8_e4m3fn
+
+    rng = np.random.default_rng(0)
+    heads, n, rows, d, valid = 2, 6, 20, 16, 13
+    q, k, v = (rng.standard_normal((1, rows if x else n, heads * d)).astype(np.float32) for x in (0, 1, 1))
+
+    def near(x: np.ndarray, scale: float) -> np.ndarray:
+        return (x / np.float32(scale)).astype(float8_e4m3fn).astype(np.float64) * scale
+
+    def by_head(x: np.ndarray) -> np.ndarray:
+        return x.reshape(x.shape[1], heads, d).transpose(1, 0, 2).astype(np.float64)
+
+    def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, rounded: bool) -> np.ndarray:
+        scores = q @ k[:, :valid].transpose(0, 2, 1) / d**0.5
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        shares /= shares.sum(-1, keepdims=True)
+        made = (near(shares, 1 / 448) if rounded else shares) @ v[:, :valid]
+        return made.transpose(1, 0, 2).reshape(1, n, heads * d)
+
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("kv_write", [side, f"{side}_new", "start"], [f"{side}_out"], domain="greedy")
+            for side in "kv"
+        ]
+        + [onnx.helper.make_node("ring_attention", ["q", "k_out", "v_out", "valid"], ["y"], domain="greedy", heads=2)],
+        "one",
+        [value(name, 1, [1, size, heads * d]) for name, size in
+         (("q", n), ("k", rows), ("v", rows), ("k_new", n), ("v_new", n))]
+        + [value(name, 7, [1]) for name in ("start", "valid")],
+        [value("y", 1, [1, n, heads * d]), *(value(f"{side}_out", 1, [1, rows, heads * d]) for side in "kv")],
+        value_info=[value("q", 1, [1, n, heads * d])],
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, ir_version=11, opset_imports=[onnx.helper.make_opsetid("", 24)])
+    spell_for_tensorrt(model, "native_fp8")
+    held = {"q": q, "k": k, "v": v, "k_new": k[:, :n], "v_new": v[:, :n]}
+    inputs = {name: torch.from_numpy(x.copy()) for name, x in held.items()}
+    inputs |= {"start": torch.tensor([0]), "valid": torch.tensor([valid])}
+    got = run_onnx(OnnxGraph(model, {}), inputs, ["y", "k_out"])
+    exact = attention(by_head(q), by_head(k), by_head(v), rounded=False)
+    rounded = attention(*(by_head(near(x, 1.0)) for x in (q, k, v)), rounded=True)
+    assert relative(got[0], torch.from_numpy(rounded)) <= 1e-5
+    assert 1e-3 < relative(got[0], torch.from_numpy(exact)) <= 2**-4
+    assert torch.equal(got[1], inputs["k"])  # the chunk wrote what was there
 
 
 @pytest.mark.slow
@@ -164,7 +259,7 @@ def test_causal_graph_in_chunks_of_three(causal: Pipeline) -> None:
     inputs = inputs_of(graph, 0, 1, 2)
     with torch.no_grad():
         expected = graph.module(*inputs.values())
-    got = run_onnx(to_onnx(graph, spell_for_tensorrt), inputs)
+    got = run_onnx(to_onnx(graph, spell_for_tensorrt), inputs, graph.outputs)
     assert max(relative(a, b) for a, b in zip(got, expected, strict=True)) <= 1e-5
 
 
@@ -178,15 +273,15 @@ def test_graphs_ask_for_what_tensorrt_has(made: Made) -> None:
         attentions = [node for node in graph.node if node.op_type == "TRT_Attention"]
         assert len(updates) == 2 * len(attentions) == 4
         for node in updates:
-            assert shapes[node.input[0]] == shapes[node.output[0]] == [1, 1, 18, 32]
+            assert shapes[node.input[0]] == shapes[node.output[0]] == [1, 2, 18, 16]
             assert list(node.input[1:]) == [f"{node.output[0]}_rows", "start_row_int32"]
         kinds = [t.data_type for t in graph.initializer] + [v.type.tensor_type.elem_type for v in graph.value_info]
         assert onnx.TensorProto.DOUBLE not in kinds
-        assert {f.name for f in model.functions} == {"TRT_KVCacheUpdate", "TRT_Attention"}
+        assert {f.name for f in model.functions} == {"TRT_KVCacheUpdate", "TRT_Attention", "Attention"}
         assert {node.domain for node in graph.node} == {"", "trt"}
         plain = [node for node in graph.node if node.op_type == "Attention"]
         assert plain
-        assert not any(a.name in ("softcap", "qk_matmul_output_mode") for node in plain for a in node.attribute)
+        assert {a.name for node in plain for a in node.attribute} <= {"scale", "TRT_decomposable"}
 
 
 @pytest.mark.slow
@@ -220,8 +315,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     register_plugins.cache_clear()
     monkeypatch.setattr(tensorrt_stages, "_stream", lambda device: 0)
     monkeypatch.setattr(tensorrt_stages, "_capture", capture)
-    for file in (tensorrt_stages, compilers):
-        monkeypatch.setattr(file, "target_of", lambda device: "cpu-standin")
+    monkeypatch.setattr(tensorrt_stages, "target_of", lambda device: "cpu-standin")
+    tensorrt_stages.logger_of.cache_clear()
     return counts
 
 
@@ -240,7 +335,7 @@ def opened(
     spec = GraphSpec(
         file=file.name, inputs=program.inputs, outputs=program.outputs, aliases=graph.aliases, weights={}
     )  # fmt: skip
-    return TensorrtGraph(graph.name, file, spec, weights if strip else {}, runtime(), torch.device("cpu"))
+    return TensorrtGraph(graph.name, file, spec, weights if strip else {}, runtime(), CPU, require_tensorrt())
 
 
 def runtime() -> Any:
@@ -258,14 +353,14 @@ def test_plans_run_where_the_caches_lie(precision: str, made: Made, stand_in: di
     flows = []
     for step in range(6):
         inputs = inputs_of(graph, step, step % 3, min(step + 1, 3)) | text | caches[step % 2]
-        before = {name: value.clone() for name, value in inputs.items()}
+        before = {n: shown(x) if n in graph.aliases.values() else x.clone() for n, x in inputs.items()}
         with torch.no_grad():
             expected = dict(zip(graph.outputs, graph.module(*before.values()), strict=True))
         got = plan(inputs)
         flows.append((got["flow"], expected["flow"]))
         for output, given in graph.aliases.items():
             assert got[output].data_ptr() == inputs[given].data_ptr()
-            assert relative(inputs[given], expected[output]) <= 1e-5
+            assert relative(shown(inputs[given]), expected[output]) <= 1e-5
     assert all(relative(*pair) <= 1e-5 for pair in flows)  # results outlive the next calls
     assert stand_in == {"captured": 2, "replayed": 4}
 
@@ -320,7 +415,7 @@ def test_what_plans_must_agree_on(made: Made, stand_in: dict[str, int], tmp_path
     plan = opened(graph, spelled, file)
 
     def load(spec: GraphSpec, weights: dict[str, Tensor]) -> TensorrtGraph:
-        return TensorrtGraph("etm", file, spec, weights, runtime(), torch.device("cpu"))
+        return TensorrtGraph("etm", file, spec, weights, runtime(), CPU, require_tensorrt())
 
     shorter = [i.model_copy(update={"shape": [1, 2]}) if i.name == "k_0" else i for i in plan.spec.inputs]
     with pytest.raises(ValueError, match=r"k_0: got .* in the manifest"):
@@ -412,7 +507,7 @@ def test_fp8_caches_in_the_loop(fp8: Pipeline, stand_in: dict[str, int], tmp_pat
         spec = GraphSpec(
             file=file.name, inputs=inputs, outputs=outputs, aliases=program.graph.aliases, weights={}
         )  # fmt: skip
-        plans[name] = TensorrtGraph(name, file, spec, weights, runtime(), torch.device("cpu"))
+        plans[name] = TensorrtGraph(name, file, spec, weights, runtime(), CPU, require_tensorrt())
     other = replace(fp8, stages=Mixed(plans, fp8.stages, 2), kv_dtype=torch.float8_e4m3fn)
     with fp8.stream(PROMPT, seed=3) as a, other.stream(PROMPT, seed=3) as b:
         apart = [np.abs(a.next_chunk().astype(int) - b.next_chunk()).mean() for _ in range(12)]
