@@ -121,6 +121,8 @@ setup(
         # Another engine to race with, and an independent implementation of the recorded cases.
         "race": ["flashdreams>=0.1,<0.2"],
         "tensorrt": ["tensorrt>=11,<12"],
+        # Builds plans without a GPU. The C++ plugin is for 1.7 alone.
+        "rtx": ["tensorrt-rtx-cu13>=1.7,<1.8; platform_system == 'Linux' and platform_machine == 'x86_64'"],
         "test": [
             "diffusers>=0.35",
             "gguf>=0.17",

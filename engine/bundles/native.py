@@ -45,7 +45,7 @@ class NativeStages:
 class NativePipeline:
     """An opened bundle.
 
-    backend   aoti or tensorrt; None is the bundle's first backend that opens on this machine
+    backend   aoti, tensorrt or tensorrt_rtx; None is the bundle's first backend that opens on this machine
     verify    compare the sha256 of every file; that of graphs is always compared
     parallel  number of streams that may run one graph at the same time
     threads   the process's number of CPU threads; None keeps it; small graphs use fewer

@@ -20,6 +20,8 @@ from onnx import ModelProto, TensorProto
 API = json.loads((Path(__file__).parents[1] / "data" / "tensorrt_api.json").read_text())
 NAMES: dict[str, dict[str, Any]] = API["names"]
 MAGIC = b"stand-in plan\n"
+# What TensorRT for RTX has beside; tests/export/stand_in_rtx.py asks that package for each name.
+RTX_MEMBERS = {"IBuilderConfig": {"num_compute_capabilities", "set_compute_capability"}}
 _TYPES = {
     TensorProto.FLOAT: "FLOAT", TensorProto.FLOAT16: "HALF", TensorProto.BFLOAT16: "BF16",
     TensorProto.FLOAT8E4M3FN: "FP8", TensorProto.INT64: "INT64", TensorProto.INT32: "INT32",
@@ -31,7 +33,7 @@ class _Published:
     """Base class that allows only public attributes of the published API."""
 
     def __init_subclass__(cls) -> None:
-        known = set(NAMES[cls.__name__]["members"])
+        known = set(NAMES[cls.__name__]["members"]) | RTX_MEMBERS.get(cls.__name__, set())
         unknown = {name for name in vars(cls) if not name.startswith("_")} - known
         assert not unknown, (cls.__name__, unknown)
 
