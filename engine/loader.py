@@ -307,14 +307,14 @@ def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int 
     tokenizer, preset = Tokenizer(folder / manifest.tokenizer), manifest.preset_value()
     if tokenizer.rows != manifest.text_rows:
         raise ValueError(f"bundle: got a tokenizer of {tokenizer.rows} rows, expected {manifest.text_rows}")
-    refused: list[str] = []
+    refused: list[NotHere | ImportError] = []
     for spec in found:
         device = torch.device(spec.target.split("-")[0])
         count = threads_of_bundle(threads, manifest, device)
         try:
             stages = BACKENDS[spec.backend].load()(folder, manifest, spec, count, device)
-        except NotHere as error:
-            refused.append(str(error))
+        except (NotHere, ImportError) as error:
+            refused.append(error)
             continue
         graph = spec.graphs[family_of(preset).passes[0].graph]
         latent, keys = (next(spec for spec in graph.inputs if spec.name == name) for name in ("latent", "k_0"))
@@ -322,8 +322,10 @@ def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int 
             stages, tokenizer, manifest.transformer_value(), preset, manifest.preset_name,
             TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
             manifest.spatial, manifest.temporal, TENSOR_DTYPES[keys.dtype],
+            notes=tuple(dict.fromkeys(f"the next backend of the bundle runs: {error}" for error in refused)),
         )  # fmt: skip
-    raise NotHere("; ".join(dict.fromkeys(refused)))
+    reasons = list(dict.fromkeys(map(str, refused)))
+    raise refused[0] if len(reasons) == 1 else NotHere("; ".join(reasons))
 
 
 def training_note(

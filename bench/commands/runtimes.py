@@ -87,6 +87,7 @@ def _chunk(stream: Stream | NativeStream, meter: Meter) -> dict[str, float]:
 def measure(options: Options) -> tuple[dict[str, Any], list[check.Check]]:
     """Median milliseconds per chunk by part and backend, and the ratio to torch over pairs of chunks."""
     from engine.bundles.manifest import read_manifest  # extra packages that only bundles need
+    from engine.bundles.stages import NotHere
 
     manifest = read_manifest(options.bundle)
     if manifest.precision not in DTYPES:
@@ -96,8 +97,11 @@ def measure(options: Options) -> tuple[dict[str, Any], list[check.Check]]:
         width=manifest.width,
     )  # fmt: skip
     pipelines: Pipelines = {"torch": modules}
-    for backend in manifest.backends.values():
-        pipelines[backend.backend] = models.open_bundle(options.bundle, backend.backend)
+    for key, backend in manifest.backends.items():
+        try:
+            pipelines[backend.backend] = models.open_bundle(options.bundle, key)
+        except NotHere as error:
+            print(f"{key} is left out: {error}", file=sys.stderr)
     if "aoti" in pipelines and find_spec("engine._C"):
         pipelines["native"] = NativePipeline(options.bundle, "aoti")
     checks = agreement(pipelines, options.prompt, options.seed, options.check_chunks)
