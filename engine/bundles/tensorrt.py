@@ -132,7 +132,7 @@ class TensorrtGraph:
                 real[tensor] = mode, dtype, size
         sides = {"input": self.spec.inputs, "output": self.spec.outputs}
         told = {
-            spec.name: (mode, type_of(trt, spec.dtype), math.prod(spec.shape))  # caches have one axis more
+            spec.name: (mode, type_of(trt, spec.dtype), math.prod(spec.shape))  # caches have other axes
             for mode, specs in sides.items()
             for spec in specs
         }

@@ -117,11 +117,15 @@ def _parse(trt: Any, network: Any, model: bytes, weights: dict[str, Tensor]) -> 
 
 
 def _read_timings(config: Any, file: Path | None) -> None:
-    if file is not None:
-        known = file.read_bytes() if file.is_file() else b""
-        timings = config.create_timing_cache(known)
-        if timings is None or not config.set_timing_cache(timings, False):
-            raise ValueError(f"{file}: got no timing cache of this TensorRT and GPU, expected one, or no file")
+    """Set the timing cache of a file. A file of something else is refused, because it would be overwritten."""
+    if file is None:
+        return
+    known = file.read_bytes() if file.is_file() else b""
+    timings, none = config.create_timing_cache(known), bytes(config.create_timing_cache(b"").serialize())
+    # The library takes what it cannot read for an empty cache.
+    foreign = timings is None or (known not in (b"", none) and bytes(timings.serialize()) == none)
+    if foreign or not config.set_timing_cache(timings, False):
+        raise ValueError(f"{file}: got no timing cache of this TensorRT and GPU, expected one, or no file")
 
 
 def _write_timings(config: Any, file: Path | None) -> None:

@@ -433,24 +433,6 @@ def test_what_plans_must_agree_on(made: Made, stand_in: dict[str, int], tmp_path
         load(plan.spec, {})
 
 
-def test_timing_caches(made: Made, stand_in: dict[str, int], tmp_path: Path) -> None:
-    options = BuildOptions(timing_cache=tmp_path / "timings")
-    for expected in (b"timed", b"timedtimed"):
-        built(made("etm", "fp32")[1], options)
-        assert (tmp_path / "timings").read_bytes() == expected
-    (tmp_path / "timings").write_bytes(b"other GPU")
-    with pytest.raises(ValueError, match="got no timing cache of this"):
-        built(made("etm", "fp32")[1], options)
-    with pytest.raises(ValueError, match="got level 6"):
-        BuildOptions(level=6)
-
-
-def test_the_parser_says_why(made: Made, stand_in: dict[str, int]) -> None:
-    model = made("etm", "fp32")[1].model
-    with pytest.raises(ValueError, match="Unheard: no importer"):
-        build_plan(model.SerializeToString(), {}, BuildOptions())
-
-
 def test_other_versions_are_not_tried(stand_in: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "10.9.0")
     with pytest.raises(NotHere, match=r"got version 10\.9\.0, expected 11"):

@@ -266,6 +266,13 @@ def test_timing_caches_and_levels(tmp_path: Path) -> None:
         options = BuildOptions(level=level, timing_cache=tmp_path / "timings")
         assert build_plan(one_node("Relu"), {}, options, "tensorrt_rtx", ADA)[:4] == b"vtrt"
         assert (tmp_path / "timings").stat().st_size > 0
+    for content in (b"a diary", b"\0" * 200):
+        (tmp_path / "diary").write_bytes(content)
+        with pytest.raises(ValueError, match=r"diary: got no timing cache of this TensorRT and GPU, expected one"):
+            build_plan(one_node("Relu"), {}, BuildOptions(timing_cache=tmp_path / "diary"), "tensorrt_rtx", ADA)
+        assert (tmp_path / "diary").read_bytes() == content
+    with pytest.raises(ValueError, match="got level 6"):
+        BuildOptions(level=6)
 
 
 @pytest.mark.parametrize(

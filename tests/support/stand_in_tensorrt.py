@@ -76,19 +76,10 @@ class INetworkDefinition(_Published):
         self._outside: dict[str, bytes] = {}
 
 
-class ITimingCache(_Published):
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    def serialize(self) -> IHostMemory:
-        return IHostMemory(self._content + b"timed")
-
-
 class IBuilderConfig(_Published):
     def __init__(self) -> None:
         self._flags = {BuilderFlag.TF32}
         self._previews: set[Any] = set()
-        self._timings: ITimingCache | None = None
 
     def set_flag(self, flag: Any) -> None:
         self._flags.add(flag)
@@ -98,16 +89,6 @@ class IBuilderConfig(_Published):
 
     def set_preview_feature(self, feature: Any, enable: bool) -> None:
         (self._previews.add if enable else self._previews.discard)(feature)
-
-    def create_timing_cache(self, content: bytes) -> ITimingCache | None:
-        return None if content.startswith(b"other") else ITimingCache(content)
-
-    def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
-        self._timings = cache
-        return True
-
-    def get_timing_cache(self) -> ITimingCache | None:
-        return self._timings
 
 
 class ParserError(_Published):
