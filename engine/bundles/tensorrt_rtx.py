@@ -51,7 +51,7 @@ class KernelCache:
         config.cuda_graph_strategy = self.trt.CudaGraphStrategy.DISABLED
         cache = config.create_runtime_cache()
         if self.file is not None and self.file.is_file():
-            stored = self.file.read_bytes()
+            stored = b"" if self.file.is_symlink() else self.file.read_bytes()
             if stored and cache.deserialize(stored):
                 self._content = stored
             else:
@@ -68,9 +68,13 @@ class KernelCache:
         made = bytes(self._cache.serialize())
         if made and made != self._content:
             try:
-                self.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # kernels are code
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self.file.parent.chmod(0o700)  # kernels are code
+                if self.file.is_symlink():
+                    self.file.unlink()
                 with whole_file(self.file) as part:
                     part.write_bytes(made)
+                    part.chmod(0o600)
             except OSError as error:
                 self._say(f"got {error.strerror}, expected a place to keep compiled kernels")
                 self.file = None  # said once

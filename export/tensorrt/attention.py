@@ -60,7 +60,8 @@ class HeadCaches:
 
     grouped   queries [1, heads, n, d] enter attention as [1, heads * g, n / g, d], which are the same bytes: g heads
               share a head's keys. TensorRT's kernel for shared keys reads a cache where it lies, while the kernel for
-              as many heads as keys gets a copy. g is the smallest divisor of n. No effect in float32.
+              as many heads as keys gets a copy. g is the smallest divisor of n; a prime n stays whole, and
+              so do queries in float32.
     fp8       attention on e4m3 operands of scale 1 per head, as the engine's own FP8 attention
     """
 
@@ -146,8 +147,8 @@ class HeadCaches:
 
 
 def _smallest_divisor(n: int) -> int:
-    """The smallest divisor of n above 1; 1 for 1."""
-    return next((g for g in range(2, math.isqrt(n) + 1) if n % g == 0), n)
+    """The smallest divisor of n but 1; 1 for a prime, whose groups would have one query each."""
+    return next((g for g in range(2, math.isqrt(n) + 1) if n % g == 0), 1)
 
 
 def decomposable_attention(model: ModelProto) -> None:

@@ -133,6 +133,18 @@ def test_kept_kernels(cache: Path, capsys: pytest.CaptureFixture[str], monkeypat
         start()
         assert first.file.read_bytes() == b"kernels it"
         assert "compiled again" in capsys.readouterr().err
+    assert first.file.stat().st_mode & 0o777 == 0o600
+    assert cache.stat().st_mode & 0o777 == 0o700
+    (cache.parent / "elsewhere").write_bytes(b"kernels it")
+    first.file.unlink()
+    first.file.symlink_to(cache.parent / "elsewhere")
+    start()
+    assert "compiled again" in capsys.readouterr().err
+    assert not first.file.is_symlink()
+    assert (cache.parent / "elsewhere").read_bytes() == b"kernels it"
+    # The name that the C++ plugin gives the same plan: csrc/tests/tensorrt/kernel_cache_test.cpp.
+    same = KernelCache(trt, b"in x 0 6\nout y 0 6\n").file
+    assert same == cache / "36c0dd977f12a14b2c1861e5c4e6aa5e-19.kernels"
     blocked = cache.parent / "file"
     blocked.write_bytes(b"")
     monkeypatch.setenv("GREEDY_CACHE", str(blocked))

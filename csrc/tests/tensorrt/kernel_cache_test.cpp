@@ -118,6 +118,8 @@ int main() {
     const Start first = start();
     check(first.compiled == 1 && first.said.empty(), "first start: two contexts, one kernel");
     check(kept().size() == 1 && content(kept().front()) == "kernels y", "first start: one file, the kernels");
+    check(kept().front().filename() == "36c0dd977f12a14b2c1861e5c4e6aa5e-19.kernels",
+          "first start: the name that engine/bundles/tensorrt_rtx.py gives this plan");
     struct stat info;
     check(stat(kept().front().c_str(), &info) == 0 && (info.st_mode & 0777) == 0600, "first start: a private file");
     check(start().compiled == 0, "second start: nothing is compiled");
