@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from engine.media.colour import BT709, BT2020, HLG, HLG_PEAK, P3, PQ, to_sdr
 from engine.media.decoding import Decoder
 from engine.media.inputs import add_once, check_file, note_crop, reason
 
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # where PIL refuses: 178,956,970
 _ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+# Code points of ISO/IEC 23091-2: primaries and transfer, in AVIF and HEIC of 16 bits, in PNG of 8.
+_CODE_POINTS = re.compile(rb"colrnclx\x00(.)\x00(.)|\x00\x00\x00\x04cICP(.)(.)", re.DOTALL)
+_HEAD = 1 << 20  # bytes of a file in which they are looked for
 _HEIF = re.compile(rb"....ftyp(?:heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL)
 
 
@@ -35,7 +39,7 @@ def read_image(path: Path, height: int, width: int, notes: list[str] | None = No
             with _opened(path) as image:
                 if image.format in _ANIMATED and (count := getattr(image, "n_frames", 1)) > 1:
                     notes.append(f"{path.name}: the first of {count} frames is taken; --video continues an animation")
-                return _shown(image, path.name, height, width, notes)[None]
+                return _shown(image, path.name, height, width, notes, _code_points(path))[None]
         except Image.DecompressionBombError as error:
             pixels = re.search(r"\d+", str(error))
             got = f"of {int(pixels[0]) / 1e6:.0f} megapixels" if pixels else "too large"
@@ -106,8 +110,18 @@ def _opened(path: Path) -> Image.Image:
     return Image.open(path)
 
 
-def _shown(image: Image.Image, name: str, height: int, width: int, notes: list[str]) -> np.ndarray:
-    """What a viewer shows of an opened picture: uint8 [height, width, 3]."""
+def _code_points(path: Path) -> tuple[int, int]:
+    """Primaries and transfer that a file tells by number; (0, 0) if it does not."""
+    with path.open("rb") as file:
+        found = _CODE_POINTS.search(file.read(_HEAD))
+    primaries, transfer = [value[0] for value in found.groups() if value is not None] if found else (0, 0)
+    return primaries, transfer
+
+
+def _shown(
+    image: Image.Image, name: str, height: int, width: int, notes: list[str], points: tuple[int, int] = (0, 0)
+) -> np.ndarray:
+    """What a viewer shows of an opened picture: uint8 [height, width, 3]. points: primaries and transfer."""
     image.load()
     profile = image.info.get("icc_profile")
     upright = image
@@ -115,7 +129,7 @@ def _shown(image: Image.Image, name: str, height: int, width: int, notes: list[s
         upright = ImageOps.exif_transpose(image)
         if (turned := image.getexif().get(0x0112, 1)) in range(2, 9):
             notes.append(f"{name}: turned upright (EXIF orientation {turned})")
-    flat = _in_srgb(_in_8_bits(upright), profile, name, notes)
+    flat = _in_srgb(_in_8_bits(upright), profile, name, notes, points)
     note_crop(notes, name, flat.size, width, height)
     return np.array(ImageOps.fit(flat, (width, height), Image.Resampling.LANCZOS))  # torch needs a writable array
 
@@ -132,7 +146,9 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 
-def _in_srgb(image: Image.Image, profile: bytes | None, name: str, notes: list[str]) -> Image.Image:
+def _in_srgb(
+    image: Image.Image, profile: bytes | None, name: str, notes: list[str], points: tuple[int, int]
+) -> Image.Image:
     """RGB of 8 bits in sRGB; alpha is laid over black."""
     alpha = None
     if image.has_transparency_data:
@@ -141,11 +157,28 @@ def _in_srgb(image: Image.Image, profile: bytes | None, name: str, notes: list[s
         image = image.convert("RGB")
     if image.mode not in ("L", "RGB", "CMYK", "LAB"):
         image = image.convert("RGB")
-    image = _through_profile(image, profile, name, notes)
+    if points[1] in (PQ, HLG) or (points[0] in (BT2020, P3) and not profile):
+        image = _numbered(image, points, name, notes)
+    else:
+        image = _through_profile(image, profile, name, notes)
     if alpha is not None and alpha.getextrema() != (255, 255):
         notes.append(f"{name}: transparent, laid over black")
         image = Image.composite(image, Image.new("RGB", image.size), alpha)
     return image
+
+
+def _numbered(image: Image.Image, points: tuple[int, int], name: str, notes: list[str]) -> Image.Image:
+    """RGB of HDR or of a wide gamut, as a clip of the same code points is shown. PIL has cut it to 8 bits.
+
+    PQ is taken for graded on a display of 1000 cd/m2, as HDR10 without metadata.
+    """
+    primaries, transfer = points
+    pixels = np.asarray(image.convert("RGB")).astype(np.uint16) * 257
+    primaries = primaries if primaries in (BT709, P3) else BT2020  # also where HDR does not tell
+    gamut = "BT.2020" if primaries == BT2020 else "Display P3"
+    hdr = {PQ: "PQ tone-mapped to SDR", HLG: "HLG tone-mapped to SDR"}
+    notes.append(f"{name}: {hdr.get(transfer, f'colours of {gamut} converted to sRGB')}")
+    return Image.fromarray(to_sdr(pixels, transfer, primaries, HLG_PEAK))
 
 
 _SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "LAB": "LAB"}

@@ -15,6 +15,7 @@ import pytest
 from clip_files import grey, write
 from PIL import Image, ImageCms, ImageOps
 
+from engine.media.colour import to_sdr
 from engine.media.pictures import read_image
 
 
@@ -318,3 +319,51 @@ def test_names_that_are_unusual(tmp_path, monkeypatch):
     for name in ("-x.png", os.fsdecode(b"caf\xe9.png"), "http:x.png"):
         Image.fromarray(gradient(16, 24)).save(name, format="png")
         assert np.array_equal(read(Path(name)), gradient(16, 24))
+
+
+def coded(path, pixels, primaries, transfer):
+    """A picture that tells its code points: a PNG by cICP, AVIF and HEIC by their colr box."""
+    picture = Image.fromarray(pixels)
+    if path.suffix == ".png":
+        picture.save(path)
+        name = b"cICP" + bytes([primaries, transfer, 0, 1])
+        chunk = struct.pack(">I", 4) + name + struct.pack(">I", zlib.crc32(name))
+        content = path.read_bytes()
+        path.write_bytes(content[:33] + chunk + content[33:])  # behind IHDR
+        return
+    if path.suffix == ".heic":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    picture.save(path, format="AVIF" if path.suffix == ".avif" else "HEIF", quality=100)
+    content = path.read_bytes()
+    at = content.index(b"colrnclx") + 8
+    path.write_bytes(content[:at] + struct.pack(">HH", primaries, transfer) + content[at + 4 :])
+
+
+# PQ and HLG codes of 203 cd/m2, of 8 bits (BT.2408: 58% and 75%), in grey; BT.2390 keeps what is that dark of PQ.
+@pytest.mark.parametrize("suffix", [".png", ".avif", ".heic"])
+@pytest.mark.parametrize(
+    ("transfer", "code", "name", "least", "most"), [(16, 148, "PQ", 205, 245), (18, 191, "HLG", 205, 245)]
+)
+def test_hdr_stills_are_tone_mapped(tmp_path, suffix, transfer, code, name, least, most):
+    path, notes = tmp_path / f"a{suffix}", []
+    coded(path, np.full((16, 24, 3), code, np.uint8), 9, transfer)
+    got = read(path, notes=notes)
+    assert [note for note in notes if f"{name} tone-mapped to SDR" in note]
+    assert least <= got.mean() <= most  # paper white stays light; untouched it would be mid-grey
+    assert got.std() < 2
+    expected = to_sdr(np.full((1, 1, 3), code * 257, np.uint16), transfer, 9, 1000.0)
+    assert np.abs(got - expected.astype(int)).max() <= 3
+
+
+@pytest.mark.parametrize("suffix", [".png", ".avif", ".heic"])
+def test_code_points_of_a_wide_gamut(tmp_path, suffix):
+    """Red of Display P3 is redder than a BT.709 display shows; SDR in BT.709 is left alone."""
+    path, notes = tmp_path / f"a{suffix}", []
+    pixels = np.full((16, 24, 3), (200, 100, 100), np.uint8)
+    coded(path, pixels, 12, 13)
+    got = read(path, notes=notes).mean((0, 1))
+    assert [note for note in notes if "Display P3 converted to sRGB" in note]
+    assert got[0] > 205
+    assert got[1] < 97
+    coded(path, pixels, 1, 13)
+    assert np.abs(read(path).mean((0, 1)) - (200, 100, 100)).max() <= 3
