@@ -39,7 +39,7 @@ class CMakeBuild(build_ext):
         options = [
             "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DGREEDY_PYTHON=ON", "-DGREEDY_BUILD_TESTS=OFF",
             "-DCMAKE_INSTALL_LIBDIR=lib", f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DGREEDY_EDITABLE={'ON' if self.editable_mode else 'OFF'}",
         ]  # fmt: skip
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         # --fresh: a kept build directory names the tools of an isolated environment that pip has deleted.

@@ -29,9 +29,11 @@ function(greedy_tensorrt name include library)
   if(NOT GREEDY_SANITIZE)
     target_link_options(greedy_${name} PRIVATE LINKER:--no-undefined)
   endif()
-  # Installed, it finds the library where it was built, and pip's beside the package.
+  # Installed, it finds the library where it was built, and pip's beside the package. An editable installation does not
+  # lie beside pip's packages, and CMake adds no link path that lies in the source tree, as .venv does.
+  get_filename_component(folder ${library} DIRECTORY)
   set_target_properties(greedy_${name} PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON
-                        INSTALL_RPATH "$ORIGIN/../../tensorrt_rtx_libs")
+                        INSTALL_RPATH "$ORIGIN/../../tensorrt_rtx_libs$<$<BOOL:${GREEDY_EDITABLE}>:;${folder}>")
   set(plugins ${plugins} greedy_${name} PARENT_SCOPE)
 endfunction()
 

@@ -68,7 +68,8 @@ void Bundle::open_device(const greedy_settings& settings) {
         } catch (const Error& error) {
             if (error.status != GREEDY_NO_BACKEND) throw;
             log(GREEDY_LOG_INFO, name + " does not open here: " + error.what());
-            reasons += (reasons.empty() ? "" : "; ") + std::string(error.what());
+            if (reasons.find(error.what()) == std::string::npos)
+                reasons += (reasons.empty() ? "" : "; ") + std::string(error.what());
         }
     }
     if (!reasons.empty()) throw Error(GREEDY_NO_BACKEND, reasons);

@@ -8,6 +8,7 @@ a bundle is code.
 import functools
 import importlib
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,20 @@ def require_tensorrt(package: str = "tensorrt") -> Any:
     return trt
 
 
+_HARMLESS = "Int64 binding"  # our row numbers and token ids are bound as int64
+_SERIOUS = ("INTERNAL_ERROR", "ERROR", "WARNING")
+
+
 @functools.cache
 def logger_of(trt: Any) -> Any:
-    """One logger per process: the library keeps the first that it is given."""
-    return trt.Logger(trt.Logger.WARNING)
+    """One logger per process, which writes warnings and errors to stderr: the library keeps the first it is given."""
+
+    class Log(trt.ILogger):
+        def log(self, severity: Any, message: str) -> None:
+            if severity.name in _SERIOUS and _HARMLESS not in message:
+                print(f"{trt.__name__}: {severity.name.lower()}: {message.strip()}", file=sys.stderr)
+
+    return Log()
 
 
 def gpu_target(package: str, device: torch.device) -> str:

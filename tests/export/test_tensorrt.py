@@ -340,7 +340,7 @@ def opened(
 
 def runtime() -> Any:
     trt = require_tensorrt()
-    return trt.Runtime(trt.Logger(trt.Logger.WARNING))
+    return trt.Runtime(tensorrt_stages.logger_of(trt))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])

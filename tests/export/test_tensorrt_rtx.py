@@ -32,6 +32,7 @@ from export.fp8 import Recipe, quantize
 from export.graphs import Graph, _transformers, stage_graphs
 from export.onnx_graph import OnnxGraph, to_onnx
 from export.program import trace
+from export.tensorrt import build as build_module
 from export.tensorrt.build import ADA_ON, AMPERE, BuildOptions, build_plan
 from export.tensorrt.spelling import spell_for_tensorrt
 from export.write import write_bundle
@@ -56,11 +57,10 @@ def log() -> Iterator[Log]:
     """Takes what the product's own logger would print."""
     made = Log()
     patch = pytest.MonkeyPatch()
-    patch.setattr(rtx, "Logger", type("Logger", (), {"WARNING": 2, "__new__": lambda cls, least: made}))
-    tensorrt_stages.logger_of.cache_clear()
+    for module in (tensorrt_stages, build_module):
+        patch.setattr(module, "logger_of", lambda trt: made)
     yield made
     patch.undo()
-    tensorrt_stages.logger_of.cache_clear()
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,8 @@ PreviewFeature, HardwareCompatibilityLevel = (
 NetworkDefinitionCreationFlag = _enumeration("NetworkDefinitionCreationFlag")
 
 
-class Logger(_Published):
-    WARNING = 2
-
-    def __init__(self, min_severity: int) -> None:
-        self.min_severity = min_severity
+class ILogger:
+    pass
 
 
 class IHostMemory(_Published):
@@ -109,7 +106,7 @@ def _plugin_of(node: onnx.NodeProto) -> str | None:
 class OnnxParser(_Published):
     """Refuses unknown operators (not of ONNX, TensorRT or a plugin) and external initializers that were not loaded."""
 
-    def __init__(self, network: INetworkDefinition, logger: Logger) -> None:
+    def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
         self._network, self.num_errors = network, 0
 
     def load_model_proto(self, model: bytes, path: str | None = None) -> bool:
@@ -133,7 +130,7 @@ class OnnxParser(_Published):
 
 
 class Builder(_Published):
-    def __init__(self, logger: Logger) -> None:
+    def __init__(self, logger: ILogger) -> None:
         self.logger = logger
 
     def create_network(self, flags: int) -> INetworkDefinition:
@@ -243,7 +240,7 @@ class ICudaEngine(_Published):
 
 
 class Refitter(_Published):
-    def __init__(self, engine: ICudaEngine, logger: Logger) -> None:
+    def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
         self._engine = engine
         self._given: dict[str, bytes] = {}
 
@@ -263,7 +260,7 @@ class Refitter(_Published):
 
 
 class Runtime(_Published):
-    def __init__(self, logger: Logger) -> None:
+    def __init__(self, logger: ILogger) -> None:
         self.logger = logger
 
     def deserialize_cuda_engine(self, content: bytes) -> ICudaEngine | None:
