@@ -4,6 +4,8 @@ Kernel tests run on GPU machines that have torch, Triton and pytest alone: the r
 """
 
 import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,12 @@ from selection import FIRST, SLOW
 # Without a GPU kernels run in Triton's interpreter, which must be known before Triton is imported (by diffusers, too).
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Programs under test inherit what is ignored, as under nohup or in the background of a script, and would never end.
+for ignored, default in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
+    if signal.getsignal(ignored) == signal.SIG_IGN:
+        with suppress(ValueError):  # only the main thread may
+            signal.signal(ignored, default)
 
 if TYPE_CHECKING:
     from engine.stream import Pipeline
