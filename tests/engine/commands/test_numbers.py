@@ -119,8 +119,10 @@ def test_webp_ends_at_16383(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-ABSURD = [("chunk", 2**20 + 1), ("window", 2**20 + 1), ("window", 2**31), ("attn_sink", 2**31), ("max_position", 10**20),
-          ("stop_after", 10**20), ("shift", 1e4), ("shift", 1e-9), ("context_timestep", 1e9)]  # fmt: skip
+ABSURD = [
+    ("chunk", 2**20 + 1), ("window", 2**20 + 1), ("window", 2**31), ("attn_sink", 2**31), ("max_position", 10**20),
+    ("stop_after", 10**20), ("shift", 1e4), ("shift", 1e-9), ("context_timestep", 1e9),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value"), ABSURD)
