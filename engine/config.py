@@ -10,6 +10,10 @@ Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 Commit = Literal["clean", "noisy", "none"]
 Switch = Literal["auto", "on", "off"]
 EncoderDevice = Literal["auto", "cuda", "cpu", "release"]
+# The most that sizes, counts and lengths may be, as the C++ core has it: beyond that no machine runs a model.
+MOST = 1 << 20
+MOST_LAYERS = 1024
+MOST_SHIFT = 1e3  # and its inverse the least: the grid is float32
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class TransformerConfig:
         sizes = (*self.patch_size, self.num_attention_heads, self.in_channels, self.out_channels, self.text_dim)
         if min(*sizes, self.freq_dim, self.ffn_dim, self.num_layers) < 1 or not self.eps > 0:
             raise ValueError(f"transformer: got {self}, expected positive sizes")
+        if max(*sizes, self.freq_dim, self.ffn_dim, self.attention_head_dim) > MOST or self.num_layers > MOST_LAYERS:
+            raise ValueError(f"transformer: got {self}, expected sizes up to {MOST} and {MOST_LAYERS} layers")
         if self.attention_head_dim % 2 or self.attention_head_dim < 8:
             raise ValueError(f"transformer: got attention_head_dim {self.attention_head_dim}, "
                              "expected an even number of at least 8")  # fmt: skip
@@ -139,10 +145,11 @@ class Preset:
 
     def __post_init__(self) -> None:
         self.expect("commit", self.commit in get_args(Commit), "one of " + ", ".join(get_args(Commit)))
-        self.expect("chunk", self.chunk >= 1, "at least 1")
+        self.expect("chunk", 1 <= self.chunk <= MOST, f"1 to {MOST}")
         self.expect("first_chunk", 0 <= self.first_chunk <= self.chunk, f"0 to chunk ({self.chunk})")
-        self.expect("shift", self.shift > 0, "a positive number")
-        self.expect("stop_after", self.stop_after >= 0, "0 or a number of steps")
+        for name in ("window", "attn_sink", "max_position", "stop_after"):
+            self.expect(name, 0 <= getattr(self, name) <= MOST, f"0 to {MOST}")
+        self.expect("shift", 1 / MOST_SHIFT <= self.shift <= MOST_SHIFT, f"{1 / MOST_SHIFT:g} to {MOST_SHIFT:g}")
         self.expect("context_timestep", 0 <= self.context_timestep <= 1000, "0 to 1000")
         self.expect("steps", bool(self.steps) and all(self.steps), "at least one timestep for every chunk")
         for steps in self.steps:

@@ -4,6 +4,7 @@ A processor's needs are counted as resident memory (RSS): what the process alloc
 stay mapped because the file has them in the working dtype. The system can drop mapped pages, so they are named apart.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -301,14 +302,24 @@ def _low_memory(case: Case) -> Iterator[Lever]:
 
 
 def _windows(case: Case) -> Iterator[Lever]:
+    """The largest window that fits, if there is one."""
     preset = case.preset
-    for window in range(preset.window - preset.chunk, 0, -preset.chunk):
+
+    def smaller(window: int) -> Case | None:
+        changed = replace(preset, window=window)
         try:
-            smaller = replace(preset, window=window)
-            family_of(smaller).check(smaller)
+            family_of(changed).check(changed)
         except ValueError:
-            return
-        yield f"--window {window}", replace(case, preset=smaller)
+            return None
+        return replace(case, preset=changed)
+
+    def fits(window: int) -> bool:
+        return (changed := smaller(window)) is None or _plan(changed).fits()  # the ones too small come last
+
+    windows = range(preset.window - preset.chunk, 0, -preset.chunk)
+    at = bisect_left(windows, True, key=fits)
+    if at < len(windows) and (changed := smaller(windows[at])) is not None:
+        yield f"--window {windows[at]}", changed
 
 
 def _sizes(case: Case) -> Iterator[Lever]:

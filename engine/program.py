@@ -35,7 +35,8 @@ def _is_ours() -> bool:
         return bool(sys.argv) and os.path.basename(sys.argv[0]) == "greedy-stream"
     words = iter(sys.orig_argv[1:])
     for word in words:
-        if option := re.fullmatch(r"-[a-zA-Z]*?m(.*)", word):
+        # Flags may stand before m in one word. W and X are none: what follows them is their value.
+        if option := re.fullmatch(r"-[bBdEiIOPqRsSuvVx]*m(.*)", word):
             return (option[1] or next(words, "")).partition(".")[0] in PACKAGES
     return False
 
@@ -44,7 +45,8 @@ def handle(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
     """Let `handler` have the signals that end a program. Returns the handlers before, for `restore`."""
     if threading.current_thread() is not threading.main_thread():
         return {}  # only the main thread may
-    taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup wants it
+    # Ignored ones stay so, as nohup wants it; None is the handler of a host in another language, which keeps it.
+    taken = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     return {number: signal.signal(number, handler) for number in taken}
 
 

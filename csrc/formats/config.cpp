@@ -110,7 +110,7 @@ Preset Preset::from(const Json& values, const std::string& where, std::int64_t v
         else if (key == "warped")
             out.warped = value.boolean(at);
         else if (key == "shift")
-            out.shift = number_from(value, at, 1e-9, 1e9);
+            out.shift = number_from(value, at, 1e-3, 1e3);
         else if (key == "context_timestep")
             out.context_timestep = number_from(value, at, 0, 1000);
         else if (key == "solver")

@@ -30,7 +30,7 @@ from distill.training.stage import Options, Stage
 from engine.files import whole_folder, write_json
 from engine.options import option
 from engine.weights.adapters import base_hash
-from engine.weights.finding import weight_files
+from engine.weights.finding import part_files
 
 FPS = 8
 
@@ -64,7 +64,7 @@ def write_pipeline(teacher: Path, vae: Path, out: Path) -> None:
 
 def write_adapters(student: Student, out: Path) -> None:
     """adapters/etm and adapters/sdd, bound to the transformer beside them."""
-    base = base_hash(weight_files(out / "transformer"))
+    base = base_hash(part_files(out / "transformer", "transformer").files)
     for name, model in (("etm", student.etm), ("sdd", student.sdd)):
         folder = out / "adapters" / name
         folder.mkdir(parents=True)

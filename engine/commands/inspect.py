@@ -24,7 +24,7 @@ from engine.program import cleanly
 from engine.weights.adapters import describe
 from engine.weights.checkpoint import check_tensors
 from engine.weights.containers import Container, open_container
-from engine.weights.finding import candidates, contents_of, weight_files
+from engine.weights.finding import candidates, contents_of, part_files
 from engine.weights.folders import Given, find_parts
 from engine.weights.names import WORDS, Found, Part, is_adapter, recognise, unwrapped
 from engine.weights.shapes import transformer_config, transformer_of, umt5_of, vae_of
@@ -82,11 +82,11 @@ def _directory(path: Path) -> Report:
             return adapter
     # Wan's own folder holds several parts beside each other; a component's, or a checkpoint's, holds one.
     files = candidates(path)
-    held = set().union(*(contents_of(file)[0] for file in files))
+    held = set[Part]().union(*(contents_of(file).parts for file in files))
     if not held and files and (adapter := _adapter(path, list(open_container(files[0]).tensors))) is not None:
         return adapter
     if len(held) == 1 and not any(path.glob("*/*/spiece.model")):
-        return _containers(path, [open_container(file) for file in weight_files(path)])
+        return _containers(path, [open_container(file) for file in part_files(path, *held).files])
     return _model(path)
 
 

@@ -32,7 +32,6 @@ class CausalGenerator(Generator):
 
     @staticmethod
     def check(preset: Preset) -> None:
-        preset.expect("attn_sink", preset.attn_sink >= 0, "0 or more frames")
         least = preset.attn_sink + preset.chunk
         preset.expect("window", preset.window >= least, f"at least attn_sink + chunk ({least})")
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.config import MOST, MOST_LAYERS
 from engine.model.scaled_linear import dtype_of
 from engine.options import read
 
@@ -36,6 +37,8 @@ class UMT5Config:
         sizes = (self.vocab_size, self.d_model, self.d_kv, self.d_ff, self.num_layers, self.num_heads)
         if min(sizes) < 1 or not self.layer_norm_epsilon > 0:
             raise ValueError(f"text encoder: got {self}, expected positive sizes")
+        if max(sizes) > MOST or self.num_layers > MOST_LAYERS:
+            raise ValueError(f"text encoder: got {self}, expected sizes up to {MOST} and {MOST_LAYERS} layers")
         if self.relative_attention_num_buckets < 4 or self.relative_attention_num_buckets % 4:
             raise ValueError(f"text encoder: got {self.relative_attention_num_buckets} buckets, "
                              "expected a multiple of 4")  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.config import MOST, MOST_LAYERS
 from engine.model.vae_layers import (
     AttentionBlock,
     Cache,
@@ -27,6 +28,7 @@ from engine.model.vae_layers import (
     to_images,
     to_video,
 )
+from engine.options import read
 
 WAN_MEAN: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
 WAN_MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
@@ -63,6 +65,10 @@ class VAEConfig:
         _expect("latents_std", len(self.latents_std), self.z_dim, "entries, one a latent channel")
         _expect("scale_factor_spatial", self.scale_factor_spatial, 2 ** (levels - 1), "from dim_mult")
         _expect("scale_factor_temporal", self.scale_factor_temporal, 2 ** sum(self.temperal_downsample))
+        sizes = (self.base_dim, self.base_dim if self.decoder_base_dim is None else self.decoder_base_dim, self.z_dim,
+                 *self.dim_mult, self.in_channels, self.out_channels)  # fmt: skip
+        if not 1 <= min(sizes) <= max(sizes) <= MOST or not 1 <= self.num_res_blocks <= MOST_LAYERS:
+            raise ValueError(f"VAE: got {self}, expected sizes of 1 to {MOST} and 1 to {MOST_LAYERS} blocks")
         if min(self.latents_std) <= 0:
             raise ValueError(f"latents_std: got {min(self.latents_std)}, expected positive numbers")
 
@@ -77,7 +83,7 @@ class VAEConfig:
                 raise ValueError(f"VAE config {key}: got {got}, expected {expected} (Wan2.1's VAE)")
         if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
             raise ValueError(f"VAE config: got unknown keys {unknown}, expected {[f.name for f in fields(cls)]}")
-        return cls(**values)
+        return read(cls, values, "VAE config")
 
 
 def _expect(name: str, got, expected, note: str = "") -> None:

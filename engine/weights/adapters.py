@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def read_adapters(
     return Adapters(loras, {adapter.name: float(adapter.strength) for adapter in chosen}) if loras else None
 
 
-def base_hash(files: list[Path]) -> str:
+def base_hash(files: Iterable[Path]) -> str:
     """sha256 over the contents of a base's weight files, sorted by name."""
     digest = hashlib.sha256()
     for file in sorted(files):

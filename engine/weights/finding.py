@@ -3,6 +3,9 @@
 A name tells two things: which files are numbered pieces of one set, and which sets are variants of one
 (model.fp16.safetensors, model.bf16.safetensors). Of variants one is taken: the plain one, else the one in the dtype
 that the weights will have, else bf16, fp16, fp32, else the first by name.
+
+Files that are neither numbered nor in an index belong together where their keys say so: each has tensors of the part
+and of nothing else, and no tensor is there twice.
 """
 
 import re
@@ -14,7 +17,7 @@ import torch
 
 from engine.files import read_json
 from engine.weights.containers import open_container
-from engine.weights.names import WORDS, Part, other_kind, recognise, unwrapped
+from engine.weights.names import WORDS, Found, Part, other_kind, recognise, unwrapped
 
 # What a directory's weight files are called. A file that the user names may be called anything.
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
@@ -38,7 +41,7 @@ class Group:
 
     stem: str
     variant: str
-    files: list[Path]
+    files: tuple[Path, ...]
     index: Path | None = None
 
     @property
@@ -60,10 +63,23 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What is in a file: the names of its tensors, the parts, and what it is if the engine does not run it."""
+
+    names: list[str] = field(default_factory=list)
+    found: list[Found] = field(default_factory=list)
+    other: str | None = None
+
+    @property
+    def parts(self) -> set[Part]:
+        return {one.naming.part for one in self.found}
+
+
+@dataclass(frozen=True)
 class Chosen:
     """The files of a part, and notes about others that are left aside."""
 
-    files: list[Path]
+    files: Sequence[Path]
     notes: list[str] = field(default_factory=list)
 
 
@@ -74,11 +90,11 @@ class Folder:
         self.path = path
         self.notes: list[str] = []
         self.unreadable: list[str] = []
-        self._contents: dict[Path, tuple[set[Part], str | None]] = {}
+        self._contents: dict[Path, Contents] = {}
         self.groups = self._without_variants(groups_of(path), dtype)
 
     def _without_variants(self, groups: Sequence[Group], dtype: torch.dtype | None) -> list[Group]:
-        """One group per stem; a note names the variants that are left aside."""
+        """One variant per stem, in one container; a note names the variants that are left aside."""
         order = list(filter(None, (_VARIANTS.get(dtype) if dtype else None, "bf16", "fp16", "fp32")))
 
         def rank(group: Group) -> tuple[object, ...]:
@@ -87,17 +103,23 @@ class Folder:
             return group.variant != "", place, group.variant, not group.safe, group.index is None
 
         kept: dict[str, Group] = {}
+        left: list[Group] = []
         aside: dict[str, list[str]] = {}
         for group in sorted(groups, key=rank):
-            if kept.setdefault(group.stem, group).variant != group.variant:
+            first = kept.setdefault(group.stem, group)
+            if first.variant != group.variant:
                 aside.setdefault(group.stem, []).append(group.name)
+            elif first is group or (first.safe == group.safe and first.index is None):
+                left.append(group)  # two sets of one name: nothing tells which one is meant
         self.notes += [f"{self.path}: took {kept[stem].name} (not used: {', '.join(names)})"
                        for stem, names in aside.items()]  # fmt: skip
-        return [group for group in groups if group in kept.values()]
+        return [group for group in groups if group in left]
 
     def holding(self, part: Part) -> list[Group]:
-        """The groups with a part. Of several, the one with a standard name goes first, with a note."""
-        found = [group for group in self.groups if any(part in self.contents(file)[0] for file in group.files)]
+        """The groups with a part. Of several that do not belong together, the one with a standard name, with a note."""
+        found = [group for group in self.groups if any(part in self.contents(file).parts for file in group.files)]
+        if (whole := self._joined(part, found)) is not None:
+            return [whole]
         standard = [group for group in found if group.stem in _STANDARD]
         if len(found) > 1 and len(standard) == 1:
             others = ", ".join(group.name for group in found if group not in standard)
@@ -105,19 +127,33 @@ class Folder:
             return standard
         return found
 
-    def contents(self, file: Path) -> tuple[set[Part], str | None]:
-        """The parts in a file, and what it is in words if the engine does not run it. Remembers unreadable files."""
+    def _joined(self, part: Part, found: Sequence[Group]) -> Group | None:
+        """The groups that hold a part together as one; None where they do not, and where it is one already."""
+        every = {one for group in found for file in group.files for one in self.contents(file).found}
+        if len(every) != 1:
+            return None
+        (one,) = every
+        pieces = [group for group in self.groups
+                  if all(one.owns(name) for file in group.files for name in self.contents(file).names)]  # fmt: skip
+        pieces = [group for group in pieces if all(self.contents(file).names for file in group.files)]
+        names = [name for group in pieces for file in group.files for name in self.contents(file).names]
+        if len(pieces) < 2 or not {*found} <= {*pieces} or len({*names}) < len(names):
+            return None
+        return Group(found[0].stem, "", tuple(sorted(file for group in pieces for file in group.files)))
+
+    def contents(self, file: Path) -> "Contents":
+        """What a file holds; nothing for one that is missing or unreadable. Remembers unreadable files."""
         if file not in self._contents:
-            self._contents[file] = set(), None
+            self._contents[file] = Contents()
             try:
-                self._contents[file] = contents_of(file) if file.is_file() else (set(), None)
+                self._contents[file] = contents_of(file) if file.is_file() else Contents()
             except (ValueError, OSError, ImportError) as error:
                 self.unreadable.append(str(error))
         return self._contents[file]
 
     def seen(self) -> str:
         """The names of the files, in words."""
-        kinds = [(group.name, self.contents(group.files[0])[1]) for group in self.groups]
+        kinds = [(group.name, self.contents(group.files[0]).other) for group in self.groups]
         return ", ".join(f"{name}: {kind}" if kind else name for name, kind in kinds)
 
 
@@ -171,23 +207,11 @@ def _inside(folder: Path) -> list[Path]:
     return sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
 
 
-def weight_files(folder: Path, dtype: torch.dtype | None = None) -> list[Path]:
-    """The weight files of a component folder, sorted. FileNotFoundError if there is none, or one is missing."""
-    groups = Folder(folder, dtype).groups
-    groups = [group for group in groups if group.safe] or groups
-    groups = [group for group in groups if group.index and group.stem in _STANDARD] or groups
-    for group in groups:
-        group.check()
-    if not groups:
-        raise FileNotFoundError(f"{folder}: got no file of {', '.join(SUFFIXES)}, expected the weights")
-    return sorted({file for group in groups for file in group.files})
-
-
-def contents_of(file: Path) -> tuple[set[Part], str | None]:
-    """Which parts a file holds, and what it is in words if the engine does not run it. ValueError if unreadable."""
+def contents_of(file: Path) -> Contents:
+    """What a file holds. ValueError if it is unreadable."""
     names = [unwrapped(key) for key in open_container(file).tensors]
-    parts = {found.naming.part for found in recognise(names)}
-    return parts, None if parts else other_kind(names)
+    found = recognise(names)
+    return Contents(names, found, None if found else other_kind(names))
 
 
 def groups_of(folder: Path) -> list[Group]:
@@ -198,7 +222,7 @@ def groups_of(folder: Path) -> list[Group]:
         if "index" in words and not index.name.startswith("."):
             base = ".".join(word for word in words if word not in ("json", "index", "safetensors", "bin"))
             if files := files_of_index(index):
-                groups.append(Group(*_stem_and_variant(base), files, index))
+                groups.append(Group(*_stem_and_variant(base), tuple(files), index))
     indexed = {file for group in groups for file in group.files}
     sets: dict[tuple[str, str, str, str], list[Path]] = {}
     for file in candidates(folder):
@@ -206,7 +230,7 @@ def groups_of(folder: Path) -> list[Group]:
             piece = _PIECE.search(file.stem)
             stem, variant = _stem_and_variant(_PIECE.sub("", file.stem))
             sets.setdefault((stem, variant, file.suffix, piece[2] if piece else ""), []).append(file)
-    return groups + [Group(stem, variant, files) for (stem, variant, *_), files in sets.items()]
+    return groups + [Group(stem, variant, tuple(files)) for (stem, variant, *_), files in sets.items()]
 
 
 def files_of_index(index: Path) -> list[Path]:
@@ -225,19 +249,18 @@ def candidates(folder: Path) -> list[Path]:
 
 def _stem_and_variant(base: str) -> tuple[str, str]:
     base = re.sub(r"^pytorch_model(?=\.|$)", "model", base)  # transformers' name of the same weights as .bin
-    for stem in _STANDARD:
-        if base == stem or base.startswith(f"{stem}."):
-            return stem, base[len(stem) + 1 :]
     match = _VARIANT.fullmatch(base)
     return (match[1], match[2]) if match else (base, "")
 
 
 def _check_numbers(files: Sequence[Path]) -> None:
-    """FileNotFoundError where a numbered file is missing."""
-    pieces = [(int(piece[1]), int(piece[2])) for file in files if (piece := _PIECE.search(file.stem))]
-    for _, count in pieces:
-        there = {number for number, _ in pieces}
-        if missing := sorted(set(range(1, count + 1)) - there):
-            stem = _PIECE.sub("", files[0].stem)
+    """FileNotFoundError where a numbered file is missing. Numbers begin at 1 or at 0."""
+    sets: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        if piece := _PIECE.search(file.stem):
+            sets.setdefault((_PIECE.sub("", file.stem), int(piece[2])), set()).add(int(piece[1]))
+    for (stem, count), there in sets.items():
+        first = 0 if 0 in there else 1
+        if missing := sorted(set(range(first, first + count)) - there):
             raise FileNotFoundError(f"{files[0].parent}: got {len(there)} of {count} files of {stem}, "
                                     f"expected number {missing[0]} as well")  # fmt: skip

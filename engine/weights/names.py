@@ -150,6 +150,19 @@ NAMINGS = (
 )  # fmt: skip
 
 
+# The beginnings of a part's names in the engine's spelling.
+_OWN: dict[Part, re.Pattern[str]] = {
+    "transformer": re.compile(
+        r"blocks\.\d+\.(attn[12]\.|ffn\.net\.|norm2\.|scale_shift_table$)"
+        r"|(patch_embedding|condition_embedder|proj_out|condition_proj)\.|scale_shift_table$"
+    ),
+    "vae": re.compile(
+        r"(encoder|decoder)\.(conv_in|conv_out|norm_out|mid_block|up_blocks|down_blocks)\.|(post_)?quant_conv\."
+    ),
+    "text_encoder": re.compile(r"block\.\d+\.layer\.|(embed_tokens|final_layer_norm)\."),
+}
+
+
 @dataclass(frozen=True)
 class Found:
     """A part inside a file: its spelling, and what stands before its names."""
@@ -161,6 +174,13 @@ class Found:
     def state(self) -> str:
         """The prefix as a user names it: generator_ema, model.diffusion_model, or nothing."""
         return self.prefix.rstrip(".")
+
+    def owns(self, name: str) -> bool:
+        """Whether an unwrapped name is one of this part's: a tensor, or what the engine has no use for."""
+        rest = name.removeprefix(self.prefix)
+        unused = rest == "scaled_fp8" or rest.startswith(self.naming.ignored) or BUFFERS.search(rest) is not None
+        own = unused or _OWN[self.naming.part].match(self.naming.translate(rest)) is not None
+        return own and name.startswith(self.prefix) and not is_adapter([name])
 
 
 def recognise(names: Iterable[str]) -> list[Found]:

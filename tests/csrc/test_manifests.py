@@ -101,3 +101,31 @@ def test_how_caches_are_written(taken, backend):
     allowed = BACKENDS[backend].writes
     for writes in ("aliases", "mutates"):
         assert taken(backend, "cpu", writes=writes) is (allowed in (writes, "either")), writes
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chunk", 2**31),
+        ("window", 2**31),
+        ("attn_sink", 2**31),
+        ("shift", 1e9),
+        ("max_position", 2**62),
+        ("stop_after", 2**62),
+        ("shift", 1e-9),
+    ],
+)
+def test_absurd_presets(native_build, tmp_path, name, value):
+    """One line of each reader, before anything is sized by the number."""
+    bundle = fake_stages.write_fake_bundle(tmp_path / "fake.bundle", Preset("causal", chunk=3, window=6, shift=2.0))
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["preset"][name] = value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"got {name} "):
+        read_manifest(bundle).preset_value()
+    host = [native_build / "greedy-host", bundle, "--prompt", "a", "--quiet", "--plugin-dir", tmp_path / "none"]
+    ran = subprocess.run(host, capture_output=True, text=True, timeout=HANG)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(f"error: {path}.preset.{name}: got "), ran.stderr
+    assert ran.stderr.count("\n") == 1

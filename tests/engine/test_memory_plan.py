@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import engine
 import engine.memory
 import engine.run
 from bench.instruments.random_weights import write_tokenizer
-from engine.config import Runtime, TransformerConfig
+from engine.config import MOST, Runtime, TransformerConfig
 from engine.memory import Case, plan_memory
 from engine.model import fp8
 from engine.model.activations import umt5_activations
@@ -272,6 +273,17 @@ def test_a_window_or_a_size_is_offered_last(wan, monkeypatch):
     assert re.fullmatch(r"--text-encoder-device release --precision fp8 --fp8-attention --low-memory --window \d+",
                         plan.ways[0])  # fmt: skip
     assert re.fullmatch(r".*--low-memory --height \d+ --width \d+", plan.ways[1])
+
+
+def test_the_window_that_fits_is_found_at_once(wan):
+    """Of a million windows: the largest one that fits."""
+    case = on_gpu(wan["1.3B"], "self-forcing", 40 << 30, encoder="release", low_memory=True, precision="bf16")
+    case = replace(case, preset=replace(case.preset, window=MOST))
+    begun = time.perf_counter()
+    words = next(way.split()[-1] for way in plan_memory(case).ways if "--window" in way)
+    assert time.perf_counter() - begun < 10
+    for window, fits in ((int(words), True), (int(words) + case.preset.chunk, False)):
+        assert plan_memory(replace(case, preset=replace(case.preset, window=window))).fits() is fits
 
 
 def test_a_plan_without_loading(model_dir, monkeypatch):

@@ -146,6 +146,8 @@ def _reason(error: Exception) -> str:
     """Why torch cannot read a file. Its own text advises to run the code in it."""
     text = str(error)
     if found := re.search(r"(?:[Uu]nsupported \w+:? )?(?:GLOBAL|[Uu]nsupported \w+:?) (?:`|')?([\w.]+)", text):
+        if found[1].isdigit():
+            return "a pickle that torch.save did not write"
         return f"an object of {found[1]}, which is no tensor"
     if "eights only" in text or "weights_only" in text:
         return "objects that are no tensors"

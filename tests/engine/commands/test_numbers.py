@@ -1,5 +1,6 @@
 """Numbers on the command line of engine.run: decimal digits in ASCII alone, within the range of each option."""
 
+import re
 from dataclasses import fields
 from typing import get_type_hints
 
@@ -8,9 +9,13 @@ import pytest
 import engine.run
 from engine.commands.job import Model, Output, Video
 from engine.commands.prompts import frame_of
-from engine.config import Preset, Runtime, parse_steps
+from engine.config import MOST, MOST_SHIFT, Preset, Runtime, TransformerConfig, parse_steps
 from engine.media.sinks import open_sink
+from engine.model.umt5 import UMT5Config
+from engine.model.vae import VAEConfig
 from engine.options import real_number, whole_number
+from engine.presets import find_preset
+from engine.sampling.schedule import Schedule
 
 WRONG = [
     "", " ", "+", "-", "--1", " 1", "1 ", "1\n", "\t1", " -1", "0x10", "0b1", "1_000", "１", "١", "²", "1,0", "1e",
@@ -112,3 +117,48 @@ def test_webp_ends_at_16383(tmp_path):
         open_sink(tmp_path / "v.webp", 8, (16, 16384))
     open_sink(tmp_path / "v.webp", 8, (16, 16383)).abort()
     assert not list(tmp_path.iterdir())
+
+
+ABSURD = [
+    ("chunk", 2**20 + 1), ("window", 2**20 + 1), ("window", 2**31), ("attn_sink", 2**31), ("max_position", 10**20),
+    ("stop_after", 10**20), ("shift", 1e4), ("shift", 1e-9), ("context_timestep", 1e9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), ABSURD)
+def test_absurd_presets_are_refused_before_anything_is_sized_by_them(tmp_path, name, value):
+    """On the command line, in TOML and in a manifest alike."""
+    family = "causal" if name == "attn_sink" else "greedy"
+    with pytest.raises(ValueError, match=f"^preset: got {name} {re.escape(repr(value))}, expected .* to"):
+        Preset(family, **{name: value})
+    file = tmp_path / "mine.toml"
+    file.write_text(f"{name} = {value}\n")
+    with pytest.raises(ValueError, match=f"got {name} {re.escape(repr(value))}, expected .* to"):
+        find_preset(str(file))
+
+
+def test_the_largest_presets():
+    assert Preset("causal", chunk=MOST, window=MOST, first_chunk=MOST, max_position=MOST, stop_after=MOST).chunk == MOST
+    for shift in (1 / MOST_SHIFT, MOST_SHIFT):
+        sigmas = Schedule(Preset("causal", shift=shift)).sigmas
+        assert bool(((sigmas > 0) & (sigmas < 1 + 1e-3)).all())
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ("transformer", "num_layers"),
+        ("text_encoder", "num_layers"),
+        ("vae", "num_res_blocks"),
+        ("vae", "base_dim"),
+        ("transformer", "ffn_dim"),
+    ],
+)
+def test_absurd_configs_build_nothing(part, key):
+    kind = {"transformer": TransformerConfig, "text_encoder": UMT5Config, "vae": VAEConfig}[part]
+    for value in (2**31, 10**20):
+        with pytest.raises(ValueError, match="expected sizes"):
+            kind.from_dict({key: value})
+    for value in ("4", 1.5, None, [2]):
+        with pytest.raises(ValueError, match="got"):
+            kind.from_dict({key: value})

@@ -118,3 +118,51 @@ def test_a_block_is_left_cleanly(number):
     assert [signal.getsignal(one) for one in SIGNALS] == before
     with pytest.raises(ValueError, match="as it is"), cleanly():
         raise ValueError("as it is")
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["-B"], ["-Ximporttime"], ["-X", "utf8"], ["-Wmodule"], ["-W", "ignore"], ["-P"]]
+)
+def test_every_way_to_start_a_program(tmp_path, flags):
+    """Handlers are there from the first import on, whatever the interpreter's own options are."""
+    for words in (["-m", "engine.run"], ["-mengine.run"], ["-Bm", "engine.run"]):
+        process = start(tmp_path, [*flags, *words, "--help"])
+        process.stderr.close()  # -Ximporttime fills the pipe
+        wait_for_handlers(process)
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+        assert process.wait(timeout=HANG) == 128 + signal.SIGTERM
+
+
+def test_a_handler_of_a_host_stays(monkeypatch):
+    """Python reports a handler that another language installed as None, and cannot set it again."""
+    getsignal = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else getsignal(number))
+    with cleanly():
+        assert getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert getsignal(signal.SIGHUP) is not signal.SIG_DFL
+
+
+CODE = "exec(open('a.py').read(), {})"
+WAYS = {
+    "script": ["a.py"], "-c": ["-c", CODE], "-P": ["-P", "-c", CODE],
+    "thread": ["-c", f"from threading import Thread; x = Thread(target=lambda: {CODE}); x.start(); x.join()"],
+    "stdin closed": ["-c", f"import os; os.close(0); {CODE}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_host_that_imports_the_package_stays_as_it_is(tmp_path, way):
+    """Its handlers and its closed streams; a run inside it leaves the handlers as well."""
+    (tmp_path / "a.py").write_text("""
+import os, signal
+def state():
+    return [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)], os.listdir('/proc/self/fd')
+before = state()
+import engine
+print(before == state())
+from engine.run import main
+print(main(['--prompt', 'a', '--frames', '0']), before[0] == state()[0])
+""")
+    out, err = start(tmp_path, WAYS[way]).communicate(timeout=HANG)
+    assert out == "True\n2 True\n", err

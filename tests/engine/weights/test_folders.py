@@ -252,3 +252,56 @@ def test_a_vae_beside_a_file_that_cannot_be_read(folders, published, tmp_path):
     save_file(published.wan("transformer"), tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match=r"an empty file.*; it may be the VAE"):
         open_source(tmp_path, part="vae")
+
+
+def pieces(state, way):
+    """The tensors in two files: the first and the last ones, or in turn."""
+    names = sorted(state)
+    return (names[: len(names) // 2], names[len(names) // 2 :]) if way == "halves" else (names[::2], names[1::2])
+
+
+@pytest.mark.parametrize("way", ["halves", "in turn"])
+@pytest.mark.parametrize("names", [
+    ("a", "b"), ("{}", "more"), ("{}_1", "{}_2"), ("{}.part1", "{}.part2"), ("x_1_of_2", "x_2_of_2"), ("0", "1"),
+    ("x-00000-of-00002", "x-00001-of-00002"),
+])  # fmt: skip
+def test_weights_in_several_files_without_an_index(component, names, way):
+    """One set: each file has tensors of the part alone, and none of them twice."""
+    part, folder, stem, state = component
+    expected = dict(sorted(state.items()))
+    for name, keys in zip(names, pieces(state, way), strict=True):
+        save_file({key: state[key] for key in keys}, folder / f"{name.format(stem)}.safetensors")
+    save_file({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(1, 2)}, folder / "lora.safetensors")
+    found = dict(open_source(folder, part=part).read())
+    assert len(found) == len(expected)
+    assert sorted(float(t.float().sum()) for t in found.values()) == sorted(
+        float(t.float().sum()) for t in expected.values()
+    )
+    save_file(constant(state, 1), folder / "other.safetensors")  # now there are two sets
+    with pytest.raises(ValueError, match="got"):
+        open_source(folder, part=part)
+
+
+def test_wans_own_folder_with_pieces(folders, published, tmp_path, capsys):
+    folder = shutil.copytree(folders["wan"], tmp_path / "w")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    state = published.wan("transformer")
+    for name, keys in zip("ab", pieces(state, "halves"), strict=True):
+        save_file({key: state[key] for key in keys}, folder / f"{name}.safetensors")
+    words = ["--preset", "self-forcing", "--prompt", "a", "--frames", "1", "--out", "checksum", "--height", "32"]
+    shown = []
+    for model in (folder, folders["wan"]):
+        assert main(["--model", str(model), *words, "--width", "48", "--json", "--quiet"]) == 0
+        shown.append(json.loads(capsys.readouterr().out)["sha256"])
+    assert shown[0] == shown[1]
+
+
+def test_two_sets_of_one_name(component):
+    """A whole file beside numbered ones, or two numberings: nothing tells which one is meant."""
+    part, folder, stem, state = component
+    for number, keys in enumerate(pieces(state, "halves"), start=1):
+        save_file({key: state[key] for key in keys}, folder / f"{stem}-0000{number}-of-00002.safetensors")
+    assert len(open_source(folder, part=part).shapes()) == len(state)
+    save_file(constant(state, 1), folder / f"{stem}.safetensors")
+    with pytest.raises(ValueError, match="got several files"):
+        open_source(folder, part=part)
