@@ -86,7 +86,7 @@ def _directory(path: Path) -> Report:
     if not held and files and (adapter := _adapter(path, list(open_container(files[0]).tensors))) is not None:
         return adapter
     if len(held) == 1 and not any(path.glob("*/*/spiece.model")):
-        return _containers(path, [open_container(file) for file in part_files(path, *held).files])
+        return _containers(path, [open_container(file) for file in part_files(path, held.pop()).files])
     return _model(path)
 
 

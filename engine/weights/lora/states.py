@@ -31,8 +31,13 @@ def take_state(file: Path, leaves: Iterable[Leaf]) -> tuple[list[tuple[str, Leaf
     # A name that no spelling knows is refused later, if it stands among the others; so is a second transformer.
     mine = [(leaf.name.removeprefix(start), leaf) for leaf, place in placed if place == state
             or (not _known(place) and leaf.folder in folders and leaf.name.startswith(start))]  # fmt: skip
+    taken = {leaf.name for _, leaf in mine}
+    apart = [leaf for leaf in every if isinstance(leaf.value, int | float) and leaf.name not in taken
+             and leaf.folder.split(".")[0] not in {*states}]  # fmt: skip
     others = [one or "the rest" for one in states if one != state]
     notes = [f"{file}: took {state or 'the plain tensors'} (also there: {', '.join(others)})"] if others else []
+    notes += [f"{file}: {leaf.name} {leaf.value:g} is not used: the scale of a LoRA is its own alpha, else 1"
+              for leaf in apart]  # fmt: skip
     return mine, notes
 
 

@@ -30,12 +30,14 @@ def start(folder, words):
     script = folder / "greedy-stream"
     script.write_text("import sys\nfrom engine.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    usual = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a child of a process in the background has it ignored
+    # A child of a process in the background has SIGINT ignored, and one below nohup has SIGHUP.
+    usual = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
     try:
         return subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True)  # fmt: skip
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def wait_for_handlers(process):

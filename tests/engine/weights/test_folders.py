@@ -277,9 +277,10 @@ def test_weights_in_several_files_without_an_index(component, names, way):
     assert sorted(float(t.float().sum()) for t in found.values()) == sorted(
         float(t.float().sum()) for t in expected.values()
     )
-    save_file(constant(state, 1), folder / "other.safetensors")  # now there are two sets
-    with pytest.raises(ValueError, match="got"):
-        open_source(folder, part=part)
+    if "{}" not in names:  # else the one with the standard name is taken, and lacks tensors
+        save_file(constant(state, 1), folder / "other.safetensors")  # now there are two sets
+        with pytest.raises(ValueError, match="got"):
+            open_source(folder, part=part)
 
 
 def test_wans_own_folder_with_pieces(folders, published, tmp_path, capsys):

@@ -758,3 +758,20 @@ def test_merge_adapter_takes_files_too(tmp_path):
 def test_the_names_here_are_diffusers_own():
     names = dict(WanTransformer3DModel(**TRANSFORMER).named_modules())
     assert all(ours in names for ours in ALL.values())
+
+
+def test_a_scale_outside_of_the_state_is_named(tmp_path):
+    """Trainers differ in what it means, so it is not guessed; alpha inside the state counts."""
+    module, file = "blocks.0.self_attn.q", tmp_path / "a.pt"
+    pair = {f"{module}.lora_A.weight": torch.ones(2, 128), f"{module}.lora_B.weight": torch.ones(128, 2)}
+    cases = [
+        ({"lora": pair, "alpha": 4.0, "rank": 2}, 1.0, "alpha 4 is not used"),
+        ({"config": {"lora_alpha": 8}, "generator_lora": pair}, 1.0, "config.lora_alpha 8 is not used"),
+        ({"generator_lora": {**pair, f"{module}.alpha": 4}, "critic_lora": {**pair, f"{module}.alpha": 6}}, 2.0, None),
+    ]
+    for content, scale, note in cases:
+        torch.save(content, file)
+        found = read_lora(file)
+        assert [change.scale for change in found.changes.values()] == [scale]
+        assert [one for one in found.notes if "not used" in one] == [one for one in found.notes if note and note in one]
+        assert any(note in one for one in found.notes) if note else True
