@@ -207,7 +207,7 @@ def missing(name):
     (["--shape", "wan2.1-1.3b"], "expected a small --height and --width"),
     (["--height", "33"], "height: got 33, expected a positive multiple of 16"),
     (["--rounds", "0"], "--rounds: got 0, expected at least 1"),
-    (["--budget", "nan"], "--budget: got nan"),
+    (["--budget", "0.5"], "--budget: got 0.5, expected at least 1"),
 ])  # fmt: skip
 def test_bad_input(capsys, monkeypatch, options, message):
     monkeypatch.setattr(flashdreams_wheel, "version", missing)
