@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 
 from engine.options import real_number
 from engine.weights.adapters import Adapter
-from engine.weights.lora.merge import check_strength
 
 
 def strengths_at(
@@ -24,7 +23,6 @@ def strengths_at(
             strength = real_number(number)
         except ValueError:
             raise ValueError(f"--adapter-at: got {text!r}, expected NAME=STRENGTH, as in {name}=0.5") from None
-        check_strength(strength)
         frame = frame_of(when)
         if limit is not None and frame >= limit:
             raise ValueError(f"--adapter-at {when}: got frame {frame}, expected one before the end at {limit}")

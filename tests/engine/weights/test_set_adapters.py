@@ -422,7 +422,7 @@ def test_the_command_line_prints_notes(capfd, model_dir, files, tmp_path):
         (["--adapter", "{a}", "--adapter-at", "1s", "b=1"], "got 'b=1', expected NAME=STRENGTH, the name one of a"),
         (["--adapter", "{a}", "--adapter-at", "1s", "a"], "got 'a', expected NAME=STRENGTH"),
         (["--adapter", "{a}", "--adapter-at", "1s", "a=x"], "got 'a=x', expected NAME=STRENGTH, as in a=0.5"),
-        (["--adapter", "{a}", "--adapter-at", "1s", "a=inf"], "got strength inf, expected a finite number"),
+        (["--adapter", "{a}", "--adapter-at", "1s", "a=inf"], "got 'a=inf', expected NAME=STRENGTH, as in a=0.5"),
         (["--adapter", "{a}", "--adapter-at", "soon", "a=1"], "--adapter-at: got 'soon', expected a time"),
         (
             ["--adapter", "{a}", "--adapter-at", "99s", "a=1"],
