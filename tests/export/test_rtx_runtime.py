@@ -1,6 +1,6 @@
 """The tensorrt_rtx backend on a stand-in of its package: whole streams, outputs that nobody reads, kept kernels.
 
-Running a real plan needs an RTX GPU; what parser and builder tell is in test_tensorrt_rtx.py.
+Running a real plan needs an RTX GPU; what parser and builder tell is in test_rtx_plans.py.
 """
 
 import json

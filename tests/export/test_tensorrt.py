@@ -1,5 +1,5 @@
 """TensorRT 11 without TensorRT 11: every name against the published API, every graph through its ONNX bodies, and the
-runtime driven by a stand-in (support/stand_in_tensorrt.py). Parser and builder: tests/export/test_tensorrt_rtx.py."""
+runtime driven by a stand-in (support/stand_in_tensorrt.py). Parser and builder: tests/export/test_rtx_plans.py."""
 
 import ast
 import sys
@@ -47,7 +47,7 @@ CLASSES = {
     "timings": "ITimingCache", "errors": "ParserError", "params": "KernelLaunchParams",
 }  # fmt: skip
 FILES = {"engine/bundles/tensorrt.py": 12, "export/tensorrt/build.py": 15, "export/tensorrt/plugins.py": 10}
-# Of TensorRT for RTX alone: test_tensorrt_rtx.py asks that package itself.
+# Of TensorRT for RTX alone: test_rtx_plans.py asks that package itself.
 RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
 
 
