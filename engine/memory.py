@@ -45,8 +45,9 @@ from engine.weights.sources import FileSource
 Place = Literal["kept", "cpu", "release"]
 
 MEGA = 1 << 20
-# Estimates: CUDA's context with cuBLAS and cuDNN; thread stacks and code that oneDNN and MKL make on a processor.
-CUDA_SHARE, CPU_SHARE = 512 * MEGA, 40 * MEGA
+# Estimates: CUDA's context with cuBLAS, cuDNN and kernels (1.9 GB on an H100, torch 2.11); thread stacks and code
+# that oneDNN and MKL make on a processor.
+CUDA_SHARE, CPU_SHARE = 1900 * MEGA, 40 * MEGA
 SLACK = 0.05  # estimate: of a processor's activations and VAE caches, what its allocator holds and cannot use
 SPAN = 32 * MEGA  # mapped pages that reading keeps, see SafetensorsFile
 PREPARED = 4  # chunks whose rotary tables a stream keeps, see RopeTables

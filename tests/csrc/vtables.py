@@ -69,8 +69,8 @@ class Asking:
 
     asked: tuple[bytes, object, bytes]
 
-    def _pybind11_conduit_v1_(self, *asked: Any) -> None:
-        self.asked = asked  # type: ignore[assignment]
+    def _pybind11_conduit_v1_(self, abi: bytes, kind: object, pointer: bytes) -> None:
+        self.asked = abi, kind, pointer
 
 
 def address_of(value: Any, asked: tuple[bytes, object, bytes]) -> int:

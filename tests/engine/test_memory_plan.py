@@ -164,6 +164,22 @@ def wan(tmp_path_factory):
             for name, config in sizes.items()}  # fmt: skip
 
 
+def test_streams_on_an_h100_took_what_the_plan_counts(wan):
+    """What torch allocated while streams ran, without text encoder and CUDA's own share: bench/results."""
+    measured = {}
+    for file in sorted((Path(__file__).parents[2] / "bench" / "results").glob("gpu-check-nvidia-h100-*.jsonl")):
+        lines = map(json.loads, file.read_text().splitlines())
+        measured |= {line["variant"]: line["peak_mb"] for line in lines if line["kind"] == "speed"}
+    ours = {"greedy bf16": {}, "self-forcing bf16": {}, "longlive bf16": {}, "diagonal bf16": {},
+            "greedy eager": {"eager": True}}  # fmt: skip
+    others = {"text encoder", "activations of a prompt", "libraries (estimate)"}
+    for variant, options in ours.items():
+        plan = plan_memory(on_gpu(wan["1.3B"], variant.split()[0], precision="bf16", **options))
+        peak = max(sum(n.bytes for n in plan.needs if n.device == "cuda" and phase in n.during and n.what not in others)
+                   for phase in ("running a transformer", "decoding"))  # fmt: skip
+        assert measured[variant] * 2**20 == pytest.approx(peak, rel=0.08), variant
+
+
 @pytest.mark.parametrize("size", ["1.3B", "14B"])
 def test_weights_are_those_that_diffusers_and_transformers_count(wan, size):
     plan = plan_memory(on_gpu(wan[size], precision="bf16"))

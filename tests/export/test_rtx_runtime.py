@@ -167,8 +167,8 @@ def test_where_kernels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path("/home/me/.cache/greedy-stream")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/me")
     assert cache_folder() == Path("/var/cache/me/greedy-stream")
-    monkeypatch.setenv("GREEDY_CACHE", "/tmp/ours")
-    assert cache_folder() == Path("/tmp/ours")
+    monkeypatch.setenv("GREEDY_CACHE", "/ours")
+    assert cache_folder() == Path("/ours")
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,9 @@ def load_torch(file: Path) -> tuple[Mapping[Any, Any], bool]:
     """
     try:
         loaded, maps = _load(file)
-    except Exception as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises whatever a damaged file leads it to
         loaded, maps = _without_objects(file, error), True
     if isinstance(loaded, Mapping):
         return loaded, maps
@@ -123,14 +125,16 @@ def _without_objects(file: Path, error: Exception) -> Any:
     try:
         # It reads the names without importing them.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:
+    except Exception:  # not a zip archive of torch, or a damaged one: the first error says more
         raise reason from None
     # torch fills only its own kinds of dictionaries.
     kinds: list[Any] = [(OrderedDict if re.search("[dD]ict$", name) else _unread(name), name) for name in names]
     try:
         with torch.serialization.safe_globals(kinds):
             loaded, _ = _load(file)
-    except Exception:
+    except MemoryError:
+        raise
+    except Exception:  # as above
         raise reason from None
     if isinstance(loaded, Mapping) and not any(isinstance(leaf.value, Tensor) for leaf in leaves(loaded)):
         raise reason
