@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper
-from test_tensorrt import PROMPT, ROOT, RTX_ONLY, attributes
+from spelled import PROMPT
+from test_tensorrt import ROOT, RTX_ONLY, attributes
 from torch import Tensor, nn
 
 import engine

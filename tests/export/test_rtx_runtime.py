@@ -14,7 +14,7 @@ import pytest
 import stand_in_rtx
 import stand_in_tensorrt
 import torch
-from test_tensorrt import PROMPT, by_heads, inputs_of, relative, stage
+from spelled import PROMPT, by_heads, inputs_of, relative, stage
 
 import engine
 from engine.bundles import tensorrt as tensorrt_stages

@@ -1,11 +1,10 @@
-"""TensorRT 11 without TensorRT 11: every name against the published API, every graph through its ONNX bodies, and the
-runtime driven by a stand-in (support/stand_in_tensorrt.py). Parser and builder: tests/export/test_rtx_plans.py."""
+"""TensorRT 11 without TensorRT 11: every name against the published API, and the runtime driven by a stand-in
+(support/stand_in_tensorrt.py). Parser and builder: test_rtx_plans.py; what graphs compute: test_tensorrt_spelling.py.
+"""
 
 import ast
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,30 +14,25 @@ import onnx
 import pytest
 import stand_in_tensorrt
 import torch
+from spelled import PROMPT, Made, inputs_of, relative, shown, stage
 from torch import Tensor
 
-import engine
 import export.__main__
 from engine.bundles import tensorrt as tensorrt_stages
 from engine.bundles.manifest import ROW_INPUTS, VERSION, GraphSpec, read_manifest
-from engine.bundles.onnx import _ort_value
 from engine.bundles.stages import GraphStages, NotHere
 from engine.bundles.tensorrt import TensorrtGraph, require_tensorrt
 from engine.loader import load_bundle
 from engine.stream import Pipeline
 from export import compilers
-from export.calibrate import calibrate
-from export.fp8 import Recipe, quantize
-from export.graphs import Graph, stage_graphs
-from export.onnx_graph import OnnxGraph, to_onnx
+from export.graphs import Graph
+from export.onnx_graph import OnnxGraph
 from export.program import trace
 from export.tensorrt.build import BuildOptions, build_plan
 from export.tensorrt.plugins import register_plugins
-from export.tensorrt.spelling import spell_for_tensorrt
 from export.write import write_bundle
 
 ROOT, CPU = Path(__file__).parents[2], torch.device("cpu")
-PROMPT = "a red circle moving right on a gray background"
 NAMES = stand_in_tensorrt.NAMES
 # Variables of these names hold objects of these published classes, in every file that talks to TensorRT.
 CLASSES = {
@@ -95,199 +89,6 @@ def test_the_walk_finds_unpublished_names() -> None:
     assert ["trt", "BuilderFlag", "FP16"] in names
     assert "FP16" not in NAMES["BuilderFlag"]["members"]
     assert ["errors", "desc"] in names
-
-
-@pytest.fixture(scope="module")
-def fp8(pipeline: Pipeline) -> Pipeline:
-    return quantize(pipeline, Recipe("tensor"), calibrate(pipeline, [PROMPT], chunks=4))
-
-
-def stage(pipeline: Pipeline, name: str) -> Graph:
-    return next(graph for graph in stage_graphs(pipeline) if graph.name == name)
-
-
-Made = Callable[..., tuple[Graph, OnnxGraph]]
-
-
-@pytest.fixture(scope="module")
-def made(pipeline: Pipeline, fp8: Pipeline) -> Made:
-    """(stage, precision, attention) -> the stage and its graph for TensorRT; each exported once."""
-
-    @cache
-    def make(name: str, precision: str, attention: str = "native") -> tuple[Graph, OnnxGraph]:
-        graph = stage(fp8 if precision == "fp8" else pipeline, name)
-        return graph, to_onnx(graph, partial(spell_for_tensorrt, attention=attention))
-
-    return make
-
-
-def inputs_of(graph: Graph, seed: int, slot: int = 0, valid: int = 1) -> dict[str, Tensor]:
-    """Random ones; the chunk goes to `slot` of the ring, `valid` chunks are then valid."""
-    torch.manual_seed(seed)
-    made = {n: torch.randn_like(x) if x.is_floating_point() else x.clone() for n, x in graph.inputs.items()}
-    rows = graph.inputs["rope_cos"].shape[0]
-    if "t" in made:
-        made["t"] = torch.tensor([937.5])
-    return made | {"start_row": torch.tensor([slot * rows]), "valid_rows": torch.tensor([valid * rows])}
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    return float((got.flatten().double() - expected.flatten().double()).norm() / expected.double().norm())
-
-
-def by_heads(cache: Tensor, shape: list[int]) -> Tensor:
-    """A cache [1, rows, dim] as the graph has it, [1, heads, rows, d]; others reshaped."""
-    if cache.ndim == 3 and len(shape) == 4 and shape[1] > 1:
-        return cache.reshape(1, shape[2], shape[1], shape[3]).transpose(1, 2).contiguous()
-    return cache.reshape(shape)
-
-
-def stored(cache: Tensor, heads: int = 2) -> Tensor:
-    """A cache [1, rows, dim] in the bytes that a plan keeps in that memory: by heads."""
-    return cache.unflatten(2, (heads, -1)).transpose(1, 2).reshape(cache.shape)
-
-
-def shown(cache: Tensor, heads: int = 2) -> Tensor:
-    """The inverse of `stored`."""
-    return by_rows(cache.reshape(1, heads, cache.shape[1], -1))
-
-
-def by_rows(cache: Tensor) -> Tensor:
-    """A cache [1, heads, rows, d] as the engine has it, [1, rows, dim]."""
-    return cache.transpose(1, 2).flatten(2) if cache.ndim == 4 else cache
-
-
-def run_onnx(made: OnnxGraph, inputs: dict[str, Tensor], outputs: list[str]) -> list[Tensor]:
-    """In ONNX Runtime, which knows none of the TRT_ operators and takes their bodies. Caches [1, rows, dim]."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    kept = [_ort_value(ort, compilers._tensor(value)) for value in made.weights.values()]
-    options.add_external_initializers(list(made.weights), kept)
-    session = ort.InferenceSession(made.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    shapes = {value.name: value.shape for value in session.get_inputs()}
-    given = {name: by_heads(value, shapes[name]).numpy() for name, value in inputs.items()}
-    made_of = dict(zip(outputs, session.run(outputs, given), strict=True))
-    caches = {name for name in outputs if name[:2] in ("k_", "v_")}
-    return [by_rows(torch.from_numpy(x)) if name in caches else torch.from_numpy(x) for name, x in made_of.items()]
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp8"])
-@pytest.mark.parametrize("name", ["etm", "sdd"])
-def test_bodies_compute_the_stage(name: str, precision: str, made: Made) -> None:
-    """The ring in several states. sdd has the time embedding, whose angles are float32 here: hence 1e-5."""
-    graph, spelled = made(name, precision)
-    for seed, (slot, valid) in enumerate([(0, 1), (1, 2), (2, 3), (0, 3)]):
-        inputs = inputs_of(graph, seed, slot, valid)
-        with torch.no_grad():
-            expected = graph.module(*inputs.values())
-        got = run_onnx(spelled, inputs, graph.outputs)
-        assert max(relative(a, b) for a, b in zip(got, expected, strict=True)) <= 1e-5
-
-
-@pytest.mark.parametrize("attention", ["native", "native_fp8"])
-def test_grouped_queries_compute_the_same(attention: str) -> None:
-    """In 16 bits each head's queries enter as several heads. e4m3 operands: within their rounding, of 2^-4."""
-    half = engine.load(precision="fp16")
-    graph = stage(half, "etm")
-    spelled = to_onnx(graph, partial(spell_for_tensorrt, attention=attention))
-    plain = to_onnx(graph, partial(spell_for_tensorrt, grouped=False))
-    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in spelled.model.graph.output}
-    unread = [name for name in shapes if name.startswith(tensorrt_stages.UNREAD)]
-    assert unread == ([f"unread_{i}" for i in range(4)] if attention == "native" else [])
-    assert all(shapes[name] == [1, 8, 32, 32] for name in unread)  # 4 heads and 64 tokens
-    inputs = inputs_of(graph, 0, 1, 2)
-    expected = run_onnx(plain, inputs, graph.outputs)
-    got = run_onnx(spelled, inputs, graph.outputs)
-    assert relative(got[0], expected[0]) <= (2e-3 if attention == "native" else 0.3)
-    assert relative(got[1], expected[1]) <= 1e-3  # keys of the first layer: before any attention
-
-
-def test_attention_on_e4m3_operands() -> None:
-    """The body of TRT_QuantizedAttention, alone, against float64 math with the same roundings and with none."""
-    from ml_dtypes import float8_e4m3fn
-
-    rng = np.random.default_rng(0)
-    heads, n, rows, d, valid = 2, 6, 20, 16, 13
-    q, k, v = (rng.standard_normal((1, rows if x else n, heads * d)).astype(np.float32) for x in (0, 1, 1))
-
-    def near(x: np.ndarray, scale: float) -> np.ndarray:
-        return (x / np.float32(scale)).astype(float8_e4m3fn).astype(np.float64) * scale
-
-    def by_head(x: np.ndarray) -> np.ndarray:
-        return x.reshape(x.shape[1], heads, d).transpose(1, 0, 2).astype(np.float64)
-
-    def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, rounded: bool) -> np.ndarray:
-        scores = q @ k[:, :valid].transpose(0, 2, 1) / d**0.5
-        shares = np.exp(scores - scores.max(-1, keepdims=True))
-        shares /= shares.sum(-1, keepdims=True)
-        made = (near(shares, 1 / 448) if rounded else shares) @ v[:, :valid]
-        return made.transpose(1, 0, 2).reshape(1, n, heads * d)
-
-    value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        [
-            onnx.helper.make_node("kv_write", [side, f"{side}_new", "start"], [f"{side}_out"], domain="greedy")
-            for side in "kv"
-        ]
-        + [onnx.helper.make_node("ring_attention", ["q", "k_out", "v_out", "valid"], ["y"], domain="greedy", heads=2)],
-        "one",
-        [value(name, 1, [1, size, heads * d]) for name, size in
-         (("q", n), ("k", rows), ("v", rows), ("k_new", n), ("v_new", n))]
-        + [value(name, 7, [1]) for name in ("start", "valid")],
-        [value("y", 1, [1, n, heads * d]), *(value(f"{side}_out", 1, [1, rows, heads * d]) for side in "kv")],
-        value_info=[value("q", 1, [1, n, heads * d])],
-    )  # fmt: skip
-    model = onnx.helper.make_model(graph, ir_version=11, opset_imports=[onnx.helper.make_opsetid("", 24)])
-    spell_for_tensorrt(model, "native_fp8")
-    held = {"q": q, "k": k, "v": v, "k_new": k[:, :n], "v_new": v[:, :n]}
-    inputs = {name: torch.from_numpy(x.copy()) for name, x in held.items()}
-    inputs |= {"start": torch.tensor([0]), "valid": torch.tensor([valid])}
-    got = run_onnx(OnnxGraph(model, {}), inputs, ["y", "k_out"])
-    exact = attention(by_head(q), by_head(k), by_head(v), rounded=False)
-    rounded = attention(*(by_head(near(x, 1.0)) for x in (q, k, v)), rounded=True)
-    assert relative(got[0], torch.from_numpy(rounded)) <= 1e-5
-    assert 1e-3 < relative(got[0], torch.from_numpy(exact)) <= 2**-4
-    assert torch.equal(got[1], inputs["k"])  # the chunk wrote what was there
-
-
-@pytest.mark.slow
-def test_causal_graph_in_chunks_of_three(causal: Pipeline) -> None:
-    graph = stage(causal, "dit")
-    inputs = inputs_of(graph, 0, 1, 2)
-    with torch.no_grad():
-        expected = graph.module(*inputs.values())
-    got = run_onnx(to_onnx(graph, spell_for_tensorrt), inputs, graph.outputs)
-    assert max(relative(a, b) for a, b in zip(got, expected, strict=True)) <= 1e-5
-
-
-def test_graphs_ask_for_what_tensorrt_has(made: Made) -> None:
-    """Caches are inputs and outputs of TRT_KVCacheUpdate themselves, four dimensions; nothing is float64."""
-    for precision in ("fp32", "fp8"):
-        model = made("sdd", precision)[1].model
-        graph = model.graph
-        shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)}
-        updates = [node for node in graph.node if node.op_type == "TRT_KVCacheUpdate"]
-        attentions = [node for node in graph.node if node.op_type == "TRT_Attention"]
-        assert len(updates) == 2 * len(attentions) == 4
-        for node in updates:
-            assert shapes[node.input[0]] == shapes[node.output[0]] == [1, 2, 18, 16]
-            assert list(node.input[1:]) == [f"{node.output[0]}_rows", "start_row_int32"]
-        kinds = [t.data_type for t in graph.initializer] + [v.type.tensor_type.elem_type for v in graph.value_info]
-        assert onnx.TensorProto.DOUBLE not in kinds
-        assert {f.name for f in model.functions} == {"TRT_KVCacheUpdate", "TRT_Attention", "Attention"}
-        assert {node.domain for node in graph.node} == {"", "trt"}
-        plain = [node for node in graph.node if node.op_type == "Attention"]
-        assert plain
-        assert {a.name for node in plain for a in node.attribute} <= {"scale", "TRT_decomposable"}
-
-
-@pytest.mark.slow
-def test_scales_must_be_constants(pipeline: Pipeline) -> None:
-    with pytest.raises(ValueError, match="per token, expected per tensor"):
-        to_onnx(stage(quantize(pipeline, Recipe("token")), "etm"), spell_for_tensorrt)
 
 
 @pytest.fixture
