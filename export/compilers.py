@@ -2,23 +2,22 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
 
 import ml_dtypes
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.bundles.aoti import target_of
 from engine.bundles.manifest import TensorSpec
 from engine.bundles.stages import NotHere
 from engine.bundles.tensorrt import gpu_target, require_tensorrt
 from export.aoti import compile_program, constants_of, source_of
-from export.onnx_graph import to_onnx
+from export.onnx_graph import spelled
 from export.program import Program
 from export.tensorrt.build import ADA_ON, BuildOptions, build_plan
 from export.tensorrt.spelling import spell_for_tensorrt
@@ -66,8 +65,7 @@ class OnnxCompiler(Compiler):
         return {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript")}
 
     def write(self, program: Program, file: Path) -> dict[str, Tensor]:
-        # The exporter also takes a traced program, and then does not trace again.
-        made = to_onnx(replace(program.graph, module=cast(nn.Module, program.traced)))
+        made = spelled(program.onnx)
         file.write_bytes(made.model.SerializeToString())
         return {name: _tensor(value) for name, value in made.weights.items()}
 
@@ -122,7 +120,7 @@ class TensorrtCompiler(Compiler):
 
     def write(self, program: Program, file: Path) -> dict[str, Tensor]:
         spell = partial(spell_for_tensorrt, attention=self.options.attention, grouped=self.grouped)
-        made = to_onnx(replace(program.graph, module=cast(nn.Module, program.traced)), spell)
+        made = spelled(program.onnx, spell)
         weights = {name: _tensor(value) for name, value in made.weights.items()}
         model = made.model.SerializeToString()
         file.write_bytes(build_plan(model, weights, self.options, self.backend, self.gpus))

@@ -60,6 +60,11 @@ def _register() -> values.Opset:
 
 def to_onnx(graph: Graph, spell: Callable[[ModelProto], None] | None = None) -> OnnxGraph:
     """Export, take large constants out, spell our operators natively (or as `spell` does), check."""
+    return spelled(exported(graph), spell)
+
+
+def exported(graph: Graph) -> OnnxGraph:
+    """A graph in ONNX, with large constants taken out and our operators still whole."""
     ops = _register()
 
     def write(cache: Any, update: Any, index: Any) -> Any:
@@ -89,11 +94,17 @@ def to_onnx(graph: Graph, spell: Callable[[ModelProto], None] | None = None) -> 
         logging.disable(before)
     assert program is not None
     weights = _take_out(program.model)  # before anything is serialised, because protobuf holds at most 2 GB
-    model = ir.to_proto(program.model)
+    return OnnxGraph(ir.to_proto(program.model), weights)
+
+
+def spelled(graph: OnnxGraph, spell: Callable[[ModelProto], None] | None = None) -> OnnxGraph:
+    """A copy of an exported graph with our operators spelled natively, or as `spell` does; checked."""
+    model = ModelProto()
+    model.CopyFrom(graph.model)
     (spell or spell_natively)(model)
     _strip(model)
     onnx.checker.check_model(_with_weights_as_inputs(model), full_check=True)
-    return OnnxGraph(model, weights)
+    return OnnxGraph(model, graph.weights)
 
 
 def spell_natively(model: ModelProto) -> None:

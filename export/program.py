@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from engine.bundles.manifest import TensorSpec
 from export.graphs import Graph
+from export.onnx_graph import OnnxGraph, exported
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Program:
         every, used = {**self.traced.state_dict, **self.traced.constants}, {n.name for n in self._nodes()}
         specs = self.traced.graph_signature.input_specs
         return {spec.target: every[spec.target] for spec in specs if spec.target in every and spec.arg.name in used}
+
+    @cached_property
+    def onnx(self) -> OnnxGraph:
+        """The program in ONNX, our operators not spelled yet: backends share it. The exporter does not trace again."""
+        return exported(replace(self.graph, module=cast(nn.Module, self.traced)))
 
     @property
     def text(self) -> str:

@@ -116,11 +116,15 @@ def _write(
     pipeline: Pipeline, part: Path, tokenizer: Path, prompt: str, seed: int, compilers: list[Compiler],
     older: Reusable,
 ) -> Iterator[str]:  # fmt: skip
-    store, specs = WeightStore(), {}
-    for compiler in compilers:
-        spec = BackendSpec(backend=compiler.backend, target=compiler.target, versions=compiler.versions, graphs={})
-        yield from _compile(pipeline, compiler, spec, part, store, older)
-        specs[spec.key] = spec
+    store = WeightStore()
+    made = [
+        (compiler, BackendSpec(backend=compiler.backend, target=compiler.target, versions=compiler.versions, graphs={}))
+        for compiler in compilers
+    ]
+    for in_place in (False, True):
+        if alike := [(compiler, spec) for compiler, spec in made if compiler.in_place is in_place]:
+            yield from _compile(pipeline, in_place, alike, part, store, older)
+    specs = {spec.key: spec for _, spec in made}
     save_file(store.tensors, part / "weights.safetensors")
     _copy_tokenizer(tokenizer, part / "tokenizer", pipeline.tokenizer.rows if pipeline.tokenizer else None)
 
@@ -155,26 +159,32 @@ def _copy_tokenizer(folder: Path, into: Path, rows: int | None = None) -> None:
 
 
 def _compile(
-    pipeline: Pipeline, compiler: Compiler, spec: BackendSpec, part: Path, store: WeightStore, older: Reusable
-) -> Iterator[str]:
-    """Compile every graph into graphs/<backend>-<target>/ and describe it in `spec`; yields a line for each."""
-    folder = part / "graphs" / spec.key
-    folder.mkdir(parents=True)
-    stages = stage_graphs(pipeline, compiler.in_place)
+    pipeline: Pipeline, in_place: bool, made: list[tuple[Compiler, BackendSpec]], part: Path, store: WeightStore,
+    older: Reusable,
+) -> Iterator[str]:  # fmt: skip
+    """Compile every graph into graphs/<backend>-<target>/ and describe it in each spec; yields a line for each.
+
+    The compilers take the same graphs, so each graph is traced once.
+    """
+    for _, spec in made:
+        (part / "graphs" / spec.key).mkdir(parents=True)
+    stages = stage_graphs(pipeline, in_place)
     for number, graph in enumerate(stages, start=1):
-        begun, file = time.perf_counter(), folder / f"{graph.name}.{compiler.suffix}"
-        program = trace(graph)
-        source = compiler.source(program)
-        reused = older.copy(source, file)
-        weights = compiler.adopt(program, file) if reused else compiler.write(program, file)
-        inputs, outputs = compiler.signature(program)
-        spec.graphs[graph.name] = GraphSpec(
-            file=str(file.relative_to(part)), inputs=inputs, outputs=outputs,
-            weights={name: store.add(graph.name, name, value) for name, value in weights.items()},
-            aliases=graph.aliases, mutates=graph.mutates, source=source,
-        )  # fmt: skip
-        spent = "reused" if reused else f"{time.perf_counter() - begun:.1f} s"
-        yield f"{spec.key} {number}/{len(stages)} {graph.name}: {spent}"
+        begun, program = time.perf_counter(), trace(graph)
+        for compiler, spec in made:
+            file = part / "graphs" / spec.key / f"{graph.name}.{compiler.suffix}"
+            source = compiler.source(program)
+            reused = older.copy(source, file)
+            weights = compiler.adopt(program, file) if reused else compiler.write(program, file)
+            inputs, outputs = compiler.signature(program)
+            spec.graphs[graph.name] = GraphSpec(
+                file=str(file.relative_to(part)), inputs=inputs, outputs=outputs,
+                weights={name: store.add(graph.name, name, value) for name, value in weights.items()},
+                aliases=graph.aliases, mutates=graph.mutates, source=source,
+            )  # fmt: skip
+            spent = "reused" if reused else f"{time.perf_counter() - begun:.1f} s"
+            yield f"{spec.key} {number}/{len(stages)} {graph.name}: {spent}"
+            begun = time.perf_counter()
 
 
 def _add_golden(part: Path, manifest: Manifest, golden: dict[str, Tensor]) -> Iterator[str]:
