@@ -48,6 +48,9 @@ MEGA = 1 << 20
 # Estimates: CUDA's context with cuBLAS, cuDNN and kernels (1.9 GB on an H100, torch 2.11); thread stacks and code
 # that oneDNN and MKL make on a processor.
 CUDA_SHARE, CPU_SHARE = 1900 * MEGA, 40 * MEGA
+# Estimate: memory in which cuDNN tries convolutions in the first chunk, as a share of the activations of decoding. It
+# was 2.1 GB on an H100 at 832x480. torch makes it smaller where memory is short.
+TRIALS = 1.1
 SLACK = 0.05  # estimate: of a processor's activations and VAE caches, what its allocator holds and cannot use
 SPAN = 32 * MEGA  # mapped pages that reading keeps, see SafetensorsFile
 PREPARED = 4  # chunks whose rotary tables a stream keeps, see RopeTables
@@ -155,6 +158,9 @@ def _needs(case: Case) -> Iterator[Need]:
     yield Need("activations of a clip", place, clip, during=(CLIP,))
     if case.device.type == "cuda":
         yield Need("libraries (estimate)", place, CUDA_SHARE)
+        if graphs:  # which search the fastest convolutions
+            yield Need("trying convolutions (estimate)", place, round(TRIALS * vae.step), during=both or (DECODING,),
+                       optional=True)  # fmt: skip
     else:
         yield Need("allocator (estimate)", place, round(SLACK * (vae.cache + vae.step)), during=(DECODING,))
         yield Need("allocator (estimate)", place, round(SLACK * (vae.cache + work)), during=(PASS,))

@@ -18,7 +18,8 @@ STREAMING = (SWITCH, PREPARING, PASS, DECODING)
 class Need:
     """One line of the plan. bytes: allocated; mapped: pages of files; during: the phases that hold them.
 
-    again: the pages of files are those of an earlier line, mapped a second time.
+    again: the pages of files are those of an earlier line, mapped a second time. optional: what takes less where memory
+    is short, so it counts in the peak and not in what must be free.
     """
 
     what: str
@@ -27,6 +28,7 @@ class Need:
     mapped: int = 0
     during: tuple[str, ...] = PHASES
     again: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class MemoryPlan:
 
     def needed(self, device: str) -> int:
         """The most that must be free: a file's pages count once, however often they are mapped."""
-        return max(sum(n.bytes + (0 if n.again else n.mapped) for n in self._of(phase, device)) for phase in PHASES)
+        return max(sum(n.bytes + (0 if n.again else n.mapped) for n in self._of(phase, device) if not n.optional)
+                   for phase in PHASES)  # fmt: skip
 
     def fits(self) -> bool:
         return all(self.needed(device) <= free for device, free in self.free.items())
@@ -57,7 +60,8 @@ class MemoryPlan:
         for device, free in self.free.items():
             if (needed := self.needed(device)) > free:
                 phase = self.phase(device)
-                largest = sorted(self._of(phase, device), key=lambda n: -(n.bytes + n.mapped))[:4]
+                needs = (need for need in self._of(phase, device) if not need.optional)
+                largest = sorted(needs, key=lambda n: -(n.bytes + n.mapped))[:4]
                 parts = ", ".join(f"{n.what} {_giga(n.bytes + n.mapped)}" for n in largest)
                 ways = f"fits with: {'; or '.join(self.ways)}" if self.ways else "nothing that was tried would fit"
                 raise MemoryError(f"memory: got {_giga(free)} GB free on {device}, expected {_giga(needed)} for "
