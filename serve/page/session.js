@@ -1,0 +1,310 @@
+// One session from start to end over whichever link works: fallback, reconnect with resume, stalls.
+
+import { request } from "./api.js";
+import { RtcLink } from "./rtc.js";
+import { SocketLink } from "./socket.js";
+import { MIME, socketFormat } from "./stage.js";
+
+const FIRST_FRAME = 4; // seconds that WebRTC gets for the first frame
+const STALL = 5; // seconds without a chunk before the user is told
+const ATTEMPTS = 12; // reconnects, at most LONGEST seconds apart
+const LONGEST = 8;
+
+export class Session {
+  state = "idle"; // idle, connecting, waiting, resuming, live, reconnecting
+  speed = 1;
+  paused = false;
+
+  /**
+   * on: changed(), started(message), chunk(metadata, interactions begun), note(sentence), error({ code, message }),
+   * ended(reason), stalled(sentence or null), fallback(sentence)
+   */
+  constructor(stage, prompts, on) {
+    Object.assign(this, { stage, prompts, on });
+    setInterval(() => this.#checkStall(), 1000);
+  }
+
+  get running() {
+    return this.state !== "idle";
+  }
+
+  /** settings: prompt, seed, speed, model, image?, adapters?; transport: "auto", "webrtc" or "socket". */
+  start(settings, transport) {
+    this.#begin(transport);
+    Object.assign(this, { settings, watching: null, seed: settings.seed, speed: settings.speed });
+    this.prompts.begin(settings.prompt);
+    this.#connect();
+  }
+
+  watch(id, transport) {
+    this.#begin(transport);
+    Object.assign(this, { settings: null, watching: id, id, speed: 1 });
+    this.prompts.begin(null);
+    this.#connect();
+  }
+
+  /** Goes on where an ended session stopped. */
+  resume() {
+    this.attempt = 0;
+    this.wasLive = true;
+    this.#connect();
+  }
+
+  /** Sends an event (prompt, seed, speed, paused, adapters); kept and sent later if the link is down. */
+  interact(event, transition = 0) {
+    const id = this.prompts.add(event, transition);
+    this.#send(id, event, transition);
+    return id;
+  }
+
+  setPaused(paused) {
+    this.paused = paused;
+    this.stage.pause(paused);
+    this.heard = performance.now();
+    this.interact({ paused });
+    this.on.changed();
+  }
+
+  setSpeed(speed) {
+    this.speed = speed;
+    this.stage.speed = speed;
+    this.interact({ speed });
+  }
+
+  setAdapters(adapters) {
+    this.settings.adapters = adapters;
+    this.interact({ adapters });
+  }
+
+  /** Ends for good. A watcher only leaves. */
+  stop() {
+    if (!this.watching) this.link?.stop();
+    this.#end(this.watching ? "left" : "stopped");
+  }
+
+  /** A frame is on show: the stage's news. */
+  frame(mediaTime) {
+    clearTimeout(this.deadline);
+    this.shownAt = performance.now();
+    if (mediaTime !== null) this.shownTime = mediaTime;
+  }
+
+  /** The browser's player gave up: a new connection brings a new key frame. */
+  lost() {
+    if (this.state === "live") this.#lost();
+  }
+
+  #begin(transport) {
+    if (this.running) this.stop();
+    Object.assign(this, { transport, id: null, config: null, attempt: 0, wasLive: false, paused: false });
+    Object.assign(this, { recent: [], take: 0, shownTime: -1, refused: transport === "socket" });
+  }
+
+  #set(state) {
+    this.state = state;
+    this.on.changed();
+  }
+
+  #connect() {
+    this.#disconnect();
+    this.done = null;
+    this.#set(this.wasLive ? "reconnecting" : "connecting");
+    const rtc = !this.refused && !this.wasLive && RtcLink.supported;
+    const on = {
+      message: (message) => this.#receive(message),
+      media: (metadata, bytes) => this.#media(metadata, bytes),
+      stream: (media) => this.stage.stream(media),
+      closed: ({ code }) => this.#closed(code),
+      failed: (error) => this.#rtcFailed(error),
+    };
+    this.link = rtc ? new RtcLink(on) : new SocketLink(on);
+    if (rtc) this.#expectFrame();
+    this.link.open(this.#first());
+  }
+
+  #disconnect() {
+    clearTimeout(this.deadline);
+    clearTimeout(this.retry);
+    this.link?.close();
+    this.link = null;
+  }
+
+  #first() {
+    const format = socketFormat();
+    if (this.watching) return { type: "session.watch", session: this.watching, format };
+    const { settings, speed, seed } = this;
+    const first = { type: "session.start", ...settings, format, speed, seed };
+    const chunk = this.#nextChunk();
+    if (this.wasLive && chunk > 0) first.resume = { chunk, history: this.prompts.until(chunk) };
+    if (this.wasLive) first.prompt = this.prompts.history[0].prompt;
+    return first;
+  }
+
+  /** The first chunk of this take that was not shown. */
+  #nextChunk() {
+    const take = this.recent.filter((chunk) => chunk.take === this.take);
+    const time = (chunk) => chunk.first_frame / this.config.fps;
+    const shown = this.shownTime < 0 ? take : take.filter((chunk) => time(chunk) <= this.shownTime + 0.001);
+    return shown.length ? shown.at(-1).generation_chunk_index + 1 : (take[0]?.generation_chunk_index ?? 0);
+  }
+
+  #expectFrame() {
+    clearTimeout(this.deadline);
+    this.deadline = setTimeout(
+      () => this.#rtcFailed(new Error(`No picture came over WebRTC within ${FIRST_FRAME} s.`)),
+      FIRST_FRAME * 1000,
+    );
+  }
+
+  #rtcFailed(error) {
+    if (error.code === "unauthorized" || (this.transport === "webrtc" && error.code !== undefined)) {
+      this.#end("failed");
+      return this.on.error(error);
+    }
+    this.refused = true;
+    const busy = error.code === "busy"; // the socket has a line to wait in
+    this.on.fallback(busy ? null : error.message);
+    this.#connect();
+  }
+
+  #receive(message) {
+    switch (message.type) {
+      case "session.waiting":
+        this.place = message.place;
+        clearTimeout(this.deadline);
+        return this.#set("waiting");
+      case "session.progress":
+        this.progress = message;
+        this.heard = performance.now();
+        return this.#set("resuming");
+      case "video.start":
+        return this.#started(message);
+      case "video.chunk_metadata":
+        return this.link.name === "webrtc" ? this.#chunk(message) : undefined; // the socket's come with their media
+      case "session.interaction.queued":
+        this.prompts.mark(message.event_id, "queued");
+        return this.on.changed();
+      case "session.note":
+        return this.on.note(message.message);
+      case "session.done":
+        return this.#done(message.reason);
+      case "stream_stopped":
+        return this.#done("failed", message.error_message);
+      case "error":
+        return this.#error(message);
+    }
+  }
+
+  #started(message) {
+    Object.assign(this, { id: message.session, config: message.config, recent: [], shownTime: -1 });
+    this.seed = message.config.seed;
+    this.prompts.take = null;
+    this.speed = message.config.speed ?? this.speed;
+    if (this.link.name === "socket") this.stage.play({ ...message, mime: message.mime ?? MIME });
+    else clearTimeout(this.deadline); // its first chunk may take long; #chunk sets the time for the frame
+    this.stage.speed = this.speed;
+    this.heard = performance.now();
+    this.wasLive = true;
+    this.#set("live");
+    this.on.started(message);
+    for (const [id, { event, transition }] of this.prompts.unanswered) this.#send(id, event, transition);
+    if (this.paused) this.setPaused(true);
+  }
+
+  #media(metadata, bytes) {
+    if (this.state !== "live" && this.state !== "resuming") return;
+    this.#chunk(metadata);
+    this.stage.push(bytes, metadata);
+  }
+
+  #chunk(metadata) {
+    if (!this.recent.length && this.link.name === "webrtc") this.#expectFrame();
+    this.attempt = 0;
+    this.heard = performance.now();
+    this.take = metadata.take ?? 0;
+    this.recent = [...this.recent.slice(-63), metadata];
+    const begun = this.prompts.chunk(metadata);
+    for (const { event } of begun) if (event.seed !== undefined) this.seed = event.seed;
+    if (this.state === "resuming") this.state = "live";
+    if (this.stalled) this.on.stalled(null);
+    this.stalled = false;
+    this.on.chunk(metadata, begun);
+    this.on.changed();
+  }
+
+  #send(id, event, transition) {
+    if (this.state !== "live") return;
+    const interaction = { event_id: id, event };
+    if (transition) interaction.transition_chunks = transition;
+    if (this.link.send({ type: "session.interaction", interaction })) this.prompts.mark(id, "sent");
+    this.on.changed();
+  }
+
+  #error(message) {
+    if (message.event_id) this.prompts.forget(message.event_id);
+    const before = this.state !== "live";
+    if (before && this.wasLive && (message.code === "busy" || message.code === "shutdown")) return this.#lost();
+    if (before) this.#end("failed");
+    this.on.error(message);
+    this.on.changed();
+  }
+
+  #done(reason, text) {
+    if (this.done) return;
+    this.done = reason;
+    if (reason === "shutdown") return this.#lost();
+    this.#end(reason);
+    if (text) this.on.error({ code: "failed", message: text });
+  }
+
+  async #closed(code) {
+    if (code === 1008) {
+      this.#end("failed");
+      return this.on.error({ code: "unauthorized" });
+    }
+    if (this.wasLive || this.state === "waiting") return this.#lost();
+    const link = this.link;
+    let error = { code: "closed", message: "The server closed the connection." };
+    await request("v1/models").catch((reason) => {
+      error = reason;
+    });
+    if (this.link !== link) return; // started again meanwhile
+    this.#end("failed");
+    this.on.error(error);
+  }
+
+  /** Tries again, ever less often. */
+  #lost() {
+    this.#disconnect();
+    if (this.attempt >= ATTEMPTS) {
+      this.#end("unreachable");
+      return;
+    }
+    this.delay = Math.min(0.5 * 2 ** this.attempt, LONGEST);
+    this.attempt += 1;
+    this.#set("reconnecting");
+    this.retry = setTimeout(() => this.#connect(), this.delay * 1000);
+  }
+
+  #end(reason) {
+    this.#disconnect();
+    this.stage.hold();
+    this.stalled = false;
+    this.#set("idle");
+    this.on.ended(reason);
+  }
+
+  async #checkStall() {
+    const silent = (performance.now() - this.heard) / 1000;
+    if (this.state !== "live" || this.paused || this.stalled || silent < STALL) return;
+    this.stalled = true;
+    let doing = "does not answer";
+    try {
+      const { state } = await request(`v1/sessions/${this.id}`);
+      doing = `says that the session is ${state}`;
+    } catch (error) {
+      if (error.status) doing = `answers: ${error.message}`;
+    }
+    if (this.stalled) this.on.stalled(`No frame for ${Math.round(silent)} s. The server ${doing}.`);
+  }
+}
