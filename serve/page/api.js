@@ -10,6 +10,10 @@ export class ServerError extends Error {
   }
 }
 
+export function hasToken() {
+  return Boolean(sessionStorage.getItem(TOKEN));
+}
+
 export function setToken(token) {
   sessionStorage.setItem(TOKEN, token);
 }

@@ -1,8 +1,8 @@
 // Puts the page together: what the user does goes to the session, what the session says is shown.
 
-import { address, request, setToken, takeToken } from "./api.js";
+import { address, hasToken, request, setToken, takeToken } from "./api.js";
 import { Controls } from "./controls.js";
-import { clearNotice, clearNotices, ENDINGS, errorWords, notice } from "./notices.js";
+import { clearNotice, clearNotices, ENDINGS, errorWords, notice, sentence } from "./notices.js";
 import { Picture } from "./picture.js";
 import { Prompts } from "./prompts.js";
 import { Session } from "./session.js";
@@ -23,7 +23,7 @@ const stage = new Stage($("#stage"), {
   },
   problem(text) {
     notice("player", text, { tone: "error" });
-    session.lost();
+    session.broke();
   },
 });
 
@@ -50,7 +50,8 @@ const session = new Session(stage, prompts, {
     clearNotice("connection");
     clearNotice("stall");
     const again = watching ? ["Try again", watch] : ["Continue", () => session.resume()];
-    const text = ENDINGS[reason] === undefined ? `The session ended: ${reason}.` : ENDINGS[reason];
+    const words = watching && reason === "stopped" ? "The video was stopped." : ENDINGS[reason];
+    const text = words === undefined ? `The session ended: ${reason}.` : words;
     if (text) notice("ended", text, { stays: true, action: reason === "finished" ? undefined : again });
   },
   stalled(text) {
@@ -58,7 +59,7 @@ const session = new Session(stage, prompts, {
     else clearNotice("stall");
   },
   fallback(text) {
-    if (text) notice("transport", `${text} The page uses the socket.`);
+    if (text) notice("transport", `${sentence(text)} The page uses the socket.`);
   },
 });
 
@@ -129,7 +130,7 @@ const STATES = {
   live: () => (session.paused ? "Paused" : session.stalled ? "Stalled" : "Live"),
   reconnecting: () => "Reconnecting",
 };
-const NEXT = { held: "not sent yet", sent: "sent", queued: "in the queue", blending: "blending in" };
+const NEXT = { held: "Not sent yet", sent: "Sent", queued: "Next", blending: "Blending in" };
 
 function show() {
   const { state, running, paused } = session;
@@ -142,9 +143,8 @@ function show() {
   $("#pause").disabled = state !== "live" || Boolean(watching);
   $("#stop").disabled = !running;
   for (const id of ["#download", "#share"]) $(id).toggleAttribute("inert", !session.id);
-  setText("#active", prompts.active ?? (running ? "" : "Nothing plays yet."));
+  setText("#active", prompts.active ?? (running ? "" : "Nothing yet"));
   const next = prompts.next;
-  $("#next-row").toggleAttribute("data-on", Boolean(next));
   setText("#next", next?.prompt ?? "");
   setText("#next-state", next ? NEXT[next.state] : "");
   if (state === "reconnecting") {
@@ -161,13 +161,20 @@ function show() {
 /** Writes only changes, so that screen readers do not repeat what they said. */
 function setText(selector, text) {
   const node = $(selector);
-  if (node.textContent !== text) node.textContent = text;
+  if (node.textContent === text) return;
+  node.textContent = text;
+  if (selector === "#active" || selector === "#next") node.title = text; // long prompts are cut off
 }
 
 function showError(error) {
-  if (error.code === "unauthorized") return void $("#token-dialog").showModal();
+  if (error.code === "unauthorized") return askToken();
   const action = session.running ? undefined : ["Try again", watching ? watch : start];
   notice("error", errorWords(error), { stays: true, tone: "error", action });
+}
+
+function askToken() {
+  setText("#token-title", hasToken() ? "The server does not accept this token" : "This server asks for a token");
+  $("#token-dialog").showModal();
 }
 
 async function loadModels() {
@@ -176,7 +183,7 @@ async function loadModels() {
     controls.offer(data, offer);
     if (watching) watch();
   } catch (error) {
-    if (error.code === "unauthorized") return void $("#token-dialog").showModal();
+    if (error.code === "unauthorized") return askToken();
     notice("models", error.message, { stays: true, tone: "error", action: ["Try again", loadModels] });
   }
 }

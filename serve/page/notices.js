@@ -53,6 +53,7 @@ export const ENDINGS = {
   lifetime: "The session reached the server's time limit.",
   lease: "The server gave the session up because nobody was connected.",
   stalled: "The server ended the session because it got stuck.",
+  unplayable: "The browser cannot play what the server sends.",
   unreachable: "The server could not be reached again.",
 };
 
@@ -73,7 +74,8 @@ export function errorWords({ code, message, retryAfter }) {
   }
 }
 
-function sentence(text) {
+/** With a capital letter and a full stop. */
+export function sentence(text) {
   const start = text.charAt(0).toUpperCase() + text.slice(1);
   return /[.!?]$/.test(start) ? start : `${start}.`;
 }

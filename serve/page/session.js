@@ -3,12 +3,13 @@
 import { request } from "./api.js";
 import { RtcLink } from "./rtc.js";
 import { SocketLink } from "./socket.js";
-import { MIME, socketFormat } from "./stage.js";
+import { MIME, playsH264 } from "./stage.js";
 
 const FIRST_FRAME = 4; // seconds that WebRTC gets for the first frame
 const STALL = 5; // seconds without a chunk before the user is told
 const ATTEMPTS = 12; // reconnects, at most LONGEST seconds apart
 const LONGEST = 8;
+const BREAKS = 2; // failures of the browser's player before it gets JPEGs
 
 export class Session {
   state = "idle"; // idle, connecting, waiting, resuming, live, reconnecting
@@ -90,14 +91,18 @@ export class Session {
   }
 
   /** The browser's player gave up: a new connection brings a new key frame. */
-  lost() {
-    if (this.state === "live") this.#lost();
+  broke() {
+    if (this.state !== "live") return;
+    this.broken += 1;
+    if (this.broken > 2 * BREAKS) return this.#end("unplayable");
+    if (this.broken === BREAKS) this.on.note("The browser cannot play this video, so the page shows JPEG pictures.");
+    this.#lost();
   }
 
   #begin(transport) {
     if (this.running) this.stop();
     Object.assign(this, { transport, id: null, config: null, attempt: 0, wasLive: false, paused: false });
-    Object.assign(this, { recent: [], take: 0, shownTime: -1, refused: transport === "socket" });
+    Object.assign(this, { recent: [], take: 0, shownTime: -1, refused: transport === "socket", broken: 0, from: 0 });
   }
 
   #set(state) {
@@ -108,6 +113,7 @@ export class Session {
   #connect() {
     this.#disconnect();
     this.done = null;
+    this.from = this.#nextChunk();
     this.#set(this.wasLive ? "reconnecting" : "connecting");
     const rtc = !this.refused && !this.wasLive && RtcLink.supported;
     const on = {
@@ -119,6 +125,7 @@ export class Session {
     };
     this.link = rtc ? new RtcLink(on) : new SocketLink(on);
     if (rtc) this.#expectFrame();
+    else if (!playsH264 && !this.wasLive) this.on.note("This browser cannot play H.264, so the page shows JPEG pictures.");
     this.link.open(this.#first());
   }
 
@@ -130,22 +137,22 @@ export class Session {
   }
 
   #first() {
-    const format = socketFormat();
+    const format = playsH264 && this.broken < BREAKS ? "m4s" : "jpeg";
     if (this.watching) return { type: "session.watch", session: this.watching, format };
     const { settings, speed, seed } = this;
     const first = { type: "session.start", ...settings, format, speed, seed };
-    const chunk = this.#nextChunk();
-    if (this.wasLive && chunk > 0) first.resume = { chunk, history: this.prompts.until(chunk) };
-    if (this.wasLive) first.prompt = this.prompts.history[0].prompt;
+    if (!this.wasLive) return first;
+    if (this.from > 0) first.resume = { chunk: this.from, history: this.prompts.until(this.from) };
+    first.prompt = this.prompts.history[0].prompt;
     return first;
   }
 
-  /** The first chunk of this take that was not shown. */
+  /** The first chunk of this take that was not shown; where this connection began if none came over it. */
   #nextChunk() {
     const take = this.recent.filter((chunk) => chunk.take === this.take);
     const time = (chunk) => chunk.first_frame / this.config.fps;
     const shown = this.shownTime < 0 ? take : take.filter((chunk) => time(chunk) <= this.shownTime + 0.001);
-    return shown.length ? shown.at(-1).generation_chunk_index + 1 : (take[0]?.generation_chunk_index ?? 0);
+    return shown.length ? shown.at(-1).generation_chunk_index + 1 : (take[0]?.generation_chunk_index ?? this.from);
   }
 
   #expectFrame() {

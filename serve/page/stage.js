@@ -5,10 +5,7 @@ import { JpegPlayer } from "./jpeg.js";
 
 export const MIME = 'video/mp4; codecs="avc1.42C01E"';
 
-/** The format to ask for over the socket. */
-export function socketFormat() {
-  return canPlay(MIME) ? "m4s" : "jpeg";
-}
+export const playsH264 = canPlay(MIME);
 
 export class Stage {
   /** on: frame(media time in seconds or null, display time in milliseconds), problem(sentence). */
@@ -72,6 +69,7 @@ export class Stage {
   }
 
   #shown(mediaTime, when) {
+    if (!this.player && !this.live) return; // a late call about what is over
     if (!this.jpeg) delete this.root.dataset.still;
     else this.root.dataset.still = "";
     this.root.dataset.shown = "";
