@@ -87,7 +87,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[
-        *find_packages(include=[f"{n}{rest}" for n in ("engine", "export", "distill", "bench") for rest in ("", ".*")]),
+        *find_packages(
+            include=[f"{n}{rest}" for n in ("engine", "export", "distill", "bench", "serve") for rest in ("", ".*")]
+        ),
         "kernels",  # without __init__.py: engine/kernels_folder.py
     ],
     ext_modules=native_extensions(),
@@ -96,7 +98,12 @@ setup(
     # No entry point: that would import engine, and so torch, before it starts the program.
     scripts=["csrc/host/greedy-host"],
     zip_safe=False,
-    package_data={"engine": ["assets/**/*"], "distill": ["configs/*.toml"], "bench": ["report/published.toml"]},
+    package_data={
+        "engine": ["assets/**/*"],
+        "distill": ["configs/*.toml"],
+        "bench": ["report/published.toml"],
+        "serve": ["page/*"],
+    },
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",
@@ -120,6 +127,15 @@ setup(
         "kernels": ["triton>=3.6; platform_system == 'Linux'"],
         # Another engine to race with, and an independent implementation of the recorded cases.
         "race": ["flashdreams>=0.1,<0.2"],
+        "ray": ["ray[serve]>=2.50; python_version < '3.14'"],
+        "serve": [
+            "aiortc>=1.13",
+            "fastapi>=0.115",
+            "prometheus-client>=0.20",
+            "python-multipart>=0.0.18",
+            "uvicorn>=0.30",
+            "websockets>=14",
+        ],
         "tensorrt": ["tensorrt>=11,<12"],
         # Builds plans without a GPU. The C++ plugin is for 1.7 alone.
         "rtx": ["tensorrt-rtx-cu13>=1.7,<1.8; platform_system == 'Linux' and platform_machine == 'x86_64'"],
@@ -127,8 +143,11 @@ setup(
             "diffusers>=0.35",
             "gguf>=0.17",
             "hypothesis>=6",
+            "httpx>=0.27",
             "mypy>=1.14",
+            "openai>=1.60",
             "pillow-heif>=1",
+            "playwright>=1.49",
             "protobuf>=5",
             "pybind11>=2.13",
             "pytest>=8",

@@ -10,6 +10,7 @@ from engine.options import Parser
 COMMANDS = {
     "run": ("engine.run", "a prompt in, a video out, written while it is made"),
     "inspect": ("engine.commands.inspect", "what a file or directory of weights is, and the command that runs it"),
+    "serve": ("serve.__main__", "streams over a network: a live page, sockets, WebRTC, jobs"),
     "export": ("export.__main__", "write, inspect or verify a bundle of compiled graphs"),
     "bench": ("bench.__main__", "check against recorded cases, measure, compare, report"),
     "distill": ("distill.__main__", "train, sample, assemble and score models"),

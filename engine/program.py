@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-PACKAGES = ("engine", "export", "distill", "bench")
+PACKAGES = ("engine", "export", "distill", "bench", "serve")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from engine.bundles.manifest import read_manifest
 from engine.bundles.native import NativePipeline
 from engine.commands.interrupt import Interrupt
 from engine.commands.job import Bundle, Job, Model, Output, Video
 from engine.commands.notes import Notes
+from engine.commands.opening import open_pipeline, shape_of
 from engine.commands.prompts import Prompts, frame_of
 from engine.commands.record import Recording, Times
 from engine.commands.stderr import Forgiving, say
 from engine.commands.strengths import strengths_at
 from engine.config import Preset, Runtime
-from engine.loader import load, load_bundle, settings_for, threads_of_bundle
 from engine.media.base import shown
 from engine.media.clips import read_clip
 from engine.media.pictures import read_image
@@ -102,18 +102,11 @@ def _clip(job: Job, height: int, width: int, fps: float, notes: Notes, console: 
 
 
 def _shape(job: Job) -> tuple[int, int, float]:
-    """Height and width in pixels, and frame rate, of the model or bundle to load. A bundle fixes its size."""
-    model, fps, bundle = job.model, job.output.fps, job.bundle.bundle
-    if bundle is None:
-        settings = settings_for(model.model, model.checkpoint, model.vae, model.text_encoder, model.tokenizer)
-        return model.height or settings.height, model.width or settings.width, fps or settings.fps
-    if job.fixed:
-        name = job.fixed[0].replace("_", "-")
-        raise ValueError(f"--bundle: got --{name} as well, expected none: a bundle fixes it")
-    if job.output.plan:
+    """Height and width in pixels, and frame rate, of the model or bundle to load."""
+    shape = shape_of(job.model, job.bundle, job.fixed, job.output.fps)
+    if job.output.plan and job.bundle.bundle is not None:
         raise ValueError("--plan: got --bundle as well, expected a model: the memory of bundles is not planned")
-    manifest = read_manifest(bundle)
-    return manifest.height, manifest.width, fps or manifest.fps
+    return shape
 
 
 class _Planned(Exception):
@@ -131,32 +124,19 @@ def _show_plan(plan: MemoryPlan, job: Job) -> None:
         raise _Planned
 
 
-def _load(job: Job, height: int, width: int, fps: float) -> Pipeline | NativePipeline:
-    model, bundle, backend = job.model, job.bundle.bundle, job.bundle.backend
-    if bundle is not None:
-        if backend == "native":  # the C++ core reads the bundle and chooses a backend
-            native = NativePipeline(bundle, threads=job.runtime.threads)
-            threads_of_bundle(job.runtime.threads, read_manifest(bundle), native.device)
-            return native
-        return load_bundle(bundle, backend, threads=job.runtime.threads)
-    if backend not in (None, "torch"):
-        raise ValueError(f"--backend: got {backend}, expected --bundle with it (python -m export writes one)")
-    return load(
-        model.model, preset=model.preset, overrides=job.overrides, checkpoint=model.checkpoint,
-        checkpoint_state=model.checkpoint_state, vae=model.vae, text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer, adapters=model.adapter, height=height, width=width, fps=fps, runtime=job.runtime,
-        planned=lambda plan: _show_plan(plan, job),
-    )  # fmt: skip
+def _load(job: Job, shape: tuple[int, int, float]) -> Pipeline | NativePipeline:
+    planned = partial(_show_plan, job=job)
+    return open_pipeline(job.model, job.bundle, job.runtime, job.overrides, shape, planned)
 
 
 def _run(job: Job, interrupt: Interrupt) -> int:
     console, video, output = Console(file=Forgiving(sys.stderr)), job.video, job.output  # type: ignore[arg-type]
     notes = Notes(output.quiet)
     # Check the whole command line before reading weights.
-    height, width, fps = _shape(job)
+    height, width, fps = shape = _shape(job)
     if output.plan:
         with suppress(_Planned):
-            _load(job, height, width, fps)
+            _load(job, shape)
         return 0
     limit = _limit(video, fps)
     prompts = Prompts.of(video, fps, limit, notes)
@@ -170,7 +150,7 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         notes.take(sink.notes)
         clip = _clip(job, height, width, fps, notes, console)
         with _loading(console, output.quiet):
-            pipeline = _load(job, height, width, fps)
+            pipeline = _load(job, shape)
             notes.take(list(pipeline.notes))
             if pipeline.device.type == "cuda":
                 pipeline.warm()

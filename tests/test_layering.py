@@ -17,6 +17,7 @@ MAY = {
     "export": {"engine", "kernels"},
     "distill": {"engine"},
     "bench": {"engine", "kernels", "distill", "export"},
+    "serve": {"engine"},
 }
 # A folder, or a file beside the folders, imports from its own row only itself, and whatever stands in rows above.
 LEVELS = {
@@ -26,6 +27,7 @@ LEVELS = {
     ],
     "distill": ["training", "models", "data", "scores", "stages", "experiments", "__main__"],
     "bench": ["instruments", "adapters", "operations", "report", "commands", "gpu", "__main__"],
+    "serve": ["core", "options", "web", "build", "__main__ ray_app"],
     "csrc": ["include", "base", "formats", "text", "runtime", "core", "api host plugins python", "tests"],
 }  # fmt: skip
 # Heavy or development-only packages; where one is needed in engine/, then only inside the function that needs it.
@@ -98,7 +100,7 @@ def assert_downward(package, place, used, path):
         assert level[name] < level[place], f"{path} imports {package}/{name}"
 
 
-@pytest.mark.parametrize("package", ["engine", "distill", "bench"])
+@pytest.mark.parametrize("package", ["engine", "distill", "bench", "serve"])
 def test_folders_import_only_those_below(package):
     level = levels_of(package)
     for path in files(package):

@@ -134,16 +134,24 @@ class Tokenizer:
         """A PromptWarning for a cleaned text of more tokens than `rows`, for those who encode it elsewhere."""
         self._warn(text, self._core.encode(text))
 
+    def cut(self, prompt: str) -> str | None:
+        """The note of that warning for a prompt as a user gives it; None if the model reads all of it."""
+        text = clean_prompt(prompt)
+        return self._note(text, self._core.encode(text))
+
     def _warn(self, text: str, encoded: Any) -> None:
+        if note := self._note(text, encoded):
+            warnings.warn(note, PromptWarning, stacklevel=3)
+
+    def _note(self, text: str, encoded: Any) -> str | None:
         """Count the tokens, and quote where the rest begins."""
         if not encoded.overflowing:
-            return
+            return None
         every = sum(sum(part.attention_mask) - self._added for part in [encoded, *encoded.overflowing]) + self._added
         begin = next(start for start, end in encoded.overflowing[0].offsets if end > start)
         rest = text[begin:].strip()
         quoted = rest if len(rest) <= _EXCERPT else rest[:_EXCERPT] + "..."
-        note = f'the prompt has {every} tokens, the model reads {self.rows}: the rest, from "{quoted}", is ignored'
-        warnings.warn(note, PromptWarning, stacklevel=3)
+        return f'the prompt has {every} tokens, the model reads {self.rows}: the rest, from "{quoted}", is ignored'
 
 
 def _tensors(encoded: Any) -> tuple[Tensor, Tensor]:

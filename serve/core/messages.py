@@ -1,0 +1,90 @@
+"""What a session is asked for, what it is told while it runs, and what it answers. Nothing here knows of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from serve.core.encoders import Unit
+
+Words = tuple[tuple[str, float], ...]  # texts and their weights; one text has weight 1
+
+
+def shown(words: Words) -> str:
+    """A prompt on one line."""
+    return words[0][0] if len(words) == 1 else " + ".join(f"{weight:g} x {text}" for text, weight in words)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a viewer changes from the next chunk on. None leaves a thing as it is."""
+
+    event: str = ""  # its id
+    prompt: Words | None = None
+    transition: int = 0  # chunks over which the prompt reaches its target
+    adapters: Mapping[str, float] | None = None
+    paused: bool | None = None
+    speed: float | None = None
+    seed: int | None = None  # starts the video again, with this seed
+    reset: bool = False  # starts it again, with the same one
+
+    @property
+    def restarts(self) -> bool:
+        return self.reset or self.seed is not None
+
+
+@dataclass(frozen=True)
+class Past:
+    """A change of a video that is made again, at the number of its chunk."""
+
+    chunk: int
+    change: Change
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The video that a session makes."""
+
+    prompt: Words
+    seed: int = 0
+    frames: int | None = None  # None: until it is stopped
+    speed: float = 1.0  # 0: as fast as viewers take it
+    clip: np.ndarray | None = None  # uint8 [T, H, W, 3] to start from
+    adapters: Mapping[str, float] = field(default_factory=dict)
+    history: tuple[Past, ...] = ()  # changes at chunks before `skip`, and their order
+    skip: int = 0  # chunks that are made again, and not shown
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk as viewers get it."""
+
+    number: int  # since the video began
+    take: int  # how often the session has started the video again
+    position: int  # of its first frame, since the session began
+    frames: np.ndarray  # uint8 [T, H, W, 3], at the model's size
+    units: tuple[Unit, ...]  # the same, in the viewer's codec; none for raw frames
+    prompt: str
+    started: tuple[str, ...]  # events that show first here
+    active: tuple[str, ...]
+    completed: tuple[str, ...]
+    spent: float  # seconds to make it
+    due: float  # monotonic time at which its first frame is to be shown
+    late: float  # seconds that it came too late
+    skipped: int = 0  # frames that this viewer missed before it
+    fragment: bytes = b""  # H.264: moof and mdat, and the ftyp and moov that stand before the first one
+    init: bytes = b""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Everything else that a viewer is told: `kind` and its fields."""
+
+    kind: str  # waiting, start, progress, note, error, done
+    about: Mapping[str, Any]
+
+
+Item = Chunk | Notice

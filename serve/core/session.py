@@ -1,0 +1,384 @@
+"""One live video: a thread that makes chunks, changes them as it is told, and gives them to its viewers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.bundles.native import NativePipeline
+from engine.stream import Pipeline
+from serve.core.coding import Coded, Coding, Recording
+from serve.core.messages import Change, Chunk, Notice, Past, Wish, shown
+from serve.core.pace import Pace
+from serve.core.prompts import Direction, note_of
+from serve.core.turns import Turns
+from serve.core.viewers import Viewer
+
+log = logging.getLogger("serve")
+TICK = 0.5  # seconds between two looks at limits, while nothing happens
+MOST_CHANGES = 64  # that wait for a chunk
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a session ends by itself, in seconds, and what is kept of it."""
+
+    idle: float = 900.0  # without a change
+    lifetime: float = 7200.0
+    lease: float = 30.0  # without a viewer
+    stall: float = 60.0  # waiting for a viewer that takes nothing
+    recording: int = 256 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Place:
+    """What all sessions of a server share."""
+
+    pipeline: Pipeline | NativePipeline
+    turns: Turns
+    scale: int
+    limits: Limits
+    on_chunk: Callable[[Session, Chunk], None]
+    on_end: Callable[[Session], None]
+
+
+class TooMany(RuntimeError):
+    """More changes wait than a session takes."""
+
+
+class Session:
+    """A stream on a thread of its own. Every method may be called by any thread.
+
+    Commands act where a chunk begins. A chunk begins when it is due soon (`Pace`), when someone watches, and when no
+    viewer that holds the session is behind. So frames are neither dropped nor stale. A stop ends the session within
+    the chunk that is being made.
+    """
+
+    def __init__(self, name: str, place: Place, wish: Wish) -> None:
+        self.id, self.wish, self.created = name, wish, time.time()
+        self.state = "waiting"  # starting, playing, paused, ended
+        self.reason = ""  # why it ended
+        self.chunks = self.frames = 0  # shown so far
+        self.seed = wish.seed
+        self.history: list[Past] = []  # changes since the video began, to make it again
+        self.recording = Recording(place.limits.recording)
+        self._place, self._pipeline = place, place.pipeline
+        self._lock = threading.Condition()
+        self._changes: deque[Change] = deque()
+        self._viewers: list[Viewer] = []
+        self._stopping = ""
+        self._records = False
+        self._pace = Pace(self._pipeline.fps, wish.speed)
+        self._coding = Coding(self._pipeline.height, self._pipeline.width, self._pipeline.fps, place.scale)
+        self._paused = self._blocked = False
+        self._take = self._number = self._made = self._last = 0  # _made: frames of this take; _last: of the last chunk
+        self._started: list[str] = []  # events that show with the next chunk
+        now = time.monotonic()
+        self.began, self._touched, self._watched, self._free = now, now, now, now
+        self._thread = threading.Thread(target=self._run, name=f"session-{name}", daemon=True)
+
+    # --- for any thread
+
+    def start(self) -> None:
+        now = time.monotonic()
+        self.state, self.began, self._touched, self._watched = "starting", now, now, now
+        self._thread.start()
+
+    def change(self, change: Change) -> None:
+        """Ask for a change with the next chunk. TooMany where too many wait."""
+        with self._lock:
+            if len(self._changes) >= MOST_CHANGES:
+                raise TooMany(f"session: got more than {MOST_CHANGES} changes at once, expected fewer")
+            self._changes.append(change)
+            self._touched = time.monotonic()
+            self._lock.notify_all()
+
+    def watch(self, viewer: Viewer) -> None:
+        """Give a viewer all chunks from the next one on. A video that runs sends its start first."""
+        with self._lock:
+            viewer.on_room = self.wake
+            if self.state in ("playing", "paused"):
+                viewer.put(self._start_notice())
+            self._viewers.append(viewer)
+            self._records = self._records or viewer.codec in ("h264", "vp8")
+            if self.state == "ended":
+                viewer.put(self._done_notice())
+            self._lock.notify_all()
+
+    def leave(self, viewer: Viewer) -> None:
+        with self._lock:
+            if viewer in self._viewers:
+                self._viewers.remove(viewer)
+                self._watched = time.monotonic()
+            self._lock.notify_all()
+
+    def stop(self, reason: str = "stopped") -> None:
+        """End it within the chunk that is being made."""
+        with self._lock:
+            self._stopping = self._stopping or reason
+            waiting = self.state == "waiting"
+            self._lock.notify_all()
+        if waiting:
+            self._end(reason)
+
+    def wake(self) -> None:
+        with self._lock:
+            self._lock.notify_all()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until the thread has ended."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def tell(self, notice: Notice) -> None:
+        """Give every viewer a notice."""
+        with self._lock:
+            for viewer in self._viewers:
+                viewer.put(notice)
+
+    @property
+    def watchers(self) -> int:
+        with self._lock:
+            return sum(viewer.watches for viewer in self._viewers)
+
+    @property
+    def prompt(self) -> str:
+        return shown(self._direction.words if hasattr(self, "_direction") else self.wish.prompt)
+
+    def frame_time(self, number: int) -> float:
+        """Seconds from a chunk's first frame until its frame `number` is shown."""
+        return self._pace.frame_time(number)
+
+    # --- the session's own thread
+
+    def _run(self) -> None:
+        reason, stream = "failed", None
+        try:
+            self._begin(self.wish)
+            self.state = "playing"
+            self._catch_up()
+            if not self._stopping:
+                self.tell(self._start_notice())
+            while not (reason := self._why_end()):
+                if self._due_now():
+                    self._show(*self._next())
+        except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+            self._fail("out_of_memory", f"the video stopped: {_line(error)}")
+            _release()
+        except Exception as error:
+            # What the user asked for was checked before; a number that is not finite, or a fault of ours, ends here.
+            log.exception("session %s failed", self.id)
+            self._fail("failed", f"the video stopped: {_line(error)}")
+        finally:
+            stream = self.__dict__.pop("_stream", None)
+            if stream is not None:
+                with self._place.turns.turn(time.monotonic()):
+                    stream.close()
+            self._end(reason or "failed")
+
+    def _begin(self, wish: Wish) -> None:
+        """Open the stream of a take."""
+        direction = Direction(self._pipeline, wish.prompt)
+        with self._place.turns.turn(time.monotonic()):
+            if (old := self.__dict__.pop("_stream", None)) is not None:
+                old.close()
+            self._stream = self._pipeline.stream(direction.first, seed=wish.seed, frames=wish.frames, clip=wish.clip)
+            if wish.adapters:
+                self._stream.set_adapters(wish.adapters)
+        self._direction, self.seed = direction, wish.seed
+        self._number = self._made = 0
+        self.history = []
+        self._note(wish.prompt)
+
+    def _catch_up(self) -> None:
+        """Make the chunks again that the viewer has seen, with the changes of their time. Live sessions go first."""
+        past, told = list(self.wish.history), 0.0
+        while self._number < self.wish.skip and not self._why_end():
+            while past and past[0].chunk <= self._number:
+                self._apply(past.pop(0).change)
+            self._next(float("inf"))
+            self._started.clear()
+            if (now := time.monotonic()) - told > TICK:
+                told = now
+                self.tell(Notice("progress", {"chunk": self._number, "of": self.wish.skip}))
+        for one in past:
+            self._apply(one.change)
+
+    def _why_end(self) -> str:
+        """Why the session ends now; empty while it goes on."""
+        now, limits = time.monotonic(), self._place.limits
+        with self._lock:
+            if self._stopping:
+                return self._stopping
+            if not any(viewer.watches for viewer in self._viewers):
+                if now - self._watched > limits.lease:
+                    return "lease"
+            else:
+                self._watched = now
+            behind = any(viewer.full for viewer in self._viewers if viewer.holds)
+        self._free = self._free if behind and not self._paused else now
+        if self.wish.frames is not None and self._made >= self.wish.frames:
+            return "finished"
+        if now - self.began > limits.lifetime:
+            return "lifetime"
+        if now - self._touched > limits.idle:
+            return "idle"
+        if now - self._free > limits.stall:
+            return "stalled"
+        return ""
+
+    def _due_now(self) -> bool:
+        """Apply what was asked for, then wait a while; True when the next chunk is to be made."""
+        with self._lock:
+            changes, self._changes = self._changes, deque()
+        for change in changes:
+            self._apply(change)
+        with self._lock:
+            if self._stopping or self._changes:
+                return False
+            behind = any(viewer.full for viewer in self._viewers if viewer.holds)
+            if self._paused or behind or not any(viewer.watches for viewer in self._viewers):
+                self._blocked = True
+                self._lock.wait(TICK)
+                return False
+            if self._blocked:
+                self._blocked = False
+                self._pace.rebase()
+            now = time.monotonic()
+            early = self._pace.due(self.frames, now) - self._pace.lead(self._last or 1) - now
+            if early > 0:
+                self._lock.wait(min(early, TICK))
+                return False
+        return True
+
+    def _apply(self, change: Change) -> None:
+        """Change the stream. What it refuses leaves it as it was, and the session goes on."""
+        try:
+            if change.restarts:
+                self._restart(change)
+            elif change.prompt is not None:
+                self._turn_to(change)
+            if change.adapters is not None:
+                with self._place.turns.turn(time.monotonic()):
+                    self._stream.set_adapters(change.adapters)
+        except (ValueError, MemoryError, torch.cuda.OutOfMemoryError) as error:
+            self.tell(
+                Notice("error", {"code": "interaction_failed", "event_id": change.event, "message": _line(error)})
+            )
+            return
+        if change.speed is not None:
+            self._pace.at_speed(change.speed, self.frames, time.monotonic())
+        if change.paused is not None:
+            self._paused = change.paused
+            self.state = "paused" if self._paused else "playing"
+        if (change.prompt is not None or change.adapters is not None) and not change.restarts:
+            self.history.append(Past(self._number, replace(change, speed=None, paused=None)))
+        if change.event:
+            self._started.append(change.event)
+
+    def _turn_to(self, change: Change) -> None:
+        assert change.prompt is not None
+        direction = copy(self._direction)
+        with self._place.turns.turn(time.monotonic()):
+            direction.turn_to(change.prompt, change.transition, change.event)
+        self._direction = direction
+        self._note(change.prompt)
+
+    def _restart(self, change: Change) -> None:
+        """Begin the video again. Chunks that wait for viewers are of the old one, and are dropped."""
+        words = change.prompt or self._direction.words
+        wish = replace(self.wish, prompt=words, seed=self.seed if change.seed is None else change.seed)
+        self._begin(wish)
+        self._take += 1
+        self._pace.rebase()
+        with self._lock:
+            for viewer in self._viewers:
+                viewer.drop_chunks()
+
+    def _next(self, deadline: float | None = None) -> tuple[np.ndarray, Chunk]:
+        """Make the next chunk; its description has no units yet."""
+        asked = time.monotonic()
+        deadline = self._pace.due(self.frames, asked) if deadline is None else deadline
+        direction = self._direction
+        with self._place.turns.turn(deadline):
+            begun = time.monotonic()
+            moved = direction.moving
+            if (prompt := direction.step()) is not None:
+                self._stream.set_prompt(prompt)
+            frames = self._stream.next_chunk()
+        now = time.monotonic()
+        if self.wish.frames is not None:
+            frames = frames[: self.wish.frames - self._made]
+        event = (direction.event,) if moved and direction.event else ()
+        started = tuple(self._started)
+        others = tuple(one for one in started if one not in event)
+        done = (*others, *(event if not direction.moving else ()))
+        due, late = self._pace.made(self.frames, now - asked, now) if deadline != float("inf") else (now, 0.0)
+        chunk = Chunk(self._number, self._take, self.frames, frames, (), shown(direction.words), started,
+                      tuple(dict.fromkeys((*started, *event))), done, now - begun, due, late)  # fmt: skip
+        self._number, self._made, self._last = self._number + 1, self._made + len(frames), len(frames)
+        return frames, chunk
+
+    def _show(self, frames: np.ndarray, chunk: Chunk) -> None:
+        """Code a chunk and give it to those who watch."""
+        self._started.clear()
+        with self._lock:
+            viewers = list(self._viewers)
+            wanted = {v.codec: False for v in viewers if v.codec} | ({"h264": False} if self._records else {})
+            for viewer in viewers:
+                if viewer.codec and viewer.wants_key:
+                    wanted[viewer.codec] = True
+        coded: dict[str, Coded] = self._coding.code(frames, chunk.position, wanted)
+        if self._records and not self.recording.full:
+            self.recording.add(coded["h264"])
+            if self.recording.full:
+                self.tell(Notice("note", {"message": "the recording is full: the download ends here"}))
+        with self._lock:
+            for viewer in viewers:
+                one = coded.get(viewer.codec or "", Coded(()))
+                viewer.put(replace(chunk, units=one.units, fragment=one.fragment, init=one.init))
+            self.chunks, self.frames = self.chunks + 1, self.frames + len(frames)
+        self._place.on_chunk(self, chunk)
+
+    def _note(self, words: Any) -> None:
+        if note := note_of(self._pipeline, words):
+            self.tell(Notice("note", {"message": note}))
+
+    def _start_notice(self) -> Notice:
+        return Notice("start", {"seed": self.seed, "prompt": self.prompt, "frames": self.wish.frames})
+
+    def _done_notice(self) -> Notice:
+        stopped = self.reason != "finished"
+        return Notice("done", {"chunks": self.chunks, "frames": self.frames, "stopped": stopped, "reason": self.reason})
+
+    def _fail(self, code: str, message: str) -> None:
+        self.tell(Notice("error", {"code": code, "message": message}))
+
+    def _end(self, reason: str) -> None:
+        with self._lock:
+            if self.state == "ended":
+                return
+            self.state, self.reason = "ended", reason
+            for viewer in self._viewers:
+                viewer.put(self._done_notice())
+        self._place.on_end(self)
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _release() -> None:
+    """Give freed memory back to the device, so that a smaller stream can have it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,108 @@
+"""The application: every route of a server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+from serve.core.house import Busy
+from serve.web import live, sessions
+from serve.web.guard import Guard
+from serve.web.server import Bucket, Refused, Server
+from serve.web.wire import Invalid, error_body
+
+PAGE = Path(__file__).parent.parent / "page"
+RETRY = 5  # seconds after which a client that was refused may ask again
+
+
+def make_app(server: Server) -> FastAPI:
+    """All routes of a server, behind its guard. The house closes with the application."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(server.house.close)
+
+    app = FastAPI(title="greedy-stream", lifespan=lifespan)
+    network, starts = server.network, Bucket(server.network.rate)
+    app.add_middleware(
+        Guard, token=network.secret, origins=network.allow_origin, most_bytes=network.upload_mb << 20
+    )  # fmt: skip
+    _errors(app, server)
+    _basics(app, server)
+    app.include_router(live.router(server, starts))
+    app.include_router(sessions.router(server, starts))
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    return app
+
+
+def _basics(app: FastAPI, server: Server) -> None:
+    house = server.house
+    server.metrics.gauge("greedy_sessions", "live sessions that run", lambda: house.running)
+    server.metrics.gauge("greedy_sessions_waiting", "sessions that wait for a place", lambda: house.waiting)
+    server.metrics.gauge("greedy_capacity", "live sessions that may run at once", lambda: house.room.sessions)
+    server.metrics.gauge("greedy_viewers", "viewers of all sessions", lambda: sum(s.watchers for s in house.live()))
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html")
+
+    @app.get("/health")
+    async def health() -> dict[str, object]:
+        room = house.room.sessions
+        return {"status": "ok", "sessions": house.running, "capacity": room, "waiting": house.waiting}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, object]:
+        return {"object": "list", "data": [server.model()]}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, object]:
+        if name != server.name:
+            raise Refused(404, "not_found", f"model: got {name[:100]!r}, expected {server.name!r}")
+        return server.model()
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        text = await asyncio.to_thread(server.metrics.text)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _errors(app: FastAPI, server: Server) -> None:
+    """Every error in OpenAI's shape."""
+
+    def answer(status: int, kind: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        server.metrics.error(kind)
+        return JSONResponse(error_body(kind, message), status, headers)
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        return answer(error.status, error.kind, error.message, error.headers)
+
+    @app.exception_handler(Invalid)
+    async def invalid(request: Request, error: Invalid) -> JSONResponse:
+        return answer(400, "invalid_request_error", str(error))
+
+    @app.exception_handler(Busy)
+    async def busy(request: Request, error: Busy) -> JSONResponse:
+        return answer(429, "busy", str(error), {"Retry-After": str(RETRY)})
+
+    @app.exception_handler(RequestValidationError)
+    async def misfit(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        got = repr(first.get("input"))[:60]
+        return answer(400, "invalid_request_error", f"{where}: got {got}, expected: {first['msg']}")
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        kind = {404: "not_found", 405: "invalid_request_error"}.get(error.status_code, "invalid_request_error")
+        return answer(error.status_code, kind, f"{request.method} {request.url.path}: {error.detail}", error.headers)

@@ -1,0 +1,106 @@
+"""What a live viewer may ask of a session, over whatever connection: the answers go to the viewer's queue."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from serve.core.messages import Change, Notice
+from serve.core.session import Session, TooMany
+from serve.core.viewers import Viewer
+from serve.web.server import Refused, Server, error_notice
+from serve.web.wire import Interaction, Invalid, Start, change_of, parsed, picture_of, wish_of
+
+MOST_EVENTS = 1000  # ids that are remembered
+
+
+class Desk:
+    """One connection: its viewer, its session, and the events that it has sent."""
+
+    def __init__(self, server: Server, viewer: Viewer, owns: bool = True) -> None:
+        self.server, self.viewer, self.owns = server, viewer, owns
+        self.session: Session | None = None
+        self._events: OrderedDict[str, str] = OrderedDict()  # id: payload
+
+    def start(self, start: Start) -> Session:
+        """Open the session that a start asks for. Invalid, Busy."""
+        server, pipeline = self.server, self.server.pipeline
+        self._check(start)
+        clip: np.ndarray | None = None
+        notes: list[str] = []
+        if start.image is not None:
+            clip, notes = picture_of(start.image, pipeline.height, pipeline.width)
+        seed = server.seed(start.seed)
+        self.session = server.house.open(wish_of(start, seed, clip), self.viewer)
+        for note in notes:
+            self.note(note)
+        return self.session
+
+    def watch(self, name: str) -> Session:
+        """Join a running session, to look on. Refused if there is none."""
+        session = self.server.house.get(name)
+        if session is None or session.state == "ended":
+            raise Refused(404, "not_found", f"session: got {name[:64]!r}, expected one that runs")
+        self.session, self.owns = session, False
+        session.watch(self.viewer)
+        return session
+
+    def interact(self, value: Any) -> None:
+        """Queue a change. What is wrong with it is told to the viewer."""
+        event_id: str | None = None
+        try:
+            interaction = parsed(Interaction, value, "interaction")
+            event_id = interaction.event_id
+            change = change_of(interaction, event_id or str(uuid.uuid4()))
+            payload = json.dumps(value, sort_keys=True)
+            if (before := self._events.get(change.event)) is not None and before != payload:
+                self.error("event_id_conflict", f"event_id: got {change.event!r} with another event before, "
+                                                "expected an id of its own", event_id)  # fmt: skip
+                return
+            if before is None:
+                self.change(change)
+                self._events[change.event] = payload
+                if len(self._events) > MOST_EVENTS:
+                    self._events.popitem(last=False)
+            self.viewer.put(Notice("interaction.queued", {"event_id": change.event}))
+        except Invalid as error:
+            self.error("invalid_request", str(error), event_id)
+        except TooMany as error:
+            self.error("busy", str(error), event_id)
+
+    def change(self, change: Change) -> None:
+        """Queue a change of the owner's. Invalid where it cannot be meant; TooMany."""
+        if not self.owns or self.session is None:
+            raise Invalid("interaction: got one of a viewer who looks on, expected one of who started the session")
+        known = self.server.adapters
+        if unknown := sorted(set(change.adapters or {}) - set(known)):
+            expected = f"one of {', '.join(known)}" if known else "none: this model has no adapters"
+            raise Invalid(f"adapters: got the name {unknown[0]!r}, expected {expected}")
+        self.session.change(change)
+
+    def note(self, message: str) -> None:
+        self.viewer.put(Notice("note", {"message": message}))
+
+    def error(self, code: str, message: str, event: str | None = None) -> None:
+        self.server.metrics.error(code)
+        self.viewer.put(error_notice(code, message, event))
+
+    def _check(self, start: Start) -> None:
+        """Invalid for a model, size or frame rate that this server has not."""
+        pipeline, scale = self.server.pipeline, self.server.house.scale
+        if start.model not in (None, "", self.server.name):
+            raise Invalid(f"model: got {start.model[:100]!r}, expected {self.server.name!r}")
+        for name in ("width", "height"):
+            got, own = getattr(start, name), getattr(pipeline, name)
+            if got is not None and got not in (own, own * scale):
+                also = f" or {own * scale}" if scale > 1 else ""
+                raise Invalid(f"{name}: got {got}, expected {own}{also}: the model is loaded for one size")
+        if start.fps is not None and start.fps != pipeline.fps:
+            raise Invalid(f"fps: got {start.fps:g}, expected {pipeline.fps:g}; `speed` plays faster or slower")
+        if unknown := sorted(set(start.adapters) - set(self.server.adapters)):
+            raise Invalid(f"adapters: got the name {unknown[0]!r}, expected one of "
+                          f"{', '.join(self.server.adapters) or 'none'}")  # fmt: skip

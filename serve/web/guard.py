@@ -1,0 +1,76 @@
+"""Who may ask, and how much: token, origin and size of every request, before any handler sees it."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable
+from urllib.parse import parse_qs, urlsplit
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from serve.web.wire import error_body
+
+OPEN = ("/", "/health", "/favicon.ico")  # without a token: the page asks for it
+POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1
+
+
+class Guard:
+    """ASGI middleware. A refused socket is accepted first, so that a browser's script learns why."""
+
+    def __init__(self, app: ASGIApp, token: str, origins: Iterable[str], most_bytes: int) -> None:
+        self.app, self.token, self.most = app, token, most_bytes
+        self.origins = {origin.rstrip("/").lower() for origin in origins}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        refused = self._refused(scope["path"], scope["query_string"].decode("latin-1"), headers)
+        if refused is None and scope["type"] == "http":
+            refused = self._too_large(headers)
+        if refused is not None:
+            status, kind, message = refused
+            if scope["type"] == "websocket":
+                socket = WebSocket(scope, receive, send)
+                await socket.accept()
+                await socket.send_json({"type": "error", "code": kind, "message": message})
+                await socket.close(POLICY_VIOLATION, message[:100])
+            else:
+                await JSONResponse(error_body(kind, message), status)(scope, receive, send)
+            return
+        await self.app(scope, self._counted(receive) if scope["type"] == "http" else receive, send)
+
+    def _refused(self, path: str, query: str, headers: dict[str, str]) -> tuple[int, str, str] | None:
+        origin = headers.get("origin", "").lower()
+        if origin and urlsplit(origin).netloc != headers.get("host", "").lower() and origin not in self.origins:
+            got = f"origin: got a request from {origin[:100]}"
+            return 403, "forbidden", f"{got}, expected this server's own page (--allow-origin lets others in)"
+        if not self.token or path in OPEN or path.startswith("/page/"):
+            return None
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        given = bearer.strip() if scheme.lower() == "bearer" else (parse_qs(query).get("token") or [""])[0]
+        if hmac.compare_digest(given.encode(), self.token.encode()):
+            return None
+        got = "a wrong token" if given else "no token"
+        return 401, "unauthorized", f"token: got {got}, expected the server's (Authorization: Bearer TOKEN, or ?token=)"
+
+    def _too_large(self, headers: dict[str, str]) -> tuple[int, str, str] | None:
+        length = headers.get("content-length", "0")
+        if not (length.isascii() and length.isdigit()) or int(length) <= self.most:
+            return None
+        return 413, "invalid_request_error", f"body: got {length} bytes, expected at most {self.most}"
+
+    def _counted(self, receive: Receive) -> Receive:
+        """A body without a length ends where it grows too large."""
+        total = 0
+
+        async def counted() -> Message:
+            nonlocal total
+            message = await receive()
+            total += len(message.get("body", b""))
+            return {"type": "http.disconnect"} if total > self.most else message
+
+        return counted

@@ -1,0 +1,120 @@
+"""Plain HTTP around live sessions: what they are, their video so far, and MJPEG for the simplest viewers."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncIterator
+
+import av
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+
+from serve.core.messages import Chunk, Wish, shown
+from serve.core.session import Session
+from serve.core.viewers import Viewer
+from serve.web.server import Bell, Bucket, Refused, Server
+from serve.web.wire import words_of
+
+_BOUNDARY = "frame"
+MOST_SECONDS = 86_400.0
+
+
+def router(server: Server, starts: Bucket) -> APIRouter:
+    """The routes."""
+    routes = APIRouter()
+
+    @routes.get("/v1/sessions/{name}")
+    async def about(name: str) -> dict[str, object]:
+        session = _session(server, name)
+        return {
+            "id": session.id, "state": session.state, "reason": session.reason, "seed": session.seed,
+            "chunks": session.chunks, "frames": session.frames, "fps": server.pipeline.fps,
+            "viewers": session.watchers, "prompt": session.prompt,
+            "history": [
+                {"chunk": one.chunk, "transition_chunks": one.change.transition}
+                | ({"prompt": shown(one.change.prompt)} if one.change.prompt else {})
+                | ({"adapters": dict(one.change.adapters)} if one.change.adapters else {})
+                for one in list(session.history)
+            ],
+        }  # fmt: skip
+
+    @routes.get("/v1/sessions/{name}/video")
+    async def video(name: str) -> Response:
+        session = _session(server, name)
+        data = await asyncio.to_thread(session.recording.read)
+        if not data:
+            raise Refused(404, "not_found", f"session: got {name[:64]!r}, which has no recording yet, expected frames")
+        whole = await asyncio.to_thread(indexed, data)
+        headers = {"Content-Disposition": f'attachment; filename="{session.id}.mp4"'}
+        return Response(whole, media_type="video/mp4", headers=headers)
+
+    @routes.get("/v1/sessions/{name}/mjpeg")
+    async def watch(name: str) -> StreamingResponse:
+        session, bell = _session(server, name), Bell()
+        viewer = Viewer("jpeg", holds=False, notify=bell.ring)
+        session.watch(viewer)
+        return _stream(_parts(session, viewer, bell, owns=False))
+
+    @routes.get("/v1/mjpeg")
+    async def start(request: Request, prompt: str, seed: int | None = None, seconds: float | None = None) -> Response:
+        if seed is not None and not 0 <= seed < 2**64:
+            raise Refused(400, "invalid_request_error", f"seed: got {seed}, expected 0 to 2^64 - 1")
+        if seconds is not None and not 0 < seconds <= MOST_SECONDS:
+            raise Refused(400, "invalid_request_error", f"seconds: got {seconds}, expected up to {MOST_SECONDS:g}")
+        if wait := starts.take(request.client.host if request.client else ""):
+            raise Refused(429, "busy", "got too many starts from one address", {"Retry-After": str(int(wait) + 1)})
+        bell = Bell()
+        viewer = Viewer("jpeg", notify=bell.ring)
+        frames = None if seconds is None else max(1, round(seconds * server.pipeline.fps))
+        session = server.house.open(Wish(words_of(prompt), server.seed(seed), frames), viewer)
+        return _stream(_parts(session, viewer, bell, owns=True))
+
+    return routes
+
+
+def _session(server: Server, name: str) -> Session:
+    session = server.house.get(name)
+    if session is None:
+        raise Refused(404, "not_found", f"session: got {name[:64]!r}, expected one that runs or ended a while ago")
+    return session
+
+
+def _stream(parts: AsyncIterator[bytes]) -> StreamingResponse:
+    return StreamingResponse(parts, media_type=f"multipart/x-mixed-replace; boundary={_BOUNDARY}")
+
+
+async def _parts(session: Session, viewer: Viewer, bell: Bell, owns: bool) -> AsyncIterator[bytes]:
+    """Each frame as a part, when it is due. A viewer who leaves ends the session that it started."""
+    loop = asyncio.get_running_loop()
+    try:
+        while True:
+            item = viewer.take()
+            if item is None:
+                await bell.wait(1.0)
+                continue
+            if not isinstance(item, Chunk):
+                if item.kind == "done":
+                    return
+                continue
+            for number, unit in enumerate(item.units):
+                await asyncio.sleep(max(0.0, item.due + session.frame_time(number) - loop.time()))
+                head = f"--{_BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(unit.data)}\r\n\r\n"
+                yield head.encode() + unit.data + b"\r\n"
+    finally:
+        session.leave(viewer)
+        if owns:
+            session.stop()
+
+
+def indexed(data: bytes) -> bytes:
+    """A fragmented mp4 as an ordinary one, with an index. The pictures are copied, not coded again."""
+    made = io.BytesIO()
+    with av.open(io.BytesIO(data), "r") as source, av.open(made, "w", format="mp4") as target:
+        stream = source.streams.video[0]
+        video = target.add_stream_from_template(stream, opaque=True)
+        for packet in source.demux(stream):
+            if packet.size:
+                packet.stream = video
+                target.mux(packet)
+    return made.getvalue()
