@@ -75,7 +75,7 @@ const controls = new Controls({
     else if (session.running) notice("transport", "The new connection is used from the next start on.", { action: ["Start again", start] });
   },
   adapters(adapters) {
-    if (session.running && !watching) session.setAdapters(adapters);
+    if (session.running && !watching) session.interact({ adapters });
   },
 });
 const picture = new Picture($("#picture"), () => {
@@ -115,10 +115,10 @@ function promptText() {
 }
 
 function restart() {
-  const { seed } = controls;
+  const { seed, adapters } = controls;
   if (seed === null) return void notice("seed", "The seed must be a whole number.", { tone: "error" });
   const same = (session.settings?.image ?? null) === picture.data;
-  if (session.state === "live" && same) session.interact({ seed });
+  if (session.state === "live" && same) session.interact({ seed, adapters });
   else start();
 }
 

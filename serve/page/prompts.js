@@ -1,13 +1,15 @@
 // Which prompt each chunk was made from, and which interactions are still on their way.
 
 export class Prompts {
-  history = []; // { chunk, prompt, transition_chunks? } of this take: what a resume needs
+  first = null; // the prompt that this take began with
+  history = []; // its changes: { chunk, prompt?, adapters?, transition_chunks? }, what a resume needs
   active = null;
   take = null;
   pending = new Map(); // event_id -> { event, transition, state: "held" | "sent" | "queued" | "blending", at }
 
   begin(prompt) {
-    this.history = prompt === null ? [] : [{ chunk: 0, prompt }];
+    this.first = prompt;
+    this.history = [];
     this.active = null;
     this.take = null;
     this.pending.clear();
@@ -33,15 +35,15 @@ export class Prompts {
   chunk({ generation_chunk_index: chunk, prompt, take = 0, started_event_ids, completed_event_ids }) {
     const begun = (started_event_ids ?? []).filter((id) => this.pending.has(id));
     const started = begun.map((id) => ({ id, ...this.pending.get(id) }));
-    const changed = started.findLast(({ event }) => event.prompt !== undefined);
     this.take ??= take; // a resumed or watched session may be in a later take
-    if (take !== this.take) {
-      this.take = take;
-      this.history = [{ chunk: 0, prompt }];
-    } else if (changed || this.history.at(-1)?.prompt !== prompt) {
-      const entry = { chunk, prompt };
-      if (changed?.transition) entry.transition_chunks = changed.transition;
-      this.history.push(entry);
+    const restarted = take !== this.take;
+    if (restarted) Object.assign(this, { take, first: prompt, history: [] });
+    for (const { event, transition } of started) {
+      const entry = { chunk };
+      if (event.prompt !== undefined && !restarted) entry.prompt = event.prompt;
+      if (event.adapters !== undefined) entry.adapters = event.adapters;
+      if (transition && entry.prompt) entry.transition_chunks = transition;
+      if (entry.prompt ?? entry.adapters) this.history.push(entry);
     }
     this.active = prompt;
     for (const id of begun) this.pending.get(id).state = "blending";

@@ -17,7 +17,9 @@ export class RtcLink {
   /** Takes the socket's first message (session.start or session.watch) and offers a connection. */
   async open(first) {
     try {
-      const { iceServers } = await request("api/v1/webrtc/ice-servers");
+      const { iceServers } = await request("api/v1/webrtc/ice-servers").catch((error) => {
+        throw error.status === 404 ? new ServerError("This server does not offer WebRTC.", error) : error;
+      });
       if (!this.on) return;
       this.peer = new RTCPeerConnection({ iceServers });
       this.#listen();
@@ -109,7 +111,7 @@ export class RtcLink {
 
 /** The body of an offer that asks for what the socket's first message asks for. */
 function asked({ type, session, prompt, adapters, ...rest }) {
-  if (type === "session.watch") return { session };
+  if (type === "session.watch") return { session, initialParameters: {} };
   const initialParameters = { prompts: [{ text: prompt, weight: 1 }] };
   for (const name of ["model", "seed", "speed", "image", "resume"]) {
     if (rest[name] !== undefined) initialParameters[name] = rest[name];

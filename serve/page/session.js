@@ -9,6 +9,7 @@ const FIRST_FRAME = 4; // seconds that WebRTC gets for the first frame
 const STALL = 5; // seconds without a chunk before the user is told
 const ATTEMPTS = 12; // reconnects, at most LONGEST seconds apart
 const LONGEST = 8;
+const [GOING_AWAY, POLICY, RESTART] = [1001, 1008, 1012]; // why a socket closed: RFC 6455 and its registry
 const BREAKS = 2; // failures of the browser's player before it gets JPEGs
 
 export class Session {
@@ -70,11 +71,6 @@ export class Session {
     this.speed = speed;
     this.stage.speed = speed;
     this.interact({ speed });
-  }
-
-  setAdapters(adapters) {
-    this.settings.adapters = adapters;
-    this.interact({ adapters });
   }
 
   /** Ends for good. A watcher only leaves. */
@@ -143,7 +139,7 @@ export class Session {
     const first = { type: "session.start", ...settings, format, speed, seed };
     if (!this.wasLive) return first;
     if (this.from > 0) first.resume = { chunk: this.from, history: this.prompts.until(this.from) };
-    first.prompt = this.prompts.history[0].prompt;
+    first.prompt = this.prompts.first;
     return first;
   }
 
@@ -164,7 +160,7 @@ export class Session {
   }
 
   #rtcFailed(error) {
-    if (error.code === "unauthorized" || (this.transport === "webrtc" && error.code !== undefined)) {
+    if (error.code === "unauthorized" || error.status === 400 || this.transport === "webrtc") {
       this.#end("failed");
       return this.on.error(error);
     }
@@ -265,11 +261,13 @@ export class Session {
   }
 
   async #closed(code) {
-    if (code === 1008) {
+    if (code === GOING_AWAY || code === RESTART) this.done = "shutdown";
+    if (code === POLICY) {
       this.#end("failed");
       return this.on.error({ code: "unauthorized" });
     }
     if (this.wasLive || this.state === "waiting") return this.#lost();
+    if (this.link.name === "webrtc") return this.#rtcFailed(new Error("The WebRTC connection was closed."));
     const link = this.link;
     let error = { code: "closed", message: "The server closed the connection." };
     await request("v1/models").catch((reason) => {
