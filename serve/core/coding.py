@@ -46,6 +46,10 @@ class Coding:
                 made[codec] = Coded(units)
         return made
 
+    def close(self) -> None:
+        """Let the encoders go."""
+        self._encoders = {}
+
 
 class Recording:
     """The fragments of a session in a file without a name, up to `most` bytes. One thread adds, any may read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections import deque
@@ -71,7 +72,10 @@ class Session:
         self.seed = wish.seed
         self.history: list[Past] = []  # changes since the video began, to make it again
         self.recording = Recording(place.limits.recording)
+        self.key = secrets.token_urlsafe(12)  # who has it may change the video
         self._place, self._pipeline = place, place.pipeline
+        self._direction = Direction(self._pipeline, wish.prompt)
+        self._stream: Any = None  # of the engine, or of the C++ core
         self._lock = threading.Condition()
         self._changes: deque[Change] = deque()
         self._viewers: list[Viewer] = []
@@ -153,7 +157,8 @@ class Session:
 
     @property
     def prompt(self) -> str:
-        return shown(self._direction.words if hasattr(self, "_direction") else self.wish.prompt)
+        """The active prompt on one line."""
+        return shown(self._direction.words)
 
     def frame_time(self, number: int) -> float:
         """Seconds from a chunk's first frame until its frame `number` is shown."""
@@ -162,13 +167,16 @@ class Session:
     # --- the session's own thread
 
     def _run(self) -> None:
-        reason, stream = "failed", None
+        reason = "failed"
         try:
+            if self._pipeline.device.type == "cuda":
+                torch.cuda.set_device(self._pipeline.device)  # each thread has its own current device
             self._begin(self.wish)
-            self.state = "playing"
             self._catch_up()
-            if not self._stopping:
-                self.tell(self._start_notice())
+            with self._lock:
+                self.state = "playing"
+                for viewer in self._viewers:
+                    viewer.put(self._start_notice())
             while not (reason := self._why_end()):
                 if self._due_now():
                     self._show(*self._next())
@@ -180,18 +188,15 @@ class Session:
             log.exception("session %s failed", self.id)
             self._fail("failed", f"the video stopped: {_line(error)}")
         finally:
-            stream = self.__dict__.pop("_stream", None)
-            if stream is not None:
-                with self._place.turns.turn(time.monotonic()):
-                    stream.close()
+            self._close()
+            self._coding.close()
             self._end(reason or "failed")
 
     def _begin(self, wish: Wish) -> None:
         """Open the stream of a take."""
         direction = Direction(self._pipeline, wish.prompt)
+        self._close()  # first, so that the new one has the memory
         with self._place.turns.turn(time.monotonic()):
-            if (old := self.__dict__.pop("_stream", None)) is not None:
-                old.close()
             self._stream = self._pipeline.stream(direction.first, seed=wish.seed, frames=wish.frames, clip=wish.clip)
             if wish.adapters:
                 self._stream.set_adapters(wish.adapters)
@@ -199,6 +204,13 @@ class Session:
         self._number = self._made = 0
         self.history = []
         self._note(wish.prompt)
+
+    def _close(self) -> None:
+        """Close the stream, if one is open."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            with self._place.turns.turn(time.monotonic()):
+                stream.close()
 
     def _catch_up(self) -> None:
         """Make the chunks again that the viewer has seen, with the changes of their time. Live sessions go first."""
@@ -263,10 +275,10 @@ class Session:
 
     def _apply(self, change: Change) -> None:
         """Change the stream. What it refuses leaves it as it was, and the session goes on."""
+        if change.restarts:
+            self._restart(change)  # what fails here ends the session: the old video is gone
         try:
-            if change.restarts:
-                self._restart(change)
-            elif change.prompt is not None:
+            if change.prompt is not None and not change.restarts:
                 self._turn_to(change)
             if change.adapters is not None:
                 with self._place.turns.turn(time.monotonic()):

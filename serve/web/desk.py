@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import uuid
 from collections import OrderedDict
@@ -40,12 +41,15 @@ class Desk:
             self.note(note)
         return self.session
 
-    def watch(self, name: str) -> Session:
-        """Join a running session, to look on. Refused if there is none."""
+    def watch(self, name: str, key: str | None = None) -> Session:
+        """Join a running session: to look on, or with its key to take it over. Refused if there is none."""
         session = self.server.house.get(name)
         if session is None or session.state == "ended":
             raise Refused(404, "not_found", f"session: got {name[:64]!r}, expected one that runs")
-        self.session, self.owns = session, False
+        if key is not None and not hmac.compare_digest(key.encode(), session.key.encode()):
+            raise Refused(403, "forbidden", "key: got another one than the session's, expected none, to look on")
+        self.session, self.owns = session, key is not None
+        self.viewer.holds = self.owns
         session.watch(self.viewer)
         return session
 

@@ -78,7 +78,7 @@ class _Connection:
         viewer = Viewer(FORMATS[message.format], holds=not watch, notify=bell.ring)
         desk = Desk(self._server, viewer)
         if watch:
-            desk.watch(message.session)
+            desk.watch(message.session, message.key)
             return desk
         address = self._socket.client.host if self._socket.client else ""
         if wait := self._starts.take(address):
@@ -127,7 +127,7 @@ class _Connection:
                 self._sent += 1
                 continue
             if isinstance(item, Notice) and item.kind == "start":
-                message |= self._server.start_message(session, item) | {"format": self._format}
+                message |= self._server.start_message(session, item, desk.owns) | {"format": self._format}
             await self._socket.send_json(message)
             if item.kind == "done":
                 return

@@ -62,15 +62,15 @@ class Server:
             "chunk_frames": self.chunk_frames,
         }  # fmt: skip
 
-    def start_message(self, session: Session, start: Notice) -> dict[str, Any]:
-        """What video.start tells of a session and its pictures."""
+    def start_message(self, session: Session, start: Notice, owns: bool) -> dict[str, Any]:
+        """What video.start tells of a session and its pictures; to who owns it, also its key."""
         pipeline, scale = self.pipeline, self.house.scale
         config = {
             "model": self.name, "width": pipeline.width * scale, "height": pipeline.height * scale,
             "fps": pipeline.fps, "seed": start.about["seed"], "num_frames": start.about["frames"], "scale": scale,
             "speed": session.wish.speed, "prompt": start.about["prompt"],
         }  # fmt: skip
-        return {"session": session.id, "mime": MIME, "config": config}
+        return {"session": session.id, "mime": MIME, "config": config} | ({"key": session.key} if owns else {})
 
     def seed(self, asked: int | None) -> int:
         """The seed that was asked for, or one at random that JavaScript's numbers hold."""

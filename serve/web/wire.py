@@ -73,6 +73,7 @@ class Start(_Message):
 class Watch(_Message):
     type: Literal["session.watch"]
     session: Annotated[str, Field(max_length=64)]
+    key: Annotated[str, Field(max_length=64)] | None = None  # of who started it
     format: Literal["m4s", "jpeg", "rgb"] = "m4s"
 
 
