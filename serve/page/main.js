@@ -44,7 +44,7 @@ const session = new Session(stage, prompts, {
     startedAt = 0;
     strip.chunk(metadata, { fps: session.config.fps, speed: session.speed }, sent);
   },
-  note: (text) => notice("note", text),
+  note: (text) => notice("note", sentence(text)),
   error: showError,
   ended(reason) {
     clearNotice("connection");

@@ -1,4 +1,6 @@
-// Which prompt each chunk was made from, and which interactions are still on their way.
+// Which prompt each chunk was made from, which interactions are still on their way, and where a resume goes on.
+
+const RECENT = 64; // chunks of which some may not have been shown yet
 
 export class Prompts {
   first = null; // the prompt that this take began with
@@ -11,8 +13,20 @@ export class Prompts {
     this.first = prompt;
     this.history = [];
     this.active = null;
-    this.take = null;
     this.pending.clear();
+    this.reconnected(0);
+  }
+
+  /** The next chunks come over another connection, from chunk `from` on or later. */
+  reconnected(from) {
+    Object.assign(this, { take: null, recent: [], from }); // a session joined again may be in a later take
+  }
+
+  /** The first chunk of this take that was not shown; all up to `time` were, in seconds of the media, if known. */
+  nextChunk(fps, time) {
+    const take = this.recent.filter((chunk) => chunk.take === this.take);
+    const shown = time === null ? take : take.filter((chunk) => chunk.first_frame / fps <= time + 0.001);
+    return shown.length ? shown.at(-1).generation_chunk_index + 1 : (take[0]?.generation_chunk_index ?? this.from);
   }
 
   /** Keeps an interaction until a chunk says that it took effect. Returns its event_id. */
@@ -32,10 +46,12 @@ export class Prompts {
   }
 
   /** Reads one chunk's metadata. Returns the interactions that it begins: [{ id, event, at }]. */
-  chunk({ generation_chunk_index: chunk, prompt, take = 0, started_event_ids, completed_event_ids }) {
+  chunk(metadata) {
+    const { generation_chunk_index: chunk, prompt, take, started_event_ids, completed_event_ids } = metadata;
+    this.recent = [...this.recent.slice(1 - RECENT), metadata];
     const begun = (started_event_ids ?? []).filter((id) => this.pending.has(id));
     const started = begun.map((id) => ({ id, ...this.pending.get(id) }));
-    this.take ??= take; // a resumed or watched session may be in a later take
+    this.take ??= take;
     const restarted = take !== this.take;
     if (restarted) Object.assign(this, { take, first: prompt, history: [] });
     for (const { event, transition } of started) {

@@ -98,7 +98,7 @@ export class Session {
   #begin(transport) {
     if (this.running) this.stop();
     Object.assign(this, { transport, id: null, config: null, attempt: 0, wasLive: false, paused: false });
-    Object.assign(this, { recent: [], take: 0, shownTime: -1, refused: transport === "socket", broken: 0, from: 0 });
+    Object.assign(this, { key: null, shownTime: null, refused: transport === "socket", broken: 0 });
   }
 
   #set(state) {
@@ -109,7 +109,6 @@ export class Session {
   #connect() {
     this.#disconnect();
     this.done = null;
-    this.from = this.#nextChunk();
     this.#set(this.wasLive ? "reconnecting" : "connecting");
     const rtc = !this.refused && !this.wasLive && RtcLink.supported;
     const on = {
@@ -135,20 +134,16 @@ export class Session {
   #first() {
     const format = playsH264 && this.broken < BREAKS ? "m4s" : "jpeg";
     if (this.watching) return { type: "session.watch", session: this.watching, format };
+    // Within its lease the session waits for who has its key; later it has to be made again up to here.
+    if (this.key) return { type: "session.watch", session: this.id, key: this.key, format };
     const { settings, speed, seed } = this;
     const first = { type: "session.start", ...settings, format, speed, seed };
     if (!this.wasLive) return first;
-    if (this.from > 0) first.resume = { chunk: this.from, history: this.prompts.until(this.from) };
+    const chunk = this.prompts.nextChunk(this.config.fps, this.shownTime);
+    this.prompts.from = chunk;
+    if (chunk > 0) first.resume = { chunk, history: this.prompts.until(chunk) };
     first.prompt = this.prompts.first;
     return first;
-  }
-
-  /** The first chunk of this take that was not shown; where this connection began if none came over it. */
-  #nextChunk() {
-    const take = this.recent.filter((chunk) => chunk.take === this.take);
-    const time = (chunk) => chunk.first_frame / this.config.fps;
-    const shown = this.shownTime < 0 ? take : take.filter((chunk) => time(chunk) <= this.shownTime + 0.001);
-    return shown.length ? shown.at(-1).generation_chunk_index + 1 : (take[0]?.generation_chunk_index ?? this.from);
   }
 
   #expectFrame() {
@@ -199,10 +194,10 @@ export class Session {
   }
 
   #started(message) {
-    Object.assign(this, { id: message.session, config: message.config, recent: [], shownTime: -1 });
+    this.prompts.reconnected(this.wasLive ? this.prompts.nextChunk(message.config.fps, this.shownTime) : 0);
+    Object.assign(this, { id: message.session, key: message.key ?? null, config: message.config, shownTime: null });
     this.seed = message.config.seed;
-    this.prompts.take = null;
-    this.speed = message.config.speed ?? this.speed;
+    if (this.watching) this.speed = message.config.speed;
     if (this.link.name === "socket") this.stage.play({ ...message, mime: message.mime ?? MIME });
     else clearTimeout(this.deadline); // its first chunk may take long; #chunk sets the time for the frame
     this.stage.speed = this.speed;
@@ -221,11 +216,9 @@ export class Session {
   }
 
   #chunk(metadata) {
-    if (!this.recent.length && this.link.name === "webrtc") this.#expectFrame();
+    if (!this.prompts.recent.length && this.link.name === "webrtc") this.#expectFrame();
     this.attempt = 0;
     this.heard = performance.now();
-    this.take = metadata.take ?? 0;
-    this.recent = [...this.recent.slice(-63), metadata];
     const begun = this.prompts.chunk(metadata);
     for (const { event } of begun) if (event.seed !== undefined) this.seed = event.seed;
     if (this.state === "resuming") this.state = "live";
@@ -247,6 +240,10 @@ export class Session {
     if (message.event_id) this.prompts.forget(message.event_id);
     const before = this.state !== "live";
     if (before && this.wasLive && (message.code === "busy" || message.code === "shutdown")) return this.#lost();
+    if (before && this.wasLive && this.key) {
+      this.key = null; // its session is gone: make it again
+      return this.#connect();
+    }
     if (before) this.#end("failed");
     this.on.error(message);
     this.on.changed();
