@@ -19,8 +19,6 @@ pytest.importorskip("fastapi", reason="the server's packages are not installed")
 ROOT = Path(__file__).parent.parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for path in map(shutil.which, BROWSERS) if path), None)
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 TOKEN = "a-token-of-tests"
 GRAY = "a red circle moving right slowly on a gray background"
 WHITE = "a blue square moving up quickly on a white background"
