@@ -38,7 +38,8 @@ export function address(path, scheme = "http") {
 
 /** Sends JSON and returns JSON (null for 204). Throws ServerError. */
 export async function request(path, { method = "GET", body, timeout = 10 } = {}) {
-  const options = { method, headers: {}, signal: AbortSignal.timeout(timeout * 1000) };
+  const keepalive = method === "DELETE"; // also while the page is closed
+  const options = { method, keepalive, headers: {}, signal: AbortSignal.timeout(timeout * 1000) };
   if (body !== undefined) {
     options.headers["Content-Type"] = "application/json";
     options.body = JSON.stringify(body);

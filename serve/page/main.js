@@ -49,10 +49,10 @@ const session = new Session(stage, prompts, {
   ended(reason) {
     clearNotice("connection");
     clearNotice("stall");
-    const again = watching ? ["Try again", watch] : ["Continue", () => session.resume()];
+    const goOn = watching ? ["Try again", watch] : ["Continue", () => session.resume()];
     const words = watching && reason === "stopped" ? "The video was stopped." : ENDINGS[reason];
     const text = words === undefined ? `The session ended: ${reason}.` : words;
-    if (text) notice("ended", text, { stays: true, action: reason === "finished" ? undefined : again });
+    if (text) notice("ended", text, { stays: true, action: reason === "finished" ? undefined : goOn });
   },
   stalled(text) {
     if (text) notice("stall", text, { stays: true, tone: "error" });
@@ -63,6 +63,7 @@ const session = new Session(stage, prompts, {
   },
 });
 
+const again = { action: ["Start again", start] };
 let startedAt = 0; // when the user asked for the video of which no chunk came yet
 let connectedOver = "";
 
@@ -72,14 +73,14 @@ const controls = new Controls({
   },
   transport() {
     if (session.running && watching) watch();
-    else if (session.running) notice("transport", "The new connection is used from the next start on.", { action: ["Start again", start] });
+    else if (session.running) notice("transport", "The next start uses this connection.", again);
   },
   adapters(adapters) {
     if (session.running && !watching) session.interact({ adapters });
   },
 });
 const picture = new Picture($("#picture"), () => {
-  if (session.running) notice("picture", "The next start begins from this choice.", { action: ["Start again", start] });
+  if (session.running) notice("picture", "The next start begins from this choice.", again);
 });
 
 function start() {

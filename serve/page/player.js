@@ -1,7 +1,8 @@
 // Plays fMP4 fragments through MediaSource, close to the newest frame.
 
-const MORE = 0.3; // seconds of media that should be left when the next chunk arrives, at most
-const LESS = 0.08; // and at least
+const RESERVE = 0.15; // seconds of media that should be left when the next chunk arrives
+const [SLOWEST, FASTEST] = [0.95, 1.08]; // how far the player's rate goes from the session's speed to keep it
+const GAIN = 0.4; // change of the rate per second that the reserve is off
 const JUMP = 2; // seconds behind from which the player jumps and does not catch up
 const KEEP = 20; // seconds of past media that stay in the buffer
 const RECENT = 6; // arrivals over which the reserve is measured
@@ -29,7 +30,9 @@ export class Player {
     this.url = URL.createObjectURL(this.source);
     video.srcObject = null;
     video.src = this.url;
-    video.onerror = () => this.on?.problem(`The browser could not play the video: ${video.error?.message || "no reason given"}.`);
+    video.onerror = () => {
+      this.on?.problem(`The browser could not play the video: ${video.error?.message || "no reason given"}.`);
+    };
   }
 
   /** Appends one fragment, which may begin with a new init segment of the type `mime`. */
@@ -70,7 +73,10 @@ export class Player {
       this.buffer.appendBuffer(bytes);
       this.waiting.shift();
     } catch (error) {
-      if (error.name !== "QuotaExceededError") return void this.on?.problem(`The browser refused the video: ${error.message}`);
+      if (error.name !== "QuotaExceededError") {
+        this.on?.problem(`The browser refused the video: ${error.message}`);
+        return;
+      }
       this.buffer.remove(0, Math.max(this.video.currentTime - 1, 0.1)); // its end appends again
     }
   }
@@ -104,8 +110,9 @@ export class Player {
     // The first frame, and the frame after those that the server skipped, are not where playing got to.
     if (!inside && this.video.currentTime < newest) this.#seek(newest);
     const low = Math.min(...this.spare);
-    if (this.spare.length && low * this.speed > JUMP) this.#seek(this.#end() - LESS * this.speed);
-    this.video.playbackRate = this.speed * (low > MORE && this.spare.length === RECENT ? 1.08 : low < LESS ? 0.95 : 1);
+    if (this.spare.length && low * this.speed > JUMP) this.#seek(this.#end() - RESERVE * this.speed);
+    const rate = this.spare.length ? 1 + GAIN * (low - RESERVE) : 1;
+    this.video.playbackRate = this.speed * Math.min(Math.max(rate, SLOWEST), FASTEST);
     this.#play();
   }
 

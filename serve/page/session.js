@@ -10,6 +10,7 @@ const STALL = 5; // seconds without a chunk before the user is told
 const ATTEMPTS = 12; // reconnects, at most LONGEST seconds apart
 const LONGEST = 8;
 const [GOING_AWAY, POLICY, RESTART] = [1001, 1008, 1012]; // why a socket closed: RFC 6455 and its registry
+const JPEGS = "This browser cannot play the video in H.264, so the page shows JPEG pictures.";
 const BREAKS = 2; // failures of the browser's player before it gets JPEGs
 
 export class Session {
@@ -91,7 +92,7 @@ export class Session {
     if (this.state !== "live") return;
     this.broken += 1;
     if (this.broken > 2 * BREAKS) return this.#end("unplayable");
-    if (this.broken === BREAKS) this.on.note("The browser cannot play this video, so the page shows JPEG pictures.");
+    if (this.broken === BREAKS) this.on.note(JPEGS);
     this.#lost();
   }
 
@@ -120,7 +121,7 @@ export class Session {
     };
     this.link = rtc ? new RtcLink(on) : new SocketLink(on);
     if (rtc) this.#expectFrame();
-    else if (!playsH264 && !this.wasLive) this.on.note("This browser cannot play H.264, so the page shows JPEG pictures.");
+    else if (!playsH264 && !this.wasLive) this.on.note(JPEGS);
     this.link.open(this.#first());
   }
 

@@ -7,7 +7,8 @@ export class Strip {
   constructor(root) {
     this.root = root;
     this.canvas = root.querySelector("canvas");
-    this.fields = Object.fromEntries(["fps", "latency", "chunk", "late", "viewers"].map((id) => [id, root.querySelector(`#${id}`)]));
+    const names = ["fps", "latency", "chunk", "late", "viewers"];
+    this.fields = Object.fromEntries(names.map((name) => [name, root.querySelector(`#${name}`)]));
     this.reset();
     new ResizeObserver(() => this.#draw()).observe(this.canvas);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#draw());
