@@ -146,7 +146,7 @@ function show() {
   for (const id of ["#download", "#share"]) $(id).toggleAttribute("inert", !session.id);
   setText("#active", prompts.active ?? (running ? "" : "Nothing yet"));
   const next = prompts.next;
-  setText("#next", next?.prompt ?? "");
+  setText("#next", next?.state === "blending" ? `over ${plural(next.transition, "chunk")}` : (next?.prompt ?? ""));
   setText("#next-state", next ? NEXT[next.state] : "");
   if (state === "reconnecting") {
     const try_ = session.attempt > 1 ? ` Try ${session.attempt} of 12.` : "";
@@ -157,6 +157,10 @@ function show() {
   if (state === "waiting") {
     notice("connection", `The server is busy. Your place in line is ${session.place}.`, { stays: true });
   }
+}
+
+function plural(count, thing) {
+  return `${count} ${thing}${count === 1 ? "" : "s"}`;
 }
 
 /** Writes only changes, so that screen readers do not repeat what they said. */

@@ -68,5 +68,5 @@ async function smaller(file) {
   canvas.height = Math.max(1, Math.round(picture.height * scale));
   canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
   picture.close();
-  return canvas.toDataURL("image/png");
+  return file.type === "image/jpeg" ? canvas.toDataURL(file.type, 0.95) : canvas.toDataURL("image/png");
 }

@@ -7,7 +7,7 @@ const JUMP = 2; // seconds behind from which the player jumps and does not catch
 const KEEP = 20; // seconds of past media that stay in the buffer
 const RECENT = 6; // arrivals over which the reserve is measured
 
-const Source = window.ManagedMediaSource ?? window.MediaSource;
+const Source = window.MediaSource ?? window.ManagedMediaSource;
 
 export function canPlay(mime) {
   return Boolean(Source?.isTypeSupported(mime));
@@ -26,7 +26,7 @@ export class Player {
     this.spare = [];
     this.source = new Source();
     this.source.onsourceopen = () => this.#opened();
-    video.disableRemotePlayback = true; // ManagedMediaSource asks for it
+    video.disableRemotePlayback = true; // iPhones ask for it
     this.url = URL.createObjectURL(this.source);
     video.srcObject = null;
     video.src = this.url;

@@ -62,15 +62,22 @@ export class Prompts {
       if (entry.prompt ?? entry.adapters) this.history.push(entry);
     }
     this.active = prompt;
+    for (const [id, { state, event }] of this.pending) {
+      if (state !== "blending" || begun.includes(id)) continue;
+      // Another prompt, or a new take, ends a blend before its end.
+      if (restarted || (event.prompt !== undefined && started.some((one) => one.event.prompt !== undefined))) {
+        this.pending.delete(id);
+      }
+    }
     for (const id of begun) this.pending.get(id).state = "blending";
     for (const id of completed_event_ids ?? []) this.pending.delete(id);
     return started;
   }
 
-  /** What was asked for last and is not the only prompt at work yet: { prompt, state }, or null. */
+  /** What was asked for last and is not the only prompt at work yet: { prompt, state, transition }, or null. */
   get next() {
-    const prompts = [...this.pending.values()].filter(({ event }) => event.prompt !== undefined);
-    return prompts.length ? { prompt: prompts.at(-1).event.prompt, state: prompts.at(-1).state } : null;
+    const last = [...this.pending.values()].findLast(({ event }) => event.prompt !== undefined);
+    return last ? { prompt: last.event.prompt, state: last.state, transition: last.transition } : null;
   }
 
   /** History up to `chunk`, the next one to be made; what began later in chunks that are lost begins there. */

@@ -184,6 +184,7 @@ export class Session {
         this.prompts.mark(message.event_id, "queued");
         return this.on.changed();
       case "session.note":
+        if (message.event_id) this.prompts.forget(message.event_id); // a newer one took its place
         return this.on.note(message.message);
       case "session.done":
         return this.#done(message.reason);
@@ -303,7 +304,7 @@ export class Session {
     this.stalled = true;
     let doing = "does not answer";
     try {
-      const { state } = await request(`v1/sessions/${this.id}`);
+      const { state } = await request(`v1/sessions/${this.id}`, { timeout: 3 });
       doing = `says that the session is ${state}`;
     } catch (error) {
       if (error.status) doing = `answers: ${error.message}`;

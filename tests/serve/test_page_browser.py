@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -148,9 +149,12 @@ def test_a_video_plays_changes_stops_and_starts_again(opened, transport):
     page.wait_for_function(f"() => ({BRIGHTNESS})() < 150")
 
 
-def test_without_webrtc_the_page_takes_the_socket_and_says_so(opened):
-    page = opened()
-    page.route("**/api/v1/webrtc/**", lambda route: route.abort())
+# No route at all, and a route that lets no packet through.
+@pytest.mark.parametrize("script", ["", "RTCPeerConnection.prototype.setRemoteDescription = async () => {}"])
+def test_without_webrtc_the_page_takes_the_socket_and_says_so(opened, script):
+    page = opened(script=script)
+    if not script:
+        page.route("**/api/v1/webrtc/**", lambda route: route.abort())
     play(page, "auto")
     assert page.inner_text("#status-link") == "Socket"
     assert "socket" in page.inner_text("[data-testid=notice-transport]")
@@ -199,19 +203,25 @@ def test_the_download_is_the_video_so_far(opened, tmp_path):
         assert sum(1 for _ in video.decode(video=0)) >= 12
 
 
-def test_a_lost_connection_takes_the_session_over_again(opened):
+def test_a_stall_is_told_and_a_lost_connection_takes_the_session_over_again(opened):
     page = opened()
-    sockets = []
+    sockets, held = [], []
 
     def between(route):
         sockets.append(route)
         server = route.connect_to_server()
         route.on_message(server.send)
-        server.on_message(route.send)
+        server.on_message(lambda data: held[0].append(data) if held else route.send(data))
 
     page.route_web_socket("**/v1/realtime/video*", between)
     play(page)
     before = session_of(page)
+    held.append([])
+    stall = page.wait_for_selector("[data-testid=notice-stall]").inner_text()
+    assert re.match(r"No frame for \d s\. The server says that the session is playing\.", stall)
+    for data in held.pop():
+        sockets[0].send(data)
+    page.wait_for_selector("[data-testid=notice-stall]", state="detached")
     sockets[0].close(code=4000)
     page.wait_for_selector("[data-testid=notice-connection]")
     page.wait_for_function("() => document.body.dataset.state === 'live' && video.currentTime > 0.6")
