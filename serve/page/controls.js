@@ -66,9 +66,9 @@ export class Controls {
     return Number($("#blend").value);
   }
 
-  /** { name: strength } of the sliders, undefined if the model has no adapters. */
+  /** { name: strength } of the sliders that were moved, undefined if none was: the others are as the server has them. */
   get adapters() {
-    const sliders = [...document.querySelectorAll("#adapters input")];
+    const sliders = [...document.querySelectorAll("#adapters input[data-moved]")];
     return sliders.length ? Object.fromEntries(sliders.map(({ name, value }) => [name, Number(value)])) : undefined;
   }
 
@@ -110,7 +110,10 @@ export class Controls {
     input.oninput = () => {
       value.textContent = Number(input.value).toFixed(2);
     };
-    input.onchange = () => this.on.adapters(this.adapters);
+    input.onchange = () => {
+      input.dataset.moved = "";
+      this.on.adapters({ [name]: Number(input.value) });
+    };
     row.append(title, input, value);
     return row;
   }

@@ -48,7 +48,6 @@ const session = new Session(stage, prompts, {
   error: showError,
   ended(reason) {
     clearNotice("connection");
-    clearNotice("stall");
     const goOn = watching ? ["Try again", watch] : ["Continue", () => session.resume()];
     const words = watching && reason === "stopped" ? "The video was stopped." : ENDINGS[reason];
     const text = words === undefined ? `The session ended: ${reason}.` : words;

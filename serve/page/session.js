@@ -25,6 +25,7 @@ export class Session {
   constructor(stage, prompts, on) {
     Object.assign(this, { stage, prompts, on });
     setInterval(() => this.#checkStall(), 1000);
+    document.addEventListener("visibilitychange", () => this.#begun()); // hidden pages show no frames
   }
 
   get running() {
@@ -48,8 +49,7 @@ export class Session {
 
   /** Goes on where an ended session stopped. */
   resume() {
-    this.attempt = 0;
-    this.wasLive = true;
+    Object.assign(this, { attempt: 0, wasLive: true, done: null });
     this.#connect();
   }
 
@@ -63,7 +63,7 @@ export class Session {
   setPaused(paused) {
     this.paused = paused;
     this.stage.pause(paused);
-    this.heard = performance.now();
+    this.#begun();
     this.interact({ paused });
     this.on.changed();
   }
@@ -85,6 +85,7 @@ export class Session {
     clearTimeout(this.deadline);
     this.shownAt = performance.now();
     if (mediaTime !== null) this.shownTime = mediaTime;
+    this.#unstall();
   }
 
   /** The browser's player gave up: a new connection brings a new key frame. */
@@ -99,7 +100,7 @@ export class Session {
   #begin(transport) {
     if (this.running) this.stop();
     Object.assign(this, { transport, id: null, config: null, attempt: 0, wasLive: false, paused: false });
-    Object.assign(this, { key: null, shownTime: null, refused: transport === "socket", broken: 0 });
+    Object.assign(this, { key: null, done: null, shownTime: null, refused: transport === "socket", broken: 0 });
   }
 
   #set(state) {
@@ -109,7 +110,6 @@ export class Session {
 
   #connect() {
     this.#disconnect();
-    this.done = null;
     this.#set(this.wasLive ? "reconnecting" : "connecting");
     const rtc = !this.refused && !this.wasLive && RtcLink.supported;
     const on = {
@@ -203,8 +203,8 @@ export class Session {
     if (this.link.name === "socket") this.stage.play({ ...message, mime: message.mime ?? MIME });
     else clearTimeout(this.deadline); // its first chunk may take long; #chunk sets the time for the frame
     this.stage.speed = this.speed;
-    this.heard = performance.now();
-    this.wasLive = true;
+    this.#begun();
+    Object.assign(this, { wasLive: true, done: null });
     this.#set("live");
     this.on.started(message);
     for (const [id, { event, transition }] of this.prompts.unanswered) this.#send(id, event, transition);
@@ -224,8 +224,6 @@ export class Session {
     const begun = this.prompts.chunk(metadata);
     for (const { event } of begun) if (event.seed !== undefined) this.seed = event.seed;
     if (this.state === "resuming") this.state = "live";
-    if (this.stalled) this.on.stalled(null);
-    this.stalled = false;
     this.on.chunk(metadata, begun);
     this.on.changed();
   }
@@ -240,8 +238,9 @@ export class Session {
 
   #error(message) {
     if (message.event_id) this.prompts.forget(message.event_id);
+    if (message.code === "shutdown") return this.#done("shutdown");
     const before = this.state !== "live";
-    if (before && this.wasLive && (message.code === "busy" || message.code === "shutdown")) return this.#lost();
+    if (before && this.wasLive && message.code === "busy") return this.#lost();
     if (before && this.wasLive && this.key) {
       this.key = null; // its session is gone: make it again
       return this.#connect();
@@ -280,10 +279,8 @@ export class Session {
   /** Tries again, ever less often. */
   #lost() {
     this.#disconnect();
-    if (this.attempt >= ATTEMPTS) {
-      this.#end("unreachable");
-      return;
-    }
+    this.#unstall();
+    if (this.attempt >= ATTEMPTS) return this.#end("unreachable");
     this.delay = Math.min(0.5 * 2 ** this.attempt, LONGEST);
     this.attempt += 1;
     this.#set("reconnecting");
@@ -293,13 +290,24 @@ export class Session {
   #end(reason) {
     this.#disconnect();
     this.stage.hold();
-    this.stalled = false;
+    this.#unstall();
     this.#set("idle");
     this.on.ended(reason);
   }
 
+  /** From now on chunks and frames are waited for. */
+  #begun() {
+    this.heard = this.shownAt = performance.now();
+  }
+
+  #unstall() {
+    if (this.stalled) this.on.stalled(null);
+    this.stalled = false;
+  }
+
   async #checkStall() {
-    const silent = (performance.now() - this.heard) / 1000;
+    const last = document.hidden ? this.heard : Math.min(this.heard, this.shownAt);
+    const silent = (performance.now() - last) / 1000;
     if (this.state !== "live" || this.paused || this.stalled || silent < STALL) return;
     this.stalled = true;
     let doing = "does not answer";
