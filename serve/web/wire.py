@@ -37,7 +37,7 @@ class Weighted(_Message):
 
 Prompt = Annotated[str, Field(max_length=MOST_TEXT)] | Annotated[list[Weighted], Field(min_length=1, max_length=16)]
 Transition = Annotated[int, Field(ge=0, le=1000)]
-Strengths = dict[str, float]
+Strengths = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Speed = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
