@@ -5,7 +5,7 @@ import { Controls } from "./controls.js";
 import { clearNotice, clearNotices, ENDINGS, errorWords, notice, sentence } from "./notices.js";
 import { Picture } from "./picture.js";
 import { Prompts } from "./prompts.js";
-import { Session } from "./session.js";
+import { ATTEMPTS, Session } from "./session.js";
 import { Stage } from "./stage.js";
 import { Strip } from "./strip.js";
 
@@ -148,10 +148,10 @@ function show() {
   setText("#next", next?.state === "blending" ? `over ${plural(next.transition, "chunk")}` : (next?.prompt ?? ""));
   setText("#next-state", next ? NEXT[next.state] : "");
   if (state === "reconnecting") {
-    const try_ = session.attempt > 1 ? ` Try ${session.attempt} of 12.` : "";
+    const tries = session.attempt > 1 ? ` Try ${session.attempt} of ${ATTEMPTS}.` : "";
     const why = session.done === "shutdown" ? "The server is restarting." : "The connection was lost.";
     const how = watching ? "" : " The video goes on where it stopped.";
-    notice("connection", `${why} The page connects again.${how}${try_}`, { stays: true });
+    notice("connection", `${why} The page connects again.${how}${tries}`, { stays: true });
   }
   if (state === "waiting") {
     notice("connection", `The server is busy. Your place in line is ${session.place}.`, { stays: true });

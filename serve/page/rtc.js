@@ -18,7 +18,7 @@ export class RtcLink {
   async open(first) {
     try {
       const { iceServers } = await request("api/v1/webrtc/ice-servers").catch((error) => {
-        throw error.status === 404 ? new ServerError("This server does not offer WebRTC.", error) : error;
+        throw error.status === 404 ? new ServerError("This server does not offer WebRTC.", { status: 501 }) : error;
       });
       if (!this.on) return;
       this.peer = new RTCPeerConnection({ iceServers });

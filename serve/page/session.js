@@ -7,8 +7,8 @@ import { MIME, playsH264 } from "./stage.js";
 
 const FIRST_FRAME = 4; // seconds that WebRTC gets for the first frame
 const STALL = 5; // seconds without a chunk before the user is told
-const ATTEMPTS = 12; // reconnects, at most LONGEST seconds apart
-const LONGEST = 8;
+export const ATTEMPTS = 20; // reconnects, at most LONGEST seconds apart
+const LONGEST = 4;
 const [GOING_AWAY, POLICY, RESTART] = [1001, 1008, 1012]; // why a socket closed: RFC 6455 and its registry
 const JPEGS = "This browser cannot play the video in H.264, so the page shows JPEG pictures.";
 const BREAKS = 2; // failures of the browser's player before it gets JPEGs
@@ -156,7 +156,8 @@ export class Session {
   }
 
   #rtcFailed(error) {
-    if (error.code === "unauthorized" || error.status === 400 || this.transport === "webrtc") {
+    // What is wrong with the request itself is wrong over the socket, too.
+    if ([400, 401, 404].includes(error.status) || this.transport === "webrtc") {
       this.#end("failed");
       return this.on.error(error);
     }

@@ -85,8 +85,8 @@ def browser():
 
 @pytest.fixture
 def opened(served, browser):
-    """Opens the page in a tab. A script that throws fails the test; every session ends with it."""
-    pages, thrown = [], []
+    """Opens the page in a tab. Scripts throw nothing and ask no other site; sessions end with the test."""
+    pages, thrown, asked = [], [], []
 
     def new(path=f"/?token={TOKEN}", ready=True, script=None, **options):
         context = browser.new_context(**options)
@@ -94,6 +94,7 @@ def opened(served, browser):
         page = context.new_page()
         pages.append(page)
         page.on("pageerror", lambda error: thrown.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
         if script:
             page.add_init_script(script)
         page.goto(served.url + path)
@@ -107,6 +108,7 @@ def opened(served, browser):
             page.click("#stop", force=True)
         page.context.close()
     assert not thrown
+    assert not [url for url in asked if not url.startswith((f"{served.url}/", "data:", "blob:"))]
 
 
 def play(page, transport="socket", prompt=GRAY):
