@@ -62,6 +62,11 @@ export class Controls {
     return this.transportChoice.value;
   }
 
+  /** The id to ask for; undefined where there is no choice. */
+  get chosenModel() {
+    return this.models?.length > 1 ? this.model.id : undefined;
+  }
+
   get blend() {
     return Number($("#blend").value);
   }

@@ -90,7 +90,7 @@ function start() {
   clearNotices();
   strip.reset();
   startedAt = performance.now();
-  const settings = { prompt, seed, speed, adapters, model: controls.model?.id, image: picture.data ?? undefined };
+  const settings = { prompt, seed, speed, adapters, model: controls.chosenModel, image: picture.data ?? undefined };
   session.start(settings, controls.transport);
 }
 

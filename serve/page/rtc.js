@@ -113,7 +113,7 @@ export class RtcLink {
 function asked({ type, session, prompt, adapters, ...rest }) {
   if (type === "session.watch") return { session, initialParameters: {} };
   const initialParameters = { prompts: [{ text: prompt, weight: 1 }] };
-  for (const name of ["model", "seed", "speed", "image", "resume"]) {
+  for (const name of ["model", "seed", "speed", "image"]) {
     if (rest[name] !== undefined) initialParameters[name] = rest[name];
   }
   if (adapters) {

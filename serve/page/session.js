@@ -200,7 +200,6 @@ export class Session {
     this.prompts.reconnected(this.wasLive ? this.prompts.nextChunk(message.config.fps, this.shownTime) : 0);
     Object.assign(this, { id: message.session, key: message.key ?? null, config: message.config, shownTime: null });
     this.seed = message.config.seed;
-    if (this.watching) this.speed = message.config.speed;
     if (this.link.name === "socket") this.stage.play({ ...message, mime: message.mime ?? MIME });
     else clearTimeout(this.deadline); // its first chunk may take long; #chunk sets the time for the frame
     this.stage.speed = this.speed;
@@ -223,6 +222,7 @@ export class Session {
     this.attempt = 0;
     this.heard = performance.now();
     const begun = this.prompts.chunk(metadata);
+    if (this.watching) this.stage.speed = this.speed = metadata.speed; // who owns the session set it here
     for (const { event } of begun) if (event.seed !== undefined) this.seed = event.seed;
     if (this.state === "resuming") this.state = "live";
     this.on.chunk(metadata, begun);

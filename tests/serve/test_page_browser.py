@@ -1,23 +1,17 @@
 """The page in a real browser, against a real server: what a person sees and does."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from pathlib import Path
 
 import pytest
+from serving import start_server
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytest.importorskip("fastapi", reason="the server's packages are not installed")
 
-ROOT = Path(__file__).parent.parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for path in map(shutil.which, BROWSERS) if path), None)
 TOKEN = "a-token-of-tests"
@@ -38,41 +32,30 @@ pytestmark = [
 ]
 
 
-class Served:
-    """`python -m serve` on a port of its own, which stays the same when it starts again."""
+class Restartable:
+    """A server with a token and two places, on a port that stays the same when it starts again."""
 
-    def __init__(self):
+    def __init__(self, folder):
+        self.log = folder / "log"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
     def start(self):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "GREEDY_SERVE_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "serve", "--port", str(self.port), "--sessions", "2"]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment)
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            assert self.process.poll() is None, "the server ended"
-            try:
-                return urllib.request.urlopen(f"{self.url}/health", timeout=1).close()
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError("the server did not start within 60 s")
+        options = ("--port", self.port, "--sessions", 2, "--rate", 100_000)
+        self.running = start_server(*options, log=self.log, environment={"GREEDY_SERVE_TOKEN": TOKEN})
 
     def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(20)
+        self.running.stop()
 
 
 @pytest.fixture(scope="module")
-def served():
-    server = Served()
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
+def restartable(tmp_path_factory):
+    server = Restartable(tmp_path_factory.mktemp("page"))
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +67,7 @@ def browser():
 
 
 @pytest.fixture
-def opened(served, browser):
+def opened(restartable, browser):
     """Opens the page in a tab. Scripts throw nothing and ask no other site; sessions end with the test."""
     pages, thrown, asked = [], [], []
 
@@ -97,7 +80,7 @@ def opened(served, browser):
         page.on("request", lambda request: asked.append(request.url))
         if script:
             page.add_init_script(script)
-        page.goto(served.url + path)
+        page.goto(restartable.url + path)
         if ready:
             page.wait_for_selector("[data-example]", state="attached")
         return page
@@ -108,7 +91,7 @@ def opened(served, browser):
             page.click("#stop", force=True)
         page.context.close()
     assert not thrown
-    assert not [url for url in asked if not url.startswith((f"{served.url}/", "data:", "blob:"))]
+    assert not [url for url in asked if not url.startswith((f"{restartable.url}/", "data:", "blob:"))]
 
 
 def play(page, transport="socket", prompt=GRAY):
@@ -187,6 +170,8 @@ def test_others_watch_by_link_and_a_third_waits_in_line(opened):
     owner.wait_for_function("() => viewers.textContent === '2'")
     switch(owner)
     viewer.wait_for_function(f"(prompt) => active.textContent === prompt && ({BRIGHTNESS})() > 170", arg=WHITE)
+    owner.click("#speed [value='2']")
+    viewer.wait_for_function("() => video.playbackRate > 1.8")
 
     other.click("#stop")
     third.wait_for_function("() => video.currentTime > 0.6")
@@ -231,7 +216,7 @@ def test_a_stall_is_told_and_a_lost_connection_takes_the_session_over_again(open
     switch(page)
 
 
-def test_the_video_goes_on_after_a_restart_of_the_server(opened, served):
+def test_the_video_goes_on_after_a_restart_of_the_server(opened, restartable):
     page = opened()
     sent, got = [], []
 
@@ -242,10 +227,10 @@ def test_the_video_goes_on_after_a_restart_of_the_server(opened, served):
     page.on("websocket", listen)
     play(page)
     switch(page)
-    served.stop()
+    restartable.stop()
     page.wait_for_selector("[data-testid=notice-connection]")
     got.clear()
-    served.start()
+    restartable.start()
     page.wait_for_function("() => document.body.dataset.state === 'live' && video.currentTime > 0.6")
     resume = next(message for message in reversed(sent) if message["type"] == "session.start")["resume"]
     assert resume["chunk"] > 2
