@@ -164,12 +164,13 @@ def test_others_watch_by_link_and_a_third_waits_in_line(opened):
     third.wait_for_function("() => document.querySelector('#status-text').textContent === 'In line, place 1'")
 
     viewer = opened(f"/?watch={session_of(owner)}&token={TOKEN}")
-    viewer.wait_for_function("() => video.currentTime > 0")
-    assert viewer.inner_text("#active") == GRAY
+    viewer.wait_for_function("(prompt) => video.currentTime > 0 && active.textContent === prompt", arg=GRAY)
     assert not viewer.locator("#prompt").is_visible()
     owner.wait_for_function("() => viewers.textContent === '2'")
     switch(owner)
     viewer.wait_for_function(f"(prompt) => active.textContent === prompt && ({BRIGHTNESS})() > 170", arg=WHITE)
+    viewer.click("#transport [value=socket]")
+    viewer.wait_for_function("() => document.querySelector('#status-link').textContent === 'Socket'")
     owner.click("#speed [value='2']")
     viewer.wait_for_function("() => video.playbackRate > 1.8")
 
