@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,6 +50,12 @@ class Place:
     limits: Limits
     on_chunk: Callable[[Session, Chunk], None]
     on_end: Callable[[Session], None]
+    background: bool = False  # all other sessions compute first
+
+    def turn(self, deadline: float | None = None) -> AbstractContextManager[None]:
+        """Within the block a session may compute. `deadline`: monotonic seconds; None is at once."""
+        deadline = time.monotonic() if deadline is None else deadline
+        return self.turns.turn(float("inf") if self.background else deadline)
 
 
 class TooMany(RuntimeError):
@@ -182,14 +189,14 @@ class Session:
         finally:
             stream = self.__dict__.pop("_stream", None)
             if stream is not None:
-                with self._place.turns.turn(time.monotonic()):
+                with self._place.turns.turn(time.monotonic()):  # in the background, too: it frees memory
                     stream.close()
             self._end(reason or "failed")
 
     def _begin(self, wish: Wish) -> None:
         """Open the stream of a take."""
         direction = Direction(self._pipeline, wish.prompt)
-        with self._place.turns.turn(time.monotonic()):
+        with self._place.turn():
             if (old := self.__dict__.pop("_stream", None)) is not None:
                 old.close()
             self._stream = self._pipeline.stream(direction.first, seed=wish.seed, frames=wish.frames, clip=wish.clip)
@@ -269,7 +276,7 @@ class Session:
             elif change.prompt is not None:
                 self._turn_to(change)
             if change.adapters is not None:
-                with self._place.turns.turn(time.monotonic()):
+                with self._place.turn():
                     self._stream.set_adapters(change.adapters)
         except (ValueError, MemoryError, torch.cuda.OutOfMemoryError) as error:
             self.tell(
@@ -289,7 +296,7 @@ class Session:
     def _turn_to(self, change: Change) -> None:
         assert change.prompt is not None
         direction = copy(self._direction)
-        with self._place.turns.turn(time.monotonic()):
+        with self._place.turn():
             direction.turn_to(change.prompt, change.transition, change.event)
         self._direction = direction
         self._note(change.prompt)
@@ -310,7 +317,7 @@ class Session:
         asked = time.monotonic()
         deadline = self._pace.due(self.frames, asked) if deadline is None else deadline
         direction = self._direction
-        with self._place.turns.turn(deadline):
+        with self._place.turn(deadline):
             begun = time.monotonic()
             moved = direction.moving
             if (prompt := direction.step()) is not None:
