@@ -50,10 +50,14 @@ def build(args: argparse.Namespace) -> Server:
     network, sessions, rate = options_of(args, Network), options_of(args, Sessions), options_of(args, Rate)
     model, bundle, runtime = options_of(args, Model), options_of(args, Bundle), options_of(args, Runtime)
     overrides: dict[str, Any] = chosen(args, Preset)
-    store = Store(sessions.jobs_dir)  # before the model: another server may use it
     fixed = [*chosen(args, Model), *chosen(args, Runtime), *overrides]
     shape = shape_of(model, bundle, tuple(name for name in fixed if name != "threads"), rate.fps)
-    pipeline = open_pipeline(model, bundle, runtime, overrides, shape)
+    store = Store(sessions.jobs_dir)  # before the model is loaded, as another server may use it
+    try:
+        pipeline = open_pipeline(model, bundle, runtime, overrides, shape)
+    except BaseException:
+        store.close()
+        raise
     embedded = model.model is None and model.checkpoint is None and bundle.bundle is None
     folder = bundle.bundle or model.model or model.checkpoint
     name = sessions.name or (folder.resolve().stem if folder is not None else "sprites")

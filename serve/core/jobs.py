@@ -150,7 +150,7 @@ class Jobs:
 
     def _recover(self, job: Job) -> None:
         """Take up a job of an earlier server."""
-        if job.fleeting:
+        if job.fleeting or (job.expires is not None and job.expires <= time.time()):
             self._store.remove(job.id)
             return
         if job.status not in ENDED:

@@ -124,8 +124,8 @@ def order_of(fields: Mapping[str, Any], server: Server, key: str = "") -> tuple[
         raise Invalid(f"fps: got {request.fps:g}, expected {pipeline.fps:g}, the model's own")
     adapters = request.adapters or {}
     if unknown := sorted(set(adapters) - set(server.adapters)):
-        expected = ", ".join(server.adapters) or "none: this model has no adapters"
-        raise Invalid(f"adapters: got the name {unknown[0][:100]!r}, expected one of {expected}")
+        expected = f"one of {', '.join(server.adapters)}" if server.adapters else "none: this model has no adapters"
+        raise Invalid(f"adapters: got the name {unknown[0][:100]!r}, expected {expected}")
     scale, frames = _scale(request, server), _frames(request, server)
     start, notes = _start(request.input_reference, server)
     notes = [*notes, *_ignored(request, fields, server), *_length_note(request, server)]
