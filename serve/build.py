@@ -79,6 +79,7 @@ def make_server(
     scale = sessions.scale or scale_for(pipeline.height, pipeline.width)
     metrics = Metrics()
     house = House(pipeline, room, limits, scale, parallel, Watching(metrics.chunk, metrics.end))
+    store = store or Store(sessions.jobs_dir)
     keep = 3600 * sessions.keep_hours
-    jobs = Jobs(house, store or Store(sessions.jobs_dir), name, sessions.jobs, sessions.job_queue, keep)
+    jobs = Jobs(house, store, name, sessions.jobs, sessions.job_queue, keep, metrics.job)
     return Server(house, jobs, name, network, sessions, metrics, frames, seconds, examples)

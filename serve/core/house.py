@@ -62,6 +62,7 @@ class House:
         self._running: set[str] = set()
         self._line: list[Session] = []
         self._kept: list[tuple[float, Session]] = []
+        self._jobs: set[Session] = set()  # nobody can watch them
         self._closed = False
 
     def open(self, wish: Wish, viewer: Viewer) -> Session:
@@ -89,7 +90,7 @@ class House:
         with self._lock:
             if self._closed:
                 raise Busy("the server is shutting down")
-            self._sessions[session.id] = session
+            self._jobs.add(session)
         session.watch(viewer)
         session.start()
         return session
@@ -111,7 +112,7 @@ class House:
             return len(self._line)
 
     def live(self) -> list[Session]:
-        """Sessions that have not ended, jobs included."""
+        """Sessions that have not ended, without jobs."""
         with self._lock:
             return [session for session in self._sessions.values() if session.state != "ended"]
 
@@ -119,7 +120,7 @@ class House:
         """End all sessions and wait for their threads."""
         with self._lock:
             self._closed = True
-            sessions = list(self._sessions.values())
+            sessions = [*self._sessions.values(), *self._jobs]
         for session in sessions:
             session.stop("shutdown")
         until = time.monotonic() + timeout
@@ -143,7 +144,7 @@ class House:
 
     def _job_ended(self, session: Session) -> None:
         with self._lock:
-            self._sessions.pop(session.id, None)
+            self._jobs.discard(session)
         session.recording.close()
 
     def _tell_places(self) -> None:

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,10 +46,14 @@ class Jobs:
 
     A job is a session in the background, so that live sessions compute first. Its frames are coded once, into the
     video. All that is known of a job is on disk before a caller hears of it. Every method may be called by any thread.
+    `keep`: seconds for which a job is kept after its end. `on_end` is called when a job is completed or has failed.
     """
 
-    def __init__(self, house: House, store: Store, model: str, workers: int, waiting: int, keep: float) -> None:
-        self._house, self._store, self._model = house, store, model
+    def __init__(
+        self, house: House, store: Store, model: str, workers: int, waiting: int, keep: float,
+        on_end: Callable[[Job], None] = lambda job: None,
+    ) -> None:  # fmt: skip
+        self._house, self._store, self._model, self._on_end = house, store, model, on_end
         self._workers, self._waiting, self._keep = workers, waiting, keep
         self._lock = threading.Condition()
         self._jobs: dict[str, Job] = {}  # the oldest first
@@ -212,7 +217,6 @@ class Jobs:
                 self._save(job)
             made = self._outcome(job)
             with self._lock:
-                del self._running[name]
                 if made.status != "completed":
                     self._store.clean(name)
                 if name in self._jobs:
@@ -220,9 +224,12 @@ class Jobs:
                     self._save(made)
                     if made.status == "queued":
                         self._queue.appendleft(name)
+                    else:
+                        self._on_end(made)
                 else:  # it was deleted
                     self._progress.pop(name, None)
                     self._store.remove(name)
+                del self._running[name]  # last, as others look at it without the lock
 
     def _outcome(self, job: Job) -> Job:
         """The job after its video was made, or was not: completed, failed, or queued again."""

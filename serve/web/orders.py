@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
@@ -85,7 +86,7 @@ async def fields_of(request: Request, most: int) -> dict[str, Any]:
         got = f"body: got its end early, or more than {most} bytes"
         raise Refused(413, "invalid_request_error", f"{got}, expected a whole request") from None
     try:
-        value = json.loads(body)
+        value = await asyncio.to_thread(json.loads, body)  # megabytes take their time
     except (ValueError, RecursionError) as error:
         raise Invalid(f"body: got no JSON, expected an object ({str(error).splitlines()[0][:100]})") from None
     if not isinstance(value, dict):

@@ -61,10 +61,10 @@ class Watched:
 @contextmanager
 def opened(
     pipeline: Any, folder: Path | None = None, workers: int = 1, waiting: int = 100, keep: float = 3600.0,
-    limits: Limits | None = None,
+    limits: Limits | None = None, on_end: Callable[[Job], None] = lambda job: None,
 ) -> Iterator[Jobs]:  # fmt: skip
     house = House(pipeline, Room(4), limits or Limits(), scale=4, parallel=1)
-    jobs = Jobs(house, Store(folder), "sprites", workers, waiting, keep)
+    jobs = Jobs(house, Store(folder), "sprites", workers, waiting, keep, on_end)
     try:
         yield jobs
     finally:
@@ -180,6 +180,7 @@ def test_progress_grows(sprites: Pipeline) -> None:
     assert {0, 20, 52} <= set(seen) <= set(range(100)), set(seen)  # after chunks 0, 1 and 3
 
 
+@pytest.mark.slow
 def test_live_sessions_keep_their_frames_and_jobs_too(sprites: Pipeline, written: dict[str, list[np.ndarray]]) -> None:
     with opened(sprites, workers=2) as jobs:
         made = [jobs.submit(order(17, seed=seed)) for seed in (1, 2)]
@@ -243,7 +244,8 @@ def test_jobs_push_no_live_session_out_of_what_is_kept(sprites: Pipeline, monkey
         for seed in (1, 2):
             ended(jobs, jobs.submit(order(1, seed)))
         assert house_of(jobs).get(session.id) is session
-        assert house_of(jobs).live() == []
+        assert jobs.running == 0
+        assert not house_of(jobs)._jobs
 
 
 # --- order, ends
@@ -280,10 +282,20 @@ def test_deleting_a_running_job_ends_it_within_a_chunk(sprites: Pipeline, tmp_pa
         assert jobs.get(job.id) is None
         until(lambda: not jobs.running)
         assert len(pipeline.chunks) <= made + 1
-        assert house_of(jobs).live() == []
+        assert not house_of(jobs)._jobs
         assert sorted(file.name for file in tmp_path.iterdir()) == ["lock"]
         assert not jobs.delete(job.id)
         assert ended(jobs, jobs.submit(order(1))).status == "completed"
+
+
+def test_a_job_is_no_session_that_others_can_join(sprites: Pipeline) -> None:
+    with opened(sprites) as jobs:
+        job = jobs.submit(order(FOREVER))
+        begun(jobs, job)
+        house = house_of(jobs)
+        (session,) = house._jobs
+        assert house.get(session.id) is None
+        assert (house.live(), house.running, house.waiting) == ([], 0, 0)
 
 
 def test_deleting_jobs_that_wait_or_are_done_removes_their_files(sprites: Pipeline, tmp_path: Path) -> None:
@@ -390,13 +402,15 @@ def test_a_video_that_cannot_be_written_fails_alone(
 def test_a_stream_that_fails_fails_its_job_alone(sprites: Pipeline, error: Exception, code: str) -> None:
     pipeline = Watched(sprites)
     pipeline.faults[13] = error
-    with opened(pipeline) as jobs:
+    told: list[tuple[str, str]] = []
+    with opened(pipeline, on_end=lambda job: told.append((job.id, job.status))) as jobs:
         first, second = jobs.submit(order(9, seed=13)), jobs.submit(order(9, seed=14))
         job = ended(jobs, first)
         assert (job.status, job.error_code) == ("failed", code)
         assert "\n" not in job.error
         assert (str(error).splitlines() or [""])[0] in job.error
         assert ended(jobs, second).status == "completed"
+    assert told == [(first.id, "failed"), (second.id, "completed")]
 
 
 def test_a_disk_that_takes_no_job_keeps_none(
@@ -415,6 +429,7 @@ def test_a_disk_that_takes_no_job_keeps_none(
 # --- a restart
 
 
+@pytest.mark.slow
 def test_jobs_outlive_their_server(sprites: Pipeline, tmp_path: Path, written: dict[str, list[np.ndarray]]) -> None:
     with opened(sprites, tmp_path) as jobs:
         done = ended(jobs, jobs.submit(order(5)))
