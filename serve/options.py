@@ -66,6 +66,7 @@ class Sessions:
     recording_mb: int = option(256, "megabytes of a session that stay for download; 0 keeps none", metavar="N")
     jobs: int = option(1, "jobs that run at once; live sessions go first", metavar="N")
     job_queue: int = option(100, "jobs that may wait; more are refused", metavar="N")
+    job_seconds: float = option(600.0, "longest video of a job, in seconds", metavar="S")
     jobs_dir: Path | None = option(
         None, "folder for jobs and their videos, which outlive a restart; default: a temporary one", metavar="DIR"
     )
@@ -86,6 +87,6 @@ class Sessions:
         for name in ("waiting", "job_queue", "recording_mb"):
             if not 0 <= getattr(self, name) <= 1_000_000:
                 raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected 0 to 1000000")
-        for name in ("idle", "lifetime", "lease", "keep_hours"):
+        for name in ("idle", "lifetime", "lease", "job_seconds", "keep_hours"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected a positive number")
