@@ -33,7 +33,7 @@ from serve.web.webrtc.track import LiveTrack
 
 CIRCLE = "a red circle moving right slowly on a gray background"
 SQUARE = "a blue square moving up quickly on a white background"
-CLOSE = 6.0  # mean error of decoded pixels, of 255; another frame of the same video is further off
+CLOSE = 2.5  # mean error of decoded pixels, of 255: 1.4 as a rule, 3.6 in the wrong colours, 26 for a later frame
 LEASE = 1.0
 KEYS = 16  # frames between key frames that nobody asked for
 
@@ -157,7 +157,7 @@ def test_frames_are_the_engines(server: Server, url: str, sent: list[Sent], code
     assert len(shown) >= 18  # the client may not be ready for the first ones; it waits for one after the last
     errors = [error(picture, own[one.unit.position]) for one, picture in shown]
     assert max(errors) < CLOSE, errors
-    assert error(shown[0][1], own[20]) > CLOSE / 2 + min(errors)  # the check tells frames apart
+    assert error(shown[0][1], own[20]) > CLOSE  # the check tells frames apart
     assert server.house.get(start["session"]).reason == "finished"
 
 
@@ -217,7 +217,7 @@ def test_parameters_change_the_video(server: Server, url: str, sent: list[Sent])
     plain = reference(server, CIRCLE, 7, last)
     changed = [error(p, plain[one.unit.position]) for one, p in early if one.chunk.number >= switch]
     assert changed
-    assert min(changed) > 2 * CLOSE
+    assert min(changed) > 4 * CLOSE
     late = [(one, picture) for one, picture in shown if one.chunk.take == 1]
     assert len(late) >= 8
     begin = sent[first].unit.position
@@ -366,6 +366,47 @@ def test_a_video_needs_no_channel(url: str, sent: list[Sent]) -> None:
     asyncio.run(watch())
     assert sent[0].unit.key
     assert sent[0].unit.position == 0
+
+
+@pytest.mark.slow
+def test_messages_wait_for_a_late_channel(url: str) -> None:
+    async def watch() -> Caller:
+        caller = Caller(url, channel=False, prompts=prompts(CIRCLE), seed=5, speed=2, paused=False)
+        caller.connection.createDataChannel("other")
+        async with caller:
+            await caller.until(lambda: len(caller.frames) >= 6)
+            channel = caller.connection.createDataChannel("parameters")
+            channel.on("message", caller._heard)
+            await caller.until(lambda: len(caller.told("video.chunk_metadata")) >= 4)
+        return caller
+
+    caller = asyncio.run(watch())
+    assert caller.messages[0]["type"] == "video.start"
+    chunks = caller.told("video.chunk_metadata")
+    assert [one["transport_chunk_index"] for one in chunks] == list(range(len(chunks)))
+
+
+@pytest.mark.slow
+def test_a_page_that_lost_its_connection_resumes(server: Server, url: str, sent: list[Sent]) -> None:
+    """The video goes on with the chunk after the last one that was shown, and its changes are made again."""
+    past = [{"chunk": 2, "prompt": SQUARE}]
+
+    async def resume() -> Caller:
+        async with Caller(url, prompts=prompts(CIRCLE), seed=9, num_frames=21, paused=True,
+                          resume={"chunk": 4, "history": past}) as caller:  # fmt: skip
+            await caller.message("video.start")
+            await asyncio.sleep(0.3)
+            assert not sent
+            caller.send({"paused": False, "speed": 4})
+            await caller.message("stream_stopped", error_message=None)
+            return caller
+
+    caller = asyncio.run(resume())
+    assert [one["generation_chunk_index"] for one in caller.told("video.chunk_metadata")] == [4, 5]
+    own = reference(server, CIRCLE, 9, 6, {2: SQUARE})[13:]
+    shown = by_frame(caller, sent)
+    assert len(shown) >= 5
+    assert max(error(picture, own[one.unit.position]) for one, picture in shown) < CLOSE
 
 
 def test_candidates(server: Server, url: str) -> None:
