@@ -174,6 +174,11 @@ class Session:
             return sum(viewer.watches for viewer in self._viewers)
 
     @property
+    def take(self) -> int:
+        """How often the video has started again: a chunk of an earlier take is stale."""
+        return self._take
+
+    @property
     def prompt(self) -> str:
         """The active prompt on one line."""
         return shown(self._direction.words)
@@ -387,7 +392,7 @@ class Session:
             viewers = list(self._viewers)
             wanted = {v.codec: False for v in viewers if v.codec} | ({"h264": False} if self._records else {})
             for viewer in viewers:
-                if viewer.codec and viewer.wants_key:
+                if viewer.codec and viewer.wants_key and not viewer.full:
                     wanted[viewer.codec] = True
         coded: dict[str, Coded] = self._coding.code(frames, chunk.position, wanted)
         if self._records and not self.recording.full:

@@ -17,6 +17,7 @@ from serve.core.house import Busy
 from serve.web import jobs, live, sessions
 from serve.web.guard import Guard
 from serve.web.server import Bucket, Refused, Server
+from serve.web.webrtc import routes as webrtc
 from serve.web.wire import Invalid, error_body
 
 PAGE = Path(__file__).parent.parent / "page"
@@ -41,6 +42,7 @@ def make_app(server: Server) -> FastAPI:
     app.include_router(live.router(server, starts))
     app.include_router(sessions.router(server, starts))
     app.include_router(jobs.router(server, starts))
+    app.include_router(webrtc.router(server, starts))
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     return app
 
