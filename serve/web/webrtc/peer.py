@@ -140,7 +140,7 @@ class Peer:
             return
         if item.kind == "start":
             codec = self._desk.viewer.codec or ""
-            start = self._desk.server.start_message(self.session, item)
+            start = self._desk.server.start_message(self.session, item, self._desk.owns)
             message |= start | {"format": "webrtc", "mime": MIME[codec]}
         elif item.kind == "error" and item.about["code"] in ("failed", "out_of_memory"):
             self._error = str(item.about["message"])
