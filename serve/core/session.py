@@ -362,7 +362,8 @@ class Session:
         done = (*others, *(event if not direction.moving else ()))
         due, late = self._pace.made(self.frames, now - asked, now) if deadline != float("inf") else (now, 0.0)
         chunk = Chunk(self._number, self._take, self.frames, frames, (), shown(direction.words), started,
-                      tuple(dict.fromkeys((*started, *event))), done, now - begun, due, late)  # fmt: skip
+                      tuple(dict.fromkeys((*started, *event))), done, now - begun, due, late,
+                      self._pace.speed)  # fmt: skip
         self._number, self._made, self._last = self._number + 1, self._made + len(frames), len(frames)
         return frames, chunk
 

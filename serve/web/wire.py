@@ -170,6 +170,7 @@ def message_of(item: Chunk | Notice, request: str) -> dict[str, Any]:
             "generation_chunk_index": item.number, "num_frames": len(item.frames),
             "started_event_ids": item.started, "active_event_ids": item.active, "completed_event_ids": item.completed,
             "prompt": item.prompt, "first_frame": item.position, "take": item.take, "skipped": item.skipped,
+            "speed": item.speed,
             "chunk_ms": round(1e3 * item.spent, 3), "late_ms": round(1e3 * item.late, 3),
         }  # fmt: skip
     return {"type": _TYPES.get(item.kind, f"session.{item.kind}"), "request_id": request, **item.about}
