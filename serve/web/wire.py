@@ -92,7 +92,7 @@ class Interaction(_Message):
     transition_chunks: Transition = 0
 
 
-def parsed(kind: type[_Message], value: Any, what: str) -> Any:
+def parsed(kind: type[BaseModel], value: Any, what: str) -> Any:
     """An instance of a message's class. Invalid, on one line with got and expected, where it does not fit."""
     if not isinstance(value, dict):
         raise Invalid(f"{what}: got {type(value).__name__}, expected an object")
