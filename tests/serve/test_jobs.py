@@ -388,6 +388,8 @@ def test_a_video_that_cannot_be_written_fails_alone(
         assert "secret" not in job.error
         assert sorted(file.name for file in (tmp_path / job.id).iterdir()) == ["job.json"]
         assert ended(jobs, second).status == "completed"
+        until(lambda: not jobs.running)
+        assert not house_of(jobs)._jobs, "a session goes on for nobody"
 
 
 @pytest.mark.parametrize(
