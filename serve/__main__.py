@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         log_level="info" if args.debug else "warning",
         access_log=args.debug,
         ws_max_size=network.upload_mb << 20,
+        ws_per_message_deflate=False,  # video is compressed already: deflate takes time and saves nothing
         timeout_graceful_shutdown=_GRACE,
         ssl_certfile=cert,
         ssl_keyfile=key,

@@ -1,0 +1,93 @@
+"""Viewers of a server, all at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.instruments.check import Check
+from bench.serving import exact
+from bench.serving.figures import figures
+from bench.serving.jobs import by_job
+from bench.serving.process import Peak, Server
+from bench.serving.viewers import Plan, Seen, Watch, by_socket
+from bench.serving.webrtc import by_webrtc
+
+TRANSPORTS: dict[str, Watch] = {"socket": by_socket, "webrtc": by_webrtc, "jobs": by_job}
+SPREAD = 1.0  # seconds over which viewers come
+
+
+@dataclass(frozen=True)
+class Load:
+    """How viewers behave. seconds: that they stay; switch: between two prompts; buffer: before a player starts."""
+
+    seconds: float
+    switch: float
+    buffer: float
+    prompt: str
+    seed: int
+    transport: str  # one of TRANSPORTS, or mixed
+
+
+def point(server: Server, load: Load, viewers: int, model: Sequence[str]) -> tuple[dict[str, Any], list[Check]]:
+    """The figures of so many viewers, and whether what one of them saw is right.
+
+    With two or more, the first one takes raw frames and leaves its prompt alone: a server owes it the engine's frames.
+    A single one is measured alone, and a second video is compared after it.
+    """
+    about = server.model()
+    others = [one for one in about["examples"] if one != load.prompt] or ["another prompt"]
+    plans = [
+        Plan(n, [load.prompt, *others], load.seed + n, about["fps"], "m4s", load.switch, SPREAD * n / viewers)
+        for n in range(viewers)
+    ]  # fmt: skip
+    compares = viewers > 1 and load.transport in ("socket", "mixed")
+    if compares:
+        plans[0] = Plan(0, [load.prompt], load.seed, about["fps"], "rgb")
+    began, cpu = time.monotonic(), server.cpu()
+    with Peak(server) as peak:
+        seen = asyncio.run(_together(server, load, plans))
+    ended = max([began + load.seconds, *(one.arrivals[-1].at for one in seen if one.arrivals)])
+    emptied = server.empty()
+    after = server.cpu()
+    found = figures(seen, load.buffer, began, ended) | {"transport": load.transport, "seconds": load.seconds}
+    spent = None if cpu is None or after is None else after - cpu
+    found["cpu_seconds"] = spent
+    found["cpu_per_session_second"] = spent / found["session_seconds"] if spent and found["session_seconds"] else None
+    found["memory_mb"] = peak.most and {"before": peak.before, "most": peak.most, "after": server.memory_mb()}
+    checks = [
+        Check(f"{viewers} viewers end well", not found["failed"] and emptied, "; ".join(found["failed"]) or "all left"),
+        Check(f"{viewers} viewers see their prompts", not found["switches_lost"],
+              f"{found['switches_lost']} of {found['switches']} switches did not show"),
+    ]  # fmt: skip
+    if not compares:
+        seen = [asyncio.run(_alone(server, load, about["fps"]))]
+    checks.append(exact.compared(model, seen[0], f"frames under {viewers} viewers equal the engine's"))
+    return found, checks
+
+
+async def _together(server: Server, load: Load, plans: list[Plan]) -> list[Seen]:
+    until = time.monotonic() + load.seconds
+    names = list(TRANSPORTS) if load.transport == "mixed" else [load.transport]
+    watching = [TRANSPORTS[names[plan.number % len(names)]](server, plan, until) for plan in plans]
+    return list(await asyncio.gather(*watching))
+
+
+async def _alone(server: Server, load: Load, fps: float) -> Seen:
+    return await by_socket(server, Plan(0, [load.prompt], load.seed, fps, "rgb"), time.monotonic() + load.seconds)
+
+
+def numbers(text: str | None, capacity: int) -> list[int]:
+    """The numbers of viewers: those of a text, or 1, 2, 4, ... up to the capacity, and two more than that."""
+    if text is None:
+        return sorted({2**n for n in range(capacity.bit_length())} | {capacity, capacity + 2})
+    try:
+        found = [int(one) for one in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1 or max(found) > 1000:
+        raise ValueError(f"--viewers: got {text!r}, expected numbers such as 1,2,4")
+    return found
