@@ -34,7 +34,7 @@ WAITING = 1  # places in the line of a server of ours: of two viewers too many, 
 class Options(saved.Reported, Model, Bundle, Runtime):
     url: str | None = option(None, "measure a server that runs; default: start one", metavar="URL")
     token: str | None = option(None, "its token; default: $GREEDY_SERVE_TOKEN", metavar="TEXT")
-    sessions: int | None = option(None, "live sessions of a server of ours; default: as it measures itself", metavar="N")
+    sessions: int | None = option(None, "live sessions of a server of ours; default: it measures", metavar="N")
     viewers: str | None = option(None, "numbers of viewers; default: 1, 2, 4, ... and two too many", metavar="N,N,...")
     seconds: float = option(20.0, "of each number of viewers")
     transport: Literal["socket", "webrtc", "jobs", "mixed"] = option("socket", "how viewers get their video")

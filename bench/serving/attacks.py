@@ -8,7 +8,7 @@ import random
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +84,7 @@ async def vanish(server: Server, way: Way) -> list[str]:
             _abort(client)
         return ""
 
-    return await _all(one, max(2, way.attempts // 100), 4)
+    return await _all(one, max(4, way.attempts // 50), 4)
 
 
 async def storm(server: Server, way: Way) -> list[str]:
@@ -136,28 +136,48 @@ async def nonsense(server: Server, way: Way) -> list[str]:
         async with opened(server) as client:
             with suppress(ConnectionClosed):
                 await client.connection.send(sent)
-            try:
-                message, _ = await client.until("error", "video.start", "session.waiting", within=ANSWER_WITHIN)
-            except ConnectionClosed as closed:
-                return "" if closed.rcvd is not None else f"{_short(sent)} got a broken connection, expected an error"
-            if message["type"] == "error" and len(str(message["message"]).splitlines()) == 1:
-                return ""
-        return f"{_short(sent)} got {str(message)[:200]}, expected an error of one line"
+            answer = await _answer(client, "error", "video.start", "session.waiting")
+        well = answer["type"] == "error" and len(str(answer["message"]).splitlines()) == 1
+        return "" if well else f"{_short(sent)} got {str(answer)[:200]}, expected an error of one line"
 
     faults = await _all(raw, count, 8) + await _all(first, count, 4)
     async with opened(server) as client:
         await client.send(start(way.prompts[0], 2))
-        await client.until(CHUNK, within=ANSWER_WITHIN)
-        for _ in range(count):
-            sent = garbage.later(way.draw)
-            await client.connection.send(sent)
-            answer, _ = await client.until("error", "session.interaction.queued", "session.done", within=ANSWER_WITHIN)
-            if answer["type"] != "error" or len(str(answer["message"]).splitlines()) != 1:
-                faults.append(f"{_short(sent)} got {answer['type']}, expected an error of one line")
-            if answer["type"] == "session.done":
-                return faults
+        session = (await client.until("video.start", within=ANSWER_WITHIN))[0]["session"]
+        sent = [garbage.later(way.draw) for _ in range(count)]
+        faults += await _answered(client, sent, "error")
+        faults += await _answered(client, garbage.odd(), "error", "session.interaction.queued")
+        for key in garbage.KEYS:
+            async with opened(server) as thief:
+                await thief.send({"type": "session.watch", "session": session, "key": key})
+                if (answer := await _answer(thief, "error", "video.start"))["type"] != "error":
+                    faults.append(f"the key {key!r} got {answer['type']}, expected an error")
         faults += await _lives(client, "garbage")
     return faults
+
+
+async def _answered(client: Socket, messages: Sequence[str | bytes], *kinds: str) -> list[str]:
+    """Send messages to a session. Complaints unless each gets one of these answers, on one line."""
+    faults = list[str]()
+    for sent in messages:
+        with suppress(ConnectionClosed):
+            await client.connection.send(sent)
+        answer = await _answer(client, "error", "session.interaction.queued", "session.done")
+        if answer["type"] not in kinds or len(str(answer.get("message", "")).splitlines()) > 1:
+            faults.append(f"{_short(sent)} got {str(answer)[:200]}, expected {' or '.join(kinds)}")
+        if answer["type"] in ("session.done", "closed"):
+            break
+    return faults
+
+
+async def _answer(client: Socket, *kinds: str) -> dict[str, Any]:
+    """The next message of these types; of type "closed" where the connection ended instead, "none" where none came."""
+    try:
+        return (await client.until(*kinds, within=ANSWER_WITHIN))[0]
+    except ConnectionClosed as closed:
+        return {"type": "closed", "code": None if closed.rcvd is None else closed.rcvd.code}
+    except TimeoutError:
+        return {"type": "none"}
 
 
 async def prompts(server: Server, way: Way) -> list[str]:

@@ -23,13 +23,33 @@ _FIELDS = {  # and a value of another type than theirs, or beyond their limits
     "resume": ({}, {"chunk": -1}, {"chunk": 2**40}, {"chunk": 1, "history": [{"chunk": "a"}]}, []),
 }
 _EVENTS = {
-    "prompt": _FIELDS["prompt"],
+    "prompt": [value for value in _FIELDS["prompt"] if value is not None],  # null leaves a thing as it is
     "adapters": ({"none": 1.0}, {"a": "b"}, [], 1),
     "paused": (1, "yes", [], {}),
     "speed": _FIELDS["speed"],
     "seed": _FIELDS["seed"],
     "reset": (1, "yes", []),
 }
+# What a server may take or refuse, but has to answer.
+_ODD: tuple[dict[str, Any], ...] = (
+    *(
+        {"event": {"prompt": text}}
+        for text in ("\ud800", "a\0b", "\u202e\u0007", "\U0001f534 " * 500, " ", "x" * 19_999)
+    ),
+    *({"event": {"prompt": [{"text": "a", "weight": w}, {"text": "b"}]}} for w in (0.0, -1.0, 1e30, 1e-30, 1e308)),
+    {"event": {"prompt": [{"text": "a", "weight": 1.0}, {"text": "b", "weight": -1.0}]}},
+    {"event": {"prompt": "a"}, "event_id": "\ud800"},
+    {"event": {"prompt": "a"}, "event_id": "\0"},
+    {"event": {"prompt": "a"}, "event_id": "x" * 200},
+    {"event": {"prompt": "a"}, "transition_chunks": 1000},
+    {"event": {"seed": 2**64 - 1}},
+    {"event": {"reset": True}},
+    {"event": {"prompt": None}},
+    {"event": {"speed": 100}},
+    {"event": {"speed": 1e-300}},
+    {"event": {"speed": 1}},
+)
+KEYS = ("", "none", "\ud800", "\0", "\u00e9", "x" * 64)  # of a session, and none is right
 
 
 def _nonsense(draw: random.Random) -> str | bytes:
@@ -73,6 +93,11 @@ def later(draw: random.Random) -> str | bytes:
     name = draw.choice(list(_EVENTS))
     event = {name: draw.choice(_EVENTS[name])}
     return json.dumps({"type": "session.interaction", "interaction": {"event": event}})
+
+
+def odd() -> list[str]:
+    """Messages at the edge of what a session takes."""
+    return [json.dumps({"type": "session.interaction", "interaction": one}) for one in _ODD]
 
 
 def requests(draw: random.Random) -> bytes:
