@@ -54,7 +54,7 @@ class Wish:
     speed: float = 1.0  # 0: as fast as viewers take it
     clip: np.ndarray | None = None  # uint8 [T, H, W, 3] to start from
     adapters: Mapping[str, float] = field(default_factory=dict)
-    history: tuple[Past, ...] = ()  # changes at chunks before `skip`, and their order
+    history: tuple[Past, ...] = ()  # changes at chunks of this video, in their order
     skip: int = 0  # chunks that are made again, and not shown
 
 

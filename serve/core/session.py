@@ -20,7 +20,7 @@ from engine.stream import Pipeline
 from serve.core.coding import Coded, Coding, Recording
 from serve.core.messages import Change, Chunk, Notice, Past, Wish, shown
 from serve.core.pace import Pace
-from serve.core.prompts import Direction, note_of
+from serve.core.prompts import Direction, check_words, note_of
 from serve.core.turns import Turns
 from serve.core.viewers import Viewer
 
@@ -75,9 +75,11 @@ class Session:
         self.key = secrets.token_urlsafe(12)  # who has it may change the video
         self._place, self._pipeline = place, place.pipeline
         self._direction = Direction(self._pipeline, wish.prompt)
+        self._active = wish.prompt  # of the chunk that was made last
         self._stream: Any = None  # of the engine, or of the C++ core
         self._lock = threading.Condition()
         self._changes: deque[Change] = deque()
+        self._past = deque(wish.history)
         self._viewers: list[Viewer] = []
         self._stopping = ""
         self._records = False
@@ -103,13 +105,22 @@ class Session:
             if len(self._changes) >= MOST_CHANGES:
                 raise TooMany(f"session: got more than {MOST_CHANGES} changes at once, expected fewer")
             self._changes.append(change)
+            if change.restarts:  # what waits is of the old video
+                for viewer in self._viewers:
+                    viewer.drop_chunks()
             self._touched = time.monotonic()
             self._lock.notify_all()
 
     def watch(self, viewer: Viewer) -> None:
-        """Give a viewer all chunks from the next one on. A video that runs sends its start first."""
+        """Give a viewer all chunks from the next one on. A video that runs sends its start first.
+
+        One viewer holds a session: the newest that would. So one whose connection is lost holds it no longer.
+        """
         with self._lock:
             viewer.on_room = self.wake
+            if viewer.holds:
+                for other in self._viewers:
+                    other.holds = False
             if self.state in ("playing", "paused"):
                 viewer.put(self._start_notice())
             self._viewers.append(viewer)
@@ -200,7 +211,7 @@ class Session:
             self._stream = self._pipeline.stream(direction.first, seed=wish.seed, frames=wish.frames, clip=wish.clip)
             if wish.adapters:
                 self._stream.set_adapters(wish.adapters)
-        self._direction, self.seed = direction, wish.seed
+        self._direction, self._active, self.seed = direction, wish.prompt, wish.seed
         self._number = self._made = 0
         self.history = []
         self._note(wish.prompt)
@@ -214,17 +225,19 @@ class Session:
 
     def _catch_up(self) -> None:
         """Make the chunks again that the viewer has seen, with the changes of their time. Live sessions go first."""
-        past, told = list(self.wish.history), 0.0
+        told = 0.0
         while self._number < self.wish.skip and not self._why_end():
-            while past and past[0].chunk <= self._number:
-                self._apply(past.pop(0).change)
+            self._apply_past()
             self._next(float("inf"))
             self._started.clear()
             if (now := time.monotonic()) - told > TICK:
                 told = now
                 self.tell(Notice("progress", {"chunk": self._number, "of": self.wish.skip}))
-        for one in past:
-            self._apply(one.change)
+
+    def _apply_past(self) -> None:
+        """Apply the changes of the wish that belong to the next chunk."""
+        while self._past and self._past[0].chunk <= self._number:
+            self._apply(self._past.popleft().change)
 
     def _why_end(self) -> str:
         """Why the session ends now; empty while it goes on."""
@@ -253,6 +266,7 @@ class Session:
         """Apply what was asked for, then wait a while; True when the next chunk is to be made."""
         with self._lock:
             changes, self._changes = self._changes, deque()
+        self._apply_past()
         for change in changes:
             self._apply(change)
         with self._lock:
@@ -284,9 +298,7 @@ class Session:
                 with self._place.turns.turn(time.monotonic()):
                     self._stream.set_adapters(change.adapters)
         except (ValueError, MemoryError, torch.cuda.OutOfMemoryError) as error:
-            self.tell(
-                Notice("error", {"code": "interaction_failed", "event_id": change.event, "message": _line(error)})
-            )
+            self.tell(_failed(change.event, error))
             return
         if change.speed is not None:
             self._pace.at_speed(change.speed, self.frames, time.monotonic())
@@ -300,38 +312,39 @@ class Session:
 
     def _turn_to(self, change: Change) -> None:
         assert change.prompt is not None
+        check_words(change.prompt)
         direction = copy(self._direction)
         with self._place.turns.turn(time.monotonic()):
             direction.turn_to(change.prompt, change.transition, change.event)
+        if (unseen := self._direction.event) and unseen in self._started:
+            self._started.remove(unseen)
+            message = "this prompt has no effect: a newer one came before the next chunk"
+            self.tell(Notice("note", {"message": message, "event_id": unseen}))
         self._direction = direction
         self._note(change.prompt)
 
     def _restart(self, change: Change) -> None:
-        """Begin the video again. Chunks that wait for viewers are of the old one, and are dropped."""
+        """Begin the video again."""
+        self._past.clear()
         words = change.prompt or self._direction.words
         wish = replace(self.wish, prompt=words, seed=self.seed if change.seed is None else change.seed)
         self._begin(wish)
         self._take += 1
         self._pace.rebase()
-        with self._lock:
-            for viewer in self._viewers:
-                viewer.drop_chunks()
 
     def _next(self, deadline: float | None = None) -> tuple[np.ndarray, Chunk]:
         """Make the next chunk; its description has no units yet."""
         asked = time.monotonic()
         deadline = self._pace.due(self.frames, asked) if deadline is None else deadline
-        direction = self._direction
         with self._place.turns.turn(deadline):
             begun = time.monotonic()
-            moved = direction.moving
-            if (prompt := direction.step()) is not None:
-                self._stream.set_prompt(prompt)
+            moving = self._steer()
             frames = self._stream.next_chunk()
         now = time.monotonic()
         if self.wish.frames is not None:
             frames = frames[: self.wish.frames - self._made]
-        event = (direction.event,) if moved and direction.event else ()
+        direction = self._direction
+        event = (direction.event,) if moving and direction.event else ()
         started = tuple(self._started)
         others = tuple(one for one in started if one not in event)
         done = (*others, *(event if not direction.moving else ()))
@@ -341,10 +354,29 @@ class Session:
         self._number, self._made, self._last = self._number + 1, self._made + len(frames), len(frames)
         return frames, chunk
 
+    def _steer(self) -> bool:
+        """Give the stream the prompt of its next chunk; whether that is one on the way to a new target."""
+        direction = copy(self._direction)
+        if (prompt := direction.step()) is None:
+            return False
+        try:
+            self._stream.set_prompt(prompt)
+        except (ValueError, FloatingPointError, MemoryError, torch.cuda.OutOfMemoryError) as error:
+            # A call that fails changes nothing: the stream still has the prompt of its last chunk.
+            event, self._direction = direction.event, Direction(self._pipeline, self._active)
+            self._started = [one for one in self._started if one != event]
+            self.history = [past for past in self.history if past.change.prompt != direction.words]
+            self.tell(_failed(event, error))
+            return False
+        self._direction = direction
+        self._active = direction.words
+        return True
+
     def _show(self, frames: np.ndarray, chunk: Chunk) -> None:
         """Code a chunk and give it to those who watch."""
-        self._started.clear()
         with self._lock:
+            if any(change.restarts for change in self._changes):
+                return  # it would be stale
             viewers = list(self._viewers)
             wanted = {v.codec: False for v in viewers if v.codec} | ({"h264": False} if self._records else {})
             for viewer in viewers:
@@ -360,6 +392,7 @@ class Session:
                 one = coded.get(viewer.codec or "", Coded(()))
                 viewer.put(replace(chunk, units=one.units, fragment=one.fragment, init=one.init))
             self.chunks, self.frames = self.chunks + 1, self.frames + len(frames)
+        self._started.clear()
         self._place.on_chunk(self, chunk)
 
     def _note(self, words: Any) -> None:
@@ -384,6 +417,10 @@ class Session:
             for viewer in self._viewers:
                 viewer.put(self._done_notice())
         self._place.on_end(self)
+
+
+def _failed(event: str, error: BaseException) -> Notice:
+    return Notice("error", {"code": "interaction_failed", "event_id": event, "message": _line(error)})
 
 
 def _line(error: BaseException) -> str:

@@ -37,7 +37,7 @@ class Weighted(_Message):
 
 Prompt = Annotated[str, Field(max_length=MOST_TEXT)] | Annotated[list[Weighted], Field(min_length=1, max_length=16)]
 Transition = Annotated[int, Field(ge=0, le=1000)]
-Strengths = dict[str, float]
+Strengths = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Speed = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
@@ -100,7 +100,7 @@ def parsed(kind: type[_Message], value: Any, what: str) -> Any:
         return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in ("str", "int"))
+        where = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))
         got = "nothing" if first["type"] == "missing" else _short(first["input"])
         raise Invalid(f"{what}: {where or 'message'}: got {got}, expected: {first['msg']}") from None
 
