@@ -15,14 +15,16 @@ from typing import Any, Literal
 
 import torch
 
+from bench.chaos import misbehaviour
 from bench.instruments import check
 from bench.instruments.check import Check
 from bench.instruments.header import machine, print_header
 from bench.instruments.models import PROMPT
 from bench.instruments.spread import table
 from bench.report import saved
-from bench.serving import chaos, figures, load, process
+from bench.serving import exact, load, process, tables
 from bench.serving.overhead import overhead
+from bench.serving.viewers import Seen
 from engine.commands.job import Bundle, Model
 from engine.config import Runtime
 from engine.options import command_line, option
@@ -100,16 +102,21 @@ def run(options: Options) -> int:
 
 def measure(options: Options) -> tuple[dict[str, Any], list[Check]]:
     """The report, and its checks."""
-    points, checks = [], list[Check]()
+    points, checks, compared = [], list[Check](), dict[str, Seen]()
     how = load.Load(options.seconds, options.switch, options.buffer / 1e3, options.prompt, options.seed,
                     options.transport)  # fmt: skip
     with _server(options) as server:
         about = server.model()
         for viewers in load.numbers(options.viewers, about["capacity"]):
-            found, judged = load.point(server, how, viewers, options.model_arguments)
+            found, judged, raw = load.point(server, how, viewers)
             points.append(found)
             checks += judged
-            print(f"{viewers} viewers: {json.dumps(figures.row(found))}", file=sys.stderr)
+            if raw is not None:
+                compared[f"frames under {viewers} viewers are the engine's"] = raw
+            print(f"{viewers} viewers: {json.dumps(tables.point_row(found))}", file=sys.stderr)
+        if not compared:
+            compared["frames of one viewer are the engine's"] = load.alone(server, how)
+    checks += exact.compared(options.model_arguments, compared)
     device = torch.device("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu")
     where = machine(device)
     keys = ("id", "preset", "width", "height", "scale", "fps", "chunk_frames", "capacity")
@@ -125,7 +132,9 @@ def measure(options: Options) -> tuple[dict[str, Any], list[Check]]:
             options.model_arguments, options.prompt, options.seed, options.frames, options.rounds
         )
     if options.chaos:
-        report["chaos"], judged = chaos.all_of_it(options.model_arguments, options.attempts, options.prompt)
+        report["chaos"], judged = misbehaviour.all_of_it(
+            options.model_arguments, options.prompt, misbehaviour.Size(options.attempts)
+        )
         checks += judged
     report["checks"] = [vars(c) for c in checks]
     return report, checks
@@ -133,22 +142,9 @@ def measure(options: Options) -> tuple[dict[str, Any], list[Check]]:
 
 def print_report(report: dict[str, Any]) -> None:
     """Print the report for people."""
-    print("\n" + table([figures.row(point) for point in report["points"]]))
+    print("\n" + table([tables.point_row(point) for point in report["points"]]))
     if "overhead" in report:
         print("\nCPU milliseconds per chunk, one thread, one viewer who takes chunks as fast as they are made\n")
-        print(table(overhead_rows(report["overhead"])))
+        print(table(tables.overhead_rows(report["overhead"])))
     if "chaos" in report:
         print("\n" + table(report["chaos"]))
-
-
-def overhead_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The comparison with the plain loop as rows of a table."""
-    return [
-        {
-            "what": row["what"], "CPU ms": row["cpu_ms"]["cpu"], "session": row["cpu_ms"]["video"],
-            "connections": row["cpu_ms"]["loop"],
-            "over the loop": f"{row['ratio']['median']:.3f} [{row['ratio']['low']:.3f}, {row['ratio']['high']:.3f}]"
-            if row["ratio"] else None,
-        }
-        for row in found["rows"]
-    ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bench.instruments.check import Check
 from bench.serving.viewers import Seen
@@ -28,12 +28,24 @@ def checksum(
     return json.loads(done.stdout.splitlines()[-1])["sha256"]
 
 
-def compared(model: Sequence[str], seen: Seen, what: str) -> Check:
-    """Whether a viewer of raw frames got the engine's, bit for bit."""
-    if seen.frames < LEAST:
-        return Check(
-            what, False, f"got {seen.frames} frames ({seen.failed or seen.refused}), expected at least {LEAST}"
-        )
-    expected = checksum(model, seen.plan.prompts[0], seen.plan.seed, seen.frames)
-    got = seen.digests[seen.frames]
-    return Check(what, got == expected, f"{seen.frames} frames, sha256 {got[:16]}, engine.run {expected[:16]}")
+def compared(model: Sequence[str], viewers: Mapping[str, Seen]) -> list[Check]:
+    """Whether viewers of one prompt and seed, who took raw frames, got the engine's, bit for bit. Keys name the checks.
+
+    The engine makes the longest of the videos. The others are beginnings of it: each chunk's sum must be the same.
+    """
+    found = []
+    longest = max(viewers.values(), key=lambda one: one.frames)
+    owed = ""
+    if longest.frames >= LEAST:
+        owed = checksum(model, longest.plan.prompts[0], longest.plan.seed, longest.frames)
+    for name, one in viewers.items():
+        if one.frames < LEAST:
+            why = one.failed or one.refused or "it took too long"
+            found.append(Check(name, False, f"got {one.frames} frames ({why}), expected at least {LEAST}"))
+            continue
+        wrong = [frames for frames, digest in one.digests.items() if digest != longest.digests.get(frames)]
+        right = not wrong and longest.digests[longest.frames] == owed
+        detail = f"{one.frames} frames, sha256 {one.digests[one.frames][:16]}; the longest video "
+        detail += f"{longest.digests[longest.frames][:16]}, engine.run {owed[:16]}"
+        found.append(Check(name, right, detail + (f"; the first {min(wrong)} frames differ" if wrong else "")))
+    return found

@@ -62,22 +62,3 @@ def figures(seen: Sequence[Seen], buffer: float, began: float, ended: float) -> 
         "mbit_per_second": 8e-6 * sum(one.bytes for one in live) / (ended - began),
         "session_seconds": sum(one.seconds for one in streams),
     }
-
-
-def row(point: dict[str, Any]) -> dict[str, Any]:
-    """A point as a row of a table."""
-
-    def of(name: str, percentile: str) -> float | None:
-        return point[name][percentile] if point[name] else None
-
-    met, memory = point["deadlines_met"], point["memory_mb"]
-    return {
-        "viewers": point["viewers"], "transport": point["transport"], "streams": point["started"],
-        "waited": point["waited"], "refused": point["refused"], "fps": point["fps"],
-        "first ms": of("first_chunk_ms", "p50"), "p99": of("first_chunk_ms", "p99"), "gap ms": of("gap_ms", "p50"),
-        "gap p99": of("gap_ms", "p99"), "deadlines met": None if met is None else f"{met:.2%}",
-        "underruns": point["underruns"], "stood s": point["underrun_seconds"], "real time": point["realtime"],
-        "switch ms": of("switch_arrives_ms", "p50"), "shown ms": of("switch_shows_ms", "p50"),
-        "shown p99": of("switch_shows_ms", "p99"), "CPU s per s": point["cpu_per_session_second"],
-        "MB": memory["most"] if memory else None,
-    }  # fmt: skip

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bench.instruments.check import Check
-from bench.serving import exact
 from bench.serving.figures import figures
 from bench.serving.jobs import by_job
 from bench.serving.process import Peak, Server
@@ -32,11 +30,11 @@ class Load:
     transport: str  # one of TRANSPORTS, or mixed
 
 
-def point(server: Server, load: Load, viewers: int, model: Sequence[str]) -> tuple[dict[str, Any], list[Check]]:
-    """The figures of so many viewers, and whether what one of them saw is right.
+def point(server: Server, load: Load, viewers: int) -> tuple[dict[str, Any], list[Check], Seen | None]:
+    """The figures of so many viewers, checks, and one who took raw frames.
 
-    With two or more, the first one takes raw frames and leaves its prompt alone: a server owes it the engine's frames.
-    A single one is measured alone, and a second video is compared after it.
+    With two viewers or more, the first one takes raw frames of one prompt: the server owes it the engine's. A single
+    viewer is not that one, so that its figures are those of an ordinary one.
     """
     about = server.model()
     others = [one for one in about["examples"] if one != load.prompt] or ["another prompt"]
@@ -63,10 +61,13 @@ def point(server: Server, load: Load, viewers: int, model: Sequence[str]) -> tup
         Check(f"{viewers} viewers see their prompts", not found["switches_lost"],
               f"{found['switches_lost']} of {found['switches']} switches did not show"),
     ]  # fmt: skip
-    if not compares:
-        seen = [asyncio.run(_alone(server, load, about["fps"]))]
-    checks.append(exact.compared(model, seen[0], f"frames under {viewers} viewers equal the engine's"))
-    return found, checks
+    return found, checks, seen[0] if compares else None
+
+
+def alone(server: Server, load: Load) -> Seen:
+    """A viewer of raw frames who has the server to itself."""
+    plan = Plan(0, [load.prompt], load.seed, server.model()["fps"], "rgb")
+    return asyncio.run(by_socket(server, plan, time.monotonic() + load.seconds))
 
 
 async def _together(server: Server, load: Load, plans: list[Plan]) -> list[Seen]:
@@ -74,10 +75,6 @@ async def _together(server: Server, load: Load, plans: list[Plan]) -> list[Seen]
     names = list(TRANSPORTS) if load.transport == "mixed" else [load.transport]
     watching = [TRANSPORTS[names[plan.number % len(names)]](server, plan, until) for plan in plans]
     return list(await asyncio.gather(*watching))
-
-
-async def _alone(server: Server, load: Load, fps: float) -> Seen:
-    return await by_socket(server, Plan(0, [load.prompt], load.seed, fps, "rgb"), time.monotonic() + load.seconds)
 
 
 def numbers(text: str | None, capacity: int) -> list[int]:

@@ -16,24 +16,25 @@ from urllib.parse import urlsplit
 
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
-from bench.serving import garbage
+from bench.chaos import garbage
 from bench.serving.process import Server
 from bench.serving.sockets import CHUNK, Socket, opened, start, turn
 
 READ_EVERY = 2.0  # seconds, of a slow client
 AT_ONCE = 50  # connections of a storm
 ANSWER_WITHIN = 30.0
-UPLOAD = 200 << 20  # bytes
 
 
-@dataclass(frozen=True)
+@dataclass
 class Way:
     """How an attack is driven. attempts: connections of a storm; the other counts follow from it."""
 
     attempts: int
     seconds: float  # of a slow client
+    megabytes: int  # of an upload
     prompts: list[str]
     draw: random.Random
+    recorded: int = 0  # videos that the server keeps for a download, each in a file
 
 
 Attack = Callable[[Server, Way], Awaitable[list[str]]]
@@ -81,6 +82,7 @@ async def vanish(server: Server, way: Way) -> list[str]:
                 message, _ = await client.until(CHUNK, "error", within=ANSWER_WITHIN)
                 if message["type"] == "error":
                     return "" if message["code"] == "busy" else f"who vanished got {message['code']} before"
+            way.recorded += 1
             _abort(client)
         return ""
 
@@ -206,33 +208,31 @@ async def _send_all(client: Socket, way: Way) -> None:
 
 
 async def uploads(server: Server, way: Way) -> list[str]:
-    """200 MB: in a request that tells its length, in one that does not, and in a message of a socket."""
-    faults = []
-    for how in (f"Content-Length: {UPLOAD}", "Transfer-Encoding: chunked"):
-        status = await _upload(server, how)
+    """Too much: in a request that tells its length, in one that does not, and in a message of a socket."""
+    faults, size = [], way.megabytes << 20
+    for how in (f"Content-Length: {size}", "Transfer-Encoding: chunked"):
+        status = await _upload(server, how, way.megabytes)
         if status != 413:
-            faults.append(f"200 MB with {how} got status {status}, expected 413")
+            faults.append(f"{way.megabytes} MB with {how} got status {status}, expected 413")
     async with opened(server) as client:
-        try:
-            message = start(way.prompts[0], 4) | {"image": "A" * UPLOAD}
-            await client.connection.send(json.dumps(message))
-            await client.until("error", within=ANSWER_WITHIN)
-        except ConnectionClosed as closed:
-            if closed.rcvd is not None and closed.rcvd.code != 1009:  # message too big: RFC 6455, 7.4.1
-                faults.append(f"a message of 200 MB got close code {closed.rcvd.code}, expected 1009")
+        with suppress(ConnectionClosed):
+            await client.connection.send(json.dumps(start(way.prompts[0], 4) | {"image": "A" * size}))
+        answer = await _answer(client, "error", "video.start")
+        if answer["type"] != "closed" or answer["code"] not in (None, 1009):  # message too big: RFC 6455, 7.4.1
+            faults.append(f"a message of {way.megabytes} MB got {str(answer)[:200]}, expected close code 1009")
     return faults
 
 
-async def _upload(server: Server, how: str) -> int:
+async def _upload(server: Server, how: str, megabytes: int) -> int:
     """The status that an upload gets; 0 where the connection breaks before."""
     reader, writer = await asyncio.open_connection(*_place(server))
     head = f"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{how}\r\n\r\n"
-    block, chunked = b"x" * (1 << 20), "chunked" in how
+    block = b"x" * (1 << 20)
     answer = asyncio.create_task(reader.readline())
     try:
         writer.write(head.encode())
-        for _ in range(UPLOAD >> 20):
-            writer.write(b"%x\r\n%s\r\n" % (len(block), block) if chunked else block)
+        for _ in range(megabytes):
+            writer.write(b"%x\r\n%s\r\n" % (len(block), block) if "chunked" in how else block)
             await writer.drain()
             if answer.done():
                 break

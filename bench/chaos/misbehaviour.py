@@ -11,20 +11,19 @@ import hashlib
 import random
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from websockets.exceptions import ConnectionClosed
 
+from bench.chaos.attacks import ATTACKS, Attack, Way
 from bench.instruments.check import Check
 from bench.serving import exact
-from bench.serving.attacks import ATTACKS, Attack, Way
 from bench.serving.process import Counts, Peak, Server, started
 from bench.serving.sockets import CHUNK, Socket, opened, start, turn
 
-# Of the server under attack: a lost connection ends its session soon, and no recording stays for a download.
-OWN = ("--rate", "1000000", "--sessions", "6", "--waiting", "8", "--lease", "1", "--recording-mb", "0")
+OWN = ("--rate", "1000000", "--sessions", "6", "--waiting", "8", "--lease", "1")  # of the server under attack
 BACK_WITHIN = 20.0  # seconds until a server has given back what it took
 MORE = Counts(sessions=0, threads=2, files=2, memory_mb=64.0)  # than before, that is nobody's loss
 PEAK_MB = 160.0  # over the memory before: a few uploads of the largest size that is taken
@@ -43,30 +42,39 @@ class Outcome:
     after: Counts
     peak_mb: float
     digests: dict[int, str]
+    recorded: int
 
 
-def all_of_it(model: Sequence[str], attempts: int, prompt: str) -> tuple[list[dict[str, Any]], list[Check]]:
-    """Every misbehaviour, then a killed server; rows of a table, and checks."""
-    rows, checks = misbehaviour(model, attempts, prompt)
-    return rows, [*checks, killed(model, prompt)]
+@dataclass(frozen=True)
+class Size:
+    """How hard it gets. attempts: connections of a storm; the other counts follow from it."""
+
+    attempts: int = 1000
+    seconds: float = 10.0  # of a slow client
+    megabytes: int = 200  # of an upload
+
+
+def all_of_it(model: Sequence[str], prompt: str, size: Size) -> tuple[list[dict[str, Any]], list[Check]]:
+    """Every misbehaviour against a server of our own, which is killed in the end; rows of a table, and checks."""
+    with started(["--port", "0", *OWN, *model]) as server:
+        rows, checks = misbehaviour(server, prompt, size)
+        after = killed(server, model, prompt)
+    return rows, [*checks, after]
 
 
 def misbehaviour(
-    model: Sequence[str], attempts: int, prompt: str, names: Iterable[str] = tuple(ATTACKS), seconds: float = 10.0
+    server: Server, prompt: str, size: Size, names: Iterable[str] = tuple(ATTACKS)
 ) -> tuple[list[dict[str, Any]], list[Check]]:
-    """Attack a server of our own in each of these ways."""
-    with started(["--port", "0", *OWN, *model]) as server:
-        others = [one for one in server.model()["examples"] if one != prompt] or [prompt]
-        way = Way(attempts, seconds, [prompt, *others], random.Random(SEED))
-        asyncio.run(_warm(server, prompt))
-        server.empty()
-        found = [_attack(server, name, ATTACKS[name], way) for name in names]
-        most = max(frames for one in found for frames in one.digests)
-        owed = asyncio.run(_undisturbed(server, prompt, most))
-        traces = server.errors().count("Traceback")
-    rows = [_row(one) for one in found]
-    checks = [_judged(one, owed) for one in found]
-    return rows, [*checks, Check("the server's log", not traces, f"{traces} tracebacks")]
+    """Attack a server, started with OWN, in each of these ways."""
+    others = [one for one in server.model()["examples"] if one != prompt] or [prompt]
+    way = Way(size.attempts, size.seconds, size.megabytes, [prompt, *others], random.Random(SEED))
+    asyncio.run(_warm(server, prompt))
+    server.empty()
+    found = [_attack(server, name, ATTACKS[name], way) for name in names]
+    owed = asyncio.run(_undisturbed(server, prompt, max(frames for one in found for frames in one.digests)))
+    traces = server.errors().count("Traceback")
+    log = Check("the server's log", not traces, f"{traces} tracebacks")
+    return [_row(one) for one in found], [*(judged(one, owed) for one in found), log]
 
 
 def _row(one: Outcome) -> dict[str, Any]:
@@ -78,16 +86,16 @@ def _row(one: Outcome) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _judged(one: Outcome, owed: dict[int, str]) -> Check:
+def judged(one: Outcome, owed: dict[int, str]) -> Check:
     faults = list(one.faults)
     if len(one.digests) < 2:
         faults.append(f"the witness got {max(one.digests, default=0)} frames, expected two chunks or more")
     if wrong := [frames for frames, digest in one.digests.items() if owed.get(frames) != digest]:
         faults.append(f"the witness's first {min(wrong)} frames differ from an undisturbed video's")
     for name in ("sessions", "threads", "files", "memory_mb"):
-        before, after, more = (getattr(counts, name) for counts in (one.before, one.after, MORE))
-        if after > before + more:
-            faults.append(f"{name}: got {after:g} afterwards, expected at most {before + more:g}")
+        after, most = getattr(one.after, name), getattr(_most(one.before, one.recorded), name)
+        if after > most:
+            faults.append(f"{name}: got {after:g} afterwards, expected at most {most:g}")
     if one.peak_mb > one.before.memory_mb + PEAK_MB:
         faults.append(f"memory: got {one.peak_mb:.0f} MB meanwhile, expected {one.before.memory_mb + PEAK_MB:.0f}")
     equal = f"{max(one.digests, default=0)} frames of the witness are right, all was given back"
@@ -95,18 +103,26 @@ def _judged(one: Outcome, owed: dict[int, str]) -> Check:
 
 
 def _attack(server: Server, name: str, attack: Attack, way: Way) -> Outcome:
+    way.recorded = 0
     before, begun = server.counts(), time.monotonic()
     with Peak(server) as peak:
         faults, digests = asyncio.run(_beside(server, attack, way))
     took, until = time.monotonic() - begun, time.monotonic() + BACK_WITHIN
-    while not _is_back(before, after := server.counts()) and time.monotonic() < until:
+    most = _most(before, way.recorded)
+    while not _within(after := server.counts(), most) and time.monotonic() < until:
         time.sleep(0.1)
-    return Outcome(name, faults, took, before, after, peak.most or 0.0, digests)
+    return Outcome(name, faults, took, before, after, peak.most or 0.0, digests, way.recorded)
 
 
-def _is_back(before: Counts, after: Counts) -> bool:
-    names = ("sessions", "threads", "files", "memory_mb")
-    return all(getattr(after, name) <= getattr(before, name) + getattr(MORE, name) for name in names)
+def _within(counts: Counts, most: Counts) -> bool:
+    return all(got <= limit for got, limit in zip(astuple(counts), astuple(most), strict=True))
+
+
+def _most(before: Counts, recorded: int) -> Counts:
+    """What a server may hold after an attack; each video that it keeps for a download is a file."""
+    sums = (a + b for a, b in zip(astuple(before), astuple(MORE), strict=True))
+    most = Counts(*sums)
+    return replace(most, files=most.files + recorded)
 
 
 async def _beside(server: Server, attack: Attack, way: Way) -> tuple[list[str], dict[int, str]]:
@@ -176,21 +192,19 @@ async def _warm(server: Server, prompt: str) -> None:
     await asyncio.gather(*(one(number) for number in range(12)))
 
 
-def killed(model: Sequence[str], prompt: str, chunks: int = 4) -> Check:
+def killed(server: Server, model: Sequence[str], prompt: str, chunks: int = 4) -> Check:
     """Kill a server with signal 9 in mid-stream. Its client knows at once, and a new server goes on with the video.
 
     The client sends its seed, the prompts with their chunks, and the number of the next chunk. All frames together must
     be those of the engine's command, which switches the prompt at the same frame.
     """
     name, hashed = "killed server", hashlib.sha256()
-    with started(["--port", "0", *OWN, *model]) as server:
-        other = next((one for one in server.model()["examples"] if one != prompt), prompt)
-        port = urlsplit(server.url).port
-        past = asyncio.run(_until_killed(server, prompt, other, chunks, hashed))
+    other = next((one for one in server.model()["examples"] if one != prompt), prompt)
+    past = asyncio.run(_until_killed(server, prompt, other, chunks, hashed))
     if isinstance(past, str):
         return Check(name, False, past)
-    with started(["--port", str(port), *OWN, *model]) as server:
-        frames = past["frames"] + asyncio.run(_resumed(server, prompt, past, chunks, hashed))
+    with started(["--port", str(urlsplit(server.url).port), *OWN, *model]) as again:
+        frames = past["frames"] + asyncio.run(_resumed(again, prompt, past, chunks, hashed))
     expected = exact.checksum(model, prompt, SEED, frames, [(past["switched"], other)])
     got = hashed.hexdigest()
     detail = f"{past['frames']} frames before, {frames} in all, sha256 {got[:16]}, engine.run {expected[:16]}"

@@ -9,7 +9,7 @@ from typing import Any
 LONG = 1 << 20  # characters
 DEEP = 100_000  # brackets
 _WRONG: tuple[Any, ...] = (None, True, -1, 1e999, [], {}, [[]], "\ud800", "\0", "", 2**70, {"text": 1}, ["a", 1])
-_FIELDS = {  # and a value of another type than theirs, or beyond their limits
+FIELDS = {  # and a value of another type than theirs, or beyond their limits
     "prompt": (None, 1, [], {}, [{"text": 1}], [{"weight": 1}], "x" * LONG, "", [{"text": "a", "weight": "b"}]),
     "seed": (-1, 2**64, 1.5, "1", [], True),
     "num_frames": (0, -1, 1.5, "1", 2**60),
@@ -23,11 +23,11 @@ _FIELDS = {  # and a value of another type than theirs, or beyond their limits
     "resume": ({}, {"chunk": -1}, {"chunk": 2**40}, {"chunk": 1, "history": [{"chunk": "a"}]}, []),
 }
 _EVENTS = {
-    "prompt": [value for value in _FIELDS["prompt"] if value is not None],  # null leaves a thing as it is
+    "prompt": [value for value in FIELDS["prompt"] if value is not None],  # null leaves a thing as it is
     "adapters": ({"none": 1.0}, {"a": "b"}, [], 1),
     "paused": (1, "yes", [], {}),
-    "speed": _FIELDS["speed"],
-    "seed": _FIELDS["seed"],
+    "speed": FIELDS["speed"],
+    "seed": FIELDS["seed"],
     "reset": (1, "yes", []),
 }
 # What a server may take or refuse, but has to answer.
@@ -76,8 +76,8 @@ def first(draw: random.Random) -> str | bytes:
         return _nonsense(draw)
     if draw.random() < 0.1:
         return json.dumps({"type": "session.watch", "session": draw.choice(_WRONG), "key": draw.choice(("", "\ud800"))})
-    name = draw.choice(list(_FIELDS))
-    start = {"type": "session.start", "prompt": "a red circle", name: draw.choice(_FIELDS[name])}
+    name = draw.choice(list(FIELDS))
+    start = {"type": "session.start", "prompt": "a red circle", name: draw.choice(FIELDS[name])}
     if name == "prompt" and draw.random() < 0.2:
         del start["prompt"]
     return json.dumps(start)
