@@ -13,12 +13,16 @@ from bench.serving.playback import played, realtime_factor
 from bench.serving.viewers import Seen
 
 
-def figures(seen: Sequence[Seen], buffer: float, began: float, ended: float) -> dict[str, Any]:
+def figures(
+    seen: Sequence[Seen], buffer: float, began: float, ended: float, transport: str = "socket"
+) -> dict[str, Any]:
     """The figures of one number of viewers, who were there from `began` to `ended`; None for what did not occur.
 
-    Viewers whose transport brings a whole video at once count in the time to the first chunk and in fps alone.
+    First chunks and gaps are those of one transport: over others they are something else. Whole videos that come at
+    once have neither deadlines nor gaps.
     """
     streams = [one for one in seen if one.arrivals]
+    alike = [one for one in streams if one.transport == transport]
     live = [one for one in streams if one.transport != "jobs"]
     playbacks = [played(one.arrivals, one.plan.fps, buffer) for one in live]
     deadlines = sum(one.deadlines for one in playbacks)
@@ -35,8 +39,8 @@ def figures(seen: Sequence[Seen], buffer: float, began: float, ended: float) -> 
         if event not in one.shows and one.arrivals[-1].at - at > 10 * one.arrivals[-1].frames / one.plan.fps
     ]  # fmt: skip
     samples = {
-        "first_chunk_ms": [1e3 * (one.arrivals[0].at - one.asked) for one in streams],
-        "gap_ms": [1e3 * (b.at - a.at) for one in live for a, b in pairwise(one.arrivals)],
+        "first_chunk_ms": [1e3 * (one.arrivals[0].at - one.asked) for one in alike],
+        "gap_ms": [1e3 * (b.at - a.at) for one in alike for a, b in pairwise(one.arrivals)],
         "switch_arrives_ms": reached,
         "switch_shows_ms": shown,
         "chunk_ms": [ms for one in live for ms in one.spent_ms],
@@ -59,6 +63,6 @@ def figures(seen: Sequence[Seen], buffer: float, began: float, ended: float) -> 
         "switches_lost": len(due),
         "frames": sum(one.frames for one in streams),
         "fps": sum(one.frames for one in streams) / (ended - began),
-        "mbit_per_second": 8e-6 * sum(one.bytes for one in live) / (ended - began),
+        "mbit_per_second": 8e-6 * total / (ended - began) if (total := sum(one.bytes for one in streams)) else None,
         "session_seconds": sum(one.seconds for one in streams),
     }

@@ -33,8 +33,8 @@ class Load:
 def point(server: Server, load: Load, viewers: int) -> tuple[dict[str, Any], list[Check], Seen | None]:
     """The figures of so many viewers, checks, and one who took raw frames.
 
-    With two viewers or more, the first one takes raw frames of one prompt: the server owes it the engine's. A single
-    viewer is not that one, so that its figures are those of an ordinary one.
+    With two viewers or more, the first one takes raw frames of one prompt over a socket: the server owes it the
+    engine's. A single viewer is not that one, so that its figures are those of an ordinary one.
     """
     about = server.model()
     others = [one for one in about["examples"] if one != load.prompt] or ["another prompt"]
@@ -42,7 +42,7 @@ def point(server: Server, load: Load, viewers: int) -> tuple[dict[str, Any], lis
         Plan(n, [load.prompt, *others], load.seed + n, about["fps"], "m4s", load.switch, SPREAD * n / viewers)
         for n in range(viewers)
     ]  # fmt: skip
-    compares = viewers > 1 and load.transport in ("socket", "mixed")
+    compares = viewers > 1
     if compares:
         plans[0] = Plan(0, [load.prompt], load.seed, about["fps"], "rgb")
     began, cpu = time.monotonic(), server.cpu()
@@ -51,7 +51,8 @@ def point(server: Server, load: Load, viewers: int) -> tuple[dict[str, Any], lis
     ended = max([began + load.seconds, *(one.arrivals[-1].at for one in seen if one.arrivals)])
     emptied = server.empty()
     after = server.cpu()
-    found = figures(seen, load.buffer, began, ended) | {"transport": load.transport, "seconds": load.seconds}
+    main = "socket" if load.transport == "mixed" else load.transport
+    found = figures(seen, load.buffer, began, ended, main) | {"transport": load.transport, "seconds": load.seconds}
     spent = None if cpu is None or after is None else after - cpu
     found["cpu_seconds"] = spent
     found["cpu_per_session_second"] = spent / found["session_seconds"] if spent and found["session_seconds"] else None
@@ -73,8 +74,8 @@ def alone(server: Server, load: Load) -> Seen:
 async def _together(server: Server, load: Load, plans: list[Plan]) -> list[Seen]:
     until = time.monotonic() + load.seconds
     names = list(TRANSPORTS) if load.transport == "mixed" else [load.transport]
-    watching = [TRANSPORTS[names[plan.number % len(names)]](server, plan, until) for plan in plans]
-    return list(await asyncio.gather(*watching))
+    ways = [by_socket if plan.format == "rgb" else TRANSPORTS[names[plan.number % len(names)]] for plan in plans]
+    return list(await asyncio.gather(*(watch(server, plan, until) for watch, plan in zip(ways, plans, strict=True))))
 
 
 def numbers(text: str | None, capacity: int) -> list[int]:

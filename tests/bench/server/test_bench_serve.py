@@ -70,8 +70,8 @@ def test_figures_of_viewers_by_hand():
     assert (found["viewers"], found["started"], found["waited"], found["refused"]) == (5, 3, 1, 1)
     assert found["failed"] == ["gone"]
     assert found["first_chunk_ms"]["p50"] == 250.0
-    assert found["first_chunk_ms"]["max"] == 2000.0  # the job's video comes at once
-    assert sorted([375, 625, 500, 375, 500, 500])[5] == found["gap_ms"]["max"] == 625.0
+    assert found["first_chunk_ms"]["max"] == 250.0
+    assert found["gap_ms"]["max"] == 625.0
     assert found["gap_ms"]["p50"] == 500.0
     assert found["deadlines"] == 6
     assert found["deadlines_met"] == 1 - 1 / 6  # the chunk at 11.0 was due at 10.875; the next one then at 11.5
@@ -85,6 +85,19 @@ def test_figures_of_viewers_by_hand():
     assert found["mbit_per_second"] == 4.0
     assert found["session_seconds"] == 1.75 + 1.625 + 2.0
     assert found["quartiles"]["gap_ms"]["samples"] == 6
+
+
+def test_first_chunks_and_gaps_are_of_one_transport():
+    """A frame of a track is not a chunk of a socket, and a job's video comes at once."""
+    track = [Arrival(10.0 + number / 8, 1) for number in range(9)]
+    all_kinds = [seen(arrivals=arrivals(10.375)), seen(1, arrivals=track, transport="webrtc"),
+                 seen(2, arrivals=[Arrival(11.75, 32)], transport="jobs")]  # fmt: skip
+    gaps, first = {"socket": 375.0, "webrtc": 125.0, "jobs": None}, {"socket": 250.0, "webrtc": 250.0, "jobs": 2000.0}
+    for transport, gap in gaps.items():
+        found = figures(all_kinds, 0.25, 10.0, 14.0, transport)
+        assert found["first_chunk_ms"]["max"] == first[transport]
+        assert (found["gap_ms"] and found["gap_ms"]["max"]) == gap
+        assert (found["deadlines"], found["deadlines_met"], found["mbit_per_second"]) == (9, 1.0, None)
 
 
 def test_a_switch_that_never_shows_is_lost():
