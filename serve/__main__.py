@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         ws_max_size=network.upload_mb << 20, timeout_graceful_shutdown=_GRACE, ssl_certfile=cert, ssl_keyfile=key,
         ws_per_message_deflate=False,  # video is compressed already: deflate takes time and saves nothing
     )  # fmt: skip
-    running = PoliteServer(config, server.house)
+    running = PoliteServer(config, server)
     if network.open:
         threading.Timer(0.5, webbrowser.open, (address,)).start()
     print(f"serving on {address}", flush=True)
