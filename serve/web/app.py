@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
@@ -37,6 +38,9 @@ def make_app(server: Server) -> FastAPI:
     app.add_middleware(
         Guard, token=network.secret, origins=network.allow_origin, most_bytes=network.upload_mb << 20
     )  # fmt: skip
+    if network.allow_origin:  # a browser asks before it lets another site's page send JSON or a token
+        origins = [origin.rstrip("/").lower() for origin in network.allow_origin]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     _errors(app, server)
     _basics(app, server)
     app.include_router(live.router(server, starts))

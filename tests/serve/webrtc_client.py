@@ -13,6 +13,14 @@ from aiortc.mediastreams import MediaStreamError
 from av import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace
 
+import engine
+from serve.build import make_server
+from serve.options import Network, Sessions
+from serve.web.server import Server
+
+CIRCLE = "a red circle moving right slowly on a gray background"
+SQUARE = "a blue square moving up quickly on a white background"
+LEASE = 1.0  # seconds
 WITHIN = 30.0  # seconds; all that tests wait for comes much sooner
 
 
@@ -121,3 +129,21 @@ def pixels(frame: VideoFrame, scale: int, mime: str) -> np.ndarray:
     matrix = Colorspace.ITU601 if mime == "video/VP8" else Colorspace(frame.colorspace)
     rgb = frame.reformat(format="rgb24", src_colorspace=matrix, src_color_range=ColorRange.MPEG)
     return rgb.to_ndarray()[scale // 2 :: scale, scale // 2 :: scale]
+
+
+def prompts(*texts: str) -> list[dict[str, Any]]:
+    return [{"text": text, "weight": 1.0} for text in texts]
+
+
+def ended(server: Server, name: str, within: float = 15.0) -> str:
+    """Wait until a session has ended, with its thread; why it did."""
+    session = server.house.get(name)
+    assert session is not None
+    assert session.join(within), session.state
+    return session.reason
+
+
+def sprites() -> Server:
+    """A server of the embedded model, in this process: three live sessions, and none may wait."""
+    sessions = Sessions(sessions=3, waiting=0, lease=LEASE)
+    return make_server(engine.load(), "sprites", Network(rate=100_000), sessions)
