@@ -312,6 +312,8 @@ class Session:
         except (ValueError, MemoryError, torch.cuda.OutOfMemoryError) as error:
             self.tell(_failed(change.event, error))
             return
+        if change.adapters is not None:
+            self.wish = replace(self.wish, adapters={**self.wish.adapters, **change.adapters})  # of a restart, too
         if change.speed is not None:
             self._pace.at_speed(change.speed, self.frames, time.monotonic())
         if change.paused is not None:
@@ -413,7 +415,8 @@ class Session:
             self.tell(Notice("note", {"message": note}))
 
     def _start_notice(self) -> Notice:
-        return Notice("start", {"seed": self.seed, "prompt": self.prompt, "frames": self.wish.frames})
+        about = {"seed": self.seed, "prompt": self.prompt, "frames": self.wish.frames, "speed": self._pace.speed}
+        return Notice("start", about)
 
     def _done_notice(self) -> Notice:
         stopped = self.reason != "finished"

@@ -102,16 +102,16 @@ export class Controls {
     $("#blend-row").hidden = model.transitions === false;
     this.#blend();
     $("#adapters-row").hidden = !model.adapters?.length;
-    $("#adapters").replaceChildren(...(model.adapters ?? []).map((name) => this.#slider(name)));
+    $("#adapters").replaceChildren(...(model.adapters ?? []).map((name) => this.#slider(name, model.strengths?.[name] ?? 1)));
     this.chosen(model);
   }
 
-  #slider(name) {
+  #slider(name, strength) {
     const row = document.createElement("label");
     const [title, input, value] = ["span", "input", "output"].map((tag) => document.createElement(tag));
-    Object.assign(input, { type: "range", name, min: 0, max: 2, step: 0.05, value: 1 });
+    Object.assign(input, { type: "range", name, min: 0, max: 2, step: 0.05, value: strength });
     title.textContent = name;
-    value.textContent = "1.00";
+    value.textContent = strength.toFixed(2);
     input.oninput = () => {
       value.textContent = Number(input.value).toFixed(2);
     };

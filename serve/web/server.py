@@ -61,7 +61,8 @@ class Server:
         return {
             "id": self.name, "object": "model", "created": int(self.started), "owned_by": "greedy-stream",
             "width": pipeline.width, "height": pipeline.height, "fps": pipeline.fps, "preset": pipeline.preset_name,
-            "adapters": list(self.adapters), "transitions": blends(pipeline), "examples": list(self.examples),
+            "adapters": list(self.adapters), "strengths": self.adapters, "transitions": blends(pipeline),
+            "examples": list(self.examples),
             "capacity": self.house.room.sessions, "formats": ["m4s", "jpeg", "rgb"], "scale": self.house.scale,
             "chunk_frames": self.chunk_frames,
         }  # fmt: skip
@@ -72,7 +73,7 @@ class Server:
         config = {
             "model": self.name, "width": pipeline.width * scale, "height": pipeline.height * scale,
             "fps": pipeline.fps, "seed": start.about["seed"], "num_frames": start.about["frames"], "scale": scale,
-            "speed": session.wish.speed, "prompt": start.about["prompt"],
+            "speed": start.about["speed"], "prompt": start.about["prompt"],
         }  # fmt: skip
         return {"session": session.id, "mime": MIME, "config": config} | ({"key": session.key} if owns else {})
 

@@ -111,4 +111,19 @@ def test_bad_strengths(url, strengths, expected):
 
 
 def test_the_model_lists_them(url):
-    assert httpx.get(f"{url}/v1/models").json()["data"][0]["adapters"] == ["style"]
+    (model,) = httpx.get(f"{url}/v1/models").json()["data"]
+    assert (model["adapters"], model["strengths"]) == (["style"], {"style": 0.5})
+
+
+def test_a_restart_keeps_the_strengths(url, adapted):
+    async def run():
+        async with started(url, speed=1) as client:
+            await client.until("video.chunk_metadata", generation_chunk_index=1)
+            await client.interact("a", adapters={"style": 1.5})
+            await client.interact("b", reset=True, speed=0.0)
+            await client.until("video.chunk_metadata", take=1, generation_chunk_index=3)
+            await client.send("session.stop")
+            await client.rest()
+            return [chunk["data"] for chunk in client.chunks if chunk["take"] == 1][:4]
+
+    assert asyncio.run(run()) == [c.tobytes() for c in engines(adapted, 4, {0: {"style": 1.5}})]
