@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def make_app(server: Server) -> FastAPI:
     app.add_middleware(
         Guard, token=network.secret, origins=network.allow_origin, most_bytes=network.upload_mb << 20
     )  # fmt: skip
-    _errors(app, server)
+    add_errors(app, server.metrics.error)
     _basics(app, server)
     app.include_router(live.router(server, starts))
     app.include_router(sessions.router(server, starts))
@@ -76,11 +76,11 @@ def _basics(app: FastAPI, server: Server) -> None:
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _errors(app: FastAPI, server: Server) -> None:
-    """Every error in OpenAI's shape."""
+def add_errors(app: FastAPI, count: Callable[[str], None] = lambda kind: None) -> None:
+    """Every error in OpenAI's shape; `count` gets its kind."""
 
     def answer(status: int, kind: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-        server.metrics.error(kind)
+        count(kind)
         return JSONResponse(error_body(kind, message), status, headers)
 
     @app.exception_handler(Refused)

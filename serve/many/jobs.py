@@ -1,0 +1,265 @@
+"""Jobs through the door: each runs on one replica, and again on another one where that is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+
+from serve.many.fleet import Fleet, Replica
+from serve.many.ledger import Ledger, Record
+from serve.many.relay import ask, lost, passed_on, whole
+from serve.web.server import Refused
+
+log = logging.getLogger("serve")
+TRIES = 4  # the first one, and three more
+ROUTE = "/v1/videos"
+
+
+class Jobs:
+    """The jobs of a door. `look` is called again and again."""
+
+    def __init__(self, fleet: Fleet, ledger: Ledger, at_once: int = 1) -> None:
+        self._fleet, self._ledger, self._at_once = fleet, ledger, at_once
+        self._lock = asyncio.Lock()  # of looks
+        self._count()
+
+    @property
+    def records(self) -> dict[str, Record]:
+        return self._ledger.records
+
+    def record(self, name: str) -> Record:
+        """A job by the name that clients know. Refused if there is none."""
+        record = self.records.get(name)
+        if record is None:
+            raise Refused(404, "not_found", f"video: got {name[:64]!r}, expected the id of a job")
+        return record
+
+    async def submit(self, request: Request) -> Response:
+        """Give a new job to the replica with the fewest. What the replica refuses is refused."""
+        body, gone = await request.body(), set[str]()
+        for _ in range(TRIES):
+            replica = await self._fleet.for_job(gone)
+            try:
+                async with await ask(self._fleet, replica, request, body) as answer:
+                    data = await answer.read()
+            except aiohttp.ClientError:
+                await self._fleet.check(replica)
+                gone.add(replica.id)
+                continue
+            if answer.status < 300:
+                about = json.loads(data)
+                record = Record(about["id"], body, request.headers.get("content-type", ""), about)
+                record.replica, record.inner = replica.id, about["id"]
+                self._ledger.save(record)
+                self._count()
+            return whole(answer, data)
+        raise lost()
+
+    async def sync(self, request: Request) -> Response:
+        """A job whose answer is its video. It is asked for again where its replica is lost meanwhile."""
+        body, gone = await request.body(), set[str]()
+        for _ in range(TRIES):
+            replica, name = await self._fleet.for_job(gone), f"sync-{time.monotonic_ns()}"
+            replica.jobs.add(name)
+            try:
+                async with await ask(self._fleet, replica, request, body) as answer:
+                    data = await answer.read()
+                return whole(answer, data)
+            except aiohttp.ClientError:
+                await self._fleet.check(replica)
+                gone.add(replica.id)
+            finally:
+                replica.jobs.discard(name)
+        raise lost()
+
+    async def look(self) -> None:
+        """Ask for the state of every job, give away those whose replica was lost, and those that wait elsewhere."""
+        async with self._lock:
+            self._ledger.expire(time.time())
+            for record in [one for one in self.records.values() if one.unfinished]:
+                try:
+                    await self.refresh(record)
+                    if record.unfinished and not record.replica:
+                        await self._give_away(record)
+                except (Refused, aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
+                    log.warning("job %s: %s", record.id, error)
+            await self._spread()
+
+    async def refresh(self, record: Record) -> None:
+        """Take over what a job's replica says. A job that is done brings its video here."""
+        replica = self._fleet.replicas.get(record.replica)
+        if not record.unfinished:
+            return
+        if replica is None:
+            self._mark_lost(record)
+            return
+        status, data, _ = await self._call(replica, "GET", f"{ROUTE}/{record.inner}")
+        if status == 404:  # its server began anew under the same name
+            self._mark_lost(record)
+            return
+        if status >= 300:
+            return
+        about = json.loads(data)
+        if about.get("status") == "completed" and not record.media_type:
+            status, video, media_type = await self._call(replica, "GET", f"{ROUTE}/{record.inner}/content")
+            if status >= 300:
+                return
+            await asyncio.to_thread(self._ledger.keep_video, record, video, media_type)
+        if record.id in self.records:  # it was not deleted meanwhile
+            record.update(about)
+            self._ledger.save(record)
+        self._count()
+
+    def file(self, record: Record) -> Path:
+        """The video of a finished job."""
+        return self._ledger.video(record)
+
+    async def delete(self, record: Record) -> None:
+        """End a job, and forget it."""
+        self._ledger.remove(record)
+        self._count()
+        replica = self._fleet.replicas.get(record.replica)
+        if replica is not None:
+            await self._drop(replica, record.inner)
+
+    # --- when a replica is lost, or has nothing to do
+
+    def _mark_lost(self, record: Record) -> None:
+        if not record.replica:
+            return
+        log.warning("job %s lost its replica %s", record.id, record.replica)
+        record.replica, record.inner, record.lost = "", "", record.lost + 1
+        record.about = {**record.about, "status": "queued", "progress": 0}
+        if record.lost >= TRIES:
+            message = f"the servers that made this video were lost, {record.lost} times"
+            record.about |= {"status": "failed", "error": {"code": "replica_lost", "message": message}}
+        self._ledger.save(record)
+        self._count()
+
+    async def _give_away(self, record: Record, to: Replica | None = None) -> None:
+        """Submit a job again. A replica that is full leaves it for the next look."""
+        replica = to
+        if replica is None:
+            if not self._fleet.replicas:
+                return
+            replica = await self._fleet.for_job()
+        headers = {"content-type": record.content_type} if record.content_type else {}
+        status, data, _ = await self._call(replica, "POST", ROUTE, record.body, headers)
+        if status in (429, 503):
+            return
+        if status >= 300:
+            record.about |= {"status": "failed", "error": json.loads(data).get("error")}
+        elif record.id not in self.records:
+            await self._drop(replica, json.loads(data)["id"])
+            return
+        else:
+            about = json.loads(data)
+            record.replica, record.inner = replica.id, about["id"]
+            record.update(about)
+        self._ledger.save(record)
+        self._count()
+
+    async def _spread(self) -> None:
+        """A replica without a job gets one that waits at another."""
+        for replica in list(self._fleet.replicas.values()):
+            if replica.jobs or replica.draining:
+                continue
+            for record in [one for one in self.records.values() if one.about.get("status") == "queued"]:
+                old = self._fleet.replicas.get(record.replica)
+                if old is None or len(old.jobs) <= self._at_once:
+                    continue
+                inner = record.inner
+                await self._give_away(record, replica)
+                if record.replica == replica.id:
+                    await self._drop(old, inner)
+                break
+
+    def _count(self) -> None:
+        """Tell the fleet which jobs are where."""
+        for replica in self._fleet.replicas.values():
+            replica.jobs = {name for name in replica.jobs if name.startswith("sync-")}
+        for record in self.records.values():
+            if record.unfinished and record.replica in self._fleet.replicas:
+                self._fleet.replicas[record.replica].jobs.add(record.id)
+
+    async def _drop(self, replica: Replica, inner: str) -> None:
+        try:
+            await self._call(replica, "DELETE", f"{ROUTE}/{inner}")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            log.warning("job %s stays at replica %s: %s", inner, replica.id, error)
+
+    async def _call(
+        self, replica: Replica, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, bytes, str]:
+        """(status, body, media type) of a request of the door's own."""
+        own = {**(headers or {}), "authorization": f"Bearer {replica.secret}"}
+        async with asyncio.timeout(60.0):
+            async with self._fleet.http.request(method, f"{replica.url}{path}", data=body, headers=own) as answer:
+                return answer.status, await answer.read(), answer.content_type
+
+
+def router(fleet: Fleet, jobs: Jobs) -> APIRouter:
+    """The routes of jobs."""
+    routes = APIRouter()
+
+    @routes.post(ROUTE)
+    async def submit(request: Request) -> Response:
+        return await jobs.submit(request)
+
+    @routes.post(f"{ROUTE}/sync")
+    async def sync(request: Request) -> Response:
+        return await jobs.sync(request)
+
+    @routes.get(ROUTE)
+    async def listed(limit: int = 20, after: str | None = None, order: str = "desc") -> dict[str, Any]:
+        if not 1 <= limit <= 100:
+            raise Refused(400, "invalid_request_error", f"limit: got {limit}, expected 1 to 100")
+        if order not in ("asc", "desc"):
+            raise Refused(400, "invalid_request_error", f"order: got {order[:20]!r}, expected asc or desc")
+        found = sorted(jobs.records.values(), key=lambda record: record.about.get("created_at") or 0)
+        found = found if order == "asc" else found[::-1]
+        if after is not None:
+            names = [record.id for record in found]
+            found = found[names.index(jobs.record(after).id) + 1 :]
+        data = [record.about for record in found[:limit]]
+        ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+        return {"object": "list", "data": data, **ends, "has_more": len(found) > limit}
+
+    @routes.get(f"{ROUTE}/{{name}}")
+    async def about(name: str) -> JSONResponse:
+        record = jobs.record(name)
+        try:
+            await jobs.refresh(record)
+        except (aiohttp.ClientError, TimeoutError):
+            if (replica := fleet.replicas.get(record.replica)) is not None:
+                await fleet.check(replica)
+        return JSONResponse(record.about)
+
+    @routes.get(f"{ROUTE}/{{name}}/content")
+    async def content(name: str, request: Request) -> Response:
+        record = jobs.record(name)
+        await jobs.refresh(record)
+        if record.media_type and request.query_params.get("variant", "video") == "video":
+            return FileResponse(jobs.file(record), media_type=record.media_type, filename=f"{record.id}.mp4")
+        replica = fleet.replicas.get(record.replica)
+        if replica is None:
+            message = f"video: got {name[:64]!r}, which is {record.about.get('status')}, expected a completed one"
+            raise Refused(404 if record.unfinished else 410, "not_found", message)
+        request.scope["path"] = f"{ROUTE}/{record.inner}/content"
+        return passed_on(await ask(fleet, replica, request, b""))
+
+    @routes.delete(f"{ROUTE}/{{name}}")
+    async def delete(name: str) -> dict[str, Any]:
+        record = jobs.record(name)
+        await jobs.delete(record)
+        return {"id": record.id, "object": "video.deleted", "deleted": True}
+
+    return routes
