@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-fast test-all lint format bench bench-results ablation docs-performance gpu-check clean
+.PHONY: help setup demo serve test test-fast test-all lint format bench bench-results ablation docs-performance gpu-check clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,13 +16,16 @@ setup: $(VENV)/.done  ## create .venv with the pinned versions
 $(VENV)/.done: constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[distill,onnx,kernels,bench,race,rtx,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[distill,onnx,kernels,bench,race,rtx,serve,ray,test]'
 	touch $@
 
 demo: setup  ## stream 6 seconds of the embedded model to out/demo.mp4
 	@mkdir -p out
 	$(BIN)/python -m engine.run --prompt "a red circle moving right slowly on a gray background" \
 		--prompt-at 3.0s "a red square moving down quickly on a gray background" --seconds 6 --seed 1 --scale 8 --out out/demo.mp4
+
+serve: setup  ## stream the embedded model to a live page, http://localhost:8000/; PORT=N
+	$(BIN)/python -m serve --open --port $(or $(PORT),8000)
 
 # One process per core, at most 4. A file's tests stay in one process, because they share fixtures. tests/conftest.py
 # puts the longest files first.

@@ -11,9 +11,9 @@ import warnings
 import webbrowser
 
 from engine.commands.stderr import say
-from engine.options import Parser
+from engine.options import Parser, options_of
 from engine.program import SIGNALS, cleanly
-from serve.options import TOKEN
+from serve.options import TOKEN, Network
 
 EXAMPLES = """\
 examples:
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
                 from serve.build import build
                 from serve.web.app import make_app
+                from serve.web.ending import PoliteServer
             except ImportError as error:
                 raise ImportError(
                     f"serve: got no package {error.name}, expected pip install 'greedy-stream[serve]'"
@@ -54,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
             logging.basicConfig(
                 format="%(levelname)s: %(message)s", level=logging.INFO if args.debug else logging.WARNING
             )
-            listening = _listen(getattr(args, "host", "127.0.0.1"), getattr(args, "port", 8000))
+            network = options_of(args, Network)
+            listening = _listen(network.host, network.port)
             server = build(args)
     except Exception as error:
         if getattr(args, "debug", False):
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         say("error: " + "; ".join([lines[0], *getattr(error, "__notes__", [])]))
         return 2 if isinstance(error, _BAD_INPUT) else 1
-    network, room = server.network, server.house.room
+    room = server.house.room
     warnings.simplefilter("ignore")  # sessions tell their viewers what concerns them
     for note in server.pipeline.notes:
         say(f"note: {note}")
@@ -77,15 +79,10 @@ def main(argv: list[str] | None = None) -> int:
         f"{1e3 * server.chunk_seconds:.0f} ms a chunk, {room.sessions} live sessions, {room.waiting} may wait"
     )
     config = uvicorn.Config(
-        make_app(server),
-        log_level="info" if args.debug else "warning",
-        access_log=args.debug,
-        ws_max_size=network.upload_mb << 20,
-        timeout_graceful_shutdown=_GRACE,
-        ssl_certfile=cert,
-        ssl_keyfile=key,
-    )
-    running = uvicorn.Server(config)
+        make_app(server), log_level="info" if args.debug else "warning", access_log=args.debug,
+        ws_max_size=network.upload_mb << 20, timeout_graceful_shutdown=_GRACE, ssl_certfile=cert, ssl_keyfile=key,
+    )  # fmt: skip
+    running = PoliteServer(config, server.house)
     if network.open:
         threading.Timer(0.5, webbrowser.open, (address,)).start()
     print(f"serving on {address}", flush=True)

@@ -316,6 +316,10 @@ class Session:
         direction = copy(self._direction)
         with self._place.turns.turn(time.monotonic()):
             direction.turn_to(change.prompt, change.transition, change.event)
+        if (unseen := self._direction.event) and unseen in self._started:
+            self._started.remove(unseen)
+            message = "this prompt has no effect: a newer one came before the next chunk"
+            self.tell(Notice("note", {"message": message, "event_id": unseen}))
         self._direction = direction
         self._note(change.prompt)
 

@@ -1,0 +1,27 @@
+"""How a server ends: it tells its viewers first."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import uvicorn
+
+from serve.core.house import House
+
+_LAST_WORDS = 0.3  # seconds in which the last messages leave
+
+
+class PoliteServer(uvicorn.Server):
+    """Ends its sessions, and sends what they have to say, before it closes connections."""
+
+    def __init__(self, config: uvicorn.Config, house: House) -> None:
+        super().__init__(config)
+        self._house = house
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listening in sockets or []:
+            listening.close()
+        await asyncio.to_thread(self._house.close)
+        await asyncio.sleep(_LAST_WORDS)
+        await super().shutdown(sockets)
