@@ -29,6 +29,7 @@ import uvicorn
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from engine.options import Parser, add_options, option, options_of
@@ -37,6 +38,8 @@ from serve.build import add_server_options
 from serve.build import build as build_server
 from serve.many.door import Door
 from serve.options import Network, Sessions
+from serve.web.app import make_app
+from serve.web.ending import PoliteServer
 
 AGAIN = 2.0  # seconds between two registrations
 OPEN = 10_000  # requests that one replica takes: it has its own rules
@@ -95,13 +98,11 @@ class Streams:
         self._listening = socket.create_server((ray.util.get_node_ip_address(), 0))
         host, port = self._listening.getsockname()[:2]
         self._url = f"http://{host}:{port}"
-        from serve.web.app import make_app
-
         config = uvicorn.Config(
             make_app(self._server), log_config=None, access_log=False, forwarded_allow_ips="*",
             ws_max_size=self._server.network.upload_mb << 20, timeout_graceful_shutdown=2,
         )  # fmt: skip
-        self._web = uvicorn.Server(config)
+        self._web = PoliteServer(config, self._server.house)
         self._thread = threading.Thread(target=self._web.run, args=([self._listening],), name="server", daemon=True)
         self._thread.start()
         threading.Thread(target=self._register, name="register", daemon=True).start()
@@ -185,6 +186,7 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
     door = deployment(
         FrontDoor, name="Door", num_replicas=1, max_ongoing_requests=OPEN, health_check_period_s=2.0,
         graceful_shutdown_timeout_s=5.0, graceful_shutdown_wait_loop_s=0.5, ray_actor_options={"num_cpus": 0},
+        logging_config=LoggingConfig(enable_access_log=False),
     )  # fmt: skip
     return door.bind(streams.bind(given), network, network.secret, folder, sessions.jobs)
 

@@ -45,8 +45,16 @@ class Jobs:
     async def submit(self, request: Request) -> Response:
         """Give a new job to the replica with the fewest. What the replica refuses is refused."""
         body, gone = await request.body(), set[str]()
+        kind, key = request.headers.get("content-type", ""), request.headers.get("idempotency-key", "")
+        before = next((one for one in self.records.values() if key and one.key == key), None)
         for _ in range(TRIES):
-            replica = await self._fleet.for_job(gone)
+            replica = self._fleet.replicas.get(before.replica) if before is not None else await self._fleet.for_job(gone)
+            if replica is None:  # lost since; only equal bodies are surely the same request
+                assert before is not None
+                if before.body == body:
+                    return JSONResponse(before.about)
+                raise Refused(409, "invalid_request_error", f"Idempotency-Key: got {key[:60]!r} with another request "
+                              "before, expected a key of its own")  # fmt: skip
             try:
                 async with await ask(self._fleet, replica, request, body) as answer:
                     data = await answer.read()
@@ -56,8 +64,9 @@ class Jobs:
                 continue
             if answer.status < 300:
                 about = json.loads(data)
-                record = Record(about["id"], body, request.headers.get("content-type", ""), about)
-                record.replica, record.inner = replica.id, about["id"]
+                if before is not None and about["id"] == before.inner:
+                    return JSONResponse({**about, "id": before.id})
+                record = Record(about["id"], body, kind, about, key, replica.id, about["id"])
                 self._ledger.save(record)
                 self._count()
             return whole(answer, data)
@@ -152,7 +161,7 @@ class Jobs:
                 return
             replica = await self._fleet.for_job()
         headers = {"content-type": record.content_type} if record.content_type else {}
-        status, data, _ = await self._call(replica, "POST", ROUTE, record.body, headers)
+        status, data, _ = await self._call(replica, "POST", ROUTE, record.again(), headers)
         if status in (429, 503):
             return
         if status >= 300:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
+
 from engine.files import whole_file
 
 UNFINISHED = ("queued", "in_progress")
@@ -23,6 +25,7 @@ class Record:
     body: bytes  # of the request that asked for it
     content_type: str
     about: dict[str, Any]
+    key: str = ""  # the client's name for the request, so that it may ask twice
     replica: str = ""  # that has it; empty while none has
     inner: str = ""  # its name there
     lost: int = 0  # replicas that were lost with it
@@ -31,6 +34,11 @@ class Record:
     @property
     def unfinished(self) -> bool:
         return self.about.get("status") in UNFINISHED
+
+    def again(self) -> bytes:
+        """The request's body with the seed that the first replica took, so that the video is the same."""
+        seed = self.about.get("seed")
+        return self.body if seed is None else with_seed(self.body, self.content_type, int(seed))
 
     def update(self, about: dict[str, Any]) -> None:
         """Take over what a replica says of it."""
@@ -81,3 +89,19 @@ class Ledger:
             expires = record.about.get("expires_at")
             if not record.unfinished and isinstance(expires, int | float) and expires < now:
                 self.remove(record)
+
+
+def with_seed(body: bytes, content_type: str, seed: int) -> bytes:
+    """A request's body, JSON or a form, that asks for a seed. One that does stays as it is."""
+    kind, about = parse_options_header(content_type)
+    if kind == b"application/json":
+        fields = json.loads(body)
+        return body if fields.get("seed") is not None else json.dumps(fields | {"seed": seed}).encode()
+    if kind == b"multipart/form-data" and not re.search(rb'name="?seed"?[\r\n;]', body):
+        end = b"--" + about[b"boundary"] + b"--"
+        head, _, tail = body.rpartition(end)
+        part = b'--%b\r\nContent-Disposition: form-data; name="seed"\r\n\r\n%d\r\n' % (about[b"boundary"], seed)
+        return head + part + end + tail
+    if kind == b"application/x-www-form-urlencoded" and not re.search(rb"(^|&)seed=", body):
+        return body + b"&seed=%d" % seed
+    return body

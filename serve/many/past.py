@@ -53,6 +53,11 @@ class Past:
             self._base["seed"] = message["config"]["seed"]
         elif message.get("type") == "error" and message.get("code") != "event_id_conflict":
             self._asked.pop(message.get("event_id") or "", None)
+        elif message.get("type") == "session.note" and message.get("event_id") in self._asked:
+            # A newer prompt came before this one showed. The rest of the interaction counts.
+            interaction = self._asked.pop(message["event_id"])
+            event = {name: value for name, value in interaction["event"].items() if name != "prompt"}
+            self._apply(self.chunk, interaction | {"event": event})
 
     def shown(self, chunk: Mapping[str, Any]) -> None:
         """Note a chunk's metadata once the client has its bytes too."""

@@ -1,0 +1,214 @@
+"""Several servers behind one door, in a real Ray cluster on this machine: spread, sticky, and what follows a loss."""
+
+import asyncio
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import tempfile
+import time
+
+import httpx
+import numpy as np
+import pytest
+from clients import OTHER, PROMPT, connected, started
+
+ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
+ray_serve = pytest.importorskip("ray.serve", reason="the extra [ray] is not installed")
+
+pytestmark = pytest.mark.slow
+TOKEN = "a-token-of-tests"
+HEADERS = {"Authorization": f"Bearer {TOKEN}"}
+QUERY = f"?token={TOKEN}"
+HANG = 90.0
+
+
+def free_port():
+    """One below those that the kernel gives to Ray's own processes meanwhile."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
+@pytest.fixture(scope="module")
+def url():
+    """The door to two replicas of the embedded model, two sessions each."""
+    from serve.ray_app import build
+
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # names of sockets are short
+    port = free_port()
+    try:
+        ray.init(
+            num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, _temp_dir=folder, log_to_driver=False
+        )
+        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+        options = {"replicas": 2, "cores": 1, "sessions": 2, "lease": 1, "token": TOKEN, "jobs_dir": f"{folder}/jobs"}
+        ray_serve.run(build(options), name="streams")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        ray_serve.shutdown()
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def quiet(url):
+    """Every test begins with two replicas that do nothing."""
+    wait_for(lambda: (health(url)["replicas"], health(url)["sessions"]) == (2, 0), "two idle replicas")
+
+
+def wait_for(true, what):
+    until = time.monotonic() + HANG
+    while not true():
+        assert time.monotonic() < until, f"no {what} within {HANG} s"
+        time.sleep(0.1)
+
+
+def get(url, path, **more):
+    return httpx.get(url + path, headers=HEADERS, timeout=30, **more)
+
+
+def health(url):
+    return httpx.get(url + "/health", timeout=30).json()
+
+
+def sessions(url):
+    """Sessions that run, by the name of their replica."""
+    found = re.findall(r'^greedy_sessions\{replica="(\w+)"\} ([\d.]+)$', get(url, "/metrics").text, re.MULTILINE)
+    return {name: int(float(count)) for name, count in found}
+
+
+def process_of(replica):
+    actor = ray.get_actor(f"SERVE_REPLICA::streams#Streams#{replica}", namespace="serve")
+    return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+
+
+def busy_replica(url):
+    return next(name for name, count in sessions(url).items() if count)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    import engine
+
+    return engine.load(threads=1)
+
+
+def frames_of(pipeline, count, seed, changes=()):
+    """The engine's own frames, chunk by chunk; changes: (chunk, prompt)."""
+    made, changes = [], dict(changes)
+    with pipeline.stream(PROMPT, seed=seed) as stream:
+        for number in range(count):
+            if number in changes:
+                stream.set_prompt(changes[number])
+            made.append(stream.next_chunk())
+    return made
+
+
+def same(chunks, expected):
+    for chunk in chunks:
+        want = expected[chunk["generation_chunk_index"]]
+        np.testing.assert_array_equal(np.frombuffer(chunk["data"], np.uint8).reshape(want.shape), want)
+
+
+def test_new_sessions_go_to_the_freest_replica_and_stay_there(url):
+    async def run():
+        async with contextlib.AsyncExitStack() as stack:
+            names = []
+            for _ in range(4):
+                client = await stack.enter_async_context(started(url, query=QUERY, speed=1))
+                names.append((await client.until("video.start"))["session"])
+                await client.until("video.chunk_metadata")
+            spread = await asyncio.to_thread(sessions, url)
+            assert sorted(spread.values()) == [2, 2]
+            assert len(set(names)) == 4
+            for name in names:
+                about = (await asyncio.to_thread(get, url, f"/v1/sessions/{name}")).json()
+                assert (about["id"], about["seed"], about["state"]) == (name, 3, "playing")
+            async with connected(url, QUERY) as looker:
+                await looker.send("session.watch", session=names[1], format="m4s")
+                assert (await looker.until("video.start"))["session"] == names[1]
+                assert (await looker.until("video.chunk_metadata"))["data"][4:8] == b"ftyp"
+            video = await asyncio.to_thread(get, url, f"/v1/sessions/{names[1]}/video")
+            assert (video.status_code, video.headers["content-type"]) == (200, "video/mp4")
+            async with started(url, query=QUERY, speed=1) as fifth:
+                assert (await fifth.until("session.waiting"))["place"] == 1
+            deadline = time.monotonic() + HANG
+            while await asyncio.to_thread(health, url) != {
+                "status": "ok", "sessions": 4, "capacity": 4, "waiting": 0, "replicas": 2
+            }:  # fmt: skip
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.1)
+
+    asyncio.run(run())
+
+
+def test_the_door_asks_for_the_token_and_tells_of_all_replicas(url):
+    for path in ("/v1/models", "/metrics", "/v1/sessions/x", "/v1/videos"):
+        refused = httpx.get(url + path)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "unauthorized")
+    model = get(url, "/v1/models").json()["data"][0]
+    assert (model["id"], model["capacity"], model["width"]) == ("sprites", 4, 32)
+    assert len(sessions(url)) == 2
+    assert get(url, "/v1/sessions/nothing").status_code == 404
+    assert httpx.get(url + "/").status_code == 200
+
+    async def socket():
+        async with connected(url) as client:
+            refused = await client.rest()
+            return refused[0]["code"], client.socket.close_code
+
+    assert asyncio.run(socket()) == ("unauthorized", 1008)
+
+
+def test_mjpeg_flows_and_ends_with_its_reader(url):
+    with httpx.stream("GET", url + "/v1/mjpeg", params={"prompt": PROMPT, "seed": 1}, headers=HEADERS) as answer:
+        assert answer.headers["content-type"].startswith("multipart/x-mixed-replace")
+        data, running = b"", 0
+        for part in answer.iter_raw():
+            data += part
+            if data.count(b"\xff\xd8\xff") > 5:
+                running = sum(sessions(url).values())
+                break  # closes the connection
+        assert running == 1
+    wait_for(lambda: sum(sessions(url).values()) == 0, "end of the session")
+
+
+def test_a_killed_replica_is_told_and_its_video_goes_on_elsewhere(url, pipeline):
+    async def run():
+        async with started(url, query=QUERY, seed=None, speed=2) as client:
+            start = await client.until("video.start")
+            await client.until("video.chunk_metadata", generation_chunk_index=1)
+            await client.interact(prompt=OTHER)
+            while not (await client.until("video.chunk_metadata"))["started_event_ids"]:
+                pass
+            await client.until("video.chunk_metadata")
+            lost = await asyncio.to_thread(busy_replica, url)
+            os.kill(await asyncio.to_thread(process_of, lost), signal.SIGKILL)
+            error = await client.until("error")
+            assert await client.get() is None
+            assert client.socket.close_code == 1012
+        shown = client.chunks
+        turned = next(chunk["generation_chunk_index"] for chunk in shown if chunk["started_event_ids"])
+        resume = error["resume"]
+        assert error["code"] == "replica_lost"
+        assert resume["seed"] == start["config"]["seed"]
+        assert resume["chunk"] == shown[-1]["generation_chunk_index"] + 1
+        assert resume["history"] == [{"chunk": turned, "transition_chunks": 0, "prompt": OTHER}]
+        assert resume["session"] == start["session"]
+        again = {"prompt": resume["prompt"], "seed": resume["seed"], "resume": resume}
+        async with started(url, query=QUERY, **again, num_frames=4 * resume["chunk"] + 9) as other:
+            await other.until("session.done")
+            assert lost not in await asyncio.to_thread(sessions, url)
+        assert [chunk["generation_chunk_index"] for chunk in other.chunks] == [resume["chunk"] + n for n in range(3)]
+        expected = frames_of(pipeline, resume["chunk"] + 3, resume["seed"], [(turned, OTHER)])
+        same(shown + other.chunks, expected)
+        gone = await asyncio.to_thread(get, url, f"/v1/sessions/{start['session']}")
+        assert (gone.status_code, gone.json()["error"]["type"]) == (404, "not_found")
+
+    asyncio.run(run())
