@@ -165,6 +165,8 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
     network, sessions, replicas = options_of(given, Network), options_of(given, Sessions), options_of(given, Replicas)
     gpus = _gpus() if replicas.gpus is None else replicas.gpus
     folder = vars(given).pop("jobs_dir", None)  # of all jobs, at the door; each replica has a temporary one
+    for name in Replicas.__dataclass_fields__:
+        vars(given).pop(name, None)  # a replica that knew its number would be replaced when that changes
     if not gpus and not hasattr(given, "threads"):
         given.threads = max(1, int(replicas.cores))
     target = replicas.target or (0.75 * sessions.sessions if sessions.sessions else 2)
@@ -185,7 +187,7 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
     )  # fmt: skip
     door = deployment(
         FrontDoor, name="Door", num_replicas=1, max_ongoing_requests=OPEN, health_check_period_s=2.0,
-        graceful_shutdown_timeout_s=5.0, graceful_shutdown_wait_loop_s=0.5, ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=replicas.drain, graceful_shutdown_wait_loop_s=0.5, ray_actor_options={"num_cpus": 0},
         logging_config=LoggingConfig(enable_access_log=False),
     )  # fmt: skip
     return door.bind(streams.bind(given), network, network.secret, folder, sessions.jobs)

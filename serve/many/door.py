@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -50,7 +51,8 @@ class Door:
         """A replica says where it serves."""
         await self.fleet.register(name, url, secret)
         if self._looking is None:
-            self._looking = asyncio.create_task(self._look())
+            # In a context of its own: what it asks for is no part of the request that this is.
+            self._looking = asyncio.create_task(self._look(), context=contextvars.Context())
 
     async def _look(self) -> None:
         """Watch replicas and jobs."""

@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 import aiohttp
 
@@ -148,7 +149,7 @@ class Fleet:
         try:
             kept = await self._hold(replica.id)
         except Exception as error:  # of a replica that dies, or a cluster that is busy: the next look tries again
-            log.debug("replica %s is not held: %s", replica.id, error)
+            log.debug("replica %s is not held: %r", replica.id, error)
             return False
         replica.draining = replica.draining or not kept
         return kept
@@ -193,6 +194,24 @@ class Fleet:
         self._homes.move_to_end(session)
         while len(self._homes) > MOST_KNOWN:
             self.pasts.pop(self._homes.popitem(last=False)[0], None)
+
+    async def find(self, session: str) -> Replica:
+        """The replica that has a session. Where the door does not know, it asks them all. Refused if none has it."""
+        found = self.home(session)
+        if session in self._homes:
+            return found[0]
+        for replica in found:
+            try:
+                headers = {"authorization": f"Bearer {replica.secret}"}
+                async with asyncio.timeout(ANSWER_WITHIN):
+                    url = f"{replica.url}/v1/sessions/{quote(session, safe='')}"
+                    async with self.http.get(url, headers=headers) as answer:
+                        if answer.status == 200:
+                            self.remember(session, replica)
+                            return replica
+            except (aiohttp.ClientError, TimeoutError):
+                continue
+        raise Refused(404, "not_found", f"session: got {session[:64]!r}, expected one that runs")
 
     def home(self, session: str) -> list[Replica]:
         """The replica that has a session; all where the door does not know, as after it was restarted.

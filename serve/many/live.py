@@ -72,10 +72,9 @@ class Relay:
         gone: set[str] = set()
         for _ in range(TRIES):
             try:
-                replica = await self._fleet.freest(gone) if watched is None else self._fleet.home(watched)[0]
-            except (Refused, IndexError) as error:
-                text = str(error) or "session: got one of a server that starts, expected a session that runs"
-                await self._refuse("not_found" if watched else "busy", text)
+                replica = await (self._fleet.freest(gone) if watched is None else self._fleet.find(watched))
+            except Refused as error:
+                await self._refuse("busy" if watched is None else "not_found", error.message)
                 return
             try:
                 with self._fleet.starting(replica) as start:
