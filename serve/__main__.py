@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         make_app(server), log_level="info" if args.debug else "warning", access_log=args.debug,
         ws_max_size=network.upload_mb << 20, timeout_graceful_shutdown=_GRACE, ssl_certfile=cert, ssl_keyfile=key,
     )  # fmt: skip
-    running = PoliteServer(config, server.house)
+    running = PoliteServer(config, server)
     if network.open:
         threading.Timer(0.5, webbrowser.open, (address,)).start()
     print(f"serving on {address}", flush=True)

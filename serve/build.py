@@ -15,6 +15,8 @@ from engine.stream import Pipeline
 from engine.threads import cores
 from serve.core.encoders import scale_for
 from serve.core.house import House, Room, Watching, capacity, seconds_per_chunk
+from serve.core.job_store import Store
+from serve.core.jobs import Jobs
 from serve.core.session import Limits
 from serve.options import Network, Sessions
 from serve.web.metrics import Metrics
@@ -50,17 +52,23 @@ def build(args: argparse.Namespace) -> Server:
     overrides: dict[str, Any] = chosen(args, Preset)
     fixed = [*chosen(args, Model), *chosen(args, Runtime), *overrides]
     shape = shape_of(model, bundle, tuple(name for name in fixed if name != "threads"), rate.fps)
-    pipeline = open_pipeline(model, bundle, runtime, overrides, shape)
+    store = Store(sessions.jobs_dir)  # before the model is loaded, as another server may use it
+    try:
+        pipeline = open_pipeline(model, bundle, runtime, overrides, shape)
+    except BaseException:
+        store.close()
+        raise
     embedded = model.model is None and model.checkpoint is None and bundle.bundle is None
     folder = bundle.bundle or model.model or model.checkpoint
     name = sessions.name or (folder.resolve().stem if folder is not None else "sprites")
-    return make_server(pipeline, name, network, sessions, EXAMPLES if embedded else ())
+    return make_server(pipeline, name, network, sessions, EXAMPLES if embedded else (), store)
 
 
 def make_server(
-    pipeline: Pipeline | NativePipeline, name: str, network: Network, sessions: Sessions, examples: tuple[str, ...] = ()
-) -> Server:
-    """A server of a loaded pipeline. It streams a little first, to be warm and to measure."""
+    pipeline: Pipeline | NativePipeline, name: str, network: Network, sessions: Sessions,
+    examples: tuple[str, ...] = (), store: Store | None = None,
+) -> Server:  # fmt: skip
+    """A server of a loaded pipeline. It streams a little first, to be warm and to measure. `store`: of its jobs."""
     if pipeline.device.type == "cuda":
         pipeline.warm()
     native = isinstance(pipeline, NativePipeline) and pipeline.device.type == "cpu"
@@ -71,4 +79,7 @@ def make_server(
     scale = sessions.scale or scale_for(pipeline.height, pipeline.width)
     metrics = Metrics()
     house = House(pipeline, room, limits, scale, parallel, Watching(metrics.chunk, metrics.end))
-    return Server(house, name, network, sessions, metrics, frames, seconds, examples)
+    store = store or Store(sessions.jobs_dir)
+    keep = 3600 * sessions.keep_hours
+    jobs = Jobs(house, store, name, sessions.jobs, sessions.job_queue, keep, metrics.job)
+    return Server(house, jobs, name, network, sessions, metrics, frames, seconds, examples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,11 +46,33 @@ class Network:
         for name in ("upload_mb", "rate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected at least 1")
+        self.ice_servers()
+
+    def ice_servers(self) -> list[dict[str, str]]:
+        """STUN and TURN servers as a browser's RTCPeerConnection takes them."""
+        return [_ice_server(text) for text in self.ice_server]
 
     @property
     def secret(self) -> str:
         """The token; empty if the server is open to all who reach it."""
         return self.token or os.environ.get(TOKEN, "")
+
+
+def _ice_server(text: str) -> dict[str, str]:
+    """{urls, username, credential} of stun:HOST:PORT or turn:USER:PASSWORD@HOST:PORT; errors show no password."""
+    found = re.fullmatch(
+        r"(?:(stuns?):|(turns?):([^:@]+):(.+)@)([A-Za-z0-9][A-Za-z0-9.-]*)(?::([0-9]{1,5}))?(\?transport=(?:udp|tcp))?",
+        text,
+    )
+    if not found or (found[1] and found[7]) or not 1 <= int(found[6] or 3478) <= 65535:
+        scheme, mark, rest = text.partition(":")
+        shown = f"{scheme}:...@{rest.rpartition('@')[2]}" if mark and "@" in rest else text
+        raise ValueError(
+            f"--ice-server: got {shown[:100]!r}, expected stun:HOST:PORT or turn:USER:PASSWORD@HOST:PORT"
+        )  # fmt: skip
+    stun, turn, user, password, host, port, transport = found.groups()
+    urls = f"{stun or turn}:{host}" + (f":{port}" if port else "") + (transport or "")
+    return {"urls": urls} if stun else {"urls": urls, "username": user, "credential": password}
 
 
 @dataclass(frozen=True)
@@ -66,6 +89,7 @@ class Sessions:
     recording_mb: int = option(256, "megabytes of a session that stay for download; 0 keeps none", metavar="N")
     jobs: int = option(1, "jobs that run at once; live sessions go first", metavar="N")
     job_queue: int = option(100, "jobs that may wait; more are refused", metavar="N")
+    job_seconds: float = option(600.0, "longest video of a job, in seconds", metavar="S")
     jobs_dir: Path | None = option(
         None, "folder for jobs and their videos, which outlive a restart; default: a temporary one", metavar="DIR"
     )
@@ -86,6 +110,6 @@ class Sessions:
         for name in ("waiting", "job_queue", "recording_mb"):
             if not 0 <= getattr(self, name) <= 1_000_000:
                 raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected 0 to 1000000")
-        for name in ("idle", "lifetime", "lease", "keep_hours"):
+        for name in ("idle", "lifetime", "lease", "job_seconds", "keep_hours"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected a positive number")

@@ -38,7 +38,7 @@ class Coding:
         self._encoders = {codec: one for codec, one in self._encoders.items() if codec in codecs}
         made = {}
         for codec, key in codecs.items():
-            encoder = self._encoders.setdefault(codec, make_encoder(codec, *self._format))
+            encoder = self._encoders.get(codec) or self._encoders.setdefault(codec, make_encoder(codec, *self._format))
             units = tuple(encoder.encode(frames, position, key))
             if codec == "h264":
                 made[codec] = Coded(units, self._fragmenter.fragment(units), self._fragmenter.init)

@@ -56,7 +56,10 @@ class VideoEncoder:
         context.width, context.height, context.pix_fmt = width * scale, height * scale, "yuv420p"
         context.framerate, context.time_base = rate, 1 / rate
         context.gop_size, context.thread_count = max(1, round(KEY_SECONDS * rate)), 1
-        context.colorspace = context.color_primaries = context.color_trc = BT709
+        # VP8 has no field for its colours: decoders take BT.601 (RFC 6386, 9.2).
+        self._matrix = Colorspace.ITU601 if codec == "vp8" else Colorspace.ITU709
+        if codec != "vp8":
+            context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED
         context.options = options
         self._context, self._scale, self._colours = context, scale, VideoReformatter()
@@ -88,7 +91,7 @@ class VideoEncoder:
     def _converted(self, frame: np.ndarray, pix_fmt: str) -> av.VideoFrame:
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         made = self._colours.reformat(
-            picture, format=pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            picture, format=pix_fmt, dst_colorspace=self._matrix, dst_color_range=ColorRange.MPEG
         )
         assert made is not None
         return made

@@ -19,6 +19,8 @@ SHARE = 0.8  # of the time between chunks that sessions may compute
 TIMED = 6  # chunks by which the time of one is measured
 KEPT = 300.0  # seconds for which an ended session can be downloaded
 MOST_KEPT = 32
+# A job has no viewer who changes it or leaves; it may have to let live sessions go first for hours.
+JOB = Limits(idle=float("inf"), lifetime=86_400.0, lease=float("inf"), stall=600.0, recording=0)
 
 
 class Busy(RuntimeError):
@@ -52,11 +54,15 @@ class House:
         self.turns = Turns(parallel)
         self._watching = watching or Watching()
         self._place = Place(pipeline, self.turns, scale, limits, self._watching.chunk, self._ended)
+        self._background = Place(
+            pipeline, self.turns, scale, JOB, lambda session, chunk: None, self._job_ended, background=True
+        )
         self._lock = threading.RLock()
         self._sessions: dict[str, Session] = {}
         self._running: set[str] = set()
         self._line: list[Session] = []
         self._kept: list[tuple[float, Session]] = []
+        self._jobs: set[Session] = set()  # nobody can watch them
         self._closed = False
 
     def open(self, wish: Wish, viewer: Viewer) -> Session:
@@ -79,10 +85,12 @@ class House:
         return session
 
     def job(self, wish: Wish, viewer: Viewer) -> Session:
-        """A session beside the live ones, which go first; whoever calls sees to their number."""
-        session = Session(secrets.token_urlsafe(9), self._place, wish)
+        """A session beside the live ones, which go first. The caller limits the number of jobs. Busy at the end."""
+        session = Session(secrets.token_urlsafe(9), self._background, wish)
         with self._lock:
-            self._sessions[session.id] = session
+            if self._closed:
+                raise Busy("the server is shutting down")
+            self._jobs.add(session)
         session.watch(viewer)
         session.start()
         return session
@@ -104,7 +112,7 @@ class House:
             return len(self._line)
 
     def live(self) -> list[Session]:
-        """Sessions that have not ended, jobs included."""
+        """Sessions that have not ended, without jobs."""
         with self._lock:
             return [session for session in self._sessions.values() if session.state != "ended"]
 
@@ -112,7 +120,7 @@ class House:
         """End all sessions and wait for their threads."""
         with self._lock:
             self._closed = True
-            sessions = list(self._sessions.values())
+            sessions = [*self._sessions.values(), *self._jobs]
         for session in sessions:
             session.stop("shutdown")
         until = time.monotonic() + timeout
@@ -133,6 +141,11 @@ class House:
             self._kept.append((time.monotonic(), session))
         self._forget()
         self._watching.end(session)
+
+    def _job_ended(self, session: Session) -> None:
+        with self._lock:
+            self._jobs.discard(session)
+        session.recording.close()
 
     def _tell_places(self) -> None:
         for place, session in enumerate(self._line, start=1):

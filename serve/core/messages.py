@@ -74,6 +74,7 @@ class Chunk:
     spent: float  # seconds to make it
     due: float  # monotonic time at which its first frame is to be shown
     late: float  # seconds that it came too late
+    speed: float = 1.0  # seconds of video per second
     skipped: int = 0  # frames that this viewer missed before it
     fragment: bytes = b""  # H.264: moof and mdat, and the ftyp and moov that stand before the first one
     init: bytes = b""

@@ -22,6 +22,11 @@ class Pace:
         self._first = 0
         self._spent: deque[float] = deque(maxlen=RECENT)
 
+    @property
+    def speed(self) -> float:
+        """Seconds of video per second; 0 without a clock."""
+        return self._speed
+
     def at_speed(self, speed: float, frame: int, now: float) -> None:
         """From `frame` on, frames follow each other at another speed."""
         due = self.due(frame, now)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +51,12 @@ class Place:
     limits: Limits
     on_chunk: Callable[[Session, Chunk], None]
     on_end: Callable[[Session], None]
+    background: bool = False  # all other sessions compute first
+
+    def turn(self, deadline: float | None = None) -> AbstractContextManager[None]:
+        """Within the block a session may compute. `deadline`: monotonic seconds; None is at once."""
+        deadline = time.monotonic() if deadline is None else deadline
+        return self.turns.turn(float("inf") if self.background else deadline)
 
 
 class TooMany(RuntimeError):
@@ -167,6 +174,11 @@ class Session:
             return sum(viewer.watches for viewer in self._viewers)
 
     @property
+    def take(self) -> int:
+        """How often the video has started again: a chunk of an earlier take is stale."""
+        return self._take
+
+    @property
     def prompt(self) -> str:
         """The active prompt on one line."""
         return shown(self._direction.words)
@@ -207,7 +219,7 @@ class Session:
         """Open the stream of a take."""
         direction = Direction(self._pipeline, wish.prompt)
         self._close()  # first, so that the new one has the memory
-        with self._place.turns.turn(time.monotonic()):
+        with self._place.turn():
             self._stream = self._pipeline.stream(direction.first, seed=wish.seed, frames=wish.frames, clip=wish.clip)
             if wish.adapters:
                 self._stream.set_adapters(wish.adapters)
@@ -220,7 +232,7 @@ class Session:
         """Close the stream, if one is open."""
         stream, self._stream = self._stream, None
         if stream is not None:
-            with self._place.turns.turn(time.monotonic()):
+            with self._place.turns.turn(time.monotonic()):  # in the background, too: it frees memory
                 stream.close()
 
     def _catch_up(self) -> None:
@@ -295,7 +307,7 @@ class Session:
             if change.prompt is not None and not change.restarts:
                 self._turn_to(change)
             if change.adapters is not None:
-                with self._place.turns.turn(time.monotonic()):
+                with self._place.turn():
                     self._stream.set_adapters(change.adapters)
         except (ValueError, MemoryError, torch.cuda.OutOfMemoryError) as error:
             self.tell(_failed(change.event, error))
@@ -314,7 +326,7 @@ class Session:
         assert change.prompt is not None
         check_words(change.prompt)
         direction = copy(self._direction)
-        with self._place.turns.turn(time.monotonic()):
+        with self._place.turn():
             direction.turn_to(change.prompt, change.transition, change.event)
         if (unseen := self._direction.event) and unseen in self._started:
             self._started.remove(unseen)
@@ -336,7 +348,7 @@ class Session:
         """Make the next chunk; its description has no units yet."""
         asked = time.monotonic()
         deadline = self._pace.due(self.frames, asked) if deadline is None else deadline
-        with self._place.turns.turn(deadline):
+        with self._place.turn(deadline):
             begun = time.monotonic()
             moving = self._steer()
             frames = self._stream.next_chunk()
@@ -350,7 +362,8 @@ class Session:
         done = (*others, *(event if not direction.moving else ()))
         due, late = self._pace.made(self.frames, now - asked, now) if deadline != float("inf") else (now, 0.0)
         chunk = Chunk(self._number, self._take, self.frames, frames, (), shown(direction.words), started,
-                      tuple(dict.fromkeys((*started, *event))), done, now - begun, due, late)  # fmt: skip
+                      tuple(dict.fromkeys((*started, *event))), done, now - begun, due, late,
+                      self._pace.speed)  # fmt: skip
         self._number, self._made, self._last = self._number + 1, self._made + len(frames), len(frames)
         return frames, chunk
 
@@ -380,7 +393,7 @@ class Session:
             viewers = list(self._viewers)
             wanted = {v.codec: False for v in viewers if v.codec} | ({"h264": False} if self._records else {})
             for viewer in viewers:
-                if viewer.codec and viewer.wants_key:
+                if viewer.codec and viewer.wants_key and not viewer.full:
                     wanted[viewer.codec] = True
         coded: dict[str, Coded] = self._coding.code(frames, chunk.position, wanted)
         if self._records and not self.recording.full:

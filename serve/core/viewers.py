@@ -50,7 +50,8 @@ class Viewer:
                     self.wants_key = True
                     return
                 item, self._skipped = replace(item, skipped=self._skipped), 0
-                self.wants_key = False
+                if not item.units or item.units[0].key:  # a wish that came while the chunk was coded stays
+                    self.wants_key = False
                 self._chunks += 1
             elif len(self._items) >= MOST_NOTICES:
                 return

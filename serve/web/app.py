@@ -14,9 +14,10 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from serve.core.house import Busy
-from serve.web import live, sessions
+from serve.web import jobs, live, sessions
 from serve.web.guard import Guard
 from serve.web.server import Bucket, Refused, Server
+from serve.web.webrtc import routes as webrtc
 from serve.web.wire import Invalid, error_body
 
 PAGE = Path(__file__).parent.parent / "page"
@@ -24,12 +25,12 @@ RETRY = 5  # seconds after which a client that was refused may ask again
 
 
 def make_app(server: Server) -> FastAPI:
-    """All routes of a server, behind its guard. The house closes with the application."""
+    """All routes of a server, behind its guard. Its server closes with the application."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(server.house.close)
+        await asyncio.to_thread(server.close)
 
     app = FastAPI(title="greedy-stream", lifespan=lifespan)
     network, starts = server.network, Bucket(server.network.rate)
@@ -40,6 +41,8 @@ def make_app(server: Server) -> FastAPI:
     _basics(app, server)
     app.include_router(live.router(server, starts))
     app.include_router(sessions.router(server, starts))
+    app.include_router(jobs.router(server, starts))
+    app.include_router(webrtc.router(server, starts))
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     return app
 

@@ -7,7 +7,7 @@ import socket
 
 import uvicorn
 
-from serve.core.house import House
+from serve.web.server import Server
 
 _LAST_WORDS = 0.3  # seconds in which the last messages leave
 
@@ -15,13 +15,13 @@ _LAST_WORDS = 0.3  # seconds in which the last messages leave
 class PoliteServer(uvicorn.Server):
     """Ends its sessions, and sends what they have to say, before it closes connections."""
 
-    def __init__(self, config: uvicorn.Config, house: House) -> None:
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
         super().__init__(config)
-        self._house = house
+        self._served = server
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for listening in sockets or []:
             listening.close()
-        await asyncio.to_thread(self._house.close)
+        await asyncio.to_thread(self._served.close)
         await asyncio.sleep(_LAST_WORDS)
         await super().shutdown(sockets)

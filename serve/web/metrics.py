@@ -9,6 +9,7 @@ from collections.abc import Callable
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from serve.core.job_store import Job
 from serve.core.messages import Chunk
 from serve.core.session import Session
 
@@ -40,6 +41,7 @@ class Metrics:
         self._ended = Counter(
             "greedy_sessions_ended", "sessions by the reason of their end", ["reason"], registry=self.registry
         )
+        self._jobs = Counter("greedy_jobs_ended", "jobs that ended, by status", ["status"], registry=self.registry)
         self._errors = Counter("greedy_errors", "errors told to clients", ["code"], registry=self.registry)
         self._memory = Gauge("greedy_memory_bytes", "resident memory of the server", registry=self.registry)
         self._memory.set_function(lambda: psutil.Process(os.getpid()).memory_info().rss)
@@ -60,6 +62,9 @@ class Metrics:
 
     def end(self, session: Session) -> None:
         self._ended.labels(session.reason).inc()
+
+    def job(self, job: Job) -> None:
+        self._jobs.labels(job.status).inc()
 
     def error(self, code: str) -> None:
         self._errors.labels(code).inc()

@@ -14,6 +14,7 @@ from engine.bundles.native import NativePipeline
 from engine.stream import Pipeline
 from serve.core.encoders import MIME
 from serve.core.house import House
+from serve.core.jobs import Jobs
 from serve.core.messages import Notice
 from serve.core.prompts import blends
 from serve.core.session import Session
@@ -30,9 +31,10 @@ EXAMPLES = (
 
 @dataclass
 class Server:
-    """The house, its model's name, and how requests are checked."""
+    """The house and its jobs, its model's name, and how requests are checked."""
 
     house: House
+    jobs: Jobs
     name: str
     network: Network
     sessions: Sessions
@@ -75,6 +77,11 @@ class Server:
     def seed(self, asked: int | None) -> int:
         """The seed that was asked for, or one at random that JavaScript's numbers hold."""
         return secrets.randbelow(2**31) if asked is None else asked
+
+    def close(self) -> None:
+        """End all jobs and sessions. Jobs first: what runs goes back into their queue."""
+        self.jobs.close()
+        self.house.close()
 
 
 class Refused(Exception):

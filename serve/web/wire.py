@@ -37,7 +37,7 @@ class Weighted(_Message):
 
 Prompt = Annotated[str, Field(max_length=MOST_TEXT)] | Annotated[list[Weighted], Field(min_length=1, max_length=16)]
 Transition = Annotated[int, Field(ge=0, le=1000)]
-Strengths = dict[str, float]
+Strengths = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Speed = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
@@ -92,7 +92,7 @@ class Interaction(_Message):
     transition_chunks: Transition = 0
 
 
-def parsed(kind: type[_Message], value: Any, what: str) -> Any:
+def parsed(kind: type[BaseModel], value: Any, what: str) -> Any:
     """An instance of a message's class. Invalid, on one line with got and expected, where it does not fit."""
     if not isinstance(value, dict):
         raise Invalid(f"{what}: got {type(value).__name__}, expected an object")
@@ -170,6 +170,7 @@ def message_of(item: Chunk | Notice, request: str) -> dict[str, Any]:
             "generation_chunk_index": item.number, "num_frames": len(item.frames),
             "started_event_ids": item.started, "active_event_ids": item.active, "completed_event_ids": item.completed,
             "prompt": item.prompt, "first_frame": item.position, "take": item.take, "skipped": item.skipped,
+            "speed": item.speed,
             "chunk_ms": round(1e3 * item.spent, 3), "late_ms": round(1e3 * item.late, 3),
         }  # fmt: skip
     return {"type": _TYPES.get(item.kind, f"session.{item.kind}"), "request_id": request, **item.about}

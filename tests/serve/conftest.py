@@ -6,6 +6,14 @@ from serving import app_on_a_thread, served
 __all__ = ["served"]
 
 
+@pytest.fixture(scope="session")
+def sprites():
+    """The embedded model: 32 x 32 pixels, 8 frames a second; 1 frame in chunk 0, then 4 per chunk."""
+    import engine
+
+    return engine.load()
+
+
 @pytest.fixture(scope="module")
 def server(pipeline):
     """A server of the tiny pipeline, in this process: three live sessions, two may wait."""
