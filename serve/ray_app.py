@@ -102,7 +102,7 @@ class Streams:
             make_app(self._server), log_config=None, access_log=False, forwarded_allow_ips="*",
             ws_max_size=self._server.network.upload_mb << 20, timeout_graceful_shutdown=2,
         )  # fmt: skip
-        self._web = PoliteServer(config, self._server.house)
+        self._web = PoliteServer(config, self._server)
         self._thread = threading.Thread(target=self._web.run, args=([self._listening],), name="server", daemon=True)
         self._thread.start()
         threading.Thread(target=self._register, name="register", daemon=True).start()

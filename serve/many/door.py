@@ -84,7 +84,7 @@ def _make_app(door: Door) -> FastAPI:
     )  # fmt: skip
     add_errors(app)
     _sums(app, door.fleet)
-    app.include_router(job_routes.router(door.fleet, door.jobs))
+    app.include_router(job_routes.router(door.jobs))
     _sessions(app, door.fleet)
     return app
 
@@ -178,8 +178,11 @@ async def _opened(fleet: Fleet, replicas: list[Replica], request: Request) -> Re
             return passed_on(answer)
         async with answer:
             data = await answer.read()
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            fleet.remember(str(json.loads(data)["sessionId"]), replica)
+        with contextlib.suppress(ValueError, AttributeError):
+            about = json.loads(data)
+            for name in ("sessionId", "session"):  # of the connection, and of the video
+                if about.get(name):
+                    fleet.remember(str(about[name]), replica)
         return whole(answer, data)
     raise lost()
 

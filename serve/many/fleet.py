@@ -69,6 +69,7 @@ class Fleet:
 
     def __init__(self, hold: Hold | None = None) -> None:
         self.replicas: dict[str, Replica] = {}
+        self.gone: set[str] = set()  # names of replicas that were lost
         self._hold = hold
         self.pasts: dict[str | None, Past] = {}  # of sessions that sockets started, for who takes one over
         self._homes: OrderedDict[str, str] = OrderedDict()  # session: replica
@@ -102,6 +103,7 @@ class Fleet:
         replica = Replica(name, url, secret)
         if await self._look(replica):
             self.replicas[name] = replica
+            self.gone.discard(name)
             self._changed.set()
             log.info("replica %s serves at %s", name, url)
 
@@ -127,6 +129,7 @@ class Fleet:
         if self.replicas.get(replica.id) is replica:
             log.warning("replica %s at %s was lost", replica.id, replica.url)
             del self.replicas[replica.id]
+            self.gone.add(replica.id)
         for task in replica.holds:
             task.cancel()
 

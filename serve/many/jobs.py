@@ -7,15 +7,16 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import aiohttp
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 
-from serve.many.fleet import Fleet, Replica
+from serve.many.fleet import SILENT, Fleet, Replica
 from serve.many.ledger import Ledger, Record
-from serve.many.relay import ask, lost, passed_on, whole
+from serve.many.relay import ask, lost, whole
+from serve.web.jobs import POLL_MS
 from serve.web.server import Refused
 
 log = logging.getLogger("serve")
@@ -28,7 +29,7 @@ class Jobs:
 
     def __init__(self, fleet: Fleet, ledger: Ledger, at_once: int = 1) -> None:
         self._fleet, self._ledger, self._at_once = fleet, ledger, at_once
-        self._lock = asyncio.Lock()  # of looks
+        self._lock, self._began = asyncio.Lock(), time.monotonic()
         self._count()
 
     @property
@@ -48,7 +49,9 @@ class Jobs:
         kind, key = request.headers.get("content-type", ""), request.headers.get("idempotency-key", "")
         before = next((one for one in self.records.values() if key and one.key == key), None)
         for _ in range(TRIES):
-            replica = self._fleet.replicas.get(before.replica) if before is not None else await self._fleet.for_job(gone)
+            replica = (
+                self._fleet.replicas.get(before.replica) if before is not None else await self._fleet.for_job(gone)
+            )
             if replica is None:  # lost since; only equal bodies are surely the same request
                 assert before is not None
                 if before.body == body:
@@ -104,25 +107,25 @@ class Jobs:
 
     async def refresh(self, record: Record) -> None:
         """Take over what a job's replica says. A job that is done brings its video here."""
-        replica = self._fleet.replicas.get(record.replica)
-        if not record.unfinished:
+        inner, replica = record.inner, self._fleet.replicas.get(record.replica)
+        if not record.unfinished or not inner:
             return
         if replica is None:
+            if record.replica in self._fleet.gone or time.monotonic() - self._began > SILENT:
+                self._mark_lost(record)
+            return  # a door that was restarted waits for the replicas to tell where they are
+        status, data, _ = await self._call(replica, "GET", f"{ROUTE}/{inner}")
+        about: dict[str, Any] = json.loads(data) if status < 300 else {}
+        video, media_type = b"", ""
+        if about.get("status") == "completed":
+            status, video, media_type = await self._call(replica, "GET", f"{ROUTE}/{inner}/content")
+        if record.inner != inner or record.id not in self.records or not record.unfinished:
+            return  # it was given to another replica meanwhile, or deleted, or another look was faster
+        if status == 404:  # a server that began anew
             self._mark_lost(record)
-            return
-        status, data, _ = await self._call(replica, "GET", f"{ROUTE}/{record.inner}")
-        if status == 404:  # its server began anew under the same name
-            self._mark_lost(record)
-            return
-        if status >= 300:
-            return
-        about = json.loads(data)
-        if about.get("status") == "completed" and not record.media_type:
-            status, video, media_type = await self._call(replica, "GET", f"{ROUTE}/{record.inner}/content")
-            if status >= 300:
-                return
-            await asyncio.to_thread(self._ledger.keep_video, record, video, media_type)
-        if record.id in self.records:  # it was not deleted meanwhile
+        elif status < 300:
+            if media_type:
+                self._ledger.keep_video(record, video, media_type)
             record.update(about)
             self._ledger.save(record)
         self._count()
@@ -130,6 +133,14 @@ class Jobs:
     def file(self, record: Record) -> Path:
         """The video of a finished job."""
         return self._ledger.video(record)
+
+    async def try_refresh(self, record: Record) -> None:
+        """As `refresh`; a replica that does not answer leaves the job as it was known."""
+        try:
+            await self.refresh(record)
+        except (aiohttp.ClientError, TimeoutError):
+            if (replica := self._fleet.replicas.get(record.replica)) is not None:
+                await self._fleet.check(replica)
 
     async def delete(self, record: Record) -> None:
         """End a job, and forget it."""
@@ -215,7 +226,7 @@ class Jobs:
                 return answer.status, await answer.read(), answer.content_type
 
 
-def router(fleet: Fleet, jobs: Jobs) -> APIRouter:
+def router(jobs: Jobs) -> APIRouter:
     """The routes of jobs."""
     routes = APIRouter()
 
@@ -228,16 +239,17 @@ def router(fleet: Fleet, jobs: Jobs) -> APIRouter:
         return await jobs.sync(request)
 
     @routes.get(ROUTE)
-    async def listed(limit: int = 20, after: str | None = None, order: str = "desc") -> dict[str, Any]:
-        if not 1 <= limit <= 100:
-            raise Refused(400, "invalid_request_error", f"limit: got {limit}, expected 1 to 100")
-        if order not in ("asc", "desc"):
-            raise Refused(400, "invalid_request_error", f"order: got {order[:20]!r}, expected asc or desc")
+    async def listed(
+        limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> dict[str, Any]:  # fmt: skip
         found = sorted(jobs.records.values(), key=lambda record: record.about.get("created_at") or 0)
         found = found if order == "asc" else found[::-1]
         if after is not None:
-            names = [record.id for record in found]
-            found = found[names.index(jobs.record(after).id) + 1 :]
+            place = next((number for number, record in enumerate(found, start=1) if record.id == after), None)
+            if place is None:
+                raise Refused(400, "invalid_request_error", f"after: got {after[:64]!r}, expected the id of a video")
+            found = found[place:]
         data = [record.about for record in found[:limit]]
         ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
         return {"object": "list", "data": data, **ends, "has_more": len(found) > limit}
@@ -245,25 +257,19 @@ def router(fleet: Fleet, jobs: Jobs) -> APIRouter:
     @routes.get(f"{ROUTE}/{{name}}")
     async def about(name: str) -> JSONResponse:
         record = jobs.record(name)
-        try:
-            await jobs.refresh(record)
-        except (aiohttp.ClientError, TimeoutError):
-            if (replica := fleet.replicas.get(record.replica)) is not None:
-                await fleet.check(replica)
-        return JSONResponse(record.about)
+        await jobs.try_refresh(record)
+        return JSONResponse(record.about, headers={"openai-poll-after-ms": str(POLL_MS)})
 
-    @routes.get(f"{ROUTE}/{{name}}/content")
-    async def content(name: str, request: Request) -> Response:
+    @routes.api_route(f"{ROUTE}/{{name}}/content", methods=["GET", "HEAD"])
+    async def content(name: str, variant: str = "video") -> FileResponse:
+        if variant != "video":
+            raise Refused(400, "invalid_request_error", f"variant: got {variant[:60]!r}, expected 'video'")
         record = jobs.record(name)
-        await jobs.refresh(record)
-        if record.media_type and request.query_params.get("variant", "video") == "video":
-            return FileResponse(jobs.file(record), media_type=record.media_type, filename=f"{record.id}.mp4")
-        replica = fleet.replicas.get(record.replica)
-        if replica is None:
-            message = f"video: got {name[:64]!r}, which is {record.about.get('status')}, expected a completed one"
-            raise Refused(404 if record.unfinished else 410, "not_found", message)
-        request.scope["path"] = f"{ROUTE}/{record.inner}/content"
-        return passed_on(await ask(fleet, replica, request, b""))
+        await jobs.try_refresh(record)
+        if not record.media_type:
+            got = f"video: got one that is {record.about.get('status')}"
+            raise Refused(404, "not_found", f"{got}, expected completed")
+        return FileResponse(jobs.file(record), media_type=record.media_type, filename=f"{record.id}.mp4")
 
     @routes.delete(f"{ROUTE}/{{name}}")
     async def delete(name: str) -> dict[str, Any]:
