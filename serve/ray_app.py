@@ -22,15 +22,15 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import uvicorn
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import LoggingConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.schema import LoggingConfig
 
 from engine.options import Parser, add_options, option, options_of
 from serve import many
@@ -93,6 +93,7 @@ class Streams:
         self._secret = secrets.token_urlsafe(24)
         args.token = self._secret  # the door checks the users' one
         self._server = build_server(args)
+        self._holds = 0
         context = ray_serve.get_replica_context()
         self._name, self._app = context.replica_id.unique_id, context.app_name
         self._listening = socket.create_server((ray.util.get_node_ip_address(), 0))
@@ -116,11 +117,23 @@ class Streams:
             time.sleep(AGAIN)
 
     async def hold(self, wanted: str) -> bool:
-        """Count as one request until it is cancelled; False if another replica was meant, which takes no new ones."""
+        """Count as one request until it is cancelled, or until this replica has fewer sessions and jobs than holds.
+
+        False if another replica was meant, which takes no new ones.
+        """
         if wanted != self._name:
             return False
-        while True:
-            await asyncio.sleep(3600)
+        self._holds += 1
+        try:
+            while self._holds <= self._load():
+                await asyncio.sleep(1.0)
+        finally:
+            self._holds -= 1
+        return True
+
+    def _load(self) -> int:
+        house, jobs = self._server.house, self._server.jobs
+        return house.running + house.waiting + jobs.running + jobs.queued
 
     def check_health(self) -> None:
         if not self._thread.is_alive():
@@ -187,14 +200,20 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
     )  # fmt: skip
     door = deployment(
         FrontDoor, name="Door", num_replicas=1, max_ongoing_requests=OPEN, health_check_period_s=2.0,
-        graceful_shutdown_timeout_s=replicas.drain, graceful_shutdown_wait_loop_s=0.5, ray_actor_options={"num_cpus": 0},
-        logging_config=LoggingConfig(enable_access_log=False),
+        graceful_shutdown_timeout_s=replicas.drain, graceful_shutdown_wait_loop_s=0.5,
+        ray_actor_options={"num_cpus": 0}, logging_config=LoggingConfig(enable_access_log=False),
     )  # fmt: skip
     return door.bind(streams.bind(given), network, network.secret, folder, sessions.jobs)
 
 
+class _Arguments(Parser):
+    def error(self, message: str) -> NoReturn:
+        """A ValueError: in a cluster this runs in a process that must not end."""
+        raise ValueError(f"arguments: {' '.join(message.split())}")
+
+
 def _parser() -> Parser:
-    made = Parser(prog="serve run serve.ray_app:build", description=__doc__)
+    made = _Arguments(prog="serve run serve.ray_app:build", description=__doc__)
     add_options(made, Replicas, "replicas")
     add_server_options(made)
     return made

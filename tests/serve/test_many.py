@@ -52,7 +52,8 @@ def begun(**fields):
          {"chunk": 1, "seed": 9, "prompt": "b", "history": []}),
         ([interaction(prompt="b"), interaction("f", reset=True, prompt="c", adapters={"b": 2})], [(0, "e"), (0, "f")],
          {"seed": 7, "prompt": "c", "adapters": {"a": 0.5, "b": 2}, "history": []}),
-        ([interaction(prompt="b")], [0], {"chunk": 1, "history": [], "pending": [interaction(prompt="b")["interaction"]]}),
+        ([interaction(prompt="b")], [0],
+         {"chunk": 1, "history": [], "pending": [interaction(prompt="b")["interaction"]]}),
     ],
 )  # fmt: skip
 def test_a_past_holds_what_makes_the_video_again(asked, shown, expected):

@@ -8,18 +8,23 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from clients import OTHER, PROMPT, connected, started
+from webrtc_client import Caller
 
 ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
 ray_serve = pytest.importorskip("ray.serve", reason="the extra [ray] is not installed")
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
 TOKEN = "a-token-of-tests"
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 QUERY = f"?token={TOKEN}"
@@ -57,8 +62,11 @@ def url():
 
 
 @pytest.fixture(autouse=True)
-def quiet(url):
-    """Every test begins with two replicas that do nothing."""
+def quiet(request):
+    """Every test of the cluster begins with two replicas that do nothing."""
+    if "url" not in request.fixturenames:
+        return
+    url = request.getfixturevalue("url")
     wait_for(lambda: (health(url)["replicas"], health(url)["sessions"]) == (2, 0), "two idle replicas")
 
 
@@ -179,6 +187,26 @@ def test_mjpeg_flows_and_ends_with_its_reader(url):
     wait_for(lambda: sum(sessions(url).values()) == 0, "end of the session")
 
 
+def test_webrtc_is_agreed_upon_through_the_door_and_flows_from_the_replica(url):
+    async def run():
+        caller = Caller(url, prompts=[{"text": PROMPT, "weight": 1.0}], seed=2)
+        caller.url += QUERY
+        async with caller:
+            start = await caller.message("video.start")
+            await caller.until(lambda: len(caller.frames) > 2)
+            assert sorted((await asyncio.to_thread(sessions, url)).values()) == [0, 1]
+            about = await asyncio.to_thread(get, url, f"/v1/sessions/{start['session']}")
+            assert (about.status_code, about.json()["seed"]) == (200, 2)
+            place = f"{url}/api/v1/webrtc/offer/{caller.answer['sessionId']}"
+            trickled = await asyncio.to_thread(httpx.patch, place, json={"candidates": []}, headers=HEADERS)
+            ended = await asyncio.to_thread(httpx.delete, place, headers=HEADERS)
+            again = await asyncio.to_thread(httpx.delete, place, headers=HEADERS)
+            assert [one.status_code for one in (trickled, ended, again)] == [204, 204, 404]
+
+    asyncio.run(run())
+    assert get(url, "/api/v1/webrtc/ice-servers").json() == {"iceServers": []}
+
+
 def test_a_killed_replica_is_told_and_its_video_goes_on_elsewhere(url, pipeline):
     async def run():
         async with started(url, query=QUERY, seed=None, speed=2) as client:
@@ -239,3 +267,89 @@ def test_jobs_of_a_killed_replica_are_made_elsewhere(url):
         once = httpx.post(url + "/v1/videos/sync", json=one, headers=HEADERS, timeout=HANG)
         assert video.headers["content-type"] == once.headers["content-type"] == "video/mp4"
         assert video.content == once.content
+
+
+@pytest.mark.thorough
+def test_a_killed_door_loses_neither_sessions_nor_jobs(url):
+    async def run():
+        async with started(url, query=QUERY, speed=1, seed=4, format="m4s") as client:
+            start = await client.until("video.start")
+            await client.until("video.chunk_metadata", generation_chunk_index=2)
+            asked = {"prompt": PROMPT, "seconds": "8", "seed": 1}
+            job = (await asyncio.to_thread(httpx.post, url + "/v1/videos", json=asked, headers=HEADERS)).json()["id"]
+            os.kill(await asyncio.to_thread(door_process), signal.SIGKILL)
+            await client.rest()
+        return start, job, len(client.chunks)
+
+    start, job, seen = asyncio.run(run())
+    assert seen > 2
+    assert start["session"]
+    wait_for(lambda: alive(url), "door")
+    wait_for(lambda: get(url, f"/v1/videos/{job}").json().get("status") == "completed", "end of the job")
+    assert get(url, f"/v1/videos/{job}/content").content[4:8] == b"ftyp"
+    # It ended after its lease, and can be downloaded: the new door asks both replicas for it.
+    assert get(url, f"/v1/sessions/{start['session']}/video").status_code == 200
+
+
+def door_process():
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    name = next(one["name"] for one in actors if "SERVE_REPLICA::streams#Door" in one["name"])
+    return ray.get(ray.get_actor(name, namespace="serve").__ray_call__.remote(lambda self: os.getpid()))
+
+
+def alive(url):
+    with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
+        return health(url)["replicas"] == 2
+    return False
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"port": 9000}, "port: got 9000, expected none: Ray Serve listens"),
+        ({"host": "0.0.0.0"}, "host: got '0.0.0.0', expected none"),
+        ({"replicas": 0}, "replicas: got 0, expected 1 to 1000"),
+        ({"replicas": "two"}, "argument --replicas"),
+        ({"replicas": 3, "max_replicas": 2}, r"max_replicas: got 2, expected 3 \(replicas\) to 1000"),
+        ({"cores": 0}, "cores: got 0, expected a positive number"),
+        ({"gpus": -1}, "gpus: got -1, expected 0 to 1000"),
+        ({"sessions": 0}, "--sessions: got 0, expected 1 to 1000"),
+        ({"nonsense": 1}, "unrecognized arguments: --nonsense=1"),
+        ({"token": "short"}, "--token: got a text that is short"),
+    ],
+)
+def test_arguments_that_are_wrong(args, message):
+    from serve.ray_app import build
+
+    with pytest.raises(ValueError, match=message) as error:
+        build(args)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.thorough
+def test_the_command_line_starts_and_ends(tmp_path):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", 8000), 1):
+        pytest.skip("port 8000 is taken, and `serve run` has no option for another one")
+    options = ["replicas=1", "cores=1", "sessions=3", "name=mine"]
+    told = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
+    with (tmp_path / "log").open("wb") as log:
+        running = subprocess.Popen(
+            [Path(sys.executable).parent / "serve", "run", "serve.ray_app:build", *options],
+            cwd=tmp_path, env=os.environ | told, stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        address = "http://127.0.0.1:8000"
+
+        def ready():
+            assert running.poll() is None, (tmp_path / "log").read_text()
+            with contextlib.suppress(httpx.HTTPError, ValueError):
+                return health(address).get("status") == "ok"
+
+        wait_for(ready, "answer")
+        assert httpx.get(address + "/v1/models").json()["data"][0]["id"] == "mine"
+        assert health(address)["capacity"] == 3
+        running.send_signal(signal.SIGINT)
+        assert running.wait(HANG) == 0
+    finally:
+        if running.poll() is None:
+            running.kill()
