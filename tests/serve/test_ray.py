@@ -29,6 +29,7 @@ TOKEN = "a-token-of-tests"
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 QUERY = f"?token={TOKEN}"
 HANG = 90.0
+QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}  # writes nothing to the home folder, asks nobody
 
 
 def free_port():
@@ -44,7 +45,7 @@ def url():
     """The door to two replicas of the embedded model, two sessions each."""
     from serve.ray_app import build
 
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= QUIET
     folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # names of sockets are short
     port = free_port()
     try:
@@ -215,13 +216,17 @@ def test_a_killed_replica_is_told_and_its_video_goes_on_elsewhere(url, pipeline)
             await client.interact(prompt=OTHER)
             while not (await client.until("video.chunk_metadata"))["started_event_ids"]:
                 pass
-            await client.until("video.chunk_metadata")
+        async with connected(url, QUERY) as second:  # the connection was lost: the session is taken over
+            await second.send("session.watch", session=start["session"], key=start["key"], format="rgb")
+            await second.until("video.chunk_metadata")
+            await second.interact("last", paused=True)
+            await second.until("session.interaction.queued")
             lost = await asyncio.to_thread(busy_replica, url)
             os.kill(await asyncio.to_thread(process_of, lost), signal.SIGKILL)
-            error = await client.until("error")
-            assert await client.get() is None
-            assert client.socket.close_code == 1012
-        shown = client.chunks
+            error = await second.until("error")
+            assert await second.get() is None
+            assert second.socket.close_code == 1012
+        shown = client.chunks + second.chunks
         turned = next(chunk["generation_chunk_index"] for chunk in shown if chunk["started_event_ids"])
         resume = error["resume"]
         assert error["code"] == "replica_lost"
@@ -229,6 +234,7 @@ def test_a_killed_replica_is_told_and_its_video_goes_on_elsewhere(url, pipeline)
         assert resume["chunk"] == shown[-1]["generation_chunk_index"] + 1
         assert resume["history"] == [{"chunk": turned, "transition_chunks": 0, "prompt": OTHER}]
         assert resume["session"] == start["session"]
+        assert [one["event"] for one in resume["pending"]] == [{"paused": True}]
         again = {"prompt": resume["prompt"], "seed": resume["seed"], "resume": resume}
         async with started(url, query=QUERY, **again, num_frames=4 * resume["chunk"] + 9) as other:
             await other.until("session.done")
@@ -330,8 +336,8 @@ def test_arguments_that_are_wrong(args, message):
 def test_the_command_line_starts_and_ends(tmp_path):
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", 8000), 1):
         pytest.skip("port 8000 is taken, and `serve run` has no option for another one")
-    options = ["replicas=1", "cores=1", "sessions=3", "name=mine"]
-    told = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
+    options, folder = ["replicas=1", "cores=1", "sessions=3", "name=mine"], tempfile.mkdtemp(prefix="r-", dir="/tmp")
+    told = QUIET | {"RAY_TMPDIR": folder, "PYTHONPATH": str(ROOT)}
     with (tmp_path / "log").open("wb") as log:
         running = subprocess.Popen(
             [Path(sys.executable).parent / "serve", "run", "serve.ray_app:build", *options],
@@ -353,3 +359,4 @@ def test_the_command_line_starts_and_ends(tmp_path):
     finally:
         if running.poll() is None:
             running.kill()
+        shutil.rmtree(folder, ignore_errors=True)
