@@ -20,7 +20,8 @@ class Past:
         self._start = {name: start[name] for name in _STARTS if start.get(name) is not None}
         self.session: str | None = None
         self.chunk = resume.get("chunk", 0)  # the next one that the client has not got
-        self.history: list[dict[str, Any]] = list(resume.get("history") or [])
+        history = resume.get("history")  # of whatever kind: the replica refuses what is wrong
+        self.history = [one for one in history if isinstance(one, dict)] if isinstance(history, list) else []
         self._base = dict(self._start)
         self._prompt = next((one["prompt"] for one in reversed(self.history) if one.get("prompt")), start.get("prompt"))
         self._now: dict[str, Any] = {}  # speed and pause, where they were changed

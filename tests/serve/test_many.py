@@ -94,6 +94,11 @@ def test_a_past_begins_with_the_one_that_it_goes_on_from():
     assert (past.resume()["prompt"], past.resume()["history"]) == ("b", [])
 
 
+@pytest.mark.parametrize("resume", [3, [], {"history": "abc"}, {"history": [1, None]}, {"chunk": "x", "history": {}}])
+def test_a_past_of_a_wrong_start_is_left_to_the_server(resume):
+    assert begun(resume=resume).resume()["history"] == []
+
+
 def test_figures_of_replicas_keep_their_kind_and_get_a_name():
     page = "# HELP frames_total n\n# TYPE frames_total counter\nframes_total {}\n# TYPE s histogram\n"
     page += 's_bucket{{le="1.0"}} {}\ns_bucket{{le="+Inf"}} 4\ns_sum 2\ns_count 4\n'
