@@ -129,7 +129,8 @@ setup(
         "race": ["flashdreams>=0.1,<0.2"],
         "ray": ["ray[serve]>=2.50; python_version < '3.14'"],
         "serve": [
-            "aiortc>=1.13",
+            "aioice>=0.13",
+            "aiortc>=1.16",
             "fastapi>=0.115",
             "prometheus-client>=0.20",
             "python-multipart>=0.0.18",

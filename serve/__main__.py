@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     config = uvicorn.Config(
         make_app(server), log_level="info" if args.debug else "warning", access_log=args.debug,
         ws_max_size=network.upload_mb << 20, timeout_graceful_shutdown=_GRACE, ssl_certfile=cert, ssl_keyfile=key,
+        ws_per_message_deflate=False,  # video is compressed already: deflate takes time and saves nothing
     )  # fmt: skip
     running = PoliteServer(config, server)
     if network.open:

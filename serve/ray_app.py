@@ -178,8 +178,8 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
     network, sessions, replicas = options_of(given, Network), options_of(given, Sessions), options_of(given, Replicas)
     gpus = _gpus() if replicas.gpus is None else replicas.gpus
     folder = vars(given).pop("jobs_dir", None)  # of all jobs, at the door; each replica has a temporary one
-    for name in Replicas.__dataclass_fields__:
-        vars(given).pop(name, None)  # a replica that knew its number would be replaced when that changes
+    for name in ("allow_origin", *Replicas.__dataclass_fields__):
+        vars(given).pop(name, None)  # the door's; a replica that knew its number would be replaced when that changes
     if not gpus and not hasattr(given, "threads"):
         given.threads = max(1, int(replicas.cores))
     target = replicas.target or (0.75 * sessions.sessions if sessions.sessions else 2)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.instruments.header import ROOT
-from bench.report import gpu, plots, saved
+from bench.report import gpu, plots, saved, serving
 from engine.files import whole_file
 from engine.options import option
 
@@ -208,7 +208,16 @@ def _race(r: dict[str, Any]) -> list[str]:
     return [f"## Beside {r['peer']}", *_where(machine_only), *gpu.race(r, markdown)]
 
 
-_SECTIONS = {"race": _race, "compare": _compare, "scaling": _scaling, "load": _load, "kernels": _kernels}
+def _serve(r: dict[str, Any]) -> list[str]:
+    how = r["points"][0]["transport"]
+    return [f"## Serving over {TRANSPORTS[how]}", *_where(r), *serving.section(r, markdown)]
+
+
+TRANSPORTS = {"socket": "a socket", "webrtc": "WebRTC", "jobs": "jobs", "mixed": "socket, WebRTC and jobs at once"}
+_SECTIONS = {
+    "race": _race, "compare": _compare, "scaling": _scaling, "load": _load, "serve": _serve, "serve-webrtc": _serve,
+    "serve-jobs": _serve, "serve-mixed": _serve, "kernels": _kernels,
+}  # fmt: skip
 
 
 def page(folder: Path, pictures: dict[str, list[str]]) -> str:

@@ -55,16 +55,18 @@ class Recording:
     """The fragments of a session in a file without a name, up to `most` bytes. One thread adds, any may read."""
 
     def __init__(self, most: int) -> None:
-        self._most, self._file = most, _nameless() if most else -1
+        self._most, self._file = most, -1  # no file yet: a session that is refused needs none
         self.bytes = 0
         self.full = most == 0
 
     def add(self, coded: Coded) -> None:
         """Append a chunk. Once it is full, it stays as it is, so that it has no gap."""
         data = coded.fragment if self.bytes else coded.init + coded.fragment
-        if self._file < 0 or self.full or self.bytes + len(data) > self._most:
+        if self.full or self.bytes + len(data) > self._most:
             self.full = True
             return
+        if self._file < 0:
+            self._file = _nameless()
         os.pwrite(self._file, data, self.bytes)
         self.bytes += len(data)
 
@@ -73,6 +75,7 @@ class Recording:
         return b"" if self._file < 0 else os.pread(self._file, self.bytes, 0)
 
     def close(self) -> None:
+        self.full = True
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

@@ -23,8 +23,7 @@ from serve.many.ledger import Ledger
 from serve.many.live import Relay
 from serve.many.relay import ask, forward, json_of, lost, passed_on, whole
 from serve.options import Network
-from serve.web.app import add_errors
-from serve.web.guard import Guard
+from serve.web.app import add_errors, add_guard
 
 log = logging.getLogger("serve")
 _ALL = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
@@ -78,10 +77,8 @@ def _make_app(door: Door) -> FastAPI:
         yield
         await door.close()
 
-    app, network = FastAPI(title="greedy-stream", lifespan=lifespan), door.network
-    app.add_middleware(
-        Guard, token=door.token, origins=network.allow_origin, most_bytes=network.upload_mb << 20
-    )  # fmt: skip
+    app = FastAPI(title="greedy-stream", lifespan=lifespan)
+    add_guard(app, door.network, door.token)
     add_errors(app)
     _sums(app, door.fleet)
     app.include_router(job_routes.router(door.jobs))

@@ -18,7 +18,8 @@ from serve.web.server import Refused
 # RFC 9110, 7.6.1, and what the next connection decides for itself.
 _OWN = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
         "transfer-encoding", "upgrade", "content-length"}  # fmt: skip
-_REPLACED = {"authorization", "x-forwarded-for", "x-forwarded-proto", "forwarded"}
+# The door has checked the origin, and tells browsers what it allows.
+_REPLACED = {"authorization", "origin", "x-forwarded-for", "x-forwarded-proto", "forwarded"}
 _DEFAULTS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")  # of the client library
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from serve.core.house import Busy
+from serve.options import Network
 from serve.web import jobs, live, sessions
 from serve.web.guard import Guard
 from serve.web.server import Bucket, Refused, Server
@@ -34,9 +36,7 @@ def make_app(server: Server) -> FastAPI:
 
     app = FastAPI(title="greedy-stream", lifespan=lifespan)
     network, starts = server.network, Bucket(server.network.rate)
-    app.add_middleware(
-        Guard, token=network.secret, origins=network.allow_origin, most_bytes=network.upload_mb << 20
-    )  # fmt: skip
+    add_guard(app, network, network.secret)
     add_errors(app, server.metrics.error)
     _basics(app, server)
     app.include_router(live.router(server, starts))
@@ -45,6 +45,14 @@ def make_app(server: Server) -> FastAPI:
     app.include_router(webrtc.router(server, starts))
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     return app
+
+
+def add_guard(app: FastAPI, network: Network, token: str) -> None:
+    """Who may use an application, and how much. Sites that are let in may ask as a browser does."""
+    app.add_middleware(Guard, token=token, origins=network.allow_origin, most_bytes=network.upload_mb << 20)
+    if network.allow_origin:  # a browser asks before it lets another site's page send JSON or a token
+        origins = [origin.rstrip("/").lower() for origin in network.allow_origin]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
 
 
 def _basics(app: FastAPI, server: Server) -> None:

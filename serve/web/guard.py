@@ -6,6 +6,7 @@ import hmac
 from collections.abc import Iterable
 from urllib.parse import parse_qs, urlsplit
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -64,13 +65,15 @@ class Guard:
         return 413, "invalid_request_error", f"body: got {length} bytes, expected at most {self.most}"
 
     def _counted(self, receive: Receive) -> Receive:
-        """A body without a length ends where it grows too large."""
+        """A body without a length is refused where it grows too large; the application answers."""
         total = 0
 
         async def counted() -> Message:
             nonlocal total
             message = await receive()
             total += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if total > self.most else message
+            if total > self.most:
+                raise HTTPException(413, f"body: got more than {self.most} bytes, expected at most that")
+            return message
 
         return counted

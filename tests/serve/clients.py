@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import websockets
 
@@ -19,7 +19,8 @@ class Client:
         self.seen = []
 
     async def send(self, kind=None, **fields):
-        await self.socket.send(json.dumps(({"type": kind} if kind else {}) | fields))
+        with suppress(websockets.ConnectionClosed):  # a server that refused has said why: `get` reads it
+            await self.socket.send(json.dumps(({"type": kind} if kind else {}) | fields))
 
     async def interact(self, event_id=None, transition=None, **event):
         about = {"event": event} | ({"event_id": event_id} if event_id else {})

@@ -185,6 +185,11 @@ def replica_app(state):
     def health():
         return {"sessions": 0, "waiting": 0, "capacity": 2}
 
+    @app.middleware("http")
+    async def note(request: Request, following):
+        state.origins.add(request.headers.get("origin"))
+        return await following(request)
+
     @app.post("/v1/videos")
     async def create(request: Request):
         body = await request.json()
@@ -216,11 +221,32 @@ def replica_app(state):
 
 
 def on_a_thread(name):
-    state = SimpleNamespace(name=name, bodies=[], jobs={}, keys={})
+    state = SimpleNamespace(name=name, bodies=[], jobs={}, keys={}, origins=set())
     context = app_on_a_thread(replica_app(state))
     state.url = context.__enter__()
     state.end = lambda: context.__exit__(None, None, None)
     return state
+
+
+def test_other_sites_that_are_let_in_are_answered_once(tmp_path):
+    async def run():
+        one = on_a_thread("a")
+        door = Door(Network(allow_origin=("https://example.org",)), "", tmp_path, 1)
+        await door.fleet.register("a", one.url, "s")
+        http = httpx.AsyncClient(transport=httpx.ASGITransport(door.app), base_url="http://door")
+        asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        before = await http.options("/v1/videos", headers={"origin": "https://example.org", **asks})
+        assert (before.status_code, before.headers["access-control-allow-origin"]) == (200, "https://example.org")
+        for path in ("/health", "/v1/sessions/none", "/other"):
+            answer = await http.get(path, headers={"origin": "https://example.org"})
+            assert answer.headers.get_list("access-control-allow-origin") == ["https://example.org"]
+            refused = await http.get(path, headers={"origin": "https://example.com"})
+            assert refused.status_code == 403
+        assert one.origins == {None}
+        one.end()
+        await door.close()
+
+    asyncio.run(run())
 
 
 def test_jobs_move_from_lost_replicas_and_keep_their_names(tmp_path):

@@ -105,6 +105,23 @@ def test_pages_of_other_sites_may_not_ask(url):
     assert [message["code"] for message in asyncio.run(run())] == ["forbidden"]
 
 
+def test_a_site_that_is_let_in_may_ask_like_a_page_of_the_server(pipeline):
+    """Its browser asks first (CORS), without a token; another site's gets no leave."""
+    network = Network(token="let me in!", allow_origin=("https://example.org/",))
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    with app_on_a_thread(make_app(make_server(pipeline, "tiny", network, Sessions(sessions=1)))) as url:
+        leave = httpx.options(f"{url}/v1/videos", headers=asks | {"Origin": "https://example.org"})
+        refused = httpx.options(f"{url}/v1/videos", headers=asks | {"Origin": "https://example.com"})
+        headers = {"Origin": "https://example.org", "Authorization": "Bearer let me in!"}
+        answer = httpx.get(f"{url}/v1/models", headers=headers)
+    assert leave.status_code == 200
+    assert leave.headers["access-control-allow-origin"] == "https://example.org"
+    assert "authorization" in leave.headers["access-control-allow-headers"].lower()
+    assert "access-control-allow-origin" not in refused.headers
+    assert answer.json()["data"][0]["id"] == "tiny"
+    assert answer.headers["access-control-allow-origin"] == "https://example.org"
+
+
 def test_large_bodies_are_refused_before_they_are_read(locked):
     headers = {"Authorization": "Bearer let me in!"}
     answer = httpx.post(f"{locked}/v1/models", content=b"x" * (2 << 20), headers=headers)

@@ -29,7 +29,7 @@ from serve.core.viewers import Viewer
 
 RED = "a red circle moving right slowly on a gray background"
 BLUE = "a blue square moving up quickly on a white background"
-WITHIN = 60.0  # seconds, on a busy machine
+WITHIN = 300.0  # seconds; only a hang reaches it
 FOREVER = 400  # frames; more than any test waits for
 
 
@@ -388,6 +388,8 @@ def test_a_video_that_cannot_be_written_fails_alone(
         assert "secret" not in job.error
         assert sorted(file.name for file in (tmp_path / job.id).iterdir()) == ["job.json"]
         assert ended(jobs, second).status == "completed"
+        until(lambda: not jobs.running)
+        assert not house_of(jobs)._jobs, "a session goes on for nobody"
 
 
 @pytest.mark.parametrize(
@@ -434,7 +436,7 @@ def test_jobs_outlive_their_server(sprites: Pipeline, tmp_path: Path, written: d
     with opened(sprites, tmp_path) as jobs:
         done = ended(jobs, jobs.submit(order(5)))
         video = jobs.video(done).read_bytes()
-        running, clip = jobs.submit(order(41, seed=2)), plain(sprites, order(1))
+        running, clip = jobs.submit(order(33, seed=2)), plain(sprites, order(1))
         waiting = jobs.submit(order(5, seed=3, key="a key", notes=("a note",)), clip)
         begun(jobs, running)
     kept = json.loads((tmp_path / running.id / "job.json").read_text())
