@@ -27,7 +27,7 @@ LEVELS = {
     ],
     "distill": ["training", "models", "data", "scores", "stages", "experiments", "__main__"],
     "bench": ["instruments", "adapters", "operations", "serving", "chaos", "report", "commands", "gpu", "__main__"],
-    "serve": ["core", "options", "web", "build", "__main__ ray_app"],
+    "serve": ["core", "options", "web", "build many", "__main__ ray_app"],
     "csrc": ["include", "base", "formats", "text", "runtime", "core", "api host plugins python", "tests"],
 }  # fmt: skip
 # Heavy or development-only packages; where one is needed in engine/, then only inside the function that needs it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from serve.core.house import Busy
+from serve.options import Network
 from serve.web import jobs, live, sessions
 from serve.web.guard import Guard
 from serve.web.server import Bucket, Refused, Server
@@ -35,13 +36,8 @@ def make_app(server: Server) -> FastAPI:
 
     app = FastAPI(title="greedy-stream", lifespan=lifespan)
     network, starts = server.network, Bucket(server.network.rate)
-    app.add_middleware(
-        Guard, token=network.secret, origins=network.allow_origin, most_bytes=network.upload_mb << 20
-    )  # fmt: skip
-    if network.allow_origin:  # a browser asks before it lets another site's page send JSON or a token
-        origins = [origin.rstrip("/").lower() for origin in network.allow_origin]
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    _errors(app, server)
+    add_guard(app, network, network.secret)
+    add_errors(app, server.metrics.error)
     _basics(app, server)
     app.include_router(live.router(server, starts))
     app.include_router(sessions.router(server, starts))
@@ -49,6 +45,14 @@ def make_app(server: Server) -> FastAPI:
     app.include_router(webrtc.router(server, starts))
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     return app
+
+
+def add_guard(app: FastAPI, network: Network, token: str) -> None:
+    """Who may use an application, and how much. Sites that are let in may ask as a browser does."""
+    app.add_middleware(Guard, token=token, origins=network.allow_origin, most_bytes=network.upload_mb << 20)
+    if network.allow_origin:  # a browser asks before it lets another site's page send JSON or a token
+        origins = [origin.rstrip("/").lower() for origin in network.allow_origin]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
 
 
 def _basics(app: FastAPI, server: Server) -> None:
@@ -83,11 +87,11 @@ def _basics(app: FastAPI, server: Server) -> None:
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _errors(app: FastAPI, server: Server) -> None:
-    """Every error in OpenAI's shape."""
+def add_errors(app: FastAPI, count: Callable[[str], None] = lambda kind: None) -> None:
+    """Every error in OpenAI's shape; `count` gets its kind."""
 
     def answer(status: int, kind: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-        server.metrics.error(kind)
+        count(kind)
         return JSONResponse(error_body(kind, message), status, headers)
 
     @app.exception_handler(Refused)
