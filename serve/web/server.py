@@ -21,11 +21,13 @@ from serve.core.session import Session
 from serve.options import Network, Sessions
 from serve.web.metrics import Metrics
 
+# Of the embedded model: it can switch from each of these to each other one, and the object stays.
 EXAMPLES = (
     "a red circle moving right slowly on a gray background",
-    "a blue square moving up quickly on a white background",
-    "a green triangle moving left slowly on a black background",
-    "a yellow circle moving down quickly on a blue background",
+    "a red square moving down quickly on a gray background",
+    "a yellow circle moving left slowly on a gray background",
+    "a red circle moving up slowly on a white background",
+    "a yellow square moving down slowly on a black background",
 )
 
 
