@@ -189,7 +189,7 @@ async def _warm(server: Server, prompt: str) -> None:
                 await client.until(CHUNK, "error", within=60.0)
             await client.stop()
 
-    await asyncio.gather(*(one(number) for number in range(12)))
+    await asyncio.gather(*(one(number) for number in range(8)))
 
 
 def killed(server: Server, model: Sequence[str], prompt: str, chunks: int = 4) -> Check:

@@ -13,6 +13,7 @@ from bench.__main__ import main, parse
 from bench.report import page
 from bench.serving import exact, load
 from bench.serving.figures import figures
+from bench.serving.jobs import VIDEO_SECONDS
 from bench.serving.overhead import overhead
 from bench.serving.playback import Arrival, Playback, played, realtime_factor
 from bench.serving.process import running, started
@@ -222,6 +223,19 @@ def test_a_viewer_gets_the_frames_of_the_pipeline(address, pipeline):
             hashed.update(np.ascontiguousarray(frames).tobytes())
             assert found.digests[made] == hashed.hexdigest()
     assert server.empty()
+
+
+@pytest.mark.slow
+def test_viewers_over_every_transport(address):
+    """A socket with raw frames, WebRTC, and a job, at once."""
+    pytest.importorskip("aiortc")
+    found, checks, raw = load.point(running(address, ""), load.Load(4, 1, 0.1, "a red circle", 0, "mixed"), 3)
+    assert not [check.detail for check in checks if not check.passed]
+    assert (found["started"], found["refused"]) == (3, 0)
+    assert found["frames"] >= raw.frames + 4 + 8 * VIDEO_SECONDS  # of the track a few, of the job all
+    assert found["switches"] >= 1  # the WebRTC viewer's: raw frames keep their prompt, a job has one
+    assert 0 < found["switch_arrives_ms"]["p50"] < 3000
+    assert found["deadlines"] >= len(raw.arrivals) - 1 + 4
 
 
 @pytest.mark.thorough

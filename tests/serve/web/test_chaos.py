@@ -106,7 +106,7 @@ def test_a_refused_session_leaves_nothing_open(server):
 
 @pytest.mark.slow
 def test_others_do_not_notice_and_a_killed_server_is_continued():
-    rows, checks = all_of_it([], PROMPT, Size(attempts=50, seconds=4.0, megabytes=40))
+    rows, checks = all_of_it([], PROMPT, Size(attempts=30, seconds=3.0, megabytes=40))
     assert [row["misbehaviour"] for row in rows] == list(ATTACKS)
     assert [check.name for check in checks] == [*ATTACKS, "the server's log", "killed server"]
     assert not [f"{check.name}: {check.detail}" for check in checks if not check.passed]
