@@ -87,12 +87,9 @@ def _server(options: Options) -> Iterator[process.Server]:
 def run(options: Options) -> int:
     options.prepare()
     report, checks = measure(options)
-    shown = sys.stderr if options.json else sys.stdout
     if not options.json:
         print_header(report["machine"], report["server"])
-    for c in checks:
-        print(f"{'ok' if c.passed else 'RED':16} {c.name}: {c.detail}", file=shown)
-    if check.refused(checks):
+    if not check.settled(checks, options.json):
         return 1
     if not options.json:
         print_report(report)

@@ -62,6 +62,13 @@ def refused(checks: list[Check]) -> bool:
     return bool(red)
 
 
+def settled(checks: list[Check], quiet: bool) -> bool:
+    """Print each check, to stderr if quiet; whether all are well (`refused`)."""
+    for c in checks:
+        print(f"{'ok' if c.passed else 'RED':16} {c.name}: {c.detail}", file=sys.stderr if quiet else sys.stdout)
+    return not refused(checks)
+
+
 def recorded(folder: Path) -> Check:
     """Replay the longest recorded float32 case of public streaming code through the engine."""
     recording = recordings.read_recording(folder)

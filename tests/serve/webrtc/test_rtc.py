@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,29 +11,16 @@ import httpx
 import numpy as np
 import pytest
 from aiortc.rtp import RTCP_PSFB_FIR, RTCP_PSFB_PLI, RtcpPsfbPacket
-from serving import app_on_a_thread
-from webrtc_client import CIRCLE, SQUARE, Caller, ended, pixels, prompts, sprites
+from webrtc_client import CIRCLE, SQUARE, Caller, ended, pixels, prompts
 
 import serve.core.coding
 from serve.core.encoders import Unit
 from serve.core.messages import Chunk
-from serve.web.app import make_app
 from serve.web.server import Server
 from serve.web.webrtc.track import LiveTrack
 
 CLOSE = 2.5  # mean error of decoded pixels, of 255: 1.4 as a rule, 3.6 in the wrong colours, 26 for a later frame
 KEYS = 16  # frames between key frames that nobody asked for
-
-
-@pytest.fixture(scope="module")
-def server() -> Server:
-    return sprites()
-
-
-@pytest.fixture(scope="module")
-def url(server: Server) -> Iterator[str]:
-    with app_on_a_thread(make_app(server)) as address:
-        yield address
 
 
 @dataclass

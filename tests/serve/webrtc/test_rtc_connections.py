@@ -3,7 +3,6 @@
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ import httpx
 import psutil
 import pytest
 from serving import app_on_a_thread
-from webrtc_client import CIRCLE, LEASE, Caller, ended, prompts, sprites
+from webrtc_client import CIRCLE, LEASE, Caller, ended, prompts
 
 from serve.build import make_server
 from serve.options import Network, Sessions
@@ -21,17 +20,6 @@ from serve.web.app import make_app
 from serve.web.metrics import Metrics
 from serve.web.server import Server
 from serve.web.webrtc import peer, routes
-
-
-@pytest.fixture(scope="module")
-def server() -> Server:
-    return sprites()
-
-
-@pytest.fixture(scope="module")
-def url(server: Server) -> Iterator[str]:
-    with app_on_a_thread(make_app(server)) as address:
-        yield address
 
 
 @pytest.mark.slow
