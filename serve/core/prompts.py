@@ -19,8 +19,9 @@ def check_words(words: Words) -> None:
         raise ValueError(f"prompt: got {len(words)} texts, expected 1 to {MOST_WORDS}")
     for text, _ in words:
         check_prompt(text)
-    if not all(0 <= weight < float("inf") for _, weight in words) or sum(weight for _, weight in words) <= 0:
-        raise ValueError(f"prompt: got weights {[weight for _, weight in words]}, expected them >= 0 and one above 0")
+    weights = [weight for _, weight in words]
+    if not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < float("inf"):
+        raise ValueError(f"prompt: got weights {weights}, expected them >= 0, and a finite sum above 0")
 
 
 def blends(pipeline: Pipeline | NativePipeline) -> bool:
@@ -68,7 +69,7 @@ class Direction:
         return self._step < self._steps
 
     def _now(self) -> Tensor:
-        """The embedding of the chunk that was made last."""
+        """The embedding of the chunk that was made last, if no other target was named since."""
         if self._from is None or self._to is None or self._step >= self._steps:
             return self._embedding(self.words)
         return torch.lerp(self._from, self._to, self._step / self._steps)

@@ -98,7 +98,7 @@ async def _parts(session: Session, viewer: Viewer, bell: Bell, owns: bool) -> As
                     return
                 continue
             for number, unit in enumerate(item.units):
-                await asyncio.sleep(max(0.0, item.due + session.frame_time(number) - loop.time()))
+                await asyncio.sleep(max(0.0, session.frame_due(item, number) - loop.time()))
                 head = f"--{_BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(unit.data)}\r\n\r\n"
                 yield head.encode() + unit.data + b"\r\n"
     finally:

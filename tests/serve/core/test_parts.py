@@ -97,7 +97,6 @@ def test_pace_without_a_clock():
     pace = Pace(8.0, 0.0)
     pace.made(0, 0.1, 5.0)
     assert pace.due(9, 6.0) == 6.0
-    assert pace.frame_time(3) == 0.0
 
 
 def test_capacity():
