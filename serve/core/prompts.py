@@ -29,6 +29,12 @@ def blends(pipeline: Pipeline | NativePipeline) -> bool:
     return isinstance(pipeline, Pipeline)
 
 
+def check_blends(pipeline: Pipeline | NativePipeline) -> None:
+    """ValueError where prompts cannot be mixed."""
+    if not blends(pipeline):
+        raise ValueError("transition: got a bundle that the C++ core runs, expected a prompt of one text, at once")
+
+
 class Direction:
     """Which prompt a stream follows: a text, or embeddings on their way to another prompt.
 
@@ -49,7 +55,7 @@ class Direction:
     def turn_to(self, words: Words, transition: int, event: str) -> None:
         """Make `words` the target, reached in the `transition`th chunk from now; 0 is the next one, at once."""
         if transition or len(words) > 1:
-            self._check()
+            check_blends(self._pipeline)
         self._from, self._steps = (self._now(), transition) if transition else (None, 1)
         self._to = self._embedding(words) if transition else None
         self._step, self.words, self.event = 0, words, event
@@ -79,15 +85,11 @@ class Direction:
 
     def _embedding(self, words: Words) -> Tensor:
         """The weighted mean of the texts' embeddings [1, rows, text_dim]."""
-        self._check()
+        check_blends(self._pipeline)
         assert isinstance(self._pipeline, Pipeline)
         total = sum(weight for _, weight in words)
         parts = [self._pipeline.encode_prompt(text) * (weight / total) for text, weight in words]
         return torch.stack(parts).sum(0)
-
-    def _check(self) -> None:
-        if not blends(self._pipeline):
-            raise ValueError("transition: got a bundle that the C++ core runs, expected a prompt of one text, at once")
 
 
 def note_of(pipeline: Pipeline | NativePipeline, words: Words) -> str | None:

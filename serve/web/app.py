@@ -13,6 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from serve.core.house import Busy
 from serve.web import jobs, live, sessions
@@ -36,7 +37,8 @@ def make_app(server: Server) -> FastAPI:
     app = FastAPI(title="greedy-stream", lifespan=lifespan)
     network, starts = server.network, Bucket(server.network.rate)
     app.add_middleware(
-        Guard, token=network.secret, origins=network.allow_origin, most_bytes=network.upload_mb << 20
+        Guard, token=network.secret, origins=network.allow_origin, most_bytes=network.upload_mb << 20,
+        local=network.local,
     )  # fmt: skip
     if network.allow_origin:  # a browser asks before it lets another site's page send JSON or a token
         origins = [origin.rstrip("/").lower() for origin in network.allow_origin]
@@ -102,6 +104,15 @@ def _errors(app: FastAPI, server: Server) -> None:
     async def busy(request: Request, error: Busy) -> JSONResponse:
         return answer(429, "busy", str(error), {"Retry-After": str(RETRY)})
 
+    @app.exception_handler(ClientDisconnect)
+    async def cut(request: Request, error: ClientDisconnect) -> JSONResponse:  # or the guard has cut a large body
+        got = f"body: got its end early, or more than {server.network.upload_mb << 20} bytes"
+        return answer(413, "invalid_request_error", f"{got}, expected a whole request")
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return answer(500, "server_error", f"{request.method} {request.url.path}: the server failed; its log says why")
+
     @app.exception_handler(RequestValidationError)
     async def misfit(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
@@ -111,5 +122,5 @@ def _errors(app: FastAPI, server: Server) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        kind = {404: "not_found", 405: "invalid_request_error"}.get(error.status_code, "invalid_request_error")
+        kind = "not_found" if error.status_code == 404 else "invalid_request_error"
         return answer(error.status_code, kind, f"{request.method} {request.url.path}: {error.detail}", error.headers)

@@ -18,7 +18,7 @@ from serve.__main__ import main, parser
 BAD = {
     "--port 70000": "--port: got 70000, expected 0 to 65535",
     "--port x": "argument --port: got 'x', expected a valid integer",
-    "--token short": "--token: got a text that is short or not ASCII, expected at least 8 characters",
+    "--token short": "--token: got a text that is short, not ASCII or has spaces around it, expected at least 8 characters",
     "--tls-cert x.pem": "--tls-cert: got only one of --tls-cert and --tls-key, expected both",
     "--sessions 0": "--sessions: got 0, expected 1 to 1000",
     "--lease -1": "--lease: got -1.0, expected a positive number",
