@@ -78,7 +78,7 @@ class Recording:
                 self.full = True
                 return
             try:
-                self._file = self._file or tempfile.TemporaryFile(prefix="greedy-serve-", buffering=0)
+                self._file = self._file or tempfile.TemporaryFile(prefix="greedy-serve-", buffering=0)  # noqa: SIM115
                 written = os.pwrite(self._file.fileno(), data, self.bytes)
             except OSError as error:
                 log.warning("a recording ends: %s", error.strerror)

@@ -18,7 +18,7 @@ from serve.__main__ import main, parser
 BAD = {
     "--port 70000": "--port: got 70000, expected 0 to 65535",
     "--port x": "argument --port: got 'x', expected a valid integer",
-    "--token short": "--token: got a text that is short, not ASCII or has spaces around it, expected at least 8 characters",
+    "--token short": "--token: got a text that is short, not ASCII or has spaces around it, expected at least",
     "--tls-cert x.pem": "--tls-cert: got only one of --tls-cert and --tls-key, expected both",
     "--sessions 0": "--sessions: got 0, expected 1 to 1000",
     "--lease -1": "--lease: got -1.0, expected a positive number",
@@ -42,6 +42,21 @@ def test_bad_input_is_one_line(words, capsys):
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert BAD[words] in lines[0]
+
+
+@pytest.mark.parametrize("token", ["short", "geheim-geh\u00e9im", " let me in! "])
+def test_a_token_of_the_environment_is_checked_too(token, monkeypatch, capsys):
+    monkeypatch.setenv("GREEDY_SERVE_TOKEN", token)
+    assert main(["--port", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: GREEDY_SERVE_TOKEN: got a text that is short, not ASCII or")
+
+
+def test_a_certificate_that_is_none_is_refused_before_the_model_is_loaded(tmp_path, capsys):
+    file = tmp_path / "x.pem"
+    file.write_text("no certificate")
+    assert main(["--port", "0", "--tls-cert", str(file), "--tls-key", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --tls-cert: got {file} (")
 
 
 def test_a_port_that_is_taken(capsys):
