@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import AsyncIterator
+from typing import Annotated
 
 import av
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -15,7 +16,7 @@ from serve.core.messages import Chunk, Wish, Words, shown
 from serve.core.session import Session
 from serve.core.viewers import Viewer
 from serve.web.server import Bell, Bucket, Refused, Server
-from serve.web.wire import words_of
+from serve.web.wire import MOST_TEXT, words_of
 
 _BOUNDARY = "frame"
 MOST_SECONDS = 86_400.0
@@ -58,7 +59,10 @@ def router(server: Server, starts: Bucket) -> APIRouter:
         return _Mjpeg(session, viewer, bell, owns=False)
 
     @routes.get("/v1/mjpeg")
-    async def start(request: Request, prompt: str, seed: int | None = None, seconds: float | None = None) -> Response:
+    async def start(
+        request: Request, prompt: Annotated[str, Query(max_length=MOST_TEXT)], seed: int | None = None,
+        seconds: float | None = None,
+    ) -> Response:  # fmt: skip
         if seed is not None and not 0 <= seed < 2**64:
             raise Refused(400, "invalid_request_error", f"seed: got {seed}, expected 0 to 2^64 - 1")
         if seconds is not None and not 0 < seconds <= MOST_SECONDS:

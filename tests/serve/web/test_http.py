@@ -274,6 +274,7 @@ def test_mjpeg_of_a_running_session(url):
     [
         ({}, "prompt: got None, expected: Field required"),
         ({"prompt": " "}, "prompt: got an empty text, expected words"),
+        ({"prompt": "a" * 20_001}, "prompt: got 'aaa"),
         ({"prompt": "a", "seed": "x"}, "seed: got 'x', expected"),
         ({"prompt": "a", "seed": "-1"}, "seed: got -1, expected 0 to 2^64 - 1"),
         ({"prompt": "a", "seconds": "nan"}, "seconds: got nan, expected up to 86400"),
