@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import socket
 import ssl
@@ -84,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         make_app(server), log_level="info" if args.debug else "warning", access_log=args.debug,
         ws_max_size=network.upload_mb << 20, timeout_graceful_shutdown=_GRACE, ssl_certfile=cert, ssl_keyfile=key,
     )  # fmt: skip
+    for log in ("uvicorn.access", "uvicorn.error"):
+        logging.getLogger(log).addFilter(_without_token)
     running = PoliteServer(config, server)
     if network.open:
         threading.Timer(0.5, webbrowser.open, (address,)).start()
@@ -92,6 +95,15 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, signal.SIG_IGN)
     running.run(sockets=[listening])
     return 0
+
+
+def _without_token(record: logging.LogRecord) -> bool:
+    """Take the token of an address out of a line of the log."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            re.sub(r"(?<=[?&]token=)[^&\s]+", "...", arg) if isinstance(arg, str) else arg for arg in record.args
+        )
+    return True
 
 
 def _check_certificate(network: Network) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from engine.media.pictures import read_image
 from serve.core.messages import Change, Chunk, Notice, Past, Wish, Words
@@ -34,7 +35,7 @@ class Invalid(ValueError):
 def _speed(value: float) -> float:
     """A slower clock would take the next change of speed minutes later."""
     if 0 < value < SLOWEST:
-        raise ValueError(f"0, or {SLOWEST} to 100")
+        raise PydanticCustomError("speed", "0, or {least} to 100", {"least": SLOWEST})
     return value
 
 

@@ -1,19 +1,27 @@
 """python -m serve: bad input in one line before the model is loaded, ports, signals, a server that came back."""
 
 import asyncio
+import logging
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 from clients import OTHER, PROMPT, started
 from serving import ROOT, serving
 
 from engine.cli import main as greedy_stream
-from serve.__main__ import main, parser
+from serve.__main__ import _without_token, main, parser
+from serve.build import make_server
+from serve.options import Network, Sessions
+from serve.web.app import make_app
+from serve.web.ending import PoliteServer
 
 BAD = {
     "--port 70000": "--port: got 70000, expected 0 to 65535",
@@ -131,3 +139,41 @@ def test_the_page_is_part_of_the_package():
     listed = (ROOT / "setup.py").read_text()
     assert '"serve": ["page/*"]' in listed
     assert (Path(ROOT) / "serve" / "page" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_server_ends_on_each_loop_without_a_traceback(loop, forced, pipeline, caplog):
+    """The extra has no uvloop: its servers run on asyncio's loop. `forced`: Ctrl-C twice."""
+    pytest.importorskip(loop)
+    server = make_server(pipeline, "tiny", Network(), Sessions(sessions=1))
+    config = uvicorn.Config(make_app(server), loop=loop, log_config=None, timeout_graceful_shutdown=2)
+    running, failed = PoliteServer(config, server), []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = "http://{}:{}/health".format(*listening.getsockname())
+
+        def run():
+            try:
+                running.run(sockets=[listening])
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        while not running.started and thread.is_alive():
+            time.sleep(0.01)
+        assert httpx.get(url).status_code == 200
+        running.should_exit, running.force_exit = True, forced
+        thread.join(30)
+    assert not thread.is_alive()
+    assert failed == []
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_no_log_shows_a_token():
+    for text in ("/v1/models?token=let-me-in", "/v1/mjpeg?prompt=a&token=let-me-in&seed=1"):
+        record = logging.LogRecord(
+            "uvicorn.access", logging.INFO, "", 0, '%s - "%s %s" %d', ("a", "GET", text, 200), None
+        )
+        assert _without_token(record)
+        assert record.getMessage() == f'a - "GET {text.replace("let-me-in", "...")}" 200'
