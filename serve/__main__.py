@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import socket
+import ssl
 import sys
 import threading
 import warnings
@@ -56,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
                 format="%(levelname)s: %(message)s", level=logging.INFO if args.debug else logging.WARNING
             )
             network = options_of(args, Network)
+            _check_certificate(network)
             listening = _listen(network.host, network.port)
             server = build(args)
     except Exception as error:
@@ -70,9 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         say(f"note: {note}")
     cert, key = (str(file) if file else None for file in (network.tls_cert, network.tls_key))
     host, port = listening.getsockname()[:2]
-    address = f"http{'s' if cert else ''}://{'localhost' if host in ('127.0.0.1', '0.0.0.0', '::') else host}:{port}/"
-    open_to_all = host not in ("127.0.0.1", "::1") and not network.secret
-    if open_to_all:
+    name = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    address = f"http{'s' if cert else ''}://{name}:{port}/"
+    if not network.local and not network.secret:
         say(f"note: everyone who reaches {host} can use this server; --token or ${TOKEN} asks for a token")
     say(
         f"{server.name}: {server.pipeline.width}x{server.pipeline.height} at {server.pipeline.fps:g} fps, "
@@ -83,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         ws_max_size=network.upload_mb << 20, timeout_graceful_shutdown=_GRACE, ssl_certfile=cert, ssl_keyfile=key,
         ws_per_message_deflate=False,  # video is compressed already: deflate takes time and saves nothing
     )  # fmt: skip
+    for log in ("uvicorn.access", "uvicorn.error"):
+        logging.getLogger(log).addFilter(_without_token)
     running = PoliteServer(config, server)
     if network.open:
         threading.Timer(0.5, webbrowser.open, (address,)).start()
@@ -91,6 +96,27 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, signal.SIG_IGN)
     running.run(sockets=[listening])
     return 0
+
+
+def _without_token(record: logging.LogRecord) -> bool:
+    """Take the token of an address out of a line of the log."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            re.sub(r"(?<=[?&]token=)[^&\s]+", "...", arg) if isinstance(arg, str) else arg for arg in record.args
+        )
+    return True
+
+
+def _check_certificate(network: Network) -> None:
+    """ValueError for a certificate and a key that do not fit, before the model is loaded."""
+    if network.tls_cert is None or network.tls_key is None:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(network.tls_cert, network.tls_key, password="")  # never asks for one at the terminal
+    except (ssl.SSLError, OSError, ValueError) as error:
+        expected = "a certificate in PEM and its key, without a password"
+        raise ValueError(f"--tls-cert: got {network.tls_cert} ({error}), expected {expected}") from None
 
 
 def _listen(host: str, port: int) -> socket.socket:

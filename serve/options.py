@@ -41,12 +41,18 @@ class Network:
         for name, file in (("cert", self.tls_cert), ("key", self.tls_key)):
             if file is not None and not file.is_file():
                 raise FileNotFoundError(f"--tls-{name}: got {file}, expected an existing file")
-        if self.token is not None and (len(self.token) < 8 or not self.token.isascii() or not self.token.isprintable()):
-            raise ValueError("--token: got a text that is short or not ASCII, expected at least 8 characters")
+        if self.secret or self.token is not None:
+            self._check_secret()
         for name in ("upload_mb", "rate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected at least 1")
         self.ice_servers()
+
+    def _check_secret(self) -> None:
+        secret, name = self.secret, TOKEN if self.token is None else "--token"
+        if len(secret) < 8 or not secret.isascii() or not secret.isprintable() or secret != secret.strip():
+            raise ValueError(f"{name}: got a text that is short, not ASCII or has spaces around it, "
+                             "expected at least 8 characters")  # fmt: skip
 
     def ice_servers(self) -> list[dict[str, str]]:
         """STUN and TURN servers as a browser's RTCPeerConnection takes them."""
@@ -55,7 +61,12 @@ class Network:
     @property
     def secret(self) -> str:
         """The token; empty if the server is open to all who reach it."""
-        return self.token or os.environ.get(TOKEN, "")
+        return os.environ.get(TOKEN, "") if self.token is None else self.token
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine reaches the server."""
+        return self.host == "localhost" or self.host == "::1" or self.host.startswith("127.")
 
 
 def _ice_server(text: str) -> dict[str, str]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 
 from serve.core.encoders import Encoder, Unit, make_encoder
 from serve.core.fragments import Fragmenter
+
+log = logging.getLogger("serve")
 
 
 @dataclass(frozen=True)
@@ -46,43 +51,57 @@ class Coding:
                 made[codec] = Coded(units)
         return made
 
-    def close(self) -> None:
-        """Let the encoders go."""
+    def restart(self) -> None:
+        """Forget the pictures so far: the next chunk begins with a key frame."""
         self._encoders = {}
+
+    def close(self) -> None:
+        """Let encoders and muxer go."""
+        self.restart()
+        self._fragmenter = Fragmenter(self._format[2])
 
 
 class Recording:
     """The fragments of a session in a file without a name, up to `most` bytes. One thread adds, any may read."""
 
     def __init__(self, most: int) -> None:
-        self._most, self._file = most, -1  # no file yet: a session that is refused needs none
+        self._most, self._lock = most, threading.Lock()
+        self._file: IO[bytes] | None = None  # without a name, so it goes however the process ends
         self.bytes = 0
         self.full = most == 0
 
     def add(self, coded: Coded) -> None:
-        """Append a chunk. Once it is full, it stays as it is, so that it has no gap."""
+        """Append a chunk. Once it is full, or the disk is, it stays as it is, so that it has no gap."""
         data = coded.fragment if self.bytes else coded.init + coded.fragment
-        if self.full or self.bytes + len(data) > self._most:
-            self.full = True
-            return
-        if self._file < 0:
-            self._file = _nameless()
-        os.pwrite(self._file, data, self.bytes)
-        self.bytes += len(data)
+        with self._lock:
+            if self.full or self.bytes + len(data) > self._most:
+                self.full = True
+                return
+            try:
+                self._file = self._file or tempfile.TemporaryFile(prefix="greedy-serve-", buffering=0)  # noqa: SIM115
+                written = os.pwrite(self._file.fileno(), data, self.bytes)
+            except OSError as error:
+                log.warning("a recording ends: %s", error.strerror)
+                written = 0
+            if written < len(data):  # a full disk takes a part
+                self.full = True
+                return
+            self.bytes += written
 
     def read(self) -> bytes:
         """The mp4 so far: fragmented, of whole chunks; empty if nothing was recorded."""
-        return b"" if self._file < 0 else os.pread(self._file, self.bytes, 0)
+        with self._lock:
+            if self._file is None:
+                return b""
+            handle, count = os.dup(self._file.fileno()), self.bytes  # the session goes on writing, or closes its file
+        try:
+            return os.pread(handle, count, 0)
+        finally:
+            os.close(handle)
 
     def close(self) -> None:
-        self.full = True
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-
-def _nameless() -> int:
-    """A file that goes when it is closed, however the process ends."""
-    handle, path = tempfile.mkstemp(prefix="greedy-serve-")
-    os.unlink(path)
-    return handle
+        with self._lock:
+            self.full = True
+            if self._file is not None:
+                self._file.close()
+                self._file = None

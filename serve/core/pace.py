@@ -29,9 +29,9 @@ class Pace:
 
     def at_speed(self, speed: float, frame: int, now: float) -> None:
         """From `frame` on, frames follow each other at another speed."""
-        due = self.due(frame, now)
+        running = self._speed and self._start is not None
+        self._start, self._first = self.due(frame, now) if running else None, frame
         self._speed = speed
-        self._start, self._first = due, frame
 
     def rebase(self) -> None:
         """Start the clock anew with the next chunk, after a pause or a restart."""
@@ -43,9 +43,13 @@ class Pace:
             return now
         return self._start + (frame - self._first) / (self._fps * self._speed)
 
-    def frame_time(self, number: int) -> float:
-        """Seconds from a chunk's first frame to another one of it."""
-        return number / (self._fps * self._speed) if self._speed else 0.0
+    def turn_by(self, frame: int, frames: int, now: float) -> float:
+        """Until when a chunk wants its turn among other sessions' chunks; `frames`: its length.
+
+        Faster than real time claims no more than real time does, so that it makes nobody late.
+        """
+        due = self.due(frame, now)
+        return due if 0 < self._speed <= 1 else max(due, now + frames / self._fps)
 
     def lead(self, frames: int) -> float:
         """How long before it is due a chunk of `frames` frames is begun: at most as long as one is shown."""

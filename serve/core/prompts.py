@@ -19,13 +19,20 @@ def check_words(words: Words) -> None:
         raise ValueError(f"prompt: got {len(words)} texts, expected 1 to {MOST_WORDS}")
     for text, _ in words:
         check_prompt(text)
-    if not all(0 <= weight < float("inf") for _, weight in words) or sum(weight for _, weight in words) <= 0:
-        raise ValueError(f"prompt: got weights {[weight for _, weight in words]}, expected them >= 0 and one above 0")
+    weights = [weight for _, weight in words]
+    if not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < float("inf"):
+        raise ValueError(f"prompt: got weights {weights}, expected them >= 0, and a finite sum above 0")
 
 
 def blends(pipeline: Pipeline | NativePipeline) -> bool:
     """Whether prompts can be mixed: where Python encodes them."""
     return isinstance(pipeline, Pipeline)
+
+
+def check_blends(pipeline: Pipeline | NativePipeline) -> None:
+    """ValueError where prompts cannot be mixed."""
+    if not blends(pipeline):
+        raise ValueError("transition: got a bundle that the C++ core runs, expected a prompt of one text, at once")
 
 
 class Direction:
@@ -48,7 +55,7 @@ class Direction:
     def turn_to(self, words: Words, transition: int, event: str) -> None:
         """Make `words` the target, reached in the `transition`th chunk from now; 0 is the next one, at once."""
         if transition or len(words) > 1:
-            self._check()
+            check_blends(self._pipeline)
         self._from, self._steps = (self._now(), transition) if transition else (None, 1)
         self._to = self._embedding(words) if transition else None
         self._step, self.words, self.event = 0, words, event
@@ -68,7 +75,7 @@ class Direction:
         return self._step < self._steps
 
     def _now(self) -> Tensor:
-        """The embedding of the chunk that was made last."""
+        """The embedding of the chunk that was made last, if no other target was named since."""
         if self._from is None or self._to is None or self._step >= self._steps:
             return self._embedding(self.words)
         return torch.lerp(self._from, self._to, self._step / self._steps)
@@ -78,15 +85,11 @@ class Direction:
 
     def _embedding(self, words: Words) -> Tensor:
         """The weighted mean of the texts' embeddings [1, rows, text_dim]."""
-        self._check()
+        check_blends(self._pipeline)
         assert isinstance(self._pipeline, Pipeline)
         total = sum(weight for _, weight in words)
         parts = [self._pipeline.encode_prompt(text) * (weight / total) for text, weight in words]
         return torch.stack(parts).sum(0)
-
-    def _check(self) -> None:
-        if not blends(self._pipeline):
-            raise ValueError("transition: got a bundle that the C++ core runs, expected a prompt of one text, at once")
 
 
 def note_of(pipeline: Pipeline | NativePipeline, words: Words) -> str | None:

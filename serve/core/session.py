@@ -82,7 +82,7 @@ class Session:
         self.key = secrets.token_urlsafe(12)  # who has it may change the video
         self._place, self._pipeline = place, place.pipeline
         self._direction = Direction(self._pipeline, wish.prompt)
-        self._active = wish.prompt  # of the chunk that was made last
+        self._reached = self._direction  # of the chunk that was made last
         self._stream: Any = None  # of the engine, or of the C++ core
         self._lock = threading.Condition()
         self._changes: deque[Change] = deque()
@@ -102,8 +102,12 @@ class Session:
     # --- for any thread
 
     def start(self) -> None:
-        now = time.monotonic()
-        self.state, self.began, self._touched, self._watched = "starting", now, now, now
+        """Begin, unless it was stopped while it waited."""
+        with self._lock:
+            if self._stopping:
+                return
+            now = time.monotonic()
+            self.state, self.began, self._touched, self._watched = "starting", now, now, now
         self._thread.start()
 
     def change(self, change: Change) -> None:
@@ -183,14 +187,14 @@ class Session:
         """The active prompt on one line."""
         return shown(self._direction.words)
 
-    def frame_time(self, number: int) -> float:
-        """Seconds from a chunk's first frame until its frame `number` is shown."""
-        return self._pace.frame_time(number)
+    def frame_due(self, chunk: Chunk, number: int) -> float:
+        """Monotonic time at which frame `number` of a chunk is to be shown, at the speed the chunk was made for."""
+        return chunk.due + (number / (self._pipeline.fps * chunk.speed) if chunk.speed else 0.0)
 
     # --- the session's own thread
 
     def _run(self) -> None:
-        reason = "failed"
+        reason, release = "failed", False
         try:
             if self._pipeline.device.type == "cuda":
                 torch.cuda.set_device(self._pipeline.device)  # each thread has its own current device
@@ -205,14 +209,16 @@ class Session:
                     self._show(*self._next())
         except (MemoryError, torch.cuda.OutOfMemoryError) as error:
             self._fail("out_of_memory", f"the video stopped: {_line(error)}")
-            _release()
+            release = True  # once the stream is closed, and the error's traceback holds none of its tensors
         except Exception as error:
             # What the user asked for was checked before; a number that is not finite, or a fault of ours, ends here.
             log.exception("session %s failed", self.id)
             self._fail("failed", f"the video stopped: {_line(error)}")
         finally:
-            self._close()
-            self._coding.close()
+            try:
+                self._close(release)
+            except Exception:
+                log.exception("session %s did not close its stream", self.id)
             self._end(reason or "failed")
 
     def _begin(self, wish: Wish) -> None:
@@ -223,17 +229,21 @@ class Session:
             self._stream = self._pipeline.stream(direction.first, seed=wish.seed, frames=wish.frames, clip=wish.clip)
             if wish.adapters:
                 self._stream.set_adapters(wish.adapters)
-        self._direction, self._active, self.seed = direction, wish.prompt, wish.seed
+        self._direction = self._reached = direction
+        self.seed = wish.seed
         self._number = self._made = 0
         self.history = []
         self._note(wish.prompt)
 
-    def _close(self) -> None:
-        """Close the stream, if one is open."""
+    def _close(self, release: bool = False) -> None:
+        """Close the stream, if one is open; `release` gives its memory back to the device."""
         stream, self._stream = self._stream, None
-        if stream is not None:
-            with self._place.turns.turn(time.monotonic()):  # in the background, too: it frees memory
+        with self._place.turns.turn(time.monotonic()):  # in the background, too: it frees memory
+            if stream is not None:
                 stream.close()
+            del stream
+            if release:
+                _release()
 
     def _catch_up(self) -> None:
         """Make the chunks again that the viewer has seen, with the changes of their time. Live sessions go first."""
@@ -312,30 +322,43 @@ class Session:
         except (ValueError, MemoryError, torch.cuda.OutOfMemoryError) as error:
             self.tell(_failed(change.event, error))
             return
-        if change.adapters is not None:
-            self.wish = replace(self.wish, adapters={**self.wish.adapters, **change.adapters})  # of a restart, too
         if change.speed is not None:
             self._pace.at_speed(change.speed, self.frames, time.monotonic())
         if change.paused is not None:
             self._paused = change.paused
             self.state = "paused" if self._paused else "playing"
-        if (change.prompt is not None or change.adapters is not None) and not change.restarts:
-            self.history.append(Past(self._number, replace(change, speed=None, paused=None)))
+        if change.adapters is not None:  # a restart keeps them, as it keeps the prompt
+            self.wish = replace(self.wish, adapters={**self.wish.adapters, **change.adapters})
+        prompt = None if change.restarts else change.prompt  # of a restart it is the video's first one
+        if prompt is not None or change.adapters is not None:
+            lasting = Change(change.event, prompt, change.transition, change.adapters)
+            self.history.append(Past(self._number, lasting))
         if change.event:
             self._started.append(change.event)
 
     def _turn_to(self, change: Change) -> None:
         assert change.prompt is not None
         check_words(change.prompt)
-        direction = copy(self._direction)
+        direction = copy(self._reached)  # a prompt that no chunk shows is no start of a transition
         with self._place.turn():
             direction.turn_to(change.prompt, change.transition, change.event)
         if (unseen := self._direction.event) and unseen in self._started:
             self._started.remove(unseen)
             message = "this prompt has no effect: a newer one came before the next chunk"
             self.tell(Notice("note", {"message": message, "event_id": unseen}))
+        if self._direction is not self._reached:
+            self._forget_prompt()
         self._direction = direction
         self._note(change.prompt)
+
+    def _forget_prompt(self) -> None:
+        """Take the newest prompt out of the history, as no chunk shows it."""
+        for place in reversed(range(len(self.history))):
+            past = self.history[place]
+            if past.change.prompt is not None:
+                rest = [] if past.change.adapters is None else [Past(past.chunk, replace(past.change, prompt=None))]
+                self.history[place : place + 1] = rest
+                return
 
     def _restart(self, change: Change) -> None:
         """Begin the video again."""
@@ -343,13 +366,15 @@ class Session:
         words = change.prompt or self._direction.words
         wish = replace(self.wish, prompt=words, seed=self.seed if change.seed is None else change.seed)
         self._begin(wish)
+        if wish.adapters:
+            self.history.append(Past(0, Change(adapters=wish.adapters)))
         self._take += 1
         self._pace.rebase()
 
     def _next(self, deadline: float | None = None) -> tuple[np.ndarray, Chunk]:
         """Make the next chunk; its description has no units yet."""
         asked = time.monotonic()
-        deadline = self._pace.due(self.frames, asked) if deadline is None else deadline
+        deadline = self._pace.turn_by(self.frames, self._last or 1, asked) if deadline is None else deadline
         with self._place.turn(deadline):
             begun = time.monotonic()
             moving = self._steer()
@@ -373,42 +398,50 @@ class Session:
         """Give the stream the prompt of its next chunk; whether that is one on the way to a new target."""
         direction = copy(self._direction)
         if (prompt := direction.step()) is None:
+            self._reached = self._direction
             return False
         try:
             self._stream.set_prompt(prompt)
         except (ValueError, FloatingPointError, MemoryError, torch.cuda.OutOfMemoryError) as error:
             # A call that fails changes nothing: the stream still has the prompt of its last chunk.
-            event, self._direction = direction.event, Direction(self._pipeline, self._active)
-            self._started = [one for one in self._started if one != event]
-            self.history = [past for past in self.history if past.change.prompt != direction.words]
-            self.tell(_failed(event, error))
+            self._direction = self._reached = Direction(self._pipeline, self._reached.words)
+            self._started = [one for one in self._started if one != direction.event]
+            self._forget_prompt()
+            self.tell(_failed(direction.event, error))
             return False
-        self._direction = direction
-        self._active = direction.words
+        self._direction = self._reached = direction
         return True
 
     def _show(self, frames: np.ndarray, chunk: Chunk) -> None:
         """Code a chunk and give it to those who watch."""
+        records = self._records and not self.recording.full
         with self._lock:
-            if any(change.restarts for change in self._changes):
-                return  # it would be stale
+            if self._restarting():
+                return
             viewers = list(self._viewers)
-            wanted = {v.codec: False for v in viewers if v.codec} | ({"h264": False} if self._records else {})
+            wanted = {v.codec: False for v in viewers if v.codec} | ({"h264": False} if records else {})
             for viewer in viewers:
                 if viewer.codec and viewer.wants_key and not viewer.full:
                     wanted[viewer.codec] = True
         coded: dict[str, Coded] = self._coding.code(frames, chunk.position, wanted)
-        if self._records and not self.recording.full:
-            self.recording.add(coded["h264"])
-            if self.recording.full:
-                self.tell(Notice("note", {"message": "the recording is full: the download ends here"}))
         with self._lock:
+            if self._restarting():
+                self._coding.restart()  # the next chunk must need no picture that was not sent
+                return
             for viewer in viewers:
                 one = coded.get(viewer.codec or "", Coded(()))
                 viewer.put(replace(chunk, units=one.units, fragment=one.fragment, init=one.init))
             self.chunks, self.frames = self.chunks + 1, self.frames + len(frames)
+        if records:
+            self.recording.add(coded["h264"])
+            if self.recording.full:
+                self.tell(Notice("note", {"message": "the recording is full: the download ends here"}))
         self._started.clear()
         self._place.on_chunk(self, chunk)
+
+    def _restarting(self) -> bool:
+        """Whether a restart waits, so that what was made last is stale. With the lock held."""
+        return any(change.restarts for change in self._changes)
 
     def _note(self, words: Any) -> None:
         if note := note_of(self._pipeline, words):
@@ -430,6 +463,10 @@ class Session:
             if self.state == "ended":
                 return
             self.state, self.reason = "ended", reason
+            # It stays for download: let go what only a running video needs.
+            self._coding.close()
+            self.wish = replace(self.wish, clip=None)
+            self._direction = self._reached = Direction(self._pipeline, self._direction.words)
             for viewer in self._viewers:
                 viewer.put(self._done_notice())
         self._place.on_end(self)

@@ -30,7 +30,6 @@ class Viewer:
     ) -> None:  # fmt: skip
         self.codec, self.holds, self.watches = codec, holds, watches
         self.wants_key = True
-        self.ended = False
         self.on_room: Callable[[], None] = lambda: None  # of the session
         self._notify, self._room = notify, room
         self._ready = threading.Condition()
@@ -53,10 +52,8 @@ class Viewer:
                 if not item.units or item.units[0].key:  # a wish that came while the chunk was coded stays
                     self.wants_key = False
                 self._chunks += 1
-            elif len(self._items) >= MOST_NOTICES:
+            elif len(self._items) >= MOST_NOTICES and item.kind != "done":
                 return
-            elif item.kind == "done":
-                self.ended = True
             self._items.append(item)
             self._ready.notify_all()
         if self._notify is not None:

@@ -13,6 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from serve.core.house import Busy
 from serve.options import Network
@@ -36,7 +37,7 @@ def make_app(server: Server) -> FastAPI:
 
     app = FastAPI(title="greedy-stream", lifespan=lifespan)
     network, starts = server.network, Bucket(server.network.rate)
-    add_guard(app, network, network.secret)
+    add_guard(app, network, network.secret, network.local)
     add_errors(app, server.metrics.error)
     _basics(app, server)
     app.include_router(live.router(server, starts))
@@ -47,9 +48,14 @@ def make_app(server: Server) -> FastAPI:
     return app
 
 
-def add_guard(app: FastAPI, network: Network, token: str) -> None:
-    """Who may use an application, and how much. Sites that are let in may ask as a browser does."""
-    app.add_middleware(Guard, token=token, origins=network.allow_origin, most_bytes=network.upload_mb << 20)
+def add_guard(app: FastAPI, network: Network, token: str, local: bool = False) -> None:
+    """Who may use an application, and how much. Sites that are let in may ask as a browser does.
+
+    local: it listens on this machine alone.
+    """
+    app.add_middleware(
+        Guard, token=token, origins=network.allow_origin, most_bytes=network.upload_mb << 20, local=local
+    )  # fmt: skip
     if network.allow_origin:  # a browser asks before it lets another site's page send JSON or a token
         origins = [origin.rstrip("/").lower() for origin in network.allow_origin]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
@@ -106,6 +112,14 @@ def add_errors(app: FastAPI, count: Callable[[str], None] = lambda kind: None) -
     async def busy(request: Request, error: Busy) -> JSONResponse:
         return answer(429, "busy", str(error), {"Retry-After": str(RETRY)})
 
+    @app.exception_handler(ClientDisconnect)
+    async def cut(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return answer(400, "invalid_request_error", "body: got its end early, expected a whole request")
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return answer(500, "server_error", f"{request.method} {request.url.path}: the server failed; its log says why")
+
     @app.exception_handler(RequestValidationError)
     async def misfit(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
@@ -115,5 +129,5 @@ def add_errors(app: FastAPI, count: Callable[[str], None] = lambda kind: None) -
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        kind = {404: "not_found", 405: "invalid_request_error"}.get(error.status_code, "invalid_request_error")
+        kind = "not_found" if error.status_code == 404 else "invalid_request_error"
         return answer(error.status_code, kind, f"{request.method} {request.url.path}: {error.detail}", error.headers)

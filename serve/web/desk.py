@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import uuid
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from serve.core.messages import Change, Notice
+from serve.core.prompts import check_blends
 from serve.core.session import Session, TooMany
 from serve.core.viewers import Viewer
 from serve.web.server import Refused, Server, error_notice
@@ -25,7 +27,7 @@ class Desk:
     def __init__(self, server: Server, viewer: Viewer, owns: bool = True) -> None:
         self.server, self.viewer, self.owns = server, viewer, owns
         self.session: Session | None = None
-        self._events: OrderedDict[str, str] = OrderedDict()  # id: payload
+        self._events: OrderedDict[str, bytes] = OrderedDict()  # id: digest of what was asked
 
     def start(self, start: Start) -> Session:
         """Open the session that a start asks for. Invalid, Busy."""
@@ -35,8 +37,10 @@ class Desk:
         notes: list[str] = []
         if start.image is not None:
             clip, notes = picture_of(start.image, pipeline.height, pipeline.width)
-        seed = server.seed(start.seed)
-        self.session = server.house.open(wish_of(start, seed, clip), self.viewer)
+        wish = wish_of(start, server.seed(start.seed), clip)
+        for change in (Change(prompt=wish.prompt, adapters=wish.adapters), *(past.change for past in wish.history)):
+            self._check_change(change)
+        self.session = server.house.open(wish, self.viewer)
         for note in notes:
             self.note(note)
         return self.session
@@ -60,14 +64,14 @@ class Desk:
             interaction = parsed(Interaction, value, "interaction")
             event_id = interaction.event_id
             change = change_of(interaction, event_id or str(uuid.uuid4()))
-            payload = json.dumps(value, sort_keys=True)
-            if (before := self._events.get(change.event)) is not None and before != payload:
+            digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+            if (before := self._events.get(change.event)) is not None and before != digest:
                 self.error("event_id_conflict", f"event_id: got {change.event!r} with another event before, "
                                                 "expected an id of its own", event_id)  # fmt: skip
                 return
             if before is None:
                 self.change(change)
-                self._events[change.event] = payload
+                self._events[change.event] = digest
                 if len(self._events) > MOST_EVENTS:
                     self._events.popitem(last=False)
             self.viewer.put(Notice("interaction.queued", {"event_id": change.event}))
@@ -80,10 +84,7 @@ class Desk:
         """Queue a change of the owner's. Invalid where it cannot be meant; TooMany."""
         if not self.owns or self.session is None:
             raise Invalid("interaction: got one of a viewer who looks on, expected one of who started the session")
-        known = self.server.adapters
-        if unknown := sorted(set(change.adapters or {}) - set(known)):
-            expected = f"one of {', '.join(known)}" if known else "none: this model has no adapters"
-            raise Invalid(f"adapters: got the name {unknown[0]!r}, expected {expected}")
+        self._check_change(change)
         self.session.change(change)
 
     def note(self, message: str) -> None:
@@ -105,6 +106,15 @@ class Desk:
                 raise Invalid(f"{name}: got {got}, expected {own}{also}: the model is loaded for one size")
         if start.fps is not None and start.fps != pipeline.fps:
             raise Invalid(f"fps: got {start.fps:g}, expected {pipeline.fps:g}; `speed` plays faster or slower")
-        if unknown := sorted(set(start.adapters) - set(self.server.adapters)):
-            raise Invalid(f"adapters: got the name {unknown[0]!r}, expected one of "
-                          f"{', '.join(self.server.adapters) or 'none'}")  # fmt: skip
+
+    def _check_change(self, change: Change) -> None:
+        """Invalid for what this server's model cannot do."""
+        known = self.server.adapters
+        if unknown := sorted(set(change.adapters or {}) - set(known)):
+            expected = f"one of {', '.join(known)}" if known else "none: this model has no adapters"
+            raise Invalid(f"adapters: got the name {unknown[0][:100]!r}, expected {expected}")
+        if change.prompt is not None and (change.transition or len(change.prompt) > 1):
+            try:
+                check_blends(self.server.pipeline)
+            except ValueError as error:
+                raise Invalid(str(error)) from None

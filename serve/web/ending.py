@@ -20,8 +20,10 @@ class PoliteServer(uvicorn.Server):
         self._served = server
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for listening in sockets or []:
+        for listening in self.servers:  # not their sockets, which asyncio's loop still has
             listening.close()
         await asyncio.to_thread(self._served.close)
         await asyncio.sleep(_LAST_WORDS)
         await super().shutdown(sockets)
+        if self.force_exit:  # a second Ctrl-C; uvicorn would leave the application running
+            await self.lifespan.shutdown()

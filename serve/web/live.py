@@ -15,7 +15,7 @@ from serve.core.messages import Chunk, Notice
 from serve.core.viewers import Viewer
 from serve.web.desk import Desk
 from serve.web.server import Bell, Bucket, Refused, Server
-from serve.web.wire import FORMATS, Invalid, Start, Watch, message_of, parsed, payload_of
+from serve.web.wire import FORMATS, Invalid, Start, Watch, close_reason, message_of, parsed, payload_of
 
 START_WITHIN = 10.0  # seconds
 CLOSE_WITHIN = 5.0  # for what is left to send when a session has ended
@@ -179,4 +179,4 @@ class _Connection:
         with suppress(Exception):
             about = {"type": "error", "code": code, "message": message, "request_id": self._request}
             await self._socket.send_json(about)
-            await self._socket.close(1008 if code in ("unauthorized", "invalid_request") else 1013, message[:100])
+            await self._socket.close(1013 if code == "busy" else 1008, close_reason(message))

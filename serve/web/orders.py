@@ -14,7 +14,6 @@ import numpy as np
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.datastructures import UploadFile
-from starlette.requests import ClientDisconnect
 
 from engine.options import real_number, whole_number
 from serve.core.job_store import Job, new_id
@@ -75,16 +74,12 @@ class VideoRequest(BaseModel):
 async def fields_of(request: Request, most: int) -> dict[str, Any]:
     """The fields of a request of at most so many bytes; a file is its bytes. Invalid; Refused for other types."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    try:
-        if kind in _FORMS:
-            return await _form(request, most)
-        if kind != "application/json":
-            raise Refused(415, "invalid_request_error", f"content-type: got {kind[:60]!r}, "
-                          "expected application/json or multipart/form-data")  # fmt: skip
-        body = await request.body()
-    except ClientDisconnect:  # or the guard has cut a body that told no length
-        got = f"body: got its end early, or more than {most} bytes"
-        raise Refused(413, "invalid_request_error", f"{got}, expected a whole request") from None
+    if kind in _FORMS:
+        return await _form(request, most)
+    if kind != "application/json":
+        raise Refused(415, "invalid_request_error", f"content-type: got {kind[:60]!r}, "
+                      "expected application/json or multipart/form-data")  # fmt: skip
+    body = await request.body()
     try:
         value = await asyncio.to_thread(json.loads, body)  # megabytes take their time
     except (ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,7 +123,7 @@ class Bell:
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
 
     def ring(self) -> None:
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # closed
             self._loop.call_soon_threadsafe(self._event.set)
 
     async def wait(self, timeout: float | None = None) -> bool:

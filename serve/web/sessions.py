@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import AsyncIterator
+from typing import Annotated
 
 import av
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from serve.core.messages import Chunk, Wish, shown
+from serve.core.messages import Chunk, Wish, Words, shown
 from serve.core.session import Session
 from serve.core.viewers import Viewer
 from serve.web.server import Bell, Bucket, Refused, Server
-from serve.web.wire import words_of
+from serve.web.wire import MOST_TEXT, words_of
 
 _BOUNDARY = "frame"
 MOST_SECONDS = 86_400.0
@@ -33,7 +35,7 @@ def router(server: Server, starts: Bucket) -> APIRouter:
             "viewers": session.watchers, "prompt": session.prompt,
             "history": [
                 {"chunk": one.chunk, "transition_chunks": one.change.transition}
-                | ({"prompt": shown(one.change.prompt)} if one.change.prompt else {})
+                | ({"prompt": _prompt(one.change.prompt)} if one.change.prompt else {})
                 | ({"adapters": dict(one.change.adapters)} if one.change.adapters else {})
                 for one in list(session.history)
             ],
@@ -54,10 +56,13 @@ def router(server: Server, starts: Bucket) -> APIRouter:
         session, bell = _session(server, name), Bell()
         viewer = Viewer("jpeg", holds=False, notify=bell.ring)
         session.watch(viewer)
-        return _stream(_parts(session, viewer, bell, owns=False))
+        return _Mjpeg(session, viewer, bell, owns=False)
 
     @routes.get("/v1/mjpeg")
-    async def start(request: Request, prompt: str, seed: int | None = None, seconds: float | None = None) -> Response:
+    async def start(
+        request: Request, prompt: Annotated[str, Query(max_length=MOST_TEXT)], seed: int | None = None,
+        seconds: float | None = None,
+    ) -> Response:  # fmt: skip
         if seed is not None and not 0 <= seed < 2**64:
             raise Refused(400, "invalid_request_error", f"seed: got {seed}, expected 0 to 2^64 - 1")
         if seconds is not None and not 0 < seconds <= MOST_SECONDS:
@@ -68,9 +73,14 @@ def router(server: Server, starts: Bucket) -> APIRouter:
         viewer = Viewer("jpeg", notify=bell.ring)
         frames = None if seconds is None else max(1, round(seconds * server.pipeline.fps))
         session = server.house.open(Wish(words_of(prompt), server.seed(seed), frames), viewer)
-        return _stream(_parts(session, viewer, bell, owns=True))
+        return _Mjpeg(session, viewer, bell, owns=True)
 
     return routes
+
+
+def _prompt(words: Words) -> str | list[dict[str, object]]:
+    """A prompt as session.start takes it."""
+    return shown(words) if len(words) == 1 else [{"text": text, "weight": weight} for text, weight in words]
 
 
 def _session(server: Server, name: str) -> Session:
@@ -80,31 +90,39 @@ def _session(server: Server, name: str) -> Session:
     return session
 
 
-def _stream(parts: AsyncIterator[bytes]) -> StreamingResponse:
-    return StreamingResponse(parts, media_type=f"multipart/x-mixed-replace; boundary={_BOUNDARY}")
+class _Mjpeg(StreamingResponse):
+    """A viewer's frames as parts. Who leaves ends the session that it started, also before the first part."""
+
+    def __init__(self, session: Session, viewer: Viewer, bell: Bell, owns: bool) -> None:
+        parts = _parts(session, viewer, bell)
+        super().__init__(parts, media_type=f"multipart/x-mixed-replace; boundary={_BOUNDARY}")
+        self._session, self._viewer, self._owns = session, viewer, owns
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._session.leave(self._viewer)
+            if self._owns:
+                self._session.stop()
 
 
-async def _parts(session: Session, viewer: Viewer, bell: Bell, owns: bool) -> AsyncIterator[bytes]:
-    """Each frame as a part, when it is due. A viewer who leaves ends the session that it started."""
+async def _parts(session: Session, viewer: Viewer, bell: Bell) -> AsyncIterator[bytes]:
+    """Each frame as a part, when it is due."""
     loop = asyncio.get_running_loop()
-    try:
-        while True:
-            item = viewer.take()
-            if item is None:
-                await bell.wait(1.0)
-                continue
-            if not isinstance(item, Chunk):
-                if item.kind == "done":
-                    return
-                continue
-            for number, unit in enumerate(item.units):
-                await asyncio.sleep(max(0.0, item.due + session.frame_time(number) - loop.time()))
-                head = f"--{_BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(unit.data)}\r\n\r\n"
-                yield head.encode() + unit.data + b"\r\n"
-    finally:
-        session.leave(viewer)
-        if owns:
-            session.stop()
+    while True:
+        item = viewer.take()
+        if item is None:
+            await bell.wait(1.0)
+            continue
+        if not isinstance(item, Chunk):
+            if item.kind == "done":
+                return
+            continue
+        for number, unit in enumerate(item.units):
+            await asyncio.sleep(max(0.0, session.frame_due(item, number) - loop.time()))
+            head = f"--{_BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(unit.data)}\r\n\r\n"
+            yield head.encode() + unit.data + b"\r\n"
 
 
 def indexed(data: bytes) -> bytes:

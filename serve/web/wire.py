@@ -6,12 +6,14 @@ import base64
 import binascii
 import re
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from engine.media.pictures import read_image
 from serve.core.messages import Change, Chunk, Notice, Past, Wish, Words
@@ -19,11 +21,22 @@ from serve.core.prompts import check_words
 
 MOST_TEXT = 20_000  # characters of a prompt
 MOST_FRAMES = 2**53 - 1
+SLOWEST = 0.01  # speed
 FORMATS = {"m4s": "h264", "jpeg": "jpeg", "rgb": None}  # of a socket: the codec of its viewer
+
+
+_DECODING = threading.Lock()  # one picture at a time: a small file may have gigabytes of pixels
 
 
 class Invalid(ValueError):
     """A message that is not of the protocol."""
+
+
+def _speed(value: float) -> float:
+    """A slower clock would take the next change of speed minutes later."""
+    if 0 < value < SLOWEST:
+        raise PydanticCustomError("speed", "0, or {least} to 100", {"least": SLOWEST})
+    return value
 
 
 class _Message(BaseModel):
@@ -39,7 +52,7 @@ Prompt = Annotated[str, Field(max_length=MOST_TEXT)] | Annotated[list[Weighted],
 Transition = Annotated[int, Field(ge=0, le=1000)]
 Strengths = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
-Speed = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Speed = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), AfterValidator(_speed)]
 
 
 class PastMessage(_Message):
@@ -134,7 +147,7 @@ def wish_of(start: Start, seed: int, clip: np.ndarray | None) -> Wish:
         tuple(
             Past(one.chunk, Change(
                 "", None if one.prompt is None else words_of(one.prompt), one.transition_chunks, one.adapters
-            )) for one in past
+            )) for one in sorted(past, key=lambda one: one.chunk)
         ),
         0 if start.resume is None else start.resume.chunk,
     )  # fmt: skip
@@ -153,7 +166,7 @@ def picture_of(text: str, height: int, width: int) -> tuple[np.ndarray, list[str
 def picture_in(data: bytes, height: int, width: int) -> tuple[np.ndarray, list[str]]:
     """The picture in a file's bytes, as `picture_of`."""
     notes: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="greedy-serve-") as folder:
+    with _DECODING, tempfile.TemporaryDirectory(prefix="greedy-serve-") as folder:
         file = Path(folder) / "picture"
         file.write_bytes(data)
         try:
@@ -186,6 +199,11 @@ def payload_of(chunk: Chunk, format: str, first: bool) -> bytes:
     if format == "jpeg":
         return b"".join(len(unit.data).to_bytes(4, "big") + unit.data for unit in chunk.units)
     return chunk.init + chunk.fragment if first else chunk.fragment
+
+
+def close_reason(message: str) -> str:
+    """As much of a message as a socket's close frame takes: 123 bytes (RFC 6455, 5.5)."""
+    return message.encode()[:120].decode(errors="ignore")
 
 
 def error_body(kind: str, message: str, code: str | None = None) -> Mapping[str, Any]:

@@ -80,8 +80,7 @@ class LiveTrack(MediaStreamTrack):
             if isinstance(item, Chunk):
                 self._tell(item)
                 self._frames.extend(
-                    _Frame(unit, item, item.due + self._session.frame_time(number))
-                    for number, unit in enumerate(item.units)
+                    _Frame(unit, item, self._session.frame_due(item, number)) for number, unit in enumerate(item.units)
                 )
             elif item.kind == "done":
                 self._done = item  # told after the last frame

@@ -1,6 +1,8 @@
 """Turns, pace, encoders, fragments, rates: each alone, against values worked out by hand or read by FFmpeg."""
 
+import errno
 import io
+import os
 import threading
 import time
 
@@ -8,12 +10,15 @@ import av
 import numpy as np
 import pytest
 
-from serve.core.coding import Coding, Recording
+from serve.core.coding import Coded, Coding, Recording
 from serve.core.encoders import enlarged, make_encoder, scale_for
 from serve.core.fragments import Fragmenter, boxes
 from serve.core.house import capacity
+from serve.core.messages import Notice
 from serve.core.pace import SPARE, Pace
+from serve.core.prompts import check_words
 from serve.core.turns import Turns
+from serve.core.viewers import Viewer
 from serve.web.server import Bucket
 from serve.web.sessions import indexed
 
@@ -93,11 +98,33 @@ def test_pace_of_a_chunk_in_time_and_of_a_late_one():
     assert pace.due(13, 12.0) == 12.0
 
 
+def test_a_speed_that_changes_while_no_clock_runs_makes_nothing_late():
+    """Before the first chunk, in a pause, and after speed 0 the clock begins with the next chunk."""
+    for first in (0.0, 1.0):
+        pace = Pace(8.0, first)
+        if not first:
+            pace.made(0, 0.1, 5.0)
+        pace.at_speed(2.0, 1, 6.0)
+        assert pace.made(1, 0.4, 6.4) == (6.4, 0.0)
+        assert pace.due(5, 6.5) == pytest.approx(6.65)
+
+
+@pytest.mark.parametrize("speed", [0.0, 4.0, 100.0])
+def test_who_plays_faster_than_real_time_goes_behind_who_does_not(speed):
+    """A chunk of 4 frames at 8 fps: real time claims one turn within 0.5 s, and so does each other speed."""
+    real, fast = Pace(8.0), Pace(8.0, speed)
+    real.made(1, 0.1, 10.0)
+    fast.made(1, 0.1, 10.0)
+    asked = 10.5 - real.lead(4)
+    assert real.turn_by(5, 4, asked) == 10.5
+    assert fast.turn_by(5, 4, asked) == pytest.approx(asked + 0.5)
+    assert fast.turn_by(5, 4, asked) > real.turn_by(5, 4, asked)
+
+
 def test_pace_without_a_clock():
     pace = Pace(8.0, 0.0)
     pace.made(0, 0.1, 5.0)
     assert pace.due(9, 6.0) == 6.0
-    assert pace.frame_time(3) == 0.0
 
 
 def test_capacity():
@@ -181,3 +208,50 @@ def test_a_bucket_fills_again(monkeypatch):
     now[0] += 30.0
     assert bucket.take("a") == 0.0
     assert bucket.take("a") == 30.0
+
+
+def test_a_session_that_records_nothing_has_no_file():
+    """Also one that was refused, as the house was full."""
+    before = len(os.listdir("/proc/self/fd"))
+    kept = [Recording(1 << 20) for _ in range(20)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    kept[0].add(Coded((), b"fragment", b"init"))
+    assert kept[0].read() == b"initfragment"
+    kept[0].close()
+    assert kept[0].read() == b""
+    kept[0].add(Coded((), b"late"))
+    assert kept[0].full
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("taken", [3, OSError(errno.ENOSPC, "No space left on device")])
+def test_a_full_disk_ends_a_recording_and_no_session(taken, monkeypatch):
+    recording, pwrite = Recording(1 << 20), os.pwrite
+    recording.add(Coded((), b"fragment", b"init"))
+
+    def full(handle, data, at):
+        if isinstance(taken, OSError):
+            raise taken
+        return pwrite(handle, data[:taken], at)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    recording.add(Coded((), b"second"))
+    monkeypatch.undo()
+    assert recording.full
+    recording.add(Coded((), b"third"))
+    assert recording.read() == b"initfragment"
+    recording.close()
+
+
+def test_the_end_is_told_to_who_takes_nothing():
+    viewer = Viewer(None)
+    for _ in range(2000):
+        viewer.put(Notice("pong", {}))
+    viewer.put(Notice("done", {}))
+    assert [item.kind for item in iter(viewer.take, None)][-1] == "done"
+
+
+@pytest.mark.parametrize("weights", [(1e308, 1e308), (float("nan"),), (float("inf"), 1.0), (0.0, 0.0), (-1.0, 2.0)])
+def test_weights_that_have_no_mean(weights):
+    with pytest.raises(ValueError, match="expected them >= 0, and a finite sum above 0"):
+        check_words(tuple(("a", weight) for weight in weights))

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from sessions import HANG, OTHER, PROMPT, chunks, frames, items, notices, opened, plain, wish, words
+from sessions import HANG, OTHER, PROMPT, chunks, frames, items, notices, opened, place, plain, wish, words
 
 from serve.core.messages import Change, Chunk, Past
-from serve.core.session import MOST_CHANGES, Limits, TooMany
+from serve.core.session import MOST_CHANGES, Limits, Session, TooMany
 from serve.core.viewers import Viewer
 
 
@@ -301,3 +301,132 @@ def test_threads_go_with_their_sessions(pipeline):
         items(viewer)
         assert session.join(HANG)
     assert threading.active_count() <= before
+
+
+def test_a_prompt_that_no_chunk_showed_is_no_start_of_a_transition(pipeline):
+    """Nor does the history have it: the video is made again from what was shown."""
+    session, viewer = opened(pipeline, wish(), Viewer(None, room=1))
+    items(viewer, after(1))
+    with session._place.turns.turn(0.0):  # both wait for the same chunk
+        session.change(Change("unseen", words("a green triangle")))
+        session.change(Change("e", words(OTHER), transition=2))
+    found = items(viewer, after(8))
+    session.stop()
+    first = next(c.number for c in chunks(found) if "e" in c.started)
+    old, new = pipeline.encode_prompt(PROMPT), pipeline.encode_prompt(OTHER)
+    expected = plain(pipeline, 9, {first: torch.lerp(old, new, 0.5), first + 1: OTHER})
+    shown = frames([c for c in chunks(found) if c.number >= first])
+    assert (shown == expected[-len(shown) :]).all()
+    assert [(past.chunk, past.change.event) for past in session.history] == [(first, "e")]
+
+
+def test_a_prompt_that_fails_takes_no_earlier_one_out_of_the_history(pipeline, monkeypatch):
+    asked = wish(history=(Past(1, Change("", words(OTHER))), Past(2, Change("", words(PROMPT)))))
+    session, viewer = opened(pipeline, asked, Viewer(None, room=1))
+    items(viewer, after(3))
+
+    def fails(prompt):
+        raise FloatingPointError("no number")
+
+    monkeypatch.setattr(session._stream, "set_prompt", fails)
+    session.change(Change("e", words(OTHER)))
+    found = items(viewer, lambda item: not isinstance(item, Chunk) and item.kind == "error")
+    session.stop()
+    assert notices(found, "error")[0]["event_id"] == "e"
+    assert [(past.chunk, past.change.prompt) for past in session.history] == [(1, words(OTHER)), (2, words(PROMPT))]
+
+
+def test_a_restart_while_a_chunk_is_coded_shows_nothing_of_it(pipeline, monkeypatch):
+    """The chunk after it needs no picture that was not sent: it begins with a key frame."""
+    session, viewer = opened(pipeline, wish(), Viewer("h264", room=1))
+    code, restarted = session._coding.code, threading.Event()
+
+    def slow(frames, position, codecs):
+        coded = code(frames, position, codecs)
+        if position > 8 and not restarted.is_set():
+            session.change(Change("again", reset=True))
+            restarted.set()
+        return coded
+
+    monkeypatch.setattr(session._coding, "code", slow)
+    found = chunks(items(viewer, lambda item: isinstance(item, Chunk) and item.take == 1 and item.number == 2))
+    session.stop()
+    assert session.join(HANG)
+    first = next(c for c in found if c.take == 1)
+    assert first.units[0].key
+    before = [c for c in found if c.take == 0]
+    assert all(c.position <= 8 for c in before)
+    assert first.position == sum(len(c.frames) for c in before)  # the one that was coded is not among them
+    assert session.recording.read().count(b"moof") == session.chunks
+
+
+def test_one_that_is_stopped_in_line_never_runs(pipeline):
+    """The house starts it in the moment in which it is stopped: it ends once."""
+    ended = []
+    session, viewer = Session("one", place(pipeline, ended=ended), wish()), Viewer(None)
+    session.watch(viewer)
+    end = session._end
+
+    def later(reason):
+        session.start()  # as the house does, whose line it has not left
+        end(reason)
+
+    session._end = later
+    session.stop()
+    assert session.join(1.0)
+    assert session.state == "ended"
+    assert ended == [session]
+    assert [one["reason"] for one in notices(items(viewer), "done")] == ["stopped"]
+    assert viewer.take(0.2) is None
+
+
+def test_a_stream_that_does_not_close_ends_its_session_all_the_same(pipeline, monkeypatch):
+    ended = []
+    session, viewer = opened(pipeline, wish(), Viewer(None, room=1), ended=ended)
+    items(viewer, after(1))
+
+    def fails():
+        raise RuntimeError("a device that is gone")
+
+    monkeypatch.setattr(session._stream, "close", fails)
+    session.stop()
+    assert session.join(HANG)
+    assert (session.state, ended) == ("ended", [session])
+
+
+def test_memory_goes_back_after_the_stream_has_closed(pipeline, monkeypatch):
+    story = []
+    session, viewer = opened(pipeline, wish(), Viewer(None, room=1))
+    items(viewer, after(1))
+    close = session._stream.close
+
+    def fails():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(session._stream, "next_chunk", fails)
+    monkeypatch.setattr(session._stream, "close", lambda: (story.append("closed"), close()))
+    free = session._place.turns
+    monkeypatch.setattr("serve.core.session._release", lambda: story.append(("released", free._free)))
+    items(viewer)
+    assert session.join(HANG)
+    assert story == ["closed", ("released", 0)]  # within a turn: no other session captures graphs meanwhile
+
+
+def test_an_ended_session_keeps_no_picture_and_no_encoder(pipeline):
+    clip = np.zeros((1, pipeline.height, pipeline.width, 3), np.uint8)
+    session, viewer = opened(pipeline, wish(frames=5, clip=clip), Viewer("h264"))
+    items(viewer)
+    assert session.join(HANG)
+    assert session.wish.clip is None
+    assert session._coding._encoders == {}
+    assert session.recording.read()
+
+
+def test_frames_are_due_at_the_speed_of_their_chunk(pipeline):
+    """Those that wait keep their times when the speed changes."""
+    session, viewer = opened(pipeline, wish(speed=4.0))
+    chunk = chunks(items(viewer, after(1)))[-1]
+    session.change(Change(speed=0.5))
+    items(viewer, lambda item: isinstance(item, Chunk) and item.speed == 0.5)
+    assert session.frame_due(chunk, 2) == pytest.approx(chunk.due + 2 / 32)
+    session.stop()

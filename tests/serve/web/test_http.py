@@ -105,6 +105,103 @@ def test_pages_of_other_sites_may_not_ask(url):
     assert [message["code"] for message in asyncio.run(run())] == ["forbidden"]
 
 
+@pytest.mark.parametrize("origin", ["null", "http://[", "http://", "https://example.org\u00e9" * 9])
+def test_an_origin_that_is_none_is_refused(url, origin):
+    answer = httpx.get(f"{url}/v1/models", headers={"Origin": origin.encode("latin-1")})
+    assert error_of(answer)[:2] == (403, "forbidden")
+
+    async def run():
+        async with connected(url, additional_headers={"Origin": origin}) as client:
+            await client.rest()
+            return [message["code"] for message in client.seen], client.socket.close_code
+
+    assert asyncio.run(run()) == (["forbidden"], 1008)
+
+
+ELSEWHERE = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "image", "Referer": "https://example.org/page"}
+
+
+@pytest.mark.parametrize(
+    "headers", [ELSEWHERE, ELSEWHERE | {"Referer": ""}, ELSEWHERE | {"Sec-Fetch-Site": "same-site"}]
+)
+def test_an_img_on_another_site_starts_nothing(url, server, headers):
+    """It sends no Origin. A link to the page itself works."""
+    before = server.house.running
+    answer = httpx.get(f"{url}/v1/mjpeg", params={"prompt": PROMPT, "seconds": 1}, headers=headers)
+    assert error_of(answer)[:2] == (403, "forbidden")
+    assert server.house.running == before
+    assert httpx.get(url + "/", headers=headers).status_code == 200
+    own = headers | {"Sec-Fetch-Site": "same-origin", "Referer": url + "/"}
+    assert httpx.get(f"{url}/v1/models", headers=own).status_code == 200
+
+
+def test_an_img_with_the_token_or_on_a_site_that_is_let_in_works(pipeline, locked):
+    answer = httpx.get(f"{locked}/v1/models", params={"token": "let me in!"}, headers=ELSEWHERE)
+    assert answer.status_code == 200
+    network = Network(allow_origin=("https://example.org",))
+    with app_on_a_thread(make_app(make_server(pipeline, "tiny", network, Sessions(sessions=1)))) as url:
+        assert httpx.get(f"{url}/v1/models", headers=ELSEWHERE).status_code == 200
+        assert httpx.get(f"{url}/v1/models", headers={"Host": "example.org"}).status_code == 200
+
+
+HOSTS = {
+    "localhost:8000": 200, "LOCALHOST": 200, "127.0.0.1:1": 200, "[::1]:8000": 200, "a.localhost": 200,
+    "rebound.example:8000": 403, "localhost.example": 403, "127.0.0.1.example": 403, "[::1": 403,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_name_that_was_bound_to_this_machine_is_not_ours(url, host):
+    """DNS rebinding: the site's Origin and Host are the same, and lead here."""
+    headers = {"Host": host, "Origin": f"http://{host}"}
+    assert httpx.get(f"{url}/v1/models", headers=headers).status_code == HOSTS[host]
+
+
+def test_a_server_for_others_has_any_name(pipeline, locked):
+    headers = {"Host": "video.example", "Authorization": "Bearer let me in!"}
+    assert httpx.get(f"{locked}/v1/models", headers=headers).status_code == 200
+    network = Network(host="0.0.0.0")
+    with app_on_a_thread(make_app(make_server(pipeline, "tiny", network, Sessions(sessions=1)))) as url:
+        assert httpx.get(f"{url}/v1/models", headers={"Host": "video.example"}).status_code == 200
+
+
+def test_a_failure_of_the_server_has_the_shape_of_all_errors(server, url, monkeypatch):
+    def fails():
+        raise RuntimeError("with a /path")
+
+    monkeypatch.setattr(server, "model", fails)
+    status, kind, message = error_of(httpx.get(f"{url}/v1/models"))
+    assert (status, kind) == (500, "server_error")
+    assert "/path" not in message
+
+
+def test_a_viewer_of_mjpeg_who_leaves_before_the_first_byte_is_gone(server, url):
+    """The response is cancelled while its head waits to be sent: nothing of its body has run."""
+    from serve.core.viewers import Viewer
+    from serve.web.server import Bell
+    from serve.web.sessions import _Mjpeg
+
+    async def run():
+        async with started(url, speed=1) as client:
+            start = await client.until("video.start")
+            session, bell = server.house.get(start["session"]), Bell()
+            viewer = Viewer("jpeg", holds=False, notify=bell.ring)
+            session.watch(viewer)
+            assert session.watchers == 2
+
+            async def stuck(message):
+                await asyncio.Event().wait()
+
+            scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await _Mjpeg(session, viewer, bell, owns=False)(scope, None, stuck)
+            assert session.watchers == 1
+            await client.send("session.stop")
+
+    asyncio.run(run())
+
+
 def test_a_site_that_is_let_in_may_ask_like_a_page_of_the_server(pipeline):
     """Its browser asks first (CORS), without a token; another site's gets no leave."""
     network = Network(token="let me in!", allow_origin=("https://example.org/",))
@@ -177,6 +274,7 @@ def test_mjpeg_of_a_running_session(url):
     [
         ({}, "prompt: got None, expected: Field required"),
         ({"prompt": " "}, "prompt: got an empty text, expected words"),
+        ({"prompt": "a" * 20_001}, "prompt: got 'aaa"),
         ({"prompt": "a", "seed": "x"}, "seed: got 'x', expected"),
         ({"prompt": "a", "seed": "-1"}, "seed: got -1, expected 0 to 2^64 - 1"),
         ({"prompt": "a", "seconds": "nan"}, "seconds: got nan, expected up to 86400"),

@@ -153,7 +153,7 @@ BAD_STARTS = {
     "NaN": ('{"type": "session.start", "prompt": "a", "speed": NaN}', "session.start: speed: got nan, expected"),
     "an unknown format": ({"prompt": "a", "format": "avi"}, "session.start: format: got 'avi', expected"),
     "no weights": ({"prompt": [{"text": "a", "weight": 0.0}]}, "prompt: got weights [0.0], expected"),
-    "an adapter": ({"prompt": "a", "adapters": {"x": 1.0}}, "adapters: got the name 'x', expected one of none"),
+    "an adapter": ({"prompt": "a", "adapters": {"x": 1.0}}, "adapters: got the name 'x', expected none: this"),
     "no picture": ({"prompt": "a", "image": "???"}, "image: got text that is no base64, expected"),
     "a broken picture": ({"prompt": "a", "image": "aGVsbG8="}, "image: got a file, expected a readable picture"),
     "a path": ({"prompt": "a", "image": "/etc/passwd"}, "image: got"),

@@ -1,24 +1,32 @@
 """python -m serve: bad input in one line before the model is loaded, ports, signals, a server that came back."""
 
 import asyncio
+import logging
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 from clients import OTHER, PROMPT, started
 from serving import ROOT, serving
 
 from engine.cli import main as greedy_stream
-from serve.__main__ import main, parser
+from serve.__main__ import _without_token, main, parser
+from serve.build import make_server
+from serve.options import Network, Sessions
+from serve.web.app import make_app
+from serve.web.ending import PoliteServer
 
 BAD = {
     "--port 70000": "--port: got 70000, expected 0 to 65535",
     "--port x": "argument --port: got 'x', expected a valid integer",
-    "--token short": "--token: got a text that is short or not ASCII, expected at least 8 characters",
+    "--token short": "--token: got a text that is short, not ASCII or has spaces around it, expected at least",
     "--tls-cert x.pem": "--tls-cert: got only one of --tls-cert and --tls-key, expected both",
     "--sessions 0": "--sessions: got 0, expected 1 to 1000",
     "--lease -1": "--lease: got -1.0, expected a positive number",
@@ -42,6 +50,21 @@ def test_bad_input_is_one_line(words, capsys):
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert BAD[words] in lines[0]
+
+
+@pytest.mark.parametrize("token", ["short", "geheim-geh\u00e9im", " let me in! "])
+def test_a_token_of_the_environment_is_checked_too(token, monkeypatch, capsys):
+    monkeypatch.setenv("GREEDY_SERVE_TOKEN", token)
+    assert main(["--port", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: GREEDY_SERVE_TOKEN: got a text that is short, not ASCII or")
+
+
+def test_a_certificate_that_is_none_is_refused_before_the_model_is_loaded(tmp_path, capsys):
+    file = tmp_path / "x.pem"
+    file.write_text("no certificate")
+    assert main(["--port", "0", "--tls-cert", str(file), "--tls-key", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --tls-cert: got {file} (")
 
 
 def test_a_port_that_is_taken(capsys):
@@ -116,3 +139,41 @@ def test_the_page_is_part_of_the_package():
     listed = (ROOT / "setup.py").read_text()
     assert '"serve": ["page/*"]' in listed
     assert (Path(ROOT) / "serve" / "page" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_server_ends_on_each_loop_without_a_traceback(loop, forced, pipeline, caplog):
+    """The extra has no uvloop: its servers run on asyncio's loop. `forced`: Ctrl-C twice."""
+    pytest.importorskip(loop)
+    server = make_server(pipeline, "tiny", Network(), Sessions(sessions=1))
+    config = uvicorn.Config(make_app(server), loop=loop, log_config=None, timeout_graceful_shutdown=2)
+    running, failed = PoliteServer(config, server), []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = "http://{}:{}/health".format(*listening.getsockname())
+
+        def run():
+            try:
+                running.run(sockets=[listening])
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        while not running.started and thread.is_alive():
+            time.sleep(0.01)
+        assert httpx.get(url).status_code == 200
+        running.should_exit, running.force_exit = True, forced
+        thread.join(30)
+    assert not thread.is_alive()
+    assert failed == []
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_no_log_shows_a_token():
+    for text in ("/v1/models?token=let-me-in", "/v1/mjpeg?prompt=a&token=let-me-in&seed=1"):
+        record = logging.LogRecord(
+            "uvicorn.access", logging.INFO, "", 0, '%s - "%s %s" %d', ("a", "GET", text, 200), None
+        )
+        assert _without_token(record)
+        assert record.getMessage() == f'a - "GET {text.replace("let-me-in", "...")}" 200'

@@ -29,7 +29,7 @@ def test_frames_of_an_earlier_take_are_dropped() -> None:
 
     async def play() -> list[tuple[bytes, int]]:
         bell, now = Bell(), time.monotonic()
-        session: Any = SimpleNamespace(take=0, frame_time=lambda number: 0.05 * number, wake=lambda: None)
+        session: Any = SimpleNamespace(take=0, frame_due=lambda one, number: one.due + 0.05 * number, wake=lambda: None)
         viewer = Viewer("h264", watches=False, notify=bell.ring)
         told: list[Any] = []
         track = LiveTrack(session, viewer, bell, told.append)
