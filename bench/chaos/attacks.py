@@ -101,7 +101,7 @@ async def storm(server: Server, way: Way) -> list[str]:
             _, writer = await asyncio.open_connection(host, port)
             if number % 5 == 1:  # half a request
                 _reset(writer.get_extra_info("socket"))
-                writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n")
+                writer.write(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n")
             writer.close()
             with suppress(OSError):
                 await writer.wait_closed()
@@ -226,7 +226,7 @@ async def uploads(server: Server, way: Way) -> list[str]:
 async def _upload(server: Server, how: str, megabytes: int) -> int:
     """The status that an upload gets; 0 where the connection breaks before."""
     reader, writer = await asyncio.open_connection(*_place(server))
-    head = f"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{how}\r\n\r\n"
+    head = f"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{how}\r\n\r\n"
     block = b"x" * (1 << 20)
     answer = asyncio.create_task(reader.readline())
     try:

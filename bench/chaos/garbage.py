@@ -104,11 +104,11 @@ def requests(draw: random.Random) -> bytes:
     """What is no HTTP request, or only the beginning of one."""
     return draw.choice((
         lambda: draw.randbytes(draw.randrange(1, 4096)),
-        lambda: b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 200_000,
-        lambda: b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: nine\r\n\r\n",
-        lambda: b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        lambda: b"GET /v1/realtime/video HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
-        lambda: b"GET /" + bytes([draw.randrange(128, 256)]) * 20 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-        lambda: b"GET /v1/sessions/%00%ff/video HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        lambda: b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 200_000,
+        lambda: b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: nine\r\n\r\n",
+        lambda: b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        lambda: b"GET /v1/realtime/video HTTP/1.1\r\nHost: [::1]\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+        lambda: b"GET /" + bytes([draw.randrange(128, 256)]) * 20 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        lambda: b"GET /v1/sessions/%00%ff/video HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
         lambda: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ))()  # fmt: skip

@@ -238,6 +238,8 @@ class Session:
     def _close(self, release: bool = False) -> None:
         """Close the stream, if one is open; `release` gives its memory back to the device."""
         stream, self._stream = self._stream, None
+        if stream is None and not release:
+            return
         with self._place.turns.turn(time.monotonic()):  # in the background, too: it frees memory
             if stream is not None:
                 stream.close()

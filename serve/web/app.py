@@ -130,4 +130,5 @@ def add_errors(app: FastAPI, count: Callable[[str], None] = lambda kind: None) -
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         kind = "not_found" if error.status_code == 404 else "invalid_request_error"
-        return answer(error.status_code, kind, f"{request.method} {request.url.path}: {error.detail}", error.headers)
+        where = "" if error.status_code == 413 else f"{request.method} {request.url.path}: "
+        return answer(error.status_code, kind, f"{where}{error.detail}", error.headers)

@@ -96,6 +96,7 @@ class Guard:
             message = await receive()
             total += len(message.get("body", b""))
             if total > self.most:
+                # FastAPI, which reads the body, lets no other exception through.
                 raise HTTPException(413, f"body: got more than {self.most} bytes, expected at most that")
             return message
 

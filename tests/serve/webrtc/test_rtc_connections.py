@@ -263,7 +263,7 @@ def test_ice_servers(server: Server, texts: tuple[str, ...], expected: list[dict
 
     async def ask() -> Any:
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return (await client.get("/api/v1/webrtc/ice-servers")).json()
 
     assert asyncio.run(ask()) == {"iceServers": expected}
