@@ -26,8 +26,11 @@ PAGE = Path(__file__).parent.parent / "page"
 RETRY = 5  # seconds after which a client that was refused may ask again
 
 
-def make_app(server: Server) -> FastAPI:
-    """All routes of a server, behind its guard. Its server closes with the application."""
+def make_app(server: Server, local: bool = False) -> FastAPI:
+    """All routes of a server, behind its guard. Its server closes with the application.
+
+    `local`: only this machine reaches the address on which it is served (`Guard`).
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -38,7 +41,7 @@ def make_app(server: Server) -> FastAPI:
     network, starts = server.network, Bucket(server.network.rate)
     app.add_middleware(
         Guard, token=network.secret, origins=network.allow_origin, most_bytes=network.upload_mb << 20,
-        local=network.local,
+        local=local,
     )  # fmt: skip
     if network.allow_origin:  # a browser asks before it lets another site's page send JSON or a token
         origins = [origin.rstrip("/").lower() for origin in network.allow_origin]
