@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{1e3 * server.chunk_seconds:.0f} ms a chunk, {room.sessions} live sessions, {room.waiting} may wait"
     )
     config = uvicorn.Config(
-        make_app(server), log_level="info" if args.debug else "warning", access_log=args.debug,
+        make_app(server, network.local), log_level="info" if args.debug else "warning", access_log=args.debug,
         ws_max_size=network.upload_mb << 20, timeout_graceful_shutdown=_GRACE, ssl_certfile=cert, ssl_keyfile=key,
         ws_per_message_deflate=False,  # video is compressed already: deflate takes time and saves nothing
     )  # fmt: skip

@@ -46,10 +46,11 @@ class Pace:
     def turn_by(self, frame: int, frames: int, now: float) -> float:
         """Until when a chunk wants its turn among other sessions' chunks; `frames`: its length.
 
-        Faster than real time claims no more than real time does, so that it makes nobody late.
+        Who plays faster than real time claims no more than real time does, and so does who begins, as often as it may
+        be: those that play at their rate come first.
         """
         due = self.due(frame, now)
-        return due if 0 < self._speed <= 1 else max(due, now + frames / self._fps)
+        return due if self._start is not None and 0 < self._speed <= 1 else max(due, now + frames / self._fps)
 
     def lead(self, frames: int) -> float:
         """How long before it is due a chunk of `frames` frames is begun: at most as long as one is shown."""

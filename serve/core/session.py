@@ -53,9 +53,8 @@ class Place:
     on_end: Callable[[Session], None]
     background: bool = False  # all other sessions compute first
 
-    def turn(self, deadline: float | None = None) -> AbstractContextManager[None]:
-        """Within the block a session may compute. `deadline`: monotonic seconds; None is at once."""
-        deadline = time.monotonic() if deadline is None else deadline
+    def turn(self, deadline: float) -> AbstractContextManager[None]:
+        """Within the block a session may compute. `deadline`: monotonic seconds."""
         return self.turns.turn(float("inf") if self.background else deadline)
 
 
@@ -225,7 +224,7 @@ class Session:
         """Open the stream of a take."""
         direction = Direction(self._pipeline, wish.prompt)
         self._close()  # first, so that the new one has the memory
-        with self._place.turn():
+        with self._place.turn(self._turn_by()):
             self._stream = self._pipeline.stream(direction.first, seed=wish.seed, frames=wish.frames, clip=wish.clip)
             if wish.adapters:
                 self._stream.set_adapters(wish.adapters)
@@ -319,7 +318,7 @@ class Session:
             if change.prompt is not None and not change.restarts:
                 self._turn_to(change)
             if change.adapters is not None:
-                with self._place.turn():
+                with self._place.turn(self._turn_by()):
                     self._stream.set_adapters(change.adapters)
         except (ValueError, MemoryError, torch.cuda.OutOfMemoryError) as error:
             self.tell(_failed(change.event, error))
@@ -342,7 +341,7 @@ class Session:
         assert change.prompt is not None
         check_words(change.prompt)
         direction = copy(self._reached)  # a prompt that no chunk shows is no start of a transition
-        with self._place.turn():
+        with self._place.turn(self._turn_by()):
             direction.turn_to(change.prompt, change.transition, change.event)
         if (unseen := self._direction.event) and unseen in self._started:
             self._started.remove(unseen)
@@ -376,7 +375,7 @@ class Session:
     def _next(self, deadline: float | None = None) -> tuple[np.ndarray, Chunk]:
         """Make the next chunk; its description has no units yet."""
         asked = time.monotonic()
-        deadline = self._pace.turn_by(self.frames, self._last or 1, asked) if deadline is None else deadline
+        deadline = self._turn_by() if deadline is None else deadline
         with self._place.turn(deadline):
             begun = time.monotonic()
             moving = self._steer()
@@ -395,6 +394,10 @@ class Session:
                       self._pace.speed)  # fmt: skip
         self._number, self._made, self._last = self._number + 1, self._made + len(frames), len(frames)
         return frames, chunk
+
+    def _turn_by(self) -> float:
+        """The deadline of the session's next turn."""
+        return self._pace.turn_by(self.frames, self._last or 1, time.monotonic())
 
     def _steer(self) -> bool:
         """Give the stream the prompt of its next chunk; whether that is one on the way to a new target."""

@@ -27,8 +27,11 @@ PAGE = Path(__file__).parent.parent / "page"
 RETRY = 5  # seconds after which a client that was refused may ask again
 
 
-def make_app(server: Server) -> FastAPI:
-    """All routes of a server, behind its guard. Its server closes with the application."""
+def make_app(server: Server, local: bool = False) -> FastAPI:
+    """All routes of a server, behind its guard. Its server closes with the application.
+
+    `local`: only this machine reaches the address on which it is served (`Guard`).
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -37,7 +40,7 @@ def make_app(server: Server) -> FastAPI:
 
     app = FastAPI(title="greedy-stream", lifespan=lifespan)
     network, starts = server.network, Bucket(server.network.rate)
-    add_guard(app, network, network.secret, network.local)
+    add_guard(app, network, network.secret, local)
     add_errors(app, server.metrics.error)
     _basics(app, server)
     app.include_router(live.router(server, starts))

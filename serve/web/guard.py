@@ -69,7 +69,7 @@ class Guard:
         return 401, "unauthorized", f"token: got {got}, expected the server's (Authorization: Bearer TOKEN, or ?token=)"
 
     def _lets_embed(self, headers: dict[str, str], path: str) -> bool:
-        """Whether a page elsewhere may link to this: it sends no origin, and a token is asked for, or needs none."""
+        """Whether an <img> or a link elsewhere, which sends no origin, may ask: with a token, or for the page."""
         return "origin" not in headers and (bool(self.token) or path in OPEN)
 
     def _own(self, host: str) -> bool:

@@ -119,6 +119,7 @@ def test_who_plays_faster_than_real_time_goes_behind_who_does_not(speed):
     assert real.turn_by(5, 4, asked) == 10.5
     assert fast.turn_by(5, 4, asked) == pytest.approx(asked + 0.5)
     assert fast.turn_by(5, 4, asked) > real.turn_by(5, 4, asked)
+    assert Pace(8.0).turn_by(0, 4, asked) == pytest.approx(asked + 0.5)  # nor does one that begins, or begins again
 
 
 def test_pace_without_a_clock():

@@ -135,13 +135,11 @@ def test_an_img_on_another_site_starts_nothing(url, server, headers):
     assert httpx.get(f"{url}/v1/models", headers=own).status_code == 200
 
 
-def test_an_img_with_the_token_or_on_a_site_that_is_let_in_works(pipeline, locked):
+def test_an_img_with_the_token_or_on_a_site_that_is_let_in_works(locked, local):
     answer = httpx.get(f"{locked}/v1/models", params={"token": "let me in!"}, headers=ELSEWHERE)
     assert answer.status_code == 200
-    network = Network(allow_origin=("https://example.org",))
-    with app_on_a_thread(make_app(make_server(pipeline, "tiny", network, Sessions(sessions=1)))) as url:
-        assert httpx.get(f"{url}/v1/models", headers=ELSEWHERE).status_code == 200
-        assert httpx.get(f"{url}/v1/models", headers={"Host": "example.org"}).status_code == 200
+    assert httpx.get(f"{local}/v1/models", headers=ELSEWHERE).status_code == 200
+    assert httpx.get(f"{local}/v1/models", headers={"Host": "example.org"}).status_code == 200
 
 
 HOSTS = {
@@ -150,18 +148,26 @@ HOSTS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def local(pipeline):
+    """The address of a server for this machine alone; pages of one site may ask."""
+    made = make_server(pipeline, "tiny", Network(allow_origin=("https://example.org",)), Sessions(sessions=1))
+    with app_on_a_thread(make_app(made, made.network.local)) as address:
+        yield address
+
+
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_name_that_was_bound_to_this_machine_is_not_ours(url, host):
+def test_a_name_that_was_bound_to_this_machine_is_not_ours(local, host):
     """DNS rebinding: the site's Origin and Host are the same, and lead here."""
     headers = {"Host": host, "Origin": f"http://{host}"}
-    assert httpx.get(f"{url}/v1/models", headers=headers).status_code == HOSTS[host]
+    assert httpx.get(f"{local}/v1/models", headers=headers).status_code == HOSTS[host]
 
 
 def test_a_server_for_others_has_any_name(pipeline, locked):
     headers = {"Host": "video.example", "Authorization": "Bearer let me in!"}
     assert httpx.get(f"{locked}/v1/models", headers=headers).status_code == 200
-    network = Network(host="0.0.0.0")
-    with app_on_a_thread(make_app(make_server(pipeline, "tiny", network, Sessions(sessions=1)))) as url:
+    made = make_server(pipeline, "tiny", Network(host="0.0.0.0"), Sessions(sessions=1))
+    with app_on_a_thread(make_app(made, made.network.local)) as url:
         assert httpx.get(f"{url}/v1/models", headers={"Host": "video.example"}).status_code == 200
 
 

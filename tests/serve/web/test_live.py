@@ -13,6 +13,11 @@ from clients import OTHER, PROMPT, connected, play, started
 from PIL import Image
 from sessions import plain
 
+from serve.core.messages import Change
+from serve.core.viewers import Viewer
+from serve.web.desk import Desk
+from serve.web.wire import Invalid, Start
+
 
 def pixels(chunk, pipeline):
     return np.frombuffer(chunk["data"], np.uint8).reshape(chunk["num_frames"], pipeline.height, pipeline.width, 3)
@@ -154,6 +159,12 @@ BAD_STARTS = {
     "an unknown format": ({"prompt": "a", "format": "avi"}, "session.start: format: got 'avi', expected"),
     "no weights": ({"prompt": [{"text": "a", "weight": 0.0}]}, "prompt: got weights [0.0], expected"),
     "an adapter": ({"prompt": "a", "adapters": {"x": 1.0}}, "adapters: got the name 'x', expected none: this"),
+    "an adapter to come": (
+        {"prompt": "a", "resume": {"chunk": 0, "history": [{"chunk": 1, "adapters": {"x": 1.0}}]}},
+        "adapters: got the name 'x', expected none: this",
+    ),
+    "too slow a clock": ({"prompt": "a", "speed": 1e-9}, "session.start: speed: got 1e-09, expected: 0, or 0.01 to"),
+    "a long name": ({"prompt": "a", "model": "\u00e9" * 100}, "model: got '\u00e9"),
     "no picture": ({"prompt": "a", "image": "???"}, "image: got text that is no base64, expected"),
     "a broken picture": ({"prompt": "a", "image": "aGVsbG8="}, "image: got a file, expected a readable picture"),
     "a path": ({"prompt": "a", "image": "/etc/passwd"}, "image: got"),
@@ -170,9 +181,11 @@ def test_bad_starts_are_refused_in_one_line(url, case):
     async def run():
         async with connected(url) as client:
             await client.socket.send(text)
-            return await client.rest()
+            await client.rest()
+            return client.seen, client.socket.close_code
 
-    (error,) = asyncio.run(run())
+    (error,), close_code = asyncio.run(run())
+    assert close_code == 1008
     assert error["type"] == "error"
     assert error["code"] in ("invalid_request", "not_found")
     assert error["message"].startswith(expected), error["message"]
@@ -276,6 +289,32 @@ def test_a_resumed_video_has_the_same_frames(url, pipeline):
     assert [c["data"] for c in part.chunks] == [c["data"] for c in whole.chunks[5:]]
     assert (pixels(whole.chunks[0], pipeline) == plain(pipeline, 1)).all()
     assert whole.chunks[4]["data"] != play(url, num_frames=37).chunks[4]["data"]
+
+
+def test_a_history_may_come_in_any_order(url):
+    history = [{"chunk": 2, "prompt": OTHER}, {"chunk": 4, "prompt": PROMPT}]
+    told, turned = (
+        play(url, num_frames=25, resume={"chunk": 0, "history": one}) for one in (history, history[::-1])
+    )  # fmt: skip
+    assert [c["prompt"] for c in turned.chunks] == [PROMPT] * 2 + [OTHER] * 2 + [PROMPT] * 3
+    assert [c["data"] for c in turned.chunks] == [c["data"] for c in told.chunks]
+
+
+def test_the_core_refuses_mixtures_before_a_session_starts(server, monkeypatch):
+    """Also with a restart, which would end the session."""
+    monkeypatch.setattr("serve.core.prompts.blends", lambda pipeline: False)
+    desk = Desk(server, Viewer(None))
+    mixed = ((PROMPT, 1.0), (OTHER, 1.0))
+    starts = ({"prompt": [{"text": PROMPT}, {"text": OTHER}]},
+              {"prompt": PROMPT, "resume": {"chunk": 1, "history": [{"chunk": 0, "prompt": OTHER,
+                                                                    "transition_chunks": 3}]}})  # fmt: skip
+    for start in starts:
+        with pytest.raises(Invalid, match="got a bundle that the C"):
+            desk.start(Start.model_validate({"type": "session.start"} | start))
+    assert desk.session is None
+    with pytest.raises(Invalid, match="got a bundle that the C"):
+        desk._check_change(Change(prompt=mixed, reset=True))
+    desk._check_change(Change(prompt=mixed[:1], reset=True))
 
 
 def test_sessions_wait_in_line_and_are_told_their_place(url, server):
