@@ -9,20 +9,17 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 
 from engine.bundles.native import NativePipeline
 from engine.stream import Pipeline
 from serve.core.coding import Coded, Coding, Recording
-from serve.core.messages import Change, Chunk, Notice, Past, Wish, shown
+from serve.core.messages import Change, Chunk, Notice, Past, Wish
 from serve.core.pace import Pace
-from serve.core.prompts import Direction, check_words, note_of
 from serve.core.turns import Turns
+from serve.core.video import OUT_OF_MEMORY, Video, line_of
 from serve.core.viewers import Viewer
 
 log = logging.getLogger("serve")
@@ -71,29 +68,24 @@ class Session:
     """
 
     def __init__(self, name: str, place: Place, wish: Wish) -> None:
-        self.id, self.wish, self.created = name, wish, time.time()
+        self.id, self.created = name, time.time()
         self.state = "waiting"  # starting, playing, paused, ended
         self.reason = ""  # why it ended
         self.chunks = self.frames = 0  # shown so far
-        self.seed = wish.seed
-        self.history: list[Past] = []  # changes since the video began, to make it again
         self.recording = Recording(place.limits.recording)
         self.key = secrets.token_urlsafe(12)  # who has it may change the video
         self._place, self._pipeline = place, place.pipeline
-        self._direction = Direction(self._pipeline, wish.prompt)
-        self._reached = self._direction  # of the chunk that was made last
-        self._stream: Any = None  # of the engine, or of the C++ core
+        self._video = Video(self._pipeline, wish, self._turn, self.tell)
         self._lock = threading.Condition()
         self._changes: deque[Change] = deque()
-        self._past = deque(wish.history)
+        self._past, self._skip = deque(wish.history), wish.skip
         self._viewers: list[Viewer] = []
         self._stopping = ""
         self._records = False
         self._pace = Pace(self._pipeline.fps, wish.speed)
         self._coding = Coding(self._pipeline.height, self._pipeline.width, self._pipeline.fps, place.scale)
         self._paused = self._blocked = False
-        self._take = self._number = self._made = self._last = 0  # _made: frames of this take; _last: of the last chunk
-        self._started: list[str] = []  # events that show with the next chunk
+        self._last = 1  # frames of the chunk that was made last
         now = time.monotonic()
         self.began, self._touched, self._watched, self._free = now, now, now, now
         self._thread = threading.Thread(target=self._run, name=f"session-{name}", daemon=True)
@@ -179,12 +171,21 @@ class Session:
     @property
     def take(self) -> int:
         """How often the video has started again: a chunk of an earlier take is stale."""
-        return self._take
+        return self._video.take
+
+    @property
+    def seed(self) -> int:
+        return self._video.seed
 
     @property
     def prompt(self) -> str:
         """The active prompt on one line."""
-        return shown(self._direction.words)
+        return self._video.prompt
+
+    @property
+    def history(self) -> list[Past]:
+        """Changes since the video began, to make it again."""
+        return list(self._video.history)
 
     def frame_due(self, chunk: Chunk, number: int) -> float:
         """Monotonic time at which frame `number` of a chunk is to be shown, at the speed the chunk was made for."""
@@ -197,7 +198,7 @@ class Session:
         try:
             if self._pipeline.device.type == "cuda":
                 torch.cuda.set_device(self._pipeline.device)  # each thread has its own current device
-            self._begin(self.wish)
+            self._video.begin()
             self._catch_up()
             with self._lock:
                 self.state = "playing"
@@ -205,61 +206,35 @@ class Session:
                     viewer.put(self._start_notice())
             while not (reason := self._why_end()):
                 if self._due_now():
-                    self._show(*self._next())
-        except (MemoryError, torch.cuda.OutOfMemoryError) as error:
-            self._fail("out_of_memory", f"the video stopped: {_line(error)}")
+                    self._show(self._next())
+        except OUT_OF_MEMORY as error:
+            self._fail("out_of_memory", f"the video stopped: {line_of(error)}")
             release = True  # once the stream is closed, and the error's traceback holds none of its tensors
         except Exception as error:
             # What the user asked for was checked before; a number that is not finite, or a fault of ours, ends here.
             log.exception("session %s failed", self.id)
-            self._fail("failed", f"the video stopped: {_line(error)}")
+            self._fail("failed", f"the video stopped: {line_of(error)}")
         finally:
             try:
-                self._close(release)
+                self._video.close(release)
             except Exception:
                 log.exception("session %s did not close its stream", self.id)
             self._end(reason or "failed")
 
-    def _begin(self, wish: Wish) -> None:
-        """Open the stream of a take."""
-        direction = Direction(self._pipeline, wish.prompt)
-        self._close()  # first, so that the new one has the memory
-        with self._place.turn(self._turn_by()):
-            self._stream = self._pipeline.stream(direction.first, seed=wish.seed, frames=wish.frames, clip=wish.clip)
-            if wish.adapters:
-                self._stream.set_adapters(wish.adapters)
-        self._direction = self._reached = direction
-        self.seed = wish.seed
-        self._number = self._made = 0
-        self.history = []
-        self._note(wish.prompt)
-
-    def _close(self, release: bool = False) -> None:
-        """Close the stream, if one is open; `release` gives its memory back to the device."""
-        stream, self._stream = self._stream, None
-        if stream is None and not release:
-            return
-        with self._place.turns.turn(time.monotonic()):  # in the background, too: it frees memory
-            if stream is not None:
-                stream.close()
-            del stream
-            if release:
-                _release()
-
     def _catch_up(self) -> None:
         """Make the chunks again that the viewer has seen, with the changes of their time. Live sessions go first."""
-        told = 0.0
-        while self._number < self.wish.skip and not self._why_end():
+        told, video = 0.0, self._video
+        while video.number < self._skip and not self._why_end():
             self._apply_past()
-            self._next(float("inf"))
-            self._started.clear()
+            video.next(float("inf"))
+            video.saw()
             if (now := time.monotonic()) - told > TICK:
                 told = now
-                self.tell(Notice("progress", {"chunk": self._number, "of": self.wish.skip}))
+                self.tell(Notice("progress", {"chunk": video.number, "of": self._skip}))
 
     def _apply_past(self) -> None:
         """Apply the changes of the wish that belong to the next chunk."""
-        while self._past and self._past[0].chunk <= self._number:
+        while self._past and self._past[0].chunk <= self._video.number:
             self._apply(self._past.popleft().change)
 
     def _why_end(self) -> str:
@@ -275,7 +250,7 @@ class Session:
                 self._watched = now
             behind = any(viewer.full for viewer in self._viewers if viewer.holds)
         self._free = self._free if behind and not self._paused else now
-        if self.wish.frames is not None and self._made >= self.wish.frames:
+        if self._video.finished:
             return "finished"
         if now - self.began > limits.lifetime:
             return "lifetime"
@@ -304,120 +279,42 @@ class Session:
                 self._blocked = False
                 self._pace.rebase()
             now = time.monotonic()
-            early = self._pace.due(self.frames, now) - self._pace.lead(self._last or 1) - now
+            early = self._pace.due(self.frames, now) - self._pace.lead(self._last) - now
             if early > 0:
                 self._lock.wait(min(early, TICK))
                 return False
         return True
 
     def _apply(self, change: Change) -> None:
-        """Change the stream. What it refuses leaves it as it was, and the session goes on."""
+        """Change the video and its clock. What the video refuses leaves both as they were."""
         if change.restarts:
-            self._restart(change)  # what fails here ends the session: the old video is gone
-        try:
-            if change.prompt is not None and not change.restarts:
-                self._turn_to(change)
-            if change.adapters is not None:
-                with self._place.turn(self._turn_by()):
-                    self._stream.set_adapters(change.adapters)
-        except (ValueError, MemoryError, torch.cuda.OutOfMemoryError) as error:
-            self.tell(_failed(change.event, error))
+            self._past.clear()
+        if not self._video.apply(change):
             return
+        if change.restarts:
+            self._pace.rebase()
         if change.speed is not None:
             self._pace.at_speed(change.speed, self.frames, time.monotonic())
         if change.paused is not None:
             self._paused = change.paused
             self.state = "paused" if self._paused else "playing"
-        if change.adapters is not None:  # a restart keeps them, as it keeps the prompt
-            self.wish = replace(self.wish, adapters={**self.wish.adapters, **change.adapters})
-        prompt = None if change.restarts else change.prompt  # of a restart it is the video's first one
-        if prompt is not None or change.adapters is not None:
-            lasting = Change(change.event, prompt, change.transition, change.adapters)
-            self.history.append(Past(self._number, lasting))
-        if change.event:
-            self._started.append(change.event)
 
-    def _turn_to(self, change: Change) -> None:
-        assert change.prompt is not None
-        check_words(change.prompt)
-        direction = copy(self._reached)  # a prompt that no chunk shows is no start of a transition
-        with self._place.turn(self._turn_by()):
-            direction.turn_to(change.prompt, change.transition, change.event)
-        if (unseen := self._direction.event) and unseen in self._started:
-            self._started.remove(unseen)
-            message = "this prompt has no effect: a newer one came before the next chunk"
-            self.tell(Notice("note", {"message": message, "event_id": unseen}))
-        if self._direction is not self._reached:
-            self._forget_prompt()
-        self._direction = direction
-        self._note(change.prompt)
-
-    def _forget_prompt(self) -> None:
-        """Take the newest prompt out of the history, as no chunk shows it."""
-        for place in reversed(range(len(self.history))):
-            past = self.history[place]
-            if past.change.prompt is not None:
-                rest = [] if past.change.adapters is None else [Past(past.chunk, replace(past.change, prompt=None))]
-                self.history[place : place + 1] = rest
-                return
-
-    def _restart(self, change: Change) -> None:
-        """Begin the video again."""
-        self._past.clear()
-        words = change.prompt or self._direction.words
-        wish = replace(self.wish, prompt=words, seed=self.seed if change.seed is None else change.seed)
-        self._begin(wish)
-        if wish.adapters:
-            self.history.append(Past(0, Change(adapters=wish.adapters)))
-        self._take += 1
-        self._pace.rebase()
-
-    def _next(self, deadline: float | None = None) -> tuple[np.ndarray, Chunk]:
-        """Make the next chunk; its description has no units yet."""
+    def _next(self) -> Chunk:
+        """Make the next chunk. It has no units yet."""
         asked = time.monotonic()
-        deadline = self._turn_by() if deadline is None else deadline
-        with self._place.turn(deadline):
-            begun = time.monotonic()
-            moving = self._steer()
-            frames = self._stream.next_chunk()
+        made = self._video.next()
         now = time.monotonic()
-        if self.wish.frames is not None:
-            frames = frames[: self.wish.frames - self._made]
-        direction = self._direction
-        event = (direction.event,) if moving and direction.event else ()
-        started = tuple(self._started)
-        others = tuple(one for one in started if one not in event)
-        done = (*others, *(event if not direction.moving else ()))
-        due, late = self._pace.made(self.frames, now - asked, now) if deadline != float("inf") else (now, 0.0)
-        chunk = Chunk(self._number, self._take, self.frames, frames, (), shown(direction.words), started,
-                      tuple(dict.fromkeys((*started, *event))), done, now - begun, due, late,
-                      self._pace.speed)  # fmt: skip
-        self._number, self._made, self._last = self._number + 1, self._made + len(frames), len(frames)
-        return frames, chunk
+        due, late = self._pace.made(self.frames, now - asked, now)
+        self._last = len(made.frames)
+        return Chunk(**vars(made), position=self.frames, units=(), due=due, late=late, speed=self._pace.speed)
 
-    def _turn_by(self) -> float:
-        """The deadline of the session's next turn."""
-        return self._pace.turn_by(self.frames, self._last or 1, time.monotonic())
+    def _turn(self, deadline: float | None) -> AbstractContextManager[None]:
+        """Within the block the session may compute: by a deadline, or as its next chunk."""
+        if deadline is not None:
+            return self._place.turns.turn(deadline)
+        return self._place.turn(self._pace.turn_by(self.frames, self._last, time.monotonic()))
 
-    def _steer(self) -> bool:
-        """Give the stream the prompt of its next chunk; whether that is one on the way to a new target."""
-        direction = copy(self._direction)
-        if (prompt := direction.step()) is None:
-            self._reached = self._direction
-            return False
-        try:
-            self._stream.set_prompt(prompt)
-        except (ValueError, FloatingPointError, MemoryError, torch.cuda.OutOfMemoryError) as error:
-            # A call that fails changes nothing: the stream still has the prompt of its last chunk.
-            self._direction = self._reached = Direction(self._pipeline, self._reached.words)
-            self._started = [one for one in self._started if one != direction.event]
-            self._forget_prompt()
-            self.tell(_failed(direction.event, error))
-            return False
-        self._direction = self._reached = direction
-        return True
-
-    def _show(self, frames: np.ndarray, chunk: Chunk) -> None:
+    def _show(self, chunk: Chunk) -> None:
         """Code a chunk and give it to those who watch."""
         records = self._records and not self.recording.full
         with self._lock:
@@ -428,7 +325,7 @@ class Session:
             for viewer in viewers:
                 if viewer.codec and viewer.wants_key and not viewer.full:
                     wanted[viewer.codec] = True
-        coded: dict[str, Coded] = self._coding.code(frames, chunk.position, wanted)
+        coded: dict[str, Coded] = self._coding.code(chunk.frames, chunk.position, wanted)
         with self._lock:
             if self._restarting():
                 self._coding.restart()  # the next chunk must need no picture that was not sent
@@ -436,24 +333,20 @@ class Session:
             for viewer in viewers:
                 one = coded.get(viewer.codec or "", Coded(()))
                 viewer.put(replace(chunk, units=one.units, fragment=one.fragment, init=one.init))
-            self.chunks, self.frames = self.chunks + 1, self.frames + len(frames)
+            self.chunks, self.frames = self.chunks + 1, self.frames + len(chunk.frames)
         if records:
             self.recording.add(coded["h264"])
             if self.recording.full:
                 self.tell(Notice("note", {"message": "the recording is full: the download ends here"}))
-        self._started.clear()
+        self._video.saw()
         self._place.on_chunk(self, chunk)
 
     def _restarting(self) -> bool:
         """Whether a restart waits, so that what was made last is stale. With the lock held."""
         return any(change.restarts for change in self._changes)
 
-    def _note(self, words: Any) -> None:
-        if note := note_of(self._pipeline, words):
-            self.tell(Notice("note", {"message": note}))
-
     def _start_notice(self) -> Notice:
-        about = {"seed": self.seed, "prompt": self.prompt, "frames": self.wish.frames, "speed": self._pace.speed}
+        about = {"seed": self.seed, "prompt": self.prompt, "frames": self._video.wish.frames, "speed": self._pace.speed}
         return Notice("start", about)
 
     def _done_notice(self) -> Notice:
@@ -470,22 +363,7 @@ class Session:
             self.state, self.reason = "ended", reason
             # It stays for download: let go what only a running video needs.
             self._coding.close()
-            self.wish = replace(self.wish, clip=None)
-            self._direction = self._reached = Direction(self._pipeline, self._direction.words)
+            self._video.forget()
             for viewer in self._viewers:
                 viewer.put(self._done_notice())
         self._place.on_end(self)
-
-
-def _failed(event: str, error: BaseException) -> Notice:
-    return Notice("error", {"code": "interaction_failed", "event_id": event, "message": _line(error)})
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _release() -> None:
-    """Give freed memory back to the device, so that a smaller stream can have it."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

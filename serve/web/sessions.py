@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
-from collections.abc import AsyncIterator
-from typing import Annotated
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from typing import IO, Annotated
 
 import av
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from serve.core.coding import Recording
 from serve.core.messages import Chunk, Wish, Words, shown
 from serve.core.session import Session
 from serve.core.viewers import Viewer
@@ -24,7 +27,7 @@ MOST_SECONDS = 86_400.0
 
 def router(server: Server, starts: Bucket) -> APIRouter:
     """The routes."""
-    routes = APIRouter()
+    routes, copying = APIRouter(), asyncio.Lock()  # one recording at a time is in memory
 
     @routes.get("/v1/sessions/{name}")
     async def about(name: str) -> dict[str, object]:
@@ -44,12 +47,14 @@ def router(server: Server, starts: Bucket) -> APIRouter:
     @routes.get("/v1/sessions/{name}/video")
     async def video(name: str) -> Response:
         session = _session(server, name)
-        data = await asyncio.to_thread(session.recording.read)
-        if not data:
+        async with copying:
+            file = await asyncio.to_thread(_copied, session.recording)
+        if file is None:
             raise Refused(404, "not_found", f"session: got {name[:64]!r}, which has no recording yet, expected frames")
-        whole = await asyncio.to_thread(indexed, data)
-        headers = {"Content-Disposition": f'attachment; filename="{session.id}.mp4"'}
-        return Response(whole, media_type="video/mp4", headers=headers)
+        headers = {
+            "Content-Disposition": f'attachment; filename="{session.id}.mp4"', "Content-Length": str(file.seek(0, 2)),
+        }  # fmt: skip
+        return StreamingResponse(_read(file), media_type="video/mp4", headers=headers)
 
     @routes.get("/v1/sessions/{name}/mjpeg")
     async def watch(name: str) -> StreamingResponse:
@@ -125,14 +130,31 @@ async def _parts(session: Session, viewer: Viewer, bell: Bell) -> AsyncIterator[
             yield head.encode() + unit.data + b"\r\n"
 
 
-def indexed(data: bytes) -> bytes:
-    """A fragmented mp4 as an ordinary one, with an index. The pictures are copied, not coded again."""
-    made = io.BytesIO()
-    with av.open(io.BytesIO(data), "r") as source, av.open(made, "w", format="mp4") as target:
+def _copied(recording: Recording) -> IO[bytes] | None:
+    """A recording so far as an ordinary mp4, in a file without a name; None if nothing was recorded."""
+    if not (data := recording.read()):
+        return None
+    with contextlib.ExitStack() as undo:
+        file = undo.enter_context(tempfile.TemporaryFile(prefix="greedy-serve-"))
+        index(data, file)
+        undo.pop_all()
+    return file
+
+
+def _read(file: IO[bytes]) -> Iterator[bytes]:
+    """A file's bytes from its beginning; it is closed at the end, also where the client has gone."""
+    with file:
+        file.seek(0)
+        while data := file.read(1 << 16):
+            yield data
+
+
+def index(data: bytes, into: IO[bytes]) -> None:
+    """Write a fragmented mp4 as an ordinary one, with an index. The pictures are copied, not coded again."""
+    with av.open(io.BytesIO(data), "r") as source, av.open(into, "w", format="mp4") as target:
         stream = source.streams.video[0]
         video = target.add_stream_from_template(stream, opaque=True)
         for packet in source.demux(stream):
             if packet.size:
                 packet.stream = video
                 target.mux(packet)
-    return made.getvalue()

@@ -20,7 +20,7 @@ from serve.core.prompts import check_words
 from serve.core.turns import Turns
 from serve.core.viewers import Viewer
 from serve.web.server import Bucket
-from serve.web.sessions import indexed
+from serve.web.sessions import index
 
 
 def moving(count, height=32, width=48):
@@ -178,7 +178,10 @@ def test_the_recording_is_a_video_and_stops_when_it_is_full():
     for one in made:
         recording.add(one)
     assert recording.full
-    with av.open(io.BytesIO(indexed(recording.read()))) as container:
+    whole = io.BytesIO()
+    index(recording.read(), whole)
+    whole.seek(0)
+    with av.open(whole) as container:
         assert container.format.name.startswith("mov")
         assert sum(1 for _ in container.decode(video=0)) == 24
         assert container.duration == pytest.approx(24 / 8 * 1e6, abs=2)

@@ -268,7 +268,7 @@ def test_a_failure_is_told_and_ends_only_its_session(pipeline, monkeypatch):
     def fails():
         raise MemoryError("no room left")
 
-    monkeypatch.setattr(session._stream, "next_chunk", fails)
+    monkeypatch.setattr(session._video._stream, "next_chunk", fails)
     found = items(viewer)
     assert notices(found, "error")[0] == {"code": "out_of_memory", "message": "the video stopped: no room left"}
     assert notices(found, "done")[0]["reason"] == "failed"
@@ -328,7 +328,7 @@ def test_a_prompt_that_fails_takes_no_earlier_one_out_of_the_history(pipeline, m
     def fails(prompt):
         raise FloatingPointError("no number")
 
-    monkeypatch.setattr(session._stream, "set_prompt", fails)
+    monkeypatch.setattr(session._video._stream, "set_prompt", fails)
     session.change(Change("e", words(OTHER)))
     found = items(viewer, lambda item: not isinstance(item, Chunk) and item.kind == "error")
     session.stop()
@@ -388,7 +388,7 @@ def test_a_stream_that_does_not_close_ends_its_session_all_the_same(pipeline, mo
     def fails():
         raise RuntimeError("a device that is gone")
 
-    monkeypatch.setattr(session._stream, "close", fails)
+    monkeypatch.setattr(session._video._stream, "close", fails)
     session.stop()
     assert session.join(HANG)
     assert (session.state, ended) == ("ended", [session])
@@ -398,15 +398,15 @@ def test_memory_goes_back_after_the_stream_has_closed(pipeline, monkeypatch):
     story = []
     session, viewer = opened(pipeline, wish(), Viewer(None, room=1))
     items(viewer, after(1))
-    close = session._stream.close
+    close = session._video._stream.close
 
     def fails():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(session._stream, "next_chunk", fails)
-    monkeypatch.setattr(session._stream, "close", lambda: (story.append("closed"), close()))
+    monkeypatch.setattr(session._video._stream, "next_chunk", fails)
+    monkeypatch.setattr(session._video._stream, "close", lambda: (story.append("closed"), close()))
     free = session._place.turns
-    monkeypatch.setattr("serve.core.session._release", lambda: story.append(("released", free._free)))
+    monkeypatch.setattr("serve.core.video._release", lambda: story.append(("released", free._free)))
     items(viewer)
     assert session.join(HANG)
     assert story == ["closed", ("released", 0)]  # within a turn: no other session captures graphs meanwhile
@@ -417,7 +417,7 @@ def test_an_ended_session_keeps_no_picture_and_no_encoder(pipeline):
     session, viewer = opened(pipeline, wish(frames=5, clip=clip), Viewer("h264"))
     items(viewer)
     assert session.join(HANG)
-    assert session.wish.clip is None
+    assert session._video.wish.clip is None
     assert session._coding._encoders == {}
     assert session.recording.read()
 

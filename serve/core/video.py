@@ -1,0 +1,210 @@
+"""What a session shows: the engine's stream, the changes that act on it, and their history to make it again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.bundles.native import NativePipeline
+from engine.stream import Pipeline
+from serve.core.messages import Change, Notice, Past, Wish, Words, shown
+from serve.core.prompts import Direction, check_words, note_of
+
+OUT_OF_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
+Turn = Callable[[float | None], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A chunk as the video has made it."""
+
+    number: int  # since the video began
+    take: int  # how often it has started again
+    frames: np.ndarray  # uint8 [T, H, W, 3]
+    prompt: str
+    started: tuple[str, ...]  # events that show first here
+    active: tuple[str, ...]
+    completed: tuple[str, ...]
+    spent: float  # seconds
+
+
+class Video:
+    """A stream, and what it is told. One thread uses it.
+
+    turn  gives a block in which the stream may compute, by a deadline; None is the session's own next one
+    tell  gives every viewer a notice
+    """
+
+    def __init__(
+        self, pipeline: Pipeline | NativePipeline, wish: Wish, turn: Turn, tell: Callable[[Notice], None]
+    ) -> None:  # fmt: skip
+        self.wish, self.seed = wish, wish.seed
+        self.history: list[Past] = []  # changes since the video began
+        self.take = self.number = self.frames = 0  # number of the next chunk, frames made so far, both of this take
+        self._pipeline, self._turn, self._tell = pipeline, turn, tell
+        self._stream: Any = None  # of the engine, or of the C++ core
+        self._direction = self._reached = Direction(pipeline, wish.prompt)  # _reached: of the chunk made last
+        self._started: list[str] = []  # events that show with the next chunk
+
+    @property
+    def prompt(self) -> str:
+        """The active prompt on one line."""
+        return shown(self._direction.words)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all frames of the wish are made."""
+        return self.wish.frames is not None and self.frames >= self.wish.frames
+
+    def begin(self) -> None:
+        """Open the stream of the wish."""
+        wish, direction = self.wish, Direction(self._pipeline, self.wish.prompt)
+        self.close()  # first, so that the new one has the memory
+        with self._turn(None):
+            self._stream = self._pipeline.stream(direction.first, seed=wish.seed, frames=wish.frames, clip=wish.clip)
+            if wish.adapters:
+                self._stream.set_adapters(wish.adapters)
+        self._direction = self._reached = direction
+        self.seed, self.number, self.frames, self.history = wish.seed, 0, 0, []
+        self._note(wish.prompt)
+
+    def close(self, release: bool = False) -> None:
+        """Close the stream, if one is open; `release` gives its memory back to the device."""
+        stream, self._stream = self._stream, None
+        if stream is None and not release:
+            return
+        with self._turn(time.monotonic()):
+            if stream is not None:
+                stream.close()
+            del stream
+            if release:
+                _release()
+
+    def forget(self) -> None:
+        """Let go what only a running video needs."""
+        self.wish = replace(self.wish, clip=None)
+        self._direction = self._reached = Direction(self._pipeline, self._direction.words)
+
+    def apply(self, change: Change) -> bool:
+        """Change what is shown from the next chunk on. What the stream refuses is told and leaves it as it was: False.
+
+        An error of a restart is raised: the old video is gone.
+        """
+        if change.restarts:
+            self._restart(change)
+        prompt = None if change.restarts else change.prompt  # of a restart it is the video's first one
+        try:
+            if prompt is not None:
+                self._turn_to(prompt, change)
+            if change.adapters is not None:
+                with self._turn(None):
+                    self._stream.set_adapters(change.adapters)
+        except (ValueError, *OUT_OF_MEMORY) as error:
+            self._refused(change.event, error)
+            return False
+        if change.adapters is not None:  # a restart keeps them, as it keeps the prompt
+            self.wish = replace(self.wish, adapters={**self.wish.adapters, **change.adapters})
+        if prompt is not None or change.adapters is not None:
+            lasting = Change(change.event, prompt, change.transition, change.adapters)
+            self.history.append(Past(self.number, lasting))
+        if change.event:
+            self._started.append(change.event)
+        return True
+
+    def next(self, deadline: float | None = None) -> Made:
+        """Make the next chunk."""
+        with self._turn(deadline):
+            begun = time.monotonic()
+            moving = self._steer()
+            frames = self._stream.next_chunk()
+            spent = time.monotonic() - begun
+        if self.wish.frames is not None:
+            frames = frames[: self.wish.frames - self.frames]
+        direction = self._direction
+        event = (direction.event,) if moving and direction.event else ()
+        started = tuple(self._started)
+        others = tuple(one for one in started if one not in event)
+        done = (*others, *(event if not direction.moving else ()))
+        active = tuple(dict.fromkeys((*started, *event)))
+        made = Made(self.number, self.take, frames, self.prompt, started, active, done, spent)
+        self.number, self.frames = self.number + 1, self.frames + len(frames)
+        return made
+
+    def saw(self) -> None:
+        """The chunk that was made last is shown, and with it the events that it started."""
+        self._started.clear()
+
+    def _restart(self, change: Change) -> None:
+        """Begin the video again."""
+        words = change.prompt or self._direction.words
+        self.wish = replace(self.wish, prompt=words, seed=self.seed if change.seed is None else change.seed)
+        self.begin()
+        if self.wish.adapters:
+            self.history.append(Past(0, Change(adapters=self.wish.adapters)))
+        self.take += 1
+
+    def _turn_to(self, words: Words, change: Change) -> None:
+        check_words(words)
+        direction = copy(self._reached)  # a prompt that no chunk shows is no start of a transition
+        with self._turn(None):
+            direction.turn_to(words, change.transition, change.event)
+        if (unseen := self._direction.event) and unseen in self._started:
+            self._started.remove(unseen)
+            message = "this prompt has no effect: a newer one came before the next chunk"
+            self._tell(Notice("note", {"message": message, "event_id": unseen}))
+        if self._direction is not self._reached:
+            self._forget_prompt()
+        self._direction = direction
+        self._note(words)
+
+    def _steer(self) -> bool:
+        """Give the stream the prompt of its next chunk; whether that is one on the way to a new target."""
+        direction = copy(self._direction)
+        if (prompt := direction.step()) is None:
+            self._reached = self._direction
+            return False
+        try:
+            self._stream.set_prompt(prompt)
+        except (ValueError, FloatingPointError, *OUT_OF_MEMORY) as error:
+            # A call that fails changes nothing: the stream still has the prompt of its last chunk.
+            self._direction = self._reached = Direction(self._pipeline, self._reached.words)
+            self._started = [one for one in self._started if one != direction.event]
+            self._forget_prompt()
+            self._refused(direction.event, error)
+            return False
+        self._direction = self._reached = direction
+        return True
+
+    def _forget_prompt(self) -> None:
+        """Take the newest prompt out of the history, as no chunk shows it."""
+        for place in reversed(range(len(self.history))):
+            past = self.history[place]
+            if past.change.prompt is not None:
+                rest = [] if past.change.adapters is None else [Past(past.chunk, replace(past.change, prompt=None))]
+                self.history[place : place + 1] = rest
+                return
+
+    def _note(self, words: Words) -> None:
+        if note := note_of(self._pipeline, words):
+            self._tell(Notice("note", {"message": note}))
+
+    def _refused(self, event: str, error: BaseException) -> None:
+        self._tell(Notice("error", {"code": "interaction_failed", "event_id": event, "message": line_of(error)}))
+
+
+def line_of(error: BaseException) -> str:
+    """An error on one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _release() -> None:
+    """Give freed memory back to the device, so that a smaller stream can have it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
