@@ -24,7 +24,7 @@ ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
 ray_serve = pytest.importorskip("ray.serve", reason="the extra [ray] is not installed")
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOKEN = "a-token-of-tests"
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 QUERY = f"?token={TOKEN}"
