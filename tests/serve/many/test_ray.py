@@ -45,6 +45,7 @@ def url():
     """The door to two replicas of the embedded model, two sessions each."""
     from serve.ray_app import build
 
+    environment, handlers = dict(os.environ), {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
     os.environ |= QUIET
     folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # names of sockets are short
     port = free_port()
@@ -60,6 +61,10 @@ def url():
         ray_serve.shutdown()
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+        os.environ.clear()
+        os.environ |= environment
+        for number, handler in handlers.items():  # Ray has set its own
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
