@@ -50,7 +50,7 @@ OURS = {*MAY, "csrc", "tests"}
 
 @pytest.fixture(autouse=True, scope="module")
 def no_collection():
-    """Python 3.11's parser fails if a collection meanwhile runs a finalizer that parses, as that of a traceback does."""
+    """Python 3.11's parser fails if a collection meanwhile runs what parses, too, such as the log of a traceback."""
     gc.disable()
     yield
     gc.enable()
