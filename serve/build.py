@@ -73,10 +73,10 @@ def make_server(
         pipeline.warm()
     native = isinstance(pipeline, NativePipeline) and pipeline.device.type == "cpu"
     parallel = sessions.parallel or (cores() if native else 1)
-    seconds, frames = seconds_per_chunk(pipeline, EXAMPLES[0])
+    scale = sessions.scale or scale_for(pipeline.height, pipeline.width)
+    seconds, frames = seconds_per_chunk(pipeline, EXAMPLES[0], scale)
     room = Room(sessions.sessions or capacity(seconds, frames, pipeline.fps, parallel), sessions.waiting)
     limits = Limits(sessions.idle, sessions.lifetime, sessions.lease, recording=sessions.recording_mb << 20)
-    scale = sessions.scale or scale_for(pipeline.height, pipeline.width)
     metrics = Metrics()
     house = House(pipeline, room, limits, scale, parallel, Watching(metrics.chunk, metrics.end))
     store = store or Store(sessions.jobs_dir)
