@@ -18,7 +18,7 @@ from serve.core.viewers import Viewer
 
 # Of the time between chunks, how much sessions may compute. Beside viewers a chunk takes up to half as long again as
 # alone, and one that is late makes the next one late.
-SHARE = 0.6
+SHARE = 0.7
 TIMED = 6  # chunks of each of two streams by which the time of one is measured
 KEPT = 300.0  # seconds for which an ended session can be downloaded
 MOST_KEPT = 32

@@ -129,8 +129,8 @@ def test_pace_without_a_clock():
 
 
 def test_capacity():
-    assert capacity(0.1, 4, 8.0, 1) == 3  # 0.6 * 0.5 s / 0.1 s
-    assert capacity(0.1, 4, 8.0, 2) == 6
+    assert capacity(0.1, 4, 8.0, 1) == 3  # 0.7 * 0.5 s / 0.1 s
+    assert capacity(0.1, 4, 8.0, 2) == 7
     assert capacity(3.0, 4, 8.0, 1) == 1
 
 
