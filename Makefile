@@ -31,7 +31,7 @@ serve: setup  ## stream the embedded model to a live page, http://localhost:8000
 # puts the longest files first.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: setup  ## run the tests, every feature: about 20 minutes on two cores, less when compiled artefacts are there
+test: setup  ## run the tests, every feature: about 25 minutes on two cores, less when compiled artefacts are there
 	$(PYTEST) -m "not thorough" --durations=25
 
 test-fast: setup  ## run the tests that take no more than two seconds each: about 2 minutes
