@@ -43,7 +43,15 @@ def overhead(model: Sequence[str], prompt: str, seed: int, frames: int, rounds: 
     for name, all_rounds in found.items():
         parts = {part: float(np.median([one[part] for one in all_rounds])) for part in all_rounds[0]}
         ratio = None if name == "plain" else paired_ratio([one["cpu"] for one in all_rounds], base)
-        rows.append({"what": name, "ratio": ratio, "cpu_ms": {part: 1e3 * value for part, value in parts.items()}})
+        beside = float(np.median([one["cpu"] / one["engine"] - 1 for one in all_rounds]))
+        rows.append(
+            {
+                "what": name,
+                "ratio": ratio,
+                "beside": beside,
+                "cpu_ms": {part: 1e3 * value for part, value in parts.items()},
+            }
+        )
     return {"frames": frames, "rounds": rounds, "rows": rows}
 
 
@@ -57,10 +65,11 @@ async def _stream(server: Server, format: str, prompt: str, seed: int, frames: i
     cpu     the whole process
     loop    the thread that serves connections
     video   the session's thread
+    engine  the part of that inside the engine
     """
     assert server.process is not None
     pid, begun = server.process.pid, server.cpu() or 0.0
-    before = _threads(pid)
+    before, inside = _threads(pid), server.engine_cpu()
     threads, chunks = dict(before), 0
     async with opened(server) as socket:
         await socket.send(start(prompt, seed, format, num_frames=frames, speed=0))
@@ -74,7 +83,8 @@ async def _stream(server: Server, format: str, prompt: str, seed: int, frames: i
     cpu = (server.cpu() or 0.0) - begun
     loop = _threads(pid).get(pid, 0.0) - before.get(pid, 0.0)
     video = max((spent for thread, spent in threads.items() if thread not in before), default=0.0)
-    return {"cpu": cpu / chunks, "loop": loop / chunks, "video": video / chunks}
+    engine = server.engine_cpu() - inside
+    return {"cpu": cpu / chunks, "loop": loop / chunks, "video": video / chunks, "engine": engine / chunks}
 
 
 def _threads(pid: int) -> dict[int, float]:
@@ -118,7 +128,7 @@ def _plain(process: subprocess.Popen[str], prompt: str, seed: int, frames: int) 
     chunks = _answer(process)["chunks"]
     after = about.cpu_times()
     cpu = (after.user + after.system - before.user - before.system) / chunks
-    return {"cpu": cpu, "loop": 0.0, "video": cpu}
+    return {"cpu": cpu, "loop": 0.0, "video": cpu, "engine": cpu}
 
 
 def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:

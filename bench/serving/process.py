@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,6 +82,12 @@ class Server:
             return None
         times = self.process.cpu_times()
         return times.user + times.system
+
+    def engine_cpu(self) -> float:
+        """CPU seconds that sessions have spent in the engine so far."""
+        figures = self.ask("/metrics").decode()
+        (line,) = re.findall(r"^greedy_engine_cpu_seconds_total ([\d.e+-]+)$", figures, re.MULTILINE)
+        return float(line)
 
     def memory_mb(self) -> float | None:
         return None if self.process is None else self.process.memory_info().rss / MB

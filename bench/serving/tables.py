@@ -27,7 +27,7 @@ def overhead_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "what": row["what"], "CPU ms": row["cpu_ms"]["cpu"], "session": row["cpu_ms"]["video"],
-            "connections": row["cpu_ms"]["loop"],
+            "connections": row["cpu_ms"]["loop"], "beside the engine": f"{row['beside']:.1%}" if row["ratio"] else None,
             "over the loop": f"{row['ratio']['median']:.3f} [{row['ratio']['low']:.3f}, {row['ratio']['high']:.3f}]"
             if row["ratio"] else None,
         }

@@ -72,6 +72,7 @@ class Chunk:
     active: tuple[str, ...]
     completed: tuple[str, ...]
     spent: float  # seconds to make it
+    cpu: float  # CPU seconds of the session's thread in them
     due: float  # monotonic time at which its first frame is to be shown
     late: float  # seconds that it came too late
     speed: float = 1.0  # seconds of video per second

@@ -33,6 +33,7 @@ class Made:
     active: tuple[str, ...]
     completed: tuple[str, ...]
     spent: float  # seconds
+    cpu: float  # CPU seconds of the session's thread in them
 
 
 class Video:
@@ -121,10 +122,10 @@ class Video:
     def next(self, deadline: float | None = None) -> Made:
         """Make the next chunk."""
         with self._turn(deadline):
-            begun = time.monotonic()
+            begun, used = time.monotonic(), time.thread_time()
             moving = self._steer()
             frames = self._stream.next_chunk()
-            spent = time.monotonic() - begun
+            spent, cpu = time.monotonic() - begun, time.thread_time() - used
         if self.wish.frames is not None:
             frames = frames[: self.wish.frames - self.frames]
         direction = self._direction
@@ -133,7 +134,7 @@ class Video:
         others = tuple(one for one in started if one not in event)
         done = (*others, *(event if not direction.moving else ()))
         active = tuple(dict.fromkeys((*started, *event)))
-        made = Made(self.number, self.take, frames, self.prompt, started, active, done, spent)
+        made = Made(self.number, self.take, frames, self.prompt, started, active, done, spent, cpu)
         self.number, self.frames = self.number + 1, self.frames + len(frames)
         return made
 

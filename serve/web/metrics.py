@@ -26,6 +26,10 @@ class Metrics:
         self._late = Counter(
             "greedy_late_chunks", "chunks that came after their first frame was due", registry=self.registry
         )
+        self._cpu = Counter(
+            "greedy_engine_cpu_seconds", "CPU time of sessions in the engine, without coding and sending",
+            registry=self.registry,
+        )  # fmt: skip
         self._spent = Histogram(
             "greedy_chunk_seconds", "time to make a chunk", buckets=_SECONDS, registry=self.registry
         )
@@ -53,6 +57,7 @@ class Metrics:
     def chunk(self, session: Session, chunk: Chunk) -> None:
         self._frames.inc(len(chunk.frames))
         self._chunks.inc()
+        self._cpu.inc(chunk.cpu)
         self._spent.observe(chunk.spent)
         self._lateness.observe(chunk.late)
         if chunk.late > 0.001:

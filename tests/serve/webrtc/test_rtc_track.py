@@ -21,7 +21,7 @@ KEYS = 16  # frames between key frames that nobody asked for
 def chunk(position: int, take: int, key: bool, due: float, frames: int = 2) -> Chunk:
     units = tuple(Unit(bytes([take, position + i]), position + i, key and not i) for i in range(frames))
     pictures = np.zeros((frames, 2, 2, 3), np.uint8)
-    return Chunk(0, take, position, pictures, units, CIRCLE, (), (), (), 0.0, due, 0.0)
+    return Chunk(0, take, position, pictures, units, CIRCLE, (), (), (), 0.0, 0.0, due, 0.0)
 
 
 def test_frames_of_an_earlier_take_are_dropped() -> None:
