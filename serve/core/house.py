@@ -186,4 +186,4 @@ def seconds_per_chunk(pipeline: Pipeline | NativePipeline, prompt: str, scale: i
 
 def capacity(seconds: float, frames: int, fps: float, parallel: int) -> int:
     """Sessions that hold `fps`, a chunk of `frames` taking `seconds` and `parallel` made at once; at least 1."""
-    return max(1, int(SHARE * parallel * frames / fps / seconds))
+    return max(1, int(SHARE * parallel * frames / (fps * seconds) + 1e-9))
