@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
+import logging
 import secrets
 import socket
 import tempfile
@@ -41,6 +41,7 @@ from serve.options import Network, Sessions
 from serve.web.app import make_app
 from serve.web.ending import PoliteServer
 
+log = logging.getLogger("serve")
 AGAIN = 2.0  # seconds between two registrations
 OPEN = 10_000  # requests that one replica takes: it has its own rules
 NOT_HERE = ("host", "port", "tls_cert", "tls_key", "open")  # options of a server that Ray's own proxy listens for
@@ -111,9 +112,11 @@ class Streams:
     def _register(self) -> None:
         """Tell the door where this replica serves, again and again: a door may start later, or anew."""
         while self._thread.is_alive():
-            with contextlib.suppress(Exception):  # there is no door yet
+            try:
                 door = ray_serve.get_deployment_handle("Door", self._app)
                 door.register.remote(self._name, self._url, self._secret).result(timeout_s=30)
+            except Exception:  # there is no door yet, or it starts again
+                log.debug("the door was not reached", exc_info=True)
             time.sleep(AGAIN)
 
     async def hold(self, wanted: str) -> bool:

@@ -68,7 +68,7 @@ class Session:
     """
 
     def __init__(self, name: str, place: Place, wish: Wish) -> None:
-        self.id, self.created = name, time.time()
+        self.id = name
         self.state = "waiting"  # starting, playing, paused, ended
         self.reason = ""  # why it ended
         self.chunks = self.frames = 0  # shown so far
@@ -248,7 +248,7 @@ class Session:
                     return "lease"
             else:
                 self._watched = now
-            behind = any(viewer.full for viewer in self._viewers if viewer.holds)
+            behind = self._behind()
         self._free = self._free if behind and not self._paused else now
         if self._video.finished:
             return "finished"
@@ -270,8 +270,7 @@ class Session:
         with self._lock:
             if self._stopping or self._changes:
                 return False
-            behind = any(viewer.full for viewer in self._viewers if viewer.holds)
-            if self._paused or behind or not any(viewer.watches for viewer in self._viewers):
+            if self._paused or self._behind() or not any(viewer.watches for viewer in self._viewers):
                 self._blocked = True
                 self._lock.wait(TICK)
                 return False
@@ -340,6 +339,10 @@ class Session:
                 self.tell(Notice("note", {"message": "the recording is full: the download ends here"}))
         self._video.saw()
         self._place.on_chunk(self, chunk)
+
+    def _behind(self) -> bool:
+        """Whether the viewer that holds the session has no room. With the lock held."""
+        return any(viewer.full for viewer in self._viewers if viewer.holds)
 
     def _restarting(self) -> bool:
         """Whether a restart waits, so that what was made last is stale. With the lock held."""

@@ -24,10 +24,15 @@ MOST_EVENTS = 1000  # ids that are remembered
 class Desk:
     """One connection: its viewer, its session, and the events that it has sent."""
 
-    def __init__(self, server: Server, viewer: Viewer, owns: bool = True) -> None:
-        self.server, self.viewer, self.owns = server, viewer, owns
+    def __init__(self, server: Server, viewer: Viewer) -> None:
+        self.server, self.viewer = server, viewer
         self.session: Session | None = None
         self._events: OrderedDict[str, bytes] = OrderedDict()  # id: digest of what was asked
+
+    @property
+    def owns(self) -> bool:
+        """Whether this viewer may change the video: it started the session, and no other has taken it over."""
+        return self.viewer.holds
 
     def start(self, start: Start) -> Session:
         """Open the session that a start asks for. Invalid, Busy."""
@@ -52,8 +57,7 @@ class Desk:
             raise Refused(404, "not_found", f"session: got {name[:64]!r}, expected one that runs")
         if key is not None and not hmac.compare_digest(key.encode(), session.key.encode()):
             raise Refused(403, "forbidden", "key: got another one than the session's, expected none, to look on")
-        self.session, self.owns = session, key is not None
-        self.viewer.holds = self.owns
+        self.session, self.viewer.holds = session, key is not None
         session.watch(self.viewer)
         return session
 

@@ -281,6 +281,27 @@ def test_a_lost_connection_takes_its_session_over(url, pipeline):
     assert again.chunks[0]["generation_chunk_index"] >= 3
 
 
+def test_who_was_taken_over_looks_on(url):
+    """One viewer owns a session. The connection that owned it before sees the video, and changes nothing."""
+
+    async def run():
+        async with started(url, speed=4) as before, connected(url) as after:
+            start = await before.until("video.start")
+            await after.send("session.watch", session=start["session"], key=start["key"], format="rgb")
+            await after.until("video.start")
+            await before.interact("x", prompt=OTHER)
+            error = await before.until("error")
+            await after.interact("y", prompt=OTHER)
+            await before.until("video.chunk_metadata", started_event_ids=["y"])
+            await after.send("session.stop")
+            await asyncio.gather(before.rest(), after.rest())
+            return error, before.seen[-1]
+
+    error, last = asyncio.run(run())
+    assert (error["code"], error["event_id"]) == ("invalid_request", "x")
+    assert (last["type"], last["reason"]) == ("session.done", "stopped")
+
+
 def test_a_resumed_video_has_the_same_frames(url, pipeline):
     history = [{"chunk": 2, "prompt": OTHER, "transition_chunks": 2}, {"chunk": 6, "prompt": PROMPT}]
     whole = play(url, num_frames=37, resume={"chunk": 0, "history": history})
