@@ -106,10 +106,11 @@ class Session:
         with self._lock:
             if len(self._changes) >= MOST_CHANGES:
                 raise TooMany(f"session: got more than {MOST_CHANGES} changes at once, expected fewer")
-            self._changes.append(change)
-            if change.restarts:  # what waits is of the old video
+            if change.restarts:
+                change = self._only_restart(change)
                 for viewer in self._viewers:
-                    viewer.drop_chunks()
+                    viewer.drop_chunks()  # they are of the old video
+            self._changes.append(change)
             self._touched = time.monotonic()
             self._lock.notify_all()
 
@@ -343,6 +344,12 @@ class Session:
     def _behind(self) -> bool:
         """Whether the viewer that holds the session has no room. With the lock held."""
         return any(viewer.full for viewer in self._viewers if viewer.holds)
+
+    def _only_restart(self, change: Change) -> Change:
+        """The restart of all that wait: the last one, with the seed that was asked for last. With the lock held."""
+        seeds = [one.seed for one in (*self._changes, change) if one.seed is not None]
+        self._changes = deque(replace(one, seed=None, reset=False) for one in self._changes)
+        return replace(change, seed=seeds[-1] if seeds else None)
 
     def _restarting(self) -> bool:
         """Whether a restart waits, so that what was made last is stale. With the lock held."""
