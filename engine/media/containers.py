@@ -86,7 +86,8 @@ class VideoSink(BaseSink):
 
     def _put(self, frame: np.ndarray) -> None:
         picture = self.av.VideoFrame.from_ndarray(frame, format="rgb24")
-        picture = picture.reformat(format=self.pix_fmt, dst_colorspace="ITU709", dst_color_range="MPEG")
+        # On several threads FFmpeg's scaler sometimes gets rows between their parts wrong, above 8 bits.
+        picture = picture.reformat(format=self.pix_fmt, dst_colorspace="ITU709", dst_color_range="MPEG", threads=1)
         picture.pts, picture.time_base = self.frames, self.time_base
         self._mux(picture)
 

@@ -37,7 +37,7 @@ def write(path, frames, times=None, codec="libx264", pixels="yuv420p", tick=Frac
         for time, frame in zip(times, frames, strict=True):
             if not isinstance(frame, av.VideoFrame):
                 frame = av.VideoFrame.from_ndarray(frame, format="rgba" if frame.shape[2] == 4 else "rgb24")
-                frame = frame.reformat(format=pixels)
+                frame = frame.reformat(format=pixels, threads=1)
             frame.pts, frame.time_base = time, tick
             options.get("retag", lambda frame: None)(frame)
             packets += stream.encode(frame)
