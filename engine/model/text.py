@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.files import read_json
+from engine.files import check_json_size, read_json
 
 MAX_ROWS = 512  # rows that Wan2.1 was trained with
 # Characters of a prompt: the model reads 512 tokens of at most 16 characters; as many again may be white space.
@@ -118,7 +118,9 @@ class Tokenizer:
         number = self._core.token_to_id(pad)
         if number is None:
             raise ValueError(f"{path}: got no token {pad}, expected the pad token among the tokens")
-        self.tokens = self._core.get_vocab_size()
+        # One more than the largest id; the vocabulary may have gaps, and the template ids of its own.
+        ids = [number, *self._core.get_vocab(with_added_tokens=True).values(), *self._core.encode("").ids]
+        self.tokens = 1 + max(ids)
         self._core.enable_padding(length=self.rows, pad_id=number, pad_token=pad)
         self._core.enable_truncation(self.rows)
         self._added = self._core.num_special_tokens_to_add(False)  # the end mark
@@ -165,6 +167,8 @@ def _tensors(encoded: Any) -> tuple[Tensor, Tensor]:
 def _core(path: Path) -> Any:
     """The tokenizers.Tokenizer of a folder. FileNotFoundError without one, ValueError if its file is damaged."""
     file = path / "tokenizer.json"
+    if file.is_file():
+        check_json_size(file)
     if not file.is_file() and not (path / "spiece.model").is_file():
         raise FileNotFoundError(f"{path}: got neither tokenizer.json nor spiece.model, expected one of them")
     try:
