@@ -22,8 +22,8 @@ from typing import Any
 
 NAME_BYTES = 255  # longest name of a file on the usual file systems
 _TOKEN_BYTES = len(".12345678.part")
-# Limits of a JSON file, the same as in csrc/formats/json.h. Marks are commas and opening brackets, those in strings too:
-# about as many as the file has values.
+# Limits of a JSON file, the same as in csrc/formats/json.h. Marks are commas and opening brackets, also those in
+# strings: about as many as the file has values.
 MOST_JSON_BYTES = 1 << 26
 MOST_JSON_MARKS = 1 << 19  # of a manifest; one of a 14B model has 50,000
 MOST_JSON_MARKS_IN_LISTS = 1 << 21  # of a vocabulary
