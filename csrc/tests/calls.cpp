@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr std::size_t kMostCalls = 160, kMostFrames = 60;  // of one input; frames of one session
+constexpr std::size_t kMostCalls = 100, kMostFrames = 33;  // of one input; frames of one session
 
 [[noreturn]] void die(const std::string& what) {
     std::fprintf(stderr, "calls: %s\n", what.c_str());
