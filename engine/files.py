@@ -22,6 +22,11 @@ from typing import Any
 
 NAME_BYTES = 255  # longest name of a file on the usual file systems
 _TOKEN_BYTES = len(".12345678.part")
+# Limits of a JSON file, the same as in csrc/formats/json.h. Marks are commas and opening brackets, also those in
+# strings: about as many as the file has values.
+MOST_JSON_BYTES = 1 << 26
+MOST_JSON_MARKS = 1 << 19  # of a manifest; one of a 14B model has 50,000
+MOST_JSON_MARKS_IN_LISTS = 1 << 21  # of a vocabulary
 
 
 class Part:
@@ -212,10 +217,20 @@ def write_json(path: Path, content: Any, indent: int = 1) -> None:
         part.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
+def check_json_size(path: Path, most_marks: int = MOST_JSON_MARKS_IN_LISTS) -> None:
+    """ValueError for a file that would take much memory to parse."""
+    if (size := path.stat().st_size) > MOST_JSON_BYTES:
+        raise ValueError(f"{path}: got {size} bytes, expected at most {MOST_JSON_BYTES}")
+    text = path.read_bytes()
+    if (marks := sum(map(text.count, (b",", b"[", b"{")))) > most_marks:
+        raise ValueError(f"{path}: got JSON with {marks} commas and brackets, expected at most {most_marks}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. FileNotFoundError or ValueError names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"got no file {path}, expected one")
+    check_json_size(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

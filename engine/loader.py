@@ -316,6 +316,9 @@ def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int 
         except (NotHere, ImportError) as error:
             refused.append(error)
             continue
+        if (rows := stages.token_rows) is not None and tokenizer.tokens > rows:
+            raise ValueError(f"{folder / manifest.tokenizer}: got token {tokenizer.tokens - 1}, expected "
+                             f"0 to {rows - 1}, the rows of the text encoder's table")  # fmt: skip
         graph = spec.graphs[family_of(preset).passes[0].graph]
         latent, keys = (next(spec for spec in graph.inputs if spec.name == name) for name in ("latent", "k_0"))
         return Pipeline(

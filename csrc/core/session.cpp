@@ -31,16 +31,18 @@ Session::Session(std::shared_ptr<Bundle> bundle, std::uint64_t seed)
       generator_(family_.make(stages_)) {}
 
 void Session::set_prompt(Prompt prompt, bool recommit) {
+    Prompt copy = prompt;  // before anything changes: there may be no memory
     const std::lock_guard<std::mutex> lock(mutex_);
-    prompt_ = prompt;
+    prompt_ = std::move(copy);
     const bool due = pending_ && pending_->recommit;  // an earlier recommit that is still due stays due
     pending_ = Request{std::move(prompt), recommit || due};
 }
 
 void Session::set_text(const std::string& text, bool recommit) {
-    if (is_blank(clean_prompt(text))) fail(GREEDY_INVALID, "prompt", "a text that shows nothing", "words");
+    const std::string cleaned = clean_prompt(text);
+    if (is_blank(cleaned)) fail(GREEDY_INVALID, "prompt", "a text that shows nothing", "words");
     Prompt prompt;
-    const std::size_t tokens = bundle_->tokenizer().encode(text, prompt.ids, prompt.mask);
+    const std::size_t tokens = bundle_->tokenizer().encode(cleaned, prompt.ids, prompt.mask);
     if (tokens > prompt.ids.size())
         bundle_->log(GREEDY_LOG_INFO, "note: the prompt has " + std::to_string(tokens) + " tokens, the model reads " +
                                           std::to_string(prompt.ids.size()) + ": the rest is ignored");
@@ -74,7 +76,10 @@ void Session::apply_prompt() {
         const Prompt& prompt = request->prompt;
         const std::vector<float> embedding =
             prompt.ids.empty() ? prompt.embedding : stages_.encode_text(prompt.ids, prompt.mask);
-        generator_->set_text(stages_.prepare_text(embedding), request->recommit);
+        TextKV text_kv = stages_.prepare_text(embedding);
+        // A call that failed after its prompt was applied leaves its recommit due.
+        generator_->set_text(std::move(text_kv), request->recommit || recommit_due_);
+        recommit_due_ |= request->recommit;
     } catch (...) {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (!pending_)
@@ -124,15 +129,16 @@ void Session::push_latent(const float* latent, std::size_t frames) {
     need_finite(latent, frames * stages_.frame_size(), "push");
     const std::size_t channels = static_cast<std::size_t>(manifest().transformer.in_channels);
     const std::size_t area = stages_.frame_size() / channels;
-    supplied_.clear();
+    std::deque<std::shared_ptr<const Latent>> parts;
     for (std::size_t first = 0; first < frames; first += chunk) {
         Latent part;
         part.reserve(chunk * stages_.frame_size());
         for (std::size_t c = 0; c < channels; ++c)
             for (std::size_t i = 0; i < chunk * area; ++i)
                 part.push_back(rounded(latent[(c * frames + first) * area + i], stages_.dtype()));
-        supplied_.push_back(std::make_shared<const Latent>(std::move(part)));
+        parts.push_back(std::make_shared<const Latent>(std::move(part)));
     }
+    supplied_ = std::move(parts);
 }
 
 Latent Session::noise(std::uint64_t chunk, std::uint64_t draw) const {
@@ -158,6 +164,7 @@ Latent Session::frame_of(const Latent& chunk, std::int64_t frame) const {
 // Makes one chunk; publishes the chunk before it, and nothing of its own.
 std::shared_ptr<const Latent> Session::make() {
     bundle_->check_weights();
+    bundle_->check_unchanged();
     apply_prompt();
     // Commits lazily, so that cache passes do not delay the frames of the chunk before.
     if (uncommitted_) {
@@ -191,6 +198,7 @@ std::shared_ptr<const Pictures> Session::next_chunk() {
     }
     pictures->chunk = shown_++;
     pictures->count = static_cast<std::uint32_t>(pictures->rgb.size() / (3 * manifest().height * manifest().width));
+    recommit_due_ = false;
     vae_cache_ = std::move(cache);
     uncommitted_ = std::move(x);
     uncommitted_supplied_ = !supplied_.empty();
@@ -199,14 +207,19 @@ std::shared_ptr<const Pictures> Session::next_chunk() {
 }
 
 void Session::flush() {
-    generator_ = family_.make(stages_);
+    std::unique_ptr<Generator> fresh = family_.make(stages_);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::optional<Request> again;
+    if (prompt_) again = Request{*prompt_, true};
+    // Nothing fails from here on.
+    generator_ = std::move(fresh);
+    pending_ = std::move(again);
+    recommit_due_ = false;
     supplied_.clear();
     uncommitted_ = nullptr;
     vae_cache_.clear();
     shown_ = 0;
     cancel_ = false;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (prompt_) pending_ = Request{*prompt_, true};
 }
 
 }  // namespace greedy::core

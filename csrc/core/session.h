@@ -70,6 +70,7 @@ class Session {
     bool uncommitted_supplied_ = false;
     Stages::VaeCache vae_cache_;
     std::uint64_t shown_ = 0;  // chunks
+    bool recommit_due_ = false;  // a prompt of the chunk that is being made asked for it
 
     struct Request {
         Prompt prompt;

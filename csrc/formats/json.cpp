@@ -193,7 +193,14 @@ class JsonParser {
     std::size_t at_ = 0;
 };
 
-Json Json::parse(std::string_view text, const std::string& where) { return JsonParser(text, where).whole(); }
+Json Json::parse(std::string_view text, const std::string& where, std::size_t most_marks) {
+    const auto marks = static_cast<std::size_t>(
+        std::count_if(text.begin(), text.end(), [](char c) { return c == ',' || c == '[' || c == '{'; }));
+    if (marks > most_marks)
+        fail(GREEDY_BAD_BUNDLE, where, "JSON with " + std::to_string(marks) + " commas and brackets",
+             "at most " + std::to_string(most_marks));
+    return JsonParser(text, where).whole();
+}
 
 void Json::refuse(const std::string& where, const std::string& expected) const {
     static constexpr const char* kNames[] = {"null", "a boolean", "a number", "a string", "a list", "an object"};

@@ -15,8 +15,14 @@ class Json {
     using Array = std::vector<Json>;
     using Object = std::vector<std::pair<std::string, Json>>;  // in the order of the text
 
-    // Throws Error(GREEDY_BAD_BUNDLE); `where` names the file in messages.
-    static Json parse(std::string_view text, const std::string& where);
+    // Commas and opening brackets of a text, those in strings too: about as many as it has values, of up to 150 bytes
+    // of memory each. The same numbers stand in engine/files.py.
+    static constexpr std::size_t kMostMarks = std::size_t{1} << 19;      // of a manifest: a 14B model has 50,000
+    static constexpr std::size_t kMostInLists = std::size_t{1} << 21;    // of a vocabulary or a list of tensors
+    static constexpr std::size_t kMostBytes = std::size_t{1} << 26;      // of a file
+
+    // Throws Error(GREEDY_BAD_BUNDLE); `where` names the file in messages. Counts before it reads.
+    static Json parse(std::string_view text, const std::string& where, std::size_t most_marks = kMostMarks);
 
     bool is_null() const { return std::holds_alternative<std::nullptr_t>(value_); }
     bool is_string() const { return std::holds_alternative<std::string>(value_); }

@@ -4,7 +4,7 @@
 #include <filesystem>
 #include <initializer_list>
 #include <iterator>
-#include <set>
+#include <map>
 #include <string_view>
 
 #include "base/error.h"
@@ -126,24 +126,22 @@ GraphSpec graph_from(const Json& values, const std::string& where) {
     if (const Json* mutates = values.find("mutates"))
         for (const Json& item : mutates->array(fields.at("mutates")))
             spec.mutates.push_back(Fields::checked_name(item, fields.at("mutates")));
-    const auto input = [&](const std::string& name) {
-        return std::any_of(spec.inputs.begin(), spec.inputs.end(), [&](const auto& t) { return t.name == name; });
+    using Named = std::map<std::string_view, const TensorSpec*>;
+    const auto by_name = [&](const std::vector<TensorSpec>& side) {
+        Named named;
+        for (const TensorSpec& tensor : side)
+            expect(named.emplace(tensor.name, &tensor).second, where, "two tensors " + tensor.name, "different names");
+        return named;
     };
-    for (const auto* side : {&spec.inputs, &spec.outputs}) {
-        std::set<std::string_view> names;
-        for (const TensorSpec& tensor : *side)
-            expect(names.insert(tensor.name).second, where, "two tensors " + tensor.name, "different names");
-    }
+    const Named inputs = by_name(spec.inputs), outputs = by_name(spec.outputs);
     for (const auto& [output, name] : spec.aliases) {
-        const auto same = [&](const TensorSpec& a, const TensorSpec& b) {
-            return a.name == output && b.name == name && a.shape == b.shape && a.dtype == b.dtype;
-        };
-        bool found = false;
-        for (const TensorSpec& made : spec.outputs)
-            for (const TensorSpec& input : spec.inputs) found |= same(made, input);
-        expect(found, where, "an alias of " + name, "an output and an input of its shape");
+        const auto made = outputs.find(output), input = inputs.find(name);
+        const bool same = made != outputs.end() && input != inputs.end() &&
+                          made->second->shape == input->second->shape && made->second->dtype == input->second->dtype;
+        expect(same, where, "an alias of " + name, "an output and an input of its shape");
     }
-    for (const std::string& name : spec.mutates) expect(input(name), where, "a mutated " + name, "an input");
+    for (const std::string& name : spec.mutates)
+        expect(inputs.count(name) > 0, where, "a mutated " + name, "an input");
     return spec;
 }
 
@@ -263,7 +261,7 @@ Manifest read_manifest(const std::string& folder) {
     std::error_code error;
     if (!fs::is_directory(folder, error) || !fs::exists(path, error))
         fail(GREEDY_NOT_FOUND, "bundle", folder + " without manifest.json", "a bundle");
-    const MappedFile file(path);
+    const FileBytes file(path);
     if (file.size() > kManifestLimit)
         fail(GREEDY_BAD_BUNDLE, path, std::to_string(file.size()) + " bytes",
              "at most " + std::to_string(kManifestLimit));

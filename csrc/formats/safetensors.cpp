@@ -49,7 +49,8 @@ std::map<std::string, StoredTensor> read_safetensors(const unsigned char* data, 
     for (int i = 7; i >= 0; --i) length = length << 8 | data[i];
     if (length > kHeaderLimit || length > size - 8)
         refuse("a header of " + std::to_string(length) + " bytes in a file of " + std::to_string(size), "less");
-    const Json header = Json::parse({reinterpret_cast<const char*>(data) + 8, static_cast<std::size_t>(length)}, where);
+    const Json header = Json::parse({reinterpret_cast<const char*>(data) + 8, static_cast<std::size_t>(length)}, where,
+                                    Json::kMostInLists);
     const std::uint64_t room = size - 8 - length;
 
     std::map<std::string, StoredTensor> tensors;

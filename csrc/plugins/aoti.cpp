@@ -36,7 +36,7 @@ struct Pair {             // AOTInductorConstantMapEntry
 
 // Graphs run on the processor they were compiled for, with the torch that compiled them.
 void check_target(const char* target) {
-    if (std::strncmp(target, "cuda", 4) == 0 || std::strcmp(target, "cpu") == 0) return;
+    if (std::strncmp(target, "cuda", 4) == 0) return;
 #if defined(__x86_64__)
     // x86-64-v3
     const bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");

@@ -128,7 +128,7 @@ void KernelCache::read() {
     std::error_code error;
     if (!fs::exists(fs::symlink_status(path_, error))) return;
     try {
-        const core::MappedFile file(path_);
+        const core::FileBytes file(path_);
         if (file.size() > 0 && cache_->deserialize(file.data(), file.size()))
             content_ = hash(file.text());
         else

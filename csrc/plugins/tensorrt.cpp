@@ -30,7 +30,7 @@ constexpr const char *kName = "tensorrt_rtx", *kLibrary = "TensorRT for RTX";
 constexpr const char *kName = "tensorrt", *kLibrary = "TensorRT";
 #endif
 
-using greedy::core::MappedFile;
+using greedy::core::FileBytes;
 using greedy::plugin::Failure;
 using greedy::plugin::guarded;
 
@@ -125,7 +125,7 @@ class TrtGraph {
   public:
     TrtGraph(TrtDevice& device, const greedy_graph_spec& spec)
         : aliases_(spec.aliases, spec.aliases + spec.output_count) {
-        const MappedFile plan(spec.file);
+        const FileBytes plan(spec.file);
         engine_.reset(device.runtime->deserializeCudaEngine(plan.data(), plan.size()));
         if (!engine_) throw Failure(GREEDY_NO_BACKEND, "got a plan that does not load, expected one for this GPU");
         for (size_t i = 0; i < spec.input_count; ++i)

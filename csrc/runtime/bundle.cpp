@@ -13,24 +13,20 @@ namespace fs = std::filesystem;
 
 Bundle::Bundle(const std::string& folder, Manifest manifest, const greedy_settings& settings)
     : folder_(folder), log_(settings.log), log_cookie_(settings.log_cookie), manifest_(std::move(manifest)) {
-    for (const auto& entry : manifest_.files) check_file(entry.first, false);
+    for (const auto& entry : manifest_.files) check_file(entry.first);
     open_device(settings);
-    const std::string tokenizer = manifest_.tokenizer + "/";
-    for (const auto& entry : manifest_.files)
-        if (settings.verify && (entry.first == manifest_.weights || entry.first.rfind(tokenizer, 0) == 0))
-            check_file(entry.first, true);
-    weights_file_ = std::make_unique<MappedFile>((fs::path(folder) / manifest_.weights).string());
+    weights_file_ = open(manifest_.weights, settings.verify);
     weights_ = read_safetensors(weights_file_->data(), weights_file_->size(), manifest_.weights);
-    load_tokenizer();
+    load_tokenizer(settings.verify);
     for (const auto& entry : backend_->graphs)
         if (entry.first.rfind("vae_encode", 0) != 0)
             graph(entry.first);
         else
-            check_file(entry.second.file, true);  // loaded when pictures are pushed
+            open(entry.second.file, true);  // loaded, and hashed again, when pictures are pushed
     log(GREEDY_LOG_INFO, "opened " + folder + " with " + backend() + " for " + target());
 }
 
-void Bundle::check_file(const std::string& name, bool hash) const {
+void Bundle::check_file(const std::string& name) const {
     const FileSpec& spec = manifest_.files.at(name);
     const fs::path path = fs::path(folder_) / name;
     std::error_code error;
@@ -41,13 +37,19 @@ void Bundle::check_file(const std::string& name, bool hash) const {
     const std::uintmax_t bytes = fs::file_size(path, error);
     if (error || bytes != spec.bytes)
         fail(GREEDY_BAD_BUNDLE, path.string(), std::to_string(bytes) + " bytes", std::to_string(spec.bytes));
-    if (!hash) return;
-    const MappedFile file(path.string());
+}
+
+std::unique_ptr<FileBytes> Bundle::open(const std::string& name, bool hash) const {
+    check_file(name);
+    const std::string path = (fs::path(folder_) / name).string();
+    auto file = std::make_unique<FileBytes>(path);
+    if (!hash) return file;
+    const std::string& expected = manifest_.files.at(name).sha256;
     Sha256 hash_of;
-    hash_of.add(file.data(), file.size());
+    hash_of.add(file->data(), file->size());
     const std::string got = hash_of.hex();
-    if (got != spec.sha256)
-        fail(GREEDY_BAD_BUNDLE, path.string(), "sha256 " + got.substr(0, 12), spec.sha256.substr(0, 12));
+    if (got != expected) fail(GREEDY_BAD_BUNDLE, path, "sha256 " + got.substr(0, 12), expected.substr(0, 12));
+    return file;
 }
 
 void Bundle::open_device(const greedy_settings& settings) {
@@ -76,15 +78,19 @@ void Bundle::open_device(const greedy_settings& settings) {
     fail(GREEDY_NO_BACKEND, "bundle", std::string("no backend ") + settings.backend, "one of " + names);
 }
 
-void Bundle::load_tokenizer() {
-    const fs::path folder = fs::path(folder_) / manifest_.tokenizer;
+void Bundle::load_tokenizer(bool hash) {
+    std::vector<std::unique_ptr<FileBytes>> files;
+    std::string missing;
+    for (const char* name : {"tokenizer_config.json", "tokenizer.json"}) {
+        const std::string path = manifest_.tokenizer + "/" + name;
+        if (manifest_.files.count(path))
+            files.push_back(open(path, hash));
+        else
+            missing = path;
+    }
     try {
-        for (const char* name : {"tokenizer.json", "tokenizer_config.json"})
-            if (const std::string path = manifest_.tokenizer + "/" + name; manifest_.files.count(path) == 0)
-                fail(GREEDY_BAD_BUNDLE, "tokenizer", "no entry in files for " + path, "one");
-        const MappedFile model((folder / "tokenizer.json").string());
-        const MappedFile config((folder / "tokenizer_config.json").string());
-        tokenizer_ = std::make_unique<Tokenizer>(model.text(), config.text(), manifest_.tokenizer);
+        if (!missing.empty()) fail(GREEDY_BAD_BUNDLE, "tokenizer", "no entry in files for " + missing, "one");
+        tokenizer_ = std::make_unique<Tokenizer>(files[1]->text(), files[0]->text(), manifest_.tokenizer);
     } catch (const Error& error) {  // token ids and embeddings still work
         tokenizer_problem_ = error.what();
         log(GREEDY_LOG_INFO, tokenizer_problem_);
@@ -93,6 +99,11 @@ void Bundle::load_tokenizer() {
     if (tokenizer_->rows() != manifest_.text_rows)
         fail(GREEDY_BAD_BUNDLE, "bundle", "a tokenizer of " + std::to_string(tokenizer_->rows()) + " rows",
              std::to_string(manifest_.text_rows));
+    // A graph may abort at a token outside the table.
+    const std::optional<std::int64_t> rows = table_rows();
+    if (rows && tokenizer_->largest_id() >= *rows)
+        fail(GREEDY_BAD_BUNDLE, manifest_.tokenizer, "token " + std::to_string(tokenizer_->largest_id()),
+             "0 to " + std::to_string(*rows - 1) + ", the rows of the text encoder's table");
 }
 
 const Tokenizer& Bundle::tokenizer() const {
@@ -100,7 +111,7 @@ const Tokenizer& Bundle::tokenizer() const {
     return *tokenizer_;
 }
 
-std::int64_t Bundle::vocabulary() const {
+std::optional<std::int64_t> Bundle::table_rows() const {
     const auto encoder = backend_->graphs.find("encode_text");
     const auto ends = [](std::string key, const std::string& end) {
         std::replace(key.begin(), key.end(), '.', '_');  // compilers may write it so
@@ -113,6 +124,11 @@ std::int64_t Bundle::vocabulary() const {
             if (table && weight != weights_.end() && weight->second.spec.shape.rank == 2)
                 return weight->second.spec.shape[0];
         }
+    return std::nullopt;
+}
+
+std::int64_t Bundle::vocabulary() const {
+    if (const std::optional<std::int64_t> rows = table_rows()) return *rows;
     return tokenizer_ ? tokenizer_->largest_id() + 1 : std::numeric_limits<std::int64_t>::max();
 }
 
@@ -130,9 +146,10 @@ const Graph& Bundle::graph(const std::string& name) {
         constants.back().spec.name = constant;
     }
     // Graphs are code: one that differs from the manifest is never run.
-    check_file(spec->second.file, true);
+    const std::unique_ptr<FileBytes> hashed = open(spec->second.file, true);
     const std::string file = (fs::path(folder_) / spec->second.file).string();
     auto loaded = std::make_unique<Graph>(*device_, name, file, spec->second, constants);
+    hashed->check_in_place();  // the plugin opened the path again
     log(GREEDY_LOG_DEBUG, "loaded " + name);
     return *graphs_.emplace(name, std::move(loaded)).first->second;
 }

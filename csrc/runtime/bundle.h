@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 
 #include "base/file.h"
@@ -14,7 +15,6 @@
 #include "text/tokenizer.h"
 
 namespace greedy::core {
-
 
 class Bundle {
   public:
@@ -35,6 +35,9 @@ class Bundle {
     // Token ids lie below this: the rows of the text encoder's table. Without such a table the tokenizer's ids count.
     std::int64_t vocabulary() const;
 
+    // Throws Error(GREEDY_BAD_BUNDLE) if another process wrote to the file of mapped weights. Costs a system call.
+    void check_unchanged() const { weights_file_->check_unchanged(); }
+
     // Throws Error(GREEDY_BAD_BUNDLE) that names the first weight which is not finite. Reads all weights, once; results
     // alone do not tell, because attention on a processor turns NaN scores into zeros.
     void check_weights();
@@ -42,15 +45,19 @@ class Bundle {
     void log(int level, const std::string& text) const;
 
   private:
-    void check_file(const std::string& name, bool hash) const;
+    void check_file(const std::string& name) const;
+    // The bytes of a checked file, compared with its sha256 if `hash`.
+    std::unique_ptr<FileBytes> open(const std::string& name, bool hash) const;
     void open_device(const greedy_settings& settings);
-    void load_tokenizer();
+    void load_tokenizer(bool hash);
+    // Rows of the text encoder's table; nothing if the bundle names none.
+    std::optional<std::int64_t> table_rows() const;
 
     const std::string folder_;
     const greedy_log_callback log_;
     void* const log_cookie_;
     const Manifest manifest_;
-    std::unique_ptr<MappedFile> weights_file_;
+    std::unique_ptr<FileBytes> weights_file_;  // the weights lie in it
     std::map<std::string, StoredTensor> weights_;
     std::unique_ptr<Tokenizer> tokenizer_;
     std::string tokenizer_problem_;

@@ -283,7 +283,7 @@ Stages::VaeCache Stages::call_vae(const Graph& graph, const char* what, const Bu
         require(graph, specs[i + 1], cache[i].spec.shape, cache[i].spec.dtype);
         inputs.push_back(cache[i].buffer.data());
     }
-    std::vector<Buffer> outputs = call(graph, inputs);
+    std::vector<Buffer> outputs = graph.run(inputs);
     result = std::move(outputs[0]);
     VaeCache next;
     for (std::size_t i = 1; i < outputs.size(); ++i) next.push_back({std::move(outputs[i]), graph.outputs()[i]});
@@ -298,6 +298,7 @@ Stages::VaeCache Stages::decode(const Latent& latent, const VaeCache& cache, std
     const TensorSpec& out = graph.outputs().at(0);
     require_floats(graph, in, {1, m.transformer.in_channels, 1, m.latent_height(), m.latent_width()});
     require_floats(graph, out, {1, 3, frames, m.height, m.width});
+    check_cancel();
     Buffer shown;
     VaeCache next = call_vae(graph, "latent", upload(device_, latent.data(), in), cache, shown);
     const std::vector<float> values = floats(device_, shown, out);

@@ -53,7 +53,7 @@ struct TextKV {
 
 class Stages {
   public:
-    // Every call checks and clears `cancel` before it runs a graph.
+    // Every call but `encode` checks and clears `cancel` before it runs a graph.
     Stages(Bundle& bundle, Layout layout, std::atomic<bool>& cancel);
 
     // Writes the pass's keys and values to the cache; returns its result.

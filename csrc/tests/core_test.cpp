@@ -1,8 +1,10 @@
-// core_test VECTORS checks schedules, solvers and position tables against vectors that tests/csrc/test_csrc_core.py
+// core_test VECTORS MANIFEST checks schedules, solvers and position tables against vectors that tests/csrc/test_csrc_core.py
 // wrote with the engine. A line is a JSON object; floats are their bits, as integers. Tests without vectors come first.
 #include <cmath>
 #include <cstring>
+#include <ctime>
 #include <fstream>
+#include <iterator>
 #include <set>
 
 #include "base/error.h"
@@ -37,6 +39,11 @@ double double_of(const Json& item) {
     double value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+std::string text_of(const char* path) {
+    std::ifstream file(path);
+    return {std::istreambuf_iterator<char>(file), {}};
 }
 
 template <typename Values>
@@ -209,6 +216,114 @@ void test_presets() {
     check(window(greedy + R"(, "chunk": 1024, "window": 1048576)", 1) == GREEDY_BAD_BUNDLE, "preset: accepted 2^30");
 }
 
+// What a call says of a bundle's file; empty for success.
+template <typename Work>
+std::string refused(Work&& work) {
+    try {
+        work();
+        return "";
+    } catch (const Error& error) {
+        return error.status == GREEDY_BAD_BUNDLE ? error.what() : "another status";
+    }
+}
+
+// JSON is counted before it is read: its values take far more memory than its text.
+void test_limits_of_json() {
+    const auto list = [](std::size_t commas, const char* item) {
+        std::string text = "[";
+        for (std::size_t i = 0; i < commas; ++i) text += std::string(item) + ",";
+        return text + item + "]";
+    };
+    const auto parsed = [](const std::string& text, std::size_t most) {
+        return refused([&] { Json::parse(text, "file", most); });
+    };
+    check(parsed(list(Json::kMostMarks - 1, "0"), Json::kMostMarks).empty(), "limits: as many as may be");
+    const std::string expected = "file: got JSON with 524289 commas and brackets, expected at most 524288";
+    check(parsed(list(Json::kMostMarks, "0"), Json::kMostMarks) == expected, "limits: one more");
+    for (const char* item : {"[]", "{}", "\",\"", "0"})
+        check(!parsed(list(Json::kMostMarks, item), Json::kMostMarks).empty(), std::string("limits: many ") + item);
+    check(!refused([&] { Manifest::parse(list(Json::kMostMarks, "0"), "file"); }).empty(), "limits: a manifest");
+    const std::string many = list(Json::kMostInLists, "0");
+    check(refused([&] { Tokenizer(many, "{}", "file"); }).find("2097153 commas") != std::string::npos, "limits: a tokenizer");
+    const std::string big(Json::kMostBytes + 1, ' ');
+    check(refused([&] { Tokenizer(big, "{}", "file"); }).find("67108865 bytes") != std::string::npos, "limits: its bytes");
+    std::string file(8, '\0');
+    for (int i = 0; i < 8; ++i) file[i] = static_cast<char>(many.size() >> 8 * i);
+    file += many;
+    check(refused([&] { read_safetensors(reinterpret_cast<const unsigned char*>(file.data()), file.size(), "file"); })
+                  .find("2097153 commas") != std::string::npos,
+          "limits: safetensors");
+    const std::string deep = std::string(100'000, '[') + std::string(100'000, ']');
+    check(parsed(deep, Json::kMostMarks).find("at most 64 levels") != std::string::npos, "limits: depth");
+}
+
+// Rules of a tokenizer that would make a prompt huge, or its pieces slow to find.
+void test_limits_of_tokenizers() {
+    const auto tokenizer = [](const std::string& fields, const std::string& vocabulary = R"(["<unk>", 0])") {
+        const std::string text = R"({"added_tokens": [{"id": 0, "content": "<pad>"}], "model": {"type": "Unigram", "unk_id": 0,
+            "vocab": [)" + vocabulary + "]}" + fields + "}";
+        return refused([&] { Tokenizer(text, R"({"pad_token": "<pad>", "model_max_length": 4})", "file"); });
+    };
+    const auto replace = [](std::size_t size) {
+        return R"({"type": "Replace", "pattern": {"String": "a"}, "content": ")" + std::string(size, 'b') + "\"}";
+    };
+    const auto steps = [&](std::size_t count) {
+        std::string list = replace(1);
+        for (std::size_t i = 1; i < count; ++i) list += "," + replace(1);
+        return R"(, "normalizer": {"type": "Sequence", "normalizers": [)" + list + "]}";
+    };
+    const auto mark = [](std::size_t size) {
+        return R"(, "pre_tokenizer": {"type": "Metaspace", "replacement": ")" + std::string(size, '_') + "\"}";
+    };
+    const auto piece = [](std::size_t size) { return "[\"<unk>\", 0], [\"" + std::string(size, 'a') + "\", -1]"; };
+    const auto shape = [](std::size_t count) {
+        std::string list = R"({"Sequence": {}})";
+        for (std::size_t i = 0; i < count; ++i) list += R"(, {"SpecialToken": {"id": "x"}})";
+        return R"(, "post_processor": {"type": "TemplateProcessing", "single": [)" + list +
+               R"(], "special_tokens": {"x": {"ids": [0]}}})";
+    };
+    check(tokenizer("").empty() && tokenizer(mark(64)).empty() && tokenizer(steps(16)).empty() &&
+              tokenizer("", piece(256)).empty() && tokenizer(R"(, "normalizer": )" + replace(64)).empty() &&
+              tokenizer(shape(3)).empty(),
+          "tokenizers: refused one within the limits");
+    check(!tokenizer(mark(65)).empty(), "tokenizers: a long mark");
+    check(!tokenizer(steps(17)).empty(), "tokenizers: many steps");
+    check(!tokenizer("", piece(257)).empty(), "tokenizers: a long piece");
+    check(!tokenizer(R"(, "normalizer": )" + replace(65)).empty(), "tokenizers: a long replacement");
+    check(!tokenizer(shape(600)).empty(), "tokenizers: a long template");
+}
+
+// Aliases and changed inputs are looked up: going through all names for each would take minutes here.
+void test_a_graph_of_many_tensors(const std::string& manifest) {
+    const std::size_t count = 4096;
+    std::string tensors[2], aliases, mutates;
+    for (std::size_t i = 0; i < count; ++i) {
+        const std::string comma = i ? "," : "", number = std::to_string(i);
+        for (int side = 0; side < 2; ++side)
+            tensors[side] += comma + R"({"name": ")" + "io"[side] + number + R"(", "shape": [1], "dtype": "int64"})";
+        aliases += comma + "\"o" + number + "\": \"i" + number + "\"";
+    }
+    for (std::size_t i = 0; i < 200'000; ++i) mutates += (i ? ",\"i" : "\"i") + std::to_string(count - 1) + "\"";
+    const auto parsed = [&](const std::string& aliased, const std::string& mutated, const std::string& backend) {
+        std::string text = manifest;
+        const auto swap = [&](const std::string& old, const std::string& by) {
+            for (std::size_t at = 0; (at = text.find(old, at)) != std::string::npos; at += by.size()) text.replace(at, old.size(), by);
+        };
+        const std::size_t at = text.find("\"graphs\": {") + 11;
+        text.insert(at, R"("many": {"file": "graphs/aoti-cpu/etm.so", "inputs": [)" + tensors[0] + R"(], "outputs": [)" + tensors[1] +
+                            R"(], "weights": {}, "aliases": {)" + aliased + R"(}, "mutates": [)" + mutated + "]},");
+        if (backend != "aoti") swap("\"aoti", "\"" + backend);
+        return refused([&] { Manifest::parse(text, "file"); });
+    };
+    const std::clock_t begun = std::clock();
+    check(parsed("", mutates, "aoti").empty(), "many tensors: mutates");
+    check(parsed("", mutates + ",\"x\"", "aoti").find("a mutated x") != std::string::npos, "many tensors: no input");
+    const std::string other = parsed(aliases, "", "onnx");
+    check(other.find("an alias of") == std::string::npos, "many tensors: aliases: " + other);
+    check(parsed(aliases + ",\"o1x\": \"i1\"", "", "onnx").find("an alias of i1") != std::string::npos, "many tensors: no output");
+    check(std::clock() - begun < 20 * CLOCKS_PER_SEC, "many tensors: slow");
+}
+
 // An empty mark would never let the split end.
 void test_tokenizer() {
     const auto status = [](const std::string& mark) {
@@ -252,7 +367,7 @@ void test_finite() {
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc != 2) return std::fprintf(stderr, "usage: core_test VECTORS\n"), 2;
+    if (argc != 3) return std::fprintf(stderr, "usage: core_test VECTORS MANIFEST\n"), 2;
     test_json();
     test_sha256();
     test_half();
@@ -260,6 +375,9 @@ int main(int argc, char** argv) {
     test_safetensors();
     test_text();
     test_tokenizer();
+    test_limits_of_json();
+    test_limits_of_tokenizers();
+    test_a_graph_of_many_tensors(text_of(argv[2]));
     test_presets();
     std::ifstream file(argv[1]);
     std::set<std::string> kinds;

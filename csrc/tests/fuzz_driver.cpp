@@ -1,10 +1,12 @@
-// For compilers without libFuzzer: fuzz CORPUS SECONDS [SEED [FILE]] damages the corpus for so many seconds. The same
-// seed gives the same inputs; FILE, if named, holds the input that is being tried.
+// For compilers without libFuzzer: fuzz CORPUS SECONDS [SEED [KINDS [FILE]]] damages the corpus for so many seconds, or
+// those of its files that begin with a letter of KINDS. The same seed gives the same inputs; FILE, if named, holds the
+// input that is being tried.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -42,7 +44,7 @@ std::string mutate(const std::vector<std::string>& corpus, std::mt19937_64& rand
     for (std::size_t changes = 1 + pick(4); changes > 0 && text.size() > 1; --changes) {
         const std::size_t at = 1 + pick(text.size() - 1),
                           length = 1 + pick(std::min<std::size_t>(32, text.size() - at));
-        switch (pick(6)) {
+        switch (pick(7)) {
             case 0:
                 text[at] = static_cast<char>(random());
                 break;
@@ -58,6 +60,9 @@ std::string mutate(const std::vector<std::string>& corpus, std::mt19937_64& rand
             case 4:
                 text.replace(at, length, kTokens[pick(std::size(kTokens))]);
                 break;
+            case 5:
+                for (std::size_t left = length; left > 0; --left) text += static_cast<char>(random());
+                break;
             default: {
                 const std::string& other = corpus[pick(corpus.size())];
                 const std::size_t from = pick(other.size());
@@ -71,13 +76,14 @@ std::string mutate(const std::vector<std::string>& corpus, std::mt19937_64& rand
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc < 3) return std::fprintf(stderr, "usage: fuzz CORPUS SECONDS [SEED [FILE]]\n"), 2;
+    if (argc < 3) return std::fprintf(stderr, "usage: fuzz CORPUS SECONDS [SEED [KINDS [FILE]]]\n"), 2;
     std::vector<std::filesystem::path> files(std::filesystem::directory_iterator(argv[1]), {});
     std::sort(files.begin(), files.end());
     std::vector<std::string> corpus;
     for (const auto& path : files) {
         std::ifstream file(path, std::ios::binary);
-        corpus.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
+        std::string text(std::istreambuf_iterator<char>(file), {});
+        if (argc < 5 || (!text.empty() && std::strchr(argv[4], text[0]))) corpus.push_back(std::move(text));
     }
     if (corpus.empty()) return std::fprintf(stderr, "%s: empty\n", argv[1]), 2;
     std::mt19937_64 random(argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 0);
@@ -89,8 +95,8 @@ int main(int argc, char** argv) {
     std::uint64_t inputs = 0;
     for (; std::chrono::steady_clock::now() < end; ++inputs) {
         const std::string text = mutate(corpus, random);
-        if (argc > 4) {
-            std::ofstream(argv[4], std::ios::binary) << text;
+        if (argc > 5) {
+            std::ofstream(argv[5], std::ios::binary) << text;
         }
         call(text);
     }

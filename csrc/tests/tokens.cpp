@@ -5,6 +5,7 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "formats/json.h"
+#include "text/cleaning.h"
 #include "text/tokenizer.h"
 
 int main(int argc, char** argv) {
@@ -12,11 +13,11 @@ int main(int argc, char** argv) {
     if (argc != 2) return std::fprintf(stderr, "usage: tokens FOLDER\n"), 2;
     try {
         const std::string folder = argv[1];
-        const MappedFile model(folder + "/tokenizer.json"), config(folder + "/tokenizer_config.json");
+        const FileBytes model(folder + "/tokenizer.json"), config(folder + "/tokenizer_config.json");
         const Tokenizer tokenizer(model.text(), config.text(), folder);
         std::vector<std::int64_t> ids, mask;
         for (std::string line; std::getline(std::cin, line);) {
-            tokenizer.encode(Json::parse(line, "prompt").string("prompt"), ids, mask);
+            tokenizer.encode(clean_prompt(Json::parse(line, "prompt").string("prompt")), ids, mask);
             std::int64_t used = 0;
             for (std::int64_t one : mask) used += one;
             std::printf("%lld", static_cast<long long>(used));

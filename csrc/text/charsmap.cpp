@@ -1,5 +1,6 @@
 #include "text/charsmap.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "base/error.h"
@@ -7,6 +8,8 @@
 
 namespace greedy::core {
 namespace {
+
+constexpr std::size_t kMostReplaced = 64;  // bytes; a character of (U)MT5 becomes 33 at most
 
 std::string from_base64(const std::string& text, const std::string& where) {
     constexpr std::string_view kDigits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
@@ -38,6 +41,13 @@ Charsmap::Charsmap(const std::string& base64, const std::string& where) {
         fail(GREEDY_BAD_BUNDLE, where, "a trie of " + std::to_string(size) + " bytes", "one that fits");
     for (std::size_t at = 4; at < 4 + std::size_t{size}; at += 4) trie_.push_back(word(at));
     values_ = bytes.substr(4 + std::size_t{size});
+    for (std::size_t at = 0; at < values_.size(); ++at) {
+        const std::size_t end = std::min(values_.find('\0', at), values_.size());
+        if (end - at > kMostReplaced)
+            fail(GREEDY_BAD_BUNDLE, where, "a character that becomes " + std::to_string(end - at) + " bytes",
+                 "at most " + std::to_string(kMostReplaced));
+        at = end;
+    }
 }
 
 const char* Charsmap::find(std::string_view text) const {

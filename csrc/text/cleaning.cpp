@@ -12,8 +12,6 @@
 namespace greedy::core {
 namespace {
 
-constexpr std::size_t kMostAtOnce = 1'000'000;  // characters; ftfy's max_decode_length
-
 // Printable ASCII without ampersands, which nothing but folding changes.
 bool is_plain(const std::string& text) {
     return std::all_of(text.begin(), text.end(), [](char c) { return c >= ' ' && c <= '~' && c != '&'; });
@@ -36,8 +34,7 @@ std::u32string fix_text(const std::u32string& text, bool whole) {
     bool entities = whole;
     for (std::size_t at = 0; at < text.size();) {
         const std::size_t found = text.find(U'\n', at);
-        std::size_t end = found == std::u32string::npos ? text.size() : found + 1;
-        if (end - at > kMostAtOnce) end = at + kMostAtOnce;
+        const std::size_t end = found == std::u32string::npos ? text.size() : found + 1;
         std::u32string line = text.substr(at, end - at);
         // Text with tags has its entities on purpose: from here on they stay for html.unescape.
         entities = entities && line.find(U'<') == std::u32string::npos;
@@ -47,7 +44,16 @@ std::u32string fix_text(const std::u32string& text, bool whole) {
     return out;
 }
 
-void check_length(const std::u32string& text) {
+// Counts before anything is copied.
+void check_length(const std::string& text) {
+    const auto count = static_cast<std::size_t>(
+        std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; }));
+    if (count > kMostCharacters || text.size() > 4 * kMostCharacters)
+        fail(GREEDY_INVALID, "prompt", std::to_string(count) + " characters",
+             "at most " + std::to_string(kMostCharacters));
+}
+
+void check_garbled(const std::u32string& text) {
     if (text.size() <= kMostGarbled) return;
     const auto marks = static_cast<std::size_t>(std::count_if(text.begin(), text.end(), is_combining));
     const auto slow = [](const std::u32string& one) { return has_entity(one) || is_garbled(one); };
@@ -60,10 +66,11 @@ void check_length(const std::u32string& text) {
 }  // namespace
 
 std::string clean_prompt(const std::string& prompt) {
+    check_length(prompt);
     std::string text = prompt;
     if (!is_plain(prompt)) {
         const std::u32string codes = to_utf32(prompt);
-        check_length(codes);
+        check_garbled(codes);
         text = unescape(unescape(to_utf8(fix_text(codes, true))));
     }
     std::string out;

@@ -7,13 +7,19 @@
 #include "base/error.h"
 #include "base/utf8.h"
 #include "text/charsmap.h"
-#include "text/cleaning.h"
 #include "text/text.h"
 
 namespace greedy::core {
 namespace {
 
 constexpr std::int64_t kMaxId = std::numeric_limits<std::int32_t>::max();
+
+// What bounds the cost of a prompt. (U)MT5 has 1 step, pieces of 48 bytes and 300 added tokens.
+constexpr std::size_t kMostSteps = 16;     // of normalisers, and of pre-tokenisers
+constexpr std::size_t kMostAdded = 1024;   // added tokens
+constexpr std::size_t kMostPiece = 256;    // bytes of a piece, or of an added token
+constexpr std::size_t kMostReplaced = 64;  // bytes that a character or a string becomes
+constexpr std::size_t kMostNormal = std::size_t{1} << 19;  // bytes of a normalised prompt
 
 [[noreturn]] void refuse(const std::string& where, const std::string& got) {
     fail(GREEDY_BAD_BUNDLE, where, got, "a kind of tokenizer that this library reads (see csrc/text/tokenizer.h)");
@@ -26,6 +32,7 @@ std::vector<const Json*> steps_of(const Json* listed, const char* members, const
     std::vector<const Json*> out;
     for (const Json& step : listed->at(members, where).array(where))
         for (const Json* inner : steps_of(&step, members, where)) out.push_back(inner);
+    if (out.size() > kMostSteps) refuse(where, std::to_string(out.size()) + " " + members);
     return out;
 }
 
@@ -134,6 +141,7 @@ class Unigram : public Tokenizer::Model {
             if (pair.size() != 2) fail(GREEDY_BAD_BUNDLE, where, "no pair in the vocabulary", "a piece and its score");
             const std::string& piece = pair[0].string(where);
             const double score = pair[1].number(where);
+            if (piece.size() > kMostPiece) refuse(where, "a piece of " + std::to_string(piece.size()) + " bytes");
             pieces_[piece] = {static_cast<std::int64_t>(scores_.size()), score};
             scores_.push_back(score);
             longest_ = std::max(longest_, piece.size());
@@ -210,7 +218,9 @@ bool flag(const Json& token, const char* key, const std::string& where) {
 
 Tokenizer::Tokenizer(std::string_view text, std::string_view config, const std::string& where) {
     const std::string at = where + "/tokenizer.json";
-    const Json json = Json::parse(text, at);
+    if (text.size() > Json::kMostBytes)
+        fail(GREEDY_BAD_BUNDLE, at, std::to_string(text.size()) + " bytes", "at most " + std::to_string(Json::kMostBytes));
+    const Json json = Json::parse(text, at, Json::kMostInLists);
     for (const Json* step : steps_of(json.find("normalizer"), "normalizers", at)) {
         const std::string& type = step->at("type", at).string(at);
         if (type == "Lowercase") {
@@ -224,6 +234,7 @@ Tokenizer::Tokenizer(std::string_view text, std::string_view config, const std::
         } else if (type == "Replace") {
             const Json& pattern = step->at("pattern", at);
             const std::string to = step->at("content", at).string(at);
+            if (to.size() > kMostReplaced) refuse(at, "content of " + std::to_string(to.size()) + " bytes");
             const Json* from = pattern.find("String");
             if (from && !from->string(at).empty())
                 normalizers_.push_back(
@@ -247,7 +258,8 @@ Tokenizer::Tokenizer(std::string_view text, std::string_view config, const std::
             if (prepend != "always" && prepend != "never") refuse(at, "prepend_scheme " + prepend.substr(0, 60));
             const Json* split = step->find("split");
             const std::string& mark = step->at("replacement", at).string(at);
-            if (mark.empty()) refuse(at, "an empty replacement");
+            if (mark.empty() || mark.size() > kMostReplaced)
+                refuse(at, "a replacement of " + std::to_string(mark.size()) + " bytes");
             splits_.push_back(Metaspace{mark, prepend == "always", !split || split->boolean(at)});
         } else {
             refuse(at, "pre_tokenizer " + type.substr(0, 60));
@@ -272,6 +284,9 @@ void Tokenizer::read_added(const Json& list, const std::string& where) {
         const std::string& text = token.at("content", where).string(where);
         if (text.empty() || flag(token, "normalized", where) || flag(token, "single_word", where))
             refuse(where, "added token '" + text.substr(0, 60) + "' that is normalized or a single word");
+        if (text.size() > kMostPiece || added_.size() == kMostAdded)
+            refuse(where, "more than " + std::to_string(kMostAdded) + " added tokens, or one of more than " +
+                              std::to_string(kMostPiece) + " bytes");
         added_.push_back({text, token.at("id", where).integer(where, 0, kMaxId), flag(token, "lstrip", where),
                           flag(token, "rstrip", where)});
     }
@@ -294,6 +309,7 @@ void Tokenizer::read_template(const Json& processor, const std::string& where) {
         const Json& token = processor.at("special_tokens", where).at(name, where);
         for (const Json& id : token.at("ids", where).array(where))
             (seen ? after_ : before_).push_back(id.integer(where, 0, kMaxId));
+        if (before_.size() + after_.size() > static_cast<std::size_t>(kMaxRows)) refuse(where, "a longer template");
     }
     if (!seen) refuse(where, "a template without a text");
 }
@@ -325,7 +341,12 @@ std::int64_t Tokenizer::largest_id() const {
 
 void Tokenizer::encode_plain(std::string_view text, std::vector<std::int64_t>& ids) const {
     std::string normal(text);
-    for (const Normalize& normalize : normalizers_) normal = normalize(normal);
+    for (const Normalize& normalize : normalizers_) {
+        normal = normalize(normal);
+        if (normal.size() > kMostNormal)
+            fail(GREEDY_INVALID, "prompt", std::to_string(normal.size()) + " bytes when normalised",
+                 "at most " + std::to_string(kMostNormal));
+    }
     std::vector<std::string> pieces = {normal};
     for (const Split& split : splits_) {
         std::vector<std::string> next;
@@ -339,9 +360,8 @@ void Tokenizer::encode_plain(std::string_view text, std::vector<std::int64_t>& i
         if (!piece.empty()) model_->encode(piece, ids);
 }
 
-std::size_t Tokenizer::encode(const std::string& prompt, std::vector<std::int64_t>& ids,
+std::size_t Tokenizer::encode(const std::string& text, std::vector<std::int64_t>& ids,
                               std::vector<std::int64_t>& mask) const {
-    const std::string text = clean_prompt(prompt);
     ids.clear();
     std::size_t plain = 0;  // start of the text after the last special token
     for (std::size_t at = 0; at < text.size();) {

@@ -29,9 +29,10 @@ class Tokenizer {
     // The largest id that encode() can return.
     std::int64_t largest_id() const;
 
-    // Ids and mask of a prompt (UTF-8), each rows() long, as Tokenizer of engine/model/text.py. Cuts longer prompts.
-    // Returns the number of tokens of the whole prompt. Throws Error(GREEDY_INVALID) as clean_prompt.
-    std::size_t encode(const std::string& prompt, std::vector<std::int64_t>& ids, std::vector<std::int64_t>& mask) const;
+    // Ids and mask of a cleaned prompt (UTF-8), each rows() long, as Tokenizer of engine/model/text.py. Cuts longer
+    // prompts. Returns the number of tokens of the whole prompt. Throws Error(GREEDY_INVALID) if rules of the tokenizer
+    // make it too long.
+    std::size_t encode(const std::string& text, std::vector<std::int64_t>& ids, std::vector<std::int64_t>& mask) const;
 
     class Model {
       public:

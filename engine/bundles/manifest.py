@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from engine.bundles.registry import BACKENDS
 from engine.config import Preset, TransformerConfig
+from engine.files import MOST_JSON_MARKS, check_json_size
 from engine.options import read
 from engine.presets import check_preset
 
@@ -194,6 +195,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise FileNotFoundError(f"bundle: got {folder} without manifest.json, expected a bundle")
     if path.stat().st_size > 1 << 26:
         raise ValueError(f"{path}: got {path.stat().st_size} bytes, expected at most {1 << 26}")
+    check_json_size(path, MOST_JSON_MARKS)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:

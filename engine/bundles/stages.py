@@ -110,7 +110,20 @@ class GraphStages(ABC):
     def plain(self) -> "GraphStages":
         return self
 
+    @property
+    def token_rows(self) -> int | None:
+        """Rows of the text encoder's table; None if the bundle names none."""
+        for key in self.backend.graphs["encode_text"].weights.values():
+            table = self.weights.tensors[key]
+            if table.ndim == 2 and key.replace(".", "_").endswith(("embed_tokens_weight", "shared_weight")):
+                return len(table)
+        return None
+
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        # A graph may abort at a token outside the table.
+        rows, least, largest = self.token_rows, int(ids.min()), int(ids.max())
+        if rows is not None and not (least >= 0 and largest < rows):
+            raise ValueError(f"encode_text: got tokens {least} to {largest}, expected 0 to {rows - 1}")
         return self.run_graph("encode_text", {"ids": ids, "mask": mask})["text_emb"]
 
     def prepare_text(self, text_emb: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.files import read_json
+from engine.files import check_json_size, read_json
 
 MAX_ROWS = 512  # rows that Wan2.1 was trained with
-MOST_GARBLED = 4096  # characters of a prompt with HTML entities or garbled text, for which ftfy takes quadratic time
+# Characters of a prompt: the model reads 512 tokens of at most 16 characters; as many again may be white space.
+MOST_CHARACTERS = 16_384
+MOST_GARBLED = 1024  # characters of a prompt with HTML entities or garbled text, for which ftfy takes quadratic time
 
 _EXCERPT = 40  # characters of a prompt that a message quotes
 _PLAIN = re.compile(r"[ -%'-~]*")  # printable ASCII without &
@@ -29,13 +31,15 @@ def clean_prompt(prompt: str) -> str:
     """The prompt as Wan's own pipeline and diffusers' WanPipeline read it.
 
     ftfy repairs garbled text and replaces curly quotes, ligatures and full-width letters; HTML entities are resolved,
-    white space is folded. ValueError for a prompt that would take minutes, and where html.unescape raises one.
+    white space is folded. ValueError for a prompt that is too long, and where html.unescape raises one.
     """
+    if len(prompt) > MOST_CHARACTERS:
+        raise ValueError(f"prompt: got {len(prompt)} characters, expected at most {MOST_CHARACTERS}")
     if _PLAIN.fullmatch(prompt):  # ftfy leaves plain text as it is
         return fold_prompt(prompt)
     import ftfy
 
-    _check_length(prompt)
+    _check_garbled(prompt)
     return fold_prompt(ftfy.fix_text(prompt))
 
 
@@ -48,7 +52,7 @@ def fold_prompt(prompt: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def _check_length(prompt: str) -> None:
+def _check_garbled(prompt: str) -> None:
     """ftfy repeats its steps until nothing changes: at worst once per character, for these prompts alone."""
     if len(prompt) <= MOST_GARBLED:
         return
@@ -114,7 +118,9 @@ class Tokenizer:
         number = self._core.token_to_id(pad)
         if number is None:
             raise ValueError(f"{path}: got no token {pad}, expected the pad token among the tokens")
-        self.tokens = self._core.get_vocab_size()
+        # One more than the largest id; the vocabulary may have gaps, and the template ids of its own.
+        ids = [number, *self._core.get_vocab(with_added_tokens=True).values(), *self._core.encode("").ids]
+        self.tokens = 1 + max(ids)
         self._core.enable_padding(length=self.rows, pad_id=number, pad_token=pad)
         self._core.enable_truncation(self.rows)
         self._added = self._core.num_special_tokens_to_add(False)  # the end mark
@@ -161,6 +167,8 @@ def _tensors(encoded: Any) -> tuple[Tensor, Tensor]:
 def _core(path: Path) -> Any:
     """The tokenizers.Tokenizer of a folder. FileNotFoundError without one, ValueError if its file is damaged."""
     file = path / "tokenizer.json"
+    if file.is_file():
+        check_json_size(file)
     if not file.is_file() and not (path / "spiece.model").is_file():
         raise FileNotFoundError(f"{path}: got neither tokenizer.json nor spiece.model, expected one of them")
     try:

@@ -3,6 +3,7 @@
 `python tests/csrc/test_csrc.py` writes csrc/tests/noise_vectors.txt, the known draws that C++ is tested with.
 """
 
+import os
 import random
 import re
 import shutil
@@ -10,17 +11,20 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+import fake_stages
 import numpy as np
 import pytest
 from csrc_tools import HANG, build, cmake, missing_tool
 
 from engine import __version__
+from engine.config import Preset
 from engine.sampling.noise import PhiloxNoise
 
 ROOT = Path(__file__).parents[2]
 HEADERS = ROOT / "csrc" / "include" / "greedy"
 PUBLIC = ("greedy.h", "greedy.hpp", "plugin.h")
-VECTORS = ROOT / "csrc" / "tests" / "noise_vectors.txt"
+TESTS = ROOT / "csrc" / "tests"
+VECTORS = TESTS / "noise_vectors.txt"
 TOP = 2**64 - 1
 # (seed, chunk, draw, count); the last one has an angle so small that the + 1 in its uniform number shows.
 KNOWN = [(0, 0, 0, 16), (1, 0, 0, 1), (1, 0, 1, 2), (1, 1, 0, 3), (42, 7, 3, 33), (2**32, 2**32 + 1, 2**33, 5),
@@ -110,9 +114,7 @@ def test_ctest_passes(native_build):
 def test_the_loop_in_the_header_is_the_one_that_is_run():
     header = (HEADERS / "greedy.h").read_text().split("Status:")[0].splitlines()
     loop = [line.removeprefix(" *     ") for line in header if line.startswith(" *     ")]
-    program = [
-        line.removeprefix("    ") for line in (ROOT / "csrc" / "tests" / "header_loop.c").read_text().splitlines()
-    ]
+    program = [line.removeprefix("    ") for line in (TESTS / "header_loop.c").read_text().splitlines()]
     assert len(loop) > 10
     assert any(program[start : start + len(loop)] == loop for start in range(len(program)))
 
@@ -131,19 +133,54 @@ def test_headers_compile_alone(tmp_path):
         assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.thorough
-def test_damaged_input_under_sanitizers():
-    """Half a minute of damaged manifests, weights and tokenizers, and the session test, checked by the compiler."""
-    folder = build(
-        "sanitized", "-DGREEDY_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug",
-        "-DCMAKE_CXX_FLAGS=-O1", targets=("fuzz", "session_test", "greedy_fake"),
+def checked_build(sanitizers: str, *targets: str) -> Path:
+    """Some targets, checked by the compiler's sanitizers while they run."""
+    return build(
+        f"sanitized-{sanitizers.split(',')[0]}", f"-DGREEDY_SANITIZE={sanitizers}", "-DCMAKE_BUILD_TYPE=Debug",
+        "-DCMAKE_CXX_FLAGS=-O1", targets=(*targets, "greedy_fake"),
     )  # fmt: skip
-    tests = ROOT / "csrc" / "tests"
-    for words in ([folder / "fuzz", tests / "corpus", "30", "1"],
-                  [folder / "session_test", tests / "fake.bundle", folder / "fake_plugin", "20"]):  # fmt: skip
-        ran = subprocess.run(words, capture_output=True, text=True, timeout=HANG)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        print(ran.stdout)
+
+
+def passes(*words: str | Path, **environment: str) -> None:
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=HANG, env=os.environ | environment)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    print(ran.stdout)
+
+
+@pytest.fixture(scope="module")
+def memory_checked() -> Path:
+    return checked_build("address,undefined", "fuzz", "session_test", "state_test")
+
+
+# Kinds of csrc/tests/fuzz.cpp: calls of the C interface, tokenizers, prompts, manifests, safetensors and charsmaps.
+@pytest.mark.parametrize("kinds", ["a", "t", "p", "m", "sc"])
+@pytest.mark.thorough
+def test_damaged_input_under_sanitizers(memory_checked, tmp_path, kinds):
+    """Half a minute each. The input that fails is left in `tmp_path`."""
+    passes(memory_checked / "fuzz", TESTS / "corpus", "30", "1", kinds, tmp_path / "input")
+
+
+@pytest.mark.parametrize("preset", [Preset("greedy", shift=2.0), Preset("causal", chunk=3, window=6, shift=3.0)],
+                         ids=lambda preset: preset.family)  # fmt: skip
+@pytest.mark.thorough
+def test_calls_over_other_bundles_under_sanitizers(memory_checked, tmp_path, preset):
+    bundle = fake_stages.write_fake_bundle(tmp_path / "bundle", preset)
+    passes(
+        memory_checked / "fuzz", TESTS / "corpus", "30", "2", "a", tmp_path / "input", GREEDY_FAKE_BUNDLE=str(bundle)
+    )
+
+
+@pytest.mark.parametrize("name", ["session_test", "state_test"])
+@pytest.mark.thorough
+def test_sessions_under_sanitizers(memory_checked, name):
+    divisor = ["20"] if name == "session_test" else []
+    passes(memory_checked / name, TESTS / "fake.bundle", memory_checked / "fake_plugin", *divisor)
+
+
+@pytest.mark.thorough
+def test_threads_under_a_sanitizer():
+    folder = checked_build("thread", "session_test")
+    passes(folder / "session_test", TESTS / "fake.bundle", folder / "fake_plugin", "20")
 
 
 def test_same_noise_as_python(native_build, tmp_path):

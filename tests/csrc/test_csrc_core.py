@@ -90,7 +90,8 @@ def write_vectors(path: Path, seeds: int) -> None:
 
 
 def core_test(build: Path, vectors: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([build / "core_test", vectors], capture_output=True, text=True, timeout=HANG)
+    manifest = ROOT / "csrc" / "tests" / "fake.bundle" / "manifest.json"
+    return subprocess.run([build / "core_test", vectors, manifest], capture_output=True, text=True, timeout=HANG)
 
 
 def test_recorded_vectors_are_current():

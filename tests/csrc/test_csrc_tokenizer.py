@@ -13,6 +13,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from texts.garbled import garbled
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from engine.model.text import MOST_CHARACTERS
 from engine.model.text import Tokenizer as Engine
 
 ROOT = Path(__file__).parents[2]
@@ -50,8 +51,8 @@ def prompts() -> list[str]:
         " ",
         "a" * 5000,
         "“red”" * 500,
-        "\u0e01" * 20_000,
-        "<pad> " * 5000,
+        "\u0e01" * MOST_CHARACTERS,
+        "<pad> " * (MOST_CHARACTERS // 6),
         *(prompt(choose) for _ in range(COUNT)),
     ]
 

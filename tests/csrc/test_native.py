@@ -189,8 +189,13 @@ def test_bad_input_is_said(recorded, core, tmp_path, native_build):
         NativePipeline(tmp_path)
     with pytest.raises(ImportError, match="got no plugin"):
         core.Bundle(str(fake_stages.RECORDED), plugin_dir=str(tmp_path))
+    compiled = Path(shutil.copytree(fake_stages.RECORDED, tmp_path / "compiled.bundle"))
+    content = (compiled / "manifest.json").read_text()
+    for old, target in (('"aoti-cpu"', '"aoti-cpu-x86_64-avx2"'), ('"target": "cpu"', '"target": "cpu-x86_64-avx2"')):
+        content = content.replace(old, target)
+    (compiled / "manifest.json").write_text(content)
     with pytest.raises(ImportError, match=r"got no libtorch_cpu\.so"):
-        core.Bundle(str(fake_stages.RECORDED), library_dir=str(tmp_path))
+        core.Bundle(str(compiled), library_dir=str(tmp_path))
     with pytest.raises(ImportError, match="no backend tensorrt"):
         core.Bundle(str(fake_stages.RECORDED), backend="tensorrt")
 

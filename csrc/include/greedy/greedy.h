@@ -56,7 +56,8 @@ enum greedy_status {
                               makes the same chunk again. A weight that is not finite is GREEDY_BAD_BUNDLE */
 };
 
-/* Opened weights and compiled graphs, shared by any number of sessions. */
+/* Opened weights and compiled graphs, shared by any number of sessions. Do not write into the files of an open bundle;
+ * a new one may be renamed into their place. */
 typedef struct greedy_bundle greedy_bundle;
 /* One video that is being made. */
 typedef struct greedy_session greedy_session;
@@ -75,7 +76,7 @@ typedef struct greedy_settings {
     const char *library_dir; /* directory of the plugin's own libraries (libtorch_cpu.so); NULL: the environment
                                 variable GREEDY_LIBRARY_DIR, else beside the plugin, then the torch of its Python
                                 environment, then the system's search path */
-    int verify;              /* 1: compare the sha256 of every file that is used; 0: of graphs alone. Default 1 */
+    int verify;              /* 1: compare the sha256 of weights, tokenizer and graphs; 0: of graphs alone. Default 1 */
     int parallel;            /* calls of one graph that may run at once, 1 to 64; more sessions wait. Default 1 */
     greedy_log_callback log; /* NULL: silence */
     void *log_cookie;
@@ -132,10 +133,11 @@ GREEDY_API int greedy_open(greedy_session **session, greedy_bundle *bundle, uint
 
 /* Set the prompt from the next chunk on. Any thread may call these while another streams. They copy their arguments.
  * recommit 1 rewrites the stream's cached keys and values under the new prompt, so that they do not pull towards the
- * old one; 0 keeps them. Of several calls before a chunk the last one counts. The prompt is UTF-8 text; token ids of
- * the bundle's tokenizer, at most text_rows, the end token included; or an embedding [text_rows, text_dim]. Text is
- * cleaned as Wan's pipeline cleans it (ftfy, HTML entities, white space). A text without a visible character is
- * GREEDY_INVALID. The rest of a text of more than text_rows tokens is ignored, with a note in the log (INFO).
+ * old one; 0 keeps them, those too that a failed greedy_next_frame wrote under its own prompt. Of several calls before
+ * a chunk the last prompt counts; keys are rewritten if one of them asked for it. The prompt is UTF-8 text; token ids
+ * of the bundle's tokenizer, at most text_rows, the end token included; or an embedding [text_rows, text_dim]. Text is
+ * cleaned as Wan's pipeline cleans it (ftfy, HTML entities, white space). A text of more than 16,384 characters, or
+ * without a visible one, is GREEDY_INVALID. The rest of a text of more than text_rows tokens is ignored, with a note in the log (INFO).
  * GREEDY_INVALID, GREEDY_NO_MEMORY. */
 GREEDY_API int greedy_set_prompt(greedy_session *session, const char *text, int recommit);
 GREEDY_API int greedy_set_prompt_tokens(greedy_session *session, const int64_t *ids, size_t count, int recommit);
@@ -143,7 +145,7 @@ GREEDY_API int greedy_set_prompt_embedding(greedy_session *session, const float 
 
 /* Start from a picture (count 1) or continue a clip: RGB frames of the bundle's size, tightly packed, before the first
  * greedy_next_frame. The stream shows them first, re-encoded; of a long clip it keeps the end. The pixels are only read
- * during the call. GREEDY_INVALID, GREEDY_NO_MEMORY, GREEDY_FAILED, GREEDY_NOT_FINITE, GREEDY_BAD_BUNDLE. */
+ * during the call. Of several pushes the last one counts. It heeds no greedy_cancel. GREEDY_INVALID, GREEDY_NO_MEMORY, GREEDY_FAILED, GREEDY_NOT_FINITE, GREEDY_BAD_BUNDLE. */
 GREEDY_API int greedy_push_frames(greedy_session *session, const uint8_t *rgb, size_t count);
 
 /* The same with encoded latents [latent_channels, frames, latent_height, latent_width]; frames is a multiple of
@@ -153,7 +155,7 @@ GREEDY_API int greedy_push_latent(greedy_session *session, const float *latent, 
 /* Get the next frame; makes a chunk when no frame is left. On success the caller owns a reference *frame and returns it
  * with greedy_frame_unref; otherwise it is NULL. A call that fails changes nothing: the next one makes the same frame.
  * GREEDY_INVALID (no prompt yet), GREEDY_CANCELLED, GREEDY_NO_MEMORY, GREEDY_FAILED, GREEDY_NOT_FINITE,
- * GREEDY_BAD_BUNDLE (a weight that is not finite). */
+ * GREEDY_BAD_BUNDLE (a weight that is not finite, or a file of weights that was written to). */
 GREEDY_API int greedy_next_frame(greedy_session *session, greedy_frame **frame);
 
 /* Take one more reference to a frame; returns the frame. */

@@ -80,6 +80,9 @@ class Session {
     ~Session() { greedy_close(&session_); }
 
     void set_prompt(const std::string& text, bool recommit = true) {
+        // A C string ends at the first NUL, so the rest would be lost.
+        if (text.find('\0') != std::string::npos)
+            throw StatusError(GREEDY_INVALID, "prompt: got a NUL character, expected text");
         check(greedy_set_prompt(session_, text.c_str(), recommit));
     }
     void set_prompt_tokens(const std::int64_t* ids, std::size_t count, bool recommit = true) {
