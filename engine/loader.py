@@ -285,15 +285,19 @@ def threads_of_bundle(threads: int | None, manifest: "Manifest", device: torch.d
     return threads_of(threads, config, manifest.preset_value(), geometry.tokens, device)
 
 
-def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int | None = None) -> Pipeline:
+def load_bundle(
+    folder: str | Path, backend: str | None = None, *, threads: int | None = None, verify: bool = True
+) -> Pipeline:
     """Load a pipeline that runs a bundle's compiled graphs. The bundle fixes size, preset and precision.
 
     backend  a name of BACKENDS, or of one entry of the manifest; None is the first one that runs on this machine
     threads  CPU threads; None chooses as in Runtime
+    verify   compare the sha256 of every file that is used with the manifest first; that of code is always compared
 
     The graphs of aoti and tensorrt are code: load only bundles from a source whose programs you would run. Raises
     ValueError or FileNotFoundError if the bundle differs from its manifest or is for another machine.
     """
+    from engine.bundles.hashes import check_hashes, tokenizer_files
     from engine.bundles.manifest import read_manifest  # imported here: only bundles need their packages
     from engine.bundles.registry import BACKENDS
     from engine.bundles.stages import DTYPES as TENSOR_DTYPES
@@ -304,6 +308,8 @@ def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int 
     found = [spec for spec in manifest.backends.values() if backend in (None, spec.backend, spec.key)]
     if not found:
         raise ValueError(f"bundle: got backend {backend!r}, expected one of {', '.join(manifest.backends)}")
+    if verify:
+        check_hashes(folder, manifest, tokenizer_files(manifest))
     tokenizer, preset = Tokenizer(folder / manifest.tokenizer), manifest.preset_value()
     if tokenizer.rows != manifest.text_rows:
         raise ValueError(f"bundle: got a tokenizer of {tokenizer.rows} rows, expected {manifest.text_rows}")
@@ -312,7 +318,7 @@ def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int 
         device = torch.device(spec.target.split("-")[0])
         count = threads_of_bundle(threads, manifest, device)
         try:
-            stages = BACKENDS[spec.backend].load()(folder, manifest, spec, count, device)
+            stages = BACKENDS[spec.backend].load()(folder, manifest, spec, count, device, verify=verify)
         except (NotHere, ImportError) as error:
             refused.append(error)
             continue

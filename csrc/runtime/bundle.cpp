@@ -14,6 +14,7 @@ namespace fs = std::filesystem;
 Bundle::Bundle(const std::string& folder, Manifest manifest, const greedy_settings& settings)
     : folder_(folder), log_(settings.log), log_cookie_(settings.log_cookie), manifest_(std::move(manifest)) {
     for (const auto& entry : manifest_.files) check_file(entry.first, false);
+    check_tokenizer_folder();
     open_device(settings);
     const std::string tokenizer = manifest_.tokenizer + "/";
     for (const auto& entry : manifest_.files)
@@ -25,8 +26,8 @@ Bundle::Bundle(const std::string& folder, Manifest manifest, const greedy_settin
     for (const auto& entry : backend_->graphs)
         if (entry.first.rfind("vae_encode", 0) != 0)
             graph(entry.first);
-        else
-            check_file(entry.second.file, true);  // loaded when pictures are pushed
+        else  // loaded when pictures are pushed
+            constants(entry.first), check_file(entry.second.file, true);
     log(GREEDY_LOG_INFO, "opened " + folder + " with " + backend() + " for " + target());
 }
 
@@ -48,6 +49,15 @@ void Bundle::check_file(const std::string& name, bool hash) const {
     const std::string got = hash_of.hex();
     if (got != spec.sha256)
         fail(GREEDY_BAD_BUNDLE, path.string(), "sha256 " + got.substr(0, 12), spec.sha256.substr(0, 12));
+}
+
+// What lies there and is not listed has no hash, and a library that reads the folder might take it.
+void Bundle::check_tokenizer_folder() const {
+    std::error_code error;
+    const fs::path folder = fs::path(folder_) / manifest_.tokenizer;
+    for (const auto& entry : fs::directory_iterator(folder, error))
+        if (manifest_.files.count(manifest_.tokenizer + "/" + entry.path().filename().string()) == 0)
+            fail(GREEDY_BAD_BUNDLE, entry.path().string(), "a file that the manifest does not list", "none");
 }
 
 void Bundle::open_device(const greedy_settings& settings) {
@@ -122,19 +132,23 @@ const Graph& Bundle::graph(const std::string& name) {
     if (found != graphs_.end()) return *found->second;
     const auto spec = backend_->graphs.find(name);
     if (spec == backend_->graphs.end()) fail(GREEDY_BAD_BUNDLE, "bundle", "no graph " + name, "it");
-    std::vector<Constant> constants;
-    for (const auto& [constant, key] : spec->second.weights) {
-        const auto weight = weights_.find(key);
-        if (weight == weights_.end()) fail(GREEDY_BAD_BUNDLE, name, "no weight " + key + " in the bundle", "it");
-        constants.push_back({weight->second.spec, weight->second.data});
-        constants.back().spec.name = constant;
-    }
     // Graphs are code: one that differs from the manifest is never run.
     check_file(spec->second.file, true);
     const std::string file = (fs::path(folder_) / spec->second.file).string();
-    auto loaded = std::make_unique<Graph>(*device_, name, file, spec->second, constants);
+    auto loaded = std::make_unique<Graph>(*device_, name, file, spec->second, constants(name));
     log(GREEDY_LOG_DEBUG, "loaded " + name);
     return *graphs_.emplace(name, std::move(loaded)).first->second;
+}
+
+std::vector<Constant> Bundle::constants(const std::string& name) const {
+    std::vector<Constant> found;
+    for (const auto& [constant, key] : backend_->graphs.at(name).weights) {
+        const auto weight = weights_.find(key);
+        if (weight == weights_.end()) fail(GREEDY_BAD_BUNDLE, name, "no weight " + key + " in the bundle", "it");
+        found.push_back({weight->second.spec, weight->second.data});
+        found.back().spec.name = constant;
+    }
+    return found;
 }
 
 void Bundle::check_weights() {

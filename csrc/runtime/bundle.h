@@ -45,6 +45,8 @@ class Bundle {
     void check_file(const std::string& name, bool hash) const;
     void open_device(const greedy_settings& settings);
     void load_tokenizer();
+    void check_tokenizer_folder() const;
+    std::vector<Constant> constants(const std::string& graph) const;
 
     const std::string folder_;
     const greedy_log_callback log_;

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer as Core
 import engine
 import engine.run
 from bench.instruments.random_weights import write_random_pipeline
-from engine.bundles.manifest import check_hashes, file_hash, read_manifest
+from engine.bundles.hashes import check_hashes, file_hash
+from engine.bundles.manifest import read_manifest
 from engine.config import TransformerConfig
 from engine.generators.base import Geometry
 from engine.loader import load_bundle
