@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from engine.config import Preset, Runtime, TransformerConfig
-from engine.files import read_json
+from engine.files import plain_file, read_json
 from engine.generators import family_of
 from engine.generators.base import Generator, Geometry
 from engine.memory import Case, place_encoder, plan_memory
@@ -62,7 +62,7 @@ def settings_of(folder: Path) -> Settings:
     """The settings of a pipeline directory. FileNotFoundError where there is none, ValueError for a bad engine.json."""
     check_folder(folder)
     file = folder / "engine.json"
-    return read(Settings, read_json(file) if file.is_file() else {}, str(file))
+    return read(Settings, read_json(file) if plain_file(file) else {}, str(file))
 
 
 def settings_for(
@@ -286,16 +286,19 @@ def threads_of_bundle(threads: int | None, manifest: "Manifest", device: torch.d
 
 
 def load_bundle(
-    folder: str | Path, backend: str | None = None, *, threads: int | None = None, verify: bool = True
-) -> Pipeline:
+    folder: str | Path, backend: str | None = None, *, threads: int | None = None, verify: bool = True,
+    planned: Callable[[MemoryPlan], object] | None = None,
+) -> Pipeline:  # fmt: skip
     """Load a pipeline that runs a bundle's compiled graphs. The bundle fixes size, preset and precision.
 
     backend  a name of BACKENDS, or of one entry of the manifest; None is the first one that runs on this machine
     threads  CPU threads; None chooses as in Runtime
     verify   compare the sha256 of every file that is used with the manifest first; that of code is always compared
+    planned  is called with the memory plan before weights are read; what it raises ends the call
 
     The graphs of aoti and tensorrt are code: load only bundles from a source whose programs you would run. Raises
-    ValueError or FileNotFoundError if the bundle differs from its manifest or is for another machine.
+    ValueError or FileNotFoundError if the bundle differs from its manifest or is for another machine, MemoryError if
+    there is too little memory.
     """
     from engine.bundles.hashes import check_hashes, tokenizer_files
     from engine.bundles.manifest import read_manifest  # imported here: only bundles need their packages
@@ -318,7 +321,9 @@ def load_bundle(
         device = torch.device(spec.target.split("-")[0])
         count = threads_of_bundle(threads, manifest, device)
         try:
-            stages = BACKENDS[spec.backend].load()(folder, manifest, spec, count, device, verify=verify)
+            stages = BACKENDS[spec.backend].load()(
+                folder, manifest, spec, count, device, verify=verify, planned=planned
+            )
         except (NotHere, ImportError) as error:
             refused.append(error)
             continue
@@ -329,6 +334,7 @@ def load_bundle(
             TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
             manifest.spatial, manifest.temporal, TENSOR_DTYPES[keys.dtype],
             notes=tuple(dict.fromkeys(f"the next backend of the bundle runs: {error}" for error in refused)),
+            plan=stages.plan,
         )  # fmt: skip
     reasons = list(dict.fromkeys(map(str, refused)))
     raise refused[0] if len(reasons) == 1 else NotHere("; ".join(reasons))

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.bundles.hashes import check_hash, check_hashes, file_hash
@@ -42,6 +44,14 @@ GOLDEN_CHUNKS = 3
 TOLERANCE = {"fp32": 2, "fp16": 4, "bf16": 2, "fp8": 2}
 COUNTED = {"fp32": "at most", "fp16": "at most", "bf16": "on average", "fp8": "on average"}
 _GOLDEN = "golden.safetensors"
+
+
+def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. OSError where that fails, such as on a full disk."""
+    try:
+        safetensors.torch.save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: got an error of the file system, expected room to write there ({error})") from None
 
 
 class WeightStore:

@@ -1,4 +1,4 @@
-"""The graphs that a bundle must have, and the tensors that each of them takes and gives: the same as csrc/core/contract.cpp.
+"""The graphs that a bundle must have, and what each of them takes and gives. The same as csrc/core/contract.cpp.
 
 A graph checks nothing itself. So whatever stands in a manifest is compared with what the loop will feed, for every
 backend, before anything is opened.

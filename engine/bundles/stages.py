@@ -4,7 +4,7 @@ A backend only opens one graph. This file defines which tensors go into which gr
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from engine.bundles.hashes import check_hash, check_hashes, used_files
 from engine.bundles.manifest import BackendSpec, GraphSpec, Manifest, TensorSpec
+from engine.bundles.memory import plan_bundle
 from engine.model.cache import RingCache
+from engine.runtime.memory_plan import MemoryPlan
 from engine.runtime.passes import Capabilities, Pass
 
 DTYPES = {
@@ -69,13 +71,21 @@ class GraphStages(ABC):
     name: str
     capabilities = Capabilities()
     make_cache = RingCache
+    packs = False  # True: the runtime copies weights into a layout of its own
     executable = False  # True: graphs are machine code, whose sha256 is always compared
 
     def __init__(
         self, folder: Path, manifest: Manifest, backend: BackendSpec, threads: int, device: torch.device,
-        verify: bool = True,
+        verify: bool = True, planned: Callable[[MemoryPlan], object] | None = None,
     ) -> None:  # fmt: skip
-        """verify: compare the sha256 of weights and graphs with the manifest before anything is opened."""
+        """verify compares the sha256 of weights and graphs with the manifest before anything is opened.
+
+        planned gets the memory plan before that; what it raises ends the call. MemoryError where it does not fit.
+        """
+        self.plan = plan_bundle(folder, manifest, backend, device, self.packs)
+        if planned is not None:
+            planned(self.plan)
+        self.plan.check()
         self.folder, self.manifest, self.backend = folder, manifest, backend
         self.threads, self.device = threads, device
         self.layers = manifest.transformer_value().num_layers

@@ -37,7 +37,9 @@ def open_pipeline(
             native = NativePipeline(bundle.bundle, verify=bundle.verify, threads=runtime.threads)
             threads_of_bundle(runtime.threads, read_manifest(bundle.bundle), native.device)
             return native
-        return load_bundle(bundle.bundle, bundle.backend, threads=runtime.threads, verify=bundle.verify)
+        return load_bundle(
+            bundle.bundle, bundle.backend, threads=runtime.threads, verify=bundle.verify, planned=planned
+        )
     if bundle.backend not in (None, "torch"):
         raise ValueError(f"--backend: got {bundle.backend}, expected --bundle with it (python -m export writes one)")
     height, width, fps = shape
