@@ -3,7 +3,7 @@
 python -m export --out BUNDLE [--model DIR] [--preset NAME] [--backend NAME]...   write
 python -m export inspect BUNDLE                                                   list the content
 python -m export verify BUNDLE [--backend NAME]...                                check hashes, replay the golden frames
-python -m export verify BUNDLE --hashes-only                                      check hashes; runs no code of the bundle
+python -m export verify BUNDLE --hashes-only                                      check hashes, run no code of it
 
 tensorrt_rtx builds plans for GeForce and RTX cards, named by --gpu, on any x86-64 Linux machine. tensorrt builds for
 the GPU of this machine. We never ran a plan of either (docs/tensorrt.md).
