@@ -230,6 +230,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     if not os.path.lexists(path):
         raise FileNotFoundError(f"bundle: got {folder} without manifest.json, expected a bundle")
+    if path.is_symlink():
+        raise ValueError(f"{path}: got a symbolic link, expected a plain file that can be read")
     content = parse_json(read_text(path), str(path))
     if isinstance(content, dict) and content.get("format") == "greedy-bundle":
         version = content.get("version")

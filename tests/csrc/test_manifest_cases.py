@@ -9,7 +9,9 @@ tests/data/manifest_cases.json has a row per case:
 """
 
 import json
+import os
 import random
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -127,3 +129,75 @@ def test_both_readers_take_the_same(core, bundles, family, count):
     finally:
         path.write_text(text)
     assert taken > 0
+
+
+TEXTS = {
+    "empty": b"", "space": b" \n", "a byte order mark": b"\xef\xbb\xbf{}", "UTF-16": "{}".encode("utf-16"),
+    "no UTF-8": b'{"format": "\xff"}', "a surrogate in UTF-8": b'{"format": "\xed\xa0\x80"}', "cut": b'{"format": ',
+    "a list": b"[]", "a number": b"1", "a text": b'"greedy-bundle"', "null": b"null", "two values": b"{} {}",
+    "a comma too many": b'{"a": 1,}', "a comment": b"{} // bundle", "a zero byte": b"{}\0", "NaN": b"NaN",
+    "65 levels": b"[" * 66 + b"]" * 66, "many levels": b"[" * 100_000, "many tables": b'{"a":' * 100_000,
+    "many digits": b'{"height": ' + b"9" * 10_000 + b"}", "a raw line break": b'{"a\n": 1}',
+    "too large": b" " * ((1 << 26) + 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_texts_that_are_no_manifest(core, bundles, tmp_path, case):
+    (tmp_path / "manifest.json").write_bytes(TEXTS[case])
+    for said in (python_says(tmp_path), core_says(core, tmp_path)):
+        assert said.startswith(f"{tmp_path / 'manifest.json'}")
+        assert "got " in said
+        assert "expected " in said
+        assert "\n" not in said
+        assert len(said) < 500
+
+
+def as_a_folder(path):
+    path.mkdir()
+
+
+def as_a_loop(path):
+    path.symlink_to(path.name)
+
+
+def as_nothing(path):
+    path.symlink_to("nothing")
+
+
+def as_a_device(path):
+    path.symlink_to("/dev/zero")
+
+
+def as_a_link_outside(path):
+    """To the file itself, which the test has put beside the bundle."""
+    path.symlink_to(next(parent / "whole" for parent in path.parents if (parent / "whole").exists()))
+
+
+INSTEAD = {"a folder": as_a_folder, "a FIFO": os.mkfifo, "a link to itself": as_a_loop, "a link to nothing": as_nothing,
+           "a link outside": as_a_link_outside, "a device": as_a_device, "missing": lambda path: None,
+           "an empty file": lambda path: path.touch()}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "golden.safetensors",
+                                  "tokenizer/tokenizer.json", "graphs/aoti-cpu/etm.so", "tokenizer"])  # fmt: skip
+@pytest.mark.parametrize("kind", INSTEAD)
+def test_something_else_in_the_place_of_a_file(core, bundles, tmp_path, name, kind):
+    """Each is refused by both readers, and none of them waits for a writer."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundles["greedy"], folder)
+    path = folder / name
+    path.rename(tmp_path / "whole")
+    INSTEAD[kind](path)
+    for said in (python_says(folder), core_says(core, folder)):
+        assert name in said
+        assert "got " in said
+        assert "expected " in said
+        assert "\n" not in said
+
+
+def test_what_lies_beside_the_tokenizer(core, bundles, tmp_path):
+    folder = Path(shutil.copytree(bundles["greedy"], tmp_path / "bundle"))
+    (folder / "tokenizer" / "special_tokens_map.json").write_text("{}")
+    for said in (python_says(folder), core_says(core, folder)):
+        assert "special_tokens_map.json: got a file that the manifest does not list, expected none" in said
