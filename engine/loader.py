@@ -61,6 +61,9 @@ class Settings:
 def settings_of(folder: Path) -> Settings:
     """The settings of a pipeline directory. FileNotFoundError where there is none, ValueError for a bad engine.json."""
     check_folder(folder)
+    for pattern in ("*.json", "*/*.json", "*/*.safetensors", "adapters/*/*"):  # what is no file would pass for missing
+        for part in sorted(folder.glob(pattern)):
+            plain_file(part)
     file = folder / "engine.json"
     return read(Settings, read_json(file) if plain_file(file) else {}, str(file))
 

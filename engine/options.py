@@ -87,9 +87,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file's content. FileNotFoundError or ValueError names the file."""
     if not os.path.lexists(path):
         raise FileNotFoundError(f"config: got {path}, expected an existing TOML file")
+    text = read_text(path)
     try:
-        values = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(text)
+    except ValueError as error:  # also of int(), for thousands of digits
         raise ValueError(f"config: got {path}, expected TOML ({error})") from None
     except RecursionError:
         values = None
