@@ -46,7 +46,8 @@ def _external(message: memoryview, way: tuple[str, ...]) -> Iterator[tuple[tuple
     if way[-1] == "tensor":
         fields = dict(_fields(message))
         if fields.get(_DATA_LOCATION) or _EXTERNAL_DATA in fields:
-            yield way, str(fields.get(_NAME, b""), "utf-8")
+            name = fields.get(_NAME, 0)
+            yield way, "" if isinstance(name, int) else str(name, "utf-8")
         return
     parts = _PARTS[way[-1]]
     for number, value in _fields(message):
