@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from engine.options import Convert, option, read, real_number
+from engine.options import Convert, FieldError, option, read, real_number
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 Commit = Literal["clean", "noisy", "none"]
@@ -14,6 +14,13 @@ EncoderDevice = Literal["auto", "cuda", "cpu", "release"]
 MOST = 1 << 20
 MOST_LAYERS = 1024
 MOST_SHIFT = 1e3  # and its inverse the least: the grid is float32
+
+
+def expect_field(what: str, values: object, name: str, ok: bool, expected: str) -> None:
+    """Raise FieldError with the field's value and the expected one unless `ok`."""
+    if not ok:
+        got = repr(getattr(values, name))
+        raise FieldError(f"{what}: got {name} {got}, expected {expected}", name, got, expected)
 
 
 @dataclass(frozen=True)
@@ -38,18 +45,20 @@ class TransformerConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     def __post_init__(self) -> None:
-        if self.patch_size[0] != 1:
-            raise ValueError(f"transformer: got patch_size {self.patch_size}, expected (1, height, width)")
-        if self.qk_norm != "rms_norm_across_heads":
-            raise ValueError(f"transformer: got qk_norm {self.qk_norm!r}, expected 'rms_norm_across_heads'")
-        sizes = (*self.patch_size, self.num_attention_heads, self.in_channels, self.out_channels, self.text_dim)
-        if min(*sizes, self.freq_dim, self.ffn_dim, self.num_layers) < 1 or not self.eps > 0:
-            raise ValueError(f"transformer: got {self}, expected positive sizes")
-        if max(*sizes, self.freq_dim, self.ffn_dim, self.attention_head_dim) > MOST or self.num_layers > MOST_LAYERS:
-            raise ValueError(f"transformer: got {self}, expected sizes up to {MOST} and {MOST_LAYERS} layers")
-        if self.attention_head_dim % 2 or self.attention_head_dim < 8:
-            raise ValueError(f"transformer: got attention_head_dim {self.attention_head_dim}, "
-                             "expected an even number of at least 8")  # fmt: skip
+        high_wide = self.patch_size[1:]
+        self.expect("patch_size", self.patch_size[0] == 1 and 1 <= min(high_wide) <= max(high_wide) <= MOST,
+                    f"1, height, width up to {MOST}")  # fmt: skip
+        for name in ("num_attention_heads", "in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim"):
+            self.expect(name, 1 <= getattr(self, name) <= MOST, f"1 to {MOST}")
+        self.expect("num_layers", 1 <= self.num_layers <= MOST_LAYERS, f"1 to {MOST_LAYERS}")
+        head_dim = self.attention_head_dim
+        self.expect("attention_head_dim", 8 <= head_dim <= MOST and head_dim % 2 == 0, f"an even number, 8 to {MOST}")
+        self.expect("qk_norm", self.qk_norm == "rms_norm_across_heads", "'rms_norm_across_heads'")
+        self.expect("eps", 0 < self.eps < 1, "a number between 0 and 1")
+
+    def expect(self, name: str, ok: bool, expected: str) -> None:
+        """Raise FieldError with the field's value and the expected one unless `ok`."""
+        expect_field("transformer", self, name, ok, expected)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "TransformerConfig":
@@ -161,9 +170,8 @@ class Preset:
             self.expect("steps", whole or not self.warped, "whole numbers where warped")
 
     def expect(self, name: str, ok: bool, expected: str) -> None:
-        """Raise ValueError with the field's value and the expected one unless `ok`."""
-        if not ok:
-            raise ValueError(f"preset: got {name} {getattr(self, name)!r}, expected {expected}")
+        """Raise FieldError with the field's value and the expected one unless `ok`."""
+        expect_field("preset", self, name, ok, expected)
 
     def chunk_frames(self, index: int) -> int:
         """Latent frames of chunk `index`."""

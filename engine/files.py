@@ -1,4 +1,4 @@
-"""Writes files and folders beside their final name and renames them, so that they appear whole or not at all.
+"""Writes files and folders whole or not at all, beside their final name, and renames them. Reads JSON within limits.
 
     with whole_file(path) as part:
         part.write_bytes(data)      # after the block path exists, complete; an error leaves path unchanged
@@ -15,18 +15,23 @@ import os
 import re
 import secrets
 import shutil
+import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 NAME_BYTES = 255  # longest name of a file on the usual file systems
+# Limits of a file of settings, JSON or TOML; those of JSON are also csrc/formats/json.h's.
+MOST_TEXT = 1 << 26  # bytes
+MOST_DEPTH = 64  # of lists and tables
+# Commas and opening brackets, also those in strings: about as many as the file has values.
+MOST_MARKS = 1 << 19  # of a manifest; one of a 14B model has 50,000
+MOST_MARKS_IN_LISTS = 1 << 21  # of a vocabulary
+_SHALLOW = f"expected at most {MOST_DEPTH} levels"
 _TOKEN_BYTES = len(".12345678.part")
-# Limits of a JSON file, the same as in csrc/formats/json.h. Marks are commas and opening brackets, also those in
-# strings: about as many as the file has values.
-MOST_JSON_BYTES = 1 << 26
-MOST_JSON_MARKS = 1 << 19  # of a manifest; one of a 14B model has 50,000
-MOST_JSON_MARKS_IN_LISTS = 1 << 21  # of a vocabulary
 
 
 class Part:
@@ -217,24 +222,89 @@ def write_json(path: Path, content: Any, indent: int = 1) -> None:
         part.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
-def check_json_size(path: Path, most_marks: int = MOST_JSON_MARKS_IN_LISTS) -> None:
-    """ValueError for a file that would take much memory to parse."""
-    if (size := path.stat().st_size) > MOST_JSON_BYTES:
-        raise ValueError(f"{path}: got {size} bytes, expected at most {MOST_JSON_BYTES}")
-    text = path.read_bytes()
-    if (marks := sum(map(text.count, (b",", b"[", b"{")))) > most_marks:
-        raise ValueError(f"{path}: got JSON with {marks} commas and brackets, expected at most {most_marks}")
+def plain_file(path: Path) -> bool:
+    """Whether a file is there. ValueError for anything else of that name, such as a directory or a FIFO."""
+    if not os.path.lexists(path):
+        return False
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ValueError(f"{path}: got {error.strerror}, expected a file that can be read") from None
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        raise ValueError(f"{path}: got {kinds.get(stat.S_IFMT(mode), 'a device')}, expected a file")
+    return True
+
+
+def read_text(path: Path) -> str:
+    """A text in UTF-8 of at most MOST_TEXT bytes. ValueError for anything else, FileNotFoundError for nothing."""
+    if not plain_file(path):
+        raise FileNotFoundError(f"got no file {path}, expected one")
+    try:
+        with path.open("rb") as opened:  # no file grows past the limit while it is read
+            content = opened.read(MOST_TEXT + 1)
+    except OSError as error:
+        raise ValueError(f"{path}: got {error.strerror}, expected a file that can be read") from None
+    if len(content) > MOST_TEXT:
+        raise ValueError(f"{path}: got {path.stat().st_size} bytes, expected at most {MOST_TEXT}")
+    if content.startswith(b"\xef\xbb\xbf"):
+        raise ValueError(f"{path}: got a byte order mark, expected UTF-8 without one")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: got a byte at {error.start} that is no UTF-8, expected a text") from None
+
+
+def parse_json(text: str, where: str, most_marks: int = MOST_MARKS_IN_LISTS) -> Any:
+    """The value of a JSON text as the C++ core reads it (csrc/formats/json.cpp). ValueError begins with `where`.
+
+    Keys stand once, numbers are finite, strings hold no half of a surrogate pair, and depth ends at MOST_DEPTH.
+    More than `most_marks` commas and brackets would take much memory to parse.
+    """
+    if (marks := sum(map(text.count, ",[{"))) > most_marks:
+        raise ValueError(f"{where}: got JSON with {marks} commas and brackets, expected at most {most_marks}")
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise ValueError(f"{where}: got key {twice[:60]!r} twice, expected every key once")
+        return found
+
+    def number(digits: str) -> float:
+        if not isfinite(value := float(digits)):
+            raise ValueError(f"{where}: got {digits[:60]}, expected a finite number")
+        return value
+
+    try:
+        value = json.loads(text, object_pairs_hook=members, parse_float=number, parse_constant=number)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (json.JSONDecodeError, UnicodeEncodeError) as error:
+        raise ValueError(f"{where}: got no JSON, expected a value ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{where}: got no JSON, {_SHALLOW}") from None
+    except ValueError as error:
+        if str(error).startswith(f"{where}: "):
+            raise
+        raise ValueError(f"{where}: got a number of too many digits, expected one in range") from None
+    if not is_shallow(value):
+        raise ValueError(f"{where}: got no JSON, {_SHALLOW}")
+    return value
+
+
+def is_shallow(value: Any) -> bool:
+    """Whether lists and tables are nested MOST_DEPTH deep at most."""
+    level = [value]
+    for _ in range(MOST_DEPTH + 1):
+        held = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [child for children in held for child in children]
+    return not level
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. FileNotFoundError or ValueError names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"got no file {path}, expected one")
-    check_json_size(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got no JSON, expected an object ({error})") from None
+    value = parse_json(read_text(path), str(path))
     if not isinstance(value, dict):
         raise ValueError(f"{path}: got {type(value).__name__}, expected a JSON object")
     return value

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from engine.config import Preset, Runtime, TransformerConfig
-from engine.files import read_json
+from engine.files import plain_file, read_json
 from engine.generators import family_of
 from engine.generators.base import Generator, Geometry
 from engine.memory import Case, place_encoder, plan_memory
@@ -61,8 +61,11 @@ class Settings:
 def settings_of(folder: Path) -> Settings:
     """The settings of a pipeline directory. FileNotFoundError where there is none, ValueError for a bad engine.json."""
     check_folder(folder)
+    for pattern in ("*.json", "*/*.json", "*/*.safetensors", "adapters/*/*"):  # what is no file would pass for missing
+        for part in sorted(folder.glob(pattern)):
+            plain_file(part)
     file = folder / "engine.json"
-    return read(Settings, read_json(file) if file.is_file() else {}, str(file))
+    return read(Settings, read_json(file) if plain_file(file) else {}, str(file))
 
 
 def settings_for(
@@ -285,15 +288,22 @@ def threads_of_bundle(threads: int | None, manifest: "Manifest", device: torch.d
     return threads_of(threads, config, manifest.preset_value(), geometry.tokens, device)
 
 
-def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int | None = None) -> Pipeline:
+def load_bundle(
+    folder: str | Path, backend: str | None = None, *, threads: int | None = None, verify: bool = True,
+    planned: Callable[[MemoryPlan], object] | None = None,
+) -> Pipeline:  # fmt: skip
     """Load a pipeline that runs a bundle's compiled graphs. The bundle fixes size, preset and precision.
 
     backend  a name of BACKENDS, or of one entry of the manifest; None is the first one that runs on this machine
     threads  CPU threads; None chooses as in Runtime
+    verify   compare the sha256 of every file that is used with the manifest first; that of code is always compared
+    planned  is called with the memory plan before weights are read; what it raises ends the call
 
     The graphs of aoti and tensorrt are code: load only bundles from a source whose programs you would run. Raises
-    ValueError or FileNotFoundError if the bundle differs from its manifest or is for another machine.
+    ValueError or FileNotFoundError if the bundle differs from its manifest or is for another machine, MemoryError if
+    there is too little memory.
     """
+    from engine.bundles.hashes import check_hashes, tokenizer_files
     from engine.bundles.manifest import read_manifest  # imported here: only bundles need their packages
     from engine.bundles.registry import BACKENDS
     from engine.bundles.stages import DTYPES as TENSOR_DTYPES
@@ -304,6 +314,8 @@ def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int 
     found = [spec for spec in manifest.backends.values() if backend in (None, spec.backend, spec.key)]
     if not found:
         raise ValueError(f"bundle: got backend {backend!r}, expected one of {', '.join(manifest.backends)}")
+    if verify:
+        check_hashes(folder, manifest, tokenizer_files(manifest))
     tokenizer, preset = Tokenizer(folder / manifest.tokenizer), manifest.preset_value()
     if tokenizer.rows != manifest.text_rows:
         raise ValueError(f"bundle: got a tokenizer of {tokenizer.rows} rows, expected {manifest.text_rows}")
@@ -312,7 +324,9 @@ def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int 
         device = torch.device(spec.target.split("-")[0])
         count = threads_of_bundle(threads, manifest, device)
         try:
-            stages = BACKENDS[spec.backend].load()(folder, manifest, spec, count, device)
+            stages = BACKENDS[spec.backend].load()(
+                folder, manifest, spec, count, device, verify=verify, planned=planned
+            )
         except (NotHere, ImportError) as error:
             refused.append(error)
             continue
@@ -326,6 +340,7 @@ def load_bundle(folder: str | Path, backend: str | None = None, *, threads: int 
             TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
             manifest.spatial, manifest.temporal, TENSOR_DTYPES[keys.dtype],
             notes=tuple(dict.fromkeys(f"the next backend of the bundle runs: {error}" for error in refused)),
+            plan=stages.plan,
         )  # fmt: skip
     reasons = list(dict.fromkeys(map(str, refused)))
     raise refused[0] if len(reasons) == 1 else NotHere("; ".join(reasons))

@@ -27,8 +27,11 @@ from engine.model.scaled_linear import EIGHT_BITS
 from engine.runtime.device import check_fp8, dtype_of, free_memory
 from engine.runtime.memory_plan import (
     CLIP,
+    CPU_SHARE,
+    CUDA_SHARE,
     DECODING,
     LOADING,
+    MEGA,
     PASS,
     PHASES,
     PREPARING,
@@ -44,10 +47,6 @@ from engine.weights.sources import FileSource
 
 Place = Literal["kept", "cpu", "release"]
 
-MEGA = 1 << 20
-# Estimates: CUDA's context with cuBLAS, cuDNN and kernels (1.9 GB on an H100, torch 2.11); thread stacks and code
-# that oneDNN and MKL make on a processor.
-CUDA_SHARE, CPU_SHARE = 1900 * MEGA, 40 * MEGA
 # Estimate: memory in which cuDNN tries convolutions in the first chunk, as a share of the activations of decoding. It
 # was 2.1 GB on an H100 at 832x480. torch makes it smaller where memory is short.
 TRIALS = 1.1

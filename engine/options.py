@@ -13,6 +13,7 @@ Only the class defines a field's type, default and help text.
 """
 
 import argparse
+import os
 import re
 import sys
 import tomllib
@@ -23,7 +24,17 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from engine.files import MOST_DEPTH, is_shallow, read_text
+
 Options = TypeVar("Options")
+
+
+class FieldError(ValueError):
+    """A refused field of a table; an empty name is the table itself."""
+
+    def __init__(self, text: str, field: str, got: str, expected: str) -> None:
+        super().__init__(text)
+        self.field, self.got, self.expected = field, got, expected
 
 
 def option(
@@ -44,18 +55,18 @@ def read(kind: type[Options], values: Mapping[str, Any], what: str) -> Options:
     """Make an instance from a TOML, JSON or Python mapping. ValueError names `what`, the key, got and expected."""
     names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     if unknown := sorted(set(values) - set(names)):
-        raise ValueError(f"{what}: got unknown key {', '.join(unknown)}, expected one of {', '.join(names)}")
+        raise _refused(what, "", f"unknown key {', '.join(unknown)[:200]}", f"one of {', '.join(names)}")
     hints = get_type_hints(kind, include_extras=True)
     about = {f.name: f.metadata for f in fields(kind)}  # type: ignore[arg-type]
     typed = {}
     for name, value in values.items():
-        typed[name] = _typed(hints[name], value, f"{what}: {name}")
+        typed[name] = _typed(hints[name], value, what, name)
         choices, got = about[name].get("choices"), typed[name]
         if choices and not all(one in choices for one in (got if isinstance(got, tuple) else [got])):
-            raise ValueError(f"{what}: {name}: got {value!r}, expected one of {', '.join(choices)}")
+            raise _refused(what, name, repr(value), f"one of {', '.join(choices)}")
     required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
     if missing := [name for name in required if name not in typed]:
-        raise ValueError(f"{what}: got no {missing[0]}, expected it")
+        raise _refused(what, "", f"no {missing[0]}", "it")
     return kind(**typed)
 
 
@@ -73,13 +84,19 @@ def read_table(kind: type[Options], path: Path, table: str, values: Mapping[str,
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file's content."""
-    if not path.is_file():
+    """A TOML file's content. FileNotFoundError or ValueError names the file."""
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"config: got {path}, expected an existing TOML file")
+    text = read_text(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(text)
+    except ValueError as error:  # also of int(), for thousands of digits
         raise ValueError(f"config: got {path}, expected TOML ({error})") from None
+    except RecursionError:
+        values = None
+    if values is None or not is_shallow(values):
+        raise ValueError(f"config: got {path}, expected TOML of at most {MOST_DEPTH} levels")
+    return values
 
 
 def pairs(texts: Iterable[str]) -> dict[str, Any]:
@@ -200,14 +217,23 @@ class _Unfit(ValueError):
     """A value of another type than the one that its text names."""
 
 
-def _typed(hint: Any, value: Any, what: str) -> Any:
+def _refused(what: str, field: str, got: str, expected: str) -> FieldError:
+    return FieldError(f"{what}: {field and f'{field}: '}got {got}, expected {expected}", field, got, expected)
+
+
+def _typed(hint: Any, value: Any, what: str, name: str) -> Any:
     """Convert a plain value to a field's type: lists to tuples, texts to paths, but no texts to numbers."""
     try:
         return _fitted(hint, value)
     except _Unfit as expected:
-        raise ValueError(f"{what}: got {value!r}, expected {expected}") from None
+        raise _refused(what, name, _shown(value), str(expected)) from None
     except ValueError as error:  # of the field's own converter, whose message is complete
-        raise ValueError(f"{what}: {error}") from None
+        raise FieldError(f"{what}: {name}: {error}", name, _shown(value), "another") from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 _EXACT: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -229,7 +255,10 @@ def _fitted(hint: Any, value: Any) -> Any:
         kinds, words = _EXACT[hint]
         if type(value) not in kinds:
             raise _Unfit(words)
-        return hint(value)
+        try:
+            return hint(value)
+        except OverflowError:  # an integer that no float holds
+            raise _Unfit("a number in range") from None
     if origin is Literal:
         if not any(value == one and type(value) is type(one) for one in parts):
             raise _Unfit(" or ".join(map(repr, parts)))

@@ -103,8 +103,8 @@ def _clip(job: Job, height: int, width: int, fps: float, notes: Notes, console: 
 
 def _shape(job: Job) -> tuple[int, int, float]:
     """Height and width in pixels, and frame rate, of the model or bundle to load."""
-    if job.output.plan and job.bundle.bundle is not None:
-        raise ValueError("--plan: got --bundle as well, expected a model: the memory of bundles is not planned")
+    if job.output.plan and job.bundle.backend == "native":
+        raise ValueError("--plan: got --backend native, expected another: the C++ core's memory is not planned")
     return shape_of(job.model, job.bundle, job.fixed, job.output.fps)
 
 

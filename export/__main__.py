@@ -3,19 +3,23 @@
 python -m export --out BUNDLE [--model DIR] [--preset NAME] [--backend NAME]...   write
 python -m export inspect BUNDLE                                                   list the content
 python -m export verify BUNDLE [--backend NAME]...                                check hashes, replay the golden frames
+python -m export verify BUNDLE --hashes-only                                      check hashes, run no code of it
 
 tensorrt_rtx builds plans for GeForce and RTX cards, named by --gpu, on any x86-64 Linux machine. tensorrt builds for
 the GPU of this machine. We never ran a plan of either (docs/tensorrt.md).
-A bundle with aoti, tensorrt or tensorrt_rtx holds code, which runs when the bundle is opened. Open such a bundle only
-if you would run a program from the same source.
+A bundle with aoti, tensorrt or tensorrt_rtx holds code, which runs when the bundle is opened. verify and --reuse open
+it. Take such a bundle only from where you would take a program.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
+from engine.bundles.hashes import check_hashes
 from engine.bundles.manifest import read_manifest
 from engine.bundles.registry import BACKENDS
 from engine.loader import load, settings_for
@@ -26,7 +30,6 @@ from engine.stream import Pipeline
 from export.calibrate import DEFAULT_PROMPT, Source, calibrate, read_calibration
 from export.fp8 import GRANULARITIES, Recipe, quantize
 from export.tensorrt.build import BuildOptions
-from export.write import COUNTED, TOLERANCE, verify_bundle, write_bundle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,11 @@ class Options(Source):
     )  # fmt: skip
     calibration: Path | None = option(None, "from export.calibrate, or ModelOpt's amax", metavar="FILE")
     device: Literal["cpu", "cuda"] = option("cpu", "what aoti compiles for")
-    reuse: Path | None = option(None, "copy its compiled graphs where nothing changed", metavar="BUNDLE")
+    reuse: Path | None = option(
+        None, "copy its compiled graphs where nothing changed, and open them, which runs their code", metavar="BUNDLE"
+    )
+    hashes_only: bool = option(False, "for verify: compare the hashes of all files and run no code of the bundle")
+    debug: bool = option(False, "show tracebacks")
     prompt: str = option(DEFAULT_PROMPT, "of the golden frames", metavar="TEXT")
     seed: int = option(0, "of the golden frames (0)")
 
@@ -72,10 +79,27 @@ def _inspect(folder: Path) -> int:
     return 0
 
 
+def _needs_onnx() -> ModuleType:
+    """export.write, whose tracing needs the packages of the extra onnx whatever the backend."""
+    try:
+        return import_module("export.write")
+    except ModuleNotFoundError as error:
+        expected = "it installed: pip install 'greedy-stream[onnx]'"
+        raise ImportError(f"export: got no package {error.name}, expected {expected}") from None
+
+
+def _hashes(folder: Path) -> int:
+    manifest = read_manifest(folder)
+    check_hashes(folder, manifest)
+    print(f"{folder}: hashes of {len(manifest.files)} files good, nothing was run")
+    return 0
+
+
 def _verify(folder: Path, backends: Sequence[str]) -> int:
-    found = verify_bundle(folder, backends)
+    write = _needs_onnx()
+    found = write.verify_bundle(folder, backends)
     precision = read_manifest(folder).precision
-    allowed, counted, failed = TOLERANCE[precision], COUNTED[precision], False
+    allowed, counted, failed = write.TOLERANCE[precision], write.COUNTED[precision], False
     for key, apart in found.items():
         result = f"golden frames not replayed: {apart}"
         if isinstance(apart, int):
@@ -89,6 +113,7 @@ def _verify(folder: Path, backends: Sequence[str]) -> int:
 def _export(options: Options, plans: BuildOptions) -> int:
     if options.out is None:
         raise ValueError("export: got no --out, expected a new directory")
+    write = _needs_onnx()
     backends = options.backend or ("onnx",)
     fp8, around = options.precision == "fp8", "fp32" if "onnx" in backends else "bf16"  # around: all that is not FP8
     pipeline = load(
@@ -112,7 +137,7 @@ def _export(options: Options, plans: BuildOptions) -> int:
         raise ValueError(
             f"--gpu: got {plans.gpu[0]} for {', '.join(backends)}, expected --backend tensorrt_rtx with it"
         )
-    lines = write_bundle(
+    lines = write.write_bundle(
         pipeline, options.out, pipeline.tokenizer.path, options.prompt, options.seed, backends, options.reuse, plans
     )  # fmt: skip
     for line in lines:
@@ -139,14 +164,27 @@ def main(argv: list[str] | None = None) -> int:
     options = options_of(args, Options)
     try:
         with cleanly():
+            if options.hashes_only and options.what != "verify":
+                raise ValueError(f"--hashes-only: got {options.what}, expected verify with it")
             if options.what == "write":
                 return _export(options, options_of(args, BuildOptions))
             if options.bundle is None:
                 raise ValueError(f"{options.what}: got no bundle, expected a directory")
-            return _inspect(options.bundle) if options.what == "inspect" else _verify(options.bundle, options.backend)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            if options.what == "inspect":
+                return _inspect(options.bundle)
+            return _hashes(options.bundle) if options.hashes_only else _verify(options.bundle, options.backend)
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"error: {_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError | OSError | ImportError) else 1
+
+
+def _line(error: Exception) -> str:
+    """The error on one line, also of a full disk or a compiler."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'export'}: got {error.strerror}, expected to read and write there"
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 if __name__ == "__main__":

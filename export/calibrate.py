@@ -5,7 +5,6 @@
 `python -m export --precision fp8 --calibration amax.json` uses it.
 """
 
-import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.files import write_json
+from engine.files import read_json, write_json
 from engine.loader import load
 from engine.options import Parser, add_options, option, options_of
 from engine.program import cleanly
@@ -112,11 +111,8 @@ def read_calibration(path: Path) -> dict[str, float]:
 
 
 def _from_json(path: Path) -> object:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: got no JSON, expected a calibration ({error})") from None
-    if not isinstance(content, dict) or content.get("format") != "greedy-amax":
+    content = read_json(path)
+    if content.get("format") != "greedy-amax":
         raise ValueError(f"{path}: got no format greedy-amax, expected a file of export.calibrate")
     return content.get("amax")
 

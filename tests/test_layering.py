@@ -23,7 +23,7 @@ MAY = {
 # A folder, or a file beside the folders, imports from its own row only itself, and whatever stands in rows above.
 LEVELS = {
     "engine": [
-        "files options threads kernels_folder program", "config", "media model", "sampling runtime",
+        "files", "options threads kernels_folder program", "config", "media model", "sampling runtime",
         "weights generators", "presets", "bundles", "memory", "shared", "stream", "loader", "commands", "run", "cli",
     ],
     "distill": ["training", "models", "data", "scores", "stages", "experiments", "__main__"],

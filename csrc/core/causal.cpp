@@ -8,7 +8,7 @@
 namespace greedy::core {
 namespace {
 
-constexpr PassKind kDit = {"dit", "dit", false, false};
+constexpr PassKind kDit = {"dit", "dit", true, false, false};
 
 class CausalGenerator : public Generator {
   public:
@@ -79,8 +79,6 @@ class CausalGenerator : public Generator {
 void check(const Preset& preset, const std::string& where) {
     if (preset.window < preset.attn_sink + preset.chunk)
         fail(GREEDY_BAD_BUNDLE, where + ".window", std::to_string(preset.window), "attn_sink + chunk or more");
-    if (preset.attn_sink % preset.chunk)
-        fail(GREEDY_BAD_BUNDLE, where + ".attn_sink", std::to_string(preset.attn_sink), "whole chunks");
 }
 
 Layout layout(const Preset& preset) { return {{{"dit", preset.window, preset.attn_sink}}, {kDit}}; }

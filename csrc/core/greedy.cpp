@@ -9,9 +9,9 @@
 namespace greedy::core {
 namespace {
 
-constexpr PassKind kEtm = {"etm", "etm", false, true};
-constexpr PassKind kSddContext = {"sdd_context", "sdd", false, true};
-constexpr PassKind kSdd = {"sdd", "sdd", true, false};
+constexpr PassKind kEtm = {"etm", "etm", false, false, true};
+constexpr PassKind kSddContext = {"sdd_context", "sdd", false, false, true};
+constexpr PassKind kSdd = {"sdd", "sdd", true, true, false};
 
 class GreedyGenerator : public Generator {
   public:

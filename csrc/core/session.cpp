@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "base/finite.h"
 #include "base/half.h"
+#include "core/contract.h"
 #include "core/noise.h"
 #include "text/cleaning.h"
 
@@ -18,7 +19,9 @@ void check_preset(const Preset& preset, const std::string& where) {
 
 std::shared_ptr<Bundle> open_bundle(const std::string& folder, const greedy_settings& settings) {
     Manifest manifest = read_manifest(folder);
-    check_preset(manifest.preset, manifest_path(folder) + ".preset");
+    const std::string path = manifest_path(folder);
+    check_preset(manifest.preset, path + ".preset");
+    check_graphs(manifest, find_family(manifest.preset.family, path).layout(manifest.preset), path);
     return std::make_shared<Bundle>(folder, std::move(manifest), settings);
 }
 

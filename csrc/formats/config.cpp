@@ -9,6 +9,7 @@ namespace greedy::core {
 namespace {
 
 constexpr std::int64_t kMost = 1 << 20;
+constexpr double kLeastFirst = 100;
 
 void check(bool good, const std::string& where, const std::string& got, const std::string& expected) {
     if (!good) fail(GREEDY_BAD_BUNDLE, where, got, expected);
@@ -34,7 +35,10 @@ std::vector<std::vector<double>> steps_from(const Json& value, const std::string
         steps.emplace_back();
         for (const Json& item : (nested ? rows[i] : value).array(where)) {
             const double step = item.number(where);
-            const double before = steps.back().empty() ? std::nextafter(1000.0, 1001.0) : steps.back().back();
+            const bool first = steps.back().empty();
+            // A chunk begins as noise. A small first timestep is a count of steps, taken for a timestep.
+            check(!first || step >= kLeastFirst, where, std::to_string(step), "timesteps that begin near 1000");
+            const double before = first ? std::nextafter(1000.0, 1001.0) : steps.back().back();
             check(step > 0 && step < before, where, std::to_string(step), "falling numbers in (0, 1000]");
             check(!warped || step == std::floor(step), where, std::to_string(step), "whole numbers where warped");
             steps.back().push_back(step);
@@ -70,16 +74,19 @@ TransformerConfig TransformerConfig::from(const Json& values, const std::string&
         } else if (key == "freq_dim" || key == "ffn_dim") {
             value.integer(at, 1, kMost);  // only compiling the graphs needs it
         } else if (key == "eps") {
-            value.number(at);
+            const double eps = value.number(at);
+            check(eps > 0 && eps < 1, at, std::to_string(eps), "a number between 0 and 1");
         } else if (key == "cross_attn_norm") {
             value.boolean(at);
         } else if (key == "qk_norm") {
-            value.string(at);
+            const std::string& norm = value.string(at);
+            check(norm == "rms_norm_across_heads", at, "'" + norm.substr(0, 60) + "'", "'rms_norm_across_heads'");
         } else {
             check(false, where, "unknown key " + key.substr(0, 60), "one of a transformer's");
         }
     }
-    check(out.in_channels == out.out_channels, where, "in and out channels that differ", "as many of both");
+    check(out.in_channels == out.out_channels, where + ".out_channels", std::to_string(out.out_channels),
+          "as many as in_channels");
     return out;
 }
 
@@ -127,6 +134,7 @@ Preset Preset::from(const Json& values, const std::string& where, std::int64_t v
     check(out.window >= out.chunk && out.window <= kMost, where + ".window", text(out.window) + " latent frames",
           "chunk to " + text(kMost));
     check(out.window % out.chunk == 0, where + ".window", text(out.window), "whole chunks");
+    check(out.attn_sink % out.chunk == 0, where + ".attn_sink", text(out.attn_sink), "whole chunks");
     return out;
 }
 

@@ -30,10 +30,15 @@ constexpr KnownBackend kBackends[] = {{"onnx", "", true, false},
 // By version: 1, 2.
 constexpr RowNames kRowNames[] = {{"write_idx", "kv_len"}, {"start_row", "valid_rows"}};
 constexpr std::int64_t kNewest = std::size(kRowNames);
+constexpr std::int64_t kMostPrompt = 10'000;  // characters
 constexpr std::int64_t kMostBytes = std::int64_t{1} << 44;
 
 void expect(bool good, const std::string& where, const std::string& got, const std::string& expected) {
     if (!good) fail(GREEDY_BAD_BUNDLE, where, got, expected);
+}
+
+std::int64_t characters(const std::string& utf8) {
+    return std::count_if(utf8.begin(), utf8.end(), [](char c) { return (c & 0xC0) != 0x80; });
 }
 
 // An object with these keys and no others. Keys that start with ? may be missing.
@@ -56,8 +61,11 @@ class Fields {
     std::int64_t size(std::string_view key) const { return (*this)[key].integer(at(key), 1, kMostSize); }
 
     static std::string checked_name(const Json& value, const std::string& where) {
-        const std::string& name = value.string(where);
-        expect(!name.empty() && name.size() <= 800, where, std::to_string(name.size()) + " bytes", "1 to 800");
+        return checked_name(value.string(where), where);
+    }
+    static std::string checked_name(const std::string& name, const std::string& where) {
+        const std::int64_t length = characters(name);
+        expect(length >= 1 && length <= 200, where, std::to_string(length) + " characters", "1 to 200");
         expect(name.find('\0') == std::string::npos, where, "a zero byte", "none");
         return name;
     }
@@ -69,12 +77,16 @@ class Fields {
 
 std::map<std::string, std::string> names_from(const Json& values, const std::string& where) {
     std::map<std::string, std::string> out;
-    for (const auto& [key, value] : values.object(where)) out.emplace(key, Fields::checked_name(value, where));
+    for (const auto& [key, value] : values.object(where)) {
+        const std::string at = where + "." + key.substr(0, 60);
+        out.emplace(Fields::checked_name(key, at), Fields::checked_name(value, at));
+    }
     return out;
 }
 
 // A path must be relative, stay inside the bundle and have one spelling.
 std::string safe_path(const std::string& path, const std::string& where) {
+    Fields::checked_name(path, where);
     bool good = !path.empty() && path.front() != '/' && path.back() != '/' && path.find('\\') == std::string::npos;
     for (std::size_t begin = 0; good && begin <= path.size();) {
         const std::size_t end = std::min(path.find('/', begin), path.size());
@@ -86,17 +98,25 @@ std::string safe_path(const std::string& path, const std::string& where) {
     return path;
 }
 
+std::string checked_hash(const Json& value, const std::string& where) {
+    const std::string& hash = value.string(where);
+    const bool hex = hash.find_first_not_of("0123456789abcdef") == std::string::npos && hash.size() == 64;
+    expect(hex, where, "sha256 '" + hash.substr(0, 64) + "'", "64 hexadecimal digits");
+    return hash;
+}
+
 TensorSpec tensor_from(const Json& values, const std::string& where) {
     const Fields fields(values, where, {"name", "shape", "dtype"});
     TensorSpec spec;
     spec.name = fields.name("name");
     const Json::Array& sizes = fields["shape"].array(fields.at("shape"));
-    expect(sizes.size() <= Shape::kMaxRank, where, std::to_string(sizes.size()) + " dimensions", "at most 8");
+    const std::string at = fields.at("shape");
+    expect(sizes.size() <= Shape::kMaxRank, at, std::to_string(sizes.size()) + " dimensions", "at most 8");
     std::int64_t bytes = 8;  // of the widest type
     for (const Json& item : sizes) {
-        const std::int64_t one = item.integer(fields.at("shape"), 0, kMostDim);
+        const std::int64_t one = item.integer(at, 1, kMostDim);
         const bool overflows = __builtin_mul_overflow(bytes, one, &bytes) || bytes > kMostBytes;
-        expect(!overflows, where, "a shape of more than 2^44 bytes", "less");
+        expect(!overflows, at, "a shape of more than 2^44 bytes", "less");
         spec.shape.sizes[spec.shape.rank++] = one;
     }
     const std::string& dtype = fields["dtype"].string(fields.at("dtype"));
@@ -127,21 +147,27 @@ GraphSpec graph_from(const Json& values, const std::string& where) {
         for (const Json& item : mutates->array(fields.at("mutates")))
             spec.mutates.push_back(Fields::checked_name(item, fields.at("mutates")));
     using Named = std::map<std::string_view, const TensorSpec*>;
-    const auto by_name = [&](const std::vector<TensorSpec>& side) {
+    const auto by_name = [&](const char* side, const std::vector<TensorSpec>& tensors) {
         Named named;
-        for (const TensorSpec& tensor : side)
-            expect(named.emplace(tensor.name, &tensor).second, where, "two tensors " + tensor.name, "different names");
+        for (const TensorSpec& tensor : tensors)
+            expect(named.emplace(tensor.name, &tensor).second, fields.at(side), "two tensors " + tensor.name,
+                   "different names");
         return named;
     };
-    const Named inputs = by_name(spec.inputs), outputs = by_name(spec.outputs);
+    const Named inputs = by_name("inputs", spec.inputs), outputs = by_name("outputs", spec.outputs);
+    std::set<std::string_view> replaced;
     for (const auto& [output, name] : spec.aliases) {
         const auto made = outputs.find(output), input = inputs.find(name);
         const bool same = made != outputs.end() && input != inputs.end() &&
                           made->second->shape == input->second->shape && made->second->dtype == input->second->dtype;
-        expect(same, where, "an alias of " + name, "an output and an input of its shape");
+        expect(same, fields.at("aliases"), output + " for " + name, "an output and an input of its shape");
+        replaced.insert(name);
     }
     for (const std::string& name : spec.mutates)
-        expect(inputs.count(name) > 0, where, "a mutated " + name, "an input");
+        expect(inputs.count(name) > 0 && replaced.count(name) == 0, fields.at("mutates"), "'" + name + "'",
+               "an input that no output replaces");
+    if (const Json* source = values.find("source"); source && !source->is_null())
+        checked_hash(*source, fields.at("source"));
     return spec;
 }
 
@@ -177,9 +203,9 @@ BackendSpec backend_from(const Json& values, const std::string& name, const std:
            "no version of " + std::string(known->made_with), "the one it was compiled with");
     for (const auto& [graph_name, graph] : fields["graphs"].object(fields.at("graphs"))) {
         const std::string at = where + ".graphs." + graph_name.substr(0, 60);
-        const GraphSpec& made = spec.graphs.emplace(graph_name, graph_from(graph, at)).first->second;
-        expect(known->aliases || made.aliases.empty(), at, "aliases", "mutates, as " + spec.backend + " writes caches");
-        expect(known->mutates || made.mutates.empty(), at, "mutates", "aliases, as " + spec.backend + " writes caches");
+        const GraphSpec& made = spec.graphs.emplace(Fields::checked_name(graph_name, at), graph_from(graph, at)).first->second;
+        expect(known->aliases || made.aliases.empty(), at + ".aliases", "aliases", "mutates, as " + spec.backend + " writes caches");
+        expect(known->mutates || made.mutates.empty(), at + ".mutates", "mutates", "aliases, as " + spec.backend + " writes caches");
     }
     return spec;
 }
@@ -189,10 +215,8 @@ std::map<std::string, FileSpec> files_from(const Json& values, const std::string
     for (const auto& [path, entry] : values.object(where)) {
         const std::string at = where + "." + path.substr(0, 80);
         const Fields fields(entry, at, {"bytes", "sha256"});
-        const std::string& hash = fields["sha256"].string(at);
-        const bool hex = hash.find_first_not_of("0123456789abcdef") == std::string::npos && hash.size() == 64;
-        expect(hex, at, "sha256 '" + hash.substr(0, 64) + "'", "64 hexadecimal digits");
-        const auto bytes = static_cast<std::uint64_t>(fields["bytes"].integer(at, 0, kMostBytes));
+        const std::string hash = checked_hash(fields["sha256"], fields.at("sha256"));
+        const auto bytes = static_cast<std::uint64_t>(fields["bytes"].integer(fields.at("bytes"), 0, kMostBytes));
         out.emplace(safe_path(path, at), FileSpec{bytes, hash});
     }
     expect(out.size() <= 100'000, where, std::to_string(out.size()) + " files", "at most 100000");
@@ -204,7 +228,7 @@ std::map<std::string, FileSpec> files_from(const Json& values, const std::string
 Manifest Manifest::parse(std::string_view text, const std::string& where) {
     const Json json = Json::parse(text, where);
     const Json* version = json.find("version");
-    if (version && version->is_number()) version->integer(where + ": version", 1, kNewest);
+    if (version && version->is_number()) version->integer(where + ".version", 1, kNewest);
     const Fields fields(
         json, where,
         {"format", "version", "preset_name", "preset", "transformer", "precision", "height", "width", "fps", "spatial",
@@ -241,11 +265,14 @@ Manifest Manifest::parse(std::string_view text, const std::string& where) {
     }
     out.files = files_from(fields["files"], fields.at("files"));
     const Fields golden(fields["golden"], fields.at("golden"), {"file", "prompt", "seed"});
-    golden["prompt"].string(golden.at("prompt"));
+    const std::int64_t length = characters(golden["prompt"].string(golden.at("prompt")));
+    expect(length <= kMostPrompt, golden.at("prompt"), std::to_string(length) + " characters",
+           "at most " + std::to_string(kMostPrompt));
     golden["seed"].unsigned_integer(golden.at("seed"));
-    std::vector<std::string> named = {out.weights, golden.name("file")};
+    std::vector<std::string> named = {out.weights, safe_path(golden.name("file"), golden.at("file"))};
     for (const auto& [name, backend] : fields["backends"].object(fields.at("backends"))) {
-        out.backends.emplace_back(name, backend_from(backend, name, fields.at("backends") + "." + name.substr(0, 60)));
+        const std::string at = fields.at("backends") + "." + name.substr(0, 60);
+        out.backends.emplace_back(Fields::checked_name(name, at), backend_from(backend, name, at));
         for (const auto& graph : out.backends.back().second.graphs) named.push_back(graph.second.file);
     }
     expect(!out.backends.empty(), fields.at("backends"), "none", "at least one");

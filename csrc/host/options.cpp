@@ -13,6 +13,7 @@ namespace greedy::host {
 
 const char* const kUsage =
     "usage: greedy-host BUNDLE --prompt TEXT [options]\n"
+    "A bundle's graphs are code, which runs as this process: take BUNDLE only from where you would take a program.\n"
     "  --prompt TEXT          text to show\n"
     "  --prompt-file FILE     the same from a file, or - for stdin: UTF-8 or UTF-16. A line that begins with [3.0s] or\n"
     "                         [48f] switches the prompt there, as --prompt-at\n"

@@ -14,6 +14,7 @@ namespace fs = std::filesystem;
 Bundle::Bundle(const std::string& folder, Manifest manifest, const greedy_settings& settings)
     : folder_(folder), log_(settings.log), log_cookie_(settings.log_cookie), manifest_(std::move(manifest)) {
     for (const auto& entry : manifest_.files) check_file(entry.first);
+    check_tokenizer_folder();
     open_device(settings);
     weights_file_ = open(manifest_.weights, settings.verify);
     weights_ = read_safetensors(weights_file_->data(), weights_file_->size(), manifest_.weights);
@@ -21,8 +22,8 @@ Bundle::Bundle(const std::string& folder, Manifest manifest, const greedy_settin
     for (const auto& entry : backend_->graphs)
         if (entry.first.rfind("vae_encode", 0) != 0)
             graph(entry.first);
-        else
-            open(entry.second.file, true);  // loaded, and hashed again, when pictures are pushed
+        else  // loaded, and hashed again, when pictures are pushed
+            constants(entry.first), open(entry.second.file, true);
     log(GREEDY_LOG_INFO, "opened " + folder + " with " + backend() + " for " + target());
 }
 
@@ -50,6 +51,15 @@ std::unique_ptr<FileBytes> Bundle::open(const std::string& name, bool hash) cons
     const std::string got = hash_of.hex();
     if (got != expected) fail(GREEDY_BAD_BUNDLE, path, "sha256 " + got.substr(0, 12), expected.substr(0, 12));
     return file;
+}
+
+// What lies there and is not listed has no hash, and a library that reads the folder might take it.
+void Bundle::check_tokenizer_folder() const {
+    std::error_code error;
+    const fs::path folder = fs::path(folder_) / manifest_.tokenizer;
+    for (const auto& entry : fs::directory_iterator(folder, error))
+        if (manifest_.files.count(manifest_.tokenizer + "/" + entry.path().filename().string()) == 0)
+            fail(GREEDY_BAD_BUNDLE, entry.path().string(), "a file that the manifest does not list", "none");
 }
 
 void Bundle::open_device(const greedy_settings& settings) {
@@ -138,20 +148,24 @@ const Graph& Bundle::graph(const std::string& name) {
     if (found != graphs_.end()) return *found->second;
     const auto spec = backend_->graphs.find(name);
     if (spec == backend_->graphs.end()) fail(GREEDY_BAD_BUNDLE, "bundle", "no graph " + name, "it");
-    std::vector<Constant> constants;
-    for (const auto& [constant, key] : spec->second.weights) {
-        const auto weight = weights_.find(key);
-        if (weight == weights_.end()) fail(GREEDY_BAD_BUNDLE, name, "no weight " + key + " in the bundle", "it");
-        constants.push_back({weight->second.spec, weight->second.data});
-        constants.back().spec.name = constant;
-    }
     // Graphs are code: one that differs from the manifest is never run.
     const std::unique_ptr<FileBytes> hashed = open(spec->second.file, true);
     const std::string file = (fs::path(folder_) / spec->second.file).string();
-    auto loaded = std::make_unique<Graph>(*device_, name, file, spec->second, constants);
+    auto loaded = std::make_unique<Graph>(*device_, name, file, spec->second, constants(name));
     hashed->check_in_place();  // the plugin opened the path again
     log(GREEDY_LOG_DEBUG, "loaded " + name);
     return *graphs_.emplace(name, std::move(loaded)).first->second;
+}
+
+std::vector<Constant> Bundle::constants(const std::string& name) const {
+    std::vector<Constant> found;
+    for (const auto& [constant, key] : backend_->graphs.at(name).weights) {
+        const auto weight = weights_.find(key);
+        if (weight == weights_.end()) fail(GREEDY_BAD_BUNDLE, name, "no weight " + key + " in the bundle", "it");
+        found.push_back({weight->second.spec, weight->second.data});
+        found.back().spec.name = constant;
+    }
+    return found;
 }
 
 void Bundle::check_weights() {

@@ -50,8 +50,10 @@ class Bundle {
     std::unique_ptr<FileBytes> open(const std::string& name, bool hash) const;
     void open_device(const greedy_settings& settings);
     void load_tokenizer(bool hash);
+    void check_tokenizer_folder() const;
     // Rows of the text encoder's table; nothing if the bundle names none.
     std::optional<std::int64_t> table_rows() const;
+    std::vector<Constant> constants(const std::string& graph) const;
 
     const std::string folder_;
     const greedy_log_callback log_;

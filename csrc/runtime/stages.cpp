@@ -12,20 +12,6 @@ namespace {
 
 constexpr std::size_t kRopes = 4;  // tables kept; a chunk's steps and clamped positions use few
 
-void require(const Graph& graph, const TensorSpec& spec, const Shape& shape, DType dtype) {
-    if (spec.shape != shape || spec.dtype != dtype)
-        fail(GREEDY_BAD_BUNDLE, graph.name() + ": " + spec.name, spec.text(),
-             std::string(name_of(dtype)) + " " + shape.text());
-}
-
-bool is_float(DType dtype) { return dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16; }
-
-// The spec must have a type that floats are packed to and from.
-void require_floats(const Graph& graph, const TensorSpec& spec, const Shape& shape) {
-    if (!is_float(spec.dtype)) fail(GREEDY_BAD_BUNDLE, graph.name() + ": " + spec.name, spec.text(), "floats");
-    require(graph, spec, shape, spec.dtype);
-}
-
 // [-1, 1] -> 0 to 255, to nearest even. The caller has checked that it is finite.
 std::uint8_t pixel(float value) {
     constexpr float kRounder = 0x1.8p23f;  // adding and subtracting it rounds to an integer
@@ -57,7 +43,6 @@ Stages::Stages(Bundle& bundle, Layout layout, std::atomic<bool>& cancel)
     const char* first = layout_.passes.front().graph;
     for (const TensorSpec& spec : bundle.graph(first).inputs())
         if (spec.name == "latent") dtype_ = spec.dtype;
-    if (!is_float(dtype_)) fail(GREEDY_BAD_BUNDLE, first, "latents of " + std::string(name_of(dtype_)), "floats");
     bool conditioned = false;
     for (const PassKind& kind : layout_.passes) {
         transformers_.emplace(kind.graph, resolve(kind));
@@ -83,61 +68,31 @@ const RoleRing& Stages::ring(const std::string& role) const {
     fail(GREEDY_FAILED, "stages", "role " + role, "one of the family's");
 }
 
-// Graphs check no shapes, so every input must be known here and have exactly the shape that is fed.
+// core/contract.cpp has compared names and shapes.
 Stages::Transformer Stages::resolve(const PassKind& kind) const {
-    const std::string name = kind.graph;
-    const Manifest& m = manifest();
-    const TransformerConfig& config = m.transformer;
-    const std::int64_t n = m.preset.chunk * m.tokens(), pairs = config.head_dim / 2;
-    const std::int64_t slots = ring(kind.role).slots;
-    const Shape latent{1, config.in_channels, m.preset.chunk, m.latent_height(), m.latent_width()};
-    const Shape hidden{1, n, config.dim()};
-    struct Known {
-        const char* name;
-        Feed feed;
-        Shape shape;
-        DType dtype;
+    const std::pair<std::string, Feed> kSingle[] = {
+        {"latent", Feed::latent}, {"t", Feed::t}, {"c_f", Feed::c_f}, {"rope_cos", Feed::cos}, {"rope_sin", Feed::sin},
+        {manifest().names.start_row, Feed::start_row}, {manifest().names.valid_rows, Feed::valid_rows},
     };
-    const Known kSingle[] = {
-        {"latent", Feed::latent, latent, dtype_},
-        {"t", Feed::t, {1}, DType::float32},
-        {"c_f", Feed::c_f, hidden, dtype_},
-        {"rope_cos", Feed::cos, {n, pairs}, DType::float32},
-        {"rope_sin", Feed::sin, {n, pairs}, DType::float32},
-        {m.names.start_row, Feed::start_row, {1}, DType::int64},
-        {m.names.valid_rows, Feed::valid_rows, {1}, DType::int64},
-    };
-    const Shape text{1, m.text_rows, config.heads, config.head_dim}, rows{1, slots * m.tokens(), config.dim()};
-    const Known kLayered[] = {{"text_k_", Feed::text_k, text, dtype_},
-                              {"text_v_", Feed::text_v, text, dtype_},
-                              {"k_", Feed::k, rows, dtype_},
-                              {"v_", Feed::v, rows, dtype_}};
+    const std::pair<std::string, Feed> kLayered[] = {
+        {"text_k_", Feed::text_k}, {"text_v_", Feed::text_v}, {"k_", Feed::k}, {"v_", Feed::v}};
 
-    const Graph& graph = bundle_.graph(name);
+    const Graph& graph = bundle_.graph(kind.graph);
     Transformer out{&graph, {}};
     for (const TensorSpec& spec : graph.inputs()) {
+        if (spec.dtype == DType::float8)
+            fail(GREEDY_BAD_BUNDLE, graph.name() + ": " + spec.name, "a cache in FP8", "one in " + std::string(name_of(dtype_)));
         const auto single =
-            std::find_if(std::begin(kSingle), std::end(kSingle), [&](const Known& k) { return spec.name == k.name; });
+            std::find_if(std::begin(kSingle), std::end(kSingle), [&](const auto& k) { return spec.name == k.first; });
         if (single != std::end(kSingle)) {
-            if (single->feed == Feed::c_f && !kind.conditioned)
-                fail(GREEDY_BAD_BUNDLE, name, "input c_f", "a graph without it");
-            require(graph, spec, single->shape, single->dtype);
-            out.inputs.push_back({single->feed, 0});
+            out.inputs.push_back({single->second, 0});
             continue;
         }
         const std::size_t split = spec.name.rfind('_') + 1;
         const auto layered = std::find_if(std::begin(kLayered), std::end(kLayered),
-                                          [&](const Known& k) { return spec.name.substr(0, split) == k.name; });
-        std::int64_t layer = 0;
-        while (layer < config.layers && std::to_string(layer) != spec.name.substr(split)) ++layer;
-        if (layered == std::end(kLayered) || layer == config.layers)
-            fail(GREEDY_BAD_BUNDLE, name, "input " + spec.name, "one of a transformer's");
-        require(graph, spec, layered->shape, layered->dtype);
-        out.inputs.push_back({layered->feed, layer});
+                                          [&](const auto& k) { return spec.name.substr(0, split) == k.first; });
+        out.inputs.push_back({layered->second, std::stoll(spec.name.substr(split))});
     }
-    const std::string result = kind.hidden ? "hidden" : "flow";
-    if (graph.output_index(result) != 0) fail(GREEDY_BAD_BUNDLE, name, "another first output", result);
-    require(graph, graph.outputs()[0], kind.hidden ? hidden : latent, dtype_);
     return out;
 }
 
@@ -231,36 +186,26 @@ Latent Stages::download(const Buffer& from, std::size_t count) const {
 
 std::vector<float> Stages::encode_text(const std::vector<std::int64_t>& ids, const std::vector<std::int64_t>& mask) {
     const Graph& graph = bundle_.graph("encode_text");
-    const std::int64_t rows = manifest().text_rows;
     std::vector<Buffer> buffers;
     std::vector<void*> inputs;
     for (const TensorSpec& spec : graph.inputs()) {
-        require(graph, spec, {1, rows}, DType::int64);
-        const bool known = spec.name == "ids" || spec.name == "mask";
-        if (!known) fail(GREEDY_BAD_BUNDLE, graph.name(), "input " + spec.name, "ids or mask");
         buffers.push_back(device_.allocate(spec.bytes()));
         device_.upload(buffers.back().data(), (spec.name == "ids" ? ids : mask).data(), spec.bytes());
         inputs.push_back(buffers.back().data());
     }
     const std::size_t index = graph.output_index("text_emb");
     const TensorSpec& spec = graph.outputs()[index];
-    require_floats(graph, spec, {1, rows, manifest().transformer.text_dim});
     const std::vector<float> embedding = floats(device_, call(graph, inputs)[index], spec);
     need_finite(embedding, graph.name());
     return embedding;
 }
 
 TextKV Stages::prepare_text(const std::vector<float>& embedding) {
-    const Manifest& m = manifest();
     TextKV out;
     for (const RoleRing& ring : layout_.rings) {
         const Graph& graph = bundle_.graph(std::string("prepare_text_") + ring.role);
-        if (graph.inputs().size() != 1) fail(GREEDY_BAD_BUNDLE, graph.name(), "several inputs", "text_emb");
         const TensorSpec& input = graph.inputs()[0];
-        require(graph, input, {1, m.text_rows, m.transformer.text_dim}, dtype_);
         const std::size_t k = graph.output_index("text_k"), v = graph.output_index("text_v");
-        const Shape shape{m.transformer.layers, 1, m.text_rows, m.transformer.heads, m.transformer.head_dim};
-        for (std::size_t side : {k, v}) require(graph, graph.outputs()[side], shape, dtype_);
         const Buffer uploaded = upload(device_, embedding.data(), input);
         std::vector<Buffer> results = call(graph, {uploaded.data()});
         out.roles.emplace(ring.role, TextKV::Sides{std::move(results[k]), std::move(results[v])});
@@ -268,25 +213,14 @@ TextKV Stages::prepare_text(const std::vector<float>& embedding) {
     return out;
 }
 
-// Inputs: `what`, then cache_0, ...; outputs: the result, then the caches of the next call.
-Stages::VaeCache Stages::call_vae(const Graph& graph, const char* what, const Buffer& input, const VaeCache& cache,
-                                  Buffer& result) {
-    const std::vector<TensorSpec>& specs = graph.inputs();
-    if (specs.size() != cache.size() + 1 || specs[0].name != what)
-        fail(GREEDY_BAD_BUNDLE, graph.name(), std::to_string(specs.size()) + " inputs",
-             what + (" and " + std::to_string(cache.size())) + " caches");
+// Inputs: a latent or frames, then cache_0, ...; outputs: the result, then the caches of the next call.
+Stages::VaeCache Stages::call_vae(const Graph& graph, const Buffer& input, const VaeCache& cache, Buffer& result) {
     std::vector<void*> inputs = {input.data()};
-    for (std::size_t i = 0; i < cache.size(); ++i) {
-        const std::string expected = "cache_" + std::to_string(i);
-        if (specs[i + 1].name != expected)
-            fail(GREEDY_BAD_BUNDLE, graph.name(), "input " + specs[i + 1].name, expected);
-        require(graph, specs[i + 1], cache[i].spec.shape, cache[i].spec.dtype);
-        inputs.push_back(cache[i].buffer.data());
-    }
-    std::vector<Buffer> outputs = graph.run(inputs);
+    for (const Buffer& held : cache) inputs.push_back(held.data());
+    std::vector<Buffer> outputs = call(graph, inputs);
     result = std::move(outputs[0]);
     VaeCache next;
-    for (std::size_t i = 1; i < outputs.size(); ++i) next.push_back({std::move(outputs[i]), graph.outputs()[i]});
+    for (std::size_t i = 1; i < outputs.size(); ++i) next.push_back(std::move(outputs[i]));
     return next;
 }
 
@@ -296,11 +230,9 @@ Stages::VaeCache Stages::decode(const Latent& latent, const VaeCache& cache, std
     const std::int64_t frames = cache.empty() ? 1 : m.temporal;
     const TensorSpec& in = graph.inputs().at(0);
     const TensorSpec& out = graph.outputs().at(0);
-    require_floats(graph, in, {1, m.transformer.in_channels, 1, m.latent_height(), m.latent_width()});
-    require_floats(graph, out, {1, 3, frames, m.height, m.width});
     check_cancel();
     Buffer shown;
-    VaeCache next = call_vae(graph, "latent", upload(device_, latent.data(), in), cache, shown);
+    VaeCache next = call_vae(graph, upload(device_, latent.data(), in), cache, shown);
     const std::vector<float> values = floats(device_, shown, out);
     need_finite(values, graph.name());
     const std::size_t area = static_cast<std::size_t>(m.height * m.width), plane = area * frames, begin = rgb.size();
@@ -317,15 +249,13 @@ Stages::VaeCache Stages::encode(const std::uint8_t* rgb, const VaeCache& cache, 
     const std::int64_t frames = cache.empty() ? 1 : m.temporal;
     const TensorSpec& in = graph.inputs().at(0);
     const TensorSpec& out = graph.outputs().at(0);
-    require_floats(graph, in, {1, 3, frames, m.height, m.width});
-    require_floats(graph, out, {1, m.transformer.in_channels, 1, m.latent_height(), m.latent_width()});
     const std::size_t plane = static_cast<std::size_t>(frames * m.height * m.width);
     std::vector<float> values(3 * plane);
     for (std::size_t i = 0; i < plane; ++i)
         for (std::size_t channel = 0; channel < 3; ++channel)
             values[channel * plane + i] = static_cast<float>(rgb[3 * i + channel]) / 127.5f - 1.0f;
     Buffer made;
-    VaeCache next = call_vae(graph, "frames", upload(device_, values.data(), in), cache, made);
+    VaeCache next = call_vae(graph, upload(device_, values.data(), in), cache, made);
     const std::vector<float> encoded = floats(device_, made, out);
     need_finite(encoded, graph.name());
     for (float value : encoded) latent.push_back(rounded(value, dtype_));

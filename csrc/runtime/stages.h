@@ -18,6 +18,7 @@ using Latent = std::vector<float>;
 struct PassKind {
     const char* graph;  // etm, sdd_context, sdd or dit
     const char* role;   // whose prompt and cache it uses: etm, sdd or dit
+    bool timed;         // the timestep t is an input
     bool conditioned;   // the ETM's feature c_f is an input
     bool hidden;        // the result is the last hidden state; else it is the flow
 };
@@ -66,11 +67,7 @@ class Stages {
     TextKV prepare_text(const std::vector<float>& embedding);
 
     // Caches of a video so far; empty before the first frame.
-    struct Cached {
-        Buffer buffer;
-        TensorSpec spec;
-    };
-    using VaeCache = std::vector<Cached>;
+    using VaeCache = std::vector<Buffer>;
     // One latent frame [channels, 1, height, width] -> 1 (cache empty) or `temporal` frames, RGB, appended to `rgb`.
     VaeCache decode(const Latent& latent, const VaeCache& cache, std::vector<std::uint8_t>& rgb);
     // 1 (cache empty) or `temporal` frames, RGB -> a latent frame, appended to `latent` as [1, channels, height,
@@ -108,7 +105,7 @@ class Stages {
     Transformer resolve(const PassKind& kind) const;
     const Rope& rope(std::int64_t position);
     std::vector<Buffer> call(const Graph& graph, const std::vector<void*>& inputs);
-    VaeCache call_vae(const Graph& graph, const char* what, const Buffer& input, const VaeCache& cache, Buffer& result);
+    VaeCache call_vae(const Graph& graph, const Buffer& input, const VaeCache& cache, Buffer& result);
 
     Bundle& bundle_;
     const Device& device_;

@@ -211,7 +211,7 @@ void test_version_2(const greedy::Bundle& bundle) {
         greedy::Session(greedy::Bundle(copy.string(), &chosen), 8);
         check(false, "version 2: its names accepted in version 1");
     } catch (const greedy::StatusError& error) {
-        check(std::strstr(error.what(), "got input start_row"), std::string("version 2: said ") + error.what());
+        check(std::strstr(error.what(), "got no write_idx"), std::string("version 2: said ") + error.what());
     }
     std::filesystem::remove_all(copy);
 }

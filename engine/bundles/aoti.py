@@ -99,14 +99,15 @@ class AotiStages(GraphStages):
     executable = True
 
     def __init__(
-        self, folder: Path, manifest: Manifest, backend: BackendSpec, threads: int, device: torch.device
-    ) -> None:
+        self, folder: Path, manifest: Manifest, backend: BackendSpec, threads: int, device: torch.device,
+        **options: Any,
+    ) -> None:  # fmt: skip
         if backend.target != (here := target_of(device)):
             raise NotHere(f"aoti: got a bundle for {backend.target}, expected {here}, which this machine runs")
         made, has = (version.split("+")[0] for version in (backend.versions["torch"], torch.__version__))
         if made.split(".")[:2] != has.split(".")[:2]:
             raise NotHere(f"aoti: got graphs of torch {made}, expected {has}, which is installed (export again)")
-        super().__init__(folder, manifest, backend, threads, device)
+        super().__init__(folder, manifest, backend, threads, device, **options)
 
     def open_graph(self, name: str, file: Path, spec: GraphSpec) -> AotiGraph:
         return AotiGraph(name, file, spec, self.weights.of(name, spec), self.device)

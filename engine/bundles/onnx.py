@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.bundles.external_data import check_external_data
 from engine.bundles.manifest import GraphSpec
 from engine.bundles.stages import DTYPES, GraphStages, NotHere, check_inputs
 
@@ -51,11 +52,13 @@ class OnnxGraph:
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         # ONNX Runtime's fusions of quantised products handle only integers and break graphs with FP8 Q/DQ.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+        content = file.read_bytes()
+        check_external_data(file, content, weights)
         outside = [_ort_value(ort, value) for value in weights.values()]
         if outside:
             options.add_external_initializers(list(weights), outside)
         try:
-            self.session = ort.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise ValueError(f"{file}: got a graph that does not load, expected ONNX ({str(error)[:200]})") from None
         self._kept = outside  # the session reads this memory
@@ -97,6 +100,7 @@ class OnnxStages(GraphStages):
     """Stages of a bundle's onnx backend."""
 
     name = "onnx"
+    packs = True
 
     def open_graph(self, name: str, file: Path, spec: GraphSpec) -> OnnxGraph:
         return OnnxGraph(name, file, spec, self.weights.of(name, spec), self.threads)

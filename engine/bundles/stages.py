@@ -4,17 +4,19 @@ A backend only opens one graph. This file defines which tensors go into which gr
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from engine.bundles.manifest import BackendSpec, GraphSpec, Manifest, TensorSpec, check_hash
-from engine.generators import family_of
+from engine.bundles.hashes import check_hash, check_hashes, used_files
+from engine.bundles.manifest import BackendSpec, GraphSpec, Manifest, TensorSpec
+from engine.bundles.memory import plan_bundle
 from engine.model.cache import RingCache
+from engine.runtime.memory_plan import MemoryPlan
 from engine.runtime.passes import Capabilities, Pass
 
 DTYPES = {
@@ -37,8 +39,11 @@ class Weights:
     """The bundle's weights, memory-mapped once and shared by every graph."""
 
     def __init__(self, file: Path) -> None:
-        with safe_open(file, framework="pt") as opened:
-            self.tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as opened:
+                self.tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ValueError(f"{file}: got an unreadable file, expected safetensors ({error})") from None
 
     def of(self, graph: str, spec: GraphSpec) -> dict[str, Tensor]:
         """A graph's constants: its own names -> values. ValueError for a missing weight."""
@@ -66,20 +71,31 @@ class GraphStages(ABC):
     name: str
     capabilities = Capabilities()
     make_cache = RingCache
-    executable = False  # True: graphs are machine code, so compare their sha256 before opening them
+    packs = False  # True: the runtime copies weights into a layout of its own
+    executable = False  # True: graphs are machine code, whose sha256 is always compared
 
     def __init__(
-        self, folder: Path, manifest: Manifest, backend: BackendSpec, threads: int, device: torch.device
-    ) -> None:
+        self, folder: Path, manifest: Manifest, backend: BackendSpec, threads: int, device: torch.device,
+        verify: bool = True, planned: Callable[[MemoryPlan], object] | None = None,
+    ) -> None:  # fmt: skip
+        """verify compares the sha256 of weights and graphs with the manifest before anything is opened.
+
+        planned gets the memory plan before that; what it raises ends the call. MemoryError where it does not fit.
+        """
+        self.plan = plan_bundle(folder, manifest, backend, device, self.packs)
+        if planned is not None:
+            planned(self.plan)
+        self.plan.check()
         self.folder, self.manifest, self.backend = folder, manifest, backend
         self.threads, self.device = threads, device
         self.layers = manifest.transformer_value().num_layers
-        family = family_of(manifest.preset_value())
-        needed = {"encode_text", "vae_first", "vae_steady", "vae_encode_first", "vae_encode_steady"}
-        needed |= {f"prepare_text_{role}" for role in family.roles()} | {kind.graph for kind in family.passes}
-        if missing := sorted(needed - backend.graphs.keys()):
-            raise ValueError(f"bundle: got no graph {missing[0]}, expected {', '.join(sorted(needed))}")
+        if verify:
+            check_hashes(folder, manifest, used_files(manifest, backend))
+        elif self.executable:
+            check_hashes(folder, manifest, (graph.file for graph in backend.graphs.values()))
         self.weights = Weights(folder / manifest.weights)
+        for name, graph in backend.graphs.items():
+            self.weights.of(name, graph)
         self._graphs = {name: self._open(name) for name in backend.graphs if not name.startswith("vae_encode")}
 
     @abstractmethod
@@ -88,13 +104,13 @@ class GraphStages(ABC):
 
     def _open(self, name: str) -> StageGraph:
         spec = self.backend.graphs[name]
-        if self.executable:
-            check_hash(self.folder, self.manifest, spec.file)
         return self.open_graph(name, self.folder / spec.file, spec)
 
     def run_graph(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one graph by its name in the manifest; opens it on first use."""
         if name not in self._graphs:
+            if self.executable:  # it may have changed since
+                check_hash(self.folder, self.manifest, self.backend.graphs[name].file)
             self._graphs[name] = self._open(name)
         return self._graphs[name](inputs)
 

@@ -231,15 +231,16 @@ class TensorrtStages(GraphStages):
     executable = True
 
     def __init__(
-        self, folder: Path, manifest: Manifest, backend: BackendSpec, threads: int, device: torch.device
-    ) -> None:
+        self, folder: Path, manifest: Manifest, backend: BackendSpec, threads: int, device: torch.device,
+        **options: Any,
+    ) -> None:  # fmt: skip
         self.trt = require_tensorrt(self.name)
         if not serves(backend.target, here := gpu_target(self.name, device)):
             raise NotHere(f"{self.name}: got plans for {backend.target}, expected {here}, which this machine runs")
         if (made := backend.versions.get(self.name)) != self.trt.__version__:
             raise NotHere(f"{self.name}: got plans of version {made}, expected {self.trt.__version__} (export again)")
         self.runtime = self.trt.Runtime(logger_of(self.trt))
-        super().__init__(folder, manifest, backend, threads, device)
+        super().__init__(folder, manifest, backend, threads, device, **options)
 
     def open_graph(self, name: str, file: Path, spec: GraphSpec) -> TensorrtGraph:
         return TensorrtGraph(name, file, spec, self.weights.of(name, spec), self.runtime, self.device, self.trt)

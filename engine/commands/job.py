@@ -94,9 +94,15 @@ class Model:
 class Bundle:
     """A bundle to stream from instead of a model."""
 
-    bundle: Path | None = option(None, "stream from a bundle that python -m export wrote", metavar="DIR")
+    bundle: Path | None = option(None, "stream from a bundle that python -m export wrote; graphs of "
+                                 "aoti and tensorrt are code: take them only from where you would take a program",
+                                 metavar="DIR")  # fmt: skip
     backend: str | None = option(
         None, "default: torch; with --bundle its first that runs here", choices=("torch", *BACKENDS, "native")
+    )  # fmt: skip
+    verify: bool = option(
+        True, "compare the hashes of the bundle's files before they are used; --no-verify: of aoti's and tensorrt's "
+        "graphs alone, which are code",
     )  # fmt: skip
 
 

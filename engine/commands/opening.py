@@ -34,10 +34,12 @@ def open_pipeline(
     """Load a model or a bundle. Errors as `engine.load` and `engine.load_bundle`."""
     if bundle.bundle is not None:
         if bundle.backend == "native":  # the C++ core reads the bundle and chooses a backend
-            native = NativePipeline(bundle.bundle, threads=runtime.threads)
+            native = NativePipeline(bundle.bundle, verify=bundle.verify, threads=runtime.threads)
             threads_of_bundle(runtime.threads, read_manifest(bundle.bundle), native.device)
             return native
-        return load_bundle(bundle.bundle, bundle.backend, threads=runtime.threads)
+        return load_bundle(
+            bundle.bundle, bundle.backend, threads=runtime.threads, verify=bundle.verify, planned=planned
+        )
     if bundle.backend not in (None, "torch"):
         raise ValueError(f"--backend: got {bundle.backend}, expected --bundle with it (python -m export writes one)")
     height, width, fps = shape

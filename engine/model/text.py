@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.files import check_json_size, read_json
+from engine.files import plain_file, read_json
 
 MAX_ROWS = 512  # rows that Wan2.1 was trained with
 # Characters of a prompt: the model reads 512 tokens of at most 16 characters; as many again may be white space.
@@ -109,12 +109,17 @@ class Tokenizer:
     def __init__(self, path: Path, rows: int | None = None) -> None:
         self.path = path
         file = path / "tokenizer_config.json"
-        settings = read_json(file) if file.is_file() else {}
+        settings = read_json(file) if plain_file(file) else {}
         # A tokenizer that names no limit reports an astronomical one.
-        self.rows = rows or min(int(settings.get("model_max_length") or MAX_ROWS), MAX_ROWS)
+        limit = settings.get("model_max_length") or MAX_ROWS
+        if type(limit) not in (int, float) or limit < 1:
+            raise ValueError(f"{file}: got model_max_length {limit!r:.60}, expected a number of tokens")
+        self.rows = rows or int(min(limit, MAX_ROWS))
         self._core = _core(path)
         pad = settings.get("pad_token") or "<pad>"
-        pad = pad["content"] if isinstance(pad, dict) else pad
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        if not isinstance(pad, str):
+            raise ValueError(f"{file}: got pad_token {pad!r:.60}, expected a text")
         number = self._core.token_to_id(pad)
         if number is None:
             raise ValueError(f"{path}: got no token {pad}, expected the pad token among the tokens")
@@ -167,9 +172,7 @@ def _tensors(encoded: Any) -> tuple[Tensor, Tensor]:
 def _core(path: Path) -> Any:
     """The tokenizers.Tokenizer of a folder. FileNotFoundError without one, ValueError if its file is damaged."""
     file = path / "tokenizer.json"
-    if file.is_file():
-        check_json_size(file)
-    if not file.is_file() and not (path / "spiece.model").is_file():
+    if not plain_file(file) and not plain_file(path / "spiece.model"):
         raise FileNotFoundError(f"{path}: got neither tokenizer.json nor spiece.model, expected one of them")
     try:
         if file.is_file():

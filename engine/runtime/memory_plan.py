@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-GIGA = 1 << 30
+MEGA, GIGA = 1 << 20, 1 << 30
+# Estimates: CUDA's context with cuBLAS, cuDNN and kernels (1.9 GB on an H100, torch 2.11); thread stacks and code
+# that oneDNN and MKL make on a processor.
+CUDA_SHARE, CPU_SHARE = 1900 * MEGA, 40 * MEGA
 
 TRANSFORMERS, LOADING, PROMPT, CLIP, SWITCH, PREPARING, PASS, DECODING = (
     "loading transformers", "loading", "encoding a prompt", "encoding a clip", "encoding another prompt",

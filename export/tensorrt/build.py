@@ -16,11 +16,11 @@ from engine.bundles.tensorrt import logger_of, require_tensorrt
 from engine.files import whole_file
 from engine.options import option
 from export.tensorrt.plugins import register_plugins
-from export.tensorrt.spelling import ATTENTIONS
 
 # GPUs that plans of TensorRT for RTX are built for, by generation. One plan serves a whole row. One plan for all would
 # copy caches on the newer ones, because the kernels of the older ones need copies.
 AMPERE, ADA_ON = (80, 86), (89, 120, 121)
+ATTENTIONS = ("native", "native_fp8", "plugin", "plugin_fp8")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from export.onnx_graph import DOMAIN, Spelling, qdq_linear, rewrite
 from export.tensorrt.attention import Casts, HeadCaches, decomposable_attention
 from export.tensorrt.bodies import native_bodies
+from export.tensorrt.build import ATTENTIONS
 from export.tensorrt.plugin_nodes import Fp8Caches, RowCaches, plugin_bodies
-
-ATTENTIONS = ("native", "native_fp8", "plugin", "plugin_fp8")
 
 
 def spell_for_tensorrt(model: ModelProto, attention: str = "native", grouped: bool = True) -> None:

@@ -33,20 +33,19 @@ def taken(native_build: Path, tmp_path: Path):
     path = bundle / "manifest.json"
     manifest = json.loads(path.read_text())
     usual = manifest["backends"]["aoti-cpu"]
-    for graph in usual["graphs"].values():
-        graph["mutates"] = []
+    caches = {name: graph["mutates"] for name, graph in usual["graphs"].items()}
 
     def asked(backend: Any, target: Any, *, key: str | None = None, versions: Any = None, writes: str = "") -> bool:
         key = f"{backend}-{target}" if key is None else key
         versions = {"torch": "2.13.0", "tensorrt_rtx": "1.7.1.116"} if versions is None else versions
-        entry = {**usual, "backend": backend, "target": target, "versions": versions}
-        if writes:
-            graph = usual["graphs"]["etm"]
-            written = {"mutates": ["k_0"], "aliases": {"k_0_out": "k_0"}}[writes]
-            entry["graphs"] = {**usual["graphs"], "etm": {**graph, writes: written}}
-            if writes == "aliases":
-                like = next(t for t in graph["inputs"] if t["name"] == "k_0")
-                entry["graphs"]["etm"]["outputs"] = [*graph["outputs"], {**like, "name": "k_0_out"}]
+        entry = {**usual, "backend": backend, "target": target, "versions": versions, "graphs": {}}
+        allowed = BACKENDS[backend].writes if backend in BACKENDS else "mutates"
+        for name, graph in usual["graphs"].items():
+            entry["graphs"][name] = graph = {**graph, "mutates": caches[name]}
+            if (writes or allowed) == "aliases":
+                replaced = [{**t, "name": f"{t['name']}_out"} for t in graph["inputs"] if t["name"] in caches[name]]
+                graph |= {"mutates": [], "outputs": [*graph["outputs"], *replaced]}
+                graph["aliases"] = {f"{cache}_out": cache for cache in caches[name]}
         path.write_text(json.dumps({**manifest, "backends": {key: entry}}))
         try:
             read_manifest(bundle)
@@ -122,7 +121,7 @@ def test_absurd_presets(native_build, tmp_path, name, value):
     manifest = json.loads(path.read_text())
     manifest["preset"][name] = value
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=f"got {name} "):
+    with pytest.raises(ValueError, match=f"manifest.json.preset.{name}: got "):
         read_manifest(bundle).preset_value()
     host = [native_build / "greedy-host", bundle, "--prompt", "a", "--quiet", "--plugin-dir", tmp_path / "none"]
     ran = subprocess.run(host, capture_output=True, text=True, timeout=HANG)

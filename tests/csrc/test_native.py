@@ -270,10 +270,8 @@ def test_pictures_and_latents_are_floats(fake, tmp_path, graph, side):
     def narrow(graphs: dict) -> None:
         graphs[graph][side][0]["dtype"] = "float8_e4m3fn"
 
-    pipeline = fake(altered(tmp_path, PRESETS["greedy"], narrow))
-    clip = np.zeros((1, fake_stages.HEIGHT, fake_stages.WIDTH, 3), np.uint8)
-    with pytest.raises(ValueError, match=rf"{graph}: \w+: got float8_e4m3fn .* expected floats"):
-        pipeline.stream("a", clip=clip).next_chunk()
+    with pytest.raises(ValueError, match=rf"graphs\.{graph}\.{side}\.\w+: got float8_e4m3fn .* expected float32"):
+        fake(altered(tmp_path, PRESETS["greedy"], narrow))
 
 
 def test_a_causal_graph_takes_no_temporal_context(fake, tmp_path):
@@ -282,7 +280,7 @@ def test_a_causal_graph_takes_no_temporal_context(fake, tmp_path):
         dim = next(spec["shape"][2] for spec in graphs["dit"]["inputs"] if spec["name"] == "k_0")
         graphs["dit"]["inputs"].append({"name": "c_f", "shape": [1, n, dim], "dtype": "float32"})
 
-    with pytest.raises(ValueError, match="dit: got input c_f"):
+    with pytest.raises(ValueError, match=r"graphs\.dit\.inputs: got unknown tensor c_f"):
         fake(altered(tmp_path, PRESETS["self-forcing"], add)).stream("a")
 
 
@@ -302,8 +300,8 @@ def test_an_unlisted_tokenizer_is_not_read(fake, tmp_path):
     manifest = json.loads((bundle / "manifest.json").read_text())
     del manifest["files"]["tokenizer/tokenizer.json"]
     (bundle / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"no entry in files for tokenizer/tokenizer\.json"):
-        fake(bundle).stream("a")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: got a file that the manifest does not list"):
+        fake(bundle)
 
 
 @pytest.mark.parametrize("what", ["flip", "cut", "link", "graph"])

@@ -17,7 +17,7 @@ from engine import files
 from engine.bundles.manifest import GraphSpec, file_hash, read_manifest
 from engine.bundles.registry import Backend
 from engine.bundles.stages import GraphStages, StageGraph
-from engine.files import MOST_JSON_BYTES, MOST_JSON_MARKS, MOST_JSON_MARKS_IN_LISTS, check_json_size, read_json
+from engine.files import MOST_MARKS, MOST_MARKS_IN_LISTS, MOST_TEXT, read_json
 from engine.loader import load_bundle
 from engine.model.text import MOST_CHARACTERS, MOST_GARBLED, Tokenizer, check_prompt
 
@@ -34,7 +34,7 @@ def test_both_sides_have_the_same_limits():
     numbers = {name: int(value.replace("'", "")) for name, value in found.items()}
     assert (numbers["kMostCharacters"], numbers["kMostGarbled"]) == (MOST_CHARACTERS, MOST_GARBLED)
     limits = [1 << numbers[name] for name in ("kMostBytes", "kMostMarks", "kMostInLists")]
-    assert limits == [MOST_JSON_BYTES, MOST_JSON_MARKS, MOST_JSON_MARKS_IN_LISTS]
+    assert limits == [MOST_TEXT, MOST_MARKS, MOST_MARKS_IN_LISTS]
 
 
 @pytest.mark.parametrize(
@@ -119,11 +119,11 @@ def test_bundles_with_a_token_outside_are_refused(core, native_build, tmp_path, 
 
 
 MANY = {
-    "numbers": (b"[" + b"0," * MOST_JSON_MARKS_IN_LISTS + b"0]", "commas and brackets"),
-    "lists": (b"[" + b"[]," * MOST_JSON_MARKS_IN_LISTS + b"0]", "commas and brackets"),
-    "objects": (b"[" + b"{}," * MOST_JSON_MARKS_IN_LISTS + b"0]", "commas and brackets"),
-    "brackets": (b"[" * (MOST_JSON_MARKS_IN_LISTS + 1), "commas and brackets"),
-    "bytes": (b" " * (MOST_JSON_BYTES + 1), "bytes"),
+    "numbers": (b"[" + b"0," * MOST_MARKS_IN_LISTS + b"0]", "commas and brackets"),
+    "lists": (b"[" + b"[]," * MOST_MARKS_IN_LISTS + b"0]", "commas and brackets"),
+    "objects": (b"[" + b"{}," * MOST_MARKS_IN_LISTS + b"0]", "commas and brackets"),
+    "brackets": (b"[" * (MOST_MARKS_IN_LISTS + 1), "commas and brackets"),
+    "bytes": (b" " * (MOST_TEXT + 1), "bytes"),
 }
 
 
@@ -147,6 +147,5 @@ def test_json_is_counted_before_it_is_read(tmp_path, monkeypatch, kind):
 
 def test_json_of_the_largest_size_is_read(tmp_path):
     file = tmp_path / "large.json"
-    file.write_bytes(b'{"a": [' + b"0," * (MOST_JSON_MARKS_IN_LISTS - 3) + b"0]}")
-    check_json_size(file)
-    assert len(read_json(file)["a"]) == MOST_JSON_MARKS_IN_LISTS - 2
+    file.write_bytes(b'{"a": [' + b"0," * (MOST_MARKS_IN_LISTS - 3) + b"0]}")
+    assert len(read_json(file)["a"]) == MOST_MARKS_IN_LISTS - 2
