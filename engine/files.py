@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 NAME_BYTES = 255  # longest name of a file on the usual file systems
+MOST_JSON = 32 << 20  # bytes
 _TOKEN_BYTES = len(".12345678.part")
 
 
@@ -213,13 +214,33 @@ def write_json(path: Path, content: Any, indent: int = 1) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. FileNotFoundError or ValueError names the file."""
+    """Read a JSON object of at most 32 MB. FileNotFoundError or ValueError names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"got no file {path}, expected one")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got no JSON, expected an object ({error})") from None
+    if (size := path.stat().st_size) > MOST_JSON:
+        raise ValueError(f"{path}: got JSON of {size} bytes, expected at most {MOST_JSON}")
+    value = json_value(path.read_bytes(), path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: got {type(value).__name__}, expected a JSON object")
     return value
+
+
+def json_value(text: str | bytes, label: object) -> Any:
+    """The value of JSON in UTF-8. ValueError for what is none, is nested too deeply, or names a thing twice."""
+    try:
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        return json.loads(text, object_pairs_hook=_without_repeats)
+    except RecursionError:
+        raise ValueError(f"{label}: got JSON that is nested too deeply, expected an object") from None
+    except ValueError as error:
+        raise ValueError(f"{label}: got no JSON, expected an object ({error})") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's entries. Of two with one name each reader takes another one, so neither is right."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice[:60]!a} twice")
+    return table
