@@ -44,6 +44,14 @@ def expect_dense(file: object, key: str, problem: str | None) -> None:
         raise ValueError(f"{file}: {key}: got {problem}, expected a dense tensor of real numbers")
 
 
+def expect_floating(file: object, key: str, stored: Stored) -> None:
+    """ValueError unless a tensor has floating-point numbers that need no scale."""
+    expect_dense(file, key, stored.problem)
+    if not isinstance(stored.dtype, torch.dtype) or not stored.dtype.is_floating_point:
+        dtype = str(stored.dtype).removeprefix("torch.")
+        raise ValueError(f"{file}: {key}: got {dtype}, expected floating-point numbers")
+
+
 def dense_problem(value: Any) -> str | None:
     """What a value of a torch checkpoint is instead of a dense tensor of real numbers; None if it is one."""
     if not isinstance(value, Tensor):
