@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from engine.files import read_json
 
 MOST_FILE = 64 << 20  # bytes of tokenizer.json or spiece.model; UMT5's have 17 and 5 MB
+MOST_PAD = 100  # characters
 MOST_EXTRA = 1000  # tokens that a configuration adds; T5 has 100, UMT5 300
 # One letter or class, and one repeat at most: no way through such a pattern needs a second try.
 _PLAIN_REGEX = re.compile(r"([^\\\[\](){}.*+?^$|]|\\[sdwpSDW.]|\[[^\[\]\\]{1,60}\])([*+?]|\{\d{1,3}(,\d{0,3})?\})?")
@@ -35,8 +36,8 @@ def settings_of(folder: Path, most: int) -> TokenSettings:
         raise ValueError(f"{file}: got model_max_length {str(length)[:40]!r}, expected a positive number")
     pad = settings.get("pad_token") or "<pad>"
     pad = pad.get("content") if isinstance(pad, dict) else pad
-    if not isinstance(pad, str):
-        raise ValueError(f"{file}: got a pad_token of type {type(pad).__name__}, expected a text")
+    if not isinstance(pad, str) or len(pad) > MOST_PAD or not pad.isprintable():
+        raise ValueError(f"{file}: got pad_token {str(pad)[:40]!a}, expected up to {MOST_PAD} characters")
     return TokenSettings(int(min(length, most)), pad)
 
 

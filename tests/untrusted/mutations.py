@@ -56,7 +56,9 @@ def mutated_bytes(data: bytes, choose: Random, most: int = 1 << 30) -> bytes:
             found[at % len(found)] ^= 1 << choose.randrange(8)
         elif how == 1:
             size = choose.choice([1, 2, 4, 8])
-            found[at : at + size] = (choose.choice([0, 1, 255, 2**31, 2**63, 2**64 - 1]) % 256**size).to_bytes(size, "little")
+            found[at : at + size] = (choose.choice([0, 1, 255, 2**31, 2**63, 2**64 - 1]) % 256**size).to_bytes(
+                size, "little"
+            )
         elif how == 2:
             del found[at : at + choose.choice([1, 4, 100])]
         elif how == 3:

@@ -1,6 +1,6 @@
 """Damaged files of every format give a result or the product's own refusal, in under 1 s and 200 MB each.
 
-    python tests/untrusted/test_fuzz_files.py KIND SECONDS [SEED]      # KIND: a key of KINDS
+python tests/untrusted/test_fuzz_files.py KIND SECONDS [SEED]      # KIND: a key of KINDS
 """
 
 import io
@@ -192,8 +192,12 @@ def tokenizers():
         if choose and choose.random() < 0.2 and isinstance(changed, dict):
             changed["normalizer"] = mutated_json(charsmap, choose)
         text = json_bytes(changed)
-        (folder / "tokenizer.json").write_bytes(mutated_bytes(text, choose) if choose and choose.random() < 0.2 else text)
-        (folder / "tokenizer_config.json").write_bytes(json_bytes(mutated_json(settings, choose) if choose else settings))
+        (folder / "tokenizer.json").write_bytes(
+            mutated_bytes(text, choose) if choose and choose.random() < 0.2 else text
+        )
+        (folder / "tokenizer_config.json").write_bytes(
+            json_bytes(mutated_json(settings, choose) if choose else settings)
+        )
         return folder
 
     def read(folder):

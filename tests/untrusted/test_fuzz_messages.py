@@ -1,6 +1,6 @@
 """Damaged messages to a server give an answer or the product's own refusal, in under 1 s and 200 MB each.
 
-    python tests/untrusted/test_fuzz_messages.py KIND SECONDS [SEED]      # KIND: a key of KINDS
+python tests/untrusted/test_fuzz_messages.py KIND SECONDS [SEED]      # KIND: a key of KINDS
 """
 
 import asyncio
@@ -132,7 +132,9 @@ def multipart(fields, choose):
         body = value if isinstance(value, bytes) else (value if isinstance(value, str) else json.dumps(value)).encode(
             "utf-8", "surrogatepass")  # fmt: skip
         name = name.encode("utf-8", "surrogatepass").replace(b"\n", b"")
-        parts.append(b'--xyz\r\nContent-Disposition: form-data; name="' + name + b'"' + file + b"\r\n\r\n" + body + b"\r\n")
+        parts.append(
+            b'--xyz\r\nContent-Disposition: form-data; name="' + name + b'"' + file + b"\r\n\r\n" + body + b"\r\n"
+        )
     body = b"".join(parts) + b"--xyz--\r\n"
     return mutated_bytes(body, choose) if choose and choose.random() < 0.5 else body
 
