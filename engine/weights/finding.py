@@ -243,8 +243,9 @@ def files_of_index(index: Path) -> list[Path]:
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
         raise ValueError(f"{index}: got no weight_map of file names, expected the index of a model's files")
     names = sorted({*named.values()})
-    if elsewhere := next((name for name in names if name in ("", ".", "..") or re.search(r"[/\\\0]", name)), None):
-        raise ValueError(f"{index}: got the file {elsewhere[:60]!a}, expected names of files beside the index")
+    elsewhere = [name for name in names if name in ("", ".", "..") or re.search(r"[/\\\0]", name)]
+    if elsewhere:
+        raise ValueError(f"{index}: got the file {elsewhere[0][:60]!a}, expected names of files beside the index")
     _check_count(index, len(names))
     return [index.parent / name for name in names]
 

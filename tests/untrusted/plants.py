@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 MODULES = (
     "evil", "tokenization_evil", "modeling_evil", "configuration_evil", "processing_evil", "pipeline", "conftest",
@@ -83,12 +84,19 @@ def plant(folder, marker):
 def planted_folders(model, root, marker):
     """name: folder. A model that loads with plants around it, and others that name the plants where they are read."""
     found = {"model": plant(shutil.copytree(model, root / "model"), marker)}
+    stock = found["stock"] = shutil.copytree(found["model"], root / "stock")
+    parts = {"transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"],
+             "text_encoder": ["transformers", "UMT5EncoderModel"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+             "tokenizer": ["transformers", "PreTrainedTokenizerFast"]}  # fmt: skip
+    merge_json(stock / "model_index.json", {"_class_name": "WanPipeline", "custom_pipeline": "evil", **parts})
     index = {"_class_name": ["evil", "Evil"], "custom_pipeline": "evil", "transformer": ["evil", "Evil"]}
     found["index"] = shutil.copytree(found["model"], root / "index")
     merge_json(found["index"] / "model_index.json", index)
     found["component"] = shutil.copytree(found["model"], root / "component")
-    merge_json(found["component"] / "model_index.json",
-               {"_class_name": "WanPipeline", "text_encoder": ["evil", "Evil"], "tokenizer": ["tokenization_evil", "Evil"]})
+    merge_json(
+        found["component"] / "model_index.json",
+        {"_class_name": "WanPipeline", "text_encoder": ["evil", "Evil"], "tokenizer": ["tokenization_evil", "Evil"]},
+    )
     found["spiece"] = shutil.copytree(found["model"], root / "spiece")
     (found["spiece"] / "tokenizer" / "tokenizer.json").unlink()
     (found["spiece"] / "tokenizer" / "spiece.model").write_bytes(b"no model")
@@ -98,8 +106,10 @@ def planted_folders(model, root, marker):
             file.unlink()
         for name, data in pickles(marker).items():
             (found["pickled"] / part / name).write_bytes(data)
-    for name, config in {"megatron": {"megatron_core": "evil", "megatron_config": {"a": 1}},
-                         "mapping": {"auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"}}}.items():
+    for name, config in {
+        "megatron": {"megatron_core": "evil", "megatron_config": {"a": 1}},
+        "mapping": {"auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"}},
+    }.items():
         folder = found[f"adapter {name}"] = root / f"adapter_{name}"
         folder.mkdir()
         config |= {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": str(found["model"]),
@@ -107,6 +117,9 @@ def planted_folders(model, root, marker):
         merge_json(folder / "adapter_config.json", config)
         (folder / "adapter_model.bin").write_bytes(pickles(marker)["adapter_model.bin"])
         plant_modules(folder, marker)
+    module = "base_model.model.blocks.0.attn1.to_q"
+    pair = {f"{module}.lora_A.weight": torch.ones(2, 32), f"{module}.lora_B.weight": torch.ones(32, 2)}
+    save_file(pair, folder / "adapter_model.safetensors")  # this one loads: a mapping is no use here, and no module
     files = found["files"] = root / "files"
     files.mkdir()
     for name, data in pickles(marker).items():

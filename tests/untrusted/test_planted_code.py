@@ -26,7 +26,13 @@ def child(arguments, cwd):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RUST_BACKTRACE": "0"}
     environment.pop("HF_HUB_OFFLINE", None)
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, stdin=reads, capture_output=True, text=True, timeout=HANG
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment,
+        stdin=reads,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
     )
     left = b""
     while part := os.read(reads, 1000):
@@ -54,6 +60,9 @@ def test_no_planted_code_runs_and_nothing_is_asked(places):
     assert left == ANSWERS
     assert said["load model"] == "ok"
     assert said["run model"] == "rc 0"
+    assert said["load stock"] == said["adapter adapter mapping"] == "ok"
+    assert "custom code" in said["videos stock"]
+    assert said["run adapter adapter mapping"] == "rc 0"
     assert "_class_name" in said["load index"]
     assert "megatron_core 'evil'" in said["adapter adapter megatron"]
     assert "evil" in said["videos index"]
@@ -73,6 +82,7 @@ def test_the_plants_run_where_something_lets_them(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_module_runs_by_transformers_question_and_by_python_m(places):
     """What the product keeps out, and what docs/security.md does not promise."""
     marker, folders = places

@@ -35,6 +35,8 @@ def attempt(name, call):
 
 
 def main():
+    import torch
+
     import engine
     from distill.experiments.evaluate import teacher_videos
     from distill.models.base import Base
@@ -52,23 +54,28 @@ def main():
 
     model = FOLDERS["model"]
     short = ["--prompt", "red", "--frames", "1", "--out", "null", "--quiet"]
-    files = sorted(FOLDERS["files"].iterdir())
+    modules = sorted(FOLDERS["files"].glob("*.py"))
+    files = [file for file in sorted(FOLDERS["files"].iterdir()) if file not in modules[1:]]
     for name, folder in FOLDERS.items():
         attempt(f"load {name}", lambda folder=folder: engine.load(folder) and None)
         attempt(f"inspect {name}", lambda folder=folder: cli.main(["inspect", str(folder)]))
         attempt(f"tokenizer {name}", lambda folder=folder: engine.load(model, tokenizer=folder / "tokenizer") and None)
         attempt(f"adapter {name}", lambda folder=folder: describe(folder) and None)
-        attempt(f"run adapter {name}", lambda folder=folder: run(["--model", str(model), *short, "--adapter", str(folder)]))
+        attempt(
+            f"run adapter {name}", lambda folder=folder: run(["--model", str(model), *short, "--adapter", str(folder)])
+        )
         attempt(f"bundle {name}", lambda folder=folder: engine.load_bundle(folder) and None)
         attempt(f"teacher {name}", lambda folder=folder: load_teacher(folder) and None)
-        attempt(f"base {name}", lambda folder=folder: Base(folder, "float32") and None)
+        attempt(f"base {name}", lambda folder=folder: Base(folder, torch.float32) and None)
         attempt(f"videos {name}", lambda folder=folder: teacher_videos(folder, [], 1, 0, 1, 1.0) and None)
     attempt("run model", lambda: run(["--model", str(model), *short]))
     for file in files:
         attempt(f"inspect {file.name}", lambda file=file: cli.main(["inspect", str(file)]))
         attempt(f"describe {file.name}", lambda file=file: describe(file) and None)
         for option in ("checkpoint", "vae", "text_encoder", "tokenizer"):
-            attempt(f"{option} {file.name}", lambda file=file, option=option: engine.load(model, **{option: file}) and None)
+            attempt(
+                f"{option} {file.name}", lambda file=file, option=option: engine.load(model, **{option: file}) and None
+            )
         attempt(f"state {file.name}", lambda file=file: load_state(file) and None)
         attempt(f"student {file.name}", lambda file=file: read_student(file) and None)
         attempt(f"scales {file.name}", lambda file=file: read_calibration(file) and None)
@@ -76,9 +83,16 @@ def main():
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import UMT5EncoderModel
 
-    for kind, part in ((AutoencoderKLWan, "vae"), (WanTransformer3DModel, "transformer"), (UMT5EncoderModel, "text_encoder")):
+    for kind, part in (
+        (AutoencoderKLWan, "vae"),
+        (WanTransformer3DModel, "transformer"),
+        (UMT5EncoderModel, "text_encoder"),
+    ):
         for name in ("model", "pickled"):
-            attempt(f"pretrained {part} {name}", lambda kind=kind, place=FOLDERS[name] / part: pretrained(kind, place) and None)
+            attempt(
+                f"pretrained {part} {name}",
+                lambda kind=kind, place=FOLDERS[name] / part: pretrained(kind, place) and None,
+            )
     attempt("jobs folder", lambda: Store(FOLDERS["files"]) and None)
     attempt("serve", lambda: serve(["--model", str(FOLDERS["index"]), "--port", "0"]))
 

@@ -39,5 +39,6 @@ def check_checkpoint(file: Path, entries: list[zipfile.ZipInfo]) -> None:
         opened.seek(end[zipfile._ECD_OFFSET])  # type: ignore[attr-defined]
         start = opened.read(4)
     # Python finds the list of entries from the end of the file and torch by its offset: both must mean the same one.
-    if end[zipfile._ECD_COMMENT] or (entries and start != zipfile.stringCentralDir):  # type: ignore[attr-defined]
+    last = end[zipfile._ECD_LOCATION] + zipfile.sizeEndCentDir == size  # type: ignore[attr-defined]
+    if not last or (entries and start != zipfile.stringCentralDir):  # type: ignore[attr-defined]
         raise ValueError(f"{file}: got an archive with bytes around it, expected a file as torch.save writes it")
