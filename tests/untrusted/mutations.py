@@ -47,7 +47,7 @@ def json_bytes(value) -> bytes:
 
 
 def mutated_bytes(data: bytes, choose: Random, most: int = 1 << 30) -> bytes:
-    """A copy with bits flipped, numbers overwritten, pieces removed, moved or doubled; within the first `most` bytes."""
+    """A copy with bits flipped, numbers overwritten, pieces removed, moved or doubled; within `most` bytes."""
     found = bytearray(data)
     for _ in range(choose.choice([1, 1, 2, 4, 16])):
         end = max(1, min(len(found), most))

@@ -86,7 +86,8 @@ def planted_folders(model, root, marker):
     found = {"model": plant(shutil.copytree(model, root / "model"), marker)}
     stock = found["stock"] = shutil.copytree(found["model"], root / "stock")
     parts = {"transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"],
-             "text_encoder": ["transformers", "UMT5EncoderModel"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+             "text_encoder": ["transformers", "UMT5EncoderModel"],
+             "scheduler": ["diffusers", "UniPCMultistepScheduler"],
              "tokenizer": ["transformers", "PreTrainedTokenizerFast"]}  # fmt: skip
     merge_json(stock / "model_index.json", {"_class_name": "WanPipeline", "custom_pipeline": "evil", **parts})
     index = {"_class_name": ["evil", "Evil"], "custom_pipeline": "evil", "transformer": ["evil", "Evil"]}

@@ -1,4 +1,4 @@
-"""Files that claim more than they hold, or hold what nothing should read: refused in a line, at once, in little memory."""
+"""Files that claim more than they hold, or hold what nothing should read: refused in a line and at once."""
 
 import io
 import json
@@ -55,7 +55,8 @@ def entry(dtype="F32", shape=(1,), begin=0, end=4):
 
 ONE = json.dumps({Q: entry()}).encode()[1:-1]
 HEADERS = {
-    "length 2^63": (b"{}", 2**63 - 1, "expected safetensors"), "length 2^64": (b"{}", 2**64 - 1, "expected safetensors"),
+    "length 2^63": (b"{}", 2**63 - 1, "expected safetensors"),
+    "length 2^64": (b"{}", 2**64 - 1, "expected safetensors"),
     "a name twice": (b"{" + ONE + b"," + ONE + b"}", None, "self_attn.q.weight' twice"),
     "metadata twice": (b'{"__metadata__":{"a":"1","a":"2"}}', None, "the name 'a' twice"),
     "nested": (b'{"__metadata__":' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}", None, "nested too deeply"),
@@ -67,7 +68,7 @@ HEADERS = {
     "line break in a name": ({"a\nb": entry()}, None, "got the name 'a\\nb'"),
     "long name": ({"a" * 5_000_000: entry()}, None, "of 5000000 characters for a tensor"),
     "dots": ({"a." * 50_000 + "lora_A.weight": entry()}, None, "of 100013 characters for a tensor"),
-    "many": ({f"a{i}": entry(shape=[0], end=0) for i in range(30_000)}, None, "got 30000 tensors, expected at most 20000"),
+    "many": ({f"a{i}": entry(shape=[0], end=0) for i in range(30_000)}, None, "got 30000 tensors, expected at most"),
     "large": (b"{" + b" " * (9 << 20) + b"}", None, "got a header of 9437186 bytes, expected at most 8388608"),
     "a list": (b"[1]", None, "expected"), "float6": ({Q: entry("F6_E2M3")}, None, "expected"),
 }  # fmt: skip
@@ -344,7 +345,8 @@ def test_many_files_and_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    ('{"a": 1, "a": 2}', "the name 'a' twice"), ("[" * 100_000, "nested too deeply"), ('{"a": ' + "9" * 5000 + "}", "4300"),
+    ('{"a": 1, "a": 2}', "the name 'a' twice"), ("[" * 100_000, "nested too deeply"),
+    ('{"a": ' + "9" * 5000 + "}", "4300"),
     ('{"a": "\xff', "expected an object"), (" " * (33 << 20), "got JSON of 34603008 bytes"),
 ])  # fmt: skip
 def test_configurations(tmp_path, content, said):

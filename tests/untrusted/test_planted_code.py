@@ -1,4 +1,4 @@
-"""Code in every place of a model folder where a library might run it: it never runs, and nothing is asked or fetched."""
+"""Code in every place of a model folder where a library might run it: it never runs, and nothing is asked."""
 
 import json
 import os
@@ -86,7 +86,8 @@ def test_the_plants_run_where_something_lets_them(tmp_path):
 def test_a_module_runs_by_transformers_question_and_by_python_m(places):
     """What the product keeps out, and what docs/security.md does not promise."""
     marker, folders = places
-    asks = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained({str(folders['spiece'] / 'tokenizer')!r})"
+    folder = str(folders["spiece"] / "tokenizer")
+    asks = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained({folder!r})"
     _, left = child(["-P", "-c", asks], folders["files"])
     assert marker.exists() or left != ANSWERS
     marker.unlink(missing_ok=True)

@@ -62,7 +62,8 @@ def _after(kind: str, value: Any, name: str, starts: Places, depth: int) -> Plac
     if kind == "SUBPATTERN" and not value[1] and not value[2]:  # no flags inside
         return _ends(value[3], name, starts, depth)
     if kind in ("MAX_REPEAT", "MIN_REPEAT") and depth < MOST_DEPTH:
-        return _repeated(*value, name, starts, depth + 1)
+        least, most, inner = value
+        return _repeated(least, most, inner, name, starts, depth + 1)
     if kind == "AT" and str(value) == "AT_BEGINNING":
         return starts & {0}
     if kind == "AT" and str(value) == "AT_END":
