@@ -74,7 +74,7 @@ def pattern(choose, depth=0):
 
 def test_patterns_match_as_pythons():
     choose, matched = Random(1), 0
-    for _ in range(4000):
+    for _ in range(1500):
         text = choose.choice(["", "", "^"]) + pattern(choose) + choose.choice(["", "", "$"])
         name = "".join(choose.choice(["a", "b", ".", "0", "to_q", ".a"]) for _ in range(choose.randrange(7)))
         try:
@@ -84,7 +84,7 @@ def test_patterns_match_as_pythons():
         assert ours.matches(name) == (re.fullmatch(text, name) is not None), (text, name)
         assert ours.matches_end(name) == (re.match(rf"(.*\.)?({text})$", name) is not None), (text, name)
         matched += ours.matches(name)
-    assert matched > 300
+    assert matched > 100
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,8 @@ def test_patterns_match_as_pythons():
         ({"r": 10**400}, "got r 1000"), ({"r": 2**21}, "got r 2097152, expected .* up to 1048576"),
         ({"lora_alpha": float("nan")}, "got lora_alpha nan"), ({"lora_alpha": float("inf")}, "got lora_alpha inf"),
         ({"lora_alpha": 10**400}, "got lora_alpha 1000"), ({"lora_alpha": -1}, "got lora_alpha -1"),
-        ({"rank_pattern": {"to_q": 0}}, "got rank_pattern"), ({"alpha_pattern": {"to_q": float("nan")}}, "alpha_pattern"),
+        ({"rank_pattern": {"to_q": 0}}, "got rank_pattern"),
+        ({"alpha_pattern": {"to_q": float("nan")}}, "alpha_pattern"),
         ({"rank_pattern": {str(n): 4 for n in range(5000)}}, "expected up to 4096 positive numbers"),
         ({"rank_pattern": [1]}, "got rank_pattern"), ({"target_modules": [1]}, "got target_modules"),
         ({"target_modules": {"a": 1}}, "got target_modules"), ({"target_modules": ["a"] * 5000}, "up to 4096 names"),
@@ -129,11 +130,15 @@ def test_a_text_encoders_adapter_is_named(tmp_path):
     assert [note for note in describe(tmp_path, CONFIG).notes if "text_encoder is there and not used" in note]
 
 
-@pytest.mark.parametrize("alpha", [float("nan"), 10**400, 10**5000, True, "8", None, [8], torch.ones(2), torch.inf])
-def test_alphas_in_files(tmp_path, alpha):
+ALPHAS = {"nan": torch.nan, "large": 10**400, "larger": 10**5000, "bool": True, "text": "8", "none": None, "list": [8],
+          "two": torch.ones(2), "inf": torch.inf}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ALPHAS)
+def test_alphas_in_files(tmp_path, kind):
     name = MODULE.removeprefix("base_model.model.")
     torch.save({f"{name}.lora_A.weight": torch.ones(4, 32), f"{name}.lora_B.weight": torch.ones(32, 4),
-                f"{name}.alpha": alpha}, tmp_path / "lora.pt")  # fmt: skip
+                f"{name}.alpha": ALPHAS[kind]}, tmp_path / "lora.pt")  # fmt: skip
     assert "expected" in problem_of(tmp_path / "lora.pt")
 
 
