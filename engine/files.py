@@ -247,22 +247,31 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: got {error.strerror}, expected a file that can be read") from None
     if len(content) > MOST_TEXT:
         raise ValueError(f"{path}: got {path.stat().st_size} bytes, expected at most {MOST_TEXT}")
+    return _decoded(content, str(path))
+
+
+def _decoded(content: bytes, where: str) -> str:
     if content.startswith(b"\xef\xbb\xbf"):
-        raise ValueError(f"{path}: got a byte order mark, expected UTF-8 without one")
+        raise ValueError(f"{where}: got a byte order mark, expected UTF-8 without one")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: got a byte at {error.start} that is no UTF-8, expected a text") from None
+        raise ValueError(f"{where}: got a byte at {error.start} that is no UTF-8, expected a text") from None
 
 
-def parse_json(text: str, where: str, most_marks: int = MOST_MARKS_IN_LISTS) -> Any:
+def check_marks(text: str, where: str, most: int = MOST_MARKS_IN_LISTS) -> None:
+    """ValueError for JSON that would take much memory to parse."""
+    if (marks := sum(map(text.count, ",[{"))) > most:
+        raise ValueError(f"{where}: got JSON with {marks} commas and brackets, expected at most {most}")
+
+
+def parse_json(text: str | bytes, where: str, most_marks: int = MOST_MARKS_IN_LISTS) -> Any:
     """The value of a JSON text as the C++ core reads it (csrc/formats/json.cpp). ValueError begins with `where`.
 
     Keys stand once, numbers are finite, strings hold no half of a surrogate pair, and depth ends at MOST_DEPTH.
-    More than `most_marks` commas and brackets would take much memory to parse.
     """
-    if (marks := sum(map(text.count, ",[{"))) > most_marks:
-        raise ValueError(f"{where}: got JSON with {marks} commas and brackets, expected at most {most_marks}")
+    text = text if isinstance(text, str) else _decoded(text, where)
+    check_marks(text, where, most_marks)
 
     def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

@@ -22,6 +22,7 @@ from distill.data.scenes import Scene, seen
 from distill.experiments.tables import AblationConfig, write_report
 from distill.models.base import Base
 from distill.models.codec import Codec
+from distill.models.pretrained import pretrained
 from distill.models.rollout import roll_out
 from distill.models.sampling import noised
 from distill.scores.dimensions import blinks
@@ -57,7 +58,7 @@ class Runner:
     def __init__(self, config: AblationConfig, made: NextChunkConfig, tuned: RlConfig, out: Path) -> None:
         self.config, self.made, self.tuned, self.out = config, made, tuned, out
         self.task = find_task(config.task)
-        self.codec = Codec(AutoencoderKLWan.from_pretrained(config.vae))
+        self.codec = Codec(pretrained(AutoencoderKLWan, config.vae))
         self.specs = self.task.draw(config.prompts, config.prompt_seed, hidden=True)
         self.base = Base(Path(made.teacher), made.dtype)
         self._same_settings()

@@ -27,6 +27,7 @@ from distill.scores.strict import aggregate, evaluate
 from distill.scores.tasks import TASKS, Task, find_task
 from distill.training.stage import Options, Stage
 from engine.options import option
+from engine.weights.folders import check_index
 
 PARTS = ("first", "middle", "last")
 
@@ -81,7 +82,10 @@ def teacher_videos(
     """Whole clips from the stock pipeline."""
     from diffusers import WanPipeline
 
-    pipeline = WanPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    check_index(model)  # diffusers would take classes and modules that the index names
+    pipeline = WanPipeline.from_pretrained(
+        model, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
     pipeline.set_progress_bar_config(disable=True)
     generator, videos = torch.Generator().manual_seed(seed), []
     for i in range(0, len(specs), batch):

@@ -24,6 +24,7 @@ from transformers import UMT5EncoderModel
 from distill.data.sprites import SIZE
 from distill.data.text_encoder import build_tokenizer
 from distill.models.base import Base
+from distill.models.pretrained import pretrained
 from distill.models.student import Student
 from distill.stages.next_chunk import load_student
 from distill.training.stage import Options, Stage
@@ -47,9 +48,9 @@ def write_pipeline(teacher: Path, vae: Path, out: Path) -> None:
     """A stock WanPipeline directory with float16 weights."""
     pipeline = WanPipeline(
         tokenizer=build_tokenizer(),  # a fresh one: a used one stores its padding and its path
-        text_encoder=UMT5EncoderModel.from_pretrained(teacher / "text_encoder").half(),
-        vae=AutoencoderKLWan.from_pretrained(vae).half(),
-        transformer=WanTransformer3DModel.from_pretrained(teacher / "transformer").half(),
+        text_encoder=pretrained(UMT5EncoderModel, teacher / "text_encoder").half(),
+        vae=pretrained(AutoencoderKLWan, vae).half(),
+        transformer=pretrained(WanTransformer3DModel, teacher / "transformer").half(),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     )
     pipeline.save_pretrained(out)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distill.data.shards import Shards, shard_path, write_index, write_shard
 from distill.models.codec import Codec
+from distill.models.pretrained import pretrained
 from distill.scores.tasks import Task, find_task
 from distill.training.draws import Draws, generator
 from distill.training.stage import Stage, TableOptions
@@ -84,7 +85,7 @@ def encode_set(codec: Codec, task: Task, count: int, frames: int, seed: int, fol
 
 def run(config: BankConfig, options: BankOptions) -> None:
     """Draw and encode both sets, and print the spread of the latent channels."""
-    codec = Codec(AutoencoderKLWan.from_pretrained(config.vae))
+    codec = Codec(pretrained(AutoencoderKLWan, config.vae))
     task = find_task(config.task)
     encode_set(codec, task, config.images, 1, config.seed, options.out / "images")
     encode_set(codec, task, config.clips, config.frames, config.seed, options.out / "clips")

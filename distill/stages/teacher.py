@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from distill.data.text_encoder import build_text_encoder, build_tokenizer, encode
 from distill.models.codec import Codec
+from distill.models.pretrained import pretrained
 from distill.models.sampling import contact_sheet, joint_flow, noised, sample_joint, shifted
 from distill.scores.tasks import find_task
 from distill.stages.latents import Bank
@@ -126,7 +127,7 @@ def load_teacher(folder: Path) -> Teacher:
     teacher = Teacher(shape)
     weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     teacher.transformer.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").float()
+    encoder = pretrained(UMT5EncoderModel, folder / "text_encoder").float()
     teacher.text_encoder = encoder
     if encoder.config.vocab_size < len(teacher.tokenizer):
         encoder.resize_token_embeddings(len(teacher.tokenizer), mean_resizing=False)
@@ -254,7 +255,7 @@ def train(
     accelerator = accelerator or accelerator_of(config)
     codec = None
     if config.score_every and accelerator.is_main_process:
-        codec = Codec(AutoencoderKLWan.from_pretrained(config.vae))
+        codec = Codec(pretrained(AutoencoderKLWan, config.vae))
     torch.manual_seed(config.seed)  # every process starts from the same weights
     objective = FlowMatching(config, bank)
 
@@ -280,7 +281,7 @@ def run(config: TeacherConfig, options: TeacherOptions) -> None:
     teacher.save(options.out / "teacher")
     if not config.score_every:
         return
-    codec = Codec(AutoencoderKLWan.from_pretrained(config.vae))
+    codec = Codec(pretrained(AutoencoderKLWan, config.vae))
     frames = Bank.load(Path(config.bank)).frames
     scores = score(teacher, codec, config.task, 64, frames, 4242, hidden=True, sheet=options.out / "final.png")
     write_json(options.out / "report.json", scores)

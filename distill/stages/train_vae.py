@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from distill.models.codec import LATENT_CHANNELS, build_vae, decode_raw, encode_moments, initialise
+from distill.models.pretrained import pretrained
 from distill.scores.tasks import find_task
 from distill.training.stage import Stage, TrainingOptions
 from distill.training.state import Progress, load_state, save_state, set_lr
@@ -111,7 +112,7 @@ def train(config: VaeConfig, out: Path, board: Path | None = None, stop_at: int 
     """Train, or resume. `stop_at` ends the run early, as a kill would."""
     torch.manual_seed(config.seed)
     task = find_task(config.task)
-    vae = AutoencoderKLWan.from_pretrained(config.start) if config.start else initialise(build_vae())
+    vae = pretrained(AutoencoderKLWan, config.start) if config.start else initialise(build_vae())
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
     data = torch.Generator().manual_seed(config.seed + 1)
     first = 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.files import plain_file, read_json
+from engine.model.token_files import core_of, one_line, settings_of
 
 MAX_ROWS = 512  # rows that Wan2.1 was trained with
 # Characters of a prompt: the model reads 512 tokens of at most 16 characters; as many again may be white space.
@@ -108,47 +108,46 @@ class Tokenizer:
 
     def __init__(self, path: Path, rows: int | None = None) -> None:
         self.path = path
-        file = path / "tokenizer_config.json"
-        settings = read_json(file) if plain_file(file) else {}
-        # A tokenizer that names no limit reports an astronomical one.
-        limit = settings.get("model_max_length") or MAX_ROWS
-        if type(limit) not in (int, float) or limit < 1:
-            raise ValueError(f"{file}: got model_max_length {limit!r:.60}, expected a number of tokens")
-        self.rows = rows or int(min(limit, MAX_ROWS))
-        self._core = _core(path)
-        pad = settings.get("pad_token") or "<pad>"
-        pad = pad.get("content") if isinstance(pad, dict) else pad
-        if not isinstance(pad, str):
-            raise ValueError(f"{file}: got pad_token {pad!r:.60}, expected a text")
+        settings = settings_of(path, MAX_ROWS)
+        self.rows = rows or settings.rows
+        self._core, pad = core_of(path), settings.pad
         number = self._core.token_to_id(pad)
         if number is None:
             raise ValueError(f"{path}: got no token {pad}, expected the pad token among the tokens")
+        self._added = self._core.num_special_tokens_to_add(False)  # the end mark
+        if not 0 <= self._added < self.rows:
+            raise ValueError(f"{path}: got {self._added} tokens around a prompt, expected fewer than {self.rows} rows")
         # One more than the largest id; the vocabulary may have gaps, and the template ids of its own.
-        ids = [number, *self._core.get_vocab(with_added_tokens=True).values(), *self._core.encode("").ids]
+        ids = [number, *self._core.get_vocab(with_added_tokens=True).values(), *self._encode("").ids]
         self.tokens = 1 + max(ids)
         self._core.enable_padding(length=self.rows, pad_id=number, pad_token=pad)
         self._core.enable_truncation(self.rows)
-        self._added = self._core.num_special_tokens_to_add(False)  # the end mark
+        self._encode(" a")  # a damaged table is found here, not in a stream
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
         """ids and mask, each int64 [1, rows]. Cuts a longer prompt, with a PromptWarning."""
         text = clean_prompt(prompt)
-        encoded = self._core.encode(text)
+        encoded = self._encode(text)
         self._warn(text, encoded)
         return _tensors(encoded)
 
     def ids(self, text: str) -> tuple[Tensor, Tensor]:
         """The same of a text that needs no cleaning, without a warning."""
-        return _tensors(self._core.encode(text))
+        return _tensors(self._encode(text))
 
     def warn_if_cut(self, text: str) -> None:
         """A PromptWarning for a cleaned text of more tokens than `rows`, for those who encode it elsewhere."""
-        self._warn(text, self._core.encode(text))
+        self._warn(text, self._encode(text))
 
     def cut(self, prompt: str) -> str | None:
         """The note of that warning for a prompt as a user gives it; None if the model reads all of it."""
         text = clean_prompt(prompt)
-        return self._note(text, self._core.encode(text))
+        return self._note(text, self._encode(text))
+
+    def _encode(self, text: str) -> Any:
+        """ValueError where the library fails: a table of the file that points outside of itself."""
+        with one_line(self.path, "a tokenizer that reads every prompt"):
+            return self._core.encode(text)
 
     def _warn(self, text: str, encoded: Any) -> None:
         if note := self._note(text, encoded):
@@ -167,24 +166,6 @@ class Tokenizer:
 
 def _tensors(encoded: Any) -> tuple[Tensor, Tensor]:
     return torch.tensor([encoded.ids]), torch.tensor([encoded.attention_mask])
-
-
-def _core(path: Path) -> Any:
-    """The tokenizers.Tokenizer of a folder. FileNotFoundError without one, ValueError if its file is damaged."""
-    file = path / "tokenizer.json"
-    if not plain_file(file) and not plain_file(path / "spiece.model"):
-        raise FileNotFoundError(f"{path}: got neither tokenizer.json nor spiece.model, expected one of them")
-    try:
-        if file.is_file():
-            import tokenizers
-
-            return tokenizers.Tokenizer.from_file(str(file))
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
-    except Exception as error:  # the libraries raise nothing narrower
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file if file.is_file() else path}: got {reason}, expected a tokenizer") from None
 
 
 class ReadAgain(nn.Module, ABC):

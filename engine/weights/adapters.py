@@ -14,6 +14,7 @@ from engine.files import read_json
 from engine.model.transformer import WanTransformer
 from engine.weights.checkpoint import check_tensors
 from engine.weights.containers import open_container
+from engine.weights.formats.tensors import expect_floating
 from engine.weights.lora.form import read_lora
 from engine.weights.lora.merge import Adapters, check_strength, merge_into
 
@@ -121,6 +122,8 @@ def merge_adapter(model: WanTransformer, path: Path, base_files: list[Path]) -> 
         source, weight = open_container(condition), model.condition_proj.weight
         shapes = {name: stored.shape for name, stored in source.tensors.items()}
         check_tensors(condition, shapes, {"condition_proj.weight": weight})
+        for key, stored in source.tensors.items():
+            expect_floating(condition, key, stored)
         for name, tensor in source.read(shapes):
             model.load_state_dict({name: tensor.to(weight)}, strict=False)
     return list(lora.notes)

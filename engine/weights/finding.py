@@ -21,6 +21,7 @@ from engine.weights.names import WORDS, Found, Part, other_kind, recognise, unwr
 
 # What a directory's weight files are called. A file that the user names may be called anything.
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
+MOST_FILES = 1000  # of weights in a folder, and in an index
 _SAFE = (".safetensors", ".sft")
 _STANDARD = ("diffusion_pytorch_model", "model")  # names that go first where two hold the same part
 _VARIANT = re.compile(r"(.+)\.(fp32|fp16|bf16|fp8\w*|ema|non_ema)")
@@ -234,17 +235,32 @@ def groups_of(folder: Path) -> list[Group]:
 
 
 def files_of_index(index: Path) -> list[Path]:
-    """The files that an index names, sorted. ValueError for one without a weight_map."""
+    """The files that an index names, sorted. ValueError for one without a weight_map, or with files elsewhere.
+
+    A link beside the index is followed: download caches are made of links.
+    """
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
         raise ValueError(f"{index}: got no weight_map of file names, expected the index of a model's files")
-    return sorted({index.parent / name for name in named.values()})
+    names = sorted({*named.values()})
+    elsewhere = [name for name in names if name in ("", ".", "..") or re.search(r"[/\\\0]", name)]
+    if elsewhere:
+        raise ValueError(f"{index}: got the file {elsewhere[0][:60]!a}, expected names of files beside the index")
+    _check_count(index, len(names))
+    return [index.parent / name for name in names]
+
+
+def _check_count(where: Path, count: int) -> None:
+    if count > MOST_FILES:
+        raise ValueError(f"{where}: got {count} files of weights, expected at most {MOST_FILES}")
 
 
 def candidates(folder: Path) -> list[Path]:
     """The files of a folder that may hold weights, sorted; not the hidden ones that macOS writes beside them."""
-    return sorted(file for file in folder.iterdir()
-                  if file.is_file() and file.suffix in SUFFIXES and not file.name.startswith("."))  # fmt: skip
+    found = sorted(file for file in folder.iterdir()
+                   if file.is_file() and file.suffix in SUFFIXES and not file.name.startswith("."))  # fmt: skip
+    _check_count(folder, len(found))
+    return found
 
 
 def _stem_and_variant(base: str) -> tuple[str, str]:
@@ -261,6 +277,8 @@ def _check_numbers(files: Sequence[Path]) -> None:
             sets.setdefault((_PIECE.sub("", file.stem), int(piece[2])), set()).add(int(piece[1]))
     for (stem, count), there in sets.items():
         first = 0 if 0 in there else 1
-        if missing := sorted(set(range(first, first + count)) - there):
+        # The count is only what a name says: the first gap is among as many numbers as there are files.
+        missing = next((number for number in range(first, first + count) if number not in there), None)
+        if missing is not None:
             raise FileNotFoundError(f"{files[0].parent}: got {len(there)} of {count} files of {stem}, "
-                                    f"expected number {missing[0]} as well")  # fmt: skip
+                                    f"expected number {missing} as well")  # fmt: skip

@@ -9,7 +9,6 @@
 Every one means weight * scale. Formats of four bits and scales by blocks are refused by name.
 """
 
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.files import parse_json
 from engine.weights.formats.tensors import Stored
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _READ = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # formats of ComfyUI's descriptions
+MOST_DESCRIPTION = 4096  # bytes
 _HARMLESS = ("full_precision_matrix_mult",)  # how ComfyUI multiplies
 _SCALES = (".scale_weight", ".weight_scale")
 _OF_ACTIVATIONS = (".scale_input", ".input_scale")  # the engine scales activations by their own values
@@ -45,9 +46,13 @@ class Expansion:
 
 
 def scales_of_plain(tensors: Mapping[str, Stored]) -> list[str]:
-    """Names of the scales beside weights that are stored in a floating-point dtype of more than 8 bits."""
+    """Names of the scales beside weights that are stored in a floating-point dtype of more than 8 bits.
+
+    Only of those that have a scale's shape: they are read to learn whether they are 1.
+    """
     scales = [(name, weight) for name in tensors if (weight := _scaled(name)) is not None]
-    return [name for name, weight in scales if weight in tensors and _is_plain(tensors[weight])]
+    return [name for name, weight in scales if weight in tensors and _is_plain(tensors[weight])
+            and _is_scale(tensors[name].shape, tensors[weight].shape)]  # fmt: skip
 
 
 def expansion(
@@ -106,7 +111,7 @@ def layers_of_metadata(label: object, metadata: Mapping[str, str]) -> dict[str, 
     if (text := metadata.get("_quantization_metadata")) is None:
         return {}
     try:
-        return {str(layer): _described(about) for layer, about in json.loads(text)["layers"].items()}
+        return {str(layer): _described(about) for layer, about in parse_json(text, str(label))["layers"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{label}: got _quantization_metadata {text[:60]!r}, "
                          "expected JSON with layers and their format") from None  # fmt: skip
@@ -115,8 +120,10 @@ def layers_of_metadata(label: object, metadata: Mapping[str, str]) -> dict[str, 
 def format_of(label: object, name: str, described: Tensor) -> str:
     """The format in a X.comfy_quant tensor: JSON as uint8. ValueError if it is damaged."""
     try:
-        return _described(json.loads(bytes(described.to(torch.uint8).flatten().tolist())))
-    except (ValueError, KeyError, TypeError):
+        if described.dtype != torch.uint8 or described.numel() > MOST_DESCRIPTION:
+            raise ValueError
+        return _described(parse_json(bytes(described.flatten().tolist()), str(label)))
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{label}: got {name} that cannot be read, expected JSON with a format") from None
 
 
@@ -143,9 +150,15 @@ def _check_scale(label: object, name: str, scale: Stored, weight: str, stored: S
                          "expected a weight in 8 bits")  # fmt: skip
     if scale.dtype in FP8 or not isinstance(scale.dtype, torch.dtype) or not scale.dtype.is_floating_point:
         raise ValueError(f"{label}: got {name} in {scale.dtype}, expected a scale in float32 or bf16")
-    count, rows = torch.Size(scale.shape).numel(), stored.shape[0] if stored.shape else 1
-    if scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)) or count not in (1, rows):
+    if not _is_scale(scale.shape, stored.shape):
+        rows = stored.shape[0] if stored.shape else 1
         raise ValueError(f"{label}: got {name} {list(scale.shape)}, expected one number or [{rows}, 1]")
+
+
+def _is_scale(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether a scale has one number, or one per row."""
+    rows = weight[0] if weight else 1
+    return scale in ((), (1,), (1, 1), (rows,), (rows, 1)) and rows > 0
 
 
 def _scaled(name: str) -> str | None:

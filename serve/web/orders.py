@@ -211,7 +211,8 @@ def _ignored(request: VideoRequest, fields: Mapping[str, Any], server: Server) -
 def _length_note(request: VideoRequest, server: Server) -> list[str]:
     if request.num_frames is None or request.seconds is None:
         return []
-    same = request.num_frames == max(1, round(request.seconds * server.pipeline.fps))
+    frames = request.seconds * server.pipeline.fps
+    same = frames < 2 * MOST_FRAMES and request.num_frames == max(1, round(frames))  # it may be beyond all floats
     return [] if same else [f"seconds: got {request.seconds:g}, ignored: num_frames is {request.num_frames}"]
 
 

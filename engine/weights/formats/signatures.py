@@ -1,7 +1,8 @@
 """What kind of file a file is, by its first bytes: one that is read, or a known other one, which is named."""
 
-import zipfile
 from pathlib import Path
+
+from engine.weights.formats.archives import check_checkpoint, entries_of
 
 _READ = "safetensors, a torch checkpoint or GGUF"
 # Beginnings of files of other programs, and what those are.
@@ -37,7 +38,8 @@ def kind_of(file: Path) -> str:
     has_header = start[8:9] == b"{"
     whole = has_header and 8 + int.from_bytes(start[:8], "little") <= size
     # torch.save: a zip archive, or before 1.6 a pickle.
-    if not whole and (start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")):
+    pickled = start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[257:262] != b"ustar"
+    if not whole and (start[:2] == b"PK" or pickled):
         if (other := archive_of(file)) is not None:
             raise ValueError(f"{file}: got {other}, expected safetensors, GGUF or a state dict that torch.save wrote")
         return "torch"
@@ -53,15 +55,20 @@ def kind_of(file: Path) -> str:
 
 
 def archive_of(file: Path) -> str | None:
-    """What a zip archive is in words, if torch.save did not write it; None for a checkpoint and all that is no zip."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError):
+    """What a zip archive is in words, if torch.save did not write it; None for a checkpoint and all that is no zip.
+
+    ValueError for a checkpoint that is packed or damaged so that torch would read more than its file has.
+    """
+    entries = entries_of(file)
+    if entries is None:
         return None
+    names = [entry.filename for entry in entries]
     known = next((words for end, words in _ARCHIVES for name in names if name.endswith(end)), None)
     own = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
-    return None if own and (known is None or "torch" not in known.lower()) else known
+    if known is not None and not (own and "torch" not in known.lower()):
+        return known
+    check_checkpoint(file, entries)
+    return None
 
 
 def _other(start: bytes, end: bytes) -> str | None:

@@ -1,16 +1,24 @@
-"""Files of torch.save, read with weights_only=True: code in them never runs, and no class of theirs is imported."""
+"""Files of torch.save, read with weights_only=True: code in them never runs, and no class of theirs is imported.
+
+`signatures.kind_of` has checked the archive before: its entries are stored, and together no larger than the file.
+"""
 
 import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from engine.weights.formats.tensors import Stored, dense_problem
+from engine.weights.formats.tensors import Stored, check_names, dense_problem
+
+MOST_VALUES = 200_000  # in nested dictionaries; a training checkpoint with optimizers has some 20,000
+MOST_DEPTH = 32  # of dictionaries in dictionaries
+MOST_LINE = 1 << 16  # bytes of a name in a pickle
+MOST_READS = 4 << 20  # of a file from before torch 1.6: some per value, a few per tensor
 
 # Names that only tensors have. Another value under such a name stands for a tensor that is missing.
 _OF_TENSORS = re.compile(
@@ -63,14 +71,23 @@ def stored(value: Any) -> Stored:
     return Stored(() if problem else tuple(value.shape), value.dtype, problem)
 
 
-def leaves(values: Mapping[Any, Any], folder: str = "") -> Iterator[Leaf]:
-    """Every value in nested dictionaries, in order."""
-    for key, value in values.items():
-        name = f"{folder}.{key}" if folder else str(key)
-        if isinstance(value, Mapping):
-            yield from leaves(value, name)
-        else:
+def leaves(values: Mapping[Any, Any]) -> Iterator[Leaf]:
+    """Every value in nested dictionaries, in order. ValueError for dictionaries without an end, as of one in itself."""
+    opened = [("", iter(values.items()))]
+    count = 0
+    while opened:
+        folder, entries = opened[-1]
+        for key, value in entries:
+            count += 1
+            if count > MOST_VALUES or len(opened) > MOST_DEPTH:
+                raise ValueError(f"more than {MOST_VALUES} values, or {MOST_DEPTH} dictionaries in each other")
+            name = f"{folder}.{key}" if folder else str(key)
+            if isinstance(value, Mapping):
+                opened.append((name, iter(value.items())))
+                break
             yield Leaf(name, folder, value)
+        else:
+            opened.pop()
 
 
 class Unread:
@@ -99,10 +116,45 @@ def load_torch(file: Path) -> tuple[Mapping[Any, Any], bool]:
     except Exception as error:  # torch raises whatever a damaged file leads it to
         loaded, maps = _without_objects(file, error), True
     if isinstance(loaded, Mapping):
+        _check(file, loaded)
         return loaded, maps
     what = f"{words}, pickled whole" if (words := getattr(loaded, "words", None)) else type(loaded).__name__
     raise ValueError(f"{file}: got {what}, expected a dictionary of tensors: a torch checkpoint that "
                      "torch.save(model.state_dict(), FILE) writes")  # fmt: skip
+
+
+def _check(file: Path, loaded: Mapping[Any, Any]) -> None:
+    """ValueError for more values than a checkpoint has, and for tensors of more bytes than the file."""
+    try:
+        found = [leaf for leaf in leaves(loaded) if is_tensor(leaf.name, leaf.value)]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: got {error}, expected a torch checkpoint of tensors") from None
+    check_names(file, [leaf.name for leaf in found])
+    plain = [leaf.value.untyped_storage() for leaf in found if dense_problem(leaf.value) is None]
+    total = sum({storage.data_ptr(): storage.nbytes() for storage in plain}.values())
+    if total > (size := file.stat().st_size):
+        raise ValueError(f"{file}: got tensors of {total} bytes in a file of {size}, expected no more than it has")
+
+
+class _Counted:
+    """A file of which a pickle reads values one by one: it ends where they are more than any checkpoint has."""
+
+    def __init__(self, opened: BinaryIO) -> None:
+        self._opened, self._reads = opened, 0
+        self.tell, self.seek, self.readinto = opened.tell, opened.seek, getattr(opened, "readinto")  # noqa: B009
+
+    def read(self, size: int = -1) -> bytes:
+        self._count()
+        return self._opened.read(size)
+
+    def readline(self) -> bytes:
+        self._count()
+        return self._opened.readline(MOST_LINE)
+
+    def _count(self) -> None:
+        self._reads += 1
+        if self._reads > MOST_READS:
+            raise ValueError(f"a pickle of more than {MOST_READS} values")
 
 
 def _load(file: Path) -> tuple[Any, bool]:
@@ -116,7 +168,7 @@ def _load(file: Path) -> tuple[Any, bool]:
                 if "mmap" not in str(error):  # files of torch before 1.6 cannot be mapped
                     raise
         with file.open("rb") as opened:
-            return torch.load(opened, map_location="cpu", weights_only=True), False
+            return torch.load(_Counted(opened), map_location="cpu", weights_only=True), False  # type: ignore[arg-type]
 
 
 def _without_objects(file: Path, error: Exception) -> Any:
@@ -125,10 +177,10 @@ def _without_objects(file: Path, error: Exception) -> Any:
     try:
         # It reads the names without importing them.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        # torch fills only its own kinds of dictionaries.
+        kinds: list[Any] = [(OrderedDict if re.search("[dD]ict$", name) else _unread(name), name) for name in names]
     except Exception:  # not a zip archive of torch, or a damaged one: the first error says more
         raise reason from None
-    # torch fills only its own kinds of dictionaries.
-    kinds: list[Any] = [(OrderedDict if re.search("[dD]ict$", name) else _unread(name), name) for name in names]
     try:
         with torch.serialization.safe_globals(kinds):
             loaded, _ = _load(file)
@@ -136,8 +188,10 @@ def _without_objects(file: Path, error: Exception) -> Any:
         raise
     except Exception:  # as above
         raise reason from None
-    if isinstance(loaded, Mapping) and not any(isinstance(leaf.value, Tensor) for leaf in leaves(loaded)):
-        raise reason
+    if isinstance(loaded, Mapping):
+        _check(file, loaded)
+        if not any(isinstance(leaf.value, Tensor) for leaf in leaves(loaded)):
+            raise reason
     return loaded
 
 

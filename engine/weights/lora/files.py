@@ -3,12 +3,11 @@
 Contents decide what a file is, never its name. Pickles are opened with weights_only=True: no code in them runs.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.files import read_json
+from engine.files import parse_json, read_json
 from engine.weights.checkpoint import shorten
 from engine.weights.containers import open_container
 from engine.weights.formats.signatures import kind_of
@@ -55,8 +54,12 @@ def read_adapter(path: Path) -> AdapterFile:
     config = read_json(path / "adapter_config.json")
     if not isinstance(config, dict):
         raise ValueError(f"{path / 'adapter_config.json'}: got {type(config).__name__}, expected a table")
+    peft = PeftConfig(config, f"adapter {path}")  # before the weights: it refuses what is no plain LoRA
     tensors, _, notes = read_tensors(file)
-    return AdapterFile(tensors, PeftConfig(config, f"adapter {path}"), True, notes)
+    others = sorted(place.parent.name for place in path.glob("*/adapter_config.json"))
+    if others:  # libraries merge the text encoder's without a word
+        notes.append(f"adapter {path}: {shorten(others)} is there and not used")
+    return AdapterFile(tensors, peft, True, notes)
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
@@ -90,7 +93,7 @@ def _stored_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any] | 
     if _METADATA not in metadata:
         return None
     try:
-        stored = json.loads(metadata[_METADATA])
+        stored = parse_json(metadata[_METADATA], str(file))
     except ValueError:
         stored = None
     if not isinstance(stored, dict):

@@ -7,6 +7,7 @@ a note, or is refused by name.
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor
 from engine.weights.checkpoint import shorten
 from engine.weights.lora.files import read_adapter
 from engine.weights.lora.keys import Key, parse, wan_name
-from engine.weights.lora.peft_config import PeftConfig
+from engine.weights.lora.peft_config import PeftConfig, shown
+
+_MOST_ALPHA = 1e30  # float32 holds it
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,10 @@ class LoRA:
         if unknown := [name for name in self.changes if name not in shapes]:
             return f"got LoRA of {shorten(unknown)}, expected parts of this transformer"
         for name, change in self.changes.items():
-            for what, got, expected in _shapes(change, shapes[name]):
+            shape = shapes[name]
+            if change.rank > (largest := max(shape[0], prod(shape[1:]))):
+                return f"got rank {change.rank} of {name}, expected at most {largest}, the layer's larger side"
+            for what, got, expected in _shapes(change, shape):
                 if got != expected:
                     return f"got {what} of {name} {list(got)}, expected {list(expected)}"
         return None if self.peft is None else self.peft.problem(self.raws.values(), self._targets(shapes))
@@ -94,7 +100,7 @@ class LoRA:
     def blocks(self) -> int:
         """The least number of blocks of a transformer that it fits."""
         numbers = [name.split(".")[1] for name in self.changes if name.startswith("blocks.")]
-        return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+        return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -148,14 +154,15 @@ def _by_module(
 def _number(path: Path, key: str, meaning: Key, value: Any) -> Tensor:
     """The value as a tensor of numbers."""
     if meaning.part == "alpha":
-        if not isinstance(value, Tensor) and isinstance(value, int | float):
+        if isinstance(value, int | float) and not isinstance(value, bool) and -_MOST_ALPHA <= value <= _MOST_ALPHA:
             value = torch.tensor(float(value))
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.isfinite().all():
-            raise ValueError(f"adapter {path}: got {key} {str(value)[:40]}, expected one finite number")
+            got = str(value)[:40] if isinstance(value, Tensor) else shown(value)
+            raise ValueError(f"adapter {path}: got {key} {got}, expected one finite number")
         return value
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"adapter {path}: got {key} of {got}, expected floating-point numbers")
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"adapter {path}: got {key} of {kind}, expected floating-point numbers")
     return value
 
 

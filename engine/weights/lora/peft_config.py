@@ -1,24 +1,28 @@
 """adapter_config.json of PEFT (diffusers writes the same into a file's metadata): what it says about each module."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from engine.weights.checkpoint import shorten
+from engine.weights.lora.patterns import Pattern
+
+MOST = 1 << 20  # of a rank or an alpha
+MOST_ENTRIES = 4096  # of rank_pattern, target_modules and the like
 
 # What the configuration may hold. Entries that are not listed must be unset (null, false, empty).
 _VALUES = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
+    "megatron_core": ("megatron.core", None, ""),  # a module that PEFT imports
 }
 _READ = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 _WITHOUT_EFFECT = {  # on a merge
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "task_type",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "qalora_group_size",
+    "revision", "task_type",
 }  # fmt: skip
 
 
@@ -28,18 +32,20 @@ class PeftConfig:
     def __init__(self, raw: Mapping[str, Any], label: str) -> None:
         self._raw, self._label = raw, label
         for key, values in _VALUES.items():
-            if raw.get(key, values[0]) not in values:
-                raise self._error(f"{key} {raw[key]!r}", " or ".join(map(repr, values)))
+            if not any(raw.get(key, values[0]) is value or raw.get(key, values[0]) == value for value in values):
+                raise self._error(f"{key} {shown(raw[key])}", " or ".join(map(repr, values)))
         others = raw.keys() - _VALUES.keys() - _READ - _WITHOUT_EFFECT
         if unread := sorted(key for key in others if raw[key]):
-            raise self._error(f"{unread[0]} {str(raw[unread[0]])[:60]!r}", "it unset")
-        for key in ("target_modules", "exclude_modules"):
-            if isinstance(raw.get(key), str):
-                self._compile(key, raw[key])
-        self._ranks, self._alphas = self._patterns("rank_pattern"), self._patterns("alpha_pattern")
-        for key in ("r", "lora_alpha"):
-            if not _positive(raw.get(key)):
-                raise self._error(f"{key} {raw.get(key)!r}", "a positive number")
+            name = unread[0][:60] if unread[0].isprintable() else ascii(unread[0][:60])
+            raise self._error(f"{name} {shown(str(raw[unread[0]]))}", "it unset")
+        self._targets, self._excluded = self._names("target_modules"), self._names("exclude_modules")
+        self._ranks, self._alphas = self._patterns("rank_pattern", _rank), self._patterns("alpha_pattern", _positive)
+        for key, fits, expected in (
+            ("r", _rank, "a positive whole number"),
+            ("lora_alpha", _positive, "a positive number"),
+        ):
+            if not fits(raw.get(key)):
+                raise self._error(f"{key} {shown(raw.get(key))}", f"{expected} up to {MOST}")
 
     def rank(self, name: str) -> int:
         """The rank of a module; `name` is the one that PEFT knows it by."""
@@ -60,10 +66,9 @@ class PeftConfig:
 
         PEFT itself leaves out what a file lacks, without a word. A choice by layers is not checked.
         """
-        targets, excluded = self._raw.get("target_modules"), self._raw.get("exclude_modules")
-        if self._raw.get("layers_to_transform") is not None or targets in (None, "all-linear"):
+        if self._raw.get("layers_to_transform") is not None or self._targets is None:
             return None
-        wanted = {n for n in modules if _named(targets, n) and not (excluded and _named(excluded, n))}
+        wanted = {n for n in modules if _named(self._targets, n) and not _named(self._excluded or [], n)}
         got = set(found)
         if missing := sorted(wanted - got):
             return f"got no weights of {shorten(missing)}, expected all of target_modules"
@@ -71,35 +76,56 @@ class PeftConfig:
             return f"got weights of {shorten(extra)}, expected those of target_modules alone"
         return None
 
-    def _patterns(self, key: str) -> dict[str, float]:
-        patterns = self._raw.get(key) or {}
-        if not isinstance(patterns, dict) or not all(map(_positive, patterns.values())):
-            raise self._error(f"{key} {patterns!r}", "positive numbers by name")
-        for pattern in patterns:
-            self._compile(key, pattern)
-        return patterns
+    def _names(self, key: str) -> Pattern | list[str] | None:
+        """A choice of modules: a regular expression of the whole name, or names. None for all of them, and for none."""
+        value = self._raw.get(key)
+        if value in (None, "all-linear", ""):
+            return None
+        if isinstance(value, str):
+            return self._pattern(key, value)
+        if not isinstance(value, list) or len(value) > MOST_ENTRIES or not all(isinstance(one, str) for one in value):
+            raise self._error(f"{key} {shown(value)}", f"a regular expression or up to {MOST_ENTRIES} names")
+        return value
 
-    def _compile(self, key: str, pattern: str) -> None:
+    def _patterns(self, key: str, fits: Callable[[Any], bool]) -> list[tuple[Pattern, float]]:
+        patterns = self._raw.get(key) or {}
+        if not isinstance(patterns, dict) or len(patterns) > MOST_ENTRIES or not all(map(fits, patterns.values())):
+            raise self._error(f"{key} {shown(patterns)}", f"up to {MOST_ENTRIES} positive numbers up to {MOST} by name")
+        return [(self._pattern(key, pattern), value) for pattern, value in patterns.items()]
+
+    def _pattern(self, key: str, text: str) -> Pattern:
         try:
-            re.compile(pattern)
-        except re.error as error:
-            raise self._error(f"{key} {pattern!r} ({error})", "a regular expression") from None
+            return Pattern(text)
+        except ValueError as error:
+            raise self._error(f"{key} {text[:60]!r} ({error})", "a regular expression without look-around") from None
 
     def _error(self, got: str, expected: str) -> ValueError:
         return ValueError(f"{self._label}: got {got}, expected {expected}")
 
 
+def shown(value: Any) -> str:
+    """A value for a message: short, and on one line."""
+    try:
+        return repr(value[:60] if isinstance(value, str) else value)[:62]
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
+
+
 def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MOST
 
 
-def _by_pattern(patterns: Mapping[str, float], name: str, otherwise: float) -> float:
+def _rank(value: Any) -> bool:
+    return _positive(value) and value == int(value)
+
+
+def _by_pattern(patterns: Sequence[tuple[Pattern, float]], name: str, otherwise: float) -> float:
     """PEFT's rule: the first pattern that matches whole dotted parts at the name's end."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
+    return next((value for pattern, value in patterns if pattern.matches_end(name)), otherwise)
 
 
-def _named(targets: str | list[str], name: str) -> bool:
-    """PEFT's rule: a text is a regular expression of the whole name; a list holds whole dotted suffixes."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+def _named(targets: Pattern | list[str], name: str) -> bool:
+    """PEFT's rule: a pattern is for the whole name; a list holds whole dotted suffixes."""
+    if isinstance(targets, Pattern):
+        return targets.matches(name)
     return any(name == target or name.endswith(f".{target}") for target in targets)

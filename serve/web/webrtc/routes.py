@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -25,6 +26,8 @@ from serve.web.wire import Invalid, parsed
 SPARE_PEERS = 16  # connections beside two for each session
 TOLD_WITHIN = 2.0  # seconds for the last messages when the server ends
 _CODECS = {"video/H264": "h264", "video/VP8": "vp8"}
+
+log = logging.getLogger("serve")
 
 
 def router(server: Server, starts: Bucket) -> APIRouter:
@@ -95,7 +98,7 @@ class Peers:
             peer = await self._open(connection, sdp, offer, address)
             self._peers[peer.id] = peer
         except BaseException:
-            await connection.close()
+            await discard(connection)
             raise
         finally:
             self._opening -= 1
@@ -154,6 +157,14 @@ class Peers:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def discard(connection: RTCPeerConnection) -> None:
+    """Close a connection that was not made. What an offer left half made does not close in aiortc: that is logged."""
+    try:
+        await connection.close()
+    except Exception as error:
+        log.warning("a refused connection did not close: %s: %s", type(error).__name__, error)
 
 
 async def _negotiated(connection: RTCPeerConnection, sdp: str) -> tuple[RTCRtpTransceiver, str]:
