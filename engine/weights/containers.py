@@ -92,7 +92,7 @@ class GGUFFile:
         try:
             from gguf import GGUFReader
         except ImportError:
-            raise ImportError(f"{file}: got no package gguf, expected it installed (pip install gguf)") from None
+            raise ImportError(f"{file}: got no package gguf, expected pip install 'greedy-stream[gguf]'") from None
         self.file = file
         try:
             reader = GGUFReader(file)
