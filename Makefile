@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo serve test test-fast test-all lint format bench bench-results ablation docs-performance gpu-check clean
+.PHONY: help setup demo serve bundle test test-fast test-all test-lowest lint format bench bench-results ablation \
+	docs-performance docs-licences gpu-check clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +32,15 @@ serve: setup  ## stream the embedded model to a live page, http://localhost:8000
 # puts the longest files first.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+# An older bundle lends the graphs that would come out the same. It is replaced once the new one is whole.
+bundle: setup  ## compile the embedded model for C++ to out/sprites.bundle: 3 minutes on an idle core, needs g++; seconds the next time
+	@mkdir -p out
+	@command -v $(or $(CXX),g++) >/dev/null || { echo "bundle: got no $(or $(CXX),g++), expected a C++ compiler" >&2; exit 2; }
+	@echo "compiling 10 graphs: about 3 minutes of processor time, one line each"
+	@rm -rf out/new.bundle
+	$(BIN)/python -m export --backend aoti --out out/new.bundle $(if $(wildcard out/sprites.bundle),--reuse out/sprites.bundle)
+	@rm -rf out/sprites.bundle && mv out/new.bundle out/sprites.bundle
+
 test: setup  ## run the tests, every feature: about 25 minutes on two cores, less when compiled artefacts are there
 	$(PYTEST) -m "not thorough" --durations=25
 
@@ -39,6 +49,19 @@ test-fast: setup  ## run the tests that take no more than two seconds each: abou
 
 test-all: setup  ## run all tests, sanitizers and fuzzing at full length too
 	$(PYTEST) --durations=25
+
+# Torch stays as it is: its older releases were not run.
+LOWEST := out/lowest
+LOWEST_TESTS := tests/engine/model tests/engine/media tests/engine/weights/test_lora.py tests/engine/test_checkpoint.py \
+	tests/serve/web tests/serve/webrtc
+LOWEST_EXPORTS := $(addprefix tests/export/test_export.py::,test_streams_agree_with_torch test_every_graph_equals_its_module)
+test-lowest: setup  ## run tests of loading, adapters, export, media and serving with the lowest versions that setup.py allows
+	@mkdir -p out
+	$(BIN)/python tests/installing/declared.py bench distill gguf heic onnx serve test > $(LOWEST).txt
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -r $(LOWEST).txt
+	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not thorough and not slow" $(LOWEST_TESTS)
+	$(LOWEST)/bin/python -m pytest $(LOWEST_EXPORTS)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -63,6 +86,9 @@ ablation: setup  ## train and score the arms of the ablation; goes on where it w
 
 docs-performance: setup  ## docs/performance.md from bench/results
 	$(BIN)/python -m bench report
+
+docs-licences: setup  ## docs/licences.md from the packages in .venv
+	$(BIN)/python tests/installing/licences.py
 
 # A GPU machine often has its own torch and no network: .venv where there is one, else its python.
 gpu-check:  ## on a machine with a GPU: right, how fast, where the time goes, in 9 minutes; STEPS=a,b; elsewhere tiny

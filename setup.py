@@ -11,10 +11,20 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 HERE = Path(__file__).parent.resolve()
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "engine" / "__init__.py").read_text()).group(1)
+
+
+class FreshBuild(build_py):
+    """Starts with an empty build directory: modules that are gone would stay in the wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -24,12 +34,9 @@ class CMakeBuild(build_ext):
         try:
             self.build_core(ext)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            # An optional extension that does not compile is left out, a required one ends the installation.
             failed = isinstance(error, subprocess.CalledProcessError)
             why = f"cmake ended with {error.returncode}, see above" if failed else str(error)
-            rest = "--backend native is left out" if ext.optional else "GREEDY_NATIVE=1 insists on it"
-            print(f"error: got no build of the C++ core ({why}); {rest}", file=sys.stderr)
-            raise CompileError(why) from error
+            raise CompileError(f"got no build of the C++ core ({why}); GREEDY_NATIVE=0 leaves it out") from error
 
     def build_core(self, ext: Extension) -> None:
         import pybind11  # of the build environment, see pyproject.toml
@@ -38,7 +45,8 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve() / "cmake"
         options = [
             "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DGREEDY_PYTHON=ON", "-DGREEDY_BUILD_TESTS=OFF",
-            "-DCMAKE_INSTALL_LIBDIR=lib", f"-DPython_EXECUTABLE={sys.executable}",
+            # Equal libraries wherever they are built: no path in them, and none whose length shows.
+            "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON", "-DCMAKE_INSTALL_LIBDIR=lib", f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DGREEDY_EDITABLE={'ON' if self.editable_mode else 'OFF'}",
         ]  # fmt: skip
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
@@ -67,20 +75,25 @@ def torch_libraries() -> list[Path]:
 
 
 def native_extensions() -> list[Extension]:
-    """The C++ core where it compiles; GREEDY_NATIVE=1 insists on it, 0 leaves it out."""
+    """The C++ core, where there is a compiler on Linux; GREEDY_NATIVE=1 insists on it, 0 leaves it out."""
     wanted = os.environ.get("GREEDY_NATIVE", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"GREEDY_NATIVE: got {wanted!r}, expected 0, 1 or nothing")
     compilers = filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"])
-    if wanted == "0" or (wanted == "auto" and not any(map(shutil.which, compilers))):
-        print("the C++ core (engine._C, --backend native) is left out", file=sys.stderr)
+    if wanted == "0" or (wanted == "auto" and not (sys.platform == "linux" and any(map(shutil.which, compilers)))):
         return []
-    return [Extension("engine._C", sources=[], optional=wanted == "auto")]
+    if not (HERE / "CMakeLists.txt").is_file():
+        sys.exit(
+            f"setup.py: got no {HERE / 'CMakeLists.txt'}, expected all of the sources; GREEDY_NATIVE=0 does without"
+        )
+    return [Extension("engine._C", sources=[])]
 
 
+EXTENSIONS = native_extensions()
 setup(
     name="greedy-stream",
-    version=VERSION,
+    # pip hides what a build prints, but shows the version that it installed.
+    version=VERSION if EXTENSIONS else f"{VERSION}+without.core",
     description="Streaming video diffusion: a prompt goes in, frames come out while they are made",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -92,8 +105,8 @@ setup(
         ),
         "kernels",  # without __init__.py: engine/kernels_folder.py
     ],
-    ext_modules=native_extensions(),
-    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshBuild},
     entry_points={"console_scripts": ["greedy-stream = engine.cli:main"]},
     # No entry point: that would import engine, and so torch, before it starts the program.
     scripts=["csrc/host/greedy-host"],
@@ -107,22 +120,22 @@ setup(
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",
-        "safetensors>=0.5",
-        "transformers>=4.51",
-        "peft>=0.17",
-        "pillow>=10",
+        "safetensors>=0.8",
+        "transformers>=5.16",
+        "peft>=0.21",
+        "pillow>=11.3",
         "pydantic>=2.7",
-        "psutil>=5.9",
+        "psutil>=6",
         "rich>=13",
         "av>=18",
         "ftfy>=6.3,<7",
     ],
     extras_require={
-        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
+        "onnx": ["onnx>=1.19", "onnxruntime>=1.30", "onnxscript>=0.7"],
         "bench": ["matplotlib>=3.8"],
-        "distill": ["accelerate>=1.8", "diffusers>=0.35", "tensorboard>=2.17"],
+        "distill": ["accelerate>=1.8", "diffusers>=0.40", "tensorboard>=2.17.1"],
         "gguf": ["gguf>=0.17"],
-        "heic": ["pillow-heif>=1"],
+        "heic": ["pillow-heif>=1.7"],
         # Kernels: torch for CUDA brings Triton along; torch for processors does not, and its tests need it.
         "kernels": ["triton>=3.6; platform_system == 'Linux'"],
         # Another engine to race with, and an independent implementation of the recorded cases.
@@ -131,29 +144,31 @@ setup(
         "serve": [
             "aioice>=0.13",
             "aiortc>=1.16",
-            "fastapi>=0.115",
+            "fastapi>=0.133",
             "prometheus-client>=0.20",
             "python-multipart>=0.0.18",
+            "starlette>=1.7",
             "uvicorn>=0.30",
-            "websockets>=14",
+            "websockets>=15",
         ],
         "tensorrt": ["tensorrt>=11,<12"],
         # Builds plans without a GPU. The C++ plugin is for 1.7 alone.
         "rtx": ["tensorrt-rtx-cu13>=1.7,<1.8; platform_system == 'Linux' and platform_machine == 'x86_64'"],
         "test": [
-            "diffusers>=0.35",
+            "build>=1",
+            "diffusers>=0.40",
             "gguf>=0.17",
             "hypothesis>=6",
             "httpx>=0.27",
             "mypy>=1.14",
-            "openai>=1.60",
-            "pillow-heif>=1",
-            "playwright>=1.49",
-            "protobuf>=5",
+            "openai>=2.3",
+            "pillow-heif>=1.7",
+            "playwright>=1.52",
+            "protobuf>=5.26",
             "pybind11>=2.13",
             "pytest>=8",
             "pytest-benchmark>=4",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.6.1",
             "ruff>=0.9",
             "sentencepiece>=0.2",
         ],

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 PACKAGES = ("engine", "export", "distill", "bench", "serve")
@@ -27,6 +27,7 @@ def begin() -> None:
         os.set_inheritable(number, True)
     os.close(number)
     handle(_leave)
+    sys.excepthook = _lacking
 
 
 def _is_ours() -> bool:
@@ -39,6 +40,30 @@ def _is_ours() -> bool:
         if option := re.fullmatch(r"-[bBdEiIOPqRsSuvVx]*m(.*)", word):
             return (option[1] or next(words, "")).partition(".")[0] in PACKAGES
     return False
+
+
+def _lacking(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End the program with one line and status 2 where a package is missing, else with the traceback."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    if not name or "." in name or name in (*PACKAGES, "kernels"):
+        sys.__excepthook__(kind, error, trace)
+        return
+    extra = _extra_of(name)
+    print(f"error: got no package {name}, expected pip install {extra or name}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _extra_of(package: str) -> str | None:
+    """What to install for the first extra that names the package."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        lines = requires("greedy-stream") or []
+    except PackageNotFoundError:  # the sources alone
+        return None
+    named = re.compile(rf"{re.escape(package)}\b(?!-).*extra == .(\w+)".replace("_", "[-_]"))
+    found = next(filter(None, map(named.match, lines)), None)
+    return found and f"'greedy-stream[{found[1]}]'"
 
 
 def handle(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:

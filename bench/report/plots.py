@@ -1,4 +1,4 @@
-"""Pictures of results; needs matplotlib (`pip install -e '.[bench]'`)."""
+"""Pictures of results; needs matplotlib (extra `bench`)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("plots: got no matplotlib, expected the extra `bench` (pip install -e '.[bench]')") from None
+        raise ValueError("plots: got no package matplotlib, expected pip install 'greedy-stream[bench]'") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -34,7 +34,7 @@ function(greedy_tensorrt name include library)
   get_filename_component(folder ${library} DIRECTORY)
   set_target_properties(greedy_${name} PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON
                         INSTALL_RPATH "$ORIGIN/../../tensorrt_rtx_libs$<$<BOOL:${GREEDY_EDITABLE}>:;${folder}>")
-  set(plugins ${plugins} greedy_${name} PARENT_SCOPE)
+  set(plugins ${plugins} ${name} PARENT_SCOPE)
 endfunction()
 
 if(CUDAToolkit_FOUND AND GREEDY_TENSORRT_INCLUDE AND GREEDY_TENSORRT_LIBRARY)

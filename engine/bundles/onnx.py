@@ -26,7 +26,9 @@ def _runtime() -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise ImportError("onnx backend: got no package onnxruntime, expected it (extra `onnx`)") from None
+        raise ImportError(
+            "onnx backend: got no package onnxruntime, expected pip install 'greedy-stream[onnx]'"
+        ) from None
     return onnxruntime
 
 

@@ -39,7 +39,7 @@ class GGUFFile:
         try:
             import gguf  # noqa: F401 - its absence is told before the file's faults
         except ImportError:
-            raise ImportError(f"{file}: got no package gguf, expected it installed (pip install gguf)") from None
+            raise ImportError(f"{file}: got no package gguf, expected pip install 'greedy-stream[gguf]'") from None
         self.file = file
         try:
             with file.open("rb") as opened:
