@@ -34,7 +34,7 @@ void Session::set_prompt(Prompt prompt, bool recommit) {
     const std::lock_guard<std::mutex> lock(mutex_);
     prompt_ = prompt;
     const bool due = pending_ && pending_->recommit;  // an earlier recommit that is still due stays due
-    pending_ = Request{std::move(prompt), recommit || due};
+    pending_ = Request{std::move(prompt), recommit || due, prompts_++};
 }
 
 void Session::set_text(const std::string& text, bool recommit) {
@@ -75,6 +75,7 @@ void Session::apply_prompt() {
         const std::vector<float> embedding =
             prompt.ids.empty() ? prompt.embedding : stages_.encode_text(prompt.ids, prompt.mask);
         generator_->set_text(stages_.prepare_text(embedding), request->recommit);
+        applied_ = request->number;
     } catch (...) {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (!pending_)
@@ -190,6 +191,7 @@ std::shared_ptr<const Pictures> Session::next_chunk() {
         past = &cache;
     }
     pictures->chunk = shown_++;
+    pictures->prompt = applied_;
     pictures->count = static_cast<std::uint32_t>(pictures->rgb.size() / (3 * manifest().height * manifest().width));
     vae_cache_ = std::move(cache);
     uncommitted_ = std::move(x);
@@ -206,7 +208,7 @@ void Session::flush() {
     shown_ = 0;
     cancel_ = false;
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (prompt_) pending_ = Request{*prompt_, true};
+    if (prompt_) pending_ = Request{*prompt_, true, prompts_ - 1};
 }
 
 }  // namespace greedy::core
