@@ -289,6 +289,7 @@ PYBIND11_MODULE(_C, module) {
         try {
             if (pointer) std::rethrow_exception(pointer);
         } catch (const greedy::StatusError& error) {
+            if (ended()) return PyErr_SetNone(PyExc_SystemExit);  // a thread that is left ends, quietly
             if (error.status == GREEDY_CANCELLED) return PyErr_SetString(cancelled_type, error.what());
             translate(error);
         }

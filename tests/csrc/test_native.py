@@ -23,7 +23,7 @@ import fake_stages
 import numpy as np
 import pytest
 import torch
-from csrc_tools import HANG, ROOT, cmake
+from csrc_tools import HANG, ROOT, cmake, open_fake
 from faults import ENGINE, events_of, plain, same, stumbling
 from safetensors.torch import load_file, save_file
 
@@ -58,14 +58,7 @@ def fake(core: ModuleType, native_build: Path):
     """Opens a bundle of formulas as a native pipeline."""
 
     def opened(folder: Path) -> NativePipeline:
-        plain = core.open_bundle
-        try:
-            core.open_bundle = lambda path, **rest: plain(
-                path, **{**rest, "plugin_dir": str(native_build / "fake_plugin")}
-            )
-            return NativePipeline(folder)
-        finally:
-            core.open_bundle = plain
+        return open_fake(core, native_build, folder)
 
     return opened
 
