@@ -1,7 +1,8 @@
 """One stream for minutes or hours, with prompt switches: does memory grow, does a chunk take longer, stay frames right?
 
-The same frames again: fresh streams give those of the start after each tenth, and in the end a stream opened anew is
-given the same prompts, as far as a tenth of the run's time lasts. Exit status 1 if a limit is broken.
+The same frames again: fresh streams give those of the start after each tenth, and so does the long stream when it is
+flushed. Then a stream opened anew is given the same prompts, as far as a tenth of the run's time lasts. Exit status 1
+if a limit is broken.
 """
 
 import hashlib
@@ -21,7 +22,9 @@ from bench.report import saved
 from bench.soak.figures import PARTS, Figures, verdict
 from engine.bundles.native import NativePipeline
 from engine.bundles.registry import BACKENDS
+from engine.loader import load_bundle
 from engine.options import option
+from engine.runtime.streams import Stream
 from engine.stream import Pipeline
 
 OTHERS = (
@@ -54,10 +57,10 @@ class Script:
     def prompt(self, chunk: int) -> str:
         return self.prompts[chunk // self.switch % len(self.prompts)]
 
-    def open(self, pipeline: Pipeline | NativePipeline) -> Any:
+    def open(self, pipeline: Pipeline | NativePipeline) -> Stream:
         return pipeline.stream(self.prompt(0), seed=self.seed)
 
-    def next(self, stream: Any, chunk: int) -> np.ndarray:
+    def next(self, stream: Stream, chunk: int) -> np.ndarray:
         """Chunk number `chunk`, under its prompt."""
         if chunk and chunk % self.switch == 0:
             stream.set_prompt(self.prompt(chunk))
@@ -74,6 +77,13 @@ def beginning(pipeline: Pipeline | NativePipeline, script: Script) -> list[int]:
     short = Script(script.seed, script.prompts, FRESH // 2)
     with short.open(pipeline) as stream:
         return [digest_of(short.next(stream, chunk)) for chunk in range(FRESH)]
+
+
+def flushed(stream: Stream, script: Script) -> list[int]:
+    """The digests of a stream's first chunks, once it has started over."""
+    stream.set_prompt(script.prompt(0))
+    stream.flush()
+    return [digest_of(script.next(stream, chunk)) for chunk in range(FRESH)]
 
 
 def soak(
@@ -105,13 +115,16 @@ def soak(
                 time.sleep(max(0.0, left))
         figures.sample()
         spent = figures.seconds()
+        anew = flushed(stream, script) if len(figures.wall) >= FEWEST else []
     if len(figures.wall) < FEWEST:
         raise ValueError(f"--minutes: got {len(figures.wall)} chunks in {seconds:g} s, expected at least {FEWEST}")
     fresh.append(beginning(pipeline, script) == expected)
     numbers, checks = verdict(figures)
     again, replay = replayed(pipeline, script, figures, max(10.0, seconds / PARTS))
     good = f"{sum(fresh)} of {len(fresh)} give the frames of the start"
-    checks += [Check("fresh streams", all(fresh), good), replay]
+    equal = sum(a == b for a, b in zip(anew, figures.digests[:FRESH], strict=True))
+    flush = Check("flush", equal == FRESH, f"{equal} of the first {FRESH} chunks come again from the same stream")
+    checks += [Check("fresh streams", all(fresh), good), flush, replay]
     report = {
         "seconds": spent, "pace_fps": fps, "switch": script.switch, "chunks": len(figures.wall), "frames": frames,
         "fps": frames / spent, "late_chunks": late, "replayed_chunks": again, "tenths": figures.tenths(), **numbers,
@@ -147,8 +160,8 @@ def header_of(pipeline: Pipeline | NativePipeline, model: str) -> dict[str, Any]
 
 def _opened(options: Options) -> Pipeline | NativePipeline:
     options.prepare()
-    if options.backend == "native" and options.bundle is not None:
-        return NativePipeline(options.bundle, threads=options.threads)
+    if options.bundle is not None:
+        return load_bundle(options.bundle, options.backend, threads=options.threads)
     return options.pipeline(options.preset)
 
 

@@ -27,6 +27,9 @@ class Stream:
     def set_prompt(self, prompt):
         self.prompt = prompt
 
+    def flush(self):
+        self.made = 0
+
     def next_chunk(self):
         frames = np.full((4, 8, 8, 3), hash((self.seed, self.prompt, self.made)) % 251, np.uint8)
         self.made += 1
@@ -113,6 +116,11 @@ def test_late_frames_that_are_wrong():
     names, report = red(Pipeline(wrong))
     assert names == ["the same again"]
     assert report["replayed_chunks"] == 29
+
+
+def test_a_stream_that_does_not_start_over(monkeypatch):
+    monkeypatch.setattr(Stream, "flush", lambda stream: None)
+    assert red(Pipeline())[0] == ["flush"]
 
 
 def test_fresh_streams_that_begin_otherwise():
