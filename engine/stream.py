@@ -12,10 +12,10 @@ from torch import Tensor
 
 from engine.generators.base import Generator, Geometry
 from engine.model.vae import frames_to_uint8
-from engine.progress import Prompt, StreamProgress, Waiting
 from engine.runtime.finite import bad_number, first_bad
 from engine.runtime.handover import HandsOver
 from engine.runtime.passes import Stages
+from engine.runtime.progress import Prompt, StreamProgress, Waiting
 from engine.runtime.streams import Cancelled, Serial, check_process
 from engine.runtime.transfer import Download, upload
 from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise

@@ -14,9 +14,9 @@ from tiny import HEIGHT, WIDTH, text_of
 import engine
 import engine.run
 from engine.model.vae import frames_to_uint8
-from engine.progress import Waiting
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.finite import bad_number, bad_weight
+from engine.runtime.progress import Waiting
 from engine.runtime.stages import TorchStages
 from engine.sampling.noise import PhiloxNoise, ReplayNoise
 from engine.stream import PythonStream
