@@ -24,6 +24,7 @@ COMMANDS = {
     "race": ("bench.commands.race", "Self-Forcing beside another engine, same weights: checked, stage by stage"),
     "scaling": ("bench.commands.scaling", "time and memory per chunk: early and late in one stream, and sweeps"),
     "load": ("bench.commands.concurrent", "concurrent streams: together, each, and how many hold a frame rate"),
+    "soak": ("bench.soak.command", "one stream for minutes or hours: memory, threads, chunk times, the same frames"),
     "serve": ("bench.commands.serve", "the server under viewers: first chunk, gaps, deadlines, prompt switches, CPU"),
     "counts": ("bench.gpu.counts", "launches, bytes and FLOPs of a steady chunk on a GPU, from shapes"),
     "kernels": ("bench.commands.kernels", "each operation against its reference and the best library call"),

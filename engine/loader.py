@@ -38,6 +38,7 @@ from engine.weights.text_encoder import ReleasedEncoder
 
 if TYPE_CHECKING:
     from engine.bundles.manifest import Manifest
+    from engine.bundles.native import NativePipeline
 
 CHECKPOINT_PRESET = "self-forcing"  # of a checkpoint, where none is named
 EMBEDDED = Path(__file__).parent / "assets" / "sprites"
@@ -291,35 +292,43 @@ def threads_of_bundle(threads: int | None, manifest: "Manifest", device: torch.d
 def load_bundle(
     folder: str | Path, backend: str | None = None, *, threads: int | None = None, verify: bool = True,
     planned: Callable[[MemoryPlan], object] | None = None,
-) -> Pipeline:  # fmt: skip
+) -> "Pipeline | NativePipeline":  # fmt: skip
     """Load a pipeline that runs a bundle's compiled graphs. The bundle fixes size, preset and precision.
 
-    backend  a name of BACKENDS, or of one entry of the manifest; None is the first one that runs on this machine
+    backend  a name of BACKENDS, or of one entry of the manifest; `native` is the C++ core on the first entry that it
+             can open. None is the first entry that opens on this machine; `Pipeline.notes` tells which did not, and why
     threads  CPU threads; None chooses as in Runtime
     verify   compare the sha256 of every file that is used with the manifest first; that of code is always compared
-    planned  is called with the memory plan before weights are read; what it raises ends the call
+    planned  is called with the memory plan before weights are read, except by the C++ core, which has none; what it
+             raises ends the call
 
     The graphs of aoti and tensorrt are code: load only bundles from a source whose programs you would run. Raises
-    ValueError or FileNotFoundError if the bundle differs from its manifest or is for another machine, MemoryError if
-    there is too little memory.
+    ValueError or FileNotFoundError if the bundle differs from its manifest or is for another machine, ImportError if a
+    package or the C++ core is missing, MemoryError if there is too little memory.
     """
     from engine.bundles.hashes import check_hashes, tokenizer_files
     from engine.bundles.manifest import read_manifest  # imported here: only bundles need their packages
+    from engine.bundles.native import NOT_HERE, NativePipeline
     from engine.bundles.registry import BACKENDS
     from engine.bundles.stages import DTYPES as TENSOR_DTYPES
     from engine.bundles.stages import NotHere
 
     folder = Path(folder)
     manifest = read_manifest(folder)
+    if backend == "native":
+        native = NativePipeline(folder, verify=verify, threads=threads)
+        threads_of_bundle(threads, manifest, native.device)
+        return native
     found = [spec for spec in manifest.backends.values() if backend in (None, spec.backend, spec.key)]
     if not found:
-        raise ValueError(f"bundle: got backend {backend!r}, expected one of {', '.join(manifest.backends)}")
+        expected = ", ".join((*manifest.backends, "native"))
+        raise ValueError(f"bundle: got backend {backend!r}, expected one of {expected}")
     if verify:
         check_hashes(folder, manifest, tokenizer_files(manifest))
     tokenizer, preset = Tokenizer(folder / manifest.tokenizer), manifest.preset_value()
     if tokenizer.rows != manifest.text_rows:
         raise ValueError(f"bundle: got a tokenizer of {tokenizer.rows} rows, expected {manifest.text_rows}")
-    refused: list[NotHere | ImportError] = []
+    refused: dict[str, NotHere | ImportError] = {}
     for spec in found:
         device = torch.device(spec.target.split("-")[0])
         count = threads_of_bundle(threads, manifest, device)
@@ -328,7 +337,7 @@ def load_bundle(
                 folder, manifest, spec, count, device, verify=verify, planned=planned
             )
         except (NotHere, ImportError) as error:
-            refused.append(error)
+            refused[spec.key] = error
             continue
         if (rows := stages.token_rows) is not None and tokenizer.tokens > rows:
             raise ValueError(f"{folder / manifest.tokenizer}: got token {tokenizer.tokens - 1}, expected "
@@ -339,11 +348,11 @@ def load_bundle(
             stages, tokenizer, manifest.transformer_value(), preset, manifest.preset_name,
             TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
             manifest.spatial, manifest.temporal, TENSOR_DTYPES[keys.dtype],
-            notes=tuple(dict.fromkeys(f"the next backend of the bundle runs: {error}" for error in refused)),
+            notes=tuple(f"{key}{NOT_HERE}{error}" for key, error in refused.items()),
             plan=stages.plan,
         )  # fmt: skip
-    reasons = list(dict.fromkeys(map(str, refused)))
-    raise refused[0] if len(reasons) == 1 else NotHere("; ".join(reasons))
+    reasons = list(dict.fromkeys(map(str, refused.values())))
+    raise next(iter(refused.values())) if len(reasons) == 1 else NotHere("; ".join(reasons))
 
 
 def training_note(

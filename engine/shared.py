@@ -1,7 +1,8 @@
 """What all streams of a pipeline share: weights, backend, preset, and the encoding of prompts and clips."""
 
+import os
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from engine.config import Preset, TransformerConfig
 from engine.generators import family_of, make_generator
-from engine.generators.base import Generator
-from engine.model.text import Tokenizer
+from engine.generators.base import Generator, Geometry
+from engine.model.text import Tokenizer, check_prompt
 from engine.model.vae import uint8_to_frames
-from engine.runtime.finite import bad_number, bad_weight, first_bad
+from engine.runtime.finite import bad_number, bad_weight, first_bad, numbers
 from engine.runtime.memory_plan import MemoryPlan
 from engine.runtime.passes import Stages
+from engine.runtime.streams import check_process
 from engine.runtime.transfer import SideStream
 from engine.weights.lora.merge import Adapters
 
@@ -41,6 +43,7 @@ class Shared:
     notes: tuple[str, ...] = ()  # what a user should know about the weights: what was chosen, what is lossy
     plan: MemoryPlan | None = None  # the memory that the pipeline and one stream were counted to need
     low_memory: bool = False  # decode a chunk before the next one is made, on the same queue
+    process: int = field(default_factory=os.getpid)  # that opened it
 
     @cached_property
     def generator(self) -> Generator:
@@ -80,6 +83,7 @@ class Shared:
 
         Warns (PromptWarning) if the prompt has more tokens than the model reads.
         """
+        check_process(self.process)
         if self.tokenizer is None:
             raise ValueError("got a pipeline without a tokenizer, expected one")
         ids, mask = self.tokenizer(prompt)
@@ -97,6 +101,7 @@ class Shared:
         A longer clip than 1 + 4 (F - 1) frames loses its beginning; a shorter one (an image) repeats its last frame.
         ValueError for another shape or dtype.
         """
+        check_process(self.process)
         expected = (self.height, self.width, 3)
         if clip.ndim != 4 or clip.shape[1:] != expected or clip.dtype != np.uint8 or not len(clip):
             raise ValueError(
@@ -114,3 +119,36 @@ class Shared:
         if bad_number(encoded) is not None:
             raise first_bad(self.stages, "clip", lambda stages: stages.vae_encode(video))
         return encoded
+
+    def embedded(self, prompt: str | Tensor, batch: int | None = None) -> Tensor:
+        """text_emb [B, rows, text_dim] of a text, or of an embedding. ValueError for another shape or batch."""
+        if isinstance(prompt, str):
+            check_prompt(prompt)
+            prompt = self.encode_prompt(prompt)
+        width = self.config.text_dim
+        fits = prompt.ndim == 3 and min(prompt.shape) > 0 and prompt.shape[-1] == width
+        if not fits or len(prompt) != (batch or len(prompt)):
+            raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, expected [{batch or 'B'}, rows, {width}]")
+        prompt = prompt.to(self.device, self.dtype)
+        if (got := bad_number(prompt)) is not None:
+            raise ValueError(f"prompt: got {got} in the embedding ({numbers(prompt)}), expected finite numbers")
+        return prompt
+
+    def chunks_of(self, latents: Tensor | None, geometry: Geometry) -> list[Tensor]:
+        """Split supplied latents [B, C, F, h, w] into chunks; the first may be shorter. ValueError if misshapen."""
+        if latents is None:
+            return []
+        expected = geometry.batch, geometry.channels, geometry.height, geometry.width
+        preset = self.preset
+        unit = family_of(preset).unit(preset)
+        fits = latents.ndim == 5 and (*latents.shape[:2], *latents.shape[3:]) == expected
+        if not fits or latents.shape[2] < 1 or latents.shape[2] % unit:
+            frames = "F" if unit == 1 else f"{unit}k"
+            raise ValueError(f"latents: got {list(latents.shape)}, expected "
+                             f"[{expected[0]}, {expected[1]}, {frames}, {expected[2]}, {expected[3]}]")  # fmt: skip
+        latents = latents.to(self.device, self.dtype)
+        if (got := bad_number(latents)) is not None:
+            raise ValueError(f"latents: got {got} ({numbers(latents)}), expected finite numbers")
+        head = preset.first_chunk or latents.shape[2] % preset.chunk
+        rest = latents[:, :, head:].split(preset.chunk, dim=2) if latents.shape[2] > head else ()
+        return [latents[:, :, :head], *rest] if head else list(rest)

@@ -1,22 +1,22 @@
 """The loop: noise -> denoising steps -> VAE decode -> commit, chunk by chunk, while the caller pulls frames."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from itertools import zip_longest
+from dataclasses import replace
+from itertools import count, zip_longest
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.generators import family_of
 from engine.generators.base import Generator, Geometry
-from engine.model.text import check_prompt
 from engine.model.vae import frames_to_uint8
-from engine.runtime.finite import bad_number, first_bad, numbers
-from engine.runtime.handover import HandsOver, Progress
+from engine.runtime.finite import bad_number, first_bad
+from engine.runtime.handover import HandsOver
 from engine.runtime.passes import Stages
+from engine.runtime.progress import Prompt, StreamProgress, Waiting
+from engine.runtime.streams import Cancelled, Serial, check_process
 from engine.runtime.transfer import Download, upload
 from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
 from engine.sampling.schedule import Schedule
@@ -24,29 +24,8 @@ from engine.sampling.solvers import SOLVERS, make_solver
 from engine.shared import Shared
 
 
-@dataclass(frozen=True)
-class _Waiting:
-    """A chunk that is decoded, and that no call has returned yet."""
-
-    shown: Download
-    vae_cache: Any  # the next chunk's
-    before: "_Progress"
-
-
-@dataclass(frozen=True)
-class _Progress(Progress):
-    supplied: tuple[Tensor, ...] = ()  # chunks of the clip to start from, the next one first
-    made: int = 0  # chunks made: the number of the next one
-    uncommitted: tuple[Tensor, bool] | None = None  # the last of them, and whether it was supplied
-    vae_cache: Any = None
-    waiting: _Waiting | None = None
-    started: int = 0  # frames of the chunks whose decoding has begun
-    rest: tuple[np.ndarray, int] | None = None  # the iterator's chunk, and how many of its frames it has returned
-    emitted: int = 0
-
-
-class Stream(HandsOver):
-    """One video in progress: iterate for frames, or call `next_chunk` for whole chunks.
+class PythonStream(HandsOver):
+    """A stream whose loop runs in Python: on torch's modules, or on the graphs of a bundle.
 
     A call that fails or is interrupted, anywhere, changes nothing: the next call returns the same chunk, of the same
     bits. If the frames were decoded already, it returns those. HandsOver tells how a caller loses none. Exceptions:
@@ -57,23 +36,23 @@ class Stream(HandsOver):
     Numbers that are not finite never become pixels. The call that meets them raises an error that says where they
     began: ValueError for weights, FloatingPointError for an overflow.
 
-    One call at a time: a second one, from another thread too, gets a ValueError. Streams of one pipeline are
-    independent.
+    One call at a time, see engine.runtime.streams.Stream. Streams of one pipeline are independent.
     """
 
-    _now: _Progress
+    _now: StreamProgress
 
     def __init__(
         self, pipeline: Shared, prompt: str | Tensor, noise: NoiseSource, frames: int | None, latents: Tensor | None
     ) -> None:
+        check_process(pipeline.process)
         self.pipeline, self.noise, self.limit = pipeline, noise, frames
         self.schedule = Schedule(pipeline.preset)
-        text_emb = self._embed(prompt)
+        text_emb = pipeline.embedded(prompt)
         config = pipeline.config
         geometry = Geometry.of(
             config, len(text_emb), pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
         )
-        super().__init__(_Progress(supplied=tuple(self._split(latents, geometry)) if latents is not None else ()))
+        super().__init__(StreamProgress(supplied=tuple(pipeline.chunks_of(latents, geometry))))
         self._ahead_of_time = noise if isinstance(noise, DrawnAhead) else None
         self._prepare_noise(len(self.supplied), geometry)
         strengths = {} if pipeline.adapters is None else pipeline.adapters.strengths
@@ -84,33 +63,49 @@ class Stream(HandsOver):
         self.looks_ahead = pipeline.device.type == "cuda" and not pipeline.low_memory
         self._ahead: tuple[int, Tensor | Exception] | None = None  # a chunk's number, and the chunk or its error
         self._spoiled = -1  # number of a chunk that cannot be made again, if it is the next one
-        self._closed = False
-
-    @property
-    def emitted(self) -> int:
-        """Frames returned by the iterator so far."""
-        return self._now.emitted
+        self._prompt, self._numbers = Prompt(), count(1)
+        self._cancelled = False
 
     @property
     def supplied(self) -> tuple[Tensor, ...]:
         """Chunks [B, C, F, h, w] of the clip to start from that are not shown yet."""
         return self._now.supplied
 
-    def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> None:
-        """Switch the prompt, text or embedding [B, rows, text_dim], from the next chunk on.
+    def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> int:
+        """Switch the prompt, text or embedding [B, rows, text_dim], from the next chunk on; returns its number.
+
+        Any thread may call it while another makes a chunk. Later prompts have larger numbers, which `serial` tells.
+        Of several calls before a chunk the last one counts.
 
         `recommit` also rewrites the window's keys and values under the new prompt, so that the past no longer pulls
         towards the old one. Without it, a stream that looks ahead has committed the last chunk under the old prompt,
         and so has one whose last call was interrupted. An interrupted switch has happened or not.
         ValueError for another shape, a text without a visible character or a closed stream.
         """
-        with self._turns, torch.inference_mode():
-            self._check_open()
-            text_emb = self._embed(prompt, self.state.geometry.batch)
-            with self._weights():
+        check_process(self._turns.process)
+        state = self.state
+        if self._closed or state is None or (self._turns.free and not self._usable):
+            raise self._refusal()
+        with torch.inference_mode():
+            text_emb, strengths = self.pipeline.embedded(prompt, state.geometry.batch), state.strengths
+            with self._weights(strengths):
                 text_kv = self.pipeline.stages.prepare_text(text_emb)
+        before, number = self._prompt, next(self._numbers)
+        due = before.text_kv is not None and before.recommit  # an earlier recommit that is still due stays due
+        self._prompt = Prompt(number, recommit or due, text_emb, text_kv, strengths)
+        return number
+
+    def _take_prompt(self) -> int:
+        """Make the prompt that was set last the next chunk's; returns its number. Repeating it changes nothing."""
+        prompt, state = self._prompt, self.state
+        if (text_kv := prompt.text_kv) is not None:
+            with self._weights():
+                if prompt.strengths != state.strengths:
+                    text_kv = self.pipeline.stages.prepare_text(cast(Tensor, prompt.text_emb))
                 self._ahead = None  # it has the old prompt; noise depends only on the chunk, so make it again
-                self.pipeline.generator.set_text(text_kv, self.state, recommit, text_emb=text_emb)
+                self.pipeline.generator.set_text(text_kv, state, prompt.recommit, text_emb=prompt.text_emb)
+            prompt.text_kv = None
+        return prompt.number
 
     def set_adapters(self, strengths: Mapping[str, float], recommit: bool = True) -> None:
         """Set strengths of adapters by name, of this stream alone, from the next chunk on. Others stay as they are.
@@ -129,6 +124,7 @@ class Stream(HandsOver):
             pipeline, adapters, state = self.pipeline, self.pipeline.adapters, self.state
             if adapters is None:
                 raise ValueError("adapters: got a pipeline without any, expected load(..., adapters=[...]) of a model")
+            self._take_prompt()
             chosen = adapters.checked(strengths, state.strengths)
             with adapters.at(chosen, pipeline.stages.modules()):
                 text_kv = pipeline.stages.prepare_text(state.text_emb)
@@ -139,7 +135,10 @@ class Stream(HandsOver):
             pipeline.generator.set_text(text_kv, state, recommit, strengths=chosen)
 
     def next_chunk(self) -> np.ndarray:
-        """The next chunk, uint8 [T, H, W, 3]: T = 1 + 4 (F - 1) for chunk 0, then 4 F. ValueError if closed."""
+        """The next chunk, uint8 [T, H, W, 3]: T = 1 + 4 (F - 1) for chunk 0, then 4 F. ValueError if closed.
+
+        If the iterator has begun a chunk, those of its frames that are left.
+        """
         return self._hand_over(self._ready_chunk)
 
     def next_latent(self) -> Tensor:
@@ -153,49 +152,99 @@ class Stream(HandsOver):
         """
         return self._hand_over(self._ready_rest)
 
-    def _ready_chunk(self) -> tuple[np.ndarray, _Progress]:
-        with torch.inference_mode():
-            pixels = self._decoded()
-        waiting = cast(_Waiting, self._now.waiting)
-        return pixels, replace(self._now, waiting=None, vae_cache=waiting.vae_cache)
+    def cancel(self) -> None:
+        """Make the call that runs, or else the next one that has a chunk to make, raise Cancelled once.
 
-    def _ready_latent(self) -> tuple[Tensor, _Progress]:
+        Any thread may call it. The call ends at the next denoising step or latent frame; what it made is dropped, and
+        the next call makes the same chunk. Where a stream looks ahead, the call that runs may have its frames already;
+        then it returns them, and the next one raises.
+        """
+        self._cancelled = True
+
+    def _uncancel(self) -> None:
+        self._cancelled = False
+
+    def _go_on(self) -> None:
+        """Between two steps of a chunk: Cancelled or ValueError if another thread has ended the call."""
+        if self._closed:
+            self._check_open()
+        if self._cancelled:
+            self._cancelled = False
+            raise Cancelled("stream: cancelled")
+
+    def flush(self) -> None:
+        """Start over at frame 0 with the same seed, the last prompt and the strengths of adapters.
+
+        Drops frames that wait, what is left of a clip, and a cancel that has not acted. The caches keep their memory.
+        """
+        with self._turns:
+            if self._closed:
+                raise self._refusal()
+            now, self._ahead, self._cancelled = self._now, None, False
+            # The state follows with the next chunk: an interrupted call must not leave one without the other.
+            self._now = StreamProgress(handed=now.handed, last=now.last, serial=now.serial)
+            self._spoiled = -1
+
+    def _ready_chunk(self) -> tuple[np.ndarray, StreamProgress]:
         self._check_open()
-        if self._now.waiting is not None:  # an interrupted call has made and decoded it
-            return cast(tuple[Tensor, bool], self._now.uncommitted)[0], replace(self._now, waiting=None)
+        if (rest := self._now.rest) is not None:
+            return rest[0], replace(self._now, rest=None, serial=rest[1])
+        with torch.inference_mode():
+            pixels = self._decoded(self.looks_ahead)
+        return pixels, self._shown()
+
+    def _shown(self) -> StreamProgress:
+        """The progress once the waiting chunk is handed over."""
+        now, waiting = self._now, cast(Waiting, self._now.waiting)
+        serial = Serial(waiting.before.started, waiting.before.made, now.prompt)
+        return replace(now, waiting=None, vae_cache=waiting.vae_cache, serial=serial)
+
+    def _ready_latent(self) -> tuple[Tensor, StreamProgress]:
+        self._check_open()
+        now = self._now
+        if now.waiting is not None:  # an interrupted call has made and decoded it
+            serial = Serial(now.waiting.before.started, now.waiting.before.made, now.prompt)
+            return cast(tuple[Tensor, bool], now.uncommitted)[0], replace(now, waiting=None, serial=serial)
         with torch.inference_mode():
             x = self._latent()
             if bad_number(x) is not None:
                 raise self._not_finite()
-        return x, self._accepted(x)
+        after = self._accepted(x)
+        return x, replace(after, serial=Serial(now.started, now.made, after.prompt))
 
-    def _ready_frame(self) -> tuple[np.ndarray, _Progress]:
-        if self._now.rest is None:
-            pixels, after = self._ready_chunk()
-            returned = 0
-        else:
-            after, (pixels, returned) = self._now, self._now.rest
-        rest = (pixels, returned + 1) if returned + 1 < len(pixels) else None
-        return pixels[returned], replace(after, rest=rest, emitted=after.emitted + 1)
+    def _ready_frame(self) -> tuple[np.ndarray, StreamProgress]:
+        pixels, after = self._ready_chunk()
+        serial = cast(Serial, after.serial)
+        rest = (pixels[1:], serial.later(1)) if len(pixels) > 1 else None
+        return pixels[0], replace(after, rest=rest, emitted=after.emitted + 1)
 
-    def _ready_rest(self) -> tuple[np.ndarray, _Progress]:
+    def _ready_rest(self) -> tuple[np.ndarray, StreamProgress]:
         self._check_open()
         now, parts = self._now, [np.zeros((0, self.pipeline.height, self.pipeline.width, 3), np.uint8)]
-        if now.rest is not None:
-            parts.append(now.rest[0][now.rest[1] :])
+        first = now.rest
+        if first is not None:
+            parts.append(first[0])
+            now = replace(now, rest=None, serial=first[1])
         if now.waiting is not None:
-            chunk, now = self._ready_chunk()
-            parts.append(chunk)
-        return np.concatenate(parts), replace(now, rest=None)
+            with torch.inference_mode():
+                parts.append(self._decoded(ahead=False))
+            now = replace(self._shown(), rest=None)
+            now = now if first is None else replace(now, serial=first[1])
+        return np.concatenate(parts), now
 
-    def _decoded(self) -> np.ndarray:
-        """The next chunk's frames, the same until a call has returned them."""
-        self._check_open()
+    def _decode_ahead(self) -> None:
+        with self._turns, torch.inference_mode():
+            self._check_open()
+            if self._now.rest is None:
+                self._decoded(self.looks_ahead)
+
+    def _decoded(self, ahead: bool) -> np.ndarray:
+        """The next chunk's frames, the same until a call has returned them. `ahead`: make the latent after it, too."""
         if self._now.waiting is None:
             self._decode(self._latent())
-        now, waiting = self._now, cast(_Waiting, self._now.waiting)
+        now, waiting = self._now, cast(Waiting, self._now.waiting)
         first = now.started == len(waiting.shown)
-        if self.looks_ahead and not first and (self.limit is None or now.started < self.limit):
+        if ahead and not first and (self.limit is None or now.started < self.limit):
             self._look_ahead()  # not in the first call: the viewer waits for its frame
         pixels = waiting.shown.wait()
         self._check_open()  # another thread may have closed it meanwhile
@@ -206,8 +255,12 @@ class Stream(HandsOver):
     def _latent(self) -> Tensor:
         """The next chunk's latent, made ahead or now. Raises the error of a failed look-ahead."""
         number = self._now.made
+        self._go_on()
         if number == 0:
             self.pipeline.check_weights()
+            if self.state.index:  # flushed
+                self.pipeline.generator.restart(self.state)
+        self._made_under = self._take_prompt()
         if self._ahead is None or self._ahead[0] != number:
             with self._weights():
                 self._ahead = number, self._make(self.pipeline.generator)
@@ -243,39 +296,34 @@ class Stream(HandsOver):
         x, *fresh = upload(noise, self.pipeline.device, self.pipeline.dtype)
         self._prepare_noise(index + 1, state.geometry)
         for (t, t_next), new in zip_longest(steps, fresh):
+            self._go_on()
             flow = generator.denoise(x, t, state)
             x = solver.step(x, flow, t, t_next, new)
         return x
 
-    def _accepted(self, x: Tensor) -> _Progress:
+    def _accepted(self, x: Tensor) -> StreamProgress:
         """The progress with one chunk more."""
         now = self._now
-        return replace(now, made=now.made + 1, uncommitted=(x, bool(now.supplied)), supplied=now.supplied[1:])
+        return replace(
+            now, made=now.made + 1, prompt=self._made_under, uncommitted=(x, bool(now.supplied)),
+            supplied=now.supplied[1:],
+        )  # fmt: skip
 
     def close(self) -> None:
-        """Drop caches and frames, and end the stream. Closing twice is fine. A call of another thread fails."""
+        """Drop caches and frames, and end the stream. Closing twice is fine.
+
+        A call of another thread ends within a step, with a ValueError.
+        """
         self._closed = True
         if self._turns.free:
             self._drop()
 
     def _drop(self) -> None:
         now = self._now
-        self._now = _Progress(handed=now.handed, last=now.last, made=now.made, emitted=now.emitted)
+        self._now = StreamProgress(
+            handed=now.handed, last=now.last, serial=now.serial, made=now.made, emitted=now.emitted
+        )  # fmt: skip
         self.state = self._ahead = None
-
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return self
-
-    def __next__(self) -> np.ndarray:
-        if self._closed or (self.limit is not None and self.emitted >= self.limit):
-            raise StopIteration
-        return self._hand_over(self._ready_frame)
 
     def _weights(self, strengths: Mapping[str, float] | None = None) -> AbstractContextManager[None]:
         """Within the block the shared weights are at these strengths, by default this stream's."""
@@ -286,23 +334,18 @@ class Stream(HandsOver):
 
     def _check_open(self) -> None:
         """ValueError if the stream is closed, or if its next chunk cannot be made any more."""
-        if self._closed or self._spoiled == self._now.made:
-            why = "" if self._closed else f" (chunk {self._spoiled} failed after the caches had moved on)"
+        if not self._usable:
+            error = self._refusal()
             self._drop()
-            raise ValueError(f"stream: got a closed one{why}, expected an open one")
+            raise error
 
-    def _embed(self, prompt: str | Tensor, batch: int | None = None) -> Tensor:
-        if isinstance(prompt, str):
-            check_prompt(prompt)
-            prompt = self.pipeline.encode_prompt(prompt)
-        width = self.pipeline.config.text_dim
-        fits = prompt.ndim == 3 and min(prompt.shape) > 0 and prompt.shape[-1] == width
-        if not fits or len(prompt) != (batch or len(prompt)):
-            raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, expected [{batch or 'B'}, rows, {width}]")
-        prompt = prompt.to(self.pipeline.device, self.pipeline.dtype)
-        if (got := bad_number(prompt)) is not None:
-            raise ValueError(f"prompt: got {got} in the embedding ({numbers(prompt)}), expected finite numbers")
-        return prompt
+    @property
+    def _usable(self) -> bool:
+        return not self._closed and self._spoiled != self._now.made
+
+    def _refusal(self) -> ValueError:
+        why = "" if self._closed else f" (chunk {self._spoiled} failed after the caches had moved on)"
+        return ValueError(f"stream: got a closed one{why}, expected an open one")
 
     def _draws(self, index: int, geometry: Geometry) -> tuple[int, tuple[int, ...]]:
         """How many draws chunk `index` takes, and the shape of each."""
@@ -315,23 +358,6 @@ class Stream(HandsOver):
         if self._ahead_of_time is not None:
             self._ahead_of_time.prepare(index, *self._draws(index, geometry))
 
-    def _split(self, latents: Tensor, geometry: Geometry) -> list[Tensor]:
-        """Split supplied latents [B, C, F, h, w] into chunks; the first may be shorter. ValueError if misshapen."""
-        expected = geometry.batch, geometry.channels, geometry.height, geometry.width
-        preset = self.pipeline.preset
-        unit = family_of(preset).unit(preset)
-        fits = latents.ndim == 5 and (*latents.shape[:2], *latents.shape[3:]) == expected
-        if not fits or latents.shape[2] < 1 or latents.shape[2] % unit:
-            frames = "F" if unit == 1 else f"{unit}k"
-            raise ValueError(f"latents: got {list(latents.shape)}, expected "
-                             f"[{expected[0]}, {expected[1]}, {frames}, {expected[2]}, {expected[3]}]")  # fmt: skip
-        latents = latents.to(self.pipeline.device, self.pipeline.dtype)
-        if (got := bad_number(latents)) is not None:
-            raise ValueError(f"latents: got {got} ({numbers(latents)}), expected finite numbers")
-        head = preset.first_chunk or latents.shape[2] % preset.chunk
-        rest = latents[:, :, head:].split(preset.chunk, dim=2) if latents.shape[2] > head else ()
-        return [latents[:, :, :head], *rest] if head else list(rest)
-
     def _decode(self, x: Tensor) -> None:
         """Begin to decode the next chunk x [B, C, F, h, w], which then waits to be handed over."""
         now = self._now
@@ -340,7 +366,7 @@ class Stream(HandsOver):
             raise self._not_finite()
         after = self._accepted(x)
         self._now = replace(
-            after, waiting=_Waiting(shown, cache, now), started=now.started + len(shown)
+            after, waiting=Waiting(shown, cache, now), started=now.started + len(shown)
         )  # fmt: skip
         self._ahead = None
 
@@ -348,6 +374,8 @@ class Stream(HandsOver):
         """The frames of a chunk on their way to the host, and the VAE's next cache."""
         stages, cache, parts, largest = self.pipeline.stages, self._now.vae_cache, [], []
         for latent in x.split(1, dim=2):
+            if not stages.capabilities.moves_vae_cache:
+                self._go_on()
             if cache is None:
                 frames, cache = stages.vae_first(latent)
             else:
@@ -358,7 +386,7 @@ class Stream(HandsOver):
             largest.append(frames.amax())  # NaN if there is one in the frames; the VAE leaves no inf
         return Download(torch.cat(parts), torch.stack(largest)), cache
 
-    def _refused(self, waiting: _Waiting) -> Exception:
+    def _refused(self, waiting: Waiting) -> Exception:
         """The error of a decoded chunk that is not finite. If it is not committed, the next call makes it again."""
         stages, number = self.pipeline.stages, waiting.before.made
         moved = stages.capabilities.moves_vae_cache and waiting.before.vae_cache is not None
@@ -402,7 +430,7 @@ class Pipeline(Shared):
     def stream(
         self, prompt: str | Tensor, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
         latents: Tensor | None = None, noise: NoiseSource | None = None,
-    ) -> Stream:  # fmt: skip
+    ) -> PythonStream:  # fmt: skip
         """An iterator of uint8 frames [H, W, 3].
 
         prompt   text, or a text embedding [B, rows, text_dim]; only video 0 of a batch is decoded. Of a text with
@@ -415,6 +443,7 @@ class Pipeline(Shared):
 
         Raises ValueError for invalid arguments (got and expected).
         """
+        check_process(self.process)
         if frames is not None and frames < 1:
             raise ValueError(f"frames: got {frames}, expected at least 1")
         if clip is not None:
@@ -423,4 +452,4 @@ class Pipeline(Shared):
             noise = PhiloxNoise(seed)
             # A GPU would wait for the draws. A processor has no idle core for another thread.
             noise = DrawnAhead(noise, self.worker) if self.device.type == "cuda" else noise
-        return Stream(self, prompt, noise, frames, latents)
+        return PythonStream(self, prompt, noise, frames, latents)

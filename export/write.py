@@ -234,6 +234,7 @@ def _precision(pipeline: Pipeline) -> Literal["fp32", "fp16", "bf16", "fp8"]:
 def _replayed(folder: Path, manifest: Manifest, backend: str) -> np.ndarray:
     """The golden frames on one backend of a bundle with good hashes. The prompt is read as when it was written."""
     pipeline, golden = load_bundle(folder, backend, verify=False), manifest.golden
+    assert isinstance(pipeline, Pipeline)  # the entries of a manifest are
     before = fold_prompt(golden.prompt)
     if manifest.prompt_cleaning == "ftfy" or before == clean_prompt(golden.prompt):
         return golden_frames(pipeline, golden.prompt, golden.seed)

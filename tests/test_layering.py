@@ -27,7 +27,9 @@ LEVELS = {
         "weights generators", "presets", "bundles", "memory", "shared", "stream", "loader", "commands", "run", "cli",
     ],
     "distill": ["training", "models", "data", "scores", "stages", "experiments", "__main__"],
-    "bench": ["instruments", "adapters", "operations", "serving", "chaos", "report", "commands", "gpu", "__main__"],
+    "bench": [
+        "instruments", "adapters", "operations", "serving", "chaos", "report", "commands soak", "gpu", "__main__",
+    ],
     "serve": ["core", "options", "web", "build many", "__main__ ray_app"],
     "csrc": ["include", "base", "formats", "text", "runtime", "core", "api host plugins python", "tests"],
 }  # fmt: skip

@@ -23,7 +23,7 @@ from engine.config import Precision, Runtime
 from engine.generators.base import Generator
 from engine.runtime.device import DTYPES as TIMESTEPS
 from engine.runtime.device import PRECISIONS
-from engine.stream import Pipeline, Stream
+from engine.stream import Pipeline, PythonStream
 
 # `dtype` of open -> precision, and whether attention is FP8 as well
 DTYPES: dict[str, tuple[Precision, bool]] = {
@@ -71,7 +71,7 @@ class Ours:
         self.pipeline = given.pipeline(settings, runtime)
         self.text = given.text(settings, self.pipeline.config)
         self.fills = steady_index(self.pipeline.preset)
-        self._long: Stream | None = None
+        self._long: PythonStream | None = None
         self._meter = Meter(self.pipeline.device)
 
     def generate(self, prompt: str, seed: int, frames: int) -> Iterator[int]:
@@ -118,11 +118,11 @@ class Ours:
         given.write_latents(file, [stream.next_latent() for _ in range(chunks)])
         stream.pipeline = self.pipeline
 
-    def _stream(self) -> Stream:
+    def _stream(self) -> PythonStream:
         """The long stream; it begins with the first request for it."""
         return self._long or self._begin(0)
 
-    def _begin(self, seed: int) -> Stream:
+    def _begin(self, seed: int) -> PythonStream:
         """Begin the long stream anew."""
         if self.text is None:
             raise ValueError("open: got no text, expected an embedding")

@@ -28,7 +28,7 @@ from engine.options import option
 from engine.presets import find_preset
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.stages import TorchStages
-from engine.stream import Pipeline, Stream
+from engine.stream import Pipeline, PythonStream
 from kernels.launch import compilations
 
 SELF_FORCING = "self-forcing-framewise"
@@ -160,7 +160,7 @@ def _finish(pipeline: Pipeline) -> None:
 class _Lane:
     """An open stream of the race."""
 
-    stream: Stream
+    stream: PythonStream
     pipeline: Pipeline
 
     def seconds(self, chunks: int) -> float:

@@ -14,7 +14,7 @@ from bench.instruments.header import machine, print_header, stream_header
 from bench.instruments.spread import quartiles, summary, table
 from bench.report import saved
 from engine.options import option
-from engine.stream import Pipeline, Stream
+from engine.stream import Pipeline, PythonStream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def trial(
             return False
         return seconds is None or time.perf_counter() - start < seconds
 
-    def step(number: int, stream: Stream) -> None:
+    def step(number: int, stream: PythonStream) -> None:
         frames[number] += len(stream.next_chunk())
         marks[number].append(time.perf_counter())
 
@@ -98,7 +98,7 @@ def trial(
     )  # fmt: skip
 
 
-def _until(going: Any, step: Any, number: int, stream: Stream) -> None:
+def _until(going: Any, step: Any, number: int, stream: PythonStream) -> None:
     while going(number):
         step(number, stream)
 

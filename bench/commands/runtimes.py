@@ -20,12 +20,13 @@ from bench.instruments.header import machine, print_header, stream_header
 from bench.instruments.meter import PASSES, Meter, MeteredPipeline
 from bench.instruments.spread import interleaved, paired_ratio, quartiles, table
 from bench.report import saved
-from engine.bundles.native import NativePipeline, NativeStream
+from engine.bundles.native import NativePipeline
 from engine.config import Preset
 from engine.loader import load
 from engine.options import option
 from engine.runtime.device import DTYPES
-from engine.stream import Pipeline, Stream
+from engine.runtime.streams import Stream
+from engine.stream import Pipeline
 
 Pipelines = dict[str, Pipeline | NativePipeline]
 PARTS = (*PASSES, "vae", "chunk")
@@ -65,7 +66,7 @@ def race(pipelines: Pipelines, preset: Preset, prompt: str, seed: int, pairs: in
             measured: Any = pipeline
             if not isinstance(pipeline, NativePipeline):
                 measured = MeteredPipeline.of(pipeline, meter)
-            stream: Stream | NativeStream = stack.enter_context(measured.stream(prompt, seed=seed))
+            stream: Stream = stack.enter_context(measured.stream(prompt, seed=seed))
             for _ in range(steady_index(preset) + 1):
                 stream.next_chunk()
             streams[name] = stream, meter
@@ -76,7 +77,7 @@ def race(pipelines: Pipelines, preset: Preset, prompt: str, seed: int, pairs: in
     return seconds
 
 
-def _chunk(stream: Stream | NativeStream, meter: Meter) -> dict[str, float]:
+def _chunk(stream: Stream, meter: Meter) -> dict[str, float]:
     """Seconds of one chunk, and of its parts."""
     meter.take()
     start = meter.now()

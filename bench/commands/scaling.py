@@ -21,7 +21,7 @@ from bench.instruments.meter import PASSES, Meter, MeteredPipeline
 from bench.instruments.spread import interleaved, line_fit, power_fit, quartiles, table
 from bench.report import saved
 from engine.options import option
-from engine.stream import Pipeline, Stream
+from engine.stream import Pipeline, PythonStream
 
 SWEEPS = ("resolution", "chunk", "window", "steps", "threads", "streams")
 _STEPS = (1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)
@@ -135,7 +135,7 @@ def variants(pipeline: Pipeline, sweep: str) -> dict[int, Pipeline]:
     return {w: changed(window=w) for w in (6, 9, 12, 21) if w >= least}
 
 
-def _timed_chunk(stream: Stream) -> float:
+def _timed_chunk(stream: PythonStream) -> float:
     start = time.perf_counter()
     stream.next_chunk()
     return time.perf_counter() - start
@@ -143,7 +143,7 @@ def _timed_chunk(stream: Stream) -> float:
 
 def turns(pipelines: dict[int, Pipeline], prompt: str, seed: int, rounds: int) -> dict[int, list[float]]:
     """Milliseconds of steady chunks; each round times one chunk of every variant."""
-    streams: dict[int, Stream] = {value: p.stream(prompt, seed=seed) for value, p in pipelines.items()}
+    streams: dict[int, PythonStream] = {value: p.stream(prompt, seed=seed) for value, p in pipelines.items()}
     ms: dict[int, list[float]] = {value: [] for value in streams}
     for value, stream in streams.items():
         for _ in range(steady_index(pipelines[value].preset)):

@@ -25,7 +25,7 @@ from engine.options import option
 from engine.presets import find_preset
 from engine.runtime.passes import Pass
 from engine.runtime.stages import TorchStages
-from engine.stream import Pipeline, Stream
+from engine.stream import Pipeline, PythonStream
 from kernels.launch import HAVE_TRITON
 
 ROWS = 512  # of the prompt's embedding, as Wan's prompts have
@@ -94,7 +94,7 @@ def steady_chunk(
         stages, config, style, dtype, META, height=height, width=width, name=preset, vae_config=vae_config
     )
     text = torch.empty(1, ROWS, config.text_dim, device=META, dtype=dtype)
-    stream = Stream(pipeline, text, EmptyNoise(), None, None)
+    stream = PythonStream(pipeline, text, EmptyNoise(), None, None)
     for _ in range(steady_index(style)):
         stream.next_latent()
     with torch.inference_mode():

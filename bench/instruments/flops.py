@@ -20,7 +20,7 @@ from engine.model.cache import RingCache
 from engine.model.vae import VAE, VAEConfig
 from engine.model.vae_layers import AttentionBlock, CausalConv3d, Past, Sum
 from engine.runtime.passes import Capabilities, Pass, Stages
-from engine.stream import Pipeline, Stream
+from engine.stream import Pipeline, PythonStream
 
 META = torch.device("meta")
 
@@ -184,7 +184,7 @@ def stream_costs(pipeline: Pipeline, chunks: int, rows: int) -> list[dict[str, C
     stages = CountingStages(pipeline.config, pipeline.dtype.itemsize, join_context)
     counted = replace(pipeline, stages=cast(Stages, stages), device=META, tokenizer=None)
     text = torch.empty(1, rows, pipeline.config.text_dim, device=META)
-    stream, found = Stream(counted, text, EmptyNoise(), None, None), []
+    stream, found = PythonStream(counted, text, EmptyNoise(), None, None), []
     for index in range(chunks):
         stages.calls.clear()
         stream.next_latent()

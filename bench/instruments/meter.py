@@ -23,7 +23,7 @@ from engine.runtime.passes import Pass, Stages
 from engine.runtime.transfer import SideStream
 from engine.sampling.noise import NoiseSource
 from engine.shared import Shared
-from engine.stream import Pipeline, Stream
+from engine.stream import Pipeline, PythonStream
 
 # Function of a backend -> part. A transformer's pass is the part that its graph names.
 PART_OF = {
@@ -188,14 +188,14 @@ class MeteredPipeline(Pipeline):
     def generator(self) -> Generator:
         return cast(Generator, MeteredGenerator(super().generator, self.meter))
 
-    def stream(self, *args: Any, **kwargs: Any) -> Stream:
+    def stream(self, *args: Any, **kwargs: Any) -> PythonStream:
         stream = super().stream(*args, **kwargs)
         stream.noise = MeteredNoise(stream.noise, self.meter)
         return stream
 
 
 @contextmanager
-def metered(stream: Stream, meter: Meter) -> Iterator[Stream]:
+def metered(stream: PythonStream, meter: Meter) -> Iterator[PythonStream]:
     """The same stream, caches and graphs included, charges the meter until the end of the block."""
     pipeline, noise = stream.pipeline, stream.noise
     meter.now()  # nothing of the plain stream's work is left on the device

@@ -115,6 +115,8 @@ class PresetSource(Source):
 def open_bundle(folder: Path, backend: str | None = None, preset: str | None = None) -> Pipeline:
     """A bundle. Its preset and its size were fixed when it was exported."""
     pipeline = load_bundle(folder, backend)
+    if not isinstance(pipeline, Pipeline):
+        raise ValueError(f"bundle: got backend {backend}, expected one whose loop runs in Python")
     if preset not in (None, pipeline.preset_name):
         raise ValueError(f"bundle: got preset {preset!r}, expected {pipeline.preset_name!r}")
     return pipeline

@@ -20,7 +20,7 @@ from engine.config import Preset, TransformerConfig
 from engine.files import read_json
 from engine.loader import assemble
 from engine.sampling.noise import ReplayNoise
-from engine.stream import Stream
+from engine.stream import PythonStream
 from engine.weights.checkpoint import load_transformer
 from engine.weights.sources import open_source
 
@@ -187,7 +187,7 @@ def replay(case: Case, recording: Recording, device: torch.device, way: str = "p
     supplied = initial.transpose(1, 2) if initial is not None else None
     text = torch.nn.functional.pad(case.text, (0, 0, 0, recording.text_rows - case.text.shape[1]))
     noise = case.tensors["noise"].transpose(1, 2)  # [B, C, F, h, w]
-    stream = Stream(pipeline, text, ReplayNoise({}), None, supplied)
+    stream = PythonStream(pipeline, text, ReplayNoise({}), None, supplied)
     chunks = [*stream.supplied]
     sizes: list[int] = []
     generated = noise.shape[2]
@@ -199,7 +199,9 @@ def replay(case: Case, recording: Recording, device: torch.device, way: str = "p
     return torch.cat(latents, dim=2).transpose(1, 2).float().cpu()
 
 
-def _draws(stream: Stream, case: Case, noise: Tensor, first: int, sizes: list[int]) -> dict[tuple[int, int], Tensor]:
+def _draws(
+    stream: PythonStream, case: Case, noise: Tensor, first: int, sizes: list[int]
+) -> dict[tuple[int, int], Tensor]:
     """Recorded draws by (chunk, number). Renoise rows are batch-major frames: one draw after each step but the last."""
     draws: dict[tuple[int, int], Tensor] = {}
     rows, row, start, batch = case.tensors.get("renoise"), 0, 0, len(noise)

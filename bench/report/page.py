@@ -203,6 +203,20 @@ def _published() -> list[str]:
     ])  # fmt: skip
 
 
+def _soaks(found: list[dict[str, Any]]) -> list[str]:
+    lines = ["## One stream for long", *_where({key: value for key, value in found[0].items() if key != "stream"})]
+    for r in found:
+        pace = f"paced at {r['pace_fps']:g} frames per second" if r["pace_fps"] else "as fast as it could"
+        held = "All limits held" if r["passed"] else "NOT all limits held"
+        text = (
+            f"`{r['stream']['backend']}`, {r['seconds'] / 60:.0f} minutes {pace}: {r['chunks']} chunks, "
+            f"a prompt switch every {r['switch']}. {held}: "
+            + "; ".join(f"{c['name']}: {c['detail']}" for c in r["checks"]) + "."
+        )  # fmt: skip
+        lines += ["", text, "", *markdown([{"tenth": n, **row} for n, row in enumerate(r["tenths"], start=1)])]
+    return lines
+
+
 def _race(r: dict[str, Any]) -> list[str]:
     machine_only = {key: value for key, value in r.items() if key != "stream"}
     return [f"## Beside {r['peer']}", *_where(machine_only), *gpu.race(r, markdown)]
@@ -235,6 +249,8 @@ def page(folder: Path, pictures: dict[str, list[str]]) -> str:
         if streams:
             # The model's own preset comes first, because a user gets it by default.
             lines += ["", *_streams(sorted(streams, key=lambda r: r["stream"]["family"] != "greedy"))]
+        if soaks := [r for name, r in here.items() if name.startswith("soak-")]:
+            lines += ["", *_soaks(soaks)]
         for kind, write in _SECTIONS.items():
             if kind in here:
                 lines += ["", *write(here[kind])]

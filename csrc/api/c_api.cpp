@@ -220,6 +220,7 @@ int greedy_next_frame(greedy_session* session, greedy_frame** frame) {
         made->index = session->frames++;
         made->chunk = pictures.chunk;
         made->left = pictures.count - ++session->taken;
+        made->prompt = pictures.prompt;
         made->pictures = session->pictures;
         if (made->left == 0) session->pictures = nullptr;
         *frame = made.release();

@@ -38,7 +38,7 @@ void Session::set_prompt(Prompt prompt, bool recommit) {
     const std::lock_guard<std::mutex> lock(mutex_);
     prompt_ = std::move(copy);
     const bool due = pending_ && pending_->recommit;  // an earlier recommit that is still due stays due
-    pending_ = Request{std::move(prompt), recommit || due};
+    pending_ = Request{std::move(prompt), recommit || due, prompts_++};
 }
 
 void Session::set_text(const std::string& text, bool recommit) {
@@ -83,6 +83,7 @@ void Session::apply_prompt() {
         // A call that failed after its prompt was applied leaves its recommit due.
         generator_->set_text(std::move(text_kv), request->recommit || recommit_due_);
         recommit_due_ |= request->recommit;
+        applied_ = request->number;
     } catch (...) {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (!pending_)
@@ -200,6 +201,7 @@ std::shared_ptr<const Pictures> Session::next_chunk() {
         past = &cache;
     }
     pictures->chunk = shown_++;
+    pictures->prompt = applied_;
     pictures->count = static_cast<std::uint32_t>(pictures->rgb.size() / (3 * manifest().height * manifest().width));
     recommit_due_ = false;
     vae_cache_ = std::move(cache);
@@ -213,7 +215,7 @@ void Session::flush() {
     std::unique_ptr<Generator> fresh = family_.make(stages_);
     const std::lock_guard<std::mutex> lock(mutex_);
     std::optional<Request> again;
-    if (prompt_) again = Request{*prompt_, true};
+    if (prompt_) again = Request{*prompt_, true, prompts_ - 1};
     // Nothing fails from here on.
     generator_ = std::move(fresh);
     pending_ = std::move(again);

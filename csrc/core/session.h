@@ -19,6 +19,7 @@ namespace greedy::core {
 struct Pictures {
     std::vector<std::uint8_t> rgb;
     std::uint64_t chunk;
+    std::uint64_t prompt;  // its number, from 0 in the order in which prompts were set
     std::uint32_t count;
 };
 
@@ -75,10 +76,13 @@ class Session {
     struct Request {
         Prompt prompt;
         bool recommit;
+        std::uint64_t number;
     };
-    std::mutex mutex_;                // guards pending_ and prompt_
+    std::mutex mutex_;                // guards the next three
     std::optional<Request> pending_;  // set and not applied yet
     std::optional<Prompt> prompt_;    // set last
+    std::uint64_t prompts_ = 0;       // set so far
+    std::uint64_t applied_ = 0;       // number of the prompt of the next chunk
 };
 
 }  // namespace greedy::core

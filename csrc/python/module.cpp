@@ -4,9 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <pthread.h>
+
+#include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -15,10 +19,6 @@
 namespace py = pybind11;
 
 namespace {
-
-struct Cancelled : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
 
 void translate(const greedy::StatusError& error) {
     switch (error.status) {
@@ -49,30 +49,116 @@ py::array view(greedy::Frame frame, py::ssize_t count) {
     return array;
 }
 
+class PySession;
+
+// What the calls of this process share. It is never destroyed: a thread may be inside a call when the process exits.
+struct Process {
+    std::mutex mutex;
+    std::condition_variable idle;
+    int inside = 0;     // calls that run
+    bool ends = false;  // the interpreter does, so no call may begin
+    std::set<PySession*> sessions;
+};
+Process* process = new Process;
+int forks = 0;  // by which this process descends from the one that imported the module
+
+// A call of an object that was opened after `born` forks. The interpreter waits for it before it ends: a thread that
+// came back to it later would be ended in the middle of C++.
+class Call {
+  public:
+    explicit Call(int born) {
+        if (born != forks)
+            throw greedy::StatusError(GREEDY_INVALID, "process: got a fork of the one that opened the pipeline, "
+                                                      "expected the same one");
+        const std::lock_guard<std::mutex> lock(process->mutex);
+        if (process->ends)
+            throw greedy::StatusError(GREEDY_INVALID, "process: got a call while it ends, expected one before");
+        ++process->inside;
+    }
+    ~Call() {
+        const std::lock_guard<std::mutex> lock(process->mutex);
+        if (--process->inside == 0) process->idle.notify_all();
+    }
+    Call(const Call&) = delete;
+    Call& operator=(const Call&) = delete;
+};
+
+bool ended() {
+    const std::lock_guard<std::mutex> lock(process->mutex);
+    return process->ends;
+}
+
+// In a forked process nothing is freed that was opened before: threads that held its locks do not exist there.
+template <typename Pointer>
+void drop(Pointer& held, int born) {
+    if (born != forks) new Pointer(std::move(held));
+    held = nullptr;
+}
+
+// Lines that the core logs while it opens a bundle. Its sessions may log as long as they live.
+struct Notes {
+    std::mutex mutex;
+    std::vector<std::string> lines;
+    bool open = true;
+
+    static void take(void* notes, int level, const char* text) {
+        auto* self = static_cast<Notes*>(notes);
+        const std::lock_guard<std::mutex> lock(self->mutex);
+        if (self->open && level <= GREEDY_LOG_INFO) self->lines.emplace_back(text);
+    }
+};
+
+struct PyBundle {
+    std::shared_ptr<Notes> notes = std::make_shared<Notes>();  // outlives the bundle
+    std::shared_ptr<greedy::Bundle> bundle;
+    const int born = forks;
+
+    ~PyBundle() { drop(bundle, born); }
+};
+
 // A session takes one thread at a time, so other threads wait their turn. set_prompt and cancel need no turn.
 class PySession {
   public:
-    PySession(const greedy::Bundle& bundle, std::uint64_t seed)
-        : info(bundle.info()), session_(std::make_shared<greedy::Session>(bundle, seed)) {}
+    PySession(const PyBundle& bundle, std::uint64_t seed)
+        : info(bundle.bundle->info()), notes_(bundle.notes), bundle_(bundle.bundle), born_(bundle.born) {
+        const Call call(born_);
+        session_ = std::make_shared<greedy::Session>(*bundle_, seed);
+        const std::lock_guard<std::mutex> lock(process->mutex);
+        process->sessions.insert(this);
+    }
+    ~PySession() {
+        {
+            const std::lock_guard<std::mutex> lock(process->mutex);
+            process->sessions.erase(this);
+        }
+        drop(session_, born_);
+        drop(bundle_, born_);
+    }
+    PySession(const PySession&) = delete;
+    PySession& operator=(const PySession&) = delete;
 
     const greedy_info info;
 
     template <typename Work>
     auto alone(Work&& work) {
+        const Call call(born_);
         const py::gil_scoped_release released;
         const std::lock_guard<std::mutex> turn(turn_);
         return work(*open());
     }
 
+    // Returns the number of the prompt that `work` sets.
     template <typename Work>
-    void any_time(Work&& work) {
-        const std::shared_ptr<greedy::Session> session = open();
+    std::uint64_t prompt(Work&& work) {
+        const Call call(born_);
         const py::gil_scoped_release released;
-        work(*session);
+        const std::lock_guard<std::mutex> lock(prompts_mutex_);
+        work(*open());
+        return prompts_++;
     }
 
-    // Returns a chunk whole: a cancel between its frames applies to the next chunk.
-    py::array next_chunk() {
+    // What is left of a chunk, or the next one, whole: a cancel between its frames applies to the next chunk.
+    py::tuple next_chunk() {
         greedy::Frame first = alone([](greedy::Session& session) {
             greedy::Frame frame = session.next_frame();
             bool cancelled = false;
@@ -89,15 +175,23 @@ class PySession {
             return frame;
         });
         const py::ssize_t count = py::ssize_t{first->left} + 1;
-        return view(std::move(first), count);
+        const auto index = first->index, chunk = first->chunk, prompt = first->prompt;
+        return py::make_tuple(view(std::move(first), count), index, chunk, prompt);
     }
 
-    py::array next_frame() {
-        return view(alone([](greedy::Session& session) { return session.next_frame(); }), 1).attr("__getitem__")(0);
+    // Any thread may call this. A closed session has nothing to cancel.
+    void cancel() {
+        if (born_ != forks) return;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (session_) session_->cancel();
     }
 
     void close() {
+        if (born_ != forks) return drop(session_, born_);
+        if (ended()) return;
+        const Call call(born_);
         const py::gil_scoped_release released;
+        cancel();  // a call that runs ends
         const std::lock_guard<std::mutex> turn(turn_);
         const std::lock_guard<std::mutex> lock(mutex_);
         session_ = nullptr;
@@ -110,9 +204,29 @@ class PySession {
         return session_;
     }
 
-    std::mutex turn_, mutex_;
+    std::shared_ptr<Notes> notes_;
+    std::shared_ptr<greedy::Bundle> bundle_;
+    const int born_;
+    std::mutex turn_, mutex_, prompts_mutex_;
+    std::uint64_t prompts_ = 0;
     std::shared_ptr<greedy::Session> session_;
 };
+
+// Before the interpreter ends: no call begins any more, those that run are cancelled and waited for.
+void end() {
+    const py::gil_scoped_release released;
+    std::unique_lock<std::mutex> lock(process->mutex);
+    process->ends = true;
+    for (PySession* session : process->sessions) session->cancel();
+    process->idle.wait(lock, [] { return process->inside == 0; });
+}
+
+// `__new__` alone would leave an object without its C++ half, and a call of it would crash.
+void forbid_new(const py::handle& type) {
+    auto* made = reinterpret_cast<PyTypeObject*>(type.ptr());
+    made->tp_new = nullptr;
+    PyType_Modified(made);
+}
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
@@ -131,9 +245,10 @@ void expect(const py::array& array, const char* what, const std::vector<py::ssiz
     throw greedy::StatusError(GREEDY_INVALID, what + (": got " + text(shape)) + ", expected " + text(sizes));
 }
 
-std::unique_ptr<greedy::Bundle> open_bundle(const std::string& path, const std::optional<std::string>& backend,
-                                            const std::optional<std::string>& plugin_dir,
-                                            const std::optional<std::string>& library_dir, bool verify, int parallel) {
+std::unique_ptr<PyBundle> open_bundle(const std::string& path, const std::optional<std::string>& backend,
+                                      const std::optional<std::string>& plugin_dir,
+                                      const std::optional<std::string>& library_dir, bool verify, int parallel) {
+    auto made = std::make_unique<PyBundle>();
     greedy_settings settings;
     greedy_settings_init(&settings);
     settings.backend = backend ? backend->c_str() : nullptr;
@@ -141,12 +256,18 @@ std::unique_ptr<greedy::Bundle> open_bundle(const std::string& path, const std::
     settings.library_dir = library_dir ? library_dir->c_str() : nullptr;
     settings.verify = verify;
     settings.parallel = parallel;
+    settings.log = &Notes::take;
+    settings.log_cookie = made->notes.get();
+    const Call call(made->born);
     const py::gil_scoped_release released;
-    return std::make_unique<greedy::Bundle>(path, &settings);
+    made->bundle = std::make_shared<greedy::Bundle>(path, &settings);
+    const std::lock_guard<std::mutex> lock(made->notes->mutex);
+    made->notes->open = false;
+    return made;
 }
 
-py::dict describe(const greedy::Bundle& bundle) {
-    const greedy_info info = bundle.info();
+py::dict describe(const PyBundle& bundle) {
+    const greedy_info info = bundle.bundle->info();
     py::dict out;
     out["preset"] = info.preset, out["backend"] = info.backend, out["target"] = info.target;
     out["precision"] = info.precision, out["width"] = info.width, out["height"] = info.height, out["fps"] = info.fps;
@@ -161,34 +282,46 @@ py::dict describe(const greedy::Bundle& bundle) {
 PYBIND11_MODULE(_C, module) {
     module.doc() = "The C++ core; see engine.bundles.native.";
     module.attr("version") = greedy_version();
-    // Must come before the translator below, because a translator passes its exceptions to those registered earlier.
-    py::register_exception<Cancelled>(module, "Cancelled", PyExc_RuntimeError);
+    const py::object cancelled = py::module_::import("engine.runtime.streams").attr("Cancelled");
+    module.attr("Cancelled") = cancelled;
+    static PyObject* const cancelled_type = cancelled.inc_ref().ptr();
     py::register_exception_translator([](std::exception_ptr pointer) {
         try {
             if (pointer) std::rethrow_exception(pointer);
         } catch (const greedy::StatusError& error) {
-            if (error.status == GREEDY_CANCELLED)
-                std::rethrow_exception(std::make_exception_ptr(Cancelled(error.what())));
+            if (ended()) return PyErr_SetNone(PyExc_SystemExit);  // a thread that is left ends, quietly
+            if (error.status == GREEDY_CANCELLED) return PyErr_SetString(cancelled_type, error.what());
             translate(error);
         }
     });
+    pthread_atfork(nullptr, nullptr, [] {
+        process = new Process;
+        ++forks;
+    });
+    py::module_::import("atexit").attr("register")(py::cpp_function(&end));
 
-    py::class_<greedy::Bundle>(module, "Bundle")
-        .def(py::init(&open_bundle), py::arg("path"), py::kw_only(), py::arg("backend") = py::none(),
-             py::arg("plugin_dir") = py::none(), py::arg("library_dir") = py::none(), py::arg("verify") = true,
-             py::arg("parallel") = 1)
-        .def("info", &describe);
+    module.def("open_bundle", &open_bundle, py::arg("path"), py::kw_only(), py::arg("backend") = py::none(),
+               py::arg("plugin_dir") = py::none(), py::arg("library_dir") = py::none(), py::arg("verify") = true,
+               py::arg("parallel") = 1);
+    py::class_<PyBundle> bundle(module, "Bundle");
+    bundle.def("info", &describe)
+        .def("notes", [](const PyBundle& self) { return self.notes->lines; })
+        .def(
+            "open",
+            [](const PyBundle& self, std::uint64_t seed) { return std::make_unique<PySession>(self, seed); },
+            py::arg("seed"));
+    forbid_new(bundle);
 
-    py::class_<PySession>(module, "Session")
-        .def(py::init<const greedy::Bundle&, std::uint64_t>(), py::arg("bundle"), py::arg("seed"))
+    py::class_<PySession> session(module, "Session");
+    session
         .def("set_prompt",
              [](PySession& self, const std::string& text, bool recommit) {
-                 self.any_time([&](greedy::Session& session) { session.set_prompt(text, recommit); });
+                 return self.prompt([&](greedy::Session& session) { session.set_prompt(text, recommit); });
              })
         .def("set_prompt_tokens",
              [](PySession& self, const Array<std::int64_t>& ids, bool recommit) {
                  expect(ids, "prompt", {-1});
-                 self.any_time([&](greedy::Session& session) {
+                 return self.prompt([&](greedy::Session& session) {
                      session.set_prompt_tokens(ids.data(), static_cast<std::size_t>(ids.size()), recommit);
                  });
              })
@@ -196,7 +329,7 @@ PYBIND11_MODULE(_C, module) {
              [](PySession& self, const Array<float>& embedding, bool recommit) {
                  expect(embedding, "prompt", {self.info.text_rows, self.info.text_dim});
                  const auto rows = static_cast<std::size_t>(embedding.shape(0));
-                 self.any_time(
+                 return self.prompt(
                      [&](greedy::Session& session) { session.set_prompt_embedding(embedding.data(), rows, recommit); });
              })
         .def("push_frames",
@@ -215,8 +348,8 @@ PYBIND11_MODULE(_C, module) {
                  });
              })
         .def("next_chunk", &PySession::next_chunk)
-        .def("next_frame", &PySession::next_frame)
-        .def("cancel", [](PySession& self) { self.any_time([](greedy::Session& session) { session.cancel(); }); })
+        .def("cancel", &PySession::cancel)
         .def("flush", [](PySession& self) { self.alone([](greedy::Session& session) { session.flush(); }); })
         .def("close", &PySession::close);
+    forbid_new(session);
 }

@@ -160,13 +160,16 @@ void test_arguments() {
     check(greedy_push_latent(session, values.data(), 0) == GREEDY_INVALID, "latent: none");
     check(greedy_push_frames(session, nullptr, 1) == GREEDY_INVALID, "frames: none");
     check(greedy_set_prompt_tokens(session, ids, 3, 1) == GREEDY_OK, "tokens: three");
-    check(greedy_next_frame(session, &frame) == GREEDY_OK && frame->index == 0 && frame->left == 0, "frame: the first");
+    check(greedy_next_frame(session, &frame) == GREEDY_OK && frame->index == 0 && frame->left == 0 && frame->prompt == 0,
+          "frame: the first");
     greedy_frame* again = greedy_frame_ref(frame);
     greedy_frame_unref(&frame);
     check(!frame && again->width == 16 && again->stride == 48, "frame: a second reference");
     check(greedy_push_latent(session, values.data(), 1) == GREEDY_INVALID, "latent: too late");
+    check(greedy_set_prompt_embedding(session, values.data(), 16, 1) == GREEDY_OK, "embedding: a second prompt");
     check(greedy_next_frame(session, &frame) == GREEDY_OK && frame->index == 1 && frame->left == 3 && frame->chunk == 1,
           "frame: the second");
+    check(frame->prompt == 1, "frame: the number of its prompt");
     greedy_close(&session);
     const volatile std::uint8_t pixel = frame->data[3 * 16 * 8 - 1];  // a sanitizer would see a freed frame
     check(!session && pixel > 0, "frame: outlives its session");

@@ -1,6 +1,6 @@
 """The native backend: streams a bundle from Python through the C++ core (docs/embedding.md).
 
-    pipeline = NativePipeline("sprites.bundle")
+    pipeline = engine.load_bundle("sprites.bundle", "native")
     with pipeline.stream("a red circle moving right slowly on a gray background", seed=1) as stream:
         for frame in stream:        # uint8 [H, W, 3], a view of the core's memory
             ...
@@ -8,7 +8,8 @@
 The interface is that of engine.stream. All streams of a pipeline share weights and graphs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -16,6 +17,7 @@ from importlib.util import find_spec
 from operator import methodcaller
 from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +26,11 @@ from torch import Tensor
 from engine.bundles.manifest import read_manifest
 from engine.model.text import Tokenizer, check_prompt, clean_prompt
 from engine.runtime.handover import HandsOver, Progress
+from engine.runtime.streams import Cancelled, Serial
 from engine.threads import use
+
+NOT_HERE = " does not open here: "  # between a backend of a bundle and the reason
+_next_chunk = methodcaller("next_chunk")
 
 
 def _core() -> ModuleType:
@@ -62,13 +68,14 @@ class NativePipeline:
             use(threads)
         found = find_spec("torch")
         library_dir = str(Path(found.origin).parent / "lib") if found and found.origin else None
-        self._bundle = _core().Bundle(
+        self._bundle = _core().open_bundle(
             str(folder), backend=backend, library_dir=library_dir, verify=verify, parallel=parallel
         )
         info = self._bundle.info()
         self.height: int = info["height"]
         self.width: int = info["width"]
-        self.notes: tuple[str, ...] = ()
+        # The core tells what it did while it opened the bundle; of interest is what did not open.
+        self.notes: tuple[str, ...] = tuple(line for line in self._bundle.notes() if NOT_HERE in line)
         self.fps: float = info["fps"]
         self.preset_name: str = info["preset"]
         self.dtype: str = {"fp32": "float32", "fp16": "float16"}.get(info["precision"], "bfloat16")
@@ -86,11 +93,24 @@ class NativePipeline:
     def warm(self) -> None:
         """Do nothing: graphs are already compiled and loaded."""
 
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """ValueError: the core keeps embeddings to itself."""
+        raise _python_only("encode_prompt")
+
+    def encode_clip(self, clip: np.ndarray) -> Tensor:
+        """ValueError: the core keeps latents to itself. A stream begins with `clip=` all the same."""
+        raise _python_only("encode_clip")
+
     def stream(
         self, prompt: str | Tensor, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
-        latents: Tensor | None = None,
+        latents: Tensor | None = None, noise: object = None,
     ) -> "NativeStream":  # fmt: skip
-        """An iterator of uint8 frames [H, W, 3]. Arguments and errors are those of engine.stream.Pipeline.stream."""
+        """An iterator of uint8 frames [H, W, 3]. Arguments and errors are those of engine.stream.Pipeline.stream.
+
+        ValueError for a source of noise: the core draws the seed's own.
+        """
+        if noise is not None:
+            raise _python_only("noise")
         if frames is not None and frames < 1:
             raise ValueError(f"frames: got {frames}, expected at least 1")
         if not 0 <= seed < 2**64:
@@ -98,18 +118,20 @@ class NativePipeline:
         return NativeStream(self, prompt, seed, frames, clip, latents)
 
 
+def _python_only(what: str) -> ValueError:
+    return ValueError(f"native: got {what}, expected a backend whose loop runs in Python")
+
+
 @dataclass(frozen=True)
 class _Progress(Progress):
-    kept: tuple[np.ndarray, ...] = ()  # frames [T, H, W, 3] that the core gave and no call has returned
-    emitted: int = 0
+    kept: tuple[tuple[np.ndarray, Serial], ...] = ()  # frames [T, H, W, 3] that no call has returned
 
 
 class NativeStream(HandsOver):
-    """One video in progress. Other threads may call `set_prompt` and `cancel` while a chunk is made.
+    """A stream of the C++ core. Its interface is engine.runtime.streams.Stream.
 
     Python cannot interrupt the core: KeyboardInterrupt comes when its call is done. What the core gave then stays here,
-    and the next call returns it. HandsOver tells how a caller loses none. A second thread that asks for frames
-    meanwhile gets a ValueError.
+    and the next call returns it. HandsOver tells how a caller loses none.
     """
 
     _now: _Progress
@@ -120,9 +142,8 @@ class NativeStream(HandsOver):
     ) -> None:  # fmt: skip
         super().__init__(_Progress())
         self.pipeline, self.limit = pipeline, frames
-        self._closed = False
-        self._given: list[np.ndarray] = []  # what the core gave last; in `_now.kept` after that
-        self._session = _core().Session(pipeline._bundle, seed)
+        self._given: list[tuple[Any, ...]] = []  # what the core gave last; in `_now.kept` after that
+        self._session = pipeline._bundle.open(seed)
         self.set_prompt(prompt)
         if clip is not None:
             expected = (pipeline.height, pipeline.width, 3)
@@ -137,90 +158,119 @@ class NativeStream(HandsOver):
                 raise ValueError(f"latents: got {list(shape)}, expected [1, {channels}, F, {height}, {width}]")
             self._session.push_latent(latents[0].float().cpu().numpy())
 
-    def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> None:
-        """Switch the prompt, text or embedding [1, rows, text_dim], from the next chunk on.
+    def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> int:
+        """Switch the prompt, text or embedding [1, rows, text_dim], from the next chunk on; returns its number.
 
         `recommit` rewrites the window's keys and values under the new prompt. ValueError for another shape, or a text
         without a visible character. Warns (PromptWarning) of a text that the model does not read to its end.
         """
         if isinstance(prompt, str):
             check_prompt(prompt)
-            self._session.set_prompt(prompt, recommit)
+            number: int = self._session.set_prompt(prompt, recommit)
             cleaned = clean_prompt(prompt)
             # A character of ASCII is one token at most; an end mark and a space in front may be added.
             if not cleaned.isascii() or len(cleaned) + 2 > self.pipeline.text_rows:
                 self.pipeline.tokenizer.warn_if_cut(cleaned)
-            return
+            return number
         expected = (1, self.pipeline.text_rows, self.pipeline.text_dim)
         if tuple(prompt.shape) != expected:
             raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, expected {list(expected)}")
-        self._session.set_prompt_embedding(prompt[0].float().cpu().numpy(), recommit)
+        number = self._session.set_prompt_embedding(prompt[0].float().cpu().numpy(), recommit)
+        return number
 
     def set_adapters(self, strengths: Mapping[str, float], recommit: bool = True) -> None:
         """ValueError: a bundle's weights are fixed."""
         raise ValueError("adapters: got a pipeline without any, expected load(..., adapters=[...]) of a model")
 
     def next_chunk(self) -> np.ndarray:
-        """The next chunk's frames, uint8 [T, H, W, 3], read-only. Raises engine._C.Cancelled after `cancel`."""
+        """The next chunk's frames, uint8 [T, H, W, 3], read-only; those that the iterator has left, if it began it."""
         return self._hand_over(self._ready_chunk)
 
+    def next_latent(self) -> Tensor:
+        """ValueError: the core keeps latents to itself."""
+        raise _python_only("next_latent")
+
     def rest(self) -> np.ndarray:
-        """The frames that an interrupted call has left, uint8 [T, H, W, 3]; T may be 0. It makes no new ones."""
+        """The frames that are decoded and not returned yet, uint8 [T, H, W, 3]; T may be 0. It makes no new ones."""
         return self._hand_over(self._ready_rest)
 
     def cancel(self) -> None:
-        """Make the running or next `next_chunk` raise engine._C.Cancelled. The stream can continue afterwards."""
+        """Make the call that runs, or else the next one that has a chunk to make, raise Cancelled once.
+
+        Any thread may call it. The call ends after the graph that runs, and the next one makes the same chunk.
+        """
         self._session.cancel()
 
+    def flush(self) -> None:
+        """Start over at frame 0 with the same seed and the last prompt. Repeat it if it was interrupted.
+
+        Drops caches, frames that wait, what is left of a clip, and a cancel that has not acted.
+        """
+        with self._turns:
+            self._check_open()
+            self._now = _Progress(handed=self.handed, last=self.last, serial=self.serial)
+            self._given = []
+            self._session.flush()
+
     def close(self) -> None:
-        """Drop the caches and end the stream. Closing twice is fine."""
+        """Drop the caches and end the stream. Closing twice is fine.
+
+        A call of another thread ends after the graph that runs, with a ValueError; this one waits for it.
+        """
         self._closed = True
-        self._now, self._given = replace(self._now, kept=()), []
         self._session.close()
+        if self._turns.free:
+            self._now, self._given = replace(self._now, kept=()), []
 
-    def __enter__(self) -> "NativeStream":
-        return self
+    def _uncancel(self) -> None:
+        """A call that finds a cancel raises it before it computes anything."""
+        if not self._closed:
+            with suppress(Cancelled):
+                self._given.extend(map(_next_chunk, (self._session,)))
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return self
-
-    def __next__(self) -> np.ndarray:
-        if self._closed or (self.limit is not None and self.emitted >= self.limit):
-            raise StopIteration
-        return self._hand_over(self._ready_frame)
-
-    @property
-    def emitted(self) -> int:
-        """Frames returned by the iterator so far."""
-        return self._now.emitted
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("stream: got a closed one, expected an open one")
 
     def _ready_chunk(self) -> tuple[np.ndarray, _Progress]:
-        self._ask("next_chunk")
-        return self._now.kept[0], replace(self._now, kept=self._now.kept[1:])
+        self._ask()
+        (frames, serial), *others = self._now.kept
+        return frames, replace(self._now, kept=tuple(others), serial=serial)
 
     def _ready_frame(self) -> tuple[np.ndarray, _Progress]:
-        self._ask("next_frame")
-        first, *others = self._now.kept
-        left = (first[1:],) if len(first) > 1 else ()
-        return first[0], replace(self._now, kept=(*left, *others), emitted=self.emitted + 1)
+        frames, after = self._ready_chunk()
+        left = ((frames[1:], cast(Serial, after.serial).later(1)),) if len(frames) > 1 else ()
+        return frames[0], replace(after, kept=(*left, *after.kept), emitted=self.emitted + 1)
 
     def _ready_rest(self) -> tuple[np.ndarray, _Progress]:
+        self._check_open()
         self._keep()
-        nothing = np.zeros((0, self.pipeline.height, self.pipeline.width, 3), np.uint8)
-        return np.concatenate([nothing, *self._now.kept]), replace(self._now, kept=())
+        kept, nothing = self._now.kept, np.zeros((0, self.pipeline.height, self.pipeline.width, 3), np.uint8)
+        serial = kept[0][1] if kept else self.serial
+        frames = np.concatenate([nothing, *(frames for frames, _ in kept)])
+        return frames, replace(self._now, kept=(), serial=serial)
 
-    def _ask(self, call: str) -> None:
-        """Ask the core for a chunk or a frame, unless an interrupted call has left one."""
+    def _decode_ahead(self) -> None:
+        with self._turns:
+            self._ask()
+
+    def _ask(self) -> None:
+        """Ask the core for a chunk, unless there are frames that no call has returned."""
+        self._check_open()
         self._keep()
         if not self._now.kept:
-            # One call of C code asks and stores the answer, so no signal handler comes in between.
-            self._given.extend(map(methodcaller(call), (self._session,)))
+            try:
+                # One call of C code asks and stores the answer, so no signal handler comes in between.
+                self._given.extend(map(_next_chunk, (self._session,)))
+            except Cancelled:
+                self._check_open()  # another thread has closed it
+                raise
+            self._check_open()
             self._keep()
 
     def _keep(self) -> None:
         if self._given:
-            self._now = replace(self._now, kept=tuple(x if x.ndim == 4 else x[None] for x in self._given))
+            have = {serial.chunk for _, serial in self._now.kept}
+            given = ((frames, Serial(*numbers)) for frames, *numbers in self._given)
+            self._now = replace(self._now, kept=(*self._now.kept, *(one for one in given if one[1].chunk not in have)))
             self._given = []

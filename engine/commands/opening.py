@@ -7,7 +7,7 @@ from engine.bundles.manifest import read_manifest
 from engine.bundles.native import NativePipeline
 from engine.commands.job import Bundle, Model
 from engine.config import Runtime
-from engine.loader import load, load_bundle, settings_for, threads_of_bundle
+from engine.loader import load, load_bundle, settings_for
 from engine.runtime.memory_plan import MemoryPlan
 from engine.stream import Pipeline
 
@@ -33,10 +33,6 @@ def open_pipeline(
 ) -> Pipeline | NativePipeline:  # fmt: skip
     """Load a model or a bundle. Errors as `engine.load` and `engine.load_bundle`."""
     if bundle.bundle is not None:
-        if bundle.backend == "native":  # the C++ core reads the bundle and chooses a backend
-            native = NativePipeline(bundle.bundle, verify=bundle.verify, threads=runtime.threads)
-            threads_of_bundle(runtime.threads, read_manifest(bundle.bundle), native.device)
-            return native
         return load_bundle(
             bundle.bundle, bundle.backend, threads=runtime.threads, verify=bundle.verify, planned=planned
         )

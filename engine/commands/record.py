@@ -8,13 +8,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from engine.bundles.native import NativeStream
 from engine.commands.interrupt import Interrupt
 from engine.commands.job import Job
 from engine.commands.notes import Notes
 from engine.commands.prompts import Prompts
 from engine.media.sinks import Sink
-from engine.stream import Stream
+from engine.runtime.streams import Stream
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Recording:
     console: Console
     notes: Notes
 
-    def make(self, stream: Stream | NativeStream, times: Times) -> bool:
+    def make(self, stream: Stream, times: Times) -> bool:
         """Write chunks until the limit; returns whether a signal ended it before.
 
         After a signal it still writes what is decoded, unless another signal comes. KeyboardInterrupt where there is
@@ -97,16 +96,14 @@ class Recording:
         self.prompts.finish()
         return False
 
-    def _rest(self, stream: Stream | NativeStream) -> np.ndarray:
+    def _rest(self, stream: Stream) -> np.ndarray:
         """The frames that are decoded; none of a stream that the signal has spoiled."""
-        if isinstance(stream, Stream):
-            stream.looks_ahead = False
         try:
             return stream.rest()
         except ValueError:
             return np.zeros((0, 1, 1, 3), np.uint8)
 
-    def _switch(self, stream: Stream | NativeStream) -> None:
+    def _switch(self, stream: Stream) -> None:
         recommit = not self.job.video.no_recommit
         if (text := self.prompts.due(self.interrupt.written)) is not None:
             stream.set_prompt(text, recommit=recommit)

@@ -150,6 +150,14 @@ class Generator(ABC):
     def open(self, geometry: Geometry, text_kv: TextKV) -> Any:
         """The empty state of a new stream."""
 
+    def restart(self, state: Any) -> None:
+        """Forget every chunk. The prompt, the strengths and the caches' memory stay."""
+        state.publish(index=0, position=0, held=0, stale=False, pending=None, joined=False, **self._nothing(state))
+
+    @abstractmethod
+    def _nothing(self, state: Any) -> dict[str, Any]:
+        """The family's own fields of a state without chunks."""
+
     @abstractmethod
     def denoise(self, x: Tensor, t: float, state: Any) -> Tensor:
         """Flow of the noisy chunk x at timestep t in [0, 1000], both [B, C, F, h, w]. Publishes nothing."""

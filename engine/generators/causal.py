@@ -49,6 +49,9 @@ class CausalGenerator(Generator):
             geometry, self._rope(geometry), text_kv, cache=self._cache("dit", geometry), window=window
         )  # fmt: skip
 
+    def _nothing(self, state: CausalState) -> dict[str, Any]:
+        return {"attn_sink": [], "window": deque(maxlen=state.window.maxlen), "staged": False}
+
     def denoise(self, x: Tensor, t: float, state: CausalState) -> Tensor:
         self._refresh(state)
         step = self._pass(x, t, state.position, state)

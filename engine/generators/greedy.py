@@ -63,6 +63,9 @@ class GreedyGenerator(Generator):
             recent=deque(maxlen=self.preset.window // self.preset.chunk),
         )  # fmt: skip
 
+    def _nothing(self, state: GreedyState) -> dict[str, Any]:
+        return {"c_f": None, "first": None, "recent": deque(maxlen=state.recent.maxlen)}
+
     def denoise(self, x: Tensor, t: float, state: GreedyState) -> Tensor:
         self._refresh(state)
         chunk = self.preset.chunk

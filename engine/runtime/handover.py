@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sys
 import threading
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, Self, TypeVar, cast
+
+import numpy as np
+
+from engine.runtime.streams import Cancelled, Serial, check_process
 
 P = TypeVar("P", bound="Progress")
 
@@ -18,6 +26,8 @@ class Progress:
 
     handed: int = 0  # results returned so far
     last: Any = None  # the newest of them
+    serial: Serial | None = None  # of `last`
+    emitted: int = 0  # frames returned by the iterator
 
 
 class _Turn(NamedTuple):
@@ -40,10 +50,12 @@ class Turns:
     """
 
     def __init__(self) -> None:
+        self.process = os.getpid()
         self._taken: dict[str, _Turn] = {}  # at most one; dict.setdefault is atomic
 
     def take(self, frame: FrameType) -> None:
-        """Take the turn until `frame` gives it back or ends. ValueError if another call has it."""
+        """Take the turn until `frame` gives it back or ends. ValueError if another call has it, or after a fork."""
+        check_process(self.process)
         mine = _Turn(threading.get_ident(), frame)
         while (found := self._taken.setdefault("turn", mine)) is not mine:
             if found.runs():
@@ -69,7 +81,7 @@ class Turns:
         self.give_back(sys._getframe(1))
 
 
-class HandsOver:
+class HandsOver(ABC):
     """A stream whose calls hand over a result or change nothing, wherever KeyboardInterrupt comes.
 
     One place is out of its reach: between the call's return and the caller's assignment. There the caller finds the
@@ -84,9 +96,10 @@ class HandsOver:
     """
 
     _now: Progress
+    limit: int | None
 
     def __init__(self, progress: Progress) -> None:
-        self._now, self._turns = progress, Turns()
+        self._now, self._turns, self._closed = progress, Turns(), False
 
     @property
     def handed(self) -> int:
@@ -97,6 +110,80 @@ class HandsOver:
     def last(self) -> Any:
         """The result that was returned last. It stays until another one is returned, also in a closed stream."""
         return self._now.last
+
+    @property
+    def serial(self) -> Serial | None:
+        """Frame, chunk and prompt of `last`, counted from 0; None before. `rest` tells those of its first frame."""
+        return self._now.serial
+
+    @property
+    def emitted(self) -> int:
+        """Frames returned by the iterator since the start or the last flush."""
+        return self._now.emitted
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Make the call that runs, or else the next one that has a chunk to make, raise Cancelled once."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drop caches and frames, and end the stream."""
+
+    @abstractmethod
+    def _ready_frame(self) -> tuple[np.ndarray, Any]:
+        """The iterator's next frame, and the progress after it."""
+
+    @abstractmethod
+    def _decode_ahead(self) -> None:
+        """Make the iterator's next frame, unless it is there, and leave it to the next call."""
+
+    @abstractmethod
+    def _uncancel(self) -> None:
+        """Take back a cancel that has not acted."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        if self._over:
+            raise StopIteration
+        return self._hand_over(self._ready_frame)
+
+    @property
+    def _over(self) -> bool:
+        return self._closed or (self.limit is not None and self.emitted >= self.limit)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> np.ndarray:
+        """The next frame. A thread makes it, so the event loop stays free.
+
+        If the task is cancelled, the call ends within a step, and no frame is lost.
+        """
+        if self._over:
+            raise StopAsyncIteration
+        making = asyncio.ensure_future(asyncio.to_thread(self._decode_ahead))
+        try:
+            await asyncio.shield(making)
+        except asyncio.CancelledError:
+            self.cancel()
+            while not making.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([making])
+            if making.cancelled() or not isinstance(making.exception(), Cancelled):
+                self._uncancel()
+            raise
+        try:
+            return next(self)
+        except StopIteration:  # it was closed meanwhile
+            raise StopAsyncIteration from None
 
     def _hand_over(self, ready: Callable[[], tuple[Any, P]]) -> Any:
         """Return the result of ready() -> (result, progress after it), and make that progress.

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from engine.bundles.native import NativePipeline
+from engine.runtime.streams import Stream
 from engine.stream import Pipeline
 from serve.core.messages import Change, Notice, Past, Wish, Words, shown
 from serve.core.prompts import Direction, check_words, note_of
@@ -50,9 +50,14 @@ class Video:
         self.history: list[Past] = []  # changes since the video began
         self.take = self.number = self.frames = 0  # number of the next chunk, frames made so far, both of this take
         self._pipeline, self._turn, self._tell = pipeline, turn, tell
-        self._stream: Any = None  # of the engine, or of the C++ core
+        self._stream: Stream | None = None
         self._direction = self._reached = Direction(pipeline, wish.prompt)  # _reached: of the chunk made last
         self._started: list[str] = []  # events that show with the next chunk
+
+    @property
+    def _running(self) -> Stream:
+        assert self._stream is not None  # between `begin` and `close`
+        return self._stream
 
     @property
     def prompt(self) -> str:
@@ -106,7 +111,7 @@ class Video:
                 self._turn_to(prompt, change)
             if change.adapters is not None:
                 with self._turn(None):
-                    self._stream.set_adapters(change.adapters)
+                    self._running.set_adapters(change.adapters)
         except (ValueError, *OUT_OF_MEMORY) as error:
             self._refused(change.event, error)
             return False
@@ -124,7 +129,7 @@ class Video:
         with self._turn(deadline):
             begun, used = time.monotonic(), time.thread_time()
             moving = self._steer()
-            frames = self._stream.next_chunk()
+            frames = self._running.next_chunk()
             spent, cpu = time.monotonic() - begun, time.thread_time() - used
         if self.wish.frames is not None:
             frames = frames[: self.wish.frames - self.frames]
@@ -172,7 +177,7 @@ class Video:
             self._reached = self._direction
             return False
         try:
-            self._stream.set_prompt(prompt)
+            self._running.set_prompt(prompt)
         except (ValueError, FloatingPointError, *OUT_OF_MEMORY) as error:
             # A call that fails changes nothing: the stream still has the prompt of its last chunk.
             self._direction = self._reached = Direction(self._pipeline, self._reached.words)

@@ -27,7 +27,7 @@ from engine.model.transformer import WanTransformer
 from engine.model.vae import VAE, VAEConfig
 from engine.presets import PRESETS
 from engine.runtime.stages import TorchStages
-from engine.stream import Pipeline, Stream
+from engine.stream import Pipeline, PythonStream
 
 CONFIG = TransformerConfig(
     num_attention_heads=3, attention_head_dim=16, in_channels=8, out_channels=8, text_dim=24, freq_dim=32, ffn_dim=80,
@@ -61,7 +61,7 @@ def counted(call) -> float:
 @pytest.mark.slow
 def test_chunks_of_every_preset(name, joined):
     pipeline = meta_pipeline(name, joined)
-    stream = Stream(pipeline, torch.empty(1, ROWS, CONFIG.text_dim, device=META), MetaNoise(), None, None)
+    stream = PythonStream(pipeline, torch.empty(1, ROWS, CONFIG.text_dim, device=META), MetaNoise(), None, None)
     for cost in stream_costs(pipeline, 5, ROWS):
         assert total(cost).flops == counted(stream.next_latent)
 
@@ -70,7 +70,7 @@ def test_chunks_of_every_preset(name, joined):
 @pytest.mark.slow
 def test_chunks_of_changed_presets(changes):
     pipeline = meta_pipeline("greedy", **changes)
-    stream = Stream(pipeline, torch.empty(1, ROWS, CONFIG.text_dim, device=META), MetaNoise(), None, None)
+    stream = PythonStream(pipeline, torch.empty(1, ROWS, CONFIG.text_dim, device=META), MetaNoise(), None, None)
     for cost in stream_costs(pipeline, 4, ROWS):
         assert total(cost).flops == counted(stream.next_latent)
 

@@ -26,7 +26,7 @@ def both(core, native_build, tmp_path, monkeypatch, capfd):
     """Runs both programs on the same words. Returns, of each, the exit status and the checksum or the last error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    plugins, plain = native_build / "fake_plugin", core.Bundle
+    plugins, plain = native_build / "fake_plugin", core.open_bundle
     monkeypatch.setattr(core, "Bundle", lambda path, **rest: plain(path, **{**rest, "plugin_dir": str(plugins)}))
 
     def host(words, stdin):

@@ -46,7 +46,7 @@ def python_says(folder: Path) -> str:
 def core_says(core: ModuleType, folder: Path) -> str:
     """The same of the C++ core, which goes on to look for its plugin."""
     try:
-        core.Bundle(str(folder), plugin_dir=str(folder / "none"))
+        core.open_bundle(str(folder), plugin_dir=str(folder / "none"))
     except ImportError as error:
         return "" if "got no plugin" in str(error) else f"no plugin was looked for: {error}"
     except (ValueError, FileNotFoundError) as error:

@@ -23,7 +23,7 @@ import fake_stages
 import numpy as np
 import pytest
 import torch
-from csrc_tools import HANG, ROOT, cmake
+from csrc_tools import HANG, ROOT, cmake, open_fake
 from faults import ENGINE, events_of, plain, same, stumbling
 from safetensors.torch import load_file, save_file
 
@@ -33,7 +33,8 @@ from engine.bundles.native import NativePipeline, NativeStream
 from engine.config import Preset
 from engine.loader import load_bundle
 from engine.model.text import PromptWarning
-from engine.stream import Pipeline, Stream
+from engine.runtime.streams import Stream
+from engine.stream import Pipeline
 
 CHUNKS = 14
 SWITCHES = {4: ("a blue square moving up", True), 5: ("teal", True), 8: ("a yellow triangle", False), 11: ("red", True)}
@@ -57,12 +58,7 @@ def fake(core: ModuleType, native_build: Path):
     """Opens a bundle of formulas as a native pipeline."""
 
     def opened(folder: Path) -> NativePipeline:
-        plain = core.Bundle
-        try:
-            core.Bundle = lambda path, **rest: plain(path, **{**rest, "plugin_dir": str(native_build / "fake_plugin")})
-            return NativePipeline(folder)
-        finally:
-            core.Bundle = plain
+        return open_fake(core, native_build, folder)
 
     return opened
 
@@ -72,7 +68,7 @@ def recorded(fake) -> NativePipeline:
     return fake(fake_stages.RECORDED)
 
 
-def chunks_of(stream: Stream | NativeStream, count: int = CHUNKS) -> list[np.ndarray]:
+def chunks_of(stream: Stream, count: int = CHUNKS) -> list[np.ndarray]:
     out = []
     for chunk in range(count):
         if chunk in SWITCHES:
@@ -188,16 +184,16 @@ def test_bad_input_is_said(recorded, core, tmp_path, native_build):
     with pytest.raises(FileNotFoundError, match=r"without manifest\.json"):
         NativePipeline(tmp_path)
     with pytest.raises(ImportError, match="got no plugin"):
-        core.Bundle(str(fake_stages.RECORDED), plugin_dir=str(tmp_path))
+        core.open_bundle(str(fake_stages.RECORDED), plugin_dir=str(tmp_path))
     compiled = Path(shutil.copytree(fake_stages.RECORDED, tmp_path / "compiled.bundle"))
     content = (compiled / "manifest.json").read_text()
     for old, target in (('"aoti-cpu"', '"aoti-cpu-x86_64-avx2"'), ('"target": "cpu"', '"target": "cpu-x86_64-avx2"')):
         content = content.replace(old, target)
     (compiled / "manifest.json").write_text(content)
     with pytest.raises(ImportError, match=r"got no libtorch_cpu\.so"):
-        core.Bundle(str(compiled), library_dir=str(tmp_path))
+        core.open_bundle(str(compiled), library_dir=str(tmp_path))
     with pytest.raises(ImportError, match="no backend tensorrt"):
-        core.Bundle(str(fake_stages.RECORDED), backend="tensorrt")
+        core.open_bundle(str(fake_stages.RECORDED), backend="tensorrt")
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "\u200b", "\x01", "&nbsp;", "re\udce9d", "a\0b", "&amp;" * 5000])
@@ -343,7 +339,7 @@ def test_other_threads_run_and_may_cancel_and_switch(recorded, core):
         thread.join()
     assert cancelled > 0
     assert all(np.array_equal(mine, theirs) for mine, theirs in zip(made, clean, strict=False))  # none is lost
-    stream._session.flush()
+    stream.flush()
     assert np.array_equal(stream.next_chunk(), clean[0])
     stream.set_prompt("teal")
     assert not np.array_equal(stream.next_chunk(), clean[0])

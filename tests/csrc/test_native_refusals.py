@@ -25,7 +25,7 @@ TOKENIZER = fake_stages.RECORDED / "tokenizer"
 
 
 def opened(core: ModuleType, native_build: Path, folder: Path, plugins: str = "fake_plugin"):
-    return core.Bundle(str(folder), plugin_dir=str(native_build / plugins))
+    return core.open_bundle(str(folder), plugin_dir=str(native_build / plugins))
 
 
 def test_both_sides_have_the_same_limits():
@@ -42,14 +42,14 @@ def test_both_sides_have_the_same_limits():
     ids=lambda prompt: ascii(prompt[:10]),
 )  # fmt: skip
 def test_a_prompt_is_refused_whole(core, native_build, prompt):
-    session = core.Session(opened(core, native_build, fake_stages.RECORDED), 1)
+    session = opened(core, native_build, fake_stages.RECORDED).open(1)
     session.set_prompt("teal", True)
     with pytest.raises(ValueError, match=r"^prompt: got ") as native:
         session.set_prompt(prompt, True)
     with pytest.raises(ValueError, match=r"^prompt: got ") as python:
         check_prompt(prompt)
     assert str(native.value) == str(python.value)
-    other = core.Session(opened(core, native_build, fake_stages.RECORDED), 1)
+    other = opened(core, native_build, fake_stages.RECORDED).open(1)
     other.set_prompt("teal", True)
     assert np.array_equal(session.next_chunk(), other.next_chunk())
 

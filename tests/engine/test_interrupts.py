@@ -197,7 +197,7 @@ def test_rest_makes_nothing(made, monkeypatch):
     expected = plain(stream_of(made("greedy")), [chunk] * 4)
     stream = stream_of(made("greedy"))
     assert stream.rest().shape == (0, HEIGHT, WIDTH, 3)
-    got = [next(stream)[None], next(stream)[None]]
+    got = [next(stream)[None], next(stream)[None], stream.rest()]
     monkeypatch.setattr(Download, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         stream.next_chunk()
@@ -346,7 +346,7 @@ class Held:
         return self.source.draw(*request)
 
 
-@pytest.mark.parametrize("second", [chunk, next, latent, switch(0), lambda s: s.rest()], ids=range(5))
+@pytest.mark.parametrize("second", [chunk, next, latent, lambda s: s.rest(), lambda s: s.flush()], ids=range(5))
 def test_a_second_thread_gets_an_error(made, second):
     expected = plain(stream_of(made("greedy")), [chunk] * 3)
     noise = Held()

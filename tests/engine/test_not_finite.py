@@ -16,9 +16,10 @@ import engine.run
 from engine.model.vae import frames_to_uint8
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.finite import bad_number, bad_weight
+from engine.runtime.progress import Waiting
 from engine.runtime.stages import TorchStages
 from engine.sampling.noise import PhiloxNoise, ReplayNoise
-from engine.stream import Stream, _Waiting
+from engine.stream import PythonStream
 
 PROMPT = "a red circle moving right"
 NAN, INF = float("nan"), float("inf")
@@ -215,7 +216,7 @@ def test_pixels_that_arrive_late(pipeline, monkeypatch):
         stream.looks_ahead = ahead
         got = [stream.next_chunk()]
         stages.on = True
-        monkeypatch.setattr(Stream, "_decode", late)
+        monkeypatch.setattr(PythonStream, "_decode", late)
         with pytest.raises(FloatingPointError, match=r"^chunk 1"):
             stream.next_chunk()
         monkeypatch.undo()
@@ -234,7 +235,7 @@ def late(self, x):
     """A decoding that does not look at its own result, as on a GPU."""
     now = self._now
     shown, cache = self._frames_of(x)
-    self._now = replace(self._accepted(x), waiting=_Waiting(shown, cache, now), started=now.started + len(shown))
+    self._now = replace(self._accepted(x), waiting=Waiting(shown, cache, now), started=now.started + len(shown))
     self._ahead = None
 
 

@@ -362,7 +362,7 @@ def test_the_embedded_model_for_all_gpus_without_one(tmp_path: Path, capsys: pyt
     assert sum("not replayed: tensorrt_rtx: got no GPU, expected one that" in line for line in lines) == 2
     chosen = load_bundle(folder)
     assert chosen.stages.name == "onnx"  # the first that runs here
-    assert [note for note in chosen.notes if "the next backend of the bundle runs: tensorrt_rtx: got no GPU" in note]
+    assert [note for note in chosen.notes if " does not open here: tensorrt_rtx: got no GPU" in note]
     with pytest.raises(NotHere, match=r"^tensorrt_rtx: got no GPU, expected one that its plans are for$"):
         load_bundle(folder, "tensorrt_rtx")
     assert export.__main__.main(["verify", str(folder)]) == 0

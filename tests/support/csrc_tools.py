@@ -1,12 +1,18 @@
 """Builds the C++ core in tests, and keeps the builds (see artefacts.py)."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import pytest
 from artefacts import CACHE, artefact, key_of, sources
@@ -41,6 +47,34 @@ def python_module() -> list[str]:
     import pybind11
 
     return ["-DGREEDY_PYTHON=ON", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+
+
+def load_core(built: Path) -> ModuleType:
+    """The module engine._C of a build. Skips the test if there is none."""
+    found = sorted(built.glob("_C*.so"))
+    if not found:
+        pytest.skip("engine._C is not built: pybind11 is not installed")
+    spec = importlib.util.spec_from_file_location("engine._C", found[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def core_of(built: Path) -> Iterator[ModuleType]:
+    """Within the block engine._C is that of a build, in place of one that may be installed."""
+    module = load_core(built)
+    with mock.patch.dict(sys.modules, {"engine._C": module}):
+        yield module
+
+
+def open_fake(core: ModuleType, built: Path, folder: Path, **options: Any) -> Any:
+    """A bundle of formulas (fake_stages.py) as a pipeline of the C++ core."""
+    from engine.bundles.native import NativePipeline
+
+    plain, plugins = core.open_bundle, str(built / "fake_plugin")
+    with mock.patch.object(core, "open_bundle", lambda path, **rest: plain(path, **{**rest, "plugin_dir": plugins})):
+        return NativePipeline(folder, **options)
 
 
 def build(kind: str, *options: str, targets: tuple[str, ...] = ()) -> Path:

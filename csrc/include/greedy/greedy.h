@@ -102,6 +102,7 @@ typedef struct greedy_frame {
     uint64_t index; /* since open or flush, from 0 */
     uint64_t chunk; /* since open or flush, from 0 */
     uint32_t left;  /* frames of the same chunk that follow */
+    uint64_t prompt; /* greedy_set_prompt* calls that had succeeded before the one whose prompt it shows */
 } greedy_frame;
 
 /* "0.1.0"; static. */
