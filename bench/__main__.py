@@ -9,6 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from engine.commands.stderr import line_of, say
 from engine.options import Parser, add_options, options_of
 from engine.program import cleanly
 
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         with cleanly():
             return command.run(options)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {line_of(error)}")
         return 2
 
 

@@ -17,6 +17,7 @@ from dataclasses import MISSING, dataclass, fields
 import torch
 
 from distill.training.stage import Stage, leave_processes
+from engine.commands.stderr import line_of, say
 from engine.options import Parser, add_options, option, options_of, pairs, read_table
 from engine.program import cleanly
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if getattr(args, "debug", False):
             raise
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        say(f"error: {line_of(error)}")
         return 2
     return 0
 

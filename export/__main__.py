@@ -18,6 +18,7 @@ from typing import Literal
 
 from engine.bundles.manifest import read_manifest
 from engine.bundles.registry import BACKENDS
+from engine.commands.stderr import line_of, need_stdout, say
 from engine.loader import load, settings_for
 from engine.options import Parser, add_options, option, options_of
 from engine.program import cleanly
@@ -143,9 +144,10 @@ def main(argv: list[str] | None = None) -> int:
                 return _export(options, options_of(args, BuildOptions))
             if options.bundle is None:
                 raise ValueError(f"{options.what}: got no bundle, expected a directory")
+            need_stdout(options.what)
             return _inspect(options.bundle) if options.what == "inspect" else _verify(options.bundle, options.backend)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {line_of(error)}")
         return 2
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.commands.stderr import line_of, say
 from engine.files import write_json
 from engine.loader import load
 from engine.options import Parser, add_options, option, options_of
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
             amax = calibrate(pipeline, prompts, range(options.seeds), options.chunks, options.percentile)
             write_calibration(amax, options.out)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {line_of(error)}")
         return 2
     print(options.out)
     return 0

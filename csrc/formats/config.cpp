@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "base/number.h"
 #include "base/table.h"
 
 namespace greedy::core {
@@ -21,8 +22,8 @@ const struct {
 
 double number_from(const Json& value, const std::string& where, double least, double most) {
     const double number = value.number(where);
-    check(number >= least && number <= most, where, std::to_string(number),
-          "a number from " + std::to_string(least) + " to " + std::to_string(most));
+    check(number >= least && number <= most, where, fixed(number),
+          "a number from " + fixed(least) + " to " + fixed(most));
     return number;
 }
 
@@ -35,8 +36,8 @@ std::vector<std::vector<double>> steps_from(const Json& value, const std::string
         for (const Json& item : (nested ? rows[i] : value).array(where)) {
             const double step = item.number(where);
             const double before = steps.back().empty() ? std::nextafter(1000.0, 1001.0) : steps.back().back();
-            check(step > 0 && step < before, where, std::to_string(step), "falling numbers in (0, 1000]");
-            check(!warped || step == std::floor(step), where, std::to_string(step), "whole numbers where warped");
+            check(step > 0 && step < before, where, fixed(step), "falling numbers in (0, 1000]");
+            check(!warped || step == std::floor(step), where, fixed(step), "whole numbers where warped");
             steps.back().push_back(step);
         }
         check(!steps.back().empty(), where, "no timestep", "at least one for every chunk");

@@ -1,6 +1,7 @@
 """Prompt to text embedding: a tokenizer and a UMT5 encoder, zero-padded to the model's rows."""
 
 import html
+import os
 import re
 import unicodedata
 import warnings
@@ -165,6 +166,8 @@ def _core(path: Path) -> Any:
         raise FileNotFoundError(f"{path}: got neither tokenizer.json nor spiece.model, expected one of them")
     try:
         if file.is_file():
+            # One prompt at a time feeds no threads; where none can be started its pool would end the process.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             import tokenizers
 
             return tokenizers.Tokenizer.from_file(str(file))
