@@ -122,7 +122,8 @@ for case in cases:
         code = 99
         try:
             code = run(case)
-            sys.stdout and sys.stdout.flush()
+            if sys.stdout is not None and not sys.stdout.closed:
+                sys.stdout.flush()
         except BaseException as error:
             os.write(2, f"Traceback: {error!r}".encode())
         os._exit(code)
