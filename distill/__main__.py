@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     name = words[0].replace("-", "_")
     if name not in STAGES:
-        print(f"error: stage: got {words[0]!r}, expected one of {', '.join(STAGES)} (see --help)", file=sys.stderr)
+        say(f"error: stage: got {words[0]!r}, expected one of {', '.join(STAGES)} (see --help)")
         return 2
     stage: Stage = importlib.import_module(f"distill.{STAGES[name][0]}").STAGE
     args = parser_of(name, stage).parse_args(words[1:])
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def former(name: str) -> int:
     """The command `python -m distill.NAME` of earlier releases."""
-    print(f"python -m distill.{name}: this command is now `python -m distill {name}`", file=sys.stderr)
+    say(f"python -m distill.{name}: this command is now `python -m distill {name}`")
     return main([name, *sys.argv[1:]])
 
 

@@ -112,7 +112,7 @@ class _Planned(Exception):
 def _show_plan(plan: MemoryPlan, job: Job) -> None:
     """The plan as a table on stderr; with --plan the load ends with it. MemoryError if --plan asks for too much."""
     if not job.output.quiet or job.output.plan:
-        print(plan.table(), file=sys.stderr)
+        say(plan.table())
     if job.output.plan:
         if job.output.json:
             print(json.dumps({"memory_plan": plan.report()}), flush=True)

@@ -100,7 +100,7 @@ def _export(options: Options, plans: BuildOptions) -> int:
         width=options.width,
     )  # fmt: skip
     for note in pipeline.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")
     keep = settings_for(
         options.model, options.checkpoint, options.vae, options.text_encoder, options.tokenizer
     ).fp8_keep
@@ -117,7 +117,7 @@ def _export(options: Options, plans: BuildOptions) -> int:
         pipeline, options.out, pipeline.tokenizer.path, options.prompt, options.seed, backends, options.reuse, plans
     )  # fmt: skip
     for line in lines:
-        print(line, file=sys.stderr)
+        say(line)
     print(options.out)
     return 0
 
@@ -127,7 +127,7 @@ def _quantized(pipeline: Pipeline, options: Options, keep: tuple[str, ...]) -> P
     if options.calibration is not None:
         amax = read_calibration(options.calibration)
     elif recipe.activations == "tensor":
-        print("calibrating on --prompt alone (export.calibrate takes more)", file=sys.stderr)
+        say("calibrating on --prompt alone (export.calibrate takes more)")
         amax = calibrate(pipeline, [options.prompt], seeds=(0, 1))
     return quantize(pipeline, recipe, amax)
 

@@ -128,7 +128,7 @@ for case in cases:
             os.write(2, f"Traceback: {error!r}".encode())
         os._exit(code)
     os.close(out[1]), os.close(err[1])
-    said = [open(end[0], "rb").read().decode() for end in (out, err)]
+    said = [open(end[0], "rb").read().decode("latin-1") for end in (out, err)]
     results.append((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *said))
 print(json.dumps(results))
 """
