@@ -9,7 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from engine.commands.stderr import line_of, say
+from engine.commands.stderr import is_bad_input, line_of, say
 from engine.options import Parser, add_options, options_of
 from engine.program import cleanly
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             return command.run(options)
     except (ValueError, OSError, MemoryError) as error:
         say(f"error: {line_of(error)}")
-        return 2
+        return 2 if is_bad_input(error) or isinstance(error, MemoryError) else 1
 
 
 if __name__ == "__main__":

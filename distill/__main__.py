@@ -17,7 +17,7 @@ from dataclasses import MISSING, dataclass, fields
 import torch
 
 from distill.training.stage import Stage, leave_processes
-from engine.commands.stderr import line_of, say
+from engine.commands.stderr import is_bad_input, line_of, say
 from engine.options import Parser, add_options, option, options_of, pairs, read_table
 from engine.program import cleanly
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "debug", False):
             raise
         say(f"error: {line_of(error)}")
-        return 2
+        return 2 if is_bad_input(error) else 1
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from engine.bundles.manifest import read_manifest
 from engine.bundles.registry import BACKENDS
-from engine.commands.stderr import line_of, need_stdout, say
+from engine.commands.stderr import is_bad_input, line_of, need_stdout, say
 from engine.loader import load, settings_for
 from engine.options import Parser, add_options, option, options_of
 from engine.program import cleanly
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             return _inspect(options.bundle) if options.what == "inspect" else _verify(options.bundle, options.backend)
     except (ValueError, OSError, ImportError) as error:
         say(f"error: {line_of(error)}")
-        return 2
+        return 2 if is_bad_input(error) else 1
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.commands.stderr import line_of, say
+from engine.commands.stderr import is_bad_input, line_of, say
 from engine.files import write_json
 from engine.loader import load
 from engine.options import Parser, add_options, option, options_of
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
             write_calibration(amax, options.out)
     except (ValueError, OSError) as error:
         say(f"error: {line_of(error)}")
-        return 2
+        return 2 if is_bad_input(error) else 1
     print(options.out)
     return 0
 

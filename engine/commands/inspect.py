@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.commands.stderr import line_of, need_stdout, say
+from engine.commands.stderr import is_bad_input, line_of, need_stdout, say
 from engine.config import TransformerConfig
 from engine.files import read_json
 from engine.loader import CHECKPOINT_PRESET, settings_of
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
             _show(report, options.json)
     except (ValueError, OSError, ImportError) as error:
         say(f"error: {line_of(error)}")
-        return 2
+        return 2 if is_bad_input(error) else 1
     return 2 if report.problem else 0
 
 

@@ -24,7 +24,7 @@ CASES = {
     "file, all closed": ("engine.run", [*RUN, "--out", "a.y4m"], {0: None, 1: None, 2: None}, 0, ""),
     "file, all full": ("engine.run", [*RUN, "--out", "b.y4m"], {1: "/dev/full", 2: "/dev/full"}, 0, ""),
     "report, closed": ("engine.run", [*RUN, "--out", "null", "--json"], {1: None}, 2, f"--json: {CLOSED}"),
-    "inspect, full": ("engine.commands.inspect", [SPRITES], {1: "/dev/full"}, 1, f"stdout: got {FULL}"),
+    "inspect, full": ("engine.commands.inspect", [SPRITES], {1: "/dev/full"}, 1, f"got {FULL}"),
     "inspect, closed": ("engine.commands.inspect", [SPRITES], {1: None}, 2, f"inspect: {CLOSED}"),
     "inspect an error, closed": ("engine.commands.inspect", ["/nowhere"], {2: None}, 2, ""),
     "bundle, full": ("export.__main__", ["inspect", str(fake_stages.RECORDED)], {1: "/dev/full"}, 1, FULL),
