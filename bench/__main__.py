@@ -9,6 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from engine.commands.stderr import is_bad_input, line_of, say
 from engine.options import Parser, add_options, options_of
 from engine.program import cleanly
 
@@ -57,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         with cleanly():
             return command.run(options)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        say(f"error: {line_of(error)}")
+        return 2 if is_bad_input(error) or isinstance(error, MemoryError) else 1
 
 
 if __name__ == "__main__":

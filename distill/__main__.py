@@ -17,6 +17,7 @@ from dataclasses import MISSING, dataclass, fields
 import torch
 
 from distill.training.stage import Stage, leave_processes
+from engine.commands.stderr import is_bad_input, line_of, say
 from engine.options import Parser, add_options, option, options_of, pairs, read_table
 from engine.program import cleanly
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     name = words[0].replace("-", "_")
     if name not in STAGES:
-        print(f"error: stage: got {words[0]!r}, expected one of {', '.join(STAGES)} (see --help)", file=sys.stderr)
+        say(f"error: stage: got {words[0]!r}, expected one of {', '.join(STAGES)} (see --help)")
         return 2
     stage: Stage = importlib.import_module(f"distill.{STAGES[name][0]}").STAGE
     args = parser_of(name, stage).parse_args(words[1:])
@@ -71,14 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if getattr(args, "debug", False):
             raise
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        say(f"error: {line_of(error)}")
+        return 2 if is_bad_input(error) else 1
     return 0
 
 
 def former(name: str) -> int:
     """The command `python -m distill.NAME` of earlier releases."""
-    print(f"python -m distill.{name}: this command is now `python -m distill {name}`", file=sys.stderr)
+    say(f"python -m distill.{name}: this command is now `python -m distill {name}`")
     return main([name, *sys.argv[1:]])
 
 

@@ -141,6 +141,20 @@ class Parser(argparse.ArgumentParser):
             message += "; a value that begins with - is written --NAME=-value, a file's name also ./-name"
         self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """As argparse, but help that stdout does not take is an error."""
+        file = file or sys.stderr
+        try:
+            if file is not None:
+                print(message, end="", file=file, flush=True)
+        except (OSError, ValueError) as error:
+            if file is not sys.stdout:
+                return
+            with suppress(OSError, ValueError):
+                file.close()  # nothing is left to flush at exit
+            if not isinstance(error, BrokenPipeError):
+                self.exit(1, f"error: help: got {error} on stdout, expected it to be written\n")
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Take what follows an option of one value as its value although it begins with one -, as in --image -x.png."""
         given = list(sys.argv[1:] if args is None else args)

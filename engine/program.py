@@ -6,6 +6,7 @@ once. Inside `cleanly` it raises KeyboardInterrupt, so that half-made files are 
 
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -26,7 +27,7 @@ def begin() -> None:
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
-    handle(_leave)
+    handle(leave)
     sys.excepthook = _lacking
 
 
@@ -79,10 +80,11 @@ def restore(handlers: dict[int, Any]) -> None:
     """Give the signals back what `handle` returned."""
     for number, handler in handlers.items():
         # The program's work is done where `begin` had them: nothing is left to interrupt.
-        signal.signal(number, signal.SIG_IGN if handler is _leave else handler)
+        signal.signal(number, signal.SIG_IGN if handler is leave else handler)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def leave(number: int, frame: FrameType | None) -> None:
+    """A handler that ends the process at once."""
     os._exit(128 + number)
 
 
@@ -90,25 +92,68 @@ def _leave(number: int, frame: FrameType | None) -> None:
 def cleanly() -> Iterator[None]:
     """A signal inside the block raises KeyboardInterrupt there; the program then ends with status 128 + its number.
 
-    A second signal ends the program at once.
+    A second signal ends the program at once. What stdout does not take ends it with status 1, and with that of SIGPIPE
+    where the reader has left.
     """
     came, process = list[int](), os.getpid()
 
     def handler(number: int, frame: FrameType | None) -> None:
         if came or os.getpid() != process:  # a forked worker has nothing to clean up
-            _leave(number, frame)
+            leave(number, frame)
         came.append(number)
         raise KeyboardInterrupt
 
     before = handle(handler)
     try:
         yield
+        flush_stdout()
     except (KeyboardInterrupt, Exception) as error:
         # Libraries turn a signal into errors of their own.
         if came or isinstance(error, KeyboardInterrupt):
             with suppress(OSError, ValueError):
                 sys.stdout and sys.stdout.flush()
             raise SystemExit(128 + (came[0] if came else signal.SIGINT)) from None
+        if isinstance(error, OSError):
+            flush_stdout(isinstance(error, BrokenPipeError))  # raises if the error was its
         raise
     finally:
         restore(before)
+
+
+def flush_stdout(failed: bool = False) -> None:
+    """Write what stdout still holds. SystemExit, after a line on stderr, if it takes no more.
+
+    failed: a write has, and stdout may hold nothing that shows it
+    """
+    if sys.stdout is None or sys.stdout.closed:
+        return
+    try:
+        sys.stdout.flush()
+        if failed and _reader_has_left():
+            raise BrokenPipeError
+    except OSError as error:
+        drop_stdout()
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        if sys.stderr is not None:
+            with suppress(OSError, ValueError):
+                print(f"error: stdout: got {error.strerror}, expected it to be written", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def drop_stdout() -> None:
+    """Let stdout end nowhere: at exit nothing fails to be flushed."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _reader_has_left() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # no file of the system
+        return False

@@ -1,7 +1,6 @@
 """python -m engine.run: a prompt in, a video out, written while it is made."""
 
 import json
-import os
 import resource
 import sys
 import time
@@ -22,7 +21,7 @@ from engine.commands.notes import Notes
 from engine.commands.opening import open_pipeline, shape_of
 from engine.commands.prompts import Prompts, frame_of
 from engine.commands.record import Recording, Times
-from engine.commands.stderr import Forgiving, say
+from engine.commands.stderr import Forgiving, is_bad_input, line_of, say
 from engine.commands.strengths import strengths_at
 from engine.config import Preset, Runtime
 from engine.media.base import shown
@@ -31,6 +30,7 @@ from engine.media.pictures import read_image
 from engine.media.sinks import ChecksumSink, Encoding, OutputClosed, open_sink
 from engine.options import Parser, add_options
 from engine.presets import PRESETS
+from engine.program import drop_stdout
 from engine.runtime.memory_plan import MemoryPlan
 from engine.stream import Pipeline
 
@@ -44,9 +44,6 @@ examples:
   python -m engine.run --prompt "..." --out - | ffplay -
 
 presets: """ + ", ".join(PRESETS)
-
-
-_BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ImportError)
 
 
 def parser() -> Parser:
@@ -115,7 +112,7 @@ class _Planned(Exception):
 def _show_plan(plan: MemoryPlan, job: Job) -> None:
     """The plan as a table on stderr; with --plan the load ends with it. MemoryError if --plan asks for too much."""
     if not job.output.quiet or job.output.plan:
-        print(plan.table(), file=sys.stderr)
+        say(plan.table())
     if job.output.plan:
         if job.output.json:
             print(json.dumps({"memory_plan": plan.report()}), flush=True)
@@ -144,6 +141,7 @@ def _run(job: Job, interrupt: Interrupt) -> int:
     )
     encoding = Encoding(output.codec, output.pix_fmt, output.crf)
     begun, sink = time.perf_counter(), None
+    interrupt.to_stdout = output.out == "-"
     try:
         sink = open_sink(output.out, fps, (height * output.scale, width * output.scale), output.format, encoding)
         notes.take(sink.notes)
@@ -194,8 +192,10 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         report["sha256"] = sink.digest
     if not output.quiet:
         made = report.get("sha256", shown(output.out))
-        say(f"{report['frames']} frames at {report['fps']:.1f} fps, first after {report['ttff_ms']:.0f} ms, "
+        told = say(f"{report['frames']} frames at {report['fps']:.1f} fps, first after {report['ttff_ms']:.0f} ms, "
             f"{report['ms_per_chunk']['p50']:.1f} ms per chunk -> {made}")  # fmt: skip
+        if "sha256" in report and not output.json and not told:
+            return 1  # the sum was all there is
     return _print(report) if output.json else 0
 
 
@@ -204,8 +204,7 @@ def _print(report: dict[str, Any]) -> int:
     try:
         print(json.dumps(report), flush=True)
     except OSError as error:
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        drop_stdout()
         if not isinstance(error, BrokenPipeError):
             say(f"error: report: got {error.strerror} on stdout, expected it to be written; the video is whole")
             return 1
@@ -232,10 +231,9 @@ def main(argv: list[str] | None = None) -> int:
         if interrupt.stopped and not interrupt.written:
             say("stopped before the first frame")
             return interrupt.status
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        say("error: " + "; ".join([lines[0], *getattr(error, "__notes__", [])]))
+        say(f"error: {line_of(error)}")
         # Input was good if it gave frames.
-        return 2 if isinstance(error, _BAD_INPUT) and not interrupt.written else 1
+        return 2 if is_bad_input(error) and not interrupt.written else 1
 
 
 if __name__ == "__main__":

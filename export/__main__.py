@@ -22,6 +22,7 @@ from typing import Literal
 from engine.bundles.hashes import check_hashes
 from engine.bundles.manifest import read_manifest
 from engine.bundles.registry import BACKENDS
+from engine.commands.stderr import is_bad_input, line_of, need_stdout, say
 from engine.loader import load, settings_for
 from engine.options import Parser, add_options, option, options_of
 from engine.program import cleanly
@@ -124,7 +125,7 @@ def _export(options: Options, plans: BuildOptions) -> int:
         width=options.width,
     )  # fmt: skip
     for note in pipeline.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")
     keep = settings_for(
         options.model, options.checkpoint, options.vae, options.text_encoder, options.tokenizer
     ).fp8_keep
@@ -141,7 +142,7 @@ def _export(options: Options, plans: BuildOptions) -> int:
         pipeline, options.out, pipeline.tokenizer.path, options.prompt, options.seed, backends, options.reuse, plans
     )  # fmt: skip
     for line in lines:
-        print(line, file=sys.stderr)
+        say(line)
     print(options.out)
     return 0
 
@@ -151,7 +152,7 @@ def _quantized(pipeline: Pipeline, options: Options, keep: tuple[str, ...]) -> P
     if options.calibration is not None:
         amax = read_calibration(options.calibration)
     elif recipe.activations == "tensor":
-        print("calibrating on --prompt alone (export.calibrate takes more)", file=sys.stderr)
+        say("calibrating on --prompt alone (export.calibrate takes more)")
         amax = calibrate(pipeline, [options.prompt], seeds=(0, 1))
     return quantize(pipeline, recipe, amax)
 
@@ -170,21 +171,15 @@ def main(argv: list[str] | None = None) -> int:
                 return _export(options, options_of(args, BuildOptions))
             if options.bundle is None:
                 raise ValueError(f"{options.what}: got no bundle, expected a directory")
+            need_stdout(options.what)
             if options.what == "inspect":
                 return _inspect(options.bundle)
             return _hashes(options.bundle) if options.hashes_only else _verify(options.bundle, options.backend)
     except Exception as error:
         if options.debug:
             raise
-        print(f"error: {_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError | OSError | ImportError) else 1
-
-
-def _line(error: Exception) -> str:
-    """The error on one line, also of a full disk or a compiler."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'export'}: got {error.strerror}, expected to read and write there"
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        say(f"error: {line_of(error)}")
+        return 2 if is_bad_input(error) else 1
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.commands.stderr import is_bad_input, line_of, say
 from engine.files import read_json, write_json
 from engine.loader import load
 from engine.options import Parser, add_options, option, options_of
@@ -157,8 +158,8 @@ def main(argv: list[str] | None = None) -> int:
             amax = calibrate(pipeline, prompts, range(options.seeds), options.chunks, options.percentile)
             write_calibration(amax, options.out)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        say(f"error: {line_of(error)}")
+        return 2 if is_bad_input(error) else 1
     print(options.out)
     return 0
 

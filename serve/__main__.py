@@ -12,7 +12,7 @@ import threading
 import warnings
 import webbrowser
 
-from engine.commands.stderr import say
+from engine.commands.stderr import is_bad_input, line_of, say
 from engine.options import Parser, options_of
 from engine.program import SIGNALS, cleanly
 from serve.options import TOKEN, Network
@@ -24,7 +24,6 @@ examples:
   python -m serve --bundle sprites.bundle --backend native
   GREEDY_SERVE_TOKEN=... python -m serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
 """
-_BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ImportError)
 _GRACE = 5  # seconds for requests that run when the server is told to end
 
 
@@ -64,9 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if getattr(args, "debug", False):
             raise
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        say("error: " + "; ".join([lines[0], *getattr(error, "__notes__", [])]))
-        return 2 if isinstance(error, _BAD_INPUT) else 1
+        say(f"error: {line_of(error)}")
+        return 2 if is_bad_input(error) else 1
     room = server.house.room
     warnings.simplefilter("ignore")  # sessions tell their viewers what concerns them
     for note in server.pipeline.notes:

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "base/number.h"
 #include "base/table.h"
 
 namespace greedy::core {
@@ -22,8 +23,8 @@ const struct {
 
 double number_from(const Json& value, const std::string& where, double least, double most) {
     const double number = value.number(where);
-    check(number >= least && number <= most, where, std::to_string(number),
-          "a number from " + std::to_string(least) + " to " + std::to_string(most));
+    check(number >= least && number <= most, where, fixed(number),
+          "a number from " + fixed(least) + " to " + fixed(most));
     return number;
 }
 
@@ -37,10 +38,10 @@ std::vector<std::vector<double>> steps_from(const Json& value, const std::string
             const double step = item.number(where);
             const bool first = steps.back().empty();
             // A chunk begins as noise. A small first timestep is a count of steps, taken for a timestep.
-            check(!first || step >= kLeastFirst, where, std::to_string(step), "timesteps that begin near 1000");
+            check(!first || step >= kLeastFirst, where, fixed(step), "timesteps that begin near 1000");
             const double before = first ? std::nextafter(1000.0, 1001.0) : steps.back().back();
-            check(step > 0 && step < before, where, std::to_string(step), "falling numbers in (0, 1000]");
-            check(!warped || step == std::floor(step), where, std::to_string(step), "whole numbers where warped");
+            check(step > 0 && step < before, where, fixed(step), "falling numbers in (0, 1000]");
+            check(!warped || step == std::floor(step), where, fixed(step), "whole numbers where warped");
             steps.back().push_back(step);
         }
         check(!steps.back().empty(), where, "no timestep", "at least one for every chunk");
@@ -75,7 +76,7 @@ TransformerConfig TransformerConfig::from(const Json& values, const std::string&
             value.integer(at, 1, kMost);  // only compiling the graphs needs it
         } else if (key == "eps") {
             const double eps = value.number(at);
-            check(eps > 0 && eps < 1, at, std::to_string(eps), "a number between 0 and 1");
+            check(eps > 0 && eps < 1, at, fixed(eps), "a number between 0 and 1");
         } else if (key == "cross_attn_norm") {
             value.boolean(at);
         } else if (key == "qk_norm") {

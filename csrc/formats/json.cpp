@@ -6,6 +6,7 @@
 #include <unordered_set>
 
 #include "base/error.h"
+#include "base/number.h"
 #include "base/utf8.h"
 
 namespace greedy::core {
@@ -208,7 +209,7 @@ void Json::refuse(const std::string& where, const std::string& expected) const {
     if (const auto* text = std::get_if<std::string>(&value_)) got = "'" + text->substr(0, 60) + "'";
     if (const auto* found = std::get_if<Number>(&value_))
         got = found->whole ? (found->negative ? "-" : "") + std::to_string(found->magnitude)
-                           : std::to_string(found->value);
+                           : fixed(found->value);
     fail(GREEDY_BAD_BUNDLE, where, got, expected);
 }
 

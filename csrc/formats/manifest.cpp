@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "base/file.h"
+#include "base/number.h"
 
 namespace greedy::core {
 namespace fs = std::filesystem;
@@ -249,7 +250,7 @@ Manifest Manifest::parse(std::string_view text, const std::string& where) {
     out.spatial = fields.size("spatial"), out.temporal = fields.size("temporal");
     out.text_rows = fields.size("text_rows");
     out.fps = fields["fps"].number(fields.at("fps"));
-    expect(out.fps > 0 && out.fps <= 1000, fields.at("fps"), std::to_string(out.fps), "more than 0, at most 1000");
+    expect(out.fps > 0 && out.fps <= 1000, fields.at("fps"), fixed(out.fps), "more than 0, at most 1000");
     const std::int64_t high = out.spatial * out.transformer.patch_height;
     const std::int64_t wide = out.spatial * out.transformer.patch_width;
     expect(out.height % high == 0, fields.at("height"), std::to_string(out.height),

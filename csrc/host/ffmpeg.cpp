@@ -98,6 +98,9 @@ pid_t start_ffmpeg(const std::string& program, std::vector<std::string> words, i
     return process;
 }
 
+volatile std::sig_atomic_t running = 0;  // the process of an ffmpeg that has not been waited for
+volatile std::sig_atomic_t urged = 0;    // how often it was
+
 // The first line in a pipe, which it closes, with the name that the user gave in place of the temporary one.
 std::string first_line(int& end, const std::string& temporary, const std::string& asked) {
     std::string text(4096, '\0');
@@ -118,6 +121,10 @@ std::string first_line(int& end, const std::string& temporary, const std::string
 // Waits and returns the exit status, or 256 + the number of the signal that ended the process.
 int status_of(pid_t process) {
     int status = 0;
+    siginfo_t ended;
+    while (waitid(P_PID, static_cast<id_t>(process), &ended, WEXITED | WNOWAIT) < 0 && errno == EINTR) {
+    }
+    running = 0;  // from here on another process may get its number
     while (waitpid(process, &status, 0) < 0 && errno == EINTR) {
     }
     return WIFEXITED(status) ? WEXITSTATUS(status) : 256 + WTERMSIG(status);
@@ -179,7 +186,7 @@ class FfmpegSink : public FrameSink {
         if (frames_ == 0) return part_->drop();
         if (status != 0) failure(status);
         if (!said_.text.empty()) notes_.push_back("ffmpeg says: " + said_.text);
-        if (fragmented_) improve();
+        if (fragmented_ && !urged) improve();
         publish(*part_, asked_, notes_);
         part_.reset();
     }
@@ -204,6 +211,7 @@ class FfmpegSink : public FrameSink {
     }
 
     [[noreturn]] void failure(int status) {
+        if (urged) fail(GREEDY_FAILED, "ffmpeg", "a second signal before the end of " + shown(asked_), "it to read all frames");
         const std::string why = said_.text.empty() ? "" : " (" + said_.text + ")";
         const std::string end = status > 255 ? "signal " + std::to_string(status - 256) : "exit status " + std::to_string(status);
         fail(GREEDY_FAILED, "ffmpeg", end + " for " + shown(asked_) + why, "it to read all frames");
@@ -213,6 +221,7 @@ class FfmpegSink : public FrameSink {
     pid_t start(std::vector<std::string> words, int input, Said& said) {
         const pid_t process = start_ffmpeg(program_, std::move(words), input, said.end);
         if (process < 0) output_failure(asked_);
+        running = process;
         return process;
     }
 
@@ -242,6 +251,16 @@ class FfmpegSink : public FrameSink {
 };
 
 }  // namespace
+
+void urge_ffmpeg(int) {
+    const int reason = errno;
+    if (running > 0) {
+        if (urged > 0) kill(running, urged > 1 ? SIGKILL : SIGTERM);
+        urged = urged + 1;
+        alarm(1);
+    }
+    errno = reason;
+}
 
 bool is_video(const std::string& kind) { return kind == "mp4" || kind == "mkv" || kind == "webm" || kind == "mov"; }
 

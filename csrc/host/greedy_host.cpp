@@ -11,9 +11,13 @@
 #include <string>
 #include <vector>
 
+#include <unistd.h>
+
 #include "base/error.h"
+#include "base/number.h"
 #include "formats/manifest.h"
 #include "greedy/greedy.hpp"
+#include "host/ffmpeg.h"
 #include "host/options.h"
 #include "host/output.h"
 #include "host/part.h"
@@ -49,7 +53,18 @@ void set_threads(const Options& options) {
     if (!options.threads.empty()) setenv("OMP_NUM_THREADS", options.threads.c_str(), 1);
 }
 
-volatile std::sig_atomic_t stopped = 0;  // the first signal
+volatile std::sig_atomic_t stopped = 0;    // the first signal
+volatile std::sig_atomic_t losable = true;  // no file holds a frame: there is nothing to end well
+
+// The first signal asks to end. A second one ends the process at once, or an ffmpeg that takes too long.
+void on_signal(int number) {
+    if (!stopped)
+        stopped = number;
+    else if (losable)
+        _exit(128 + stopped);
+    else
+        greedy::host::urge_ffmpeg(number);
+}
 
 struct Shape {
     int width, height;
@@ -116,6 +131,7 @@ Made stream(const Options& options, const std::vector<Prompt>& prompts, const st
         if (made.frames == 0) made.first_ms = since(begun);
         for (;;) {
             sink.write(frame->data);
+            losable = options.out == "-";
             if (++made.frames == options.frames || frame->left == 0 || stopped) break;
             frame = session.next_frame();
         }
@@ -126,9 +142,10 @@ Made stream(const Options& options, const std::vector<Prompt>& prompts, const st
 }
 
 // Returns the number of frames.
-std::uint64_t run(const Options& options) {
+std::uint64_t run(Options options) {
     // All that can be refused is, before graphs and weights are read.
     const Shape shape = shape_of(options.bundle);
+    options.frames = greedy::host::frames_of(options, shape.fps);
     const std::vector<Prompt> prompts = greedy::host::prompts_of(options, shape.fps, stopped);
     const auto sink = greedy::host::open_sink(options.out, options.format, shape.width, shape.height, shape.fps);
     Made made;
@@ -151,13 +168,15 @@ std::uint64_t run(const Options& options) {
     const std::vector<double>& chunks = made.chunk_ms;
     double steady = 0;
     for (std::size_t i = 1; i < chunks.size(); ++i) steady += chunks[i] / static_cast<double>(chunks.size() - 1);
+    using greedy::core::fixed;
     if (options.json)
-        std::fprintf(
-            stderr,
-            "{\"frames\": %llu, \"chunks\": %zu, \"load_ms\": %.3f, \"ttff_ms\": %.3f, \"ms_per_chunk\": %.4f, "
-            "\"fps\": %.3f, \"backend\": \"%s\", \"target\": \"%s\"}\n",
-            static_cast<unsigned long long>(made.frames), chunks.size(), made.load_ms, made.first_ms, steady,
-            1e3 * static_cast<double>(made.frames) / made.spent_ms, made.backend.c_str(), made.target.c_str());
+        std::fprintf(stderr,
+                     "{\"frames\": %llu, \"chunks\": %zu, \"load_ms\": %s, \"ttff_ms\": %s, \"ms_per_chunk\": %s, "
+                     "\"fps\": %s, \"backend\": \"%s\", \"target\": \"%s\"}\n",
+                     static_cast<unsigned long long>(made.frames), chunks.size(), fixed(made.load_ms, 3).c_str(),
+                     fixed(made.first_ms, 3).c_str(), fixed(steady, 4).c_str(),
+                     fixed(1e3 * static_cast<double>(made.frames) / made.spent_ms, 3).c_str(), made.backend.c_str(),
+                     made.target.c_str());
     return made.frames;
 }
 
@@ -170,9 +189,10 @@ int main(int count, char** words) {
         std::fputs("stopped before the first frame\n", stderr);
         return 128 + stopped;
     };
+    std::signal(SIGALRM, greedy::host::urge_ffmpeg);
     for (int number : {SIGPIPE, SIGXFSZ}) std::signal(number, SIG_IGN);  // the write fails then, and is an error
     for (int number : {SIGINT, SIGTERM, SIGHUP}) {
-        const auto before = std::signal(number, [](int which) { stopped = stopped ? stopped : which; });
+        const auto before = std::signal(number, on_signal);
         if (number == SIGHUP && before == SIG_IGN) std::signal(number, SIG_IGN);  // as nohup wants it
     }
     try {
@@ -197,8 +217,13 @@ int main(int count, char** words) {
     } catch (const greedy::host::OutputClosed&) {
         return 0;  // the reader has ended the stream
     } catch (const greedy::StatusError& error) {
-        std::fprintf(stderr, "error: %s%s\n", error.what(), kept.c_str());
+        const std::string bare = greedy_status_name(GREEDY_NO_MEMORY);  // without memory there is no line either
+        const std::string line = error.what() == bare ? "memory: got none left, expected more" : error.what();
+        std::fprintf(stderr, "error: %s%s\n", line.c_str(), kept.c_str());
         return error.status <= GREEDY_NO_MEMORY || !kept.empty() ? 1 : 2;
+    } catch (const std::bad_alloc&) {
+        std::fprintf(stderr, "error: memory: got none left, expected more%s\n", kept.c_str());
+        return 1;
     } catch (const std::exception& error) {
         std::fprintf(stderr, "error: %s%s\n", error.what(), kept.c_str());
         return 1;

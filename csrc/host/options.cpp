@@ -1,10 +1,11 @@
 #include "host/options.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <map>
+#include <locale>
+#include <sstream>
 
 #include "base/utf8.h"
 #include "greedy/greedy.hpp"
@@ -22,6 +23,7 @@ const char* const kUsage =
     "  --no-recommit          keep the old prompt's keys and values when the prompt switches\n"
     "  --image FILE.ppm       start from a picture of the bundle's size\n"
     "  --frames N             stop after N frames; default: until Ctrl-C\n"
+    "  --seconds S            stop after S seconds of the bundle's frame rate\n"
     "  --seed S               the same seed gives the same video (0)\n"
     "  --out TARGET           FILE.y4m, .rgb, .mp4, .mkv, .webm, .mov (with ffmpeg in PATH), - (stdout), null, checksum\n"
     "                         (-)\n"
@@ -59,6 +61,29 @@ std::uint64_t whole(const std::string& option, const std::string& text, std::uin
     if (read_whole(text, most, value) && value >= least) return value;
     const std::string digits = text.substr(std::min(text.find_first_not_of("+-0"), text.size() - 1));
     out_of_range(shown_as, (text[0] == '-' && digits != "0" ? "-" : "") + digits, expected);
+}
+
+// As Python's repr shows a number.
+std::string shown(double value) {
+    const double size = std::fabs(value);
+    const bool plain = size == 0 || (size >= 1e-4 && size < 1e16);
+    char text[400];
+    const auto format = plain ? std::chars_format::fixed : std::chars_format::scientific;
+    const std::string out(text, std::to_chars(text, text + sizeof text, value, format).ptr);
+    return out + (plain && out.find('.') == out.npos ? ".0" : "");
+}
+
+// As printf's %g shows a number in the C locale.
+std::string brief(double value) {
+    char text[32];
+    return {text, std::to_chars(text, text + sizeof text, value, std::chars_format::general, 6).ptr};
+}
+
+double seconds_from(const std::string& option, const char* text) {
+    double value = 0;
+    if (!read_real(text, value)) throw Usage("argument " + option + ": got " + quoted(text) + ", expected a valid number");
+    if (value <= 0) out_of_range(option, shown(value), "a positive number");
+    return value;
 }
 
 // As a command line's text that is no UTF-8 is refused.
@@ -119,8 +144,17 @@ bool read_real(const std::string& text, double& value) {
         if (skip(at) == at) return false;
         at = skip(at);
     }
-    value = std::strtod(text.c_str(), nullptr);
-    return at == text.size() && std::isfinite(value);
+    std::istringstream number(text);
+    number.imbue(std::locale::classic());  // strtod follows the locale
+    return at == text.size() && number >> value && std::isfinite(value);
+}
+
+std::uint64_t frames_of(const Options& options, double fps) {
+    if (options.seconds == 0) return options.frames;
+    const double frames = std::max(1.0, std::nearbyint(options.seconds * fps));  // to even from half-way, as Python
+    if (options.seconds * fps > static_cast<double>(kMostFrames + 1))
+        out_of_range("--seconds", brief(options.seconds) + " at " + brief(fps) + " fps", "fewer than 2^53 frames");
+    return static_cast<std::uint64_t>(frames);
 }
 
 Options parse(int count, char** words) {
@@ -156,9 +190,13 @@ Options parse(int count, char** words) {
             out.recommit = false;
         else if (word == "--image")
             out.image = next();
-        else if (word == "--frames")
+        else if (word == "--frames") {
+            alone(out.seconds > 0, "--seconds");
             out.frames = whole(word, next(), 1, kMostFrames, word, "1 to 2^53 - 1");
-        else if (word == "--seed")
+        } else if (word == "--seconds") {
+            alone(out.frames != UINT64_MAX, "--frames");
+            out.seconds = seconds_from(word, next());
+        } else if (word == "--seed")
             out.seed = whole(word, next(), 0, UINT64_MAX, word, "0 to 2^64 - 1");
         else if (word == "--out")
             out.out = next();

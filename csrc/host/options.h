@@ -28,10 +28,14 @@ struct Options {
     bool has_prompt = false, has_file = false;
     std::vector<Asked> later;  // of --prompt-at
     std::uint64_t frames = UINT64_MAX, seed = 0;
+    double seconds = 0;  // 0: `frames` says when to stop
     std::string threads;  // empty: as the environment says
     bool recommit = true, json = false, quiet = false;
     greedy_settings settings;
 };
+
+// How many frames a command line asks for at a rate. Throws StatusError for more than a counter holds.
+std::uint64_t frames_of(const Options& options, double fps);
 
 // Throws Usage, and StatusError for a number out of range.
 Options parse(int count, char** words);

@@ -79,7 +79,9 @@ void Bundle::open_device(const greedy_settings& settings) {
             return;
         } catch (const Error& error) {
             if (error.status != GREEDY_NO_BACKEND) throw;
-            log(GREEDY_LOG_INFO, name + " does not open here: " + error.what());
+            // A plugin that was never installed is no news, unless no other one opens.
+            const int level = has_plugin(spec.backend, settings.plugin_dir) ? GREEDY_LOG_INFO : GREEDY_LOG_DEBUG;
+            log(level, name + " does not open here: " + error.what());
             if (reasons.find(error.what()) == std::string::npos)
                 reasons += (reasons.empty() ? "" : "; ") + std::string(error.what());
         }

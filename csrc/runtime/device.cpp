@@ -45,6 +45,11 @@ std::filesystem::path plugin_path(const std::string& backend, const char* folder
 
 }  // namespace
 
+bool has_plugin(const std::string& backend, const char* folder) {
+    std::error_code error;
+    return std::filesystem::exists(plugin_path(backend, folder), error);
+}
+
 Buffer::~Buffer() {
     if (device_) device_->plugin_->release(device_->device_, raw_);
 }
@@ -90,8 +95,7 @@ std::size_t Graph::output_index(const std::string& name) const {
 
 Device::Device(const std::string& backend, const char* folder, const greedy_device_settings& settings) {
     const std::filesystem::path path = plugin_path(backend, folder);
-    std::error_code error;
-    if (!std::filesystem::exists(path, error)) fail(GREEDY_NO_BACKEND, backend, "no plugin " + path.string(), "it");
+    if (!has_plugin(backend, folder)) fail(GREEDY_NO_BACKEND, backend, "no plugin " + path.string(), "it");
     library_ = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library_) throw Error(GREEDY_NO_BACKEND, backend + ": got a plugin that does not load, " + dlerror());
     // The library is never closed: its threads and thread-local data outlive any handle.

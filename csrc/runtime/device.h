@@ -13,6 +13,9 @@ namespace greedy::core {
 
 class Device;
 
+// Whether a backend's plugin lies where it is looked for.
+bool has_plugin(const std::string& backend, const char* folder);
+
 // Device memory, released by the destructor. The device must outlive it.
 class Buffer {
   public:

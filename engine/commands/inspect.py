@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.commands.stderr import is_bad_input, line_of, need_stdout, say
 from engine.config import TransformerConfig
 from engine.files import read_json
 from engine.loader import CHECKPOINT_PRESET, settings_of
@@ -236,18 +237,23 @@ def main(argv: list[str] | None = None) -> int:
     options = options_of(parser.parse_args(argv), Options)
     try:
         with cleanly():
+            need_stdout("inspect")
             report = inspect(options.path)
+            _show(report, options.json)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    if options.json:
-        print(json.dumps(_plain(report)))
-    else:
-        print(f"{report.path}: {report.kind}")
-        for line in report.lines:
-            print(f"  {line}")
-        print(f"  does not run: {report.problem}" if report.problem else f"  runs with: {report.command}")
+        say(f"error: {line_of(error)}")
+        return 2 if is_bad_input(error) else 1
     return 2 if report.problem else 0
+
+
+def _show(report: Report, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_plain(report)))
+        return
+    print(f"{report.path}: {report.kind}")
+    for line in report.lines:
+        print(f"  {line}")
+    print(f"  does not run: {report.problem}" if report.problem else f"  runs with: {report.command}")
 
 
 def _plain(report: Report) -> Mapping[str, Any]:

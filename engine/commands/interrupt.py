@@ -5,17 +5,19 @@ from types import FrameType
 import numpy as np
 
 from engine.media.sinks import Sink
-from engine.program import handle, restore
+from engine.program import handle, leave, restore
 
 
 class Interrupt:
     """Ctrl-C, SIGTERM and SIGHUP stop the stream.
 
     Before the first frame each signal raises KeyboardInterrupt. From then on the first one does, and never during a
-    write. Further ones only ask to hurry: what follows must reach the end of the output.
+    write. Further ones only ask to hurry: what follows must reach the end of the output. On stdout there is nothing to
+    end, and its reader may never read again: there the second signal ends the process at once.
     """
 
     def __init__(self) -> None:
+        self.to_stdout = False
         self.writing = False
         self.asked = False  # a signal has come during a write
         self.stopped = False  # a signal has come before the end of the stream
@@ -33,6 +35,8 @@ class Interrupt:
         restore(self._before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.status and self.to_stdout:
+            leave(self.status - 128, frame)
         self.status = self.status or 128 + number
         again = self.stopped or self._ended
         self.stopped = self.stopped or not self._ended

@@ -1,12 +1,12 @@
 """The options of `engine.run`: one frozen dataclass per concern, and the whole command line as a Job."""
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.bundles.registry import BACKENDS
+from engine.commands.stderr import need_stdout
 from engine.config import Preset, Runtime
 from engine.media.sinks import LONGEST
 from engine.options import chosen, option, options_of
@@ -136,8 +136,8 @@ class Output:
             raise ValueError("--json: got --out -, expected a file (both write to stdout)")
         if not 1 <= self.scale <= LONGEST:
             raise ValueError(f"--scale: got {self.scale}, expected 1 to {LONGEST}")
-        if self.json and sys.stdout is None:
-            raise ValueError("--json: got stdout closed, expected a pipe or a redirection")
+        if self.json:
+            need_stdout("--json")
         if self.fps is not None and not 0 < self.fps < float("inf"):
             raise ValueError(f"--fps: got {self.fps}, expected a positive number")
 

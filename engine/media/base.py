@@ -64,6 +64,8 @@ def need(module: str, what: str) -> ModuleType:
         return import_module(module)
     except ImportError as error:
         package = {"av": "av", "PIL.Image": "pillow"}[module]
+        if not isinstance(error, ModuleNotFoundError):  # it is there: no memory for its libraries, or one is damaged
+            raise ImportError(f"{what} output: got {error}, expected the package {package} to load") from error
         expected = f"it installed (pip install {package}); .y4m and .rgb need no package"
         raise ImportError(f"{what} output: got no package {package}, expected {expected}") from error
 

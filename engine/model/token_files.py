@@ -1,6 +1,7 @@
 """Tokenizers of text encoders: read from their folder as data, of which nothing is run or looked up elsewhere."""
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -52,6 +53,8 @@ def core_of(folder: Path) -> Any:
     if file.name == "tokenizer.json":
         text = read_text(file)
         check_marks(text, str(file))
+    # One prompt at a time feeds no threads; where none can be started the library's pool would end the process.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with one_line(file, "a tokenizer"):
         core = _converted(folder) if file.name == "spiece.model" else _parsed(text)
     for pattern in _patterns(core):

@@ -95,6 +95,31 @@ def test_seeds_beyond_63_bits_differ(both):
     assert len(set(sums)) == len(seeds)
 
 
+SECONDS = {
+    "1": 0, "0.3": 0, ".5": 0, "1e-3": 0, "1.0625": 0, "+1": 0, "0": 2, "-0.0": 2, "-1": 2, "-1e-7": 2, "-1e5": 2,
+    "-1e22": 2, "nan": 2, "inf": 2, "1e16": 2, "1.2345678e300": 2, "x": 2, "": 2, "1_0": 2, "1,5": 2, " 1": 2, "0x1": 2,
+    "1e-400": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SECONDS)
+def test_seconds(both, text):
+    got = same(both, "--prompt", RED, "--out", "checksum", f"--seconds={text}", status=SECONDS[text])
+    if text in ("1", ".5"):
+        frames = str(round(8 * float(text)))
+        assert got == same(both, "--prompt", RED, "--out", "checksum", "--frames", frames, status=0)
+
+
+@pytest.mark.parametrize("words", [["--frames", "2", "--seconds", "1"], ["--seconds", "1", "--frames", "2"]])
+def test_two_lengths(both, words):
+    same(both, "--prompt", RED, "--out", "checksum", *words, status=2, said="not allowed with argument")
+
+
+def test_a_prompt_after_the_last_second(both):
+    words = ["--prompt", RED, "--out", "checksum", "--seconds", "1", "--prompt-at", "1s", TEAL]
+    same(both, *words, status=2, said="expected one before the end at 8")
+
+
 PROMPTS = {
     "plain": RED.encode(),
     "CRLF": RED.encode() + b"\r\n[5f] teal\r\n",
