@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <iterator>
 #include <map>
+#include <set>
 #include <string_view>
 
 #include "base/error.h"
