@@ -213,11 +213,12 @@ TextKV Stages::prepare_text(const std::vector<float>& embedding) {
     return out;
 }
 
-// Inputs: a latent or frames, then cache_0, ...; outputs: the result, then the caches of the next call.
+// Inputs: a latent or frames, then cache_0, ...; outputs: the result, then the caches of the next call. It takes no
+// cancel: pictures that are pushed leave it to the next frame.
 Stages::VaeCache Stages::call_vae(const Graph& graph, const Buffer& input, const VaeCache& cache, Buffer& result) {
     std::vector<void*> inputs = {input.data()};
     for (const Buffer& held : cache) inputs.push_back(held.data());
-    std::vector<Buffer> outputs = call(graph, inputs);
+    std::vector<Buffer> outputs = graph.run(inputs);
     result = std::move(outputs[0]);
     VaeCache next;
     for (std::size_t i = 1; i < outputs.size(); ++i) next.push_back(std::move(outputs[i]));

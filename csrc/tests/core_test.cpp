@@ -317,10 +317,10 @@ void test_a_graph_of_many_tensors(const std::string& manifest) {
     };
     const std::clock_t begun = std::clock();
     check(parsed("", mutates, "aoti").empty(), "many tensors: mutates");
-    check(parsed("", mutates + ",\"x\"", "aoti").find("a mutated x") != std::string::npos, "many tensors: no input");
+    check(parsed("", mutates + ",\"x\"", "aoti").find("mutates: got 'x'") != std::string::npos, "many tensors: no input");
     const std::string other = parsed(aliases, "", "onnx");
-    check(other.find("an alias of") == std::string::npos, "many tensors: aliases: " + other);
-    check(parsed(aliases + ",\"o1x\": \"i1\"", "", "onnx").find("an alias of i1") != std::string::npos, "many tensors: no output");
+    check(other.find("aliases: got") == std::string::npos, "many tensors: aliases: " + other);
+    check(parsed(aliases + ",\"o1x\": \"i1\"", "", "onnx").find("aliases: got o1x for i1") != std::string::npos, "many tensors: no output");
     check(std::clock() - begun < 20 * CLOCKS_PER_SEC, "many tensors: slow");
 }
 
