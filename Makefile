@@ -1,4 +1,4 @@
-# Every verb sets up what it needs. CI calls lint and test-all unchanged.
+# Every verb sets up what it needs. CI calls lint and test unchanged.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

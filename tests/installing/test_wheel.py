@@ -35,7 +35,7 @@ NATIVE = {
 
 Ran = subprocess.CompletedProcess[str]
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 
 def run(*words: str | Path, env: dict[str, str] | None = None, cwd: Path = Path("/")) -> Ran:
