@@ -75,7 +75,7 @@ def torch_libraries() -> list[Path]:
 
 
 def native_extensions() -> list[Extension]:
-    """The C++ core, where there are a compiler and Python's headers on Linux; GREEDY_NATIVE=1 insists, 0 leaves it out."""
+    """The C++ core, where Linux has a compiler and Python's headers; GREEDY_NATIVE=1 insists on it, 0 leaves it out."""
     wanted = os.environ.get("GREEDY_NATIVE", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"GREEDY_NATIVE: got {wanted!r}, expected 0, 1 or nothing")
