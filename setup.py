@@ -75,12 +75,14 @@ def torch_libraries() -> list[Path]:
 
 
 def native_extensions() -> list[Extension]:
-    """The C++ core, where there is a compiler on Linux; GREEDY_NATIVE=1 insists on it, 0 leaves it out."""
+    """The C++ core, where Linux has a compiler and Python's headers; GREEDY_NATIVE=1 insists on it, 0 leaves it out."""
     wanted = os.environ.get("GREEDY_NATIVE", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"GREEDY_NATIVE: got {wanted!r}, expected 0, 1 or nothing")
     compilers = filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"])
-    if wanted == "0" or (wanted == "auto" and not (sys.platform == "linux" and any(map(shutil.which, compilers)))):
+    headers = Path(sysconfig.get_config_var("INCLUDEPY") or "") / "Python.h"  # of python3-dev
+    there = sys.platform == "linux" and headers.is_file() and any(map(shutil.which, compilers))
+    if wanted == "0" or (wanted == "auto" and not there):
         return []
     if not (HERE / "CMakeLists.txt").is_file():
         sys.exit(

@@ -101,6 +101,7 @@ void Session::check_unstarted() const {
 void Session::push_frames(const std::uint8_t* rgb, std::size_t count) {
     check_unstarted();
     if (count == 0) fail(GREEDY_INVALID, "push", "no frames", "at least one");
+    bundle_->check_unchanged();
     const Manifest& m = manifest();
     const std::size_t temporal = static_cast<std::size_t>(m.temporal), chunk = static_cast<std::size_t>(m.preset.chunk);
     const std::size_t size = static_cast<std::size_t>(3 * m.height * m.width);
@@ -167,8 +168,8 @@ Latent Session::frame_of(const Latent& chunk, std::int64_t frame) const {
 
 // Makes one chunk; publishes the chunk before it, and nothing of its own.
 std::shared_ptr<const Latent> Session::make() {
+    bundle_->check_unchanged();  // ahead of everything that reads the weights
     bundle_->check_weights();
-    bundle_->check_unchanged();
     apply_prompt();
     // Commits lazily, so that cache passes do not delay the frames of the chunk before.
     if (uncommitted_) {

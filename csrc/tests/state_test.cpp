@@ -167,15 +167,20 @@ void test_refused_calls_change_nothing(const greedy::Bundle& bundle) {
     session.set_prompt(longest);
 }
 
+// Weights of one table of zeros, [rows, 1].
+void write_weights(Copy& copy, std::size_t rows) {
+    const std::string header = R"({"shared.weight":{"dtype":"F32","shape":[)" + std::to_string(rows) +
+                               R"(,1],"data_offsets":[0,)" + std::to_string(4 * rows) + "]}}";
+    std::string bytes(8, '\0');
+    bytes[0] = static_cast<char>(header.size());
+    copy.rewrite("weights.safetensors", bytes + header + std::string(4 * rows, '\0'));
+}
+
 // A graph aborts at a token outside its table, so such a tokenizer is refused, wherever it names the token.
 void test_tokens_outside_the_table() {
     const std::string tokenizer = content_of(fs::path(bundle_path) / "tokenizer" / "tokenizer.json");
-    const auto table = [](Copy& copy, int rows) {
-        const std::string header = R"({"shared.weight":{"dtype":"F32","shape":[)" + std::to_string(rows) +
-                                   R"(,1],"data_offsets":[0,)" + std::to_string(4 * rows) + "]}}";
-        std::string bytes(8, '\0');
-        bytes[0] = static_cast<char>(header.size());
-        copy.rewrite("weights.safetensors", bytes + header + std::string(static_cast<std::size_t>(4 * rows), '\0'));
+    const auto table = [](Copy& copy, std::size_t rows) {
+        write_weights(copy, rows);
         std::string manifest = content_of(copy.folder / "manifest.json");
         const std::size_t graph = manifest.find("\"encode_text\": {"), at = manifest.find("\"weights\": {}", graph);
         check(graph != std::string::npos && at != std::string::npos, "the test's own: encode_text");
@@ -270,6 +275,22 @@ void test_large_files_are_watched() {
     fs::remove(path);
 }
 
+// Weights that were cut are not read any more, by the first call of a session as by later ones.
+void test_mapped_weights_that_are_cut() {
+    const std::vector<std::uint8_t> clip(static_cast<std::size_t>(3 * 16 * 8), 90);
+    for (const int frames : {0, 1}) {
+        Copy copy;
+        write_weights(copy, greedy::core::FileBytes::kMostCopied / 4);
+        greedy::Session session(open_bundle(copy.folder.string()), 1), other(open_bundle(copy.folder.string()), 1);
+        session.set_prompt("teal");
+        pixels(session, frames);
+        fs::resize_file(copy.folder / "weights.safetensors", 10);
+        greedy_frame* frame = nullptr;
+        check(greedy_next_frame(session.get(), &frame) == GREEDY_BAD_BUNDLE, "cut: a frame");
+        check(greedy_push_frames(other.get(), clip.data(), 1) == GREEDY_BAD_BUNDLE, "cut: a push");
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -284,6 +305,7 @@ int main(int argc, char** argv) {
         test_hashes();
         test_files_that_vanish();
         test_large_files_are_watched();
+        test_mapped_weights_that_are_cut();
     } catch (const std::exception& error) {
         std::fprintf(stderr, "FAILED: %s\n", error.what());
         return 1;

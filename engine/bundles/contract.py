@@ -182,7 +182,8 @@ def _check(where: str, graph: Graph, expected: _Expected) -> None:
 def _same_names(where: str, what: str, found: Mapping[str, object], wanted: Iterable[str]) -> None:
     if missing := [name for name in wanted if name not in found]:
         _refuse(where, f"no {missing[0]}", "it")
-    if unknown := [name for name in found if name not in set(wanted)]:
+    known = set(wanted)
+    if unknown := [name for name in found if name not in known]:
         _refuse(where, f"unknown {what} {unknown[0]}", "only known ones")
 
 

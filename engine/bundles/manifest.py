@@ -106,7 +106,8 @@ class GraphSpec(_Strict):
             made, target = outputs.get(output), inputs.get(replaced)
             if made is None or target is None or (made.shape, made.dtype) != (target.shape, target.dtype):
                 _refuse("aliases", f"{output!r} for {replaced!r}", "an output and an input of its shape")
-        if odd := [name for name in self.mutates if name not in inputs or name in self.aliases.values()]:
+        free = inputs.keys() - self.aliases.values()
+        if odd := [name for name in self.mutates if name not in free]:
             _refuse("mutates", repr(odd[0]), "an input that no output replaces")
         return self
 

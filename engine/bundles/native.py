@@ -166,11 +166,12 @@ class NativeStream(HandsOver):
         """
         if isinstance(prompt, str):
             check_prompt(prompt)
-            number: int = self._session.set_prompt(prompt, recommit)
             cleaned = clean_prompt(prompt)
-            # A character of ASCII is one token at most; an end mark and a space in front may be added.
+            # A character of ASCII is one token at most; an end mark and a space in front may be added. The warning
+            # comes first: it may be an error.
             if not cleaned.isascii() or len(cleaned) + 2 > self.pipeline.text_rows:
                 self.pipeline.tokenizer.warn_if_cut(cleaned)
+            number: int = self._session.set_prompt(prompt, recommit)
             return number
         expected = (1, self.pipeline.text_rows, self.pipeline.text_dim)
         if tuple(prompt.shape) != expected:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -10,16 +11,17 @@ import fake_stages
 import numpy as np
 import pytest
 import torch
-from csrc_tools import ROOT
+from csrc_tools import ROOT, open_fake
 from safetensors.torch import save_file
 
 from engine import files
-from engine.bundles.manifest import GraphSpec, file_hash, read_manifest
+from engine.bundles.hashes import file_hash
+from engine.bundles.manifest import GraphSpec, read_manifest
 from engine.bundles.registry import Backend
 from engine.bundles.stages import GraphStages, StageGraph
 from engine.files import MOST_MARKS, MOST_MARKS_IN_LISTS, MOST_TEXT, read_json
 from engine.loader import load_bundle
-from engine.model.text import MOST_CHARACTERS, MOST_GARBLED, Tokenizer, check_prompt
+from engine.model.text import MOST_CHARACTERS, MOST_GARBLED, PromptWarning, Tokenizer, check_prompt
 
 TOKENIZER = fake_stages.RECORDED / "tokenizer"
 
@@ -51,7 +53,22 @@ def test_a_prompt_is_refused_whole(core, native_build, prompt):
     assert str(native.value) == str(python.value)
     other = opened(core, native_build, fake_stages.RECORDED).open(1)
     other.set_prompt("teal", True)
-    assert np.array_equal(session.next_chunk(), other.next_chunk())
+    assert np.array_equal(session.next_chunk()[0], other.next_chunk()[0])
+
+
+@pytest.mark.parametrize("why", ["a warning that is an error", "a tokenizer that is gone"])
+def test_a_prompt_without_its_warning_is_not_set(core, native_build, tmp_path, why):
+    folder = Path(shutil.copytree(fake_stages.RECORDED, tmp_path / "bundle"))
+    stream = open_fake(core, native_build, folder).stream("teal", seed=1)
+    if why == "a tokenizer that is gone":
+        shutil.rmtree(folder / "tokenizer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PromptWarning)
+        with pytest.raises((PromptWarning, ValueError)):
+            stream.set_prompt("a red circle " * 40)
+    with open_fake(core, native_build, fake_stages.RECORDED).stream("teal", seed=1) as other:
+        assert np.array_equal(stream.next_chunk(), other.next_chunk())
+    assert stream.set_prompt("a blue square") == 1
 
 
 def test_graphs_for_any_processor_are_no_machine_code(core, native_build):
@@ -141,7 +158,7 @@ def test_json_is_counted_before_it_is_read(tmp_path, monkeypatch, kind):
         with pytest.raises(ValueError, match=rf"^{tmp_path}.*got .*{said}.*, expected at most \d+$"):
             reads()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=rf"got .*{said}.*, expected at most"):
+    with pytest.raises(ValueError, match=rf"got .*{said}.*, expected .*at most"):
         Tokenizer(tmp_path / "tokenizer")
 
 

@@ -554,7 +554,7 @@ def interrupted_at(monkeypatch, owner, name, call):
         (engine.runtime.transfer.Download, "wait", 3, 9),  # chunks of 1 and 4 frames: the third is decoded
         (engine.media.sinks.RawSink, "write", 3, 5),  # in the second chunk: the rest of it is written
         (engine.runtime.stages.TorchStages, "run", 14, None),  # while the next chunk is denoised
-        (engine.stream.Stream, "set_prompt", 1, 5),
+        (engine.stream.PythonStream, "set_prompt", 1, 5),
     ],
     ids=lambda value: str(getattr(value, "__name__", value)),
 )

@@ -19,14 +19,14 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 
 
-def arguments() -> dict[str, Any]:
-    """The keyword arguments that setup.py hands to setuptools.setup."""
+def arguments(native: str = "0") -> dict[str, Any]:
+    """The keyword arguments that setup.py hands to setuptools.setup, with this GREEDY_NATIVE."""
     found: dict[str, Any] = {}
     before = Path.cwd()
     os.chdir(ROOT)
     try:
         with (
-            mock.patch.dict(os.environ, GREEDY_NATIVE="0"),
+            mock.patch.dict(os.environ, GREEDY_NATIVE=native),
             mock.patch.object(setuptools, "setup", lambda **given: found.update(given)),
         ):
             runpy.run_path(str(ROOT / "setup.py"))

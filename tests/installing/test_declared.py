@@ -1,12 +1,15 @@
 """What setup.py asks for and constraints.txt pins agree, with each other and with what `make setup` has installed."""
 
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 from declared import ROOT, arguments, closure, installed, lowest, pins, requirements
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from engine import __version__
 
 # No release of it can be installed where we work (docs/tensorrt.md).
 UNPINNED = {"tensorrt"}
@@ -32,6 +35,19 @@ def test_bounds_of_one_package_are_the_same_everywhere():
     for one in requirements(*EXTRAS):
         bounds.setdefault(one.name, set()).add(str(one.specifier))
     assert {name: found for name, found in bounds.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("lacking", ["compiler", "headers"])
+def test_a_machine_that_cannot_build_the_core_installs_without_it(monkeypatch, tmp_path, lacking):
+    """And does not fail halfway in CMake; GREEDY_NATIVE=1 still insists."""
+    if lacking == "compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path))
+    given = arguments("auto")
+    assert (given["ext_modules"], given["version"]) == ([], f"{__version__}+without.core")
+    assert [one.name for one in arguments("1")["ext_modules"]] == ["engine._C"]
 
 
 def test_what_dependencies_require_is_pinned_too():
