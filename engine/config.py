@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from engine.options import Convert, FieldError, option, read, real_number
+from engine.options import Convert, FieldError, option, read, real_number, shown
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 Commit = Literal["clean", "noisy", "none"]
@@ -19,7 +19,7 @@ MOST_SHIFT = 1e3  # and its inverse the least: the grid is float32
 def expect_field(what: str, values: object, name: str, ok: bool, expected: str) -> None:
     """Raise FieldError with the field's value and the expected one unless `ok`."""
     if not ok:
-        got = repr(getattr(values, name))
+        got = shown(getattr(values, name))
         raise FieldError(f"{what}: got {name} {got}, expected {expected}", name, got, expected)
 
 

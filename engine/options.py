@@ -240,12 +240,13 @@ def _typed(hint: Any, value: Any, what: str, name: str) -> Any:
     try:
         return _fitted(hint, value)
     except _Unfit as expected:
-        raise _refused(what, name, _shown(value), str(expected)) from None
+        raise _refused(what, name, shown(value), str(expected)) from None
     except ValueError as error:  # of the field's own converter, whose message is complete
-        raise FieldError(f"{what}: {name}: {error}", name, _shown(value), "another") from None
+        raise FieldError(f"{what}: {name}: {error}", name, shown(value), "another") from None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 

@@ -1,5 +1,6 @@
 """The loop: noise -> denoising steps -> VAE decode -> commit, chunk by chunk, while the caller pulls frames."""
 
+import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -64,6 +65,7 @@ class PythonStream(HandsOver):
         self._ahead: tuple[int, Tensor | Exception] | None = None  # a chunk's number, and the chunk or its error
         self._spoiled = -1  # number of a chunk that cannot be made again, if it is the next one
         self._prompt, self._numbers = Prompt(), count(1)
+        self._setting = threading.RLock()  # of a prompt and its number; a signal handler may come inside
         self._cancelled = False
 
     @property
@@ -73,9 +75,6 @@ class PythonStream(HandsOver):
 
     def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> int:
         """Switch the prompt, text or embedding [B, rows, text_dim], from the next chunk on; returns its number.
-
-        Any thread may call it while another makes a chunk. Later prompts have larger numbers, which `serial` tells.
-        Of several calls before a chunk the last one counts.
 
         `recommit` also rewrites the window's keys and values under the new prompt, so that the past no longer pulls
         towards the old one. Without it, a stream that looks ahead has committed the last chunk under the old prompt,
@@ -90,9 +89,10 @@ class PythonStream(HandsOver):
             text_emb, strengths = self.pipeline.embedded(prompt, state.geometry.batch), state.strengths
             with self._weights(strengths):
                 text_kv = self.pipeline.stages.prepare_text(text_emb)
-        before, number = self._prompt, next(self._numbers)
-        due = before.text_kv is not None and before.recommit  # an earlier recommit that is still due stays due
-        self._prompt = Prompt(number, recommit or due, text_emb, text_kv, strengths)
+        with self._setting:
+            before, number = self._prompt, next(self._numbers)
+            due = before.text_kv is not None and before.recommit  # an earlier recommit that is still due stays due
+            self._prompt = Prompt(number, recommit or due, text_emb, text_kv, strengths)
         return number
 
     def _take_prompt(self) -> int:
@@ -135,9 +135,9 @@ class PythonStream(HandsOver):
             pipeline.generator.set_text(text_kv, state, recommit, strengths=chosen)
 
     def next_chunk(self) -> np.ndarray:
-        """The next chunk, uint8 [T, H, W, 3]: T = 1 + 4 (F - 1) for chunk 0, then 4 F. ValueError if closed.
+        """The next chunk, or what the iterator has left of it, uint8 [T, H, W, 3].
 
-        If the iterator has begun a chunk, those of its frames that are left.
+        T is 1 + 4 (F - 1) for chunk 0, then 4 F.
         """
         return self._hand_over(self._ready_chunk)
 
@@ -146,18 +146,14 @@ class PythonStream(HandsOver):
         return self._hand_over(self._ready_latent)
 
     def rest(self) -> np.ndarray:
-        """The frames that are decoded and not returned yet, uint8 [T, H, W, 3]; T may be 0. It makes no new ones.
-
-        They are what the iterator has left of its chunk, and the chunk of an interrupted call.
-        """
+        """What the iterator has left of its chunk, and the chunk of an interrupted call, uint8 [T, H, W, 3]."""
         return self._hand_over(self._ready_rest)
 
     def cancel(self) -> None:
         """Make the call that runs, or else the next one that has a chunk to make, raise Cancelled once.
 
-        Any thread may call it. The call ends at the next denoising step or latent frame; what it made is dropped, and
-        the next call makes the same chunk. Where a stream looks ahead, the call that runs may have its frames already;
-        then it returns them, and the next one raises.
+        The call ends at the next denoising step or latent frame. Where a stream looks ahead, the call that runs may
+        have its frames already; then it returns them, and the next one raises.
         """
         self._cancelled = True
 
@@ -173,10 +169,7 @@ class PythonStream(HandsOver):
             raise Cancelled("stream: cancelled")
 
     def flush(self) -> None:
-        """Start over at frame 0 with the same seed, the last prompt and the strengths of adapters.
-
-        Drops frames that wait, what is left of a clip, and a cancel that has not acted. The caches keep their memory.
-        """
+        """Start over at frame 0 with the same seed, prompt and strengths of adapters. The caches keep their memory."""
         with self._turns:
             if self._closed:
                 raise self._refusal()
@@ -277,6 +270,8 @@ class PythonStream(HandsOver):
         try:
             with self._weights():
                 self._ahead = number, self._make(self.pipeline.generator)
+        except Cancelled:
+            self._cancelled = True  # the next call that has a chunk to make raises it, unless it is taken back
         except Exception as error:  # it belongs to the next chunk, so the next call raises it
             self._ahead = number, error
 
@@ -310,10 +305,7 @@ class PythonStream(HandsOver):
         )  # fmt: skip
 
     def close(self) -> None:
-        """Drop caches and frames, and end the stream. Closing twice is fine.
-
-        A call of another thread ends within a step, with a ValueError.
-        """
+        """Drop caches and frames, and end the stream. A call of another thread ends within a step."""
         self._closed = True
         if self._turns.free:
             self._drop()

@@ -36,8 +36,8 @@ _KIND = {"image": "picture", "video": "video"}
 
 
 def reason(error: BaseException) -> str:
-    """An exception's text in one line; of the system's errors the reason alone."""
-    told = error.strerror if isinstance(error, OSError) and error.strerror else error
+    """An exception's text in one line; of the system's and FFmpeg's errors the reason alone."""
+    told = getattr(error, "strerror", None) or error
     text = " ".join(str(told).split())
     return text or type(error).__name__
 

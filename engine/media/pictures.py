@@ -16,6 +16,7 @@ from engine.media.decoding import Decoder
 from engine.media.inputs import add_once, check_file, note_crop, reason
 
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # where PIL refuses: 178,956,970
+_PROGRAMS = ("EPS",)  # PostScript, which PIL lets Ghostscript run
 _ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 # Code points of ISO/IEC 23091-2: primaries and transfer, in AVIF and HEIC of 16 bits, in PNG of 8.
 _CODE_POINTS = re.compile(rb"colrnclx\x00(.)\x00(.)|\x00\x00\x00\x04cICP(.)(.)", re.DOTALL)
@@ -59,7 +60,7 @@ def kind_of(path: Path) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with _open(path) as image:
                 if image.format == "MPEG":  # known by name, but never decoded
                     return ""
                 return "animation" if image.format in _ANIMATED and getattr(image, "n_frames", 1) > 1 else "picture"
@@ -76,7 +77,7 @@ def frames_of(path: Path, height: int, width: int, notes: list[str]) -> Iterator
     ValueError for a damaged file. A GIF's delay below 20 ms means 100 ms, as in browsers.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(), _open(path) as image:
             warnings.simplefilter("ignore")
             count = getattr(image, "n_frames", 1)
             for number in range(count):
@@ -95,7 +96,7 @@ def frames_of(path: Path, height: int, width: int, notes: list[str]) -> Iterator
 def _opened(path: Path) -> Image.Image:
     """The picture, its pixels not yet decoded."""
     try:
-        return Image.open(path)
+        return _open(path)
     except UnidentifiedImageError:
         with path.open("rb") as file:
             if not _HEIF.match(file.read(12)):
@@ -107,7 +108,13 @@ def _opened(path: Path) -> Image.Image:
             f"image: got {path}, a HEIC picture, expected the package pillow_heif to read it (extra heic)"
         ) from None
     pillow_heif.register_heif_opener()
-    return Image.open(path)
+    return _open(path)
+
+
+def _open(path: Path) -> Image.Image:
+    """What PIL opens a file as; never as a program that another program runs."""
+    Image.init()
+    return Image.open(path, formats=[name for name in Image.ID if name not in _PROGRAMS])
 
 
 def _code_points(path: Path) -> tuple[int, int]:

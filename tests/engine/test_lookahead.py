@@ -1,10 +1,13 @@
 """A stream that makes its next latent while the last one is shown gives the frames of one that waits."""
 
+import asyncio
+import threading
 from itertools import islice
 
 import numpy as np
 import pytest
 
+from engine.runtime.streams import Cancelled
 from engine.runtime.transfer import Download
 
 PROMPT, OTHER = "a red circle moving right", "a blue square on gray"
@@ -104,4 +107,51 @@ def test_a_chunk_whose_wait_is_interrupted_is_handed_over_by_the_next_call(reque
         except KeyboardInterrupt:
             interrupts += 1
     assert interrupts == 3
+    assert np.array_equal(frames, expected)
+
+
+@FAMILIES
+@pytest.mark.parametrize("way", ["task", "flush", "cancel"])
+def test_a_cancel_that_comes_while_it_looks_ahead(request, family, way, monkeypatch):
+    """The call has its frames. A cancelled task and a flush leave no cancel behind; a cancel acts on the next call."""
+    pipeline, came = request.getfixturevalue(family), threading.Event()
+    expected = list(stream_of(pipeline, False, frames=30))
+    stream, frames = stream_of(pipeline, True), []
+    real, cancel = type(stream)._look_ahead, type(stream).cancel
+
+    def look_ahead(self):
+        if way != "task":
+            self.cancel()
+        elif not came.is_set():
+            loop.call_soon_threadsafe(task.cancel)
+            assert came.wait(60)
+        came.set()
+        real(self)
+
+    monkeypatch.setattr(type(stream), "_look_ahead", look_ahead)
+    monkeypatch.setattr(type(stream), "cancel", lambda self: (cancel(self), came.set()))
+
+    async def take():
+        async for frame in stream:
+            frames.append(frame)
+
+    async def main():
+        nonlocal loop, task
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(take())
+        await asyncio.wait([task])
+
+    loop = task = None
+    if way == "task":
+        asyncio.run(main())
+        assert task.cancelled()
+    while not came.is_set():
+        frames.append(next(stream))
+    monkeypatch.undo()
+    if way == "flush":
+        stream.flush()
+        frames = []
+    if way == "cancel":
+        with pytest.raises(Cancelled):
+            frames.extend(stream)
+    frames.extend(islice(stream, 30 - len(frames)))
     assert np.array_equal(frames, expected)

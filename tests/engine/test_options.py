@@ -134,3 +134,11 @@ def test_a_runtime_is_read_as_one_thing():
         replaced(Runtime(), {"dtype": "fp8"}, "load")
     with pytest.raises(ValueError, match="threads: got 0, expected at least 1"):
         Runtime(threads=0)
+
+
+@pytest.mark.parametrize("field", ["steps", "commit", "shift"])
+def test_a_long_value_is_cut(field):
+    long = {"steps": [1000.0] * 10_000, "commit": "x" * 100_000, "shift": 10**4000}[field]
+    with pytest.raises(ValueError, match=f"{field}.* expected ") as error:
+        read(Preset, {"family": "causal", field: long}, "preset")
+    assert len(str(error.value)) < 400

@@ -3,13 +3,17 @@
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from limits import HANG
+from PIL import EpsImagePlugin
 from plants import pickles, planted_folders
+
+from engine.media.pictures import kind_of, read_image
 
 ROOT = Path(__file__).parents[2]
 DOORS = Path(__file__).parent / "through_all_doors.py"
@@ -96,3 +100,20 @@ def test_a_module_runs_by_transformers_question_and_by_python_m(places):
     marker.unlink()
     child(["-P", "-m", "engine.run", "--help"], folders["files"])
     assert not marker.exists()
+
+
+def test_pictures_run_no_program(tmp_path, monkeypatch):
+    """PIL hands PostScript to Ghostscript, where that is installed."""
+    ghostscript, marker = tmp_path / "gs", tmp_path / "marker"
+    ghostscript.write_text(f"#!/bin/sh\necho ran >> {marker}\necho 10.0\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    drawn = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n"
+    binary = struct.pack("<I6I", 0xC6D3D0C5, 32, len(drawn), 0, 0, 0, 0) + bytes(4) + drawn  # with a preview's header
+    for name, content in {"a.eps": drawn, "b.png": drawn, "c.jpg": binary}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="it is no picture"):
+            read_image(tmp_path / name, 8, 8)
+        assert not marker.exists(), marker.read_text()
+        assert kind_of(tmp_path / name) == ""

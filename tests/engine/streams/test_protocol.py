@@ -316,6 +316,34 @@ def test_a_prompt_is_set_while_a_chunk_is_made(any_pipeline):
 # --- the end, and errors
 
 
+def test_numbers_of_prompts_grow_whichever_thread_is_faster(any_pipeline, kind):
+    """The number that was given last is that of the prompt that counts."""
+    if kind == "native":
+        pytest.skip("the core counts under a lock of its own")
+    stream, other = any_pipeline.stream(PROMPT), threading.Event()
+
+    class Numbers:
+        given = 0
+
+        def __next__(self):
+            self.given += 1
+            mine = self.given
+            if mine == 1:
+                other.wait(0.5)  # a second thread that could come in between would be done by then
+            return mine
+
+    stream._numbers = Numbers()
+    first = threading.Thread(target=stream.set_prompt, args=(OTHER,))
+    first.start()
+    while not stream._numbers.given:
+        time.sleep(1e-3)
+    assert stream.set_prompt(PROMPT) == 2
+    other.set()
+    first.join(HANG)
+    stream.next_chunk()
+    assert stream.serial.prompt == 2
+
+
 def test_a_closed_stream(any_pipeline):
     stream = any_pipeline.stream(PROMPT)
     stream.next_chunk()
