@@ -15,7 +15,9 @@ MOST_FILE = 64 << 20  # bytes of tokenizer.json or spiece.model; UMT5's have 17 
 MOST_PAD = 100  # characters
 MOST_EXTRA = 1000  # tokens that a configuration adds; T5 has 100, UMT5 300
 # One letter or class, and one repeat at most: no way through such a pattern needs a second try.
-_PLAIN_REGEX = re.compile(r"([^\\\[\](){}.*+?^$|]|\\[sdwpSDW.]|\[[^\[\]\\]{1,60}\])([*+?]|\{\d{1,3}(,\d{0,3})?\})?")
+_PLAIN_REGEX = re.compile(
+    r"([^\\\[\](){}.*+?^$|]|\\[sdwpSDW.]|\[(?:[^\[\]\\]|\\[sdwnrtSDW.-]){1,60}\])([*+?]|\{\d{1,3}(,\d{0,3})?\})?"
+)
 # Entries of tokenizer_config.json that say which tokens there are. Names of classes, modules, templates are not read.
 _OF_TOKENS = ("pad_token", "eos_token", "unk_token", "additional_special_tokens", "extra_special_tokens",
               "added_tokens_decoder", "extra_ids", "legacy", "model_max_length")  # fmt: skip

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from engine.config import TransformerConfig
 from engine.model.text import Tokenizer
 from engine.weights.adapters import describe
+from engine.weights.lora.form import read_lora
 from engine.weights.lora.patterns import Pattern
 
 CONFIG = TransformerConfig(num_attention_heads=2, attention_head_dim=16, in_channels=8, out_channels=8, text_dim=24,
@@ -43,7 +44,7 @@ def problem_of(folder):
 
 
 SLOW = ["(a+)+$", "(.*)*x", r"(\w+\.?)*!", "(b|bl|l|lo|o|oc|c|ck|k|ks|s)*!", ".*.*.*.*.*.*.*.*.*.*.*.*!", "(a?){500}x"]
-REFUSED = ["(?=x)a", "(?!x)a", "(?<=x)a", r"(a)\1", "((((a*)*)*)*)*", "(", "a" * 501, r"\bq"]
+REFUSED = ["(?=x)a", "(?!x)a", "(?<=x)a", r"(a)\1", "((((a*)*)*)*)*", "(", "a" * 501, r"\Bq"]
 
 
 @pytest.mark.parametrize("pattern", [*SLOW, *REFUSED])
@@ -64,7 +65,7 @@ def pattern(choose, depth=0):
     """A random pattern of the kind that configurations hold."""
     kind = choose.random()
     if depth > 3 or kind < 0.35:
-        return choose.choice(["a", "b", ".", r"\.", r"\d", "[ab]", "[^a]", "to_q", "0", r"\w", "[0-9a]", r"\S"])
+        return choose.choice(["a", "b", ".", r"\.", r"\d", "[ab]", "[^a]", "to_q", "0", r"\w", "[0-9a]", r"\S", r"\b"])
     if kind < 0.55:
         return pattern(choose, depth + 1) + pattern(choose, depth + 1)
     if kind < 0.75:
@@ -94,10 +95,11 @@ def test_patterns_match_as_pythons():
         ({"lora_bias": False, "a_new_key": [1]}, "got a_new_key"), ({"a\nb": 1}, r"got 'a\\nb'"),
         ({"r": 0}, "got r 0, expected a positive whole number"), ({"r": 1.5}, "got r 1.5"), ({"r": True}, "got r True"),
         ({"r": 10**400}, "got r 1000"), ({"r": 2**21}, "got r 2097152, expected .* up to 1048576"),
-        ({"lora_alpha": float("nan")}, "got lora_alpha nan"), ({"lora_alpha": float("inf")}, "got lora_alpha inf"),
+        ({"lora_alpha": float("nan")}, "got NaN, expected a finite"),
+        ({"lora_alpha": float("inf")}, "got Infinity, expected a finite"),
         ({"lora_alpha": 10**400}, "got lora_alpha 1000"), ({"lora_alpha": -1}, "got lora_alpha -1"),
         ({"rank_pattern": {"to_q": 0}}, "got rank_pattern"),
-        ({"alpha_pattern": {"to_q": float("nan")}}, "alpha_pattern"),
+        ({"alpha_pattern": {"to_q": float("nan")}}, "got NaN, expected a finite"),
         ({"rank_pattern": {str(n): 4 for n in range(5000)}}, "expected up to 4096 positive numbers"),
         ({"rank_pattern": [1]}, "got rank_pattern"), ({"target_modules": [1]}, "got target_modules"),
         ({"target_modules": {"a": 1}}, "got target_modules"), ({"target_modules": ["a"] * 5000}, "up to 4096 names"),
@@ -112,15 +114,29 @@ def test_settings_of_adapters(tmp_path, entry, said):
 def test_what_peft_writes_by_itself_is_no_fault(tmp_path):
     unset = {"megatron_core": "megatron.core", "megatron_config": None, "a_later_method": None, "loftq_config": {},
              "auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"}, "task_type": None,
-             "base_model_name_or_path": "../../etc/passwd", "revision": "main"}  # fmt: skip
+             "base_model_name_or_path": "../../etc/passwd", "revision": "main",
+             "runtime_config": {"ephemeral_gpu_offload": False}}  # fmt: skip
     assert problem_of(folder_of(tmp_path, **unset)) is None
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("chosen", [r"^(?!.*attn2).*\.to_q$", r"(?<=x)a", "(", "all-linear", ["to_q"], 3])
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
+def test_a_choice_of_modules_in_a_file_is_not_read(tmp_path, prefix, chosen, key):
+    """The file itself has the modules. Folders of PEFT are compared with the choice, and need one that can be read."""
+    metadata = json.dumps({prefix + name: value for name, value in (PLAIN | {key: chosen}).items()})
+    pair = {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 32),
+            "transformer.blocks.0.attn1.to_q.lora_B.weight": torch.ones(32, 4)}  # fmt: skip
+    save_file(pair, tmp_path / "lora.safetensors", {"lora_adapter_metadata": metadata})
+    assert problem_of(tmp_path / "lora.safetensors") is None
+    assert [change.scale for change in read_lora(tmp_path / "lora.safetensors").changes.values()] == [2.0]
 
 
 def test_ranks_and_names_beyond_the_layer(tmp_path):
     assert "got rank 33 of blocks.0.attn1.to_q.weight, expected at most 32" in problem_of(folder_of(tmp_path, 33, r=33))
     assert problem_of(folder_of(tmp_path, 32, r=32)) is None
     twice = json.dumps(PLAIN)[:-1] + ', "r": 8}'
-    assert "the name 'r' twice" in problem_of(folder_of(tmp_path, text=twice))
+    assert "got key 'r' twice" in problem_of(folder_of(tmp_path, text=twice))
 
 
 def test_a_text_encoders_adapter_is_named(tmp_path):
@@ -164,7 +180,9 @@ def tokenizer(model_dir, tmp_path):
 
 
 @pytest.mark.parametrize(("regex", "fits"), [
-    (" {2,}", True), (r"\s+", True), ("[ab]*", True), ("(a+)+$", False), ("a*a*b", False), (r"(a)\1", False),
+    (" {2,}", True), (r"\s+", True), ("[ab]*", True),
+    (r"[\r\n\t]", True), (r"[^\s.\-]+", True), (r"[\s]+[\s]+", False),
+    ("(a+)+$", False), ("a*a*b", False), (r"(a)\1", False),
     ("((x{1,1000}){1,1000}){1,1000}", False), ("a|aa", False), (".*", False),
 ])  # fmt: skip
 @pytest.mark.parametrize("place", ["normalizer", "nested", "pre_tokenizer"])
@@ -195,7 +213,7 @@ def test_tables_of_tokenizers_that_point_outside(tokenizer):
 
 
 @pytest.mark.parametrize("settings", [
-    {"model_max_length": "x"}, {"model_max_length": -1}, {"model_max_length": [1]}, {"model_max_length": float("nan")},
+    {"model_max_length": "x"}, {"model_max_length": -1}, {"model_max_length": [1]}, {"model_max_length": 0.5},
     {"pad_token": 5}, {"pad_token": {"a": 1}}, {"pad_token": "x" * 10_000}, {"pad_token": "a\nb"},
 ])  # fmt: skip
 def test_settings_of_tokenizers(tokenizer, settings):

@@ -99,4 +99,6 @@ def _stored_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any] | 
     if not isinstance(stored, dict):
         raise ValueError(f"{file}: got {_METADATA} {metadata[_METADATA][:40]!r}, expected JSON of a table")
     own = {key.removeprefix("transformer."): value for key, value in stored.items() if key.startswith("transformer.")}
-    return own or (stored if "r" in stored else None)
+    own = own or (stored if "r" in stored else {})
+    # The file itself says which modules it has. A choice among a model's is not needed, so any pattern will do.
+    return {key: value for key, value in own.items() if key not in ("target_modules", "exclude_modules")} or None

@@ -12,6 +12,7 @@ from typing import Any
 MOST_PATTERN = 500  # characters
 MOST_DEPTH = 2  # of repeats in each other
 _PLAIN = re.compile(r"[\w.\-]+")
+_BOUNDARY = re.compile(r"\b")
 Places = frozenset[int]
 
 
@@ -68,6 +69,8 @@ def _after(kind: str, value: Any, name: str, starts: Places, depth: int) -> Plac
         return starts & {0}
     if kind == "AT" and str(value) == "AT_END":
         return starts & {len(name)}
+    if kind == "AT" and str(value) == "AT_BOUNDARY":
+        return frozenset(at for at in starts if _BOUNDARY.match(name, at))
     raise ValueError(f"{kind.lower().replace('_', ' ')}, which is not read in a pattern at this place")
 
 

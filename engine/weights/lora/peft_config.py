@@ -22,7 +22,7 @@ _READ = {
 }  # fmt: skip
 _WITHOUT_EFFECT = {  # on a merge
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "qalora_group_size",
-    "revision", "task_type",
+    "revision", "runtime_config", "task_type",
 }  # fmt: skip
 
 
