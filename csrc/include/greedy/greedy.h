@@ -128,7 +128,7 @@ GREEDY_API int greedy_bundle_info(const greedy_bundle *bundle, greedy_info *info
 
 /* Start a video. The same seed and prompt give the same video, here and in Python. Nothing is computed yet.
  * On success the caller owns *session and closes it with greedy_close; otherwise it is NULL.
- * GREEDY_INVALID, GREEDY_NO_MEMORY, GREEDY_FAILED. */
+ * GREEDY_INVALID, GREEDY_NO_MEMORY, GREEDY_FAILED, GREEDY_BAD_BUNDLE (caches in FP8, which only Python streams). */
 GREEDY_API int greedy_open(greedy_session **session, greedy_bundle *bundle, uint64_t seed, char *error,
                            size_t error_size);
 
@@ -137,8 +137,9 @@ GREEDY_API int greedy_open(greedy_session **session, greedy_bundle *bundle, uint
  * old one; 0 keeps them, those too that a failed greedy_next_frame wrote under its own prompt. Of several calls before
  * a chunk the last prompt counts; keys are rewritten if one of them asked for it. The prompt is UTF-8 text; token ids
  * of the bundle's tokenizer, at most text_rows, the end token included; or an embedding [text_rows, text_dim]. Text is
- * cleaned as Wan's pipeline cleans it (ftfy, HTML entities, white space). A text of more than 16,384 characters, or
- * without a visible one, is GREEDY_INVALID. The rest of a text of more than text_rows tokens is ignored, with a note in the log (INFO).
+ * cleaned as Wan's pipeline cleans it (ftfy, HTML entities, white space). A text of more than 16,384 characters (1,024
+ * with HTML entities, garbled text or combining marks), or without a visible one, is GREEDY_INVALID. The rest of a text
+ * of more than text_rows tokens is ignored, with a note in the log (INFO).
  * GREEDY_INVALID, GREEDY_NO_MEMORY. */
 GREEDY_API int greedy_set_prompt(greedy_session *session, const char *text, int recommit);
 GREEDY_API int greedy_set_prompt_tokens(greedy_session *session, const int64_t *ids, size_t count, int recommit);
@@ -146,7 +147,8 @@ GREEDY_API int greedy_set_prompt_embedding(greedy_session *session, const float 
 
 /* Start from a picture (count 1) or continue a clip: RGB frames of the bundle's size, tightly packed, before the first
  * greedy_next_frame. The stream shows them first, re-encoded; of a long clip it keeps the end. The pixels are only read
- * during the call. Of several pushes the last one counts. It heeds no greedy_cancel. GREEDY_INVALID, GREEDY_NO_MEMORY, GREEDY_FAILED, GREEDY_NOT_FINITE, GREEDY_BAD_BUNDLE. */
+ * during the call. Of several pushes the last one counts. It heeds no greedy_cancel.
+ * GREEDY_INVALID, GREEDY_NO_MEMORY, GREEDY_FAILED, GREEDY_NOT_FINITE, GREEDY_BAD_BUNDLE. */
 GREEDY_API int greedy_push_frames(greedy_session *session, const uint8_t *rgb, size_t count);
 
 /* The same with encoded latents [latent_channels, frames, latent_height, latent_width]; frames is a multiple of

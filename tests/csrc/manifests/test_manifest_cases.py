@@ -22,7 +22,7 @@ import pytest
 from engine.bundles.manifest import Manifest, read_manifest
 from engine.config import Preset
 
-CASES = json.loads((Path(__file__).parents[1] / "data" / "manifest_cases.json").read_text())
+CASES = json.loads((Path(__file__).parents[2] / "data" / "manifest_cases.json").read_text())
 PRESETS = {
     "greedy": Preset("greedy", solver="euler", shift=2.0, max_position=4),
     "causal": Preset("causal", chunk=3, window=6, shift=2.0),
