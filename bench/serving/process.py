@@ -74,7 +74,11 @@ class Server:
         return json.loads(content) if kind == "application/json" else content
 
     def model(self) -> dict[str, Any]:
-        return self.ask("/v1/models")["data"][0]
+        """What it serves. ValueError where no server answers."""
+        try:
+            return self.ask("/v1/models")["data"][0]
+        except urllib.error.URLError as error:
+            raise ValueError(f"server: got {self.url} ({error.reason}), expected one that answers") from None
 
     def cpu(self) -> float | None:
         """CPU seconds so far, of ended threads as well."""

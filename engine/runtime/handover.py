@@ -196,9 +196,9 @@ class HandsOver(ABC):
             result, after = ready()
             after = replace(after, handed=self._now.handed + 1, last=result)
             before = self._now
+            self._now = cast(Progress, after)  # before another thread may take its turn
             self._turns.give_back(sys._getframe())
             # Python runs signal handlers at calls and loops only: none comes between these lines.
-            self._now = cast(Progress, after)
             return result
         except BaseException:
             if before is not None:

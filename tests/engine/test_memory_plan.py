@@ -356,7 +356,7 @@ def test_the_command_line_prints_it(model_dir, capfd, monkeypatch):
     assert re.search(r"^error: memory: got 0\.00 GB free on cpu", capfd.readouterr().err, re.MULTILINE)
 
 
-@pytest.mark.parametrize("option", [["--low-memory"], ["--text-encoder-device", "release"], ["--plan"]])
+@pytest.mark.parametrize("option", [["--low-memory"], ["--text-encoder-device", "release"]])
 def test_a_bundle_fixes_them(tmp_path, capfd, option):
     assert engine.run.main([*PROMPT, "--bundle", str(tmp_path), *option]) == 2
     assert re.search(rf"got --(bundle|{option[0][2:]}) as well, expected", capfd.readouterr().err)

@@ -26,8 +26,6 @@ def said(tmp_path: Path, hidden: list[str], *words: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("package", "extra", "words"),
     [
-        ("onnx", "onnx", ["export", "--help"]),
-        ("onnx", "onnx", ["engine.cli", "export", "--help"]),
         ("accelerate", "distill", ["distill", "teacher", "--help"]),
         ("diffusers", "distill", ["distill", "latents", "--help"]),
     ],
@@ -35,6 +33,12 @@ def said(tmp_path: Path, hidden: list[str], *words: str) -> tuple[int, str]:
 def test_the_extra_is_named(tmp_path, package, extra, words):
     line = f"error: got no package {package}, expected pip install 'greedy-stream[{extra}]'\n"
     assert said(tmp_path, [package], *words) == (2, line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["export", "--help"], ["engine.cli", "export", "--help"]])
+def test_help_needs_no_extra(tmp_path, words):
+    assert said(tmp_path, ["onnx"], *words) == (0, "")
 
 
 def test_a_package_of_no_extra_is_named_itself(tmp_path):

@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 from random import Random
 
-SLOWEST = 1.0  # seconds of the process for one case
+SLOWEST = 2.0  # seconds of the process for one case
 LARGEST = 200  # MB that one case may add
 HANG = 20  # seconds after which a case is interrupted
 

@@ -1,4 +1,4 @@
-"""Damaged files of every format give a result or the product's own refusal, in under 1 s and 200 MB each.
+"""Damaged files of every format give a result or the product's own refusal, in under 2 s and 200 MB each.
 
 python tests/untrusted/test_fuzz_files.py KIND SECONDS [SEED]      # KIND: a key of KINDS
 """

@@ -1,4 +1,4 @@
-"""Damaged messages to a server give an answer or the product's own refusal, in under 1 s and 200 MB each.
+"""Damaged messages to a server give an answer or the product's own refusal, in under 2 s and 200 MB each.
 
 python tests/untrusted/test_fuzz_messages.py KIND SECONDS [SEED]      # KIND: a key of KINDS
 """

@@ -30,7 +30,7 @@ def folder_of(path, rank=4, text=None, **config):
 
 
 def problem_of(folder):
-    """What is wrong with an adapter, found in under 1 s and 200 MB; None if nothing is."""
+    """What is wrong with an adapter, found in under 2 s and 200 MB; None if nothing is."""
     found = []
 
     def read(folder):

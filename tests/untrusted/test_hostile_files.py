@@ -25,7 +25,7 @@ Q = "blocks.0.self_attn.q.weight"
 
 
 def refused(read, case, said):
-    """Refused in under 1 s and 200 MB, in one line that says why."""
+    """Refused in under 2 s and 200 MB, in one line that says why."""
     found = []
 
     def once(case):
@@ -58,8 +58,8 @@ HEADERS = {
     "length 2^63": (b"{}", 2**63 - 1, "expected safetensors"),
     "length 2^64": (b"{}", 2**64 - 1, "expected safetensors"),
     "a name twice": (b"{" + ONE + b"," + ONE + b"}", None, "self_attn.q.weight' twice"),
-    "metadata twice": (b'{"__metadata__":{"a":"1","a":"2"}}', None, "the name 'a' twice"),
-    "nested": (b'{"__metadata__":' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}", None, "nested too deeply"),
+    "metadata twice": (b'{"__metadata__":{"a":"1","a":"2"}}', None, "key 'a' twice"),
+    "nested": (b'{"__metadata__":' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}", None, "at most 64 levels"),
     "overlapping": ({Q: entry(), "b": entry()}, None, "expected safetensors"),
     "beyond the file": ({Q: entry(shape=(100,), end=400)}, None, "expected safetensors"),
     "overflow": ({Q: entry(shape=(2**40, 2**40))}, None, "expected safetensors"),
@@ -345,9 +345,9 @@ def test_many_files_and_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    ('{"a": 1, "a": 2}', "the name 'a' twice"), ("[" * 100_000, "nested too deeply"),
-    ('{"a": ' + "9" * 5000 + "}", "4300"),
-    ('{"a": "\xff', "expected an object"), (" " * (33 << 20), "got JSON of 34603008 bytes"),
+    ('{"a": 1, "a": 2}', "key 'a' twice"), ("[" * 100_000, "at most 64 levels"),
+    ('{"a": ' + "9" * 5000 + "}", "too many digits"),
+    ('{"a": "\xff', "no UTF-8"), (" " * (65 << 20), "bytes, expected at most 67108864"),
 ])  # fmt: skip
 def test_configurations(tmp_path, content, said):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))

@@ -157,7 +157,7 @@ def test_the_largest_presets():
 def test_absurd_configs_build_nothing(part, key):
     kind = {"transformer": TransformerConfig, "text_encoder": UMT5Config, "vae": VAEConfig}[part]
     for value in (2**31, 10**20):
-        with pytest.raises(ValueError, match="expected sizes"):
+        with pytest.raises(ValueError, match=r"expected (sizes|1 to)"):
             kind.from_dict({key: value})
     for value in ("4", 1.5, None, [2]):
         with pytest.raises(ValueError, match="got"):

@@ -141,7 +141,7 @@ for change in (
         changed[key] = {**changed[key], **value} if isinstance(value, dict) else value
     json.dump(changed, open(f"{bundle}/manifest.json", "w"))
     try:
-        opened = core.Bundle(bundle, plugin_dir=plugins)
+        opened = core.open_bundle(bundle, plugin_dir=plugins)
         found.append([opened.info.fps if hasattr(opened, "info") else 0])
     except Exception as error:
         found.append(str(error))

@@ -151,7 +151,6 @@ def test_a_switch_without_recommit_leaves_what_is_pending_to_the_old_prompt(pres
             stream.next_latent()
         assert (stream.state.pending is not None) == pipeline.stages.capabilities.joins_context
         stream.set_prompt(OTHER, recommit=False)
-        assert stream.state.pending is None
         runs.append(torch.cat([*found, *(stream.next_latent() for _ in range(3))], dim=2))
     near(runs[1], runs[0])
 

@@ -68,10 +68,10 @@ def test_a_file_of_settings_that_is_too_large(model):
         (
             "tokenizer/tokenizer_config.json",
             '"model_max_length": [1]',
-            r"got model_max_length \[1\], expected a number",
+            r"got model_max_length '\[1\]', expected a positive number",
         ),
-        ("tokenizer/tokenizer_config.json", '"model_max_length": -1', r"got model_max_length -1, expected a number"),
-        ("tokenizer/tokenizer_config.json", '"pad_token": [1]', r"got pad_token \[1\], expected a text"),
+        ("tokenizer/tokenizer_config.json", '"model_max_length": -1', r"got model_max_length '-1', expected a pos"),
+        ("tokenizer/tokenizer_config.json", '"pad_token": [1]', r"got pad_token '\[1\]', expected up to"),
         ("engine.json", '"fps": [16]', r"fps: got \[16\], expected a valid number"),
         ("engine.json", '"height": 3.5', r"height: got 3.5, expected a valid integer"),
         ("engine.json", '"overrides": [1]', r"overrides: got \[1\], expected a table"),
