@@ -74,11 +74,7 @@ class Server:
         return json.loads(content) if kind == "application/json" else content
 
     def model(self) -> dict[str, Any]:
-        """What it serves. ValueError where no server answers."""
-        try:
-            return self.ask("/v1/models")["data"][0]
-        except urllib.error.URLError as error:
-            raise ValueError(f"server: got {self.url} ({error.reason}), expected one that answers") from None
+        return self.ask("/v1/models")["data"][0]
 
     def cpu(self) -> float | None:
         """CPU seconds so far, of ended threads as well."""
@@ -179,7 +175,10 @@ def running(url: str, token: str) -> Server:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"--url: got {url!r}, expected http://HOST:PORT")
     server = Server(f"{parts.scheme}://{parts.netloc}", token)
-    server.ask("/health")
+    try:
+        server.ask("/health")
+    except urllib.error.URLError as error:
+        raise ValueError(f"server: got {url} ({error.reason}), expected one that answers") from None
     if parts.hostname in ("127.0.0.1", "localhost", "::1"):
         server.process = _listener(parts.port or 80)
     return server
