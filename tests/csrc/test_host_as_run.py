@@ -27,7 +27,7 @@ def both(core, native_build, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     plugins, plain = native_build / "fake_plugin", core.open_bundle
-    monkeypatch.setattr(core, "Bundle", lambda path, **rest: plain(path, **{**rest, "plugin_dir": str(plugins)}))
+    monkeypatch.setattr(core, "open_bundle", lambda path, **rest: plain(path, **{**rest, "plugin_dir": str(plugins)}))
 
     def host(words, stdin):
         command = [native_build / "greedy-host", fake_stages.RECORDED, "--plugin-dir", plugins, "--quiet", *words]
