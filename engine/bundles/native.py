@@ -225,9 +225,10 @@ class NativeStream(HandsOver):
 
     def _uncancel(self) -> None:
         """A call that finds a cancel raises it before it computes anything."""
-        if not self._closed:
-            with suppress(Cancelled):
-                self._given.extend(map(_next_chunk, (self._session,)))
+        # ValueError: it is closed, or another call runs, which takes the cancel.
+        with suppress(Cancelled, ValueError), self._turns:
+            self._check_open()
+            self._given.extend(map(_next_chunk, (self._session,)))
 
     def _check_open(self) -> None:
         if self._closed:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.options import shown
 from engine.weights.checkpoint import shorten
 from engine.weights.lora.files import read_adapter
 from engine.weights.lora.keys import Key, parse, wan_name
-from engine.weights.lora.peft_config import PeftConfig, shown
+from engine.weights.lora.peft_config import PeftConfig
 
 _MOST_ALPHA = 1e30  # float32 holds it
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from engine.options import shown
 from engine.weights.checkpoint import shorten
 from engine.weights.lora.patterns import Pattern
 
@@ -101,14 +102,6 @@ class PeftConfig:
 
     def _error(self, got: str, expected: str) -> ValueError:
         return ValueError(f"{self._label}: got {got}, expected {expected}")
-
-
-def shown(value: Any) -> str:
-    """A value for a message: short, and on one line."""
-    try:
-        return repr(value[:60] if isinstance(value, str) else value)[:62]
-    except ValueError:  # an integer of more digits than Python writes
-        return "a number of thousands of digits"
 
 
 def _positive(value: Any) -> bool:
