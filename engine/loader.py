@@ -21,7 +21,7 @@ from engine.model.transformer import WanTransformer
 from engine.model.umt5 import UMT5Encoder
 from engine.model.vae import VAE, VAEConfig
 from engine.options import read, replaced
-from engine.presets import find_preset, states_of
+from engine.presets import PRESETS, find_preset, states_of
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.device import check_fp8, device_of, dtype_of, keep_no_heap
 from engine.runtime.memory_plan import GIGA, MemoryPlan
@@ -66,7 +66,10 @@ def settings_of(folder: Path) -> Settings:
         for part in sorted(folder.glob(pattern)):
             plain_file(part)
     file = folder / "engine.json"
-    return read(Settings, read_json(file) if plain_file(file) else {}, str(file))
+    settings = read(Settings, read_json(file) if plain_file(file) else {}, str(file))
+    if settings.preset not in PRESETS:  # a model does not choose a file of this machine
+        raise ValueError(f"{file}: got preset {settings.preset!r}, expected one of {', '.join(PRESETS)}")
+    return settings
 
 
 def settings_for(

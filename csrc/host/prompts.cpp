@@ -90,7 +90,8 @@ std::string read_all(const std::string& name, const std::string& where, const vo
     };
     if (name.empty()) fail(where, "an empty name", "a text file");
     if (name == "-" && !was_open(STDIN_FILENO)) fail(where, "stdin closed", "a text file");
-    const int file = name == "-" ? dup(STDIN_FILENO) : open(name.c_str(), O_RDONLY | O_CLOEXEC);
+    // Without O_NONBLOCK a FIFO waits in open, where a signal restarts the call; poll below waits for its writer too.
+    const int file = name == "-" ? dup(STDIN_FILENO) : open(name.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (file < 0) failed();
     std::string data(kMostBytes + 1, '\0');
     std::size_t size = 0;

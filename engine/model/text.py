@@ -16,7 +16,7 @@ from engine.model.token_files import core_of, one_line, settings_of
 MAX_ROWS = 512  # rows that Wan2.1 was trained with
 # Characters of a prompt: the model reads 512 tokens of at most 16 characters; as many again may be white space.
 MOST_CHARACTERS = 16_384
-MOST_GARBLED = 1024  # characters of a prompt with HTML entities or garbled text, for which ftfy takes quadratic time
+MOST_GARBLED = 2048  # characters of a prompt with HTML entities or garbled text, for which ftfy takes quadratic time
 
 _EXCERPT = 40  # characters of a prompt that a message quotes
 _PLAIN = re.compile(r"[ -%'-~]*")  # printable ASCII without &

@@ -137,7 +137,7 @@ GREEDY_API int greedy_open(greedy_session **session, greedy_bundle *bundle, uint
  * old one; 0 keeps them, those too that a failed greedy_next_frame wrote under its own prompt. Of several calls before
  * a chunk the last prompt counts; keys are rewritten if one of them asked for it. The prompt is UTF-8 text; token ids
  * of the bundle's tokenizer, at most text_rows, the end token included; or an embedding [text_rows, text_dim]. Text is
- * cleaned as Wan's pipeline cleans it (ftfy, HTML entities, white space). A text of more than 16,384 characters (1,024
+ * cleaned as Wan's pipeline cleans it (ftfy, HTML entities, white space). A text of more than 16,384 characters (2,048
  * with HTML entities, garbled text or combining marks), or without a visible one, is GREEDY_INVALID. The rest of a text
  * of more than text_rows tokens is ignored, with a note in the log (INFO).
  * GREEDY_INVALID, GREEDY_NO_MEMORY. */

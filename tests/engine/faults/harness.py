@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,28 @@ PIXELS = {"run": (32, 32), "host": (fake_stages.HEIGHT, fake_stages.WIDTH)}
 FRAME = {name: 3 * height * width for name, (height, width) in PIXELS.items()}  # bytes
 
 
-def words_of(program: str, build: Path, *words: str) -> list[str]:
+PROMPT_WORDS = ("--prompt", PROMPT)
+
+
+def words_of(program: str, build: Path, *words: str, prompt: Sequence[str] = PROMPT_WORDS) -> list[str]:
     """The command line of engine.run over the embedded model, or of greedy-host over formulas."""
     if program == "run":
-        return [sys.executable, "-m", "engine.run", "--quiet", "--prompt", PROMPT, *words]
+        return [sys.executable, "-m", "engine.run", "--quiet", *prompt, *words]
     plugins = ["--plugin-dir", str(build / "fake_plugin")]
-    return [str(build / "greedy-host"), str(fake_stages.RECORDED), *plugins, "--quiet", "--prompt", PROMPT, *words]
+    return [str(build / "greedy-host"), str(fake_stages.RECORDED), *plugins, "--quiet", *prompt, *words]
 
 
 def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def start(program: str, build: Path, folder: Path, *words: str, **options: Any) -> "subprocess.Popen[bytes]":
+def start(program: str, build: Path, folder: Path, *words: str, prompt: Sequence[str] = PROMPT_WORDS,
+          **options: Any) -> "subprocess.Popen[bytes]":  # fmt: skip
     """Start a program in a folder, in a process group of its own. Programs in folder/bin come first in its PATH."""
     path = f"{folder}/bin:{os.environ['PATH']}"
     pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "start_new_session": True} | options
-    return subprocess.Popen(words_of(program, build, *words), cwd=folder, env=environment(PATH=path), **pipes)
+    command = words_of(program, build, *words, prompt=prompt)
+    return subprocess.Popen(command, cwd=folder, env=environment(PATH=path), **pipes)
 
 
 def ended(process: "subprocess.Popen[bytes]", within: float = SOON) -> tuple[int, str]:

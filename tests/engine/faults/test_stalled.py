@@ -1,4 +1,5 @@
-"""A reader that stalls, an ffmpeg that hangs, a terminal's Ctrl-C: the first signal asks, the second one ends."""
+"""A reader or a writer that stalls, an ffmpeg that hangs, a terminal's Ctrl-C: the first signal asks, the second one
+ends."""
 
 import fcntl
 import os
@@ -6,6 +7,7 @@ import signal
 import struct
 import termios
 import time
+from pathlib import Path
 
 import pytest
 from harness import FRAME, ended, frames_in, grown, names, start
@@ -51,6 +53,24 @@ def test_the_first_signal_asks_and_whole_frames_arrive(native_build, tmp_path, p
     assert ended(process)[0] == 0
     assert len(data) > 0
     assert len(data) % FRAME[program] == 0
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_one_signal_ends_a_program_that_waits_for_its_prompts(native_build, tmp_path, program):
+    os.mkfifo(tmp_path / "prompts")  # nobody writes to it
+    process = start(program, native_build, tmp_path, "--prompt-file", "prompts", "--out", "video.mp4", prompt=())
+    wait_until_it_rests(process)
+    process.send_signal(signal.SIGINT)
+    assert ended(process, 10)[0] == 128 + signal.SIGINT
+    assert names(tmp_path) == ["prompts"]
+
+
+def wait_until_it_rests(process):
+    """Until a process has used no processor time for half a second."""
+    before, used = None, []
+    while process.poll() is None and before != used:
+        before, used = used, Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        time.sleep(0.5)
 
 
 def fake_ffmpeg(folder, script):

@@ -75,6 +75,8 @@ def test_a_file_of_settings_that_is_too_large(model):
         ("engine.json", '"fps": [16]', r"fps: got \[16\], expected a valid number"),
         ("engine.json", '"height": 3.5', r"height: got 3.5, expected a valid integer"),
         ("engine.json", '"overrides": [1]', r"overrides: got \[1\], expected a table"),
+        ("engine.json", '"preset": "gredy"', r"engine.json: got preset 'gredy', expected one of greedy, "),
+        ("engine.json", '"preset": "/etc/app.toml"', r"engine.json: got preset '/etc/app.toml', expected one of "),
     ],
 )
 def test_values_of_another_kind(model, name, change, match):
