@@ -170,10 +170,8 @@ def _start(reference: Any, server: Server) -> tuple[np.ndarray | None, list[str]
         return None, []
     if isinstance(reference, dict):
         if not isinstance(reference.get("image_url"), str):
-            got = ", ".join(sorted(map(str, reference)))[:60]
-            raise Invalid(
-                f"input_reference: got {got}, expected image_url with a data URL: this server stores no files"
-            )
+            raise Invalid(f"input_reference: got {_listed(sorted(reference))}, expected image_url with a data URL: "
+                          "this server stores no files")  # fmt: skip
         reference = reference["image_url"]
     try:
         if isinstance(reference, bytes):
@@ -203,9 +201,13 @@ def _ignored(request: VideoRequest, fields: Mapping[str, Any], server: Server) -
     known = {*VideoRequest.model_fields, *_PICTURES}
     others = [name for name in fields if name not in known]
     if others:
-        shown = ", ".join(repr(name[:40]) for name in others[:5]) + (", ..." if len(others) > 5 else "")
-        notes.append(f"ignored, as this server does not know it: {shown}")
+        notes.append(f"ignored, as this server does not know it: {_listed(others)}")
     return notes
+
+
+def _listed(names: list[str]) -> str:
+    """A client's names, on one line of bounded length."""
+    return ", ".join(repr(name[:40]) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _length_note(request: VideoRequest, server: Server) -> list[str]:

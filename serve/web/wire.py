@@ -113,7 +113,7 @@ def parsed(kind: type[BaseModel], value: Any, what: str) -> Any:
         return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))
+        where = ".".join(str(part)[:60] for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))
         got = "nothing" if first["type"] == "missing" else _short(first["input"])
         raise Invalid(f"{what}: {where or 'message'}: got {got}, expected: {first['msg']}") from None
 

@@ -315,8 +315,10 @@ BAD = [
     ({"input_reference": "https://example.org/a.png"}, "input_reference: got an address, expected a file or "),
     ({"input_reference": "not base64!"}, "input_reference: got text that is no base64, expected "),
     ({"input_reference": "data:image/png;base64,AAAA"}, "input_reference: got a file, expected a readable picture"),
-    ({"input_reference": {"file_id": "file-1"}}, "input_reference: got file_id, expected image_url with a data URL"),
-    ({"input_reference": {"image_url": 1}}, "input_reference: got image_url, expected image_url with a data URL"),
+    ({"input_reference": {"file_id": "file-1"}}, "input_reference: got 'file_id', expected image_url with a data URL"),
+    ({"input_reference": {"a\nb": 1}}, "input_reference: got 'a\\nb', expected image_url with a data URL"),
+    ({"adapters": {"a" * 5000: "much"}}, f"adapters.{'a' * 60}: got 'much', expected: "),
+    ({"input_reference": {"image_url": 1}}, "input_reference: got 'image_url', expected image_url with a data URL"),
     ({"input_reference": 5}, "input_reference: got int, expected a file, a data URL or an object"),
     ({"image": "data:image/png;base64,AAAA"}, "image: got it, expected a start picture as input_reference"),
 ]  # fmt: skip
@@ -327,6 +329,7 @@ def test_bad_fields(http: httpx.Client, host: Server, fields: dict[str, Any], me
     told = error_of(http.post("/v1/videos", json={"prompt": RED, "num_frames": 1} | fields), 400)
     assert told.removeprefix("video: ").startswith(message), told
     assert "expected" in told
+    assert "\n" not in told
     assert host.jobs.all() == []
 
 
