@@ -235,7 +235,7 @@ def test_damaged_files_are_refused_soon_and_in_one_line(kind):
 
 
 # Cases that failed once, by the number of their seed.
-FOUND = [("adapter safetensors", "0-0")]
+FOUND = [("adapter safetensors", "0-0"), ("adapter torch", "2711-14194")]
 
 
 @pytest.mark.parametrize(("kind", "seed"), FOUND)

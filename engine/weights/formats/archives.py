@@ -36,7 +36,7 @@ def check_checkpoint(file: Path, entries: list[zipfile.ZipInfo]) -> None:
                          f"expected at most {MOST_PICKLE}")  # fmt: skip
     with file.open("rb") as opened:
         end = zipfile._EndRecData(opened)  # type: ignore[attr-defined]
-        opened.seek(end[zipfile._ECD_OFFSET])  # type: ignore[attr-defined]
+        opened.seek(min(end[zipfile._ECD_OFFSET], size))  # type: ignore[attr-defined]
         start = opened.read(4)
     # Python finds the list of entries from the end of the file and torch by its offset: both must mean the same one.
     last = end[zipfile._ECD_LOCATION] + zipfile.sizeEndCentDir == size  # type: ignore[attr-defined]

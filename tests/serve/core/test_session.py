@@ -390,7 +390,7 @@ def test_one_that_is_stopped_in_line_never_runs(pipeline):
 
     session._end = later
     session.stop()
-    assert session.join(1.0)
+    assert session.join(HANG)
     assert session.state == "ended"
     assert ended == [session]
     assert [one["reason"] for one in notices(items(viewer), "done")] == ["stopped"]
