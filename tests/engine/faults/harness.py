@@ -55,11 +55,11 @@ def ended(process: "subprocess.Popen[bytes]", within: float = SOON) -> tuple[int
     return process.returncode, (err or b"").decode()
 
 
-def grown(process: "subprocess.Popen[bytes]", folder: Path, name: str, size: int) -> Path:
-    """The temporary file of a running process, once it is larger than `size` bytes."""
+def grown(process: "subprocess.Popen[bytes]", folder: Path, name: str, size: int, earlier: Sequence[str] = ()) -> Path:
+    """The temporary file of a running process, once it is larger than `size` bytes. `earlier`: files of others."""
     while process.poll() is None:
         for part in folder.glob(f".{name}.*.part"):
-            if part.stat().st_size > size:
+            if part.name not in earlier and part.stat().st_size > size:
                 return part
         time.sleep(0.01)
     raise AssertionError(process.communicate())

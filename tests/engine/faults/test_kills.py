@@ -58,9 +58,10 @@ def test_killed_while_an_mp4_is_finished(tmp_path, moment):
 
 def killed(program, build, folder, draw, latest):
     """Kill a run at a random moment of its start or, with latest None, once its file has grown."""
+    earlier = names(folder)
     process = start(program, build, folder, "--out", "clip.rgb")
     if latest is None:
-        grown(process, folder, "clip.rgb", draw.randrange(1, 60) * FRAME[program])
+        grown(process, folder, "clip.rgb", draw.randrange(1, 60) * FRAME[program], earlier)
     else:
         time.sleep(draw.uniform(0, latest))
     process.kill()

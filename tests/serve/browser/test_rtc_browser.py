@@ -78,7 +78,7 @@ def test_a_browser_shows_the_video(page, codec):
     stats = page.evaluate(STATS)
     assert stats["mimeType"] == (codec or "video/H264")
     assert stats["framesDecoded"] >= 8
-    assert stats["jitterBufferDelay"] / stats["jitterBufferEmittedCount"] < 0.1  # seconds
+    assert stats["jitterBufferDelay"] / stats["jitterBufferEmittedCount"] < 0.5  # seconds
     ground, red = page.evaluate(COLOURS)
     # The engine's own colours; taken in another standard's, the circle is 15 and 21 away.
     assert ground == pytest.approx([125, 125, 125], abs=4)

@@ -27,7 +27,7 @@ def test_a_client_that_vanishes_leaves_nothing_behind(
     server: Server, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(aioice.ice, "CONSENT_INTERVAL", 0.1)  # seconds; else 5
-    monkeypatch.setattr(aioice.ice, "CONSENT_FAILURES", 2)
+    monkeypatch.setattr(aioice.ice, "CONSENT_FAILURES", 1000)  # a client that is slow stays
     before = _left(server)
 
     async def vanish() -> str:
@@ -36,6 +36,7 @@ def test_a_client_that_vanishes_leaves_nothing_behind(
             name = (await caller.message("video.start"))["session"]
             await caller.until(lambda: caller.frames)
             assert _left(server) != before
+            monkeypatch.setattr(aioice.ice, "CONSENT_FAILURES", 2)
             caller.vanish()
             assert await asyncio.to_thread(ended, server, name) == "lease"
         return name
@@ -51,8 +52,11 @@ def test_a_client_that_vanishes_leaves_nothing_behind(
 def _left(server: Server) -> tuple[int, float | None, int]:
     """(threads of sessions, connections, UDP sockets)."""
     threads = sum(thread.name.startswith("session-") for thread in threading.enumerate())
-    peers = server.metrics.registry.get_sample_value("greedy_peer_connections")
-    return threads, peers, len(psutil.Process().net_connections("udp"))
+    return threads, _connections(server), len(psutil.Process().net_connections("udp"))
+
+
+def _connections(server: Server) -> float | None:
+    return server.metrics.registry.get_sample_value("greedy_peer_connections")
 
 
 @pytest.mark.slow
@@ -78,6 +82,8 @@ def test_messages_that_are_wrong_are_answered(url: str) -> None:
             caller.send({"type": "session.ping"})
             await caller.message("session.pong")
             await caller.until(lambda: "own" in str(caller.told("video.chunk_metadata")))
+            caller.send({"type": "session.stop"})
+            await caller.message("stream_stopped")
             return caller
 
     caller = asyncio.run(insist())
@@ -170,10 +176,10 @@ def test_offers_that_are_wrong(server: Server, url: str) -> None:
 @pytest.mark.slow
 def test_limits(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Busy houses and too many connections are 429; who never connects leaves; the end of the server is told."""
-    monkeypatch.setattr(peer, "CONNECT_WITHIN", 1.0)
+    monkeypatch.setattr(peer, "CONNECT_WITHIN", LEASE + 1)
     monkeypatch.setattr(routes, "SPARE_PEERS", -1)
     other = make_server(server.pipeline, "small", replace(server.network, token="password"),
-                        Sessions(sessions=1, waiting=0, lease=1.0))  # fmt: skip
+                        Sessions(sessions=1, waiting=0, lease=LEASE))  # fmt: skip
     good = {"prompts": prompts(CIRCLE)}
 
     async def fill(url: str) -> tuple[int, str, Caller]:
@@ -189,6 +195,7 @@ def test_limits(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         assert crowd.headers["retry-after"]
         assert await asyncio.to_thread(ended, other, answer["session"]) == "lease"
         await idle.connection.close()
+        await idle.until(lambda: not _connections(other))
         caller = Caller(url, **good)
         caller.url += "?token=password"
         await caller.__aenter__()
@@ -221,7 +228,7 @@ def test_limits(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     unknown, caller = asyncio.run(run())
     assert unknown == 401
     assert caller.told("session.done")[0]["reason"] == "shutdown"
-    assert other.metrics.registry.get_sample_value("greedy_peer_connections") == 0
+    assert _connections(other) == 0
 
 
 def test_busy_houses_refuse(server: Server, url: str) -> None:
