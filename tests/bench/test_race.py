@@ -233,10 +233,9 @@ def test_steady_chunks_of_a_video():
 
 def test_a_late_answer_ends_the_process_and_what_it_started(tmp_path):
     note = tmp_path / "pid"
-    body = ("import subprocess, sys, time; child = subprocess.Popen(['sleep', '60']); "
-            f"open({str(note)!r}, 'w').write(str(child.pid)); time.sleep(60)")  # fmt: skip
-    with pytest.raises(AdapterError, match="adapter late: got no answer to open in 1 s"):
-        Adapter("late", [sys.executable, "-c", body], {}, limit=1)
+    body = 'sleep 600 & echo $! > "$0"; wait'
+    with pytest.raises(AdapterError, match="adapter late: got no answer to open in 3 s"):
+        Adapter("late", ["sh", "-c", body, str(note)], {}, limit=3)
     child = int(note.read_text())
     for _ in range(50):
         stat = Path(f"/proc/{child}/stat")
@@ -251,7 +250,8 @@ def test_chunks_leave_out_the_first(toy):
         assert adapter.fills == 2
         times = adapter.chunks(4)
         assert len(times) == 4
-        assert 0.01 < sorted(times)[1] < 1  # a line that is read late makes the next one seem early
+        assert max(times) > 0.01  # a line that is read late makes the next ones seem early
+        assert min(times) < 1
         assert adapter.stages(2)["denoise"] == [1, 1]
 
 

@@ -7,14 +7,16 @@ tests/serve/conftest.py makes `served` a fixture: one server of the embedded mod
 """
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,14 @@ class Served:
         """End it as a power cut would."""
         self.process.kill()
         return self.process.wait()
+
+
+def free_port() -> int:
+    """One below those that the kernel gives to other programs meanwhile."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def start_server(

@@ -164,7 +164,7 @@ def address(pipeline):
     from serve.options import Network, Sessions
     from serve.web.app import make_app
 
-    made = make_server(pipeline, "tiny", Network(rate=100_000), Sessions(sessions=2, waiting=1, lease=2.0))
+    made = make_server(pipeline, "tiny", Network(rate=100_000), Sessions(sessions=2, waiting=1, lease=10.0))
     with app_on_a_thread(make_app(made)) as url:
         yield url
 
@@ -172,7 +172,7 @@ def address(pipeline):
 @pytest.mark.slow
 def test_viewers_of_a_server(address, model_dir, tmp_path, capsys):
     """Two viewers hold their rate; of four, one waits and one is refused. Frames are the engine's."""
-    command = ["serve", "--url", address, "--model", str(model_dir), "--viewers", "2,4", "--seconds", "3"]
+    command = ["serve", "--url", address, "--model", str(model_dir), "--viewers", "2,4", "--seconds", "5"]
     assert main([*command, "--switch", "1", "--save", "--results", str(tmp_path)]) == 0, capsys.readouterr()
     out = capsys.readouterr().out
     report = json.loads(out.splitlines()[-1])
@@ -184,7 +184,7 @@ def test_viewers_of_a_server(address, model_dir, tmp_path, capsys):
     for point in report["points"]:
         assert point["started"] == 2
         assert point["frames"] >= 2 * 13
-        assert 0 < point["first_chunk_ms"]["p50"] < 3000
+        assert 0 < point["first_chunk_ms"]["p50"] < 5000
         assert 100 < point["gap_ms"]["p50"] < 1500  # four frames at 8 a second
         assert 0 <= point["deadlines_met"] <= 1
         assert point["deadlines"] >= 6
@@ -192,10 +192,10 @@ def test_viewers_of_a_server(address, model_dir, tmp_path, capsys):
         assert 0.3 < point["realtime_slowest"] <= point["realtime"] < 1.5
         assert 0 < point["cpu_per_session_second"] < 10
         assert point["memory_mb"]["most"] >= point["memory_mb"]["before"] > 50
-        assert 3 < point["fps"] < 24  # 16, and a chunk more of each at the end of three seconds
+        assert 3 < point["fps"] < 24  # 16, and a chunk more of each at the end of five seconds
     assert (few["waited"], few["refused"], many["waited"], many["refused"]) == (0, 0, 1, 1)
     assert few["switches"] >= 1
-    assert 0 < few["switch_arrives_ms"]["p50"] <= few["switch_shows_ms"]["p50"] < 3000
+    assert 0 < few["switch_arrives_ms"]["p50"] <= few["switch_shows_ms"]["p50"] < 5000
     assert (report["server"]["id"], report["server"]["capacity"], report["server"]["fps"]) == ("tiny", 2, 8.0)
     assert "2 viewers, gap_ms" in report["timings"]
     (file,) = tmp_path.iterdir()
@@ -229,12 +229,12 @@ def test_a_viewer_gets_the_frames_of_the_pipeline(address, pipeline):
 def test_viewers_over_every_transport(address):
     """A socket with raw frames, WebRTC, and a job, at once."""
     pytest.importorskip("aiortc")
-    found, checks, raw = load.point(running(address, ""), load.Load(4, 1, 0.1, "a red circle", 0, "mixed"), 3)
+    found, checks, raw = load.point(running(address, ""), load.Load(8, 1, 0.1, "a red circle", 0, "mixed"), 3)
     assert not [check.detail for check in checks if not check.passed]
     assert (found["started"], found["refused"]) == (3, 0)
     assert found["frames"] >= raw.frames + 4 + 8 * VIDEO_SECONDS  # of the track a few, of the job all
     assert found["switches"] >= 1  # the WebRTC viewer's: raw frames keep their prompt, a job has one
-    assert 0 < found["switch_arrives_ms"]["p50"] < 3000
+    assert 0 < found["switch_arrives_ms"]["p50"] < 8000
     assert found["deadlines"] >= len(raw.arrivals) - 1 + 4
 
 

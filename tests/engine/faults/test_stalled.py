@@ -4,7 +4,6 @@ ends."""
 import fcntl
 import os
 import signal
-import struct
 import termios
 import time
 from pathlib import Path
@@ -22,12 +21,11 @@ def stalled(program, build, folder, *words):
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     process = start(program, build, folder, "--out", "-", *words, stdout=writing)
     os.close(writing)
-    held = -1
     while process.poll() is None:
-        before, held = held, struct.unpack("i", fcntl.ioctl(reading, termios.FIONREAD, b"\0\0\0\0"))[0]
-        if before == held > 0:
+        if any(fcntl.ioctl(reading, termios.FIONREAD, b"\0\0\0\0")):
+            wait_until_it_rests(process)
             return process, reading
-        time.sleep(0.3)
+        time.sleep(0.1)
     raise AssertionError(process.communicate())
 
 
@@ -109,7 +107,7 @@ def test_an_ffmpeg_that_hangs(native_build, tmp_path, script, frames):
 
 def test_an_ffmpeg_that_ends_in_time_loses_nothing(native_build, tmp_path):
     """Two signals from an impatient user: it has a second to end."""
-    fake_ffmpeg(tmp_path, 'cat > "$last"; sleep 0.3')
+    fake_ffmpeg(tmp_path, 'cat > "$last"; sleep 0.1')
     process = start("host", native_build, tmp_path, "--out", "video.mkv")
     grown(process, tmp_path, "video.mkv", 4000)
     for _ in range(2):

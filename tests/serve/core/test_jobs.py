@@ -20,6 +20,7 @@ from engine.media.sinks import open_sink
 from engine.stream import Pipeline
 from serve.core import house as house_module
 from serve.core import jobs as jobs_module
+from serve.core.encoders import enlarged
 from serve.core.house import Busy, House, Room
 from serve.core.job_store import Job, Store, new_id
 from serve.core.jobs import Conflict, Jobs
@@ -168,16 +169,17 @@ def test_several_jobs_at_once_do_not_mix(sprites: Pipeline, written: dict[str, l
             assert np.array_equal(np.stack(written[job.id]), plain(sprites, job))
 
 
-def test_progress_grows(sprites: Pipeline) -> None:
+def test_progress_grows(sprites: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spied(frames: np.ndarray, scale: int) -> np.ndarray:
+        seen.append(jobs.progress(jobs.all()[0]))  # before each chunk is written
+        return enlarged(frames, scale)
+
+    monkeypatch.setattr(jobs_module, "enlarged", spied)
     with opened(sprites) as jobs:
-        job, seen = jobs.submit(order(25)), [0]
-        while (now := jobs.get(job.id)) and now.status != "completed":
-            seen.append(jobs.progress(now))
-            time.sleep(0.002)
-        assert now is not None
-        assert jobs.progress(now) == 100
-    assert seen == sorted(seen)
-    assert {0, 20, 52} <= set(seen) <= set(range(100)), set(seen)  # after chunks 0, 1 and 3
+        assert jobs.progress(ended(jobs, jobs.submit(order(25)))) == 100
+    assert seen == [0, 4, 20, 36, 52, 68, 84]
 
 
 @pytest.mark.slow
@@ -228,9 +230,9 @@ def test_limits_of_live_sessions_do_not_end_a_job(sprites: Pipeline) -> None:
 
 
 def test_a_job_has_a_lifetime_of_its_own(sprites: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(house_module, "JOB", replace(house_module.JOB, lifetime=0.2))
+    monkeypatch.setattr(house_module, "JOB", replace(house_module.JOB, lifetime=2.0))
     with opened(sprites) as jobs:
-        job = ended(jobs, jobs.submit(order(FOREVER)))
+        job = ended(jobs, jobs.submit(order(10 * FOREVER)))
         assert (job.status, job.error_code) == ("failed", "lifetime")
         assert ended(jobs, jobs.submit(order(1))).status == "completed"
 
@@ -313,9 +315,11 @@ def test_deleting_jobs_that_wait_or_are_done_removes_their_files(sprites: Pipeli
 def test_what_has_expired_is_removed(sprites: Pipeline, tmp_path: Path) -> None:
     pipeline = Watched(sprites)
     pipeline.faults[1] = ValueError("a fault")
-    with opened(pipeline, tmp_path, keep=0.3) as jobs:
+    told: list[Job] = []
+    with opened(pipeline, tmp_path, keep=0.3, on_end=told.append) as jobs:
         good, bad = jobs.submit(order(5, seed=0)), jobs.submit(order(5, seed=1))
-        job = ended(jobs, good)
+        job = until(lambda: told and told[0])
+        assert (job.id, job.status) == (good.id, "completed")
         assert job.expires is not None
         assert job.ended is not None
         assert abs(job.expires - job.ended - 0.3) < 1e-3

@@ -146,7 +146,9 @@ def test_pause_makes_nothing_and_loses_nothing(pipeline):
     session, viewer = opened(pipeline, wish(speed=50.0))
     found = items(viewer, after(2))
     session.change(Change(paused=True))
-    time.sleep(0.3)
+    deadline = time.monotonic() + HANG
+    while session.state != "paused" and time.monotonic() < deadline:
+        time.sleep(0.01)
     while (item := viewer.take()) is not None:
         found.append(item)
     made = session.chunks
@@ -250,7 +252,7 @@ def test_limits_end_a_session(pipeline, limits, reason):
 
 
 def test_a_session_waits_for_its_viewer_and_then_ends(pipeline):
-    session, viewer = opened(pipeline, wish(), limits=Limits(lease=0.6))
+    session, viewer = opened(pipeline, wish(), limits=Limits(lease=3.0))
     found = items(viewer, after(2))
     session.leave(viewer)
     time.sleep(0.3)

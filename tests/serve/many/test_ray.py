@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import random
 import re
 import shutil
 import signal
@@ -18,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 from clients import OTHER, PROMPT, connected, started
+from serving import free_port
 from webrtc_client import Caller
 
 ray = pytest.importorskip("ray", reason="the extra [ray] is not installed")
@@ -30,14 +30,6 @@ HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 QUERY = f"?token={TOKEN}"
 HANG = 90.0
 QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}  # writes nothing to the home folder, asks nobody
-
-
-def free_port():
-    """One below those that the kernel gives to Ray's own processes meanwhile."""
-    while True:
-        port = random.randrange(15_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 @pytest.fixture(scope="module")

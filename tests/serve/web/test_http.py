@@ -18,7 +18,7 @@ from serve.web.app import make_app
 @pytest.fixture(scope="module")
 def locked(pipeline):
     """The address of a server with a token, that takes 1 MB."""
-    made = make_server(pipeline, "tiny", Network(token="let me in!", upload_mb=1, rate=3), Sessions(sessions=2))
+    made = make_server(pipeline, "tiny", Network(token="let me in!", upload_mb=1), Sessions(sessions=2))
     with app_on_a_thread(make_app(made), ws_max_size=1 << 20) as address:
         yield address
 
@@ -86,11 +86,12 @@ def test_a_socket_wants_the_token_too(locked):
     assert asyncio.run(run("", {"Authorization": "Bearer let me in!"}))[0][-1] == "session.done"
 
 
-def test_one_address_starts_so_many_and_no_more(locked):
-    """After the two above, one of three a minute is left."""
-    seen = [play(locked, query="?token=let%20me%20in!", num_frames=1).seen for _ in range(2)]
-    assert [messages[-1]["type"] for messages in seen] == ["session.done", "error"]
-    assert seen[1][-1]["message"].startswith("got too many starts from one address")
+def test_one_address_starts_so_many_and_no_more(pipeline):
+    """Three a minute."""
+    with app_on_a_thread(make_app(make_server(pipeline, "tiny", Network(rate=3), Sessions(sessions=2)))) as address:
+        seen = [play(address, num_frames=1).seen for _ in range(4)]
+    assert [messages[-1]["type"] for messages in seen] == ["session.done"] * 3 + ["error"]
+    assert seen[3][-1]["message"].startswith("got too many starts from one address")
 
 
 def test_pages_of_other_sites_may_not_ask(url):

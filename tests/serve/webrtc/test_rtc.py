@@ -135,7 +135,7 @@ def test_parameters_change_the_video(server: Server, url: str, sent: list[Sent])
             await caller.message("video.chunk_metadata", completed_event_ids=["back"])
             caller.send({"paused": True, "event_id": "pause"})
             await caller.message("session.interaction.queued", event_id="pause")
-            await asyncio.sleep(0.8)  # what was due is shown
+            await asyncio.sleep(2)  # what was due is shown
             before = len(sent)
             await asyncio.sleep(0.5)
             assert len(sent) == before
