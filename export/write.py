@@ -25,6 +25,7 @@ from engine.bundles.manifest import (
     GraphSpec,
     Manifest,
     read_manifest,
+    validated,
 )
 from engine.bundles.stages import NotHere
 from engine.files import read_json, whole_folder, write_json
@@ -140,14 +141,15 @@ def _write(
     save_file(golden, part / _GOLDEN)
     preset = asdict(pipeline.preset) | {"steps": [list(steps) for steps in pipeline.preset.steps]}
     transformer = asdict(pipeline.config) | {"patch_size": list(pipeline.config.patch_size)}
-    manifest = Manifest(
-        format="greedy-bundle", version=VERSION, preset_name=pipeline.preset_name, preset=preset,
-        transformer=transformer, precision=_precision(pipeline),
-        height=pipeline.height, width=pipeline.width, fps=float(pipeline.fps), spatial=pipeline.spatial,
-        temporal=pipeline.temporal, text_rows=pipeline.tokenizer.rows if pipeline.tokenizer else 0,
-        weights="weights.safetensors", tokenizer="tokenizer", prompt_cleaning="ftfy",
-        golden=GoldenSpec(file=_GOLDEN, prompt=prompt, seed=seed), files=_files(part), backends=specs,
-    )  # fmt: skip
+    content = {
+        "format": "greedy-bundle", "version": VERSION, "preset_name": pipeline.preset_name, "preset": preset,
+        "transformer": transformer, "precision": _precision(pipeline),
+        "height": pipeline.height, "width": pipeline.width, "fps": float(pipeline.fps), "spatial": pipeline.spatial,
+        "temporal": pipeline.temporal, "text_rows": pipeline.tokenizer.rows if pipeline.tokenizer else 0,
+        "weights": "weights.safetensors", "tokenizer": "tokenizer", "prompt_cleaning": "ftfy",
+        "golden": GoldenSpec(file=_GOLDEN, prompt=prompt, seed=seed), "files": _files(part), "backends": specs,
+    }  # fmt: skip
+    manifest = validated(content, part / "manifest.json")
     _save_manifest(manifest, part)
     yield from _add_golden(part, manifest, golden)
 

@@ -143,7 +143,9 @@ class Contract {
 
     // The caches of the following calls have the shapes that the first one gives.
     void check_vae(const std::string& first, const std::string& steady, bool decodes) const {
-        const TensorSpec latent{"latent", {1, config_.in_channels, 1, m_.latent_height(), m_.latent_width()}, dtype_};
+        const TensorSpec latent{"latent",
+                                {1, config_.in_channels, 1, m_.latent_height(), m_.latent_width()},
+                                decodes ? dtype_ : DType::float32};  // encoders give float32, whatever their weights are
         Tensors past, made;
         for (const TensorSpec& output : graphs_.at(first).outputs) {
             if (&output == &graphs_.at(first).outputs.front()) continue;

@@ -145,9 +145,10 @@ def _pass(shapes: Shapes, kind: PassKind, dtype: str, graph: Graph) -> _Expected
 
 def _check_vae(shapes: Shapes, graphs: Mapping[str, Graph], where: str, dtype: str) -> None:
     channels, (high, wide) = shapes.config.in_channels, shapes.latent
-    latent = (dtype, [1, channels, 1, high, wide])
+    shape = [1, channels, 1, high, wide]
     for first, steady, what, result in (("vae_first", "vae_steady", "latent", "frames"),
                                         ("vae_encode_first", "vae_encode_steady", "frames", "latent")):  # fmt: skip
+        latent = (dtype if what == "latent" else "float32", shape)  # encoders give float32, whatever their weights are
         # The caches have the shapes that the first call gives.
         given = [(tensor.dtype, tensor.shape) for tensor in graphs[first].outputs][1:]
         made: Kinds = {f"cache_{i}_out": kind for i, kind in enumerate(given)}

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Final, Literal, NoReturn
+from typing import Annotated, Any, Final, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -238,12 +238,17 @@ def read_manifest(folder: Path) -> Manifest:
         version = content.get("version")
         if type(version) is int and version not in ROW_INPUTS:  # whatever else it holds is of no interest
             raise ValueError(f"{path}.version: got {version}, expected one of {', '.join(map(str, ROW_INPUTS))}")
-    try:
-        manifest = Manifest.model_validate(content)
-    except ValidationError as error:
-        raise ValueError(_one_line(_told(path, error))) from None
+    manifest = validated(content, path)
     _check_files(folder, manifest)
     return manifest
+
+
+def validated(content: Any, path: Path) -> Manifest:
+    """The manifest with this content. ValueError, in one line that begins with `path` and a field, if it is none."""
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(_one_line(_told(path, error))) from None
 
 
 def _told(path: Path, error: ValidationError) -> str:

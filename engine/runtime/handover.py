@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any, NamedTuple, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 
@@ -30,17 +29,22 @@ class Progress:
     emitted: int = 0  # frames returned by the iterator
 
 
-class _Turn(NamedTuple):
-    """A call that runs: its thread, and a frame that ends with the call."""
+class _Turn:
+    """A call that runs. Whoever takes the next turn becomes its only successor: dict.setdefault is atomic."""
 
-    thread: int
-    frame: FrameType
+    def __init__(self, frame: FrameType | None) -> None:
+        self.frame = frame  # that ends with the call; None once the turn was given back
+        self.next: dict[str, _Turn] = {}  # at most one
 
     def runs(self) -> bool:
-        frame = sys._current_frames().get(self.thread)
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        return frame is not None
+        """Whether the call is under way. Its frame is asked: the stack of a thread that runs can be seen in halves."""
+        if (frame := self.frame) is None:
+            return False
+        try:
+            frame.clear()
+        except RuntimeError:  # "cannot clear an executing frame"
+            return True
+        return False
 
 
 class Turns:
@@ -51,28 +55,30 @@ class Turns:
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self._taken: dict[str, _Turn] = {}  # at most one; dict.setdefault is atomic
+        self._last = _Turn(None)
 
     def take(self, frame: FrameType) -> None:
         """Take the turn until `frame` gives it back or ends. ValueError if another call has it, or after a fork."""
         check_process(self.process)
-        mine = _Turn(threading.get_ident(), frame)
-        while (found := self._taken.setdefault("turn", mine)) is not mine:
-            if found.runs():
+        turn, mine = self._last, _Turn(frame)
+        while turn is not mine:
+            if turn.runs():
                 raise ValueError("stream: got a call while another one runs, expected one at a time")
-            self.give_back(found.frame)
+            turn = turn.next.setdefault("turn", mine)
+        self._last = mine
 
     def give_back(self, frame: FrameType) -> None:
         """End the turn of `frame`, if it has it."""
-        found = self._taken.get("turn")
-        if found is not None and found.frame is frame:
-            self._taken.pop("turn", None)
+        if self._last.frame is frame:
+            self._last.frame = None
 
     @property
     def free(self) -> bool:
         """Whether no call runs."""
-        found = self._taken.get("turn")
-        return found is None or not found.runs()
+        turn = self._last
+        while (later := turn.next.get("turn")) is not None:
+            turn = later
+        return not turn.runs()
 
     def __enter__(self) -> None:
         self.take(sys._getframe(1))

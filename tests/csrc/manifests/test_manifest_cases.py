@@ -94,6 +94,36 @@ def test_a_graph_of_many_tensors_is_read_soon(bundles):
     assert time.process_time() - begun < 5
 
 
+FLOAT32 = {"t", "rope_cos", "rope_sin"}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8"])
+@pytest.mark.parametrize("family", PRESETS)
+def test_lower_precisions(core, bundles, family, precision):
+    """All but times, positions and what the encoder gives is in the stream's dtype."""
+    path, dtype = bundles[family] / "manifest.json", "float16" if precision == "fp16" else "bfloat16"
+    text = path.read_text()
+    content = json.loads(text)
+    [graphs] = [backend["graphs"] for backend in content["backends"].values()]
+    encoded = [graphs[name]["outputs"][0] for name in ("vae_encode_first", "vae_encode_steady")]
+    for tensor in (tensor for graph in graphs.values() for tensor in graph["inputs"] + graph["outputs"]):
+        if tensor["dtype"] == "float32" and tensor["name"] not in FLOAT32:
+            tensor["dtype"] = dtype
+    for tensor in encoded:
+        tensor["dtype"] = "float32"
+    content["precision"] = precision
+    try:
+        path.write_text(json.dumps(content))
+        assert (python_says(path.parent), core_says(core, path.parent)) == ("", "")
+        encoded[1]["dtype"] = dtype
+        path.write_text(json.dumps(content))
+        for said in (python_says(path.parent), core_says(core, path.parent)):
+            assert f"vae_encode_steady.outputs.latent: got {dtype}" in said
+            assert "expected float32" in said
+    finally:
+        path.write_text(text)
+
+
 @pytest.mark.parametrize("family", PRESETS)
 def test_both_readers_say_the_same(core, bundles, family):
     folder = bundles[family]
