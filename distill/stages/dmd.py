@@ -142,6 +142,7 @@ class Dmd(Objective):
         exit_step = int(torch.randint(max(map(len, preset.steps)), (), generator=shared))
         length, size = config.rollout or config.frames, (self.data.shape[2], self.data.shape[3])
         clean, noisy, sigma = roll_exits(self.student, emb, length, exit_step, draws.seeds(), preset, size)
+        clean, noisy = clean.float(), noisy.float()  # frozen weights may be bf16; the clip is not
         flow = self.student.flow(clean[:, :, :-1], noisy, sigma, self.student.stages.prepare_text(emb))
         start = int(torch.randint(length - config.frames + 1, (), generator=shared))
         return (noisy - sigma[:, None, :, None, None] * flow)[:, :, start : start + config.frames]

@@ -25,7 +25,7 @@ from distill.models.base import Base
 from distill.models.rollout import noise_levels
 from distill.models.sampling import guided_flow
 from distill.stages import dmd, next_chunk, rl, teacher, train_vae
-from distill.stages.dmd import DmdConfig
+from distill.stages.dmd import LOSSES, DmdConfig
 from distill.stages.latents import Bank
 from distill.stages.next_chunk import NextChunkConfig, load_student, segment_target
 from distill.stages.rl import RlConfig
@@ -211,18 +211,24 @@ def test_rl_resumes(student_file: Path, bank: Path, tmp_path: Path, options: dic
 
 
 def test_bf16(next_chunk_config: NextChunkConfig, student_file: Path, bank: Path, tmp_path: Path) -> None:
-    """Frozen weights and products in bf16, trained weights in fp32: nearly the losses of fp32, in both stages."""
-    tuned = RlConfig(student=str(student_file), data=str(bank / "clips"), steps=1, batch=2, frames=3, recompute=True)
+    """Frozen weights and products in bf16, trained weights in fp32: nearly the losses of fp32, in every stage."""
+    shared: dict[str, Any] = {
+        "student": str(student_file), "data": str(bank / "clips"), "steps": 1, "batch": 2, "frames": 3, "recompute": True
+    }  # fmt: skip
+    tuned = RlConfig(**shared)
+    matched = [DmdConfig(**shared, critic_warmup=0, loss=loss) for loss in LOSSES]
     for precision in ("bf16", "fp32"):
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
             made = replace(next_chunk_config, precision=precision, steps=2)
             trained = next_chunk.train(made, tmp_path / precision)
             rl.train(replace(tuned, precision=precision), tmp_path / f"rl-{precision}")
+            for config in matched:
+                dmd.train(replace(config, precision=precision), tmp_path / f"{config.loss}-{precision}")
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
         assert {value.dtype for value in trained.values()} == {torch.float32}
-    for stage, tolerance in (("", 0.03), ("rl-", 0.2)):
+    for stage, tolerance in (("", 0.03), ("rl-", 0.2), ("dmd-", 0.03), ("sid-", 0.03)):
         for low, high in zip(losses(tmp_path / f"{stage}bf16"), losses(tmp_path / f"{stage}fp32"), strict=True):
             assert low["loss"] == pytest.approx(high["loss"], rel=tolerance)
 
