@@ -29,12 +29,13 @@ STAGES = {
     "sample_teacher": ("stages.sample_teacher", "sample captioned latents from a teacher"),
     "next_chunk": ("stages.next_chunk", "train the student on clean pasts (Eq. 6)"),
     "rl": ("stages.rl", "fine-tune the student on its own rollouts (Eq. 7-10)"),
+    "dmd": ("stages.dmd", "match distributions on the student's own clips (DMD, SiD)"),
     "assemble": ("stages.assemble", "write teacher, VAE and student as one pipeline directory"),
     "evaluate": ("experiments.evaluate", "score clips of a model on held-out prompts"),
     "ablation": ("experiments.ablation", "train and compare arms over seeds: tables and plots"),
     "gallery": ("experiments.gallery", "stream several prompts into one moving picture"),
 }
-PLANNED = ("next_chunk", "rl")  # stages that --dry-run can plan
+PLANNED = ("next_chunk", "rl", "dmd")  # stages that --dry-run can plan
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Rollouts: a student streams its own past through the engine's stream, so that training sees what inference does."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,7 +10,9 @@ from torch import Tensor
 from distill.models.student import Adapted
 from engine.config import Preset
 from engine.loader import assemble
+from engine.model.cache import RingCache
 from engine.model.vae import VAEConfig
+from engine.runtime.passes import Pass, Stages, TextKV
 from engine.sampling.noise import PhiloxNoise
 from engine.sampling.schedule import Schedule
 from engine.sampling.solvers import make_solver
@@ -69,6 +73,51 @@ def roll_out(
     with pipeline.stream(text_emb.detach(), noise=SampleNoise(seeds), latents=start) as stream:
         latents = [stream.next_latent() for _ in range(frames)]
     return torch.cat(latents, 2).clone()  # outside inference mode a clone is an ordinary tensor
+
+
+@contextmanager
+def _denoising(stages: Stages) -> Iterator[list[Pass]]:
+    """A list in which the newest denoising pass stands last, while streams run."""
+    plain, newest = stages.run, list[Pass]()
+
+    def run(step: Pass, cache: RingCache, text_kv: TextKV) -> Tensor:
+        if step.kind.timed:
+            newest[:] = [step]
+        return plain(step, cache, text_kv)
+
+    stages.run = run  # type: ignore[method-assign]
+    try:
+        yield newest
+    finally:
+        del stages.run
+
+
+def roll_exits(
+    student: Adapted,
+    text_emb: Tensor,
+    frames: int,
+    exit_step: int,
+    seeds: Sequence[int],
+    preset: Preset,
+    size: tuple[int, int] = (8, 8),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stream latent frames that end after denoising step `exit_step`, or a shorter loop's last one, without gradients.
+
+    Later frames see the clean frames that their past's exit step predicted, as in Self-Forcing. Returns these frames
+    [B, C, frames, h, w], what the exit step got as input (the same shape), and its noise levels sigma [B, frames].
+    """
+    pipeline = _pipeline(student, replace(preset, stop_after=exit_step + 1), size)
+    clean, noisy, levels = [], [], []
+    with (
+        _denoising(student.stages) as newest,
+        pipeline.stream(text_emb.detach(), noise=SampleNoise(seeds)) as stream,
+    ):
+        for _ in range(frames):
+            clean.append(stream.next_latent())
+            last = newest[-1]
+            noisy.append(last.latent)
+            levels.append(last.t / 1000)
+    return torch.cat(clean, 2).clone(), torch.cat(noisy, 2).clone(), torch.stack(levels, 1).clone()
 
 
 def roll_into(

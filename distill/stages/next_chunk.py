@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill.data.shards import Shards
@@ -29,6 +30,8 @@ from distill.training.loop import FitConfig, Objective, accelerator_of, fit
 from distill.training.stage import Stage, TrainingOptions
 from distill.training.state import save_state
 from engine.config import Preset
+from engine.files import read_json
+from engine.loader import settings_of
 from engine.model.transformer import TextKV, WanTransformer
 from engine.options import option
 from engine.presets import find_preset
@@ -117,14 +120,36 @@ class NextChunkOptions(TrainingOptions):
 
 
 def read_student(path: Path) -> tuple[dict[str, Tensor], NextChunkConfig]:
-    """The trained tensors of a student file and the config that made it."""
+    """The trained tensors of a student file, or of a directory that assemble wrote, and the config that made it."""
+    if (path / "adapters" / "sdd").is_dir():
+        return _assembled(path)
     if not path.is_file():
-        raise FileNotFoundError(f"student: got {path}, expected a file that next_chunk or rl wrote")
+        raise FileNotFoundError(f"student: got {path}, expected a training stage's file or a model with adapters/")
     state = torch.load(path, weights_only=True)
     unknown = sorted(set(state["config"]) - {field.name for field in fields(NextChunkConfig)})
     if unknown:
         raise ValueError(f"{path}: got settings {unknown}, expected a student of this version")
     return state["student"], NextChunkConfig(**state["config"])
+
+
+def _assembled(folder: Path) -> tuple[dict[str, Tensor], NextChunkConfig]:
+    """The student in adapters/ and engine.json; its teacher is the directory itself."""
+    settings, trained = settings_of(folder), dict[str, Tensor]()
+    for role in ("etm", "sdd"):
+        for key, value in load_file(folder / "adapters" / role / "adapter_model.safetensors").items():
+            module = key.removeprefix("base_model.model.").removesuffix(".weight")
+            trained[f"{role}.{module}.default.weight"] = value.float()
+    condition = load_file(folder / "adapters" / "sdd" / "condition.safetensors")
+    trained["sdd.condition_proj.weight"] = condition["condition_proj.weight"].float()
+    preset = find_preset(settings.preset, settings.overrides)
+    config = NextChunkConfig(
+        teacher=str(folder), rank=read_json(folder / "adapters" / "sdd" / "adapter_config.json")["r"],
+        window=preset.window - 1, max_position=preset.max_position, sampling_steps=len(preset.steps[-1]),
+        sampling_shift=preset.shift, solver=preset.solver,
+    )  # fmt: skip
+    if config.preset != preset:
+        raise ValueError(f"student: got {folder} with {preset}, expected {config.preset}")
+    return trained, config
 
 
 def load_student(

@@ -1,4 +1,4 @@
-"""The cost of next_chunk or rl at full size, without running it: models on the meta device, counted.
+"""The cost of next_chunk, rl or dmd at full size, without running it: models on the meta device, counted.
 
     python -m distill next_chunk --config distill/configs/wan2.1-1.3b.toml --dry-run
 
@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
+from distill.models.critic import Critic
 from distill.models.student import Student
+from distill.stages.dmd import DmdConfig, presets_of
 from distill.stages.next_chunk import NextChunkConfig
 from distill.stages.rl import RlConfig
 from distill.training.loop import FitConfig, split
@@ -77,17 +79,59 @@ def _passes(config: TransformerConfig, made: NextChunkConfig, n: int, frames: in
     return student, forward_flops(config, frames * n, frames * frames * n * n, rows, 1)
 
 
-def _one_frame(config: TransformerConfig, made: NextChunkConfig, n: int, rows: int) -> float:
+def _one_frame(config: TransformerConfig, made: NextChunkConfig, n: int, rows: int, steps: float) -> float:
     """FLOPs to stream one frame: ETM, context and denoising steps, each over a constant number of keys."""
     etm = forward_flops(config, n, (made.window + 1) * n * n, rows, 0)
-    sdd = forward_flops(config, n, 2 * n * n, rows, 0) + made.sampling_steps * forward_flops(
-        config, n, 3 * n * n, rows, 0
-    )
+    sdd = forward_flops(config, n, 2 * n * n, rows, 0) + steps * forward_flops(config, n, 3 * n * n, rows, 0)
     return etm * made.etm + sdd
 
 
-def estimate(stage: str, config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -> Plan:
-    """The plan of a stage. `made` is the next-chunk config of its student."""
+@dataclass(frozen=True)
+class _Work:
+    """A step's work on one clip: tokens whose activations are kept for the backward pass, and FLOPs."""
+
+    sequence: int
+    flops: float
+
+
+def _next_chunk(config: NextChunkConfig, shape: TransformerConfig, n: int, frames: int, rows: int) -> _Work:
+    parallel, _ = _passes(shape, config, n, frames, rows)
+    first, alone = config.first_batch / config.batch, forward_flops(shape, n, n * n, rows, 1)
+    guided = 2 * config.substeps * alone if config.first == "guided" else 0.0
+    one = _one_frame(shape, config, n, rows, config.sampling_steps)
+    rolled = config.roll_share * (1 - config.roll_from) * (frames - 2) * one
+    through = 1 + _backward(config)
+    return _Work((3 * frames - 2) * n, parallel * through + first * (alone * through + guided) + rolled)
+
+
+def _rl(config: RlConfig, made: NextChunkConfig, shape: TransformerConfig, n: int, frames: int, rows: int) -> _Work:
+    middle, (_, joint) = frames // 2, _passes(shape, made, n, frames, rows)
+    past = forward_flops(shape, middle * n, (made.window + 1) * middle * n * n, rows, 1)
+    step = past * made.etm + forward_flops(shape, 3 * n, 6 * n * n, rows, 1)
+    judge = step * (2 + _backward(config) if config.critic == "trained" else 1)
+    real = 2 * joint * (middle + 1) / frames
+    rolled = (middle + 0.5) * _one_frame(shape, made, n, rows, made.sampling_steps)
+    return _Work((middle + 3) * n, rolled + step * (1 + _backward(config)) + judge + real)
+
+
+def _dmd(config: DmdConfig, made: NextChunkConfig, shape: TransformerConfig, n: int, frames: int, rows: int) -> _Work:
+    length = max(config.rollout, frames)
+    parallel, _ = _passes(shape, made, n, length, rows)
+    _, joint = _passes(shape, made, n, frames, rows)
+    steps = sum((len(preset.steps[-1]) + 1) / 2 for preset in presets_of(config, made)) / len(presets_of(config, made))
+    rolled = length * _one_frame(shape, made, n, rows, steps)
+    learning = parallel * _backward(config) + 3 * joint * (2 if config.loss == "sid" else 1)
+    flops = rolled + parallel + learning / config.critic_every + joint * (1 + _backward(config))
+    return _Work((3 * length - 2 + frames) * n, flops)
+
+
+def _backward(config: FitConfig) -> float:
+    """A backward pass counts as two forward passes, and one more where blocks are recomputed."""
+    return 3.0 if config.recompute else 2.0
+
+
+def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -> Plan:
+    """The plan of a stage by its config. `made` is the next-chunk config of its student."""
     shape = TransformerConfig()
     if cluster.transformer:
         shape = TransformerConfig.from_dict(json.loads(Path(cluster.transformer).read_text()))
@@ -101,38 +145,28 @@ def estimate(stage: str, config: FitConfig, made: NextChunkConfig, cluster: Clus
     n = (cluster.height // ph) * (cluster.width // pw)
     rows, frames = cluster.text_rows, min(config.frames, cluster.frames)  # type: ignore[attr-defined]
     micro = len(split(config.batch, config.micro, 0, cluster.gpus)[0])
-    parallel, joint = _passes(shape, made, n, frames, rows)
-    critics = 2 if getattr(config, "critic", "self") == "trained" else 1
-    # A backward pass counts as two forward passes, and one more where blocks are recomputed.
-    backward = 3.0 if config.recompute else 2.0
-    if stage == "next_chunk":
-        sequence = (3 * frames - 2) * n
-        first = config.first_batch / config.batch  # type: ignore[attr-defined]
-        alone = forward_flops(shape, n, n * n, rows, 1)
-        guided = 2 * made.substeps * alone if made.first == "guided" else 0.0
-        rolled = made.roll_share * (1 - made.roll_from) * (frames - 2) * _one_frame(shape, made, n, rows)
-        clip = parallel * (1 + backward) + first * (alone * (1 + backward) + guided) + rolled
+    if isinstance(config, DmdConfig):
+        work, critic = _dmd(config, made, shape, n, frames, rows), Critic(teacher, config.critic_rank)
+        critic_trained = sum(p.numel() for p in critic.trained().values())
+        critic_frozen = sum(p.numel() for p in critic.parameters()) - critic_trained
+    elif isinstance(config, RlConfig):
+        work, beside = _rl(config, made, shape, n, frames, rows), config.critic == "trained"
+        critic_trained, critic_frozen = trained * beside, frozen * beside
     else:
-        middle = frames // 2
-        sequence = (middle + 3) * n
-        past = forward_flops(shape, middle * n, (made.window + 1) * middle * n * n, rows, 1)
-        step = past * made.etm + forward_flops(shape, 3 * n, 6 * n * n, rows, 1)
-        judge = step * (1 + (critics - 1) * (1 + backward))
-        real = 2 * joint * (middle + 1) / frames
-        clip = (middle + 0.5) * _one_frame(shape, made, n, rows) + step * (1 + backward) + judge + real
-    width = 2 if config.precision == "bf16" else 4
+        work, critic_trained, critic_frozen = _next_chunk(made, shape, n, frames, rows), 0, 0
+    width, sequence, learnt = 2 if config.precision == "bf16" else 4, work.sequence, trained + critic_trained
     kept = sequence * shape.dim * shape.num_layers * width
     # Whole blocks keep norms, projections, attention and feed-forward; recomputed blocks keep only their input.
     kept *= 1 if config.recompute else 14 + 2 * shape.ffn_dim // shape.dim
     peak = sequence * (14 * shape.dim + 2 * shape.ffn_dim) * width if config.recompute else 0
-    flops = clip * config.batch
+    flops = work.flops * config.batch
     embedding = cluster.text_embedding_gib * GIB
-    held = (frozen * critics + base) * width + cluster.text_encoder_gib * GIB - embedding
+    held = (frozen + critic_frozen + base) * width + cluster.text_encoder_gib * GIB - embedding
     return Plan(
-        parameters=frozen + base + trained * critics,
-        trained=trained * critics,
-        weights=int(held / (cluster.gpus if config.shard else 1) + embedding) + 4 * trained * critics,
-        optimiser=trained * critics * 4 * 3 + 4 * trained,  # gradient and two moments; the moving average
+        parameters=frozen + critic_frozen + base + learnt,
+        trained=learnt,
+        weights=int(held / (cluster.gpus if config.shard else 1) + embedding) + 4 * learnt,
+        optimiser=learnt * 4 * 3 + 4 * trained,  # gradient and two moments; the moving average
         activations=micro * (kept + peak),
         tokens=sequence * config.batch,
         flops=flops,
@@ -141,11 +175,11 @@ def estimate(stage: str, config: FitConfig, made: NextChunkConfig, cluster: Clus
     )
 
 
-def report(path: Path, stage: str, config: NextChunkConfig | RlConfig) -> None:
+def report(path: Path, stage: str, config: NextChunkConfig | RlConfig | DmdConfig) -> None:
     """Print the plan, last as JSON. A plan that does not fit raises ValueError."""
     cluster = read_table(ClusterConfig, path, "cluster")
     made = config if isinstance(config, NextChunkConfig) else read_table(NextChunkConfig, path, "next_chunk")
-    plan = estimate(stage, config, made, cluster)
+    plan = estimate(config, made, cluster)
     lines = {
         "parameters": f"{plan.parameters / 1e9:.2f} G held, {plan.trained / 1e6:.1f} M trained",
         "memory per GPU": f"{plan.memory / GIB:.1f} GiB = weights {plan.weights / GIB:.1f} + optimiser "

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from distill.data.shards import Shards
 from distill.models.base import Base
+from distill.models.matching import direction, moving_loss
 from distill.models.rollout import noise_levels, roll_into
 from distill.models.sampling import guided_flow, noised, shifted
 from distill.stages.next_chunk import AnyStudent, NextChunkConfig, load_student, save_student
@@ -71,24 +72,6 @@ class RlConfig(FitConfig):
 @dataclass(frozen=True)
 class RlOptions(TrainingOptions):
     out: Path = option(Path("runs/rl"), "folder of checkpoints, logs and student.pt")
-
-
-def direction(v_real: Tensor, v_gen: Tensor, mu: Tensor, noisy: Tensor, sigma: Tensor, *, normalise: bool) -> Tensor:
-    """The part that Eq. 10 subtracts from mu: v_real - v_gen; all [B, C, 1, h, w], sigma [B].
-
-    `normalise` is DMD's: the difference of the two clean predictions over the mean error of the teacher's.
-    """
-    difference = v_real - v_gen
-    if not normalise:
-        return difference
-    level = sigma.view(-1, 1, 1, 1, 1)
-    error = (mu - (noisy - level * v_real)).abs().mean((1, 2, 3, 4), keepdim=True)
-    return level * difference / error.clamp(min=1e-3)
-
-
-def rl_loss(mu: Tensor, away: Tensor) -> Tensor:
-    """Eq. 10: half the mean square of mu - sg(mu - away). Its gradient by mu is `away` over the number of elements."""
-    return 0.5 * (mu - (mu - away).detach()).square().mean()
 
 
 class Rl(Objective):
@@ -138,7 +121,7 @@ class Rl(Objective):
         loss = torch.zeros((), device=mu.device)
         if learns:
             away = self.away(mu.detach(), past, float(sigmas[step + 1]), emb, captions, draws)
-            loss = rl_loss(mu, away)
+            loss = moving_loss(mu, away)
             parts = {"rl": loss, "away": away.square().mean()}
         if self.critic is not None:
             parts["critic"] = self.critic_loss(clean.detach(), past, emb, draws)

@@ -1,6 +1,7 @@
 """What `distill.stages.assemble` writes loads in diffusers, PEFT and the engine, and streams what was trained."""
 
 import json
+import shutil
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from distill.models.codec import build_vae
 from distill.models.rollout import roll_out
 from distill.models.student import Student
 from distill.stages.assemble import assemble
-from distill.stages.next_chunk import NextChunkConfig, save_student
+from distill.stages.next_chunk import NextChunkConfig, load_student, save_student
 from distill.stages.teacher import Teacher
 
 CONFIG = NextChunkConfig(rank=4, max_position=3, sampling_shift=2.0)
@@ -69,6 +70,21 @@ def test_engine_streams_what_was_trained(assembled: tuple[Path, dict[str, torch.
     with engine.load(folder, device="cpu").stream(caption, seed=3) as stream:
         got = torch.cat([stream.next_latent() for _ in range(5)], 2)
     assert (got - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+def test_a_model_is_a_student_to_go_on_from(assembled: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    folder, state = assembled
+    student, made, _ = load_student(folder)
+    assert made.preset == CONFIG.preset
+    for name, parameter in student.trained().items():
+        assert torch.equal(parameter, state[name].float()), name
+    settings = json.loads((folder / "engine.json").read_text())
+    settings["overrides"]["steps"] = [1000, 500, 100]
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "engine.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="sampling_steps: got 3, expected a divisor of 1000"):
+        load_student(other)
 
 
 def test_adapters_know_their_base(assembled: tuple[Path, dict[str, torch.Tensor]]) -> None:

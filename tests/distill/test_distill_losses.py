@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from distill.data.shards import Shards, write_index, write_shard
+from distill.models.matching import direction, moving_loss, sid_loss
+from distill.models.rollout import roll_exits
 from distill.models.student import Student
+from distill.stages.dmd import Dmd, DmdConfig
 from distill.stages.next_chunk import NextChunk, NextChunkConfig
-from distill.stages.rl import Rl, RlConfig, direction, rl_loss
+from distill.stages.rl import Rl, RlConfig
 from distill.training.draws import Draws
 from engine.config import TransformerConfig
 from engine.model.transformer import WanTransformer
@@ -142,7 +145,7 @@ def test_rl_gradient(data: Shards, scores: str) -> None:
     check_gradient(objective, parameters, lambda: 0.5 * (mu() - target).square().mean())
     held = [p.grad.clone() for p in parameters if p.grad is not None]
     objective.zero_grad()
-    rl_loss(mu(), away).backward()
+    moving_loss(mu(), away).backward()
     for p, value in zip([p for p in parameters if p.grad is not None], held, strict=True):
         assert torch.allclose(p.grad, value, atol=1e-12)
 
@@ -204,7 +207,7 @@ def test_gaussian_toy_moves_to_the_teacher(normalise: bool, spread_real: float) 
             v_gen = gaussian_flow(noisy, t, theta.detach(), 0.5)
             away = direction(v_real, v_gen, mu.detach(), noisy, t, normalise=normalise)
             optimizer.zero_grad()
-            rl_loss(mu, away).backward()
+            moving_loss(mu, away).backward()
             optimizer.step()
         assert (theta - 1.0).abs().max() <= 0.15, (begun, theta)
 
@@ -244,7 +247,115 @@ def test_critic_learns_the_student(data: Shards) -> None:
     assert all(p.grad is None for p in objective.student.trained().values())
 
 
+def dmd(data: Shards, family: str = "greedy", **options: object) -> Dmd:
+    torch.manual_seed(0)
+    made = NextChunkConfig(family=family, rank=2, max_position=3, solver="euler" if family == "greedy" else "renoise")
+    base = Words()
+    student = made.student(base)  # type: ignore[arg-type]
+    spread(student)
+    config = DmdConfig(batch=2, **({"frames": 4} | options))  # type: ignore[arg-type]
+    return Dmd(config, made, base, student, data)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["greedy", "causal"])
+@pytest.mark.parametrize("options", [{}, {"sampling_steps": (2,), "first_steps": 4}, {"rollout": 6}])
+def test_the_parallel_pass_is_the_stream(data: Shards, family: str, options: dict[str, object]) -> None:
+    """The clip that carries the gradient is the one that the engine streamed, whichever step its frames left at."""
+    objective, streamed = dmd(data, family, **options), list[Tensor]()
+
+    def kept(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
+        found = roll_exits(*arguments)  # type: ignore[arg-type]
+        streamed.append(found[0])
+        return found
+
+    emb, windows = objective.base.encode(["a", "bb"]), set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distill.stages.dmd.roll_exits", kept)
+        for step in range(8):
+            clip = objective.generate(emb, Draws(0, step, [0, 1]))
+            assert clip.requires_grad
+            length = streamed[-1].shape[2]
+            distances = [far(clip, streamed[-1][:, :, start : start + 4]) for start in range(length - 3)]
+            assert min(distances) <= 1e-4
+            windows.add(distances.index(min(distances)))
+    assert len(windows) == length - 3
+
+
+def far(first: Tensor, second: Tensor) -> float:
+    return float((first - second).detach().abs().max())
+
+
+def test_a_student_that_its_critic_takes_for_the_teacher_stays(data: Shards) -> None:
+    objective = dmd(data, guidance=1.0)
+    emb, clip = objective.base.encode(["a", "bb"]), torch.randn(2, 2, 4, 2, 2, requires_grad=True)
+    loss = objective.student_loss(clip, emb, Draws(0, 0, [0, 1]))
+    loss.backward()
+    assert loss.item() == 0
+    assert not clip.grad.any()
+    spread(objective.critic)
+    assert objective.student_loss(clip, emb, Draws(0, 0, [0, 1])).item() > 1e-3
+
+
+@pytest.mark.parametrize("loss", ["dmd", "sid"])
+def test_each_model_learns_from_its_own_loss(data: Shards, loss: str) -> None:
+    objective = dmd(data, loss=loss)
+    spread(objective.critic)
+    emb, draws = objective.base.encode(["a", "bb"]), Draws(0, 0, [0, 1])
+    clip = objective.generate(emb, draws)
+    objective.student_loss(clip, emb, draws).backward()
+    assert all(p.grad is None for p in objective.critic.parameters())
+    learnt = [name for name, p in objective.student.trained().items() if p.grad is not None and p.grad.any()]
+    assert {name.partition(".")[0] for name in learnt} == {"etm", "sdd"}
+    objective.zero_grad()
+    objective.critic_loss(clip.detach(), emb, draws).backward()
+    assert all(p.grad is None for p in objective.student.parameters())
+    assert all(p.grad is not None for p in objective.critic.trained().values())
+
+
+def test_sid_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through both predictions, against central differences; only the norm is held."""
+    monkeypatch.setattr("distill.models.matching.teacher_error", lambda x, x_real: 2.0)
+    generator = torch.Generator().manual_seed(0)
+    x, way = (torch.randn(2, 2, 3, 2, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def loss(clip: Tensor) -> Tensor:
+        return sid_loss(clip, clip.sin(), (0.5 * clip).cos(), 0.7)
+
+    x.requires_grad_()
+    loss(x).backward()
+    found = (loss(x + 1e-6 * way) - loss(x - 1e-6 * way)) / 2e-6
+    assert found.item() == pytest.approx(float((x.grad * way).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_gaussian_toy_moves_to_the_teacher_by_sid(alpha: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for begun in (-2.0, 3.0):
+        theta = torch.full((1, 2, 1, 1, 1), begun, requires_grad=True)
+        optimizer = torch.optim.SGD([theta], lr=0.5)
+        for _ in range(400):
+            x = theta + 0.5 * torch.randn(64, 2, 1, 1, 1, generator=generator)
+            sigma = 0.02 + 0.96 * torch.rand(64, generator=generator)
+            level = sigma.view(-1, 1, 1, 1, 1)
+            noisy = (1 - level) * x + level * torch.randn(x.shape, generator=generator)
+            x_real, x_gen = (noisy - level * gaussian_flow(noisy, sigma, mean, 0.5) for mean in (1.0, theta.detach()))
+            optimizer.zero_grad()
+            sid_loss(x, x_real, x_gen, alpha).backward()
+            optimizer.step()
+        assert (theta - 1.0).abs().max() <= 0.15, (begun, theta)
+
+
 def test_bad_configs(tmp_path: Path) -> None:
+    for options, match in (
+        ({"loss": "gan"}, "got 'gan', expected one of dmd, sid"),
+        ({"clamp": 0.5}, "clamp: got 0.5, expected"),
+        ({"rollout": 3, "frames": 4}, r"rollout: got 3, expected 0 or at least frames \(4\)"),
+        ({"critic_every": 0}, "critic_every: got 0, expected at least 1"),
+        ({"sampling_steps": (3,)}, "denoising steps: got 3, expected a divisor of 1000"),
+        ({"first_steps": 7}, "denoising steps: got 7, expected a divisor of 1000"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            DmdConfig(**options)  # type: ignore[arg-type]
     for wrong in ({"scores": "true"}, {"critic": "none"}, {"context": "dirty"}):
         with pytest.raises(ValueError, match="expected one of"):
             RlConfig(**wrong)  # type: ignore[arg-type]

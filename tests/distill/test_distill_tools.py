@@ -20,6 +20,7 @@ from distill.experiments.tables import ARMS, AblationConfig, table, write_report
 from distill.models.codec import build_vae
 from distill.models.student import Student
 from distill.scores.tasks import find_task
+from distill.stages.dmd import DmdConfig
 from distill.stages.next_chunk import NextChunkConfig, read_student
 from distill.stages.plan import ClusterConfig, _passes, estimate, forward_flops
 from distill.stages.rl import RlConfig
@@ -132,28 +133,37 @@ def test_plan_counts_what_is_trained(tmp_path: Path) -> None:
     shape.write_text(json.dumps({k: v for k, v in asdict(SMALL).items() if k != "qk_norm"}))
     cluster = ClusterConfig(gpus=1, transformer=str(shape), height=8, width=8, frames=5, text_rows=16)
     made = NextChunkConfig(rank=4, batch=2, first_batch=2, frames=5, max_position=3)
-    plan = estimate("next_chunk", made, made, cluster)
+    plan = estimate(made, made, cluster)
     student = Student(WanTransformer(SMALL), rank=4, max_position=3)
     assert plan.trained == sum(p.numel() for p in student.trained().values())
-    both = estimate("rl", RlConfig(batch=2, frames=5, critic="trained"), made, cluster)
+    both = estimate(RlConfig(batch=2, frames=5, critic="trained"), made, cluster)
     assert both.trained == 2 * plan.trained
-    halved = estimate("next_chunk", replace(made, micro=1), made, cluster)
+    matched = DmdConfig(batch=2, frames=5)
+    whole, lora = (estimate(replace(matched, critic_rank=rank), made, cluster) for rank in (0, 4))
+    assert whole.trained == plan.trained + sum(p.numel() for p in WanTransformer(SMALL).parameters())
+    assert plan.trained < lora.trained < 2 * plan.trained  # one adapter; the student has two and W_c
+    assert whole.parameters - whole.trained == lora.parameters - lora.trained - (whole.trained - plan.trained)
+    assert estimate(replace(matched, critic_every=4), made, cluster).flops < whole.flops
+    assert estimate(replace(matched, loss="sid"), made, cluster).flops > whole.flops
+    assert estimate(replace(matched, sampling_steps=(1,)), made, cluster).flops < whole.flops
+    halved = estimate(replace(made, micro=1), made, cluster)
     assert (halved.activations, halved.flops) == (plan.activations // 2, plan.flops)
-    assert estimate("next_chunk", replace(made, recompute=True), made, cluster).activations < plan.activations
+    assert estimate(replace(made, recompute=True), made, cluster).activations < plan.activations
     two = replace(cluster, gpus=2)
-    spread, whole = (estimate("next_chunk", replace(made, shard=shard), made, two) for shard in (True, False))
+    spread, whole = (estimate(replace(made, shard=shard), made, two) for shard in (True, False))
     frozen = whole.weights - 4 * whole.trained
     embedding = 2 * 2**30  # of the text encoder, in every process
     assert spread.weights - 4 * spread.trained == pytest.approx(embedding + (frozen - embedding) / 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["next_chunk", "rl"])
+@pytest.mark.parametrize("stage", ["next_chunk", "rl", "dmd"])
 def test_dry_run_of_wan(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([stage, "--config", str(WAN), "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert plan["stage"] == stage
-    assert 3e8 < plan["trained"] < 4e8  # rank 128 on every Linear of two copies of 30 blocks, and W_c
+    critic = 1.42e9 if stage == "dmd" else 0  # a whole copy of the teacher
+    assert 3e8 < plan["trained"] - critic < 4e8  # rank 128 on every Linear of two copies of 30 blocks, and W_c
     assert plan["memory"] < 80 * 2**30
 
 

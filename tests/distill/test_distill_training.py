@@ -9,6 +9,7 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import in_processes
@@ -23,7 +24,8 @@ from distill.data.sprites import sample
 from distill.models.base import Base
 from distill.models.rollout import noise_levels
 from distill.models.sampling import guided_flow
-from distill.stages import next_chunk, rl, teacher, train_vae
+from distill.stages import dmd, next_chunk, rl, teacher, train_vae
+from distill.stages.dmd import LOSSES, DmdConfig
 from distill.stages.latents import Bank
 from distill.stages.next_chunk import NextChunkConfig, load_student, segment_target
 from distill.stages.rl import RlConfig
@@ -155,6 +157,40 @@ def test_micro_batches_change_nothing(next_chunk_config: NextChunkConfig, studen
     assert_equal(torch.load(student_file)["student"], next_chunk.train(config, tmp_path), 2e-5)
 
 
+@pytest.fixture(scope="module")
+def causal_file(next_chunk_config: NextChunkConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("causal")
+    next_chunk.train(replace(next_chunk_config, family="causal", steps=1, solver="renoise"), folder)
+    return folder / "student.pt"
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("greedy", {"critic_every": 2}),
+        ("greedy", {"loss": "sid", "critic_rank": 2, "critic_every": 3, "recompute": True}),
+        ("causal", {"frames": 2, "rollout": 4, "sampling_steps": (1, 2), "first_steps": 4}),
+    ],
+)
+def test_dmd_resumes(
+    request: pytest.FixtureRequest, bank: Path, tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    student = request.getfixturevalue("student_file" if family == "greedy" else "causal_file")
+    config = DmdConfig(
+        **{"student": str(student), "data": str(bank / "clips"), "steps": 5, "batch": 2, "frames": 3,
+           "critic_warmup": 1, "save_every": 2} | options
+    )  # fmt: skip
+    whole = dmd.train(config, tmp_path / "whole")
+    dmd.train(config, tmp_path / "cut", stop_at=3)
+    assert_equal(whole, dmd.train(config, tmp_path / "cut"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    learning = [step >= 1 and (step - 1) % config.critic_every == 0 for step in range(5)]
+    assert [config.loss in line for line in losses(tmp_path / "cut")] == learning
+    before = torch.load(student)["student"]
+    assert any((whole[name] - before[name]).abs().max() > 1e-6 for name in before)
+    assert load_student(tmp_path / "whole" / "student.pt")[1] == load_student(student)[1]
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"critic": "trained", "critic_every": 2}, {"scores": "literal", "context": "noised"}]
 )
@@ -175,18 +211,24 @@ def test_rl_resumes(student_file: Path, bank: Path, tmp_path: Path, options: dic
 
 
 def test_bf16(next_chunk_config: NextChunkConfig, student_file: Path, bank: Path, tmp_path: Path) -> None:
-    """Frozen weights and products in bf16, trained weights in fp32: nearly the losses of fp32, in both stages."""
-    tuned = RlConfig(student=str(student_file), data=str(bank / "clips"), steps=1, batch=2, frames=3, recompute=True)
+    """Frozen weights and products in bf16, trained weights in fp32: nearly the losses of fp32, in every stage."""
+    shared: dict[str, Any] = {
+        "student": str(student_file), "data": str(bank / "clips"), "steps": 1, "batch": 2, "frames": 3, "recompute": True
+    }  # fmt: skip
+    tuned = RlConfig(**shared)
+    matched = [DmdConfig(**shared, critic_warmup=0, loss=loss) for loss in LOSSES]
     for precision in ("bf16", "fp32"):
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
             made = replace(next_chunk_config, precision=precision, steps=2)
             trained = next_chunk.train(made, tmp_path / precision)
             rl.train(replace(tuned, precision=precision), tmp_path / f"rl-{precision}")
+            for config in matched:
+                dmd.train(replace(config, precision=precision), tmp_path / f"{config.loss}-{precision}")
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
         assert {value.dtype for value in trained.values()} == {torch.float32}
-    for stage, tolerance in (("", 0.03), ("rl-", 0.2)):
+    for stage, tolerance in (("", 0.03), ("rl-", 0.2), ("dmd-", 0.03), ("sid-", 0.03)):
         for low, high in zip(losses(tmp_path / f"{stage}bf16"), losses(tmp_path / f"{stage}fp32"), strict=True):
             assert low["loss"] == pytest.approx(high["loss"], rel=tolerance)
 
@@ -274,7 +316,7 @@ class Together:
     """Stages that were trained in one launch of two processes, each into a folder of its name."""
 
     folder: Path
-    rl: RlConfig
+    tuned: dict[str, tuple[ModuleType, RlConfig | DmdConfig]]
     sample: SampleTeacherConfig
 
     def printed(self, name: str, process: int = 0) -> str:
@@ -293,15 +335,20 @@ def together(
     if not torch.distributed.is_gloo_available():
         pytest.skip("needs torch's gloo backend")
     folder = tmp_path_factory.mktemp("together")
-    tuned = RlConfig(
-        student=str(student_file), data=str(bank / "clips"), steps=2, batch=2, frames=3, critic="trained"
-    )  # fmt: skip
+    shared: dict[str, Any] = {
+        "student": str(student_file), "data": str(bank / "clips"), "steps": 2, "batch": 2, "frames": 3
+    }  # fmt: skip
+    tuned: dict[str, tuple[ModuleType, Any]] = {
+        "rl": (rl, RlConfig(**shared, critic="trained")),
+        "dmd": (dmd, DmdConfig(**shared, critic_warmup=0, critic_every=1)),
+        "sid": (dmd, DmdConfig(**shared, critic_warmup=0, critic_every=1, loss="sid", critic_rank=2)),
+    }
     sampled = SampleTeacherConfig(teacher=str(small_teacher), clips=4, shard=1, batch=1, frames=2, steps=2)
     jobs: list[tuple[str, Any, tuple]] = [
         ("freed", in_processes.sharding_frees_what_it_gathered, ()),
         ("sample", in_processes.with_accelerator, (write_clips, sampled, folder / "sample")),
     ]
-    for stage, module, config in (("next_chunk", next_chunk, next_chunk_config), ("rl", rl, tuned)):
+    for stage, (module, config) in {"next_chunk": (next_chunk, next_chunk_config), **tuned}.items():
         for shard in (False, True):
             name = f"{stage}-{shard}"
             jobs.append((name, module.train, (replace(config, shard=shard), folder / name)))
@@ -325,16 +372,18 @@ def test_two_processes_train_as_one(student_file: Path, together: Together, shar
 @pytest.fixture(scope="module")
 def fine_tuned_alone(together: Together, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    rl.train(together.rl, folder)
+    for stage, (module, config) in together.tuned.items():
+        module.train(config, folder / stage)
     return folder
 
 
+@pytest.mark.parametrize("stage", ["rl", "dmd", "sid"])
 @pytest.mark.parametrize("shard", [False, True])
-def test_two_processes_fine_tune_as_one(together: Together, fine_tuned_alone: Path, shard: bool) -> None:
-    name = f"rl-{shard}"
+def test_two_processes_fine_tune_as_one(together: Together, fine_tuned_alone: Path, stage: str, shard: bool) -> None:
+    name = f"{stage}-{shard}"
     assert f"{name}: 2 processes" in together.printed(name)
     assert ("frozen layers spread" in together.printed(name)) == shard
-    for two, one in zip(losses(together.folder / name), losses(fine_tuned_alone), strict=True):
+    for two, one in zip(losses(together.folder / name), losses(fine_tuned_alone / stage), strict=True):
         assert two == pytest.approx(one, rel=1e-3)
 
 

@@ -1,0 +1,213 @@
+"""Distribution matching on the student's own rollouts (DMD, SiD), in Self-Forcing's form.
+
+    python -m distill dmd --config distill/configs/sprites.toml --out runs/dmd
+
+A step draws one exit step for all frames. Without gradients, the engine streams a clip whose frames leave their
+denoising loops after that step. One parallel pass repeats the exit step of every frame with gradients. Teacher and
+critic score the whole clip, noised to one level sigma' per sample. Unlike Eq. 10 of stage rl, every frame is judged
+beside its neighbours. The critic is a copy of the teacher. It learns the student's own clips in every step; the student
+learns in every `critic_every`-th one, after `critic_warmup`.
+
+    loss = "dmd"   each frame moves by the difference of the two clean predictions (DMD, Self-Forcing)
+    loss = "sid"   score identity distillation: the gradient runs through teacher and critic too
+
+Writes --out/student.pt, as stage next_chunk does.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from distill.data.shards import Shards
+from distill.models.base import Base
+from distill.models.critic import Critic
+from distill.models.matching import direction, moving_loss, sid_loss, through
+from distill.models.rollout import roll_exits
+from distill.models.sampling import guided_flow, noised, shifted
+from distill.stages.next_chunk import AnyStudent, NextChunkConfig, load_student, save_student
+from distill.training.draws import Draws
+from distill.training.loop import FitConfig, Objective, accelerator_of, fit
+from distill.training.stage import Stage, TrainingOptions
+from engine.config import Preset
+from engine.options import option
+
+LOSSES = ("dmd", "sid")
+
+
+@dataclass(frozen=True)
+class DmdConfig(FitConfig):
+    """The table [dmd]."""
+
+    student: str = option("runs/student/student.pt", "student file to start from")
+    data: str = option("runs/bank/clips", "folder of captioned latents; only captions and latent size are read")
+    steps: int = option(120, "optimiser steps")
+    lr: float = option(4e-4, "highest learning rate")
+    warmup: int = option(10, "steps of linear warm-up")
+    betas: tuple[float, ...] = option((0.0, 0.999), "of AdamW")
+    frames: int = option(9, "latent frames that teacher and critic see at once")
+    rollout: int = option(0, "latent frames per rollout; where more than `frames`, a random window of them is scored")
+    sampling_steps: tuple[int, ...] = option((), "denoising steps per frame, one drawn a step; empty: the student's")
+    first_steps: int = option(0, "denoising steps of frame 0 where it takes more (First-Frame Enhancement); 0: none")
+    loss: str = option("dmd", "dmd or sid")
+    alpha: float = option(1.0, "of SiD")
+    critic_rank: int = option(0, "LoRA rank of the critic; 0: all weights learn")
+    critic_lr: float = option(1.0, "factor on lr for the critic")
+    critic_every: int = option(2, "steps per update of the student")
+    critic_warmup: int = option(10, "first steps, in which the critic learns alone")
+    guidance: float = option(2.0, "scale of the teacher's guidance")
+    clamp: float = option(0.02, "distance of sigma' from 0 and 1")
+    shift: float = option(2.0, "shift of sigma'")
+    normalise: bool = option(True, "dmd: divide by the teacher's mean error on clean frames")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: got {self.loss!r}, expected one of {', '.join(LOSSES)}")
+        for name, least in (("frames", 1), ("rollout", 0), ("critic_every", 1), ("critic_warmup", 0),
+                            ("critic_rank", 0), ("first_steps", 0)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+        if not 0 <= self.clamp < 0.5:
+            raise ValueError(f"clamp: got {self.clamp}, expected 0 to 0.5")
+        if self.rollout and self.rollout < self.frames:
+            raise ValueError(f"rollout: got {self.rollout}, expected 0 or at least frames ({self.frames})")
+        for count in (*self.sampling_steps, self.first_steps or 1):
+            if count < 1 or 1000 % count:
+                raise ValueError(f"denoising steps: got {count}, expected a divisor of 1000")
+
+
+@dataclass(frozen=True)
+class DmdOptions(TrainingOptions):
+    out: Path = option(Path("runs/dmd"), "folder of checkpoints, logs and student.pt")
+
+
+def presets_of(config: DmdConfig, made: NextChunkConfig) -> list[Preset]:
+    """The presets of the rollouts, of which every step draws one."""
+    own = made.preset
+    rows = [even_steps(count) for count in config.sampling_steps] or [own.steps[-1]]
+    first = even_steps(config.first_steps) if config.first_steps else ()
+    return [replace(own, steps=(first, row) if len(first) > len(row) else (row,)) for row in rows]
+
+
+def even_steps(count: int) -> tuple[float, ...]:
+    """So many evenly spaced timesteps from 1000 down."""
+    return tuple(float(t) for t in range(1000, 0, -1000 // count))
+
+
+class Dmd(Objective):
+    """The losses of student and critic on some samples of a step."""
+
+    def __init__(self, config: DmdConfig, made: NextChunkConfig, base: Base, student: AnyStudent, data: Shards) -> None:
+        super().__init__()
+        self.config, self.data, self.presets = config, data, presets_of(config, made)
+        self._frozen = [base]
+        self.student = student
+        self.critic = Critic(base.transformer, config.critic_rank, recompute=config.recompute)
+
+    @property
+    def base(self) -> Base:
+        return self._frozen[0]
+
+    def frozen(self) -> list[nn.Module]:
+        return self.base.models
+
+    def groups(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
+        return {"student": (self.student.trained(), 1.0), "critic": (self.critic.trained(), self.config.critic_lr)}
+
+    def learns(self, step: int) -> bool:
+        """Whether the student is updated in a step."""
+        return step >= self.config.critic_warmup and (step - self.config.critic_warmup) % self.config.critic_every == 0
+
+    def forward(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        captions = self.data.captions(draws.clips(config.batch, len(self.data)))
+        emb = self.base.encode(captions)
+        learns = self.learns(draws.step)
+        with nullcontext() if learns else torch.no_grad():
+            clip = self.generate(emb, draws)
+        parts = {}
+        if learns:
+            parts[config.loss] = self.student_loss(clip, emb, draws)
+        parts["critic"] = self.critic_loss(clip.detach(), emb, draws)
+        return torch.stack(list(parts.values())).sum(), parts
+
+    def generate(self, emb: Tensor, draws: Draws) -> Tensor:
+        """A clip of the student's own, [B, C, frames, h, w]; the exit step of every frame carries its gradient."""
+        config, shared = self.config, draws.shared
+        preset = self.presets[int(torch.randint(len(self.presets), (), generator=shared))]
+        exit_step = int(torch.randint(max(map(len, preset.steps)), (), generator=shared))
+        length, size = config.rollout or config.frames, (self.data.shape[2], self.data.shape[3])
+        clean, noisy, sigma = roll_exits(self.student, emb, length, exit_step, draws.seeds(), preset, size)
+        clean, noisy = clean.float(), noisy.float()  # frozen weights may be bf16; the clip is not
+        flow = self.student.flow(clean[:, :, :-1], noisy, sigma, self.student.stages.prepare_text(emb))
+        start = int(torch.randint(length - config.frames + 1, (), generator=shared))
+        return (noisy - sigma[:, None, :, None, None] * flow)[:, :, start : start + config.frames]
+
+    def _noised(self, clip: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """The clip at one level per sample within the clamp: noisy, noise, both as the clip, and sigma' [B]."""
+        free = shifted(draws.uniform(), self.config.shift)
+        sigma = (self.config.clamp + (1 - 2 * self.config.clamp) * free).to(clip)
+        noise = draws.normal(*clip.shape[1:]).to(clip)
+        return noised(clip, noise, levels(sigma, clip)), noise, sigma
+
+    def student_loss(self, clip: Tensor, emb: Tensor, draws: Draws) -> Tensor:
+        """DMD or SiD on the student's clip, whose gradient reaches the clip alone."""
+        config = self.config
+        if config.loss == "sid":
+            return through(lambda leaf: sid_loss(leaf, *self._cleaned(leaf, emb, draws), config.alpha), clip)
+        with torch.no_grad():
+            v_real, v_gen, noisy, sigma = self._scores(clip, emb, draws)
+            away = direction(v_real, v_gen, clip, noisy, sigma, normalise=config.normalise)
+        return moving_loss(clip, away)
+
+    def _scores(self, clip: Tensor, emb: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Flows of the guided teacher and of the critic for the noised clip, that clip, and its sigma' [B]."""
+        teacher, (noisy, _, sigma) = self.base.transformer, self._noised(clip, draws)
+        text, empty = teacher.prepare_text(emb), self.base.prepare([""] * len(emb))
+        v_real = guided_flow(teacher, noisy, levels(sigma, clip), text, empty, self.config.guidance)
+        return v_real, self.critic.flow(noisy, levels(sigma, clip), emb), noisy, sigma
+
+    def _cleaned(self, clip: Tensor, emb: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The clean clips that teacher and critic predict for the noised one."""
+        v_real, v_gen, noisy, sigma = self._scores(clip, emb, draws)
+        level = sigma.view(-1, 1, 1, 1, 1)
+        return noisy - level * v_real, noisy - level * v_gen
+
+    def critic_loss(self, clip: Tensor, emb: Tensor, draws: Draws) -> Tensor:
+        """Flow matching on the student's own clips."""
+        noisy, noise, sigma = self._noised(clip, draws)
+        return (self.critic.flow(noisy, levels(sigma, clip), emb) - (noise - clip)).square().mean()
+
+
+def levels(sigma: Tensor, clip: Tensor) -> Tensor:
+    """One level per sample, [B], as one per frame, [B, F]."""
+    return sigma[:, None].expand(-1, clip.shape[2])
+
+
+def train(
+    config: DmdConfig,
+    out: Path,
+    board: Path | None = None,
+    stop_at: int | None = None,
+    accelerator: Accelerator | None = None,
+) -> dict[str, Tensor]:
+    """Train, or resume. Returns the averaged parameters; a complete run also writes them to out/student.pt."""
+    accelerator = accelerator or accelerator_of(config)
+    torch.manual_seed(config.seed)
+    student, made, base = load_student(Path(config.student), None, accelerator.device, config.dtype)
+    objective = Dmd(config, made, base, student, Shards(Path(config.data)))
+    trained = fit(objective, config, out, accelerator, board, stop_at)
+    if accelerator.is_main_process and (stop_at is None or stop_at >= config.steps):
+        save_student(out / "student.pt", trained, made)
+    return trained
+
+
+def run(config: DmdConfig, options: DmdOptions) -> None:
+    train(config, options.out, options.board)
+
+
+STAGE = Stage(DmdOptions, run, DmdConfig, "dmd")
