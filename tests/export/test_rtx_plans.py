@@ -343,7 +343,7 @@ def test_bad_requests_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_embedded_model_for_all_gpus_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """float32, for which TensorRT has no attention kernel of its own."""
     folder, whole = tmp_path / "bundle", engine.load()
