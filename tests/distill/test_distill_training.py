@@ -213,7 +213,8 @@ def test_rl_resumes(student_file: Path, bank: Path, tmp_path: Path, options: dic
 def test_bf16(next_chunk_config: NextChunkConfig, student_file: Path, bank: Path, tmp_path: Path) -> None:
     """Frozen weights and products in bf16, trained weights in fp32: nearly the losses of fp32, in every stage."""
     shared: dict[str, Any] = {
-        "student": str(student_file), "data": str(bank / "clips"), "steps": 1, "batch": 2, "frames": 3, "recompute": True
+        "student": str(student_file), "data": str(bank / "clips"), "steps": 1, "batch": 2, "frames": 3,
+        "recompute": True,
     }  # fmt: skip
     tuned = RlConfig(**shared)
     matched = [DmdConfig(**shared, critic_warmup=0, loss=loss) for loss in LOSSES]
