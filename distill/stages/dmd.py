@@ -16,10 +16,10 @@ Writes --out/student.pt, as stage next_chunk does.
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distill.data.shards import Shards
@@ -28,9 +28,10 @@ from distill.models.critic import Critic
 from distill.models.matching import direction, moving_loss, sid_loss, through
 from distill.models.rollout import roll_exits
 from distill.models.sampling import guided_flow, noised, shifted
-from distill.stages.next_chunk import AnyStudent, NextChunkConfig, load_student, save_student
+from distill.stages.next_chunk import AnyStudent, NextChunkConfig
+from distill.stages.tuning import TuningConfig, fine_tune
 from distill.training.draws import Draws
-from distill.training.loop import FitConfig, Objective, accelerator_of, fit
+from distill.training.loop import Objective
 from distill.training.stage import Stage, TrainingOptions
 from engine.config import Preset
 from engine.options import option
@@ -39,11 +40,9 @@ LOSSES = ("dmd", "sid")
 
 
 @dataclass(frozen=True)
-class DmdConfig(FitConfig):
+class DmdConfig(TuningConfig):
     """The table [dmd]."""
 
-    student: str = option("runs/student/student.pt", "student file to start from")
-    data: str = option("runs/bank/clips", "folder of captioned latents; only captions and latent size are read")
     steps: int = option(120, "optimiser steps")
     lr: float = option(4e-4, "highest learning rate")
     warmup: int = option(10, "steps of linear warm-up")
@@ -188,22 +187,7 @@ def levels(sigma: Tensor, clip: Tensor) -> Tensor:
     return sigma[:, None].expand(-1, clip.shape[2])
 
 
-def train(
-    config: DmdConfig,
-    out: Path,
-    board: Path | None = None,
-    stop_at: int | None = None,
-    accelerator: Accelerator | None = None,
-) -> dict[str, Tensor]:
-    """Train, or resume. Returns the averaged parameters; a complete run also writes them to out/student.pt."""
-    accelerator = accelerator or accelerator_of(config)
-    torch.manual_seed(config.seed)
-    student, made, base = load_student(Path(config.student), None, accelerator.device, config.dtype)
-    objective = Dmd(config, made, base, student, Shards(Path(config.data)))
-    trained = fit(objective, config, out, accelerator, board, stop_at)
-    if accelerator.is_main_process and (stop_at is None or stop_at >= config.steps):
-        save_student(out / "student.pt", trained, made)
-    return trained
+train = partial(fine_tune, Dmd)
 
 
 def run(config: DmdConfig, options: DmdOptions) -> None:

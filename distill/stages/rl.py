@@ -17,10 +17,10 @@ Writes --out/student.pt, as stage next_chunk does.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distill.data.shards import Shards
@@ -28,9 +28,10 @@ from distill.models.base import Base
 from distill.models.matching import direction, moving_loss
 from distill.models.rollout import noise_levels, roll_into
 from distill.models.sampling import guided_flow, noised, shifted
-from distill.stages.next_chunk import AnyStudent, NextChunkConfig, load_student, save_student
+from distill.stages.next_chunk import AnyStudent, NextChunkConfig
+from distill.stages.tuning import TuningConfig, fine_tune
 from distill.training.draws import Draws
-from distill.training.loop import FitConfig, Objective, accelerator_of, fit
+from distill.training.loop import Objective
 from distill.training.stage import Stage, TrainingOptions
 from engine.options import option
 
@@ -38,11 +39,9 @@ SCORES, CRITICS, CONTEXTS = ("renoised", "literal"), ("self", "trained"), ("clea
 
 
 @dataclass(frozen=True)
-class RlConfig(FitConfig):
+class RlConfig(TuningConfig):
     """The table [rl]."""
 
-    student: str = option("runs/student/student.pt", "student file to start from")
-    data: str = option("runs/bank/clips", "folder of captioned latents; only captions and latent size are read")
     batch: int = option(8, "samples per step, over all processes")
     lr: float = option(2e-4, "highest learning rate")
     frames: int = option(9, "f is drawn below this number of latent frames")
@@ -173,22 +172,7 @@ class Rl(Objective):
         return (flow - (noise - clean)).square().mean()
 
 
-def train(
-    config: RlConfig,
-    out: Path,
-    board: Path | None = None,
-    stop_at: int | None = None,
-    accelerator: Accelerator | None = None,
-) -> dict[str, Tensor]:
-    """Fine-tune, or resume. Returns the averaged parameters; a complete run also writes them to out/student.pt."""
-    accelerator = accelerator or accelerator_of(config)
-    torch.manual_seed(config.seed)
-    student, made, base = load_student(Path(config.student), None, accelerator.device, config.dtype)
-    objective = Rl(config, made, base, student, Shards(Path(config.data)))
-    trained = fit(objective, config, out, accelerator, board, stop_at)
-    if accelerator.is_main_process and (stop_at is None or stop_at >= config.steps):
-        save_student(out / "student.pt", trained, made)
-    return trained
+train = partial(fine_tune, Rl)
 
 
 def run(config: RlConfig, options: RlOptions) -> None:
