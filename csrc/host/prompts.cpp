@@ -97,10 +97,10 @@ std::string read_all(const std::string& name, const std::string& where, const vo
     std::size_t size = 0;
     while (size < data.size()) {
         pollfd one{file, POLLIN, 0};
-        if (poll(&one, 1, -1) < 0) {  // unlike read, a signal always ends it
-            if (stopped) throw Stopped();
-            continue;
-        }
+        const int ready = poll(&one, 1, 1000);  // unlike read, a signal ends it; one just before it is seen a second later
+        if (stopped) throw Stopped();
+        if (ready < 0 && errno != EINTR) failed();
+        if (ready <= 0) continue;
         const ssize_t count = read(file, data.data() + size, data.size() - size);
         if (count < 0 && (errno == EINTR || errno == EAGAIN)) continue;
         if (count < 0) failed();

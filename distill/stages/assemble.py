@@ -40,7 +40,7 @@ FPS = 8
 class AssembleOptions(Options):
     teacher: Path = option(Path("runs/teacher/teacher"), "folder of the teacher", metavar="DIR")
     vae: Path = option(Path("runs/vae/vae"), "folder of the VAE", metavar="DIR")
-    student: Path | None = option(None, "student.pt of next_chunk or rl", metavar="FILE")
+    student: Path | None = option(None, "student.pt of next_chunk, rl or dmd", metavar="FILE")
     out: Path = option(Path("engine/assets/sprites"), "pipeline directory to write", metavar="DIR")
 
 

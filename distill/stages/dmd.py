@@ -28,6 +28,7 @@ from distill.models.critic import Critic
 from distill.models.matching import direction, moving_loss, sid_loss, through
 from distill.models.rollout import roll_exits
 from distill.models.sampling import guided_flow, noised, shifted
+from distill.models.student import checkpointed
 from distill.stages.next_chunk import AnyStudent, NextChunkConfig
 from distill.stages.tuning import TuningConfig, fine_tune
 from distill.training.draws import Draws
@@ -106,6 +107,8 @@ class Dmd(Objective):
         self._frozen = [base]
         self.student = student
         self.critic = Critic(base.transformer, config.critic_rank, recompute=config.recompute)
+        if config.recompute and config.loss == "sid":  # whose gradient runs through the teacher
+            checkpointed(base.transformer)
 
     @property
     def base(self) -> Base:
@@ -118,8 +121,9 @@ class Dmd(Objective):
         return {"student": (self.student.trained(), 1.0), "critic": (self.critic.trained(), self.config.critic_lr)}
 
     def learns(self, step: int) -> bool:
-        """Whether the student is updated in a step."""
-        return step >= self.config.critic_warmup and (step - self.config.critic_warmup) % self.config.critic_every == 0
+        """Whether the student is updated in a step: the last one of every `critic_every`."""
+        step, every = step - self.config.critic_warmup, self.config.critic_every
+        return step >= 0 and step % every == every - 1
 
     def forward(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
@@ -135,16 +139,24 @@ class Dmd(Objective):
         return torch.stack(list(parts.values())).sum(), parts
 
     def generate(self, emb: Tensor, draws: Draws) -> Tensor:
-        """A clip of the student's own, [B, C, frames, h, w]; the exit step of every frame carries its gradient."""
+        """A clip of the student's own, [B, C, frames, h, w]; the exit step of its frames carries their gradients.
+
+        The frame with which a window begins later than its rollout has none: the teacher takes it for a first latent,
+        which shows one picture where others show four.
+        """
         config, shared = self.config, draws.shared
         preset = self.presets[int(torch.randint(len(self.presets), (), generator=shared))]
         exit_step = int(torch.randint(max(map(len, preset.steps)), (), generator=shared))
         length, size = config.rollout or config.frames, (self.data.shape[2], self.data.shape[3])
         clean, noisy, sigma = roll_exits(self.student, emb, length, exit_step, draws.seeds(), preset, size)
         clean, noisy = clean.float(), noisy.float()  # frozen weights may be bf16; the clip is not
-        flow = self.student.flow(clean[:, :, :-1], noisy, sigma, self.student.stages.prepare_text(emb))
         start = int(torch.randint(length - config.frames + 1, (), generator=shared))
-        return (noisy - sigma[:, None, :, None, None] * flow)[:, :, start : start + config.frames]
+        window = slice(start, start + config.frames)
+        if not torch.is_grad_enabled():
+            return clean[:, :, window]
+        flow = self.student.flow(clean[:, :, :-1], noisy, sigma, self.student.stages.prepare_text(emb))
+        clip = (noisy - sigma[:, None, :, None, None] * flow)[:, :, window]
+        return torch.cat([clip[:, :, :1].detach(), clip[:, :, 1:]], 2) if start else clip
 
     def _noised(self, clip: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """The clip at one level per sample within the clamp: noisy, noise, both as the clip, and sigma' [B]."""

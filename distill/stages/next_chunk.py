@@ -35,6 +35,8 @@ from engine.loader import settings_of
 from engine.model.transformer import TextKV, WanTransformer
 from engine.options import option
 from engine.presets import find_preset
+from engine.weights.adapters import check_base
+from engine.weights.finding import part_files
 
 AnyStudent = Student | CausalStudent
 
@@ -135,7 +137,12 @@ def read_student(path: Path) -> tuple[dict[str, Tensor], NextChunkConfig]:
 def _assembled(folder: Path) -> tuple[dict[str, Tensor], NextChunkConfig]:
     """The student in adapters/ and engine.json; its teacher is the directory itself."""
     settings, trained = settings_of(folder), dict[str, Tensor]()
+    base_files = part_files(folder / "transformer", "transformer").files
+    made = read_json(folder / "adapters" / "sdd" / "adapter_config.json")
+    if made.get("lora_alpha") != made["r"]:
+        raise ValueError(f"student: got lora_alpha {made.get('lora_alpha')}, expected the rank ({made['r']})")
     for role in ("etm", "sdd"):
+        check_base(folder / "adapters" / role, base_files)
         for key, value in load_file(folder / "adapters" / role / "adapter_model.safetensors").items():
             module = key.removeprefix("base_model.model.").removesuffix(".weight")
             trained[f"{role}.{module}.default.weight"] = value.float()
@@ -143,7 +150,7 @@ def _assembled(folder: Path) -> tuple[dict[str, Tensor], NextChunkConfig]:
     trained["sdd.condition_proj.weight"] = condition["condition_proj.weight"].float()
     preset = find_preset(settings.preset, settings.overrides)
     config = NextChunkConfig(
-        teacher=str(folder), rank=read_json(folder / "adapters" / "sdd" / "adapter_config.json")["r"],
+        teacher=str(folder), rank=made["r"],
         window=preset.window - 1, max_position=preset.max_position, sampling_steps=len(preset.steps[-1]),
         sampling_shift=preset.shift, solver=preset.solver,
     )  # fmt: skip

@@ -120,9 +120,10 @@ def _dmd(config: DmdConfig, made: NextChunkConfig, shape: TransformerConfig, n: 
     _, joint = _passes(shape, made, n, frames, rows)
     steps = sum((len(preset.steps[-1]) + 1) / 2 for preset in presets_of(config, made)) / len(presets_of(config, made))
     rolled = length * _one_frame(shape, made, n, rows, steps)
-    learning = parallel * _backward(config) + 3 * joint * (2 if config.loss == "sid" else 1)
-    flops = rolled + parallel + learning / config.critic_every + joint * (1 + _backward(config))
-    return _Work((3 * length - 2 + frames) * n, flops)
+    sid, through = config.loss == "sid", 1 + _backward(config)
+    learning = parallel * through + 3 * joint * (through if sid else 1)
+    flops = rolled + learning / config.critic_every + joint * through
+    return _Work((3 * length - 2 + frames * (1 + 3 * sid)) * n, flops)
 
 
 def _backward(config: FitConfig) -> float:
@@ -135,8 +136,11 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
     shape = TransformerConfig()
     if cluster.transformer:
         shape = TransformerConfig.from_dict(json.loads(Path(cluster.transformer).read_text()))
+    critic = None
     with torch.device("meta"):
         teacher = WanTransformer(shape).to(config.dtype)
+        if isinstance(config, DmdConfig):
+            critic = Critic(teacher, config.critic_rank)
         student = Student(teacher, made.rank, made.window, made.max_position, etm=made.etm)
     frozen = sum(p.numel() for p in student.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in student.trained().values())
@@ -146,7 +150,8 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
     rows, frames = cluster.text_rows, min(config.frames, cluster.frames)  # type: ignore[attr-defined]
     micro = len(split(config.batch, config.micro, 0, cluster.gpus)[0])
     if isinstance(config, DmdConfig):
-        work, critic = _dmd(config, made, shape, n, frames, rows), Critic(teacher, config.critic_rank)
+        work = _dmd(config, made, shape, n, frames, rows)
+        assert critic is not None
         critic_trained = sum(p.numel() for p in critic.trained().values())
         critic_frozen = sum(p.numel() for p in critic.parameters()) - critic_trained
     elif isinstance(config, RlConfig):
@@ -166,7 +171,8 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
         parameters=frozen + critic_frozen + base + learnt,
         trained=learnt,
         weights=int(held / (cluster.gpus if config.shard else 1) + embedding) + 4 * learnt,
-        optimiser=learnt * 4 * 3 + 4 * trained,  # gradient and two moments; the moving average
+        # Gradient, two moments, and the buckets in which several processes average gradients; the moving average.
+        optimiser=learnt * 4 * (3 + (cluster.gpus > 1)) + 4 * trained,
         activations=micro * (kept + peak),
         tokens=sequence * config.batch,
         flops=flops,

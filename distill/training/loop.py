@@ -1,4 +1,4 @@
-"""The training loop of teacher, next_chunk and rl. Resumed runs have the same losses, and so have several processes.
+"""The training loop of the stages that `fit` trains. Resumed runs have the same losses, and so have several processes.
 
 An objective is a module. Its forward takes the draws of some samples and returns their mean loss and its named parts.
 All randomness comes from the draws, which depend on (seed, step, sample) alone. The loop splits a step's samples over

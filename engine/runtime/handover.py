@@ -30,20 +30,21 @@ class Progress:
 
 
 class _Turn:
-    """A call that runs. Whoever takes the next turn becomes its only successor: dict.setdefault is atomic."""
+    """A call that runs, and at most one call after it: dict.setdefault is atomic."""
 
     def __init__(self, frame: FrameType | None) -> None:
-        self.frame = frame  # that ends with the call; None once the turn was given back
-        self.next: dict[str, _Turn] = {}  # at most one
+        self.frame = frame  # that ends with the call; None once the turn is over
+        self.next: dict[str, _Turn] = {}
 
     def runs(self) -> bool:
-        """Whether the call is under way. Its frame is asked: the stack of a thread that runs can be seen in halves."""
+        """Whether the call is under way. Its frame tells: a walk over another thread's stack can miss frames."""
         if (frame := self.frame) is None:
             return False
         try:
             frame.clear()
         except RuntimeError:  # "cannot clear an executing frame"
             return True
+        self.frame = None  # it would keep its callers, and what they hold
         return False
 
 
@@ -63,6 +64,7 @@ class Turns:
         turn, mine = self._last, _Turn(frame)
         while turn is not mine:
             if turn.runs():
+                del turn, mine  # the error may be kept, and would keep every later turn
                 raise ValueError("stream: got a call while another one runs, expected one at a time")
             turn = turn.next.setdefault("turn", mine)
         self._last = mine

@@ -184,7 +184,7 @@ def test_dmd_resumes(
     dmd.train(config, tmp_path / "cut", stop_at=3)
     assert_equal(whole, dmd.train(config, tmp_path / "cut"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
-    learning = [step >= 1 and (step - 1) % config.critic_every == 0 for step in range(5)]
+    learning = [step >= 1 and step % config.critic_every == 0 for step in range(5)]  # after one of the critic alone
     assert [config.loss in line for line in losses(tmp_path / "cut")] == learning
     before = torch.load(student)["student"]
     assert any((whole[name] - before[name]).abs().max() > 1e-6 for name in before)
@@ -217,7 +217,7 @@ def test_bf16(next_chunk_config: NextChunkConfig, student_file: Path, bank: Path
         "recompute": True,
     }  # fmt: skip
     tuned = RlConfig(**shared)
-    matched = [DmdConfig(**shared, critic_warmup=0, loss=loss) for loss in LOSSES]
+    matched = [DmdConfig(**shared, critic_warmup=0, critic_every=1, loss=loss) for loss in LOSSES]
     for precision in ("bf16", "fp32"):
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
@@ -341,7 +341,7 @@ def together(
     }  # fmt: skip
     tuned: dict[str, tuple[ModuleType, Any]] = {
         "rl": (rl, RlConfig(**shared, critic="trained")),
-        "dmd": (dmd, DmdConfig(**shared, critic_warmup=0, critic_every=1)),
+        "dmd": (dmd, DmdConfig(**shared, critic_warmup=0)),  # the critic's step, then one of both
         "sid": (dmd, DmdConfig(**shared, critic_warmup=0, critic_every=1, loss="sid", critic_rank=2)),
     }
     sampled = SampleTeacherConfig(teacher=str(small_teacher), clips=4, shard=1, batch=1, frames=2, steps=2)
