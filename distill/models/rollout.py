@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distill.models.student import Adapted
+from distill.models.student import Adapted, passes_run_by
 from engine.config import Preset
 from engine.loader import assemble
 from engine.model.cache import RingCache
@@ -85,11 +85,8 @@ def _denoising(stages: Stages) -> Iterator[list[Pass]]:
             newest[:] = [step]
         return plain(step, cache, text_kv)
 
-    stages.run = run  # type: ignore[method-assign]
-    try:
+    with passes_run_by(stages, run):
         yield newest
-    finally:
-        del stages.run
 
 
 def roll_exits(

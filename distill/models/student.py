@@ -23,7 +23,7 @@ from engine.model.cache import RingCache
 from engine.model.layers import Attend, total
 from engine.model.rope import rope_tables
 from engine.model.transformer import TextKV, WanTransformer
-from engine.runtime.passes import Pass
+from engine.runtime.passes import Pass, Stages
 from engine.runtime.stages import TorchStages
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -111,6 +111,17 @@ def lora_of(rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights=True)
 
 
+@contextmanager
+def passes_run_by(stages: Stages, run: Callable[[Pass, RingCache, Any], Tensor]) -> Iterator[None]:
+    """Within the block the stages run their passes by `run`."""
+    plain = stages.run
+    stages.run = run  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        stages.run = plain  # type: ignore[method-assign]
+
+
 class Adapted(nn.Module):
     """A student: its trained parameters, and the stages by which the engine streams it."""
 
@@ -177,11 +188,8 @@ class Student(Adapted):
             v_text, v_empty = result.chunk(2)
             return (v_empty + scale * (v_text - v_empty)).repeat(2, 1, 1, 1, 1)
 
-        self.stages.run = run  # type: ignore[method-assign]
-        try:
+        with passes_run_by(self.stages, run):
             yield
-        finally:
-            del self.stages.run
 
     def adapter(self, model: WanTransformer) -> dict[str, Tensor]:
         """LoRA tensors of one of the two models, with the keys of PEFT's files."""

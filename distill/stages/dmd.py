@@ -27,12 +27,11 @@ from distill.models.base import Base
 from distill.models.critic import Critic
 from distill.models.matching import direction, moving_loss, sid_loss, through
 from distill.models.rollout import roll_exits
-from distill.models.sampling import guided_flow, noised, shifted
+from distill.models.sampling import guided_flow, noised
 from distill.models.student import checkpointed
 from distill.stages.next_chunk import AnyStudent, NextChunkConfig
-from distill.stages.tuning import TuningConfig, fine_tune
+from distill.stages.tuning import Tuning, TuningConfig, fine_tune
 from distill.training.draws import Draws
-from distill.training.loop import Objective
 from distill.training.stage import Stage, TrainingOptions
 from engine.config import Preset
 from engine.options import option
@@ -56,23 +55,16 @@ class DmdConfig(TuningConfig):
     alpha: float = option(1.0, "of SiD")
     critic_rank: int = option(0, "LoRA rank of the critic; 0: all weights learn")
     critic_lr: float = option(1.0, "factor on lr for the critic")
-    critic_every: int = option(2, "steps per update of the student")
     critic_warmup: int = option(10, "first steps, in which the critic learns alone")
-    guidance: float = option(2.0, "scale of the teacher's guidance")
-    clamp: float = option(0.02, "distance of sigma' from 0 and 1")
-    shift: float = option(2.0, "shift of sigma'")
-    normalise: bool = option(True, "dmd: divide by the teacher's mean error on clean frames")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss not in LOSSES:
             raise ValueError(f"loss: got {self.loss!r}, expected one of {', '.join(LOSSES)}")
-        for name, least in (("frames", 1), ("rollout", 0), ("critic_every", 1), ("critic_warmup", 0),
+        for name, least in (("frames", 1), ("rollout", 0), ("critic_warmup", 0),
                             ("critic_rank", 0), ("first_steps", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
-        if not 0 <= self.clamp < 0.5:
-            raise ValueError(f"clamp: got {self.clamp}, expected 0 to 0.5")
         if self.rollout and self.rollout < self.frames:
             raise ValueError(f"rollout: got {self.rollout}, expected 0 or at least frames ({self.frames})")
         for count in (*self.sampling_steps, self.first_steps or 1):
@@ -98,27 +90,20 @@ def even_steps(count: int) -> tuple[float, ...]:
     return tuple(float(t) for t in range(1000, 0, -1000 // count))
 
 
-class Dmd(Objective):
+class Dmd(Tuning):
     """The losses of student and critic on some samples of a step."""
 
+    config: DmdConfig
+
     def __init__(self, config: DmdConfig, made: NextChunkConfig, base: Base, student: AnyStudent, data: Shards) -> None:
-        super().__init__()
-        self.config, self.data, self.presets = config, data, presets_of(config, made)
-        self._frozen = [base]
-        self.student = student
+        super().__init__(base, student, data)
+        self.config, self.presets = config, presets_of(config, made)
         self.critic = Critic(base.transformer, config.critic_rank, recompute=config.recompute)
         if config.recompute and config.loss == "sid":  # whose gradient runs through the teacher
             checkpointed(base.transformer)
 
-    @property
-    def base(self) -> Base:
-        return self._frozen[0]
-
-    def frozen(self) -> list[nn.Module]:
-        return self.base.models
-
     def groups(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
-        return {"student": (self.student.trained(), 1.0), "critic": (self.critic.trained(), self.config.critic_lr)}
+        return super().groups() | {"critic": (self.critic.trained(), self.config.critic_lr)}
 
     def learns(self, step: int) -> bool:
         """Whether the student is updated in a step: the last one of every `critic_every`."""
@@ -127,8 +112,7 @@ class Dmd(Objective):
 
     def forward(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
-        captions = self.data.captions(draws.clips(config.batch, len(self.data)))
-        emb = self.base.encode(captions)
+        emb = self.base.encode(self.captions(draws))
         learns = self.learns(draws.step)
         with nullcontext() if learns else torch.no_grad():
             clip = self.generate(emb, draws)
@@ -147,8 +131,8 @@ class Dmd(Objective):
         config, shared = self.config, draws.shared
         preset = self.presets[int(torch.randint(len(self.presets), (), generator=shared))]
         exit_step = int(torch.randint(max(map(len, preset.steps)), (), generator=shared))
-        length, size = config.rollout or config.frames, (self.data.shape[2], self.data.shape[3])
-        clean, noisy, sigma = roll_exits(self.student, emb, length, exit_step, draws.seeds(), preset, size)
+        length = config.rollout or config.frames
+        clean, noisy, sigma = roll_exits(self.student, emb, length, exit_step, draws.seeds(), preset, self.size)
         clean, noisy = clean.float(), noisy.float()  # frozen weights may be bf16; the clip is not
         start = int(torch.randint(length - config.frames + 1, (), generator=shared))
         window = slice(start, start + config.frames)
@@ -160,8 +144,7 @@ class Dmd(Objective):
 
     def _noised(self, clip: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """The clip at one level per sample within the clamp: noisy, noise, both as the clip, and sigma' [B]."""
-        free = shifted(draws.uniform(), self.config.shift)
-        sigma = (self.config.clamp + (1 - 2 * self.config.clamp) * free).to(clip)
+        sigma = self.sigmas(draws).to(clip)
         noise = draws.normal(*clip.shape[1:]).to(clip)
         return noised(clip, noise, levels(sigma, clip)), noise, sigma
 

@@ -137,7 +137,7 @@ def read_student(path: Path) -> tuple[dict[str, Tensor], NextChunkConfig]:
 def _assembled(folder: Path) -> tuple[dict[str, Tensor], NextChunkConfig]:
     """The student in adapters/ and engine.json; its teacher is the directory itself."""
     settings, trained = settings_of(folder), dict[str, Tensor]()
-    base_files = part_files(folder / "transformer", "transformer").files
+    base_files = list(part_files(folder / "transformer", "transformer").files)
     made = read_json(folder / "adapters" / "sdd" / "adapter_config.json")
     if made.get("lora_alpha") != made["r"]:
         raise ValueError(f"student: got lora_alpha {made.get('lora_alpha')}, expected the rank ({made['r']})")
@@ -213,16 +213,13 @@ def segment_target(
     return (latent - noisy) / (end - start).view(-1, 1, 1, 1, 1)
 
 
-class NextChunk(Objective):
-    """Eq. 6 on some samples of a step."""
+class StudentObjective(Objective):
+    """A loss on a student, with its frozen teacher and captioned latents at hand."""
 
-    def __init__(self, config: NextChunkConfig, base: Base, data: Shards) -> None:
+    def __init__(self, base: Base, student: AnyStudent, data: Shards) -> None:
         super().__init__()
-        if config.frames > data.frames:
-            raise ValueError(f"frames: got {config.frames}, expected at most the {data.frames} of {data.folder}")
-        self.config, self.data = config, data
         self._frozen = [base]  # a list hides it from this module, which then neither moves nor synchronises it
-        self.student = config.student(base)
+        self.student, self.data = student, data
 
     @property
     def base(self) -> Base:
@@ -233,6 +230,16 @@ class NextChunk(Objective):
 
     def groups(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
         return {"student": (self.student.trained(), 1.0)}
+
+
+class NextChunk(StudentObjective):
+    """Eq. 6 on some samples of a step."""
+
+    def __init__(self, config: NextChunkConfig, base: Base, data: Shards) -> None:
+        if config.frames > data.frames:
+            raise ValueError(f"frames: got {config.frames}, expected at most the {data.frames} of {data.folder}")
+        super().__init__(base, config.student(base), data)
+        self.config = config
 
     def forward(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
@@ -288,6 +295,22 @@ class NextChunk(Objective):
         return (flow - (noise - latent))[:, :, 1:].square().mean()
 
 
+def fit_student(
+    objective: StudentObjective,
+    config: FitConfig,
+    made: NextChunkConfig,
+    out: Path,
+    accelerator: Accelerator,
+    board: Path | None,
+    stop_at: int | None,
+) -> dict[str, Tensor]:
+    """`fit`; a complete run also writes the averaged student to out/student.pt. `made` is the config that made it."""
+    trained = fit(objective, config, out, accelerator, board, stop_at)
+    if accelerator.is_main_process and (stop_at is None or stop_at >= config.steps):
+        save_student(out / "student.pt", trained, made)
+    return trained
+
+
 def train(
     config: NextChunkConfig,
     out: Path,
@@ -302,10 +325,7 @@ def train(
     objective = NextChunk(config, base, Shards(Path(config.data)))
     if config.start:
         begin_from(objective.student, Path(config.start), config)
-    trained = fit(objective, config, out, accelerator, board, stop_at)
-    if accelerator.is_main_process and (stop_at is None or stop_at >= config.steps):
-        save_student(out / "student.pt", trained, config)
-    return trained
+    return fit_student(objective, config, config, out, accelerator, board, stop_at)
 
 
 def run(config: NextChunkConfig, options: NextChunkOptions) -> None:

@@ -27,11 +27,10 @@ from distill.data.shards import Shards
 from distill.models.base import Base
 from distill.models.matching import direction, moving_loss
 from distill.models.rollout import noise_levels, roll_into
-from distill.models.sampling import guided_flow, noised, shifted
+from distill.models.sampling import guided_flow, noised
 from distill.stages.next_chunk import AnyStudent, NextChunkConfig
-from distill.stages.tuning import TuningConfig, fine_tune
+from distill.stages.tuning import Tuning, TuningConfig, fine_tune
 from distill.training.draws import Draws
-from distill.training.loop import Objective
 from distill.training.stage import Stage, TrainingOptions
 from engine.options import option
 
@@ -49,23 +48,15 @@ class RlConfig(TuningConfig):
     scores: str = option("renoised", "point of the scores: renoised or literal")
     critic: str = option("self", "source of v_gen: self or trained")
     critic_lr: float = option(2.0, "factor on lr for a trained critic")
-    critic_every: int = option(2, "with a trained critic, steps per update of the student")
     context: str = option("clean", "past that the teacher sees: clean or noised")
-    guidance: float = option(2.0, "scale of the teacher's guidance")
-    clamp: float = option(0.02, "distance of sigma' from 0 and 1")
-    shift: float = option(2.0, "shift of sigma'")
-    normalise: bool = option(True, "divide by the teacher's mean error on clean frames, as DMD does")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, known in (("scores", SCORES), ("critic", CRITICS), ("context", CONTEXTS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        if not 0 <= self.clamp < 0.5 or self.frames < 2 or self.critic_every < 1:
-            raise ValueError(
-                f"got clamp {self.clamp}, frames {self.frames}, critic_every {self.critic_every}, "
-                "expected 0 to 0.5, at least 2 and at least 1"
-            )
+        if self.frames < 2:
+            raise ValueError(f"frames: got {self.frames}, expected at least 2")
 
 
 @dataclass(frozen=True)
@@ -73,28 +64,21 @@ class RlOptions(TrainingOptions):
     out: Path = option(Path("runs/rl"), "folder of checkpoints, logs and student.pt")
 
 
-class Rl(Objective):
+class Rl(Tuning):
     """Eq. 10 on some samples of a step, and the loss of a trained critic."""
 
+    config: RlConfig
+
     def __init__(self, config: RlConfig, made: NextChunkConfig, base: Base, student: AnyStudent, data: Shards) -> None:
-        super().__init__()
-        self.config, self.made, self.data = config, made, data
-        self._frozen = [base]
-        self.student = student
+        super().__init__(base, student, data)
+        self.config, self.made = config, made
         self.critic = None
         if config.critic == "trained":
             self.critic = made.student(base)
             self.critic.load_trained(student.trained())
 
-    @property
-    def base(self) -> Base:
-        return self._frozen[0]
-
-    def frozen(self) -> list[nn.Module]:
-        return self.base.models
-
     def groups(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
-        groups = {"student": (self.student.trained(), 1.0)}
+        groups = super().groups()
         if self.critic is not None:
             groups["critic"] = (self.critic.trained(), self.config.critic_lr)
         return groups
@@ -105,10 +89,9 @@ class Rl(Objective):
         frame = int(torch.randint(least, config.frames, (), generator=draws.shared))
         sigmas = noise_levels(preset)
         step = int(torch.randint(len(sigmas) - 1, (), generator=draws.shared))
-        captions = self._captions(draws)
+        captions = self.captions(draws)
         emb = self.base.encode(captions)
-        size = (self.data.shape[2], self.data.shape[3])
-        past, noisy = roll_into(self.student, emb, frame, step, draws.seeds(), preset, size)
+        past, noisy = roll_into(self.student, emb, frame, step, draws.seeds(), preset, self.size)
         sigma = sigmas[step].expand(len(captions)).to(noisy)
         text = self.student.stages.prepare_text(emb)
         learns = self.critic is None or draws.step % config.critic_every == 0
@@ -127,14 +110,6 @@ class Rl(Objective):
             loss = loss + parts["critic"]
         return loss, parts
 
-    def _captions(self, draws: Draws) -> list[str]:
-        return self.data.captions(draws.clips(self.config.batch, len(self.data)))
-
-    def _sigmas(self, draws: Draws) -> Tensor:
-        """sigma' [B] within the clamp."""
-        free = shifted(draws.uniform(), self.config.shift)
-        return self.config.clamp + (1 - 2 * self.config.clamp) * free
-
     @torch.no_grad()
     def away(self, mu: Tensor, past: Tensor, after: float, emb: Tensor, captions: list[str], draws: Draws) -> Tensor:
         """The part that the loss subtracts from mu; `after` is sigma of the solver's next point."""
@@ -142,7 +117,7 @@ class Rl(Objective):
         if config.scores == "literal":
             sigma, noisy = torch.full((len(mu),), after).to(mu), mu
         else:
-            sigma = self._sigmas(draws).to(mu)
+            sigma = self.sigmas(draws).to(mu)
             noisy = noised(mu, draws.normal(*mu.shape[1:]).to(mu), sigma[:, None])
         judge = self.student if self.critic is None else self.critic
         v_gen = judge.next_flow(past, noisy, sigma, judge.stages.prepare_text(emb))
@@ -166,7 +141,7 @@ class Rl(Objective):
     def critic_loss(self, clean: Tensor, past: Tensor, emb: Tensor, draws: Draws) -> Tensor:
         """Flow matching of the fake score on the student's own frames."""
         assert self.critic is not None
-        sigma, noise = self._sigmas(draws).to(clean), draws.normal(*clean.shape[1:]).to(clean)
+        sigma, noise = self.sigmas(draws).to(clean), draws.normal(*clean.shape[1:]).to(clean)
         noisy, text = noised(clean, noise, sigma[:, None]), self.critic.stages.prepare_text(emb)
         flow = self.critic.next_flow(past, noisy, sigma, text)
         return (flow - (noise - clean)).square().mean()

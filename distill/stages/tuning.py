@@ -11,8 +11,10 @@ from torch import Tensor
 
 from distill.data.shards import Shards
 from distill.models.base import Base
-from distill.stages.next_chunk import AnyStudent, NextChunkConfig, load_student, save_student
-from distill.training.loop import FitConfig, Objective, accelerator_of, fit
+from distill.models.sampling import shifted
+from distill.stages.next_chunk import AnyStudent, NextChunkConfig, StudentObjective, fit_student, load_student
+from distill.training.draws import Draws
+from distill.training.loop import FitConfig, accelerator_of
 from engine.options import option
 
 
@@ -22,13 +24,44 @@ class TuningConfig(FitConfig):
 
     student: str = option("runs/student/student.pt", "student file, or model directory with adapters/, to start from")
     data: str = option("runs/bank/clips", "folder of captioned latents; only captions and latent size are read")
+    critic_every: int = option(2, "with a trained critic, steps per update of the student")
+    guidance: float = option(2.0, "scale of the teacher's guidance")
+    clamp: float = option(0.02, "distance of sigma' from 0 and 1")
+    shift: float = option(2.0, "shift of sigma'")
+    normalise: bool = option(True, "divide by the teacher's mean error on clean frames, as DMD does")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.clamp < 0.5:
+            raise ValueError(f"clamp: got {self.clamp}, expected 0 to 0.5")
+        if self.critic_every < 1:
+            raise ValueError(f"critic_every: got {self.critic_every}, expected at least 1")
+
+
+class Tuning(StudentObjective):
+    """A loss on a student's own rollouts, which teacher and critic score at noise levels sigma'."""
+
+    config: TuningConfig
+
+    def captions(self, draws: Draws) -> list[str]:
+        return self.data.captions(draws.clips(self.config.batch, len(self.data)))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a latent."""
+        return self.data.shape[2], self.data.shape[3]
+
+    def sigmas(self, draws: Draws) -> Tensor:
+        """sigma' [B], spread over [clamp, 1 - clamp]."""
+        free = shifted(draws.uniform(), self.config.shift)
+        return self.config.clamp + (1 - 2 * self.config.clamp) * free
 
 
 C = TypeVar("C", bound=TuningConfig)
 
 
 def fine_tune(
-    objective_of: Callable[[C, NextChunkConfig, Base, AnyStudent, Shards], Objective],
+    objective_of: Callable[[C, NextChunkConfig, Base, AnyStudent, Shards], Tuning],
     config: C,
     out: Path,
     board: Path | None = None,
@@ -40,7 +73,4 @@ def fine_tune(
     torch.manual_seed(config.seed)
     student, made, base = load_student(Path(config.student), None, accelerator.device, config.dtype)
     objective = objective_of(config, made, base, student, Shards(Path(config.data)))
-    trained = fit(objective, config, out, accelerator, board, stop_at)
-    if accelerator.is_main_process and (stop_at is None or stop_at >= config.steps):
-        save_student(out / "student.pt", trained, made)
-    return trained
+    return fit_student(objective, config, made, out, accelerator, board, stop_at)
