@@ -77,7 +77,7 @@ def roll_out(
 
 @contextmanager
 def _denoising(stages: Stages) -> Iterator[list[Pass]]:
-    """A list in which the newest denoising pass stands last, while streams run."""
+    """A list that holds the newest denoising pass, and nothing else, while streams run."""
     plain, newest = stages.run, list[Pass]()
 
     def run(step: Pass, cache: RingCache, text_kv: TextKV) -> Tensor:
@@ -111,7 +111,7 @@ def roll_exits(
     ):
         for _ in range(frames):
             clean.append(stream.next_latent())
-            last = newest[-1]
+            (last,) = newest
             noisy.append(last.latent)
             levels.append(last.t / 1000)
     return torch.cat(clean, 2).clone(), torch.cat(noisy, 2).clone(), torch.stack(levels, 1).clone()

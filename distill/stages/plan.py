@@ -10,6 +10,7 @@ measurement on the hardware that the config names.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -118,7 +119,7 @@ def _dmd(config: DmdConfig, made: NextChunkConfig, shape: TransformerConfig, n: 
     length = max(config.rollout, frames)
     parallel, _ = _passes(shape, made, n, length, rows)
     _, joint = _passes(shape, made, n, frames, rows)
-    steps = sum((len(preset.steps[-1]) + 1) / 2 for preset in presets_of(config, made)) / len(presets_of(config, made))
+    steps = mean((len(preset.steps[-1]) + 1) / 2 for preset in presets_of(config, made))  # a drawn exit is half way
     rolled = length * _one_frame(shape, made, n, rows, steps)
     sid, through = config.loss == "sid", 1 + _backward(config)
     learning = parallel * through + 3 * joint * (through if sid else 1)
@@ -136,11 +137,9 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
     shape = TransformerConfig()
     if cluster.transformer:
         shape = TransformerConfig.from_dict(json.loads(Path(cluster.transformer).read_text()))
-    critic = None
     with torch.device("meta"):
         teacher = WanTransformer(shape).to(config.dtype)
-        if isinstance(config, DmdConfig):
-            critic = Critic(teacher, config.critic_rank)
+        critic = Critic(teacher, config.critic_rank) if isinstance(config, DmdConfig) else None
         student = Student(teacher, made.rank, made.window, made.max_position, etm=made.etm)
     frozen = sum(p.numel() for p in student.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in student.trained().values())
@@ -149,9 +148,8 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
     n = (cluster.height // ph) * (cluster.width // pw)
     rows, frames = cluster.text_rows, min(config.frames, cluster.frames)  # type: ignore[attr-defined]
     micro = len(split(config.batch, config.micro, 0, cluster.gpus)[0])
-    if isinstance(config, DmdConfig):
+    if critic is not None:
         work = _dmd(config, made, shape, n, frames, rows)
-        assert critic is not None
         critic_trained = sum(p.numel() for p in critic.trained().values())
         critic_frozen = sum(p.numel() for p in critic.parameters()) - critic_trained
     elif isinstance(config, RlConfig):
