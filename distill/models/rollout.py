@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +33,17 @@ class SampleNoise:
         return torch.cat([source.draw(chunk, count, (1, *shape[1:])) for source in self.sources], 1)
 
 
-def noise_levels(preset: Preset) -> Tensor:
-    """Sigmas of one chunk's denoising steps, and the 0 at their end: [steps + 1]."""
+def noise_levels(preset: Preset, chunk: int = 0) -> Tensor:
+    """Sigmas of a chunk's denoising steps, and the 0 at their end: [steps + 1]."""
     schedule = Schedule(preset)
-    return torch.tensor([schedule.sigma(t) for t, _ in schedule.steps(0)] + [0.0])
+    return torch.tensor([schedule.sigma(t) for t, _ in schedule.steps(chunk)] + [0.0])
+
+
+def chunks_in(frames: int, preset: Preset) -> int:
+    """The chunks of a clip of so many latent frames. ValueError unless it ends with a chunk."""
+    if frames < 0 or frames % preset.chunk:
+        raise ValueError(f"frames: got {frames}, expected a multiple of the chunk ({preset.chunk})")
+    return frames // preset.chunk
 
 
 def _pipeline(student: Adapted, preset: Preset, size: tuple[int, int]) -> Pipeline:
@@ -68,25 +76,48 @@ def roll_out(
     """Stream latent frames [B, C, frames, h, w] from text_emb [B, rows, text_dim], without gradients.
 
     `seeds` holds one seed per sample. `start` [B, C, k, h, w] replaces the first k frames, as an image or a clip would.
+    A clip that ends within a chunk is cut there.
     """
-    pipeline = _pipeline(student, preset, size)
+    pipeline, latents, made = _pipeline(student, preset, size), list[Tensor](), 0
     with pipeline.stream(text_emb.detach(), noise=SampleNoise(seeds), latents=start) as stream:
-        latents = [stream.next_latent() for _ in range(frames)]
-    return torch.cat(latents, 2).clone()  # outside inference mode a clone is an ordinary tensor
+        while made < frames:
+            latents.append(stream.next_latent())
+            made += latents[-1].shape[2]
+    return torch.cat(latents, 2)[:, :, :frames].clone()  # outside inference mode a clone is an ordinary tensor
+
+
+class Exits(NamedTuple):
+    """What a rollout leaves for the pass with gradients. Latents are [B, C, F, h, w]."""
+
+    clean: Tensor  # the frames that the exit steps predicted
+    noisy: Tensor  # what these steps got as input
+    sigma: Tensor  # the noise levels that they were told, [B, F]
+    level: Tensor  # those that the solver took, [F]: of the grid points next to them
+    past: Tensor  # what later chunks saw of every chunk but the last, [B, C, F - chunk, h, w]
+    past_sigma: Tensor  # the noise levels there, [B, F - chunk]
+
+    def predicted(self, flow: Tensor) -> Tensor:
+        """The clean frames that a flow at the exit steps predicts."""
+        return _predicted(self.noisy, flow, self.level)
+
+
+def _predicted(noisy: Tensor, flow: Tensor, level: Tensor) -> Tensor:
+    return noisy - level[:, None, None].to(noisy) * flow
 
 
 @contextmanager
-def _denoising(stages: Stages) -> Iterator[list[Pass]]:
-    """A list that holds the newest denoising pass, and nothing else, while streams run."""
-    plain, newest = stages.run, list[Pass]()
+def _timed(stages: Stages) -> Iterator[list[tuple[Pass, Tensor]]]:
+    """A list to which streams add their passes with a timestep, and the flows, while they run."""
+    plain, made = stages.run, list[tuple[Pass, Tensor]]()
 
     def run(step: Pass, cache: RingCache, text_kv: TextKV) -> Tensor:
+        flow = plain(step, cache, text_kv)
         if step.kind.timed:
-            newest[:] = [step]
-        return plain(step, cache, text_kv)
+            made.append((step, flow))
+        return flow
 
     with passes_run_by(stages, run):
-        yield newest
+        yield made
 
 
 def roll_exits(
@@ -97,24 +128,57 @@ def roll_exits(
     seeds: Sequence[int],
     preset: Preset,
     size: tuple[int, int] = (8, 8),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Stream latent frames that end after denoising step `exit_step`, or a shorter loop's last one, without gradients.
+) -> Exits:
+    """Stream latent frames, without gradients, and look at denoising step `exit_step`, or a shorter loop's last one.
 
-    Later frames see the clean frames that their past's exit step predicted, as in Self-Forcing. Returns these frames
-    [B, C, frames, h, w], what the exit step got as input (the same shape), and its noise levels sigma [B, frames].
+    Where the preset commits clean chunks, loops end with this step and later chunks see what it predicted, as in
+    Self-Forcing. With a context timestep they see it noised to that level. Where the preset commits noisy chunks, loops
+    run to their ends and later chunks see the input of the last step, as in any stream.
     """
-    pipeline = _pipeline(student, replace(preset, stop_after=exit_step + 1), size)
-    clean, noisy, levels = [], [], []
-    with (
-        _denoising(student.stages) as newest,
-        pipeline.stream(text_emb.detach(), noise=SampleNoise(seeds)) as stream,
-    ):
-        for _ in range(frames):
-            clean.append(stream.next_latent())
-            (last,) = newest
-            noisy.append(last.latent)
-            levels.append(last.t / 1000)
-    return torch.cat(clean, 2).clone(), torch.cat(noisy, 2).clone(), torch.stack(levels, 1).clone()
+    count, noisy_past = chunks_in(frames, preset), preset.commit == "noisy"
+    streamed = preset if noisy_past else replace(preset, stop_after=exit_step + 1)
+    pipeline, schedule, noise = _pipeline(student, streamed, size), Schedule(streamed), SampleNoise(seeds)
+    found, past = list[tuple[Tensor, ...]](), list[tuple[Tensor, Tensor]]()
+    if preset.context_timestep:
+        _commit_from(past, pipeline)
+    with _timed(student.stages) as passes, pipeline.stream(text_emb.detach(), noise=noise) as stream:
+        for number in range(count):
+            clean, steps = stream.next_latent(), schedule.steps(number)
+            calls, exits = passes[-len(steps) :], min(exit_step, len(steps) - 1)
+            (step, flow), last = calls[exits], calls[-1][0]
+            level = torch.tensor([schedule.sigma(steps[exits][0])])
+            if exits < len(steps) - 1:
+                clean = _predicted(step.latent, flow, level)
+            found.append((clean, step.latent, step.t, level))
+            past.append((last.latent, last.t) if noisy_past else _noised_past(clean, number, noise, streamed))
+            passes.clear()
+    # Outside inference mode a clone is an ordinary tensor. Frozen weights may be bf16; clips are not.
+    clean, noisy = (torch.cat([part[i] for part in found], 2).clone().float() for i in (0, 1))
+    sigma, level = torch.stack([part[2] for part in found], 1) / 1000, torch.cat([part[3] for part in found])
+    seen = torch.cat([latent for latent, _ in past], 2)[:, :, : -preset.chunk].clone().float()
+    told = torch.stack([t for _, t in past], 1)[:, :-1] / 1000
+    sigma, level, told = (value.repeat_interleave(preset.chunk, -1) for value in (sigma, level, told))
+    return Exits(clean, noisy, sigma, level, seen, told)
+
+
+def _noised_past(clean: Tensor, number: int, noise: SampleNoise, preset: Preset) -> tuple[Tensor, Tensor]:
+    """A finished chunk at the preset's context timestep, and that timestep [B]."""
+    t = torch.full((len(clean),), preset.context_timestep, device=clean.device)
+    if not preset.context_timestep:
+        return clean, t
+    used = max(map(len, preset.steps))  # a draw that no denoising step takes
+    fresh, level = noise.draw(number, used + 1, tuple(clean.shape))[used].to(clean), preset.context_timestep / 1000
+    return (1 - level) * clean + level * fresh, t
+
+
+def _commit_from(past: Sequence[tuple[Tensor, Tensor]], pipeline: Pipeline) -> None:
+    """Make the streams of a pipeline commit what `past` holds of their chunks."""
+    plain = pipeline.generator.commit
+
+    def commit(x: Tensor, state: Any, supplied: bool = False) -> None:
+        plain(past[state.index][0], state, supplied)
+
+    pipeline.generator.commit = commit  # type: ignore[method-assign]
 
 
 def roll_into(
@@ -126,21 +190,22 @@ def roll_into(
     preset: Preset,
     size: tuple[int, int] = (8, 8),
 ) -> tuple[Tensor, Tensor]:
-    """Stream `frames` latent frames, then take `steps` denoising steps into the next one, without gradients.
+    """Stream `frames` latent frames, then take `steps` denoising steps into the next chunk, without gradients.
 
-    Returns the finished frames [B, C, frames, h, w] and the unfinished one [B, C, 1, h, w].
+    Returns the finished frames [B, C, frames, h, w] and the unfinished chunk [B, C, chunk, h, w].
     """
-    pipeline, schedule = _pipeline(student, preset, size), Schedule(preset)
+    pipeline, schedule, number = _pipeline(student, preset, size), Schedule(preset), chunks_in(frames, preset)
     generator, solver, noise = pipeline.generator, make_solver(preset.solver, schedule), SampleNoise(seeds)
     with pipeline.stream(text_emb.detach(), noise=noise) as stream, torch.inference_mode():
-        latents = [stream.next_latent() for _ in range(frames)]
+        latents = [stream.next_latent() for _ in range(number)]
         if latents:  # a stream commits a chunk only when the caller asks for the next one
             generator.commit(latents[-1], stream.state)
         batch, channels = len(text_emb), pipeline.config.in_channels
-        wanted = 1 + (len(preset.steps[-1]) - 1 if solver.renoises else 0)
-        x, *fresh = noise.draw(frames, wanted, (batch, channels, 1, *size)).to(pipeline.device, pipeline.dtype)
-        for number, (t, t_next) in enumerate(schedule.steps(frames)[:steps]):
+        levels = schedule.steps(number)
+        shape = (batch, channels, preset.chunk, *size)
+        x, *fresh = noise.draw(number, len(levels) if solver.renoises else 1, shape).to(pipeline.device, pipeline.dtype)
+        for step, (t, t_next) in enumerate(levels[:steps]):
             flow = generator.denoise(x, t, stream.state)
-            x = solver.step(x, flow, t, t_next, fresh[number] if number < len(fresh) else None)
+            x = solver.step(x, flow, t, t_next, fresh[step] if step < len(fresh) else None)
     past = torch.cat(latents, 2) if latents else x[:, :, :0]
     return past.clone(), x.clone()

@@ -29,25 +29,26 @@ from engine.runtime.stages import TorchStages
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
 
-def frame_attention(visible: Sequence[Sequence[int]]) -> Attend:
-    """Self-attention over whole frames: frame i of the sequence sees the frames visible[i].
+def frame_attention(visible: Sequence[Sequence[int]], chunk: int = 1) -> Attend:
+    """Self-attention over whole frames: the frames of chunk i of the sequence see the frames visible[i].
 
-    Frames that see equally many others share one attention call, so that nothing is masked or padded.
+    Chunks that see equally many frames share one attention call, so that nothing is masked or padded.
     """
     groups: dict[int, list[int]] = defaultdict(list)
-    for frame, seen in enumerate(visible):
-        groups[len(seen)].append(frame)
-    order = torch.tensor([frame for frames in groups.values() for frame in frames]).argsort()
+    for number, seen in enumerate(visible):
+        groups[len(seen)].append(number)
+    order = torch.tensor([number for chunks in groups.values() for number in chunks]).argsort()
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(1, (len(visible), -1)) for x in (q, k, v))  # [B, F, n, heads, head_dim]
+        q = q.unflatten(1, (len(visible), -1))  # [B, chunks, chunk * n, heads, head_dim]
+        k, v = (x.unflatten(1, (len(visible) * chunk, -1)) for x in (k, v))  # [B, F, n, heads, head_dim]
         parts = []
-        for frames in groups.values():
-            index = torch.tensor([visible[frame] for frame in frames])
-            query = q[:, frames].flatten(0, 1).transpose(1, 2)
+        for chunks in groups.values():
+            index = torch.tensor([visible[number] for number in chunks])
+            query = q[:, chunks].flatten(0, 1).transpose(1, 2)
             key, value = (x[:, index].flatten(2, 3).flatten(0, 1).transpose(1, 2) for x in (k, v))
             out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-            parts.append(out.unflatten(0, (q.shape[0], len(frames))))
+            parts.append(out.unflatten(0, (q.shape[0], len(chunks))))
         return torch.cat(parts, 1)[:, order].flatten(1, 2)
 
     return attend
@@ -126,6 +127,8 @@ class Adapted(nn.Module):
     """A student: its trained parameters, and the stages by which the engine streams it."""
 
     stages: TorchStages
+    lora: LoraConfig
+    chunk = 1  # latent frames that are denoised together
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name."""
@@ -139,6 +142,11 @@ class Adapted(nn.Module):
             raise ValueError(f"student: got {len(state)} trained tensors, expected {len(own)} (rank or layout differ)")
         for name, value in state.items():
             own[name].copy_(value)
+
+
+def adapter_of(model: nn.Module) -> dict[str, Tensor]:
+    """LoRA tensors of one of a student's models, with the keys of PEFT's files."""
+    return {f"base_model.model.{key}": value for key, value in get_peft_model_state_dict(model).items()}
 
 
 class Student(Adapted):
@@ -190,11 +198,6 @@ class Student(Adapted):
 
         with passes_run_by(self.stages, run):
             yield
-
-    def adapter(self, model: WanTransformer) -> dict[str, Tensor]:
-        """LoRA tensors of one of the two models, with the keys of PEFT's files."""
-        state = get_peft_model_state_dict(model)
-        return {f"base_model.model.{key}": value for key, value in state.items()}
 
     def c_f(self, context: Tensor, text: dict[str, TextKV]) -> Tensor:
         """Eq. 2 for all frames at once: clean context [B, C, K, h, w] -> c_0 .. c_K, [B, (K + 1) * n, dim]; c_0 = 0."""

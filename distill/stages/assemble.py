@@ -3,8 +3,9 @@
     python -m distill assemble --teacher runs/teacher/teacher --vae runs/vae/vae --student runs/student/student.pt \\
         --out engine/assets/sprites
 
-The directory is a stock diffusers WanPipeline with float16 weights. It also holds adapters/etm and adapters/sdd in
-PEFT's layout. base.json in each adapter holds the hash of its base weights; engine.json says how the student streams.
+The directory is a stock diffusers WanPipeline with float16 weights. It also holds the student's adapters in PEFT's
+layout: adapters/etm and adapters/sdd, or adapters/dit of a causal student. base.json in each adapter holds the hash of
+its base weights; engine.json says how the student streams.
 Without --student the stage writes only the teacher's pipeline.
 """
 
@@ -25,8 +26,8 @@ from distill.data.sprites import SIZE
 from distill.data.text_encoder import build_tokenizer
 from distill.models.base import Base
 from distill.models.pretrained import pretrained
-from distill.models.student import Student
-from distill.stages.next_chunk import load_student
+from distill.models.student import adapter_of
+from distill.stages.next_chunk import AnyStudent, load_student
 from distill.training.stage import Options, Stage
 from engine.files import whole_folder, write_json
 from engine.options import option
@@ -63,21 +64,22 @@ def write_pipeline(teacher: Path, vae: Path, out: Path) -> None:
     write_json(config, {**json.loads(config.read_text()), "dtype": "float32"}, indent=2)
 
 
-def write_adapters(student: Student, out: Path) -> None:
-    """adapters/etm and adapters/sdd, bound to the transformer beside them."""
+def write_adapters(student: AnyStudent, out: Path) -> None:
+    """adapters/ROLE of every transformer of the student, bound to the transformer beside them."""
     base = base_hash(part_files(out / "transformer", "transformer").files)
-    for name, model in (("etm", student.etm), ("sdd", student.sdd)):
+    for name, model in student.stages.models.items():
         folder = out / "adapters" / name
         folder.mkdir(parents=True)
         student.lora.save_pretrained(folder)
         config = json.loads((folder / "adapter_config.json").read_text())
         config["target_modules"].sort()  # PEFT keeps a set; sorted, the same student gives the same file
         write_json(folder / "adapter_config.json", config, indent=2)
-        tensors = {key: value.half().contiguous() for key, value in student.adapter(model).items()}
+        tensors = {key: value.half().contiguous() for key, value in adapter_of(model).items()}
         save_file(tensors, folder / "adapter_model.safetensors")
         write_json(folder / "base.json", {"base_sha256": base}, indent=2)
-    weight = student.sdd.condition_proj.weight.detach().half().contiguous()
-    save_file({"condition_proj.weight": weight}, out / "adapters" / "sdd" / "condition.safetensors")
+        if model.condition_proj is not None:
+            weight = model.condition_proj.weight.detach().half().contiguous()
+            save_file({"condition_proj.weight": weight}, folder / "condition.safetensors")
 
 
 def assemble(teacher: Path, vae: Path, student: Path | None, out: Path) -> None:
@@ -86,11 +88,9 @@ def assemble(teacher: Path, vae: Path, student: Path | None, out: Path) -> None:
         write_pipeline(teacher, vae, part)
         if student is not None:
             model, config, _ = load_student(student, Base(part))
-            if not isinstance(model, Student):
-                raise ValueError(f"student: got family {config.family!r}, expected greedy")
             write_adapters(model, part)
             geometry = {"height": SIZE, "width": SIZE, "fps": FPS}
-            settings = {**geometry, "preset": "greedy", "overrides": config.preset_fields()}
+            settings = {**geometry, "preset": config.preset_name, "overrides": config.preset_fields()}
             write_json(part / "engine.json", settings, indent=2)
 
 

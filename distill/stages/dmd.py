@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from distill.data.shards import Shards
 from distill.models.base import Base
+from distill.models.causal import CausalStudent
 from distill.models.critic import Critic
 from distill.models.matching import direction, moving_loss, sid_loss, through
 from distill.models.rollout import roll_exits
@@ -132,14 +133,15 @@ class Dmd(Tuning):
         preset = self.presets[int(torch.randint(len(self.presets), (), generator=shared))]
         exit_step = int(torch.randint(max(map(len, preset.steps)), (), generator=shared))
         length = config.rollout or config.frames
-        clean, noisy, sigma = roll_exits(self.student, emb, length, exit_step, draws.seeds(), preset, self.size)
-        clean, noisy = clean.float(), noisy.float()  # frozen weights may be bf16; the clip is not
+        rolled = roll_exits(self.student, emb, length, exit_step, draws.seeds(), preset, self.size)
         start = int(torch.randint(length - config.frames + 1, (), generator=shared))
         window = slice(start, start + config.frames)
         if not torch.is_grad_enabled():
-            return clean[:, :, window]
-        flow = self.student.flow(clean[:, :, :-1], noisy, sigma, self.student.stages.prepare_text(emb))
-        clip = (noisy - sigma[:, None, :, None, None] * flow)[:, :, window]
+            return rolled.clean[:, :, window]
+        text = self.student.stages.prepare_text(emb)
+        told = {"context_sigma": rolled.past_sigma} if isinstance(self.student, CausalStudent) else {}
+        flow = self.student.flow(rolled.past, rolled.noisy, rolled.sigma, text, **told)
+        clip = rolled.predicted(flow)[:, :, window]
         return torch.cat([clip[:, :, :1].detach(), clip[:, :, 1:]], 2) if start else clip
 
     def _noised(self, clip: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from distill.data.shards import Shards
 from distill.models.base import Base
 from distill.models.causal import CausalStudent
-from distill.models.rollout import noise_levels, roll_out
+from distill.models.rollout import chunks_in, noise_levels, roll_out
 from distill.models.sampling import guided_flow, noised, shifted
 from distill.models.student import Student
 from distill.training.draws import Draws
@@ -31,14 +31,23 @@ from distill.training.stage import Stage, TrainingOptions
 from distill.training.state import save_state
 from engine.config import Preset
 from engine.files import read_json
+from engine.generators import family_of
 from engine.loader import settings_of
 from engine.model.transformer import TextKV, WanTransformer
 from engine.options import option
-from engine.presets import find_preset
+from engine.presets import PRESETS, find_preset
 from engine.weights.adapters import check_base
 from engine.weights.finding import part_files
 
 AnyStudent = Student | CausalStudent
+# Fields of the engine's preset for what later chunks see of a finished one: its clean frames, these noised to level .1
+# (the engine is told that level, and adds no noise), or the input of its last denoising step.
+CONTEXTS = {
+    "clean": {"commit": "clean", "context_timestep": 0.0},
+    "noised": {"commit": "clean", "context_timestep": 100.0},
+    "last": {"commit": "noisy", "context_timestep": 0.0},
+}
+EVEN = ("self-forcing-framewise", "self-forcing")  # presets of the causal family without timesteps of their own
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,10 @@ class NextChunkConfig(FitConfig):
     rank: int = option(64, "of the LoRA adapters")
     etm: bool = option(True, "false: a causal decoder that sees only chunk 0 and the last chunk")
     window: int = option(3, "greedy: frames before the current one that the ETM sees (w of Eq. 1); causal: with it")
+    chunk: int = option(1, "causal: latent frames per chunk; clips are whole chunks")
+    attn_sink: int = option(0, "causal: first latent frames that stay in the window for good")
+    schedule: str = option("", "causal: engine preset whose timesteps the student takes; empty: sampling_steps, evenly")
+    context: str = option("clean", "causal: what later chunks see of a finished one; stage dmd sets it")
     max_position: int = option(4, "largest temporal position of the SDD; longer clips cover the frames beyond it")
     frames: int = option(9, "latent frames per clip")
     first_batch: int = option(16, "first frames per step: a multiple of batch")
@@ -76,8 +89,23 @@ class NextChunkConfig(FitConfig):
             raise ValueError(f"family: got {self.family!r}, expected 'greedy' or 'causal'")
         if 1000 % self.sampling_steps:
             raise ValueError(f"sampling_steps: got {self.sampling_steps}, expected a divisor of 1000")
+        self._check_causal()
         if self.first_batch % self.batch:
             raise ValueError(f"first_batch: got {self.first_batch}, expected a multiple of batch ({self.batch})")
+
+    def _check_causal(self) -> None:
+        """ValueError for fields that the family does not have, or that do not fit each other."""
+        if self.context not in CONTEXTS:
+            raise ValueError(f"context: got {self.context!r}, expected one of {', '.join(CONTEXTS)}")
+        if self.family == "greedy":
+            for name, only in (("chunk", 1), ("attn_sink", 0), ("schedule", ""), ("context", "clean")):
+                if getattr(self, name) != only:
+                    raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {only!r} for family 'greedy'")
+            return
+        causal = [name for name, preset in PRESETS.items() if preset.family == "causal"]
+        if self.schedule and self.schedule not in causal:
+            raise ValueError(f"schedule: got {self.schedule!r}, expected one of {', '.join(causal)}")
+        chunks_in(self.frames, self.preset)
 
     def preset_fields(self) -> dict[str, Any]:
         """The fields of the engine's preset with which the student is trained."""
@@ -88,14 +116,19 @@ class NextChunkConfig(FitConfig):
             "warped": True,
             "shift": self.sampling_shift,
             "solver": self.solver,
-            "chunk": 1,
+            "chunk": self.chunk,
             "window": window,
         }
-        return shared | ({"max_position": self.max_position} if self.family == "greedy" else {})
+        if self.family == "greedy":
+            return shared | {"max_position": self.max_position}
+        if self.schedule:
+            named = PRESETS[self.schedule]
+            shared |= {"steps": [list(row) for row in named.steps], "warped": named.warped}
+        return shared | {"attn_sink": self.attn_sink} | CONTEXTS[self.context]
 
     @property
     def preset_name(self) -> str:
-        return "greedy" if self.family == "greedy" else "self-forcing-framewise"
+        return "greedy" if self.family == "greedy" else self.schedule or EVEN[self.chunk > 1]
 
     @property
     def preset(self) -> Preset:
@@ -103,17 +136,14 @@ class NextChunkConfig(FitConfig):
 
     def student(self, base: Base) -> AnyStudent:
         """A fresh student of this shape, on the device of its teacher."""
+        return self.student_of(base.transformer).to(base.device)
+
+    def student_of(self, teacher: WanTransformer) -> AnyStudent:
+        """A fresh student of this shape."""
         if self.family == "causal":
-            return CausalStudent(base.transformer, self.rank, self.window, recompute=self.recompute).to(base.device)
-        student = Student(
-            base.transformer,
-            self.rank,
-            self.window,
-            self.max_position,
-            etm=self.etm,
-            recompute=self.recompute,
-        )
-        return student.to(base.device)
+            shape = self.rank, self.window, self.chunk, self.attn_sink
+            return CausalStudent(teacher, *shape, recompute=self.recompute)
+        return Student(teacher, self.rank, self.window, self.max_position, etm=self.etm, recompute=self.recompute)
 
 
 @dataclass(frozen=True)
@@ -123,7 +153,7 @@ class NextChunkOptions(TrainingOptions):
 
 def read_student(path: Path) -> tuple[dict[str, Tensor], NextChunkConfig]:
     """The trained tensors of a student file, or of a directory that assemble wrote, and the config that made it."""
-    if (path / "adapters" / "sdd").is_dir():
+    if any((path / "adapters" / role).is_dir() for role in ("sdd", "dit")):
         return _assembled(path)
     if not path.is_file():
         raise FileNotFoundError(f"student: got {path}, expected a training stage's file or a model with adapters/")
@@ -137,23 +167,34 @@ def read_student(path: Path) -> tuple[dict[str, Tensor], NextChunkConfig]:
 def _assembled(folder: Path) -> tuple[dict[str, Tensor], NextChunkConfig]:
     """The student in adapters/ and engine.json; its teacher is the directory itself."""
     settings, trained = settings_of(folder), dict[str, Tensor]()
+    preset = find_preset(settings.preset, settings.overrides)
     base_files = list(part_files(folder / "transformer", "transformer").files)
-    made = read_json(folder / "adapters" / "sdd" / "adapter_config.json")
+    roles = family_of(preset).roles()
+    made = read_json(folder / "adapters" / roles[-1] / "adapter_config.json")
     if made.get("lora_alpha") != made["r"]:
         raise ValueError(f"student: got lora_alpha {made.get('lora_alpha')}, expected the rank ({made['r']})")
-    for role in ("etm", "sdd"):
+    for role in roles:
         check_base(folder / "adapters" / role, base_files)
         for key, value in load_file(folder / "adapters" / role / "adapter_model.safetensors").items():
             module = key.removeprefix("base_model.model.").removesuffix(".weight")
             trained[f"{role}.{module}.default.weight"] = value.float()
-    condition = load_file(folder / "adapters" / "sdd" / "condition.safetensors")
-    trained["sdd.condition_proj.weight"] = condition["condition_proj.weight"].float()
-    preset = find_preset(settings.preset, settings.overrides)
-    config = NextChunkConfig(
-        teacher=str(folder), rank=made["r"],
-        window=preset.window - 1, max_position=preset.max_position, sampling_steps=len(preset.steps[-1]),
-        sampling_shift=preset.shift, solver=preset.solver,
-    )  # fmt: skip
+    shared: dict[str, Any] = {
+        "teacher": str(folder), "rank": made["r"], "sampling_shift": preset.shift, "solver": preset.solver
+    }  # fmt: skip
+    if preset.family == "greedy":
+        condition = load_file(folder / "adapters" / "sdd" / "condition.safetensors")
+        trained["sdd.condition_proj.weight"] = condition["condition_proj.weight"].float()
+        config = NextChunkConfig(
+            window=preset.window - 1, max_position=preset.max_position, sampling_steps=len(preset.steps[-1]), **shared
+        )
+    else:
+        committed = {"commit": preset.commit, "context_timestep": preset.context_timestep}
+        context = next((name for name, fields in CONTEXTS.items() if fields == committed), "clean")
+        taken = {"sampling_steps": len(preset.steps[-1])} if settings.preset in EVEN else {"schedule": settings.preset}
+        config = NextChunkConfig(
+            family="causal", window=preset.window, chunk=preset.chunk, attn_sink=preset.attn_sink, context=context,
+            frames=max(NextChunkConfig.frames // preset.chunk, 1) * preset.chunk, **taken, **shared,
+        )  # fmt: skip
     if config.preset != preset:
         raise ValueError(f"student: got {folder} with {preset}, expected {config.preset}")
     return trained, config
@@ -173,7 +214,7 @@ def load_student(
 def begin_from(student: AnyStudent, path: Path, config: NextChunkConfig) -> None:
     """Load the trained tensors of another student of the same shape and teacher."""
     trained, made = read_student(path)
-    for name in ("teacher", "family", "rank", "etm", "window", "max_position"):
+    for name in ("teacher", "family", "rank", "etm", "window", "chunk", "attn_sink", "max_position"):
         if getattr(made, name) != getattr(config, name):
             got, expected = getattr(made, name), getattr(config, name)
             raise ValueError(f"start: got {path} with {name} = {got!r}, expected {expected!r}")
@@ -202,12 +243,12 @@ def segment_target(
     empty: TextKV,
     config: NextChunkConfig,
 ) -> Tensor:
-    """Mean flow of the guided teacher over sampling step `index` [B]; the step starts at noisy [B, C, 1, h, w]."""
+    """Mean flow of the guided teacher over sampling step `index` [B]; the step starts at noisy [B, C, chunk, h, w]."""
     grid = noise_levels(config.preset).to(noisy.device)
     start, end = grid[index], grid[index + 1]
     latent, width = noisy, ((end - start) / config.substeps)
     for step in range(config.substeps):
-        sigma = (start + step * width)[:, None]
+        sigma = (start + step * width)[:, None].expand(-1, noisy.shape[2])
         flow = guided_flow(teacher, latent, sigma, text, empty, config.guidance)
         latent = latent + width.view(-1, 1, 1, 1, 1) * flow
     return (latent - noisy) / (end - start).view(-1, 1, 1, 1, 1)
@@ -238,6 +279,8 @@ class NextChunk(StudentObjective):
     def __init__(self, config: NextChunkConfig, base: Base, data: Shards) -> None:
         if config.frames > data.frames:
             raise ValueError(f"frames: got {config.frames}, expected at most the {data.frames} of {data.folder}")
+        if config.context != "clean":
+            raise ValueError(f"context: got {config.context!r}, expected 'clean': this stage trains on a clean past")
         super().__init__(base, config.student(base), data)
         self.config = config
 
@@ -256,18 +299,19 @@ class NextChunk(StudentObjective):
         return latent.to(self.base.device), captions
 
     def first_frame_loss(self, draws: Draws) -> Tensor:
-        """Frame 0 from the text alone."""
+        """Chunk 0 from the text alone."""
         config, base = self.config, self.base
-        latent, captions = self._read(draws, config.first_batch, 1)
+        latent, captions = self._read(draws, config.first_batch, config.chunk)
         noise = draws.normal(*latent.shape[1:]).to(latent)
         emb = base.encode(captions)
         text = self.student.stages.prepare_text(emb)
         if config.first == "data":
-            sigma = draw_sigmas((1,), config, draws).to(latent)
+            sigma = draw_sigmas((1,), config, draws).to(latent).expand(-1, config.chunk)
             noisy, target = noised(latent, noise, sigma), noise - latent
         else:
-            index = draws.choice(config.sampling_steps)
-            sigma = noise_levels(config.preset)[index][:, None].to(latent)
+            grid = noise_levels(config.preset)
+            index = draws.choice(len(grid) - 1)
+            sigma = grid[index][:, None].to(latent).expand(-1, config.chunk)
             noisy = noised(latent, noise, sigma)
             captioned = base.transformer.prepare_text(emb)
             empty = base.prepare([""] * len(captions))
@@ -275,24 +319,24 @@ class NextChunk(StudentObjective):
         return (self.student.flow(latent[:, :, :0], noisy, sigma, text) - target).square().mean()
 
     def next_frame_loss(self, draws: Draws, *, roll: bool) -> Tensor:
-        """Eq. 6 on frames 1 .. F - 1. With `roll` the student streams their past from the real frame 0."""
-        config = self.config
+        """Eq. 6 on all chunks but the first. With `roll` the student streams their past from the real chunk 0."""
+        config, chunk = self.config, self.config.chunk
         latent, captions = self._read(draws, config.batch, config.frames)
         dropped = draws.uniform() < config.caption_dropout
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
         emb = self.base.encode(captions)
-        text, context = self.student.stages.prepare_text(emb), latent[:, :, :-1]
+        text, context = self.student.stages.prepare_text(emb), latent[:, :, :-chunk]
         seeds, size = draws.seeds(), (latent.shape[-2], latent.shape[-1])
         if roll:
-            start = latent[:, :, :1]
-            context = roll_out(self.student, emb, config.frames - 1, seeds, config.preset, size, start).to(latent)
+            start, past = latent[:, :, :chunk], config.frames - chunk
+            context = roll_out(self.student, emb, past, seeds, config.preset, size, start).to(latent)
         if config.context_noise:
             level = config.context_noise * draws.uniform(1, 1, 1, 1).to(latent)
             context = (1 - level) * context + level * draws.normal(*context.shape[1:]).to(latent)
-        sigma = draw_sigmas((config.frames,), config, draws).to(latent)
+        sigma = draw_sigmas((config.frames // chunk,), config, draws).to(latent).repeat_interleave(chunk, 1)
         noise = draws.normal(*latent.shape[1:]).to(latent)
         flow = self.student.flow(context, noised(latent, noise, sigma), sigma, text)
-        return (flow - (noise - latent))[:, :, 1:].square().mean()
+        return (flow - (noise - latent))[:, :, chunk:].square().mean()
 
 
 def fit_student(

@@ -14,13 +14,13 @@ from statistics import mean
 
 import torch
 
+from distill.models.causal import causal_visible, noisy_visible
 from distill.models.critic import Critic
-from distill.models.student import Student
 from distill.stages.dmd import DmdConfig, presets_of
 from distill.stages.next_chunk import NextChunkConfig
 from distill.stages.rl import RlConfig
 from distill.training.loop import FitConfig, split
-from engine.config import TransformerConfig
+from engine.config import Preset, TransformerConfig
 from engine.model.transformer import WanTransformer
 from engine.options import option, read_table
 
@@ -72,16 +72,29 @@ def forward_flops(config: TransformerConfig, tokens: int, pairs: int, rows: int,
 
 def _passes(config: TransformerConfig, made: NextChunkConfig, n: int, frames: int, rows: int) -> tuple[float, float]:
     """FLOPs of the teacher-forced student and of the teacher, for one clip of `frames` frames of n tokens."""
+    joint = forward_flops(config, frames * n, frames * frames * n * n, rows, 1)
+    if made.family == "causal":
+        seen = causal_visible(frames, made.window, made.chunk, made.attn_sink)
+        pairs = made.chunk * sum(map(len, seen)) * n * n
+        return forward_flops(config, _sequence(made, frames) * n, pairs, rows, 1), joint
     etm = sum(min(i, made.window) + 1 for i in range(frames - 1)) * n * n
     sdd = (sum(min(i, 1) + 1 for i in range(frames - 1)) + sum(min(i, 2) + 1 for i in range(frames))) * n * n
     student = forward_flops(config, (2 * frames - 1) * n, sdd, rows, 1)
     if made.etm:
         student += forward_flops(config, (frames - 1) * n, etm, rows, 1)
-    return student, forward_flops(config, frames * n, frames * frames * n * n, rows, 1)
+    return student, joint
+
+
+def _sequence(made: NextChunkConfig, frames: int) -> int:
+    """Frames in the student's parallel pass over a clip: noisy ones, their context, and those of the ETM."""
+    return 2 * frames - made.chunk if made.family == "causal" else 3 * frames - 2
 
 
 def _one_frame(config: TransformerConfig, made: NextChunkConfig, n: int, rows: int, steps: float) -> float:
-    """FLOPs to stream one frame: ETM, context and denoising steps, each over a constant number of keys."""
+    """FLOPs to stream one frame: ETM, context and denoising steps, each over a nearly constant number of keys."""
+    if made.family == "causal":
+        keys = mean(map(len, noisy_visible(made.frames, made.window, made.chunk, made.attn_sink)))
+        return (steps + (made.context != "last")) * forward_flops(config, n, int(keys * n) * n, rows, 0)
     etm = forward_flops(config, n, (made.window + 1) * n * n, rows, 0)
     sdd = forward_flops(config, n, 2 * n * n, rows, 0) + steps * forward_flops(config, n, 3 * n * n, rows, 0)
     return etm * made.etm + sdd
@@ -96,35 +109,52 @@ class _Work:
 
 
 def _next_chunk(config: NextChunkConfig, shape: TransformerConfig, n: int, frames: int, rows: int) -> _Work:
-    parallel, _ = _passes(shape, config, n, frames, rows)
-    first, alone = config.first_batch / config.batch, forward_flops(shape, n, n * n, rows, 1)
+    (parallel, _), chunk = _passes(shape, config, n, frames, rows), config.chunk * n
+    first, alone = config.first_batch / config.batch, forward_flops(shape, chunk, chunk * chunk, rows, 1)
     guided = 2 * config.substeps * alone if config.first == "guided" else 0.0
     one = _one_frame(shape, config, n, rows, config.sampling_steps)
-    rolled = config.roll_share * (1 - config.roll_from) * (frames - 2) * one
+    rolled = config.roll_share * (1 - config.roll_from) * (frames - 2 * config.chunk) * one
     through = 1 + _backward(config)
-    return _Work((3 * frames - 2) * n, parallel * through + first * (alone * through + guided) + rolled)
+    return _Work(_sequence(config, frames) * n, parallel * through + first * (alone * through + guided) + rolled)
+
+
+def _next_pass(config: TransformerConfig, made: NextChunkConfig, n: int, past: int, rows: int) -> tuple[int, float]:
+    """Frames whose activations are kept, and FLOPs, of the pass over the chunk that follows `past` frames."""
+    if made.family == "causal":
+        frames = past // made.chunk * made.chunk + made.chunk
+        pairs = made.chunk * sum(map(len, noisy_visible(frames, made.window, made.chunk, made.attn_sink)))
+        return frames, forward_flops(config, frames * n, pairs * n * n, rows, 1)
+    etm = forward_flops(config, past * n, (made.window + 1) * past * n * n, rows, 1)
+    return past + 3, etm * made.etm + forward_flops(config, 3 * n, 6 * n * n, rows, 1)
 
 
 def _rl(config: RlConfig, made: NextChunkConfig, shape: TransformerConfig, n: int, frames: int, rows: int) -> _Work:
     middle, (_, joint) = frames // 2, _passes(shape, made, n, frames, rows)
-    past = forward_flops(shape, middle * n, (made.window + 1) * middle * n * n, rows, 1)
-    step = past * made.etm + forward_flops(shape, 3 * n, 6 * n * n, rows, 1)
+    sequence, step = _next_pass(shape, made, n, middle, rows)
     judge = step * (2 + _backward(config) if config.critic == "trained" else 1)
-    real = 2 * joint * (middle + 1) / frames
-    rolled = (middle + 0.5) * _one_frame(shape, made, n, rows, made.sampling_steps)
-    return _Work((middle + 3) * n, rolled + step * (1 + _backward(config)) + judge + real)
+    real = 2 * joint * (middle + made.chunk) / frames
+    rolled = (middle + made.chunk / 2) * _one_frame(shape, made, n, rows, made.sampling_steps)
+    return _Work(sequence * n, rolled + step * (1 + _backward(config)) + judge + real)
 
 
 def _dmd(config: DmdConfig, made: NextChunkConfig, shape: TransformerConfig, n: int, frames: int, rows: int) -> _Work:
     length = max(config.rollout, frames)
     parallel, _ = _passes(shape, made, n, length, rows)
     _, joint = _passes(shape, made, n, frames, rows)
-    steps = mean((len(preset.steps[-1]) + 1) / 2 for preset in presets_of(config, made))  # a drawn exit is half way
+    steps = mean(_steps_taken(preset, length // made.chunk) for preset in presets_of(config, made))
     rolled = length * _one_frame(shape, made, n, rows, steps)
     sid, through = config.loss == "sid", 1 + _backward(config)
     learning = parallel * through + 3 * joint * (through if sid else 1)
     flops = rolled + learning / config.critic_every + joint * through
-    return _Work((3 * length - 2 + frames * (1 + 3 * sid)) * n, flops)
+    return _Work((_sequence(made, length) + frames * (1 + 3 * sid)) * n, flops)
+
+
+def _steps_taken(preset: Preset, chunks: int) -> float:
+    """Mean denoising steps of a chunk in a rollout that ends after a drawn step, or at the ends of all loops."""
+    loops = [len(preset.steps[min(chunk, len(preset.steps) - 1)]) for chunk in range(chunks)]
+    if preset.commit == "noisy":
+        return mean(loops)
+    return mean(min(exits, loop) for loop in loops for exits in range(1, max(loops) + 1))
 
 
 def _backward(config: FitConfig) -> float:
@@ -140,7 +170,7 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
     with torch.device("meta"):
         teacher = WanTransformer(shape).to(config.dtype)
         critic = Critic(teacher, config.critic_rank) if isinstance(config, DmdConfig) else None
-        student = Student(teacher, made.rank, made.window, made.max_position, etm=made.etm)
+        student = made.student_of(teacher)
     frozen = sum(p.numel() for p in student.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in student.trained().values())
     base = sum(p.numel() for p in teacher.parameters())

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from distill.data.shards import Shards
 from distill.models.base import Base
 from distill.models.matching import direction, moving_loss
-from distill.models.rollout import noise_levels, roll_into
+from distill.models.rollout import chunks_in, noise_levels, roll_into
 from distill.models.sampling import guided_flow, noised
 from distill.stages.next_chunk import AnyStudent, NextChunkConfig
 from distill.stages.tuning import Tuning, TuningConfig, fine_tune
@@ -43,7 +43,7 @@ class RlConfig(TuningConfig):
 
     batch: int = option(8, "samples per step, over all processes")
     lr: float = option(2e-4, "highest learning rate")
-    frames: int = option(9, "f is drawn below this number of latent frames")
+    frames: int = option(9, "latent frames; f is one of their chunks")
     first_frame: bool = option(False, "also draw f = 0, the frame from text alone; the paper starts at 1")
     scores: str = option("renoised", "point of the scores: renoised or literal")
     critic: str = option("self", "source of v_gen: self or trained")
@@ -72,6 +72,11 @@ class Rl(Tuning):
     def __init__(self, config: RlConfig, made: NextChunkConfig, base: Base, student: AnyStudent, data: Shards) -> None:
         super().__init__(base, student, data)
         self.config, self.made = config, made
+        if chunks_in(config.frames, made.preset) < 2 or made.context != "clean":
+            raise ValueError(
+                f"rl: got {config.frames} frames and a student with context {made.context!r}, "
+                f"expected two chunks of {made.chunk} or more, and a clean context"
+            )
         self.critic = None
         if config.critic == "trained":
             self.critic = made.student(base)
@@ -86,12 +91,12 @@ class Rl(Tuning):
     def forward(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         config, preset = self.config, self.made.preset
         least = 0 if config.first_frame else 1
-        frame = int(torch.randint(least, config.frames, (), generator=draws.shared))
-        sigmas = noise_levels(preset)
+        number = int(torch.randint(least, chunks_in(config.frames, preset), (), generator=draws.shared))
+        sigmas = noise_levels(preset, number)
         step = int(torch.randint(len(sigmas) - 1, (), generator=draws.shared))
         captions = self.captions(draws)
         emb = self.base.encode(captions)
-        past, noisy = roll_into(self.student, emb, frame, step, draws.seeds(), preset, self.size)
+        past, noisy = roll_into(self.student, emb, number * preset.chunk, step, draws.seeds(), preset, self.size)
         sigma = sigmas[step].expand(len(captions)).to(noisy)
         text = self.student.stages.prepare_text(emb)
         learns = self.critic is None or draws.step % config.critic_every == 0
@@ -127,16 +132,16 @@ class Rl(Tuning):
     def teacher_flow(
         self, past: Tensor, noisy: Tensor, sigma: Tensor, emb: Tensor, captions: list[str], draws: Draws
     ) -> Tensor:
-        """The frozen teacher's guided velocity of the last frame of the clip, [B, C, 1, h, w]."""
-        teacher = self.base.transformer
-        sigmas = torch.zeros(len(past), past.shape[2] + 1, device=sigma.device)
+        """The frozen teacher's guided velocity of the last chunk of the clip, [B, C, chunk, h, w]."""
+        teacher, before = self.base.transformer, past.shape[2]
+        sigmas = torch.zeros(len(past), before + noisy.shape[2], device=sigma.device)
         if self.config.context == "noised":
             sigmas[:] = sigma[:, None]
-            past = noised(past, draws.normal(*past.shape[1:]).to(past), sigmas[:, :-1])
-        sigmas[:, -1] = sigma
+            past = noised(past, draws.normal(*past.shape[1:]).to(past), sigmas[:, :before])
+        sigmas[:, before:] = sigma[:, None]
         text, empty = teacher.prepare_text(emb), self.base.prepare([""] * len(captions))
         clip = torch.cat([past, noisy], 2)
-        return guided_flow(teacher, clip, sigmas, text, empty, self.config.guidance)[:, :, -1:]
+        return guided_flow(teacher, clip, sigmas, text, empty, self.config.guidance)[:, :, before:]
 
     def critic_loss(self, clean: Tensor, past: Tensor, emb: Tensor, draws: Draws) -> Tensor:
         """Flow matching of the fake score on the student's own frames."""

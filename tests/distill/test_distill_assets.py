@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,16 +15,23 @@ import engine
 from distill.models.base import Base
 from distill.models.codec import build_vae
 from distill.models.rollout import roll_out
-from distill.models.student import Student
 from distill.stages.assemble import assemble
 from distill.stages.next_chunk import NextChunkConfig, load_student, save_student
 from distill.stages.teacher import Teacher
+from engine.presets import PRESETS
 
 CONFIG = NextChunkConfig(rank=4, max_position=3, sampling_shift=2.0)
+CAUSAL = NextChunkConfig(family="causal", rank=4, chunk=3, window=7, attn_sink=1, solver="renoise", sampling_shift=2.0)
+DIAGONAL = replace(CAUSAL, schedule="diagonal", context="last")
+
+
+@pytest.fixture(scope="module", params=[CONFIG, CAUSAL, DIAGONAL], ids=["greedy", "causal", "diagonal"])
+def made(request: pytest.FixtureRequest) -> NextChunkConfig:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+def assembled(made: NextChunkConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A pipeline directory of random weights, and the student's trained tensors in it."""
     folder = tmp_path_factory.mktemp("assets")
     torch.manual_seed(0)
@@ -31,22 +39,26 @@ def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     torch.nn.init.normal_(teacher.transformer.proj_out.weight, std=0.1)
     teacher.save(folder / "teacher")
     build_vae().save_pretrained(folder / "vae")
-    student = Student(Base(folder / "teacher").transformer, CONFIG.rank)
+    student = made.student(Base(folder / "teacher"))
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.requires_grad:
                 parameter.copy_(parameter.normal_(std=0.1).half())
     state = {name: p.detach() for name, p in student.trained().items()}
-    save_student(folder / "student.pt", state, CONFIG)
+    save_student(folder / "student.pt", state, made)
     assemble(folder / "teacher", folder / "vae", folder / "student.pt", folder / "sprites")
     return folder / "sprites", state
+
+
+def roles_of(folder: Path) -> list[str]:
+    return [path.name for path in (folder / "adapters").iterdir()]
 
 
 def test_stock_libraries_load_it(assembled: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, _ = assembled
     pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     assert pipeline.tokenizer.model_max_length == 16
-    for name in ("etm", "sdd"):
+    for name in roles_of(folder):
         base = WanTransformer3DModel.from_pretrained(folder / "transformer")
         model = PeftModel.from_pretrained(base, folder / "adapters" / name)
         assert any("lora_A" in key for key in model.state_dict())
@@ -59,23 +71,27 @@ def test_json_names_no_paths(assembled: tuple[Path, dict[str, torch.Tensor]]) ->
         assert '"_name_or_path"' not in path.read_text(), path
 
 
-def test_engine_streams_what_was_trained(assembled: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_engine_streams_what_was_trained(
+    assembled: tuple[Path, dict[str, torch.Tensor]], made: NextChunkConfig
+) -> None:
     """The engine with merged adapters makes the same latents as the student in training."""
     folder, state = assembled
     teacher = Base(folder)
-    student = CONFIG.student(teacher).eval()
+    student = made.student(teacher).eval()
     student.load_trained(state)
     caption = "a red circle moving right slowly on a gray background"
-    expected = roll_out(student, teacher.encode([caption]), 5, [3], CONFIG.preset)
+    expected = roll_out(student, teacher.encode([caption]), 9, [3], made.preset)
     with engine.load(folder, device="cpu").stream(caption, seed=3) as stream:
-        got = torch.cat([stream.next_latent() for _ in range(5)], 2)
+        got = torch.cat([stream.next_latent() for _ in range(9 // made.chunk)], 2)
     assert (got - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
-def test_a_model_is_a_student_to_go_on_from(assembled: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+def test_a_model_is_a_student_to_go_on_from(
+    assembled: tuple[Path, dict[str, torch.Tensor]], made: NextChunkConfig, tmp_path: Path
+) -> None:
     folder, state = assembled
-    student, made, _ = load_student(folder)
-    assert made.preset == CONFIG.preset
+    student, read, _ = load_student(folder)
+    assert (read.preset, read.preset_name, read.context) == (made.preset, made.preset_name, made.context)
     for name, parameter in student.trained().items():
         assert torch.equal(parameter, state[name].float()), name
     settings = json.loads((folder / "engine.json").read_text())
@@ -83,26 +99,32 @@ def test_a_model_is_a_student_to_go_on_from(assembled: tuple[Path, dict[str, tor
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     (other / "engine.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="sampling_steps: got 3, expected a divisor of 1000"):
+    with pytest.raises(ValueError, match=r"got 3, expected a divisor of 1000|expected Preset"):
         load_student(other)
 
 
 def test_adapters_know_their_base(assembled: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, _ = assembled
     (weights,) = (folder / "transformer").glob("*.safetensors")
-    for name in ("etm", "sdd"):
+    for name in roles_of(folder):
         bound = json.loads((folder / "adapters" / name / "base.json").read_text())
         assert bound == {"base_sha256": sha256(weights.read_bytes()).hexdigest()}
 
 
-def test_settings_carry_the_preset(assembled: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_settings_carry_the_preset(assembled: tuple[Path, dict[str, torch.Tensor]], made: NextChunkConfig) -> None:
     folder, _ = assembled
     settings = json.loads((folder / "engine.json").read_text())
-    assert settings["overrides"] == CONFIG.preset_fields()
-    preset = engine.load(folder, device="cpu").preset
-    assert (preset.shift, preset.solver, preset.max_position, preset.steps) == (
-        2.0,
-        "euler",
-        3,
-        ((1000.0, 750.0, 500.0, 250.0),),
+    assert settings["overrides"] == made.preset_fields()
+    pipeline = engine.load(folder, device="cpu")
+    assert (pipeline.preset, pipeline.preset.shift, pipeline.notes) == (made.preset, 2.0, ())
+    preset = pipeline.preset
+    four, diagonal = ((1000.0, 750.0, 500.0, 250.0),), PRESETS["diagonal"].steps
+    found = preset.solver, preset.chunk, preset.window, preset.attn_sink, preset.commit, preset.steps
+    assert (
+        found
+        == {
+            "greedy": ("euler", 1, 4, 0, "clean", four),
+            "self-forcing": ("renoise", 3, 7, 1, "clean", four),
+            "diagonal": ("renoise", 3, 7, 1, "noisy", diagonal),
+        }[settings["preset"]]
     )

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import text_of, transformer
 
-from distill.models.causal import CausalStudent
-from distill.models.rollout import SampleNoise, noise_levels, roll_into, roll_out
+from distill.models.causal import CausalStudent, causal_visible
+from distill.models.rollout import SampleNoise, noise_levels, roll_exits, roll_into, roll_out
 from distill.models.student import (
     Student,
     checkpointed,
@@ -68,29 +68,50 @@ def test_teacher_forcing_equals_streaming(frames: int, window: int, max_position
         generator.commit(clean[:, :, one], state)
 
 
-@pytest.mark.parametrize(("frames", "window"), [(1, 3), (6, 2), (7, 4)])
-@torch.no_grad()
-def test_causal_teacher_forcing_equals_streaming(frames: int, window: int) -> None:
-    """The student to compare with: the engine's causal generator computes what its two passes compute."""
+def causal_student(window: int, chunk: int = 1, attn_sink: int = 0) -> CausalStudent:
     torch.manual_seed(0)
-    student = CausalStudent(WanTransformer(SMALL), rank=4, window=window).eval()
-    for parameter in student.trained().values():
-        parameter.normal_(std=0.2)
-    clean, noisy = (torch.randn(2, 4, frames, 4, 6) for _ in range(2))
-    emb, level = torch.randn(2, 5, 16), 0.6
-    text = student.stages.prepare_text(emb)
-    parallel = student.flow(clean[:, :, :-1], noisy, torch.full((2, frames), level), text)
-    after = student.next_flow(clean[:, :, :-1], noisy[:, :, -1:], torch.full((2,), level), text)
-    assert (after - parallel[:, :, -1:]).abs().max() <= 1e-5
+    student = CausalStudent(WanTransformer(SMALL), 4, window, chunk, attn_sink).eval()
+    with torch.no_grad():
+        for parameter in student.trained().values():
+            parameter.normal_(std=0.2)
+    return student
 
-    preset = find_preset("self-forcing-framewise", {"window": window})
-    generator = CausalGenerator(student.stages, SMALL, preset, torch.float32, torch.device("cpu"))
+
+@pytest.mark.parametrize(
+    ("preset", "frames", "window", "chunk", "attn_sink"),
+    [
+        ("self-forcing-framewise", 1, 3, 1, 0),
+        ("self-forcing-framewise", 6, 2, 1, 0),
+        ("self-forcing-framewise", 7, 4, 1, 0),
+        ("self-forcing", 9, 21, 3, 0),
+        ("causvid", 12, 6, 3, 0),
+        ("self-forcing", 12, 7, 3, 0),  # no multiple of the chunk: the ring wraps inside one
+        ("longlive", 15, 9, 3, 3),
+        ("longlive", 10, 5, 2, 1),  # the sink ends inside a chunk
+        ("longlive", 12, 5, 2, 3),
+    ],
+)
+@torch.no_grad()
+def test_causal_teacher_forcing_equals_streaming(
+    preset: str, frames: int, window: int, chunk: int, attn_sink: int
+) -> None:
+    """The student to compare with: the engine's causal generator computes what its two passes compute."""
+    student = causal_student(window, chunk, attn_sink)
+    clean, noisy = (torch.randn(2, 4, frames, 4, 6) for _ in range(2))
+    emb, levels = torch.randn(2, 5, 16), torch.rand(frames // chunk)
+    text = student.stages.prepare_text(emb)
+    parallel = student.flow(clean[:, :, :-chunk], noisy, levels.repeat_interleave(chunk).expand(2, -1), text)
+    after = student.next_flow(clean[:, :, :-chunk], noisy[:, :, -chunk:], levels[-1:].expand(2), text)
+    assert (after - parallel[:, :, -chunk:]).abs().max() <= 1e-5
+
+    style = find_preset(preset, {"window": window, "chunk": chunk, "attn_sink": attn_sink})
+    generator = CausalGenerator(student.stages, SMALL, style, torch.float32, torch.device("cpu"))
     state = generator.open(Geometry.of(SMALL, 2, 4, 6), text)
-    for frame in range(frames):
-        one = slice(frame, frame + 1)
-        flow = generator.denoise(noisy[:, :, one], level * 1000, state)
-        assert (flow - parallel[:, :, one]).abs().max() <= 1e-5, frame
-        generator.commit(clean[:, :, one], state)
+    for number, level in enumerate(levels.tolist()):
+        own = slice(number * chunk, (number + 1) * chunk)
+        flow = generator.denoise(noisy[:, :, own], level * 1000, state)
+        assert (flow - parallel[:, :, own]).abs().max() <= 1e-5, number
+        generator.commit(clean[:, :, own], state)
 
 
 @torch.no_grad()
@@ -106,23 +127,27 @@ def test_fresh_student_is_its_teacher() -> None:
     assert (got - expected).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("visible", [etm_visible(6, 2), sdd_visible(4)])
-def test_frame_attention_is_masked_attention(visible: list[list[int]]) -> None:
+@pytest.mark.parametrize(
+    ("visible", "chunk"), [(etm_visible(6, 2), 1), (sdd_visible(4), 1), (causal_visible(6, 5, 2, 1), 2)]
+)
+def test_frame_attention_is_masked_attention(visible: list[list[int]], chunk: int) -> None:
     torch.manual_seed(0)
-    tokens, frames = 3, len(visible)
+    tokens, frames = 3, len(visible) * chunk
     q, k, v = torch.randn(3, 2, frames * tokens, 2, 8)
     mask = torch.zeros(frames, frames, dtype=torch.bool)
-    for frame, seen in enumerate(visible):
-        mask[frame, seen] = True
+    for frame in range(frames):
+        mask[frame, visible[frame // chunk]] = True
     mask = mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
     expected = dense_attention(mask)(0, q, k, v)
-    assert (frame_attention(visible)(0, q, k, v) - expected).abs().max() <= 1e-6
+    assert (frame_attention(visible, chunk)(0, q, k, v) - expected).abs().max() <= 1e-6
 
 
 def test_masks_and_positions_by_hand() -> None:
     assert etm_visible(5, 2) == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]
     assert sdd_visible(3) == [[0], [0, 1], [2], [0, 3], [0, 1, 4]]
     assert sdd_positions(6, 3) == [0, 1, 2, 2, 2, 0, 1, 2, 3, 3, 3]
+    assert causal_visible(3, 2) == [[0], [0, 1], [2], [0, 3], [1, 4]]
+    assert causal_visible(6, 5, 2, 1) == [[0, 1], [0, 1, 2, 3], [4, 5], [0, 1, 6, 7], [0, 2, 3, 8, 9]]
 
 
 def test_rollout_is_seeded_and_keeps_what_is_given() -> None:
@@ -166,6 +191,23 @@ def test_rolling_into_a_frame_is_the_stream(steps: int) -> None:
         t = levels[step].expand(2)
         x = x + (levels[step + 1] - levels[step]) * student.next_flow(past, x, t, text)
     assert (x - whole[:, :, 3:]).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_rollouts_take_whole_chunks() -> None:
+    """All steps into a chunk give the stream's next one; a clip may end inside a chunk, a past may not."""
+    student, emb, seeds = causal_student(7, 3), torch.randn(2, 5, 16), [3, 4]
+    preset = find_preset("self-forcing", {"window": 7, "shift": 2.0})
+    past, x = roll_into(student, emb, 6, 4, seeds, preset, size=(4, 4))
+    whole = roll_out(student, emb, 9, seeds, preset, size=(4, 4))
+    assert torch.equal(torch.cat([past, x], 2), whole)
+    assert torch.equal(roll_out(student, emb, 7, seeds, preset, size=(4, 4)), whole[:, :, :7])
+    on = roll_out(student, emb, 9, seeds, preset, size=(4, 4), start=whole[:, :, :3])
+    assert torch.equal(on, whole)
+    assert torch.equal(roll_exits(student, emb, 9, 3, seeds, preset, size=(4, 4)).clean, whole)
+    for roll in (roll_into, roll_exits):
+        with pytest.raises(ValueError, match=r"frames: got 7, expected a multiple of the chunk \(3\)"):
+            roll(student, emb, 7, 1, seeds, preset, size=(4, 4))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -235,6 +277,10 @@ def test_bad_input() -> None:
     student = random_student(3, 4)
     with pytest.raises(ValueError, match="expected 1"):
         student.flow(torch.zeros(1, 4, 2, 4, 4), torch.zeros(1, 4, 2, 4, 4), torch.zeros(1, 2), {})
+    with pytest.raises(ValueError, match="expected chunks of 3"):
+        causal_student(7, 3).flow(torch.zeros(1, 4, 3, 4, 4), torch.zeros(1, 4, 5, 4, 4), torch.zeros(1, 5), {})
+    with pytest.raises(ValueError, match="window: got 4 with chunks of 3, expected at least 5"):
+        causal_student(4, 3, 2)
     with pytest.raises(ValueError, match="max_position"):
         Student(WanTransformer(SMALL), rank=4, max_position=1)
 
