@@ -32,6 +32,12 @@ def moving_loss(mu: Tensor, away: Tensor) -> Tensor:
     return 0.5 * (mu - (mu - away).detach()).square().mean()
 
 
+def motion_loss(clip: Tensor, v_real: Tensor, v_gen: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
+    """`moving_loss` of a clip's motion, the differences of neighbouring frames. Arguments as `direction`'s."""
+    moves = [part.detach().diff(dim=2) for part in (v_real, v_gen, clip, noisy)]
+    return moving_loss(clip.diff(dim=2), direction(*moves, sigma, normalise=True))
+
+
 def sid_loss(x: Tensor, x_real: Tensor, x_gen: Tensor, alpha: float) -> Tensor:
     """Score identity distillation, as Self-Forcing's code has it: the gradient runs through both predictions.
 

@@ -138,7 +138,8 @@ def roll_exits(
     count, noisy_past = chunks_in(frames, preset), preset.commit == "noisy"
     streamed = preset if noisy_past else replace(preset, stop_after=exit_step + 1)
     pipeline, schedule, noise = _pipeline(student, streamed, size), Schedule(streamed), SampleNoise(seeds)
-    found, past = list[tuple[Tensor, ...]](), list[tuple[Tensor, Tensor]]()
+    found: list[tuple[Tensor, ...]] = []
+    past: list[tuple[Tensor, Tensor]] = []
     if preset.context_timestep:
         _commit_from(past, pipeline)
     with _timed(student.stages) as passes, pipeline.stream(text_emb.detach(), noise=noise) as stream:

@@ -11,7 +11,10 @@ learns in every `critic_every`-th one, after `critic_warmup`.
     loss = "dmd"   each frame moves by the difference of the two clean predictions (DMD, Self-Forcing)
     loss = "sid"   score identity distillation: the gradient runs through teacher and critic too
 
-Writes --out/student.pt, as stage next_chunk does.
+Diagonal Distillation is `schedule = "diagonal"` with `context = "last"` and `motion`: later chunks of a causal student
+take fewer steps, see the noisy end of their past, and the differences of neighbouring frames are matched as well.
+
+Writes --out/student.pt, as stage next_chunk does; the student then streams with this schedule and context.
 """
 
 from contextlib import nullcontext
@@ -26,11 +29,11 @@ from distill.data.shards import Shards
 from distill.models.base import Base
 from distill.models.causal import CausalStudent
 from distill.models.critic import Critic
-from distill.models.matching import direction, moving_loss, sid_loss, through
-from distill.models.rollout import roll_exits
+from distill.models.matching import direction, motion_loss, moving_loss, sid_loss, through
+from distill.models.rollout import chunks_in, roll_exits
 from distill.models.sampling import guided_flow, noised
 from distill.models.student import checkpointed
-from distill.stages.next_chunk import AnyStudent, NextChunkConfig
+from distill.stages.next_chunk import CONTEXTS, AnyStudent, NextChunkConfig
 from distill.stages.tuning import Tuning, TuningConfig, fine_tune
 from distill.training.draws import Draws
 from distill.training.stage import Stage, TrainingOptions
@@ -52,6 +55,9 @@ class DmdConfig(TuningConfig):
     rollout: int = option(0, "latent frames per rollout; where more than `frames`, a random window of them is scored")
     sampling_steps: tuple[int, ...] = option((), "denoising steps per frame, one drawn a step; empty: the student's")
     first_steps: int = option(0, "denoising steps of frame 0 where it takes more (First-Frame Enhancement); 0: none")
+    schedule: str = option("", "causal: engine preset whose timesteps the rollouts take; empty: the student's")
+    context: str = option("", "causal: what chunks see of their past: clean, noised or last; empty: the student's")
+    motion: float = option(0.0, "weight of the same loss on differences of neighbouring frames")
     loss: str = option("dmd", "dmd or sid")
     alpha: float = option(1.0, "of SiD")
     critic_rank: int = option(0, "LoRA rank of the critic; 0: all weights learn")
@@ -62,6 +68,13 @@ class DmdConfig(TuningConfig):
         super().__post_init__()
         if self.loss not in LOSSES:
             raise ValueError(f"loss: got {self.loss!r}, expected one of {', '.join(LOSSES)}")
+        if self.context and self.context not in CONTEXTS:
+            raise ValueError(f"context: got {self.context!r}, expected one of {', '.join(CONTEXTS)}")
+        if self.motion < 0 or (self.motion and (self.loss != "dmd" or self.frames < 2)):
+            raise ValueError(
+                f"motion: got {self.motion} with loss {self.loss!r} and {self.frames} frames, "
+                "expected 0, or more with 'dmd' and 2 frames or more"
+            )
         for name, least in (("frames", 1), ("rollout", 0), ("critic_warmup", 0),
                             ("critic_rank", 0), ("first_steps", 0)):  # fmt: skip
             if getattr(self, name) < least:
@@ -80,10 +93,21 @@ class DmdOptions(TrainingOptions):
 
 def presets_of(config: DmdConfig, made: NextChunkConfig) -> list[Preset]:
     """The presets of the rollouts, of which every step draws one."""
+    made = streamed_by(config, made)
     own = made.preset
+    chunks_in(config.rollout or config.frames, own)
+    if not config.sampling_steps and not config.first_steps:
+        return [own]
+    if made.schedule:
+        raise ValueError(f"schedule: got {made.schedule!r}, expected none beside sampling_steps or first_steps")
     rows = [even_steps(count) for count in config.sampling_steps] or [own.steps[-1]]
     first = even_steps(config.first_steps) if config.first_steps else ()
     return [replace(own, steps=(first, row) if len(first) > len(row) else (row,)) for row in rows]
+
+
+def streamed_by(config: DmdConfig, made: NextChunkConfig) -> NextChunkConfig:
+    """The config of the student that the stage writes: made by `made`, streamed as it is trained here."""
+    return replace(made, schedule=config.schedule or made.schedule, context=config.context or made.context)
 
 
 def even_steps(count: int) -> tuple[float, ...]:
@@ -98,7 +122,7 @@ class Dmd(Tuning):
 
     def __init__(self, config: DmdConfig, made: NextChunkConfig, base: Base, student: AnyStudent, data: Shards) -> None:
         super().__init__(base, student, data)
-        self.config, self.presets = config, presets_of(config, made)
+        self.config, self.made, self.presets = config, streamed_by(config, made), presets_of(config, made)
         self.critic = Critic(base.transformer, config.critic_rank, recompute=config.recompute)
         if config.recompute and config.loss == "sid":  # whose gradient runs through the teacher
             checkpointed(base.transformer)
@@ -158,7 +182,10 @@ class Dmd(Tuning):
         with torch.no_grad():
             v_real, v_gen, noisy, sigma = self._scores(clip, emb, draws)
             away = direction(v_real, v_gen, clip, noisy, sigma, normalise=config.normalise)
-        return moving_loss(clip, away)
+        loss = moving_loss(clip, away)
+        if config.motion:
+            loss = loss + config.motion * motion_loss(clip, v_real, v_gen, noisy, sigma)
+        return loss
 
     def _scores(self, clip: Tensor, emb: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Flows of the guided teacher and of the critic for the noised clip, that clip, and its sigma' [B]."""

@@ -16,7 +16,7 @@ import torch
 
 from distill.models.causal import causal_visible, noisy_visible
 from distill.models.critic import Critic
-from distill.stages.dmd import DmdConfig, presets_of
+from distill.stages.dmd import DmdConfig, presets_of, streamed_by
 from distill.stages.next_chunk import NextChunkConfig
 from distill.stages.rl import RlConfig
 from distill.training.loop import FitConfig, split
@@ -138,7 +138,7 @@ def _rl(config: RlConfig, made: NextChunkConfig, shape: TransformerConfig, n: in
 
 
 def _dmd(config: DmdConfig, made: NextChunkConfig, shape: TransformerConfig, n: int, frames: int, rows: int) -> _Work:
-    length = max(config.rollout, frames)
+    made, length = streamed_by(config, made), max(config.rollout, frames)
     parallel, _ = _passes(shape, made, n, length, rows)
     _, joint = _passes(shape, made, n, frames, rows)
     steps = mean(_steps_taken(preset, length // made.chunk) for preset in presets_of(config, made))

@@ -42,6 +42,7 @@ class Tuning(StudentObjective):
     """A loss on a student's own rollouts, which teacher and critic score at noise levels sigma'."""
 
     config: TuningConfig
+    made: NextChunkConfig  # of the student that the stage writes
 
     def captions(self, draws: Draws) -> list[str]:
         return self.data.captions(draws.clips(self.config.batch, len(self.data)))
@@ -73,4 +74,4 @@ def fine_tune(
     torch.manual_seed(config.seed)
     student, made, base = load_student(Path(config.student), None, accelerator.device, config.dtype)
     objective = objective_of(config, made, base, student, Shards(Path(config.data)))
-    return fit_student(objective, config, made, out, accelerator, board, stop_at)
+    return fit_student(objective, config, objective.made, out, accelerator, board, stop_at)

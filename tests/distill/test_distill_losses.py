@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -276,8 +277,16 @@ def dmd(data: Shards, family: str = "greedy", **options: object) -> Dmd:
     return Dmd(config, made, base, student, data)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", ["greedy", "causal", "chunks"])
-@pytest.mark.parametrize("options", [{}, {"sampling_steps": (2,), "first_steps": 4}, {"rollout": 6}])
+DIAGONAL = {"schedule": "diagonal", "context": "last", "motion": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *product(("greedy", "causal", "chunks"), ({}, {"sampling_steps": (2,), "first_steps": 4}, {"rollout": 6})),
+        *(("chunks", DIAGONAL | other) for other in ({}, {"rollout": 6}, {"context": "noised"}, {"context": "clean"})),
+    ],
+)
 def test_the_parallel_pass_is_the_stream(data: Shards, family: str, options: dict[str, object]) -> None:
     """The clip that carries the gradient is the one that the engine streamed, whichever step its frames left at."""
     objective, streamed = dmd(data, family, **options), list[Tensor]()
@@ -304,8 +313,9 @@ def far(first: Tensor, second: Tensor) -> float:
     return float((first - second).detach().abs().max())
 
 
-def test_a_student_that_its_critic_takes_for_the_teacher_stays(data: Shards) -> None:
-    objective = dmd(data, guidance=1.0)
+@pytest.mark.parametrize("motion", [0.0, 0.5])
+def test_a_student_that_its_critic_takes_for_the_teacher_stays(data: Shards, motion: float) -> None:
+    objective = dmd(data, guidance=1.0, motion=motion)
     emb, clip = objective.base.encode(["a", "bb"]), torch.randn(2, 2, 4, 2, 2, requires_grad=True)
     loss = objective.student_loss(clip, emb, Draws(0, 0, [0, 1]))
     loss.backward()
@@ -364,7 +374,7 @@ def test_gaussian_toy_moves_to_the_teacher_by_sid(alpha: float) -> None:
         assert (theta - 1.0).abs().max() <= 0.15, (begun, theta)
 
 
-def test_bad_configs(tmp_path: Path) -> None:
+def test_bad_configs(data: Shards, tmp_path: Path) -> None:
     for options, match in (
         ({"loss": "gan"}, "got 'gan', expected one of dmd, sid"),
         ({"clamp": 0.5}, "clamp: got 0.5, expected"),
@@ -375,6 +385,22 @@ def test_bad_configs(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=match):
             DmdConfig(**options)  # type: ignore[arg-type]
+    for options, match in (
+        ({"motion": 1.0, "loss": "sid"}, "motion: got 1.0 with loss 'sid' and 9 frames, expected 0"),
+        ({"motion": 1.0, "frames": 1}, "motion: got 1.0 with loss 'dmd' and 1 frames, expected 0"),
+        ({"context": "dirty"}, "context: got 'dirty', expected one of clean, noised, last"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            DmdConfig(**options)  # type: ignore[arg-type]
+    for family, options, match in (
+        ("greedy", {"schedule": "diagonal"}, "schedule: got 'diagonal', expected '' for family 'greedy'"),
+        ("chunks", {"frames": 3}, r"frames: got 3, expected a multiple of the chunk \(2\)"),
+        ("chunks", DIAGONAL | {"first_steps": 4}, "schedule: got 'diagonal', expected none beside"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            dmd(data, family, **options)
+    with pytest.raises(ValueError, match="context: got 'last', expected 'clean': this stage"):
+        next_chunk(data, **CHUNKS, context="last")
     for wrong in ({"scores": "true"}, {"critic": "none"}, {"context": "dirty"}):
         with pytest.raises(ValueError, match="expected one of"):
             RlConfig(**wrong)  # type: ignore[arg-type]

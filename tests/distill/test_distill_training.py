@@ -45,7 +45,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bank")
     torch.manual_seed(0)
     captions = [spec.caption for spec in sample(16, torch.Generator().manual_seed(0))]
-    for name, frames in (("images", 1), ("clips", 3)):
+    for name, frames in (("images", 1), ("clips", 4)):
         for shard in range(2):
             latents = torch.randn(8, 8, frames, 8, 8).half()
             write_shard(folder / name, shard, latents, captions[8 * shard : 8 * shard + 8])
@@ -160,7 +160,8 @@ def test_micro_batches_change_nothing(next_chunk_config: NextChunkConfig, studen
 @pytest.fixture(scope="module")
 def causal_file(next_chunk_config: NextChunkConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("causal")
-    next_chunk.train(replace(next_chunk_config, family="causal", steps=1, solver="renoise"), folder)
+    chunks: dict[str, Any] = {"family": "causal", "chunk": 2, "window": 5, "attn_sink": 1, "frames": 4}
+    next_chunk.train(replace(next_chunk_config, steps=1, solver="renoise", **chunks), folder)
     return folder / "student.pt"
 
 
@@ -170,6 +171,7 @@ def causal_file(next_chunk_config: NextChunkConfig, tmp_path_factory: pytest.Tem
         ("greedy", {"critic_every": 2}),
         ("greedy", {"loss": "sid", "critic_rank": 2, "critic_every": 3, "recompute": True}),
         ("causal", {"frames": 2, "rollout": 4, "sampling_steps": (1, 2), "first_steps": 4}),
+        ("causal", {"frames": 4, "schedule": "diagonal", "context": "last", "motion": 0.5}),
     ],
 )
 def test_dmd_resumes(
@@ -188,7 +190,8 @@ def test_dmd_resumes(
     assert [config.loss in line for line in losses(tmp_path / "cut")] == learning
     before = torch.load(student)["student"]
     assert any((whole[name] - before[name]).abs().max() > 1e-6 for name in before)
-    assert load_student(tmp_path / "whole" / "student.pt")[1] == load_student(student)[1]
+    streamed = {name: options[name] for name in ("schedule", "context") if name in options}
+    assert load_student(tmp_path / "whole" / "student.pt")[1] == replace(load_student(student)[1], **streamed)
 
 
 @pytest.mark.parametrize(
@@ -328,6 +331,7 @@ class Together:
 def together(
     next_chunk_config: NextChunkConfig,
     student_file: Path,
+    causal_file: Path,
     bank: Path,
     small_teacher: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -344,6 +348,8 @@ def together(
         "dmd": (dmd, DmdConfig(**shared, critic_warmup=0)),  # the critic's step, then one of both
         "sid": (dmd, DmdConfig(**shared, critic_warmup=0, critic_every=1, loss="sid", critic_rank=2)),
     }
+    diagonal: dict[str, Any] = {"student": str(causal_file), "frames": 4, "schedule": "diagonal", "context": "last"}
+    tuned["diagonal"] = dmd, DmdConfig(**shared | diagonal, motion=0.5, critic_warmup=0, critic_every=1)
     sampled = SampleTeacherConfig(teacher=str(small_teacher), clips=4, shard=1, batch=1, frames=2, steps=2)
     jobs: list[tuple[str, Any, tuple]] = [
         ("freed", in_processes.sharding_frees_what_it_gathered, ()),
@@ -378,7 +384,7 @@ def fine_tuned_alone(together: Together, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-@pytest.mark.parametrize("stage", ["rl", "dmd", "sid"])
+@pytest.mark.parametrize("stage", ["rl", "dmd", "sid", "diagonal"])
 @pytest.mark.parametrize("shard", [False, True])
 def test_two_processes_fine_tune_as_one(together: Together, fine_tuned_alone: Path, stage: str, shard: bool) -> None:
     name = f"{stage}-{shard}"
@@ -444,5 +450,5 @@ def test_sigmas_are_clean_prefixes_or_not() -> None:
 
 
 def test_bank_refuses_what_does_not_fit(bank: Path) -> None:
-    with pytest.raises(ValueError, match="at most 3"):
+    with pytest.raises(ValueError, match="at most 4"):
         Bank.load(bank).draw(Draws(0, 0, [0]), 5)

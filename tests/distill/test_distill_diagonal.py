@@ -1,0 +1,141 @@
+"""Causal students in chunks: Diagonal Distillation's rollouts and motion, and the initialisation by trajectories."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.models.causal import CausalStudent
+from distill.models.matching import motion_loss
+from distill.models.rollout import PhiloxNoise, roll_exits, roll_out
+from engine.config import Preset, TransformerConfig
+from engine.generators.base import Geometry
+from engine.generators.causal import CausalGenerator
+from engine.model.transformer import WanTransformer
+from engine.presets import find_preset
+
+TINY = TransformerConfig(
+    patch_size=(1, 1, 1),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=8,
+    freq_dim=16,
+    ffn_dim=16,
+    num_layers=2,
+)
+SIZE, SEEDS = (3, 4), [3, 4]
+
+
+def student_of(preset: Preset) -> CausalStudent:
+    torch.manual_seed(0)
+    student = CausalStudent(WanTransformer(TINY), 2, preset.window, preset.chunk, preset.attn_sink).eval()
+    with torch.no_grad():
+        for parameter in student.trained().values():
+            parameter.normal_(std=0.3)
+    return student
+
+
+def diagonal(commit: str = "noisy", **fields: object) -> Preset:
+    """The preset with a shorter window, so that four chunks slide it."""
+    return find_preset("diagonal", {"window": 7, "attn_sink": 1, "commit": commit} | fields)
+
+
+@torch.no_grad()
+def test_the_last_inputs_are_what_noisy_commits_leave() -> None:
+    """The engine's generator against the parallel passes, on inputs of any level."""
+    preset = diagonal()
+    student, generator = student_of(preset), None
+    noisy, levels = torch.randn(2, 4, 12, *SIZE), torch.tensor([0.9, 0.3, 0.6, 0.2])
+    text, sigma = student.stages.prepare_text(torch.randn(2, 5, 8)), levels.repeat_interleave(3).expand(2, -1)
+    last = student.flow_on_noisy(noisy, sigma, text)
+    both = student.flow(noisy[:, :, :-3], noisy, sigma, text, sigma[:, :-3])
+    first = student.flow(noisy[:, :, :-3], noisy.flip(0), torch.full((2, 12), 0.8), text, sigma[:, :-3])
+    generator = CausalGenerator(student.stages, TINY, preset, torch.float32, torch.device("cpu"))
+    state = generator.open(Geometry.of(TINY, 2, *SIZE), text)
+    for number, level in enumerate(levels.tolist()):
+        own = slice(3 * number, 3 * number + 3)
+        early = generator.denoise(noisy[:, :, own].flip(0), 800.0, state)
+        flow = generator.denoise(noisy[:, :, own], 1000 * level, state)
+        generator.commit(torch.full_like(flow, torch.nan), state)  # whose frames nobody reads
+        assert (early - first[:, :, own]).abs().max() <= 1e-5
+        for parallel in (last, both):
+            assert (flow - parallel[:, :, own]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("exit_step", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "context", [{"commit": "clean"}, {"commit": "clean", "context_timestep": 100.0}, {"commit": "noisy"}]
+)
+@torch.no_grad()
+def test_the_pass_with_gradients_is_the_stream(context: dict[str, object], exit_step: int) -> None:
+    preset = diagonal(**context)
+    student, emb = student_of(preset), torch.randn(2, 5, 8)
+    rolled = roll_exits(student, emb, 12, exit_step, SEEDS, preset, SIZE)
+    text = student.stages.prepare_text(emb)
+    clip = rolled.predicted(student.flow(rolled.past, rolled.noisy, rolled.sigma, text, rolled.past_sigma))
+    assert (clip - rolled.clean).abs().max() <= 1e-5
+    steps = [preset.steps[min(number, 2)] for number in range(4)]  # of 4, 3, 2 and 2
+    told = [row[min(exit_step, len(row) - 1)] / 1000 for row in steps]
+    assert rolled.sigma[0, ::3].tolist() == pytest.approx(told)
+    level = {"clean": [0.0] * 3, "noisy": [row[-1] / 1000 for row in steps[:-1]]}[preset.commit]
+    assert rolled.past_sigma[0, ::3].tolist() == pytest.approx([0.1] * 3 if preset.context_timestep else level)
+    if not preset.context_timestep and exit_step == 3:
+        assert torch.equal(rolled.clean, roll_out(student, emb, 12, SEEDS, preset, SIZE))
+
+
+@torch.no_grad()
+def test_a_noised_past_has_noise_of_its_own() -> None:
+    preset = diagonal("clean", context_timestep=100.0)
+    student, emb = student_of(preset), torch.randn(2, 5, 8)
+    rolled = roll_exits(student, emb, 9, 3, SEEDS, preset, SIZE)
+    noise = (rolled.past - 0.9 * rolled.clean[:, :, :6]) / 0.1
+    assert 0.8 < noise.std() < 1.2
+    drawn = [PhiloxNoise(seed).draw(chunk, 4, (1, 4, 3, *SIZE)) for seed in SEEDS for chunk in range(3)]
+    for fresh in noise.unflatten(2, (2, 3)).permute(0, 2, 1, 3, 4, 5).flatten(0, 1):
+        assert all((fresh - taken).abs().max() > 1 for draws in drawn for taken in draws[:, 0])
+    alone = roll_exits(student, emb[1:], 9, 3, SEEDS[1:], preset, SIZE)
+    assert (alone.past - rolled.past[1:]).abs().max() <= 1e-5  # a sample does not depend on its batch
+    earlier = roll_exits(student, emb, 9, 0, SEEDS, preset, SIZE)
+    assert ((earlier.past - 0.9 * earlier.clean[:, :, :6]) / 0.1 - noise).abs().max() <= 1e-4  # nor on the exit
+
+
+def scores(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A clip, two flows and the noised clip [2, 3, 4, 2, 2], and sigma [2]."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.randn(4, 2, 3, 4, 2, 2, generator=generator, dtype=torch.float64)
+    return *parts, torch.tensor([0.3, 0.8], dtype=torch.float64)
+
+
+def test_motion_gradient_by_hand() -> None:
+    """(dfake - dreal) / mean|dx - dreal|, whose adjoint differences are the gradient."""
+    clip, v_real, v_gen, noisy, sigma = scores()
+    level = sigma.view(-1, 1, 1, 1, 1)
+    real, fake = noisy - level * v_real, noisy - level * v_gen
+    moves = [part[:, :, 1:] - part[:, :, :-1] for part in (clip, real, fake)]
+    wanted = (moves[2] - moves[1]) / (moves[0] - moves[1]).abs().mean((1, 2, 3, 4), keepdim=True)
+    still = torch.zeros_like(wanted[:, :, :1])
+    clip.requires_grad_()
+    loss = motion_loss(clip, v_real, v_gen, noisy, sigma)
+    loss.backward()
+    assert loss.item() == pytest.approx(wanted.square().mean().item() / 2)
+    expected = (torch.cat([still, wanted], 2) - torch.cat([wanted, still], 2)) / wanted.numel()
+    torch.testing.assert_close(clip.grad, expected)
+    assert clip.grad.sum(2).abs().max() <= 1e-12  # along a shift of all frames
+    assert clip.grad.abs().max() > 1e-3
+
+
+def test_motion_gradient_by_differences() -> None:
+    """Half the mean square of the differences and a held target, by central differences."""
+    clip, v_real, v_gen, noisy, sigma = scores(1)
+    way = torch.randn_like(clip)
+    clip.requires_grad_()
+    motion_loss(clip, v_real, v_gen, noisy, sigma).backward()
+    moves = [part.diff(dim=2) for part in (clip.detach(), noisy - sigma.view(-1, 1, 1, 1, 1) * v_real)]
+    away = sigma.view(-1, 1, 1, 1, 1) * (v_real - v_gen).diff(dim=2)
+    target = moves[0] - away / (moves[0] - moves[1]).abs().mean((1, 2, 3, 4), keepdim=True)
+    values = [0.5 * ((clip.detach() + s * way).diff(dim=2) - target).square().mean() for s in (1e-5, -1e-5)]
+    found = (values[0] - values[1]) / 2e-5
+    assert found.item() == pytest.approx(float((clip.grad * way).sum()), rel=1e-6)
+    shifted = motion_loss(clip.detach() + 7, v_real, v_gen, noisy, sigma)  # a still picture more
+    torch.testing.assert_close(shifted, motion_loss(clip.detach(), v_real, v_gen, noisy, sigma))
