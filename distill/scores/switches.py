@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from distill.data.scenes import LATENT, Scene
-from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES
-from distill.data.switches import FACTS, Switch, room
+from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZE
+from distill.data.switches import FACTS, Switch
 from distill.scores.dimensions import PACES, QUALITY, SIZE_CHANGE, dimensions, hardly_seen, match, motion, share_of
 from distill.scores.tracks import Reading, Track, read
 
@@ -22,7 +22,7 @@ OFFSETS = range(0, SETTLED + 1, LATENT)  # pixel frames after the switch at whic
 GROUND_SHARE, SHAPE_SHARE = 0.95, 0.8  # of the frames
 MAX_LEAP = 6.0  # pixels between the mover's places just before and one latent frame after the switch
 MAX_STRAY = 2.0  # pixels that the second object may move
-NEAR = 0.25  # share of the way to a wall within which a mover may bounce before its motion is read
+NEAR = 6.0  # pixels to a wall within which a mover may bounce before its motion is read
 
 
 def followed(video: Tensor, switch: Switch) -> dict[str, float]:
@@ -103,14 +103,17 @@ def _headings(mover: Track | None, switch: Switch) -> set[str]:
     against = next(name for name, other in DIRECTIONS.items() if other == (-step[0], -step[1]))
     if mover is None or int(mover.clear.sum()) < 2:
         return {named} if "direction" in switch.changed else {named, against}
-    last, place, axis = mover.clear.nonzero()[-4:, 0], mover.centre[mover.clear][-1], int(step[0] == 0)
-    radius = float(mover.radius[mover.clear].median())
+    axis, along = int(step[0] == 0), sum(step)
+    clear, radius = mover.clear.nonzero()[:, 0], float(mover.radius[mover.clear].median())
+    moves = (mover.centre[clear[1:], axis] - mover.centre[clear[:-1], axis]) / (clear[1:] - clear[:-1])
+    place, pace = float(mover.centre[clear[-1], axis]), float(moves[-4:].mean())
     if "direction" in switch.changed:
-        return {named} if room(place, radius, named) >= NEAR else set()
-    way = float(mover.centre[last[-1], axis] - mover.centre[last[0], axis])
-    ahead = named if way * step[axis] > 0 else against
-    near = min(room(place, radius, way) for way in (named, against)) < NEAR
-    return {named, against} if near else {ahead}
+        ahead = SIZE - radius - place if along > 0 else place - radius
+        return {named} if ahead >= NEAR else set()
+    place += pace * (switch.frame - 1 - int(clear[-1]))  # where it is when the prompt changes
+    if min(place - radius, SIZE - radius - place) < NEAR:
+        return {named, against}
+    return {named} if pace * along > 0 else {against}
 
 
 def _goes_on(before: Reading, after: Reading, switch: Switch) -> list[float]:
