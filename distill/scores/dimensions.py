@@ -90,13 +90,13 @@ def _lost(track: Track, max_hidden: int, begins: bool) -> Tensor:
     return lost
 
 
-def _share(hits: Tensor, among: Tensor) -> float:
+def share_of(hits: Tensor, among: Tensor) -> float:
     """Share of the frames `among` that are `hits`; NaN without such frames."""
     count = int(among.sum())
     return float((hits & among).sum()) / count if count else math.nan
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean_known(values: Iterable[float]) -> float:
     """Mean of the values that are not NaN; NaN without any."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
@@ -106,13 +106,13 @@ def _at_wall(track: Track, axis: int) -> Tensor:
     return torch.minimum(track.centre[:, axis], SIZE - track.centre[:, axis]) < track.radius + WALL
 
 
-def _hardly_seen(track: Track) -> bool:
+def hardly_seen(track: Track) -> bool:
     """Whether another object is in the way so often that the motion cannot be read."""
     whole = track.clear.unfold(0, LAG + 1, 1).all(1)
     return int(whole.sum()) < 4 and float(track.touched.float().mean()) > 0.3
 
 
-def _motion(track: Track, walls: bool) -> tuple[str | None, float, bool]:
+def motion(track: Track, walls: bool = True) -> tuple[str | None, float, bool]:
     """First direction (None without a steady motion along one axis), pixels per frame, whether it moves to the end.
 
     Only `walls` may turn a steady motion round.
@@ -176,12 +176,12 @@ def _smoothness(track: Track, moving: bool, walls: bool) -> float:
     if not moving:
         place = track.centre[clear].median(0).values
         stray = _wrapped(track.centre - place).abs().amax(1) > MAX_STRAY
-        return 1 - _share(stray, track.clear)
+        return 1 - share_of(stray, track.clear)
     turn = _wrapped(_wrapped(track.centre[2:] - track.centre[1:-1]) - _wrapped(track.centre[1:-1] - track.centre[:-2]))
     axis = int(_wrapped(track.centre[clear[1:]] - track.centre[clear[:-1]]).abs().sum(0).argmax())
     near = _at_wall(track, axis)[1:-1] if walls else torch.zeros(frames - 2, dtype=torch.bool)
     whole = track.clear.unfold(0, 3, 1).all(1)
-    share = 1 - _share((turn.norm(dim=1) > MAX_TURN) & ~near, whole) if bool(whole.any()) else 1.0
+    share = 1 - share_of((turn.norm(dim=1) > MAX_TURN) & ~near, whole) if bool(whole.any()) else 1.0
     for before, after in zip(clear[:-1].tolist(), clear[1:].tolist(), strict=True):
         step = float(_wrapped(track.centre[after] - track.centre[before]).norm())
         if after == before + 1:
@@ -205,7 +205,7 @@ def _consistency(track: Track, lost: Tensor) -> float:
     same = (track.area / area - 1).abs() < SIZE_CHANGE
     same &= (track.tone - tone).norm(dim=1) < TONE_CHANGE
     same &= track.shape == track.shape[first].mode().values
-    return _share(same & track.clear, judged)
+    return share_of(same & track.clear, judged)
 
 
 def _flicker(reading: Reading, tracks: list[Track]) -> float:
@@ -227,8 +227,8 @@ def _fits(track: Track, scene: Scene, number: int, walls: bool) -> float:
     if thing is None:
         return 0.0
     colour = 2.0 * (track.colour == list(COLOURS).index(thing.colour))
-    shape = _share(track.shape == SHAPES.index(thing.shape), track.clear)
-    moving = _motion(track, walls)[0] is not None
+    shape = share_of(track.shape == SHAPES.index(thing.shape), track.clear)
+    moving = motion(track, walls)[0] is not None
     return (
         colour + (0.0 if math.isnan(shape) else shape) + (moving == (number == 0)) + float(track.found.float().mean())
     )
@@ -293,28 +293,28 @@ def dimensions(
                 continue
             wanted = names.index(getattr(thing, "colour" if what == "colour" else what))
             hits = torch.full_like(none, track.colour == wanted) if what == "colour" else track.shape == wanted
-            values.append(_share(hits & getattr(track, among), getattr(track, among) | gone))
-        return _mean(values)
+            values.append(share_of(hits & getattr(track, among), getattr(track, among) | gone))
+        return mean_known(values)
 
     mover = chosen[0]
-    direction, pace, lasting = _motion(mover, walls) if mover is not None else (None, 0.0, False)
+    direction, pace, lasting = motion(mover, walls) if mover is not None else (None, 0.0, False)
     moves = video.shape[1] > LAG  # a still has no motion to judge
-    unread = not moves or (mover is not None and _hardly_seen(mover))
+    unread = not moves or (mover is not None and hardly_seen(mover))
     low, high = PACES[scene.speed]
     found = {
         "object_class": share("shape", SHAPES, "clear"),
-        "multiple_objects": 1 - _share(surplus | torch.stack(lost).any(0), ~none),
+        "multiple_objects": 1 - share_of(surplus | torch.stack(lost).any(0), ~none),
         "color": share("colour", COLOURS, "found"),
         "spatial_relationship": _relation(chosen, scene),
-        "scene": _share(reading.grounds == list(BACKGROUNDS).index(scene.background), ~none),
+        "scene": share_of(reading.grounds == list(BACKGROUNDS).index(scene.background), ~none),
         "direction": math.nan if unread else float(direction == scene.direction),
         "speed": math.nan if unread else float(direction is not None and low <= pace < high),
-        "subject_consistency": _mean(0.0 if t is None else _consistency(t, gone) for t, gone, _ in named),
-        "background_consistency": _share(
+        "subject_consistency": mean_known(0.0 if t is None else _consistency(t, gone) for t, gone, _ in named),
+        "background_consistency": share_of(
             (reading.ground_tone - reading.ground_tone[0]).norm(dim=1) < GROUND_CHANGE, ~none
         ),
         "temporal_flickering": _flicker(reading, tracks),
-        "motion_smoothness": _mean(
+        "motion_smoothness": mean_known(
             (0.0 if moves else math.nan) if t is None else _smoothness(t, number == 0, walls)
             for number, t in enumerate(chosen)
         ),
@@ -345,28 +345,32 @@ def _imaging(reading: Reading, chosen: list[Track | None]) -> float:
     low, high = SHARP
     sharp = [0.0 if t is None else float(((t.iou[t.clear] - low) / (high - low)).clamp(0, 1).mean()) for t in chosen]
     plain = (1 - (reading.ground_spread / GROUND_SPREAD - 0.2).clamp(0, 1)).mean()
-    known = _mean(sharp)
+    known = mean_known(sharp)
     return math.nan if math.isnan(known) else known * float(plain)
 
 
-def summarise(scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Means and standard errors over clips of everything that `dimensions` returns, and of semantic, quality, total.
+def with_totals(clip: dict[str, float]) -> dict[str, float]:
+    """The scores of one clip, behind `semantic`, `quality` and `total`: weighted means of the dimensions that apply."""
+    semantic = mean_known(clip[name] for name in SEMANTIC)
+    known = {name: weight for name, weight in QUALITY.items() if not math.isnan(clip[name])}
+    quality = sum(clip[name] * weight for name, weight in known.items()) / sum(known.values())
+    total = (QUALITY_WEIGHT * quality + SEMANTIC_WEIGHT * semantic) / (QUALITY_WEIGHT + SEMANTIC_WEIGHT)
+    return {"semantic": semantic, "quality": quality, "total": total, **clip}
 
-    Semantic and quality of one clip are weighted means over the dimensions that apply to it.
-    """
+
+def summarise(scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Means and standard errors over clips of everything that `dimensions` returns, and of the totals."""
     if not scores:
         raise ValueError("scores: got an empty list, expected at least one clip")
-    rows = []
-    for clip in scores:
-        semantic = _mean(clip[name] for name in SEMANTIC)
-        known = {name: weight for name, weight in QUALITY.items() if not math.isnan(clip[name])}
-        quality = sum(clip[name] * weight for name, weight in known.items()) / sum(known.values())
-        total = (QUALITY_WEIGHT * quality + SEMANTIC_WEIGHT * semantic) / (QUALITY_WEIGHT + SEMANTIC_WEIGHT)
-        rows.append({"semantic": semantic, "quality": quality, "total": total, **clip})
-    result = {}
-    for name in rows[0]:
-        values = torch.tensor([row[name] for row in rows if not math.isnan(row[name])], dtype=torch.float64)
-        error = float(values.std(correction=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-        if len(values):
-            result[name] = {"mean": round(float(values.mean()), 4), "se": round(error, 4), "n": len(values)}
-    return result
+    rows = [with_totals(clip) for clip in scores]
+    found = {name: mean_and_error(row[name] for row in rows) for name in rows[0]}
+    return {name: value for name, value in found.items() if value["n"]}
+
+
+def mean_and_error(values: Iterable[float]) -> dict[str, float]:
+    """Mean, standard error and number of the values that are not NaN."""
+    known = torch.tensor([value for value in values if not math.isnan(value)], dtype=torch.float64)
+    if not len(known):
+        return {"mean": math.nan, "se": math.nan, "n": 0}
+    error = float(known.std(correction=1)) / math.sqrt(len(known)) if len(known) > 1 else 0.0
+    return {"mean": round(float(known.mean()), 4), "se": round(error, 4), "n": len(known)}
