@@ -6,8 +6,9 @@
 
 The student streams through the engine's public API, one prompt after another, as in any user's program. --teacher runs
 the bidirectional teacher through the stock diffusers WanPipeline, with classifier-free guidance. The last line is JSON:
-semantic, quality, total and every dimension with its standard error. --vbench writes clips of VBench's own prompts;
-the vbench package then scores them, where it and its weights are installed.
+semantic, quality, total, the shares of the clips that show every fact of their caption (all_right) and of those that
+blink, and every dimension with its standard error. --vbench writes clips of VBench's own prompts; the vbench package
+then scores them, where it and its weights are installed.
 """
 
 import json
@@ -20,17 +21,16 @@ import torch
 from torch import Tensor
 
 import engine
-from distill.data.sprites import Spec
 from distill.experiments.switches import switch_scores
 from distill.models.sampling import contact_sheet
 from distill.scores.pixels import from_uint8
-from distill.scores.strict import aggregate, evaluate
 from distill.scores.tasks import TASKS, Task, find_task
 from distill.training.stage import Options, Stage
 from engine.options import option
 from engine.weights.folders import check_index
 
 PARTS = ("first", "middle", "last")
+HEADLINE = ("semantic", "quality", "total", "all_right", "blink")
 
 
 @dataclass(frozen=True)
@@ -192,11 +192,9 @@ def run(options: EvaluateOptions) -> None:
         "seed": options.seed,
         "held_out": not options.trained,
         "preset": overrides,
-        **{name: found[name]["mean"] for name in ("semantic", "quality", "total")},
+        **{name: found[name]["mean"] for name in HEADLINE},
         "dimensions": found,
     }
-    if isinstance(specs[0], Spec):  # the strict scorer knows one object on a torus only
-        result["scores"] = aggregate([evaluate(video, spec) for video, spec in zip(videos, specs, strict=True)])
     if options.thirds:
         result["thirds"] = thirds(task, videos, specs)
     print(json.dumps(result))

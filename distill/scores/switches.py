@@ -14,7 +14,16 @@ from torch import Tensor
 from distill.data.scenes import LATENT, Scene
 from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZE
 from distill.data.switches import FACTS, Switch
-from distill.scores.dimensions import PACES, QUALITY, SIZE_CHANGE, dimensions, hardly_seen, match, motion, share_of
+from distill.scores.dimensions import (
+    PACES,
+    SIZE_CHANGE,
+    dimensions,
+    hardly_seen,
+    match,
+    motion,
+    share_of,
+    with_totals,
+)
 from distill.scores.tracks import Reading, Track, read
 
 SETTLED = 3 * LATENT  # pixel frames from the switch to the first frame that has to be right
@@ -51,7 +60,7 @@ def followed(video: Tensor, switch: Switch) -> dict[str, float]:
     return {
         "right": _all(facts[name] for name in switch.changed),
         "kept": _all(rest),
-        "quality": _quality(part, switch.after),
+        "quality": with_totals(dimensions(part, switch.after, begins=False))["quality"],
         **facts,
     }
 
@@ -139,10 +148,3 @@ def _goes_on(before: Reading, after: Reading, switch: Switch) -> list[float]:
             looks = share_of(now.shape[LATENT:] == SHAPES.index(thing.shape), apart[1]) >= SHAPE_SHARE
             scores.append(float(looks and now.colour == list(COLOURS).index(thing.colour)))
     return scores
-
-
-def _quality(part: Tensor, scene: Scene) -> float:
-    """Mean of the quality dimensions of the frames after the switch, with VBench's weights."""
-    found = dimensions(part, scene, begins=False)
-    known = {name: weight for name, weight in QUALITY.items() if not math.isnan(found[name])}
-    return sum(found[name] * weight for name, weight in known.items()) / sum(known.values())
