@@ -128,23 +128,32 @@ def roll_exits(
     seeds: Sequence[int],
     preset: Preset,
     size: tuple[int, int] = (8, 8),
+    earlier: tuple[int, Tensor] | None = None,
 ) -> Exits:
     """Stream latent frames, without gradients, and look at denoising step `exit_step`, or a shorter loop's last one.
 
     Where the preset commits clean chunks, loops end with this step and later chunks see what it predicted, as in
     Self-Forcing. With a context timestep they see it noised to that level. Where the preset commits noisy chunks, loops
-    run to their ends and later chunks see the input of the last step, as in any stream.
+    run to their ends and later chunks see the input of the last step, as in any stream. `earlier` is a number of frames
+    and the text_emb that they have; the prompt is then switched, and the stream commits what it has anew.
     """
-    count, noisy_past = chunks_in(frames, preset), preset.commit == "noisy"
+    begins, first_emb = earlier or (0, text_emb)
+    count, switch, noisy_past = chunks_in(frames, preset), chunks_in(begins, preset), preset.commit == "noisy"
     streamed = preset if noisy_past else replace(preset, stop_after=exit_step + 1)
     pipeline, schedule, noise = _pipeline(student, streamed, size), Schedule(streamed), SampleNoise(seeds)
     found: list[tuple[Tensor, ...]] = []
+    finished: list[Tensor] = []
     past: list[tuple[Tensor, Tensor]] = []
     if preset.context_timestep:
         _commit_from(past, pipeline)
-    with _timed(student.stages) as passes, pipeline.stream(text_emb.detach(), noise=noise) as stream:
+    with _timed(student.stages) as passes, pipeline.stream(first_emb.detach(), noise=noise) as stream:
         for number in range(count):
+            if number == switch > 0:
+                stream.set_prompt(text_emb.detach())
+                if noisy_past:
+                    past[:] = [(clean, torch.zeros_like(t)) for clean, (_, t) in zip(finished, past, strict=True)]
             clean, steps = stream.next_latent(), schedule.steps(number)
+            finished.append(clean)
             calls, exits = passes[-len(steps) :], min(exit_step, len(steps) - 1)
             (step, flow), last = calls[exits], calls[-1][0]
             level = torch.tensor([schedule.sigma(steps[exits][0])])

@@ -295,13 +295,19 @@ class NextChunk(StudentObjective):
         return later + first, {"later": later, "first": first}
 
     def _read(self, draws: Draws, batch: int, frames: int) -> tuple[Tensor, list[str]]:
-        latent, captions = self.data.read(draws.clips(batch, len(self.data)), frames)
+        latent, captions = self.data.read(self._clips(draws, batch), frames)
         return latent.to(self.base.device), captions
+
+    def _clips(self, draws: Draws, batch: int) -> list[int]:
+        return draws.clips(batch, len(self.data))
 
     def first_frame_loss(self, draws: Draws) -> Tensor:
         """Chunk 0 from the text alone."""
         config, base = self.config, self.base
         latent, captions = self._read(draws, config.first_batch, config.chunk)
+        earlier = self.data.earlier(self._clips(draws, config.first_batch))
+        captions = [switch[0] if switch else caption for switch, caption in zip(earlier, captions, strict=True)]
+        ends = torch.tensor([switch[1] if switch else config.chunk for switch in earlier], device=latent.device)
         noise = draws.normal(*latent.shape[1:]).to(latent)
         emb = base.encode(captions)
         text = self.student.stages.prepare_text(emb)
@@ -316,12 +322,16 @@ class NextChunk(StudentObjective):
             captioned = base.transformer.prepare_text(emb)
             empty = base.prepare([""] * len(captions))
             target = segment_target(base.transformer, noisy, index.to(latent.device), captioned, empty, config)
-        return (self.student.flow(latent[:, :, :0], noisy, sigma, text) - target).square().mean()
+        own = torch.arange(config.chunk).to(ends) < ends[:, None]  # frames before a switch of the prompt
+        error = self.student.flow(latent[:, :, :0], noisy, sigma, text) - target
+        return (error * own[:, None, :, None, None]).square().mean()
 
     def next_frame_loss(self, draws: Draws, *, roll: bool) -> Tensor:
         """Eq. 6 on all chunks but the first. With `roll` the student streams their past from the real chunk 0."""
         config, chunk = self.config, self.config.chunk
         latent, captions = self._read(draws, config.batch, config.frames)
+        earlier = self.data.earlier(self._clips(draws, config.batch))
+        begins = torch.tensor([switch[1] if switch else 0 for switch in earlier], device=latent.device)
         dropped = draws.uniform() < config.caption_dropout
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
         emb = self.base.encode(captions)
@@ -329,14 +339,20 @@ class NextChunk(StudentObjective):
         seeds, size = draws.seeds(), (latent.shape[-2], latent.shape[-1])
         if roll:
             start, past = latent[:, :, :chunk], config.frames - chunk
-            context = roll_out(self.student, emb, past, seeds, config.preset, size, start).to(latent)
+            rolled = roll_out(self.student, emb, past, seeds, config.preset, size, start).to(latent)
+            context = torch.where((begins > 0).view(-1, 1, 1, 1, 1), context, rolled)
         if config.context_noise:
             level = config.context_noise * draws.uniform(1, 1, 1, 1).to(latent)
             context = (1 - level) * context + level * draws.normal(*context.shape[1:]).to(latent)
         sigma = draw_sigmas((config.frames // chunk,), config, draws).to(latent).repeat_interleave(chunk, 1)
         noise = draws.normal(*latent.shape[1:]).to(latent)
         flow = self.student.flow(context, noised(latent, noise, sigma), sigma, text)
-        return (flow - (noise - latent))[:, :, chunk:].square().mean()
+        # Of a clip whose prompt is switched, only the later chunks: a stream commits its past anew under the new
+        # prompt, so they have the later caption and the whole past. Chunk 0 has a loss of its own.
+        whole = (begins + chunk - 1) // chunk * chunk  # a chunk has one prompt
+        learnt = torch.arange(config.frames).to(begins) >= whole.clamp(min=chunk)[:, None]
+        error = (flow - (noise - latent)).square().mean((1, 3, 4)) * learnt  # [B, F]
+        return (error.sum(1) / learnt.sum(1).clamp(min=1)).mean()
 
 
 def fit_student(

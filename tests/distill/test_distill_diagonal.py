@@ -84,6 +84,23 @@ def test_the_pass_with_gradients_is_the_stream(context: dict[str, object], exit_
         assert torch.equal(rolled.clean, roll_out(student, emb, 12, SEEDS, preset, SIZE))
 
 
+@pytest.mark.parametrize("context", [{"commit": "clean"}, {"commit": "clean", "context_timestep": 100.0}, {}])
+@torch.no_grad()
+def test_chunks_after_a_switch_of_the_prompt(context: dict[str, object]) -> None:
+    """The stream commits its past anew, and what it then sees is the past of the pass with gradients."""
+    preset = diagonal(**context)
+    student, emb, before = student_of(preset), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    rolled = roll_exits(student, emb, 9, 3, SEEDS, preset, SIZE, (3, before))
+    text = student.stages.prepare_text(emb)
+    clip = rolled.predicted(student.flow(rolled.past, rolled.noisy, rolled.sigma, text, rolled.past_sigma))
+    assert (clip - rolled.clean)[:, :, 3:].abs().max() <= 1e-5
+    unswitched = roll_exits(student, before, 9, 3, SEEDS, preset, SIZE)
+    assert torch.equal(unswitched.clean[:, :, :3], rolled.clean[:, :, :3])
+    assert (unswitched.clean - rolled.clean)[:, :, 3:].abs().max() > 0.01
+    with pytest.raises(ValueError, match=r"frames: got 4, expected a multiple of the chunk \(3\)"):
+        roll_exits(student, emb, 9, 3, SEEDS, preset, SIZE, (4, before))
+
+
 @torch.no_grad()
 def test_a_noised_past_has_noise_of_its_own() -> None:
     preset = diagonal("clean", context_timestep=100.0)
