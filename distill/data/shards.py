@@ -2,8 +2,10 @@
 
     folder/00000.safetensors   "latents" [n, C, F, h, w]; the metadata hold the captions and, where clips switch their
                                prompt, `earlier`: per clip null, or the earlier caption and the first latent frame
-                               of the later one, which is then the clip's caption
-    folder/index.json          format, latent shape and, for every shard, its name, number of clips and bytes
+                               of the later one, which is then the clip's caption. "trajectory" [n, K, C, F, h, w],
+                               where there is one, holds the latents on their way to the clips, at K noise levels
+    folder/index.json          format, latent shape and, for every shard, its name, number of clips and bytes; `levels`,
+                               the falling noise levels in (0, 1] of trajectories
 
 A shard appears whole or not at all, so that a stopped writer resumes with the missing ones. The index comes last:
 a folder without it is not finished. Opening a folder checks the header of every shard before any latent is read.
@@ -33,9 +35,17 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(
-    folder: Path, number: int, latents: Tensor, captions: Sequence[str], earlier: Sequence[Earlier] = ()
+    folder: Path,
+    number: int,
+    latents: Tensor,
+    captions: Sequence[str],
+    earlier: Sequence[Earlier] = (),
+    trajectory: Tensor | None = None,
 ) -> None:
-    """Write shard `number`: latents [n, C, F, h, w] in their dtype, one caption each and, if any, earlier captions."""
+    """Write shard `number`: latents [n, C, F, h, w] in their dtype, one caption each and, if any, earlier captions.
+
+    trajectory  [n, K, C, F, h, w], if the folder has levels
+    """
     if latents.ndim != 5 or len(latents) != len(captions) or not len(captions):
         raise ValueError(
             f"shard {number}: got latents {list(latents.shape)} and {len(captions)} captions, "
@@ -44,32 +54,37 @@ def write_shard(
     metadata = {"captions": json.dumps(list(captions))}
     if any(earlier):
         metadata["earlier"] = json.dumps(list(earlier))
+    tensors = {"latents": latents} | ({} if trajectory is None else {"trajectory": trajectory})
     with whole_file(shard_path(folder, number)) as part:
-        save_file({"latents": latents.contiguous()}, part, metadata)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
 
 
-def write_index(folder: Path, shards: int, source: dict[str, Any]) -> None:
+def write_index(folder: Path, shards: int, source: dict[str, Any], levels: Sequence[float] = ()) -> None:
     """Finish a folder of `shards` shards. `source` tells readers what made them; no code reads it."""
     entries, shape = [], None
     for number in range(shards):
         path = shard_path(folder, number)
-        count, shape = _header(path, shape)
+        count, shape = _header(path, shape, len(levels))
         entries.append({"file": path.name, "clips": count, "bytes": path.stat().st_size})
-    write_json(folder / INDEX, {"format": FORMAT, "latent": shape, "source": source, "shards": entries})
+    kept = {"levels": list(levels)} if levels else {}
+    write_json(folder / INDEX, {"format": FORMAT, "latent": shape, **kept, "source": source, "shards": entries})
 
 
-def _header(path: Path, shape: list[int] | None) -> tuple[int, list[int]]:
-    """Number of clips and shape of one clip, from a shard's header. Both must fit `shape` and the captions."""
+def _header(path: Path, shape: list[int] | None, levels: int = 0) -> tuple[int, list[int]]:
+    """Number of clips and shape of one clip, from a shard's header. Both must fit `shape`, captions and trajectory."""
     if not path.is_file():
         raise FileNotFoundError(f"shard: got no {path}, expected it")
     try:
         with safe_open(path, "pt") as file:
             found = file.get_slice("latents").get_shape()
+            kept = file.get_slice("trajectory").get_shape() if levels else []
             captions = json.loads((file.metadata() or {}).get("captions", "[]"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: got a damaged file, expected a whole shard ({error})") from None
     if len(found) != 5 or (shape is not None and found[1:] != shape):
         raise ValueError(f"{path}: got latents {found}, expected [n, {', '.join(map(str, shape or 'CFhw'))}]")
+    if levels and kept != [found[0], levels, *found[1:]]:
+        raise ValueError(f"{path}: got trajectories {kept}, expected {[found[0], levels, *found[1:]]}")
     if len(captions) != found[0] or not all(isinstance(caption, str) and caption for caption in captions):
         said = sum(isinstance(caption, str) and bool(caption) for caption in captions)
         raise ValueError(f"{path}: got {said} captions, expected {found[0]}")
@@ -86,13 +101,14 @@ class Shards:
         if index.get("format") != FORMAT:
             raise ValueError(f"{folder / INDEX}: got format {index.get('format')}, expected {FORMAT}")
         self.folder, self.shape = folder, list(index["latent"])
+        self.levels: list[float] = list(index.get("levels", []))  # of trajectories
         self.files: list[Path] = []
         counts = []
         for entry in index["shards"]:
             path = folder / entry["file"]
             if path.is_file() and path.stat().st_size != entry["bytes"]:
                 raise ValueError(f"{path}: got {path.stat().st_size} bytes, expected {entry['bytes']}")
-            count, _ = _header(path, self.shape)
+            count, _ = _header(path, self.shape, len(self.levels))
             if count != entry["clips"]:
                 raise ValueError(f"{path}: got {count} clips, expected {entry['clips']}")
             self.files.append(path)
@@ -128,14 +144,23 @@ class Shards:
 
     def read(self, clips: Sequence[int], frames: int | None = None) -> tuple[Tensor, list[str]]:
         """The first `frames` latent frames of some clips, float32 [B, C, F, h, w], and their captions."""
+        return self._tensor("latents", clips, frames), self.captions(clips)
+
+    def read_trajectory(self, clips: Sequence[int], frames: int | None = None) -> Tensor:
+        """The latents of some clips at every one of `levels`, as `read`: float32 [B, K, C, F, h, w]."""
+        if not self.levels:
+            raise ValueError(f"{self.folder}: got latents alone, expected trajectories (sample_teacher with levels)")
+        return self._tensor("trajectory", clips, frames)
+
+    def _tensor(self, name: str, clips: Sequence[int], frames: int | None) -> Tensor:
         frames = self.frames if frames is None else frames
         if not 1 <= frames <= self.frames:
             raise ValueError(f"{self.folder}: got {frames} latent frames, expected 1 to {self.frames}")
-        latents = []
+        found = []
         for shard, row in map(self._place, clips):
             with safe_open(self.files[shard], "pt") as file:
-                latents.append(file.get_slice("latents")[row : row + 1, :, :frames].float())
-        return torch.cat(latents), self.captions(clips)
+                found.append(file.get_slice(name)[row : row + 1, ..., :frames, :, :].float())
+        return torch.cat(found)
 
     def _place(self, clip: int) -> tuple[int, int]:
         """Shard and row of a clip."""

@@ -51,7 +51,6 @@ def guided_flow(
     return v_empty + scale * (v_text - v_empty)
 
 
-@torch.no_grad()
 def sample_joint(
     model: WanTransformer,
     text: TextKV,
@@ -63,12 +62,36 @@ def sample_joint(
     shift: float = 3.0,
 ) -> Tensor:
     """Denoise whole clips at once with Euler steps: noise [B, C, F, h, w] -> latent."""
-    sigmas = shifted(torch.linspace(1, 0, steps + 1), shift).to(noise.device)
-    latent = noise
-    for now, then in pairwise(sigmas):
+    return sample_path(model, text, empty, noise, (), steps=steps, scale=scale, shift=shift)[0]
+
+
+@torch.no_grad()
+def sample_path(
+    model: WanTransformer,
+    text: TextKV,
+    empty: TextKV,
+    noise: Tensor,
+    levels: Sequence[float],
+    *,
+    steps: int,
+    scale: float,
+    shift: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """`sample_joint`, and the latents on the way at some noise levels in (0, 1], from high to low.
+
+    Levels between those of the steps are steps of their own.
+    """
+    sigmas = shifted(torch.linspace(1, 0, steps + 1), shift)
+    kept = torch.tensor(levels, dtype=sigmas.dtype)
+    if len(kept):
+        sigmas = torch.cat([sigmas, kept]).unique().flip(0)
+    latent, path = noise, []
+    for now, then in pairwise(sigmas.to(noise.device)):
+        if now.cpu() in kept:
+            path.append(latent)
         sigma = now.expand(latent.shape[0], latent.shape[2])
         latent = latent + (then - now) * guided_flow(model, latent, sigma, text, empty, scale)
-    return latent
+    return latent, path
 
 
 def contact_sheet(videos: Iterable[Tensor], path: Path, every: Sequence[int] | int = 4, zoom: int = 3) -> None:

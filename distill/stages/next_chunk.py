@@ -7,6 +7,9 @@ A step has two losses. Clips: flow matching on frames 1 .. F - 1. Their past is 
 steps, the student's own stream from the first frame of the clip. First frames have only the text. With
 `first = "guided"` their target is the teacher's classifier-free guidance, integrated over one sampling step. The
 student then needs neither guidance nor many steps. `first = "data"` is the plain Eq. 6.
+With `target = "ode"` a causal student learns instead where the teacher's trajectories end (the initialisation of
+CausVid and Self-Forcing): its clean prediction from the latents on the way is regressed to the clip. Every chunk has a
+level of its own and sees the chunks before it at theirs.
 Writes --out/student.pt: averaged adapters and W_c, and the config that made them.
 """
 
@@ -67,6 +70,7 @@ class NextChunkConfig(FitConfig):
     context: str = option("clean", "causal: what later chunks see of a finished one; stage dmd sets it")
     max_position: int = option(4, "largest temporal position of the SDD; longer clips cover the frames beyond it")
     frames: int = option(9, "latent frames per clip")
+    target: str = option("data", "data: flow matching; ode, causal: the ends of the teacher's trajectories in the data")
     first_batch: int = option(16, "first frames per step: a multiple of batch")
     first: str = option("guided", "target of frame 0: guided or data")
     guidance: float = option(2.0, "scale of the teacher's guidance for frame 0")
@@ -95,10 +99,18 @@ class NextChunkConfig(FitConfig):
 
     def _check_causal(self) -> None:
         """ValueError for fields that the family does not have, or that do not fit each other."""
+        if self.target not in ("data", "ode"):
+            raise ValueError(f"target: got {self.target!r}, expected 'data' or 'ode'")
         if self.context not in CONTEXTS:
             raise ValueError(f"context: got {self.context!r}, expected one of {', '.join(CONTEXTS)}")
         if self.family == "greedy":
-            for name, only in (("chunk", 1), ("attn_sink", 0), ("schedule", ""), ("context", "clean")):
+            for name, only in (
+                ("chunk", 1),
+                ("attn_sink", 0),
+                ("schedule", ""),
+                ("context", "clean"),
+                ("target", "data"),
+            ):
                 if getattr(self, name) != only:
                     raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {only!r} for family 'greedy'")
             return
@@ -254,6 +266,13 @@ def segment_target(
     return (latent - noisy) / (end - start).view(-1, 1, 1, 1, 1)
 
 
+def points_of(path: Tensor, index: Tensor) -> Tensor:
+    """The frames of trajectories [B, K, C, F, h, w] at levels index [B, F]: [B, C, F, h, w]."""
+    batch, frames = index.shape
+    rows, columns = torch.arange(batch)[:, None], torch.arange(frames)
+    return path.permute(0, 3, 1, 2, 4, 5)[rows, columns, index].transpose(1, 2)
+
+
 class StudentObjective(Objective):
     """A loss on a student, with its frozen teacher and captioned latents at hand."""
 
@@ -281,11 +300,21 @@ class NextChunk(StudentObjective):
             raise ValueError(f"frames: got {config.frames}, expected at most the {data.frames} of {data.folder}")
         if config.context != "clean":
             raise ValueError(f"context: got {config.context!r}, expected 'clean': this stage trains on a clean past")
+        if config.target == "ode":
+            expected = noise_levels(config.preset)[:-1].tolist()
+            if [round(level, 3) for level in data.levels] != [round(level, 3) for level in expected]:
+                raise ValueError(
+                    f"target: got {data.folder} with trajectories at levels {data.levels}, expected those of the "
+                    f"sampling steps, {[round(level, 6) for level in expected]} (sample_teacher with levels)"
+                )
         super().__init__(base, config.student(base), data)
         self.config = config
 
     def forward(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
+        if config.target == "ode":
+            loss = self.ode_loss(draws)
+            return loss, {"ode": loss}
         turn = float(torch.rand((), generator=draws.shared))
         roll = draws.step >= config.roll_from * config.steps and turn < config.roll_share
         later = self.next_frame_loss(draws, roll=roll)
@@ -300,6 +329,25 @@ class NextChunk(StudentObjective):
 
     def _clips(self, draws: Draws, batch: int) -> list[int]:
         return draws.clips(batch, len(self.data))
+
+    def _dropped(self, captions: list[str], draws: Draws) -> list[str]:
+        dropped = draws.uniform() < self.config.caption_dropout
+        return ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
+
+    def ode_loss(self, draws: Draws) -> Tensor:
+        """Mean square distance of the clean prediction, from trajectories at a drawn level per chunk, to their ends.
+
+        The lowest level is 0: such a chunk is the end itself, adds nothing, and shows later ones a finished past.
+        """
+        config = self.config
+        assert isinstance(self.student, CausalStudent)
+        latent, captions = self._read(draws, config.batch, config.frames)
+        path = self.data.read_trajectory(self._clips(draws, config.batch), config.frames).to(latent)
+        emb, levels = self.base.encode(self._dropped(captions, draws)), [*self.data.levels, 0.0]
+        index = draws.choice(len(levels), config.frames // config.chunk).repeat_interleave(config.chunk, 1)
+        noisy, sigma = points_of(torch.cat([path, latent[:, None]], 1), index), torch.tensor(levels)[index].to(latent)
+        flow = self.student.flow_on_noisy(noisy, sigma, self.student.stages.prepare_text(emb))
+        return (noisy - sigma[:, None, :, None, None] * flow - latent).square().mean()
 
     def first_frame_loss(self, draws: Draws) -> Tensor:
         """Chunk 0 from the text alone."""
@@ -332,9 +380,7 @@ class NextChunk(StudentObjective):
         latent, captions = self._read(draws, config.batch, config.frames)
         earlier = self.data.earlier(self._clips(draws, config.batch))
         begins = torch.tensor([switch[1] if switch else 0 for switch in earlier], device=latent.device)
-        dropped = draws.uniform() < config.caption_dropout
-        captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
-        emb = self.base.encode(captions)
+        emb = self.base.encode(self._dropped(captions, draws))
         text, context = self.student.stages.prepare_text(emb), latent[:, :, :-chunk]
         seeds, size = draws.seeds(), (latent.shape[-2], latent.shape[-1])
         if roll:

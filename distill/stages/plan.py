@@ -110,6 +110,9 @@ class _Work:
 
 def _next_chunk(config: NextChunkConfig, shape: TransformerConfig, n: int, frames: int, rows: int) -> _Work:
     (parallel, _), chunk = _passes(shape, config, n, frames, rows), config.chunk * n
+    if config.target == "ode":
+        pairs = chunk * n * sum(map(len, noisy_visible(frames, config.window, config.chunk, config.attn_sink)))
+        return _Work(frames * n, forward_flops(shape, frames * n, pairs, rows, 1) * (1 + _backward(config)))
     first, alone = config.first_batch / config.batch, forward_flops(shape, chunk, chunk * chunk, rows, 1)
     guided = 2 * config.substeps * alone if config.first == "guided" else 0.0
     one = _one_frame(shape, config, n, rows, config.sampling_steps)

@@ -4,7 +4,8 @@
     accelerate launch --num_processes 8 -m distill sample_teacher --config ... --out ...
 
 The noise of a clip depends on (seed, clip number) alone. A resumed run, or a run on more processes, therefore writes
-the same files. Processes take turns at shards. The index comes last, when all shards exist.
+the same files. Processes take turns at shards. The index comes last, when all shards exist. With `levels` the shards
+also hold the teacher's latents on the way, from which next_chunk's target "ode" trains causal students.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from distill.data.shards import shard_path, write_index, write_shard
 from distill.models.base import Base
-from distill.models.sampling import sample_joint
+from distill.models.sampling import sample_path
 from distill.scores.tasks import find_task
 from distill.training.draws import generator
 from distill.training.loop import PATIENCE, PRECISIONS, count_processes
@@ -40,6 +41,7 @@ class SampleTeacherConfig:
     steps: int = option(50, "denoising steps")
     guidance: float = option(2.0, "scale of classifier-free guidance")
     shift: float = option(3.0, "shift of the noise schedule")
+    levels: tuple[float, ...] = option((), "falling noise levels in (0, 1] whose latents are kept too, for target ode")
     precision: str = option("fp32", "fp32 or bf16, of the teacher; latents are stored in 16 bits")
     seed: int = option(7, "of captions and noise")
 
@@ -47,6 +49,8 @@ class SampleTeacherConfig:
         sizes = (self.clips, self.shard, self.batch, self.frames, self.height, self.width, self.steps)
         if min(sizes) < 1 or self.precision not in PRECISIONS:
             raise ValueError(f"got {self}, expected positive sizes and a precision of {', '.join(PRECISIONS)}")
+        if list(self.levels) != sorted(set(self.levels), reverse=True) or not all(0 < x <= 1 for x in self.levels):
+            raise ValueError(f"levels: got {list(self.levels)}, expected falling numbers in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -71,18 +75,25 @@ def captions_of(config: SampleTeacherConfig, first: int, count: int) -> list[str
 
 
 @torch.no_grad()
-def sample_clips(base: Base, config: SampleTeacherConfig, first: int, captions: list[str]) -> Tensor:
-    """Latents [n, C, F, h, w] of clips from number `first` on, in 16 bits, on the CPU."""
-    model, parts = base.transformer, []
+def sample_clips(
+    base: Base, config: SampleTeacherConfig, first: int, captions: list[str]
+) -> tuple[Tensor, Tensor | None]:
+    """Clips from number `first` on, in 16 bits, on the CPU: latents [n, C, F, h, w], and trajectories, if kept."""
+    model, parts, paths = base.transformer, list[Tensor](), list[Tensor]()
     shape = (model.config.in_channels, config.frames, config.height, config.width)
     for start in range(0, len(captions), config.batch):
         part = captions[start : start + config.batch]
         seeds = [generator(config.seed, "clip", first + start + i) for i in range(len(part))]
         noise = torch.stack([torch.randn(shape, generator=own) for own in seeds]).to(model.proj_out.weight)
         text, empty = base.prepare(part), base.prepare([""] * len(part))
-        latent = sample_joint(model, text, empty, noise, steps=config.steps, scale=config.guidance, shift=config.shift)
+        latent, path = sample_path(
+            model, text, empty, noise, config.levels, steps=config.steps, scale=config.guidance, shift=config.shift
+        )
         parts.append(latent.cpu())
-    return torch.cat(parts).to(torch.bfloat16 if config.precision == "bf16" else torch.float16)
+        if path:
+            paths.append(torch.stack(path, 1).cpu())
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float16
+    return torch.cat(parts).to(dtype), torch.cat(paths).to(dtype) if paths else None
 
 
 def write_clips(config: SampleTeacherConfig, out: Path, accelerator: Accelerator, stop_at: int | None = None) -> None:
@@ -97,12 +108,13 @@ def write_clips(config: SampleTeacherConfig, out: Path, accelerator: Accelerator
             continue
         first = number * config.shard
         captions = captions_of(config, first, min(config.shard, config.clips - first))
-        write_shard(out, number, sample_clips(base, config, first, captions), captions)
+        latents, trajectory = sample_clips(base, config, first, captions)
+        write_shard(out, number, latents, captions, trajectory=trajectory)
         print(f"sample_teacher: shard {number + 1}/{shards}", flush=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         source = {"steps": config.steps, "guidance": config.guidance, "shift": config.shift, "seed": config.seed}
-        write_index(out, shards, source)
+        write_index(out, shards, source, config.levels)
 
 
 def run(config: SampleTeacherConfig, options: SampleTeacherOptions) -> None:

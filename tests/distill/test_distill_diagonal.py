@@ -1,12 +1,20 @@
 """Causal students in chunks: Diagonal Distillation's rollouts and motion, and the initialisation by trajectories."""
 
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
+from distill.data.shards import Shards, write_index, write_shard
 from distill.models.causal import CausalStudent
 from distill.models.matching import motion_loss
 from distill.models.rollout import PhiloxNoise, roll_exits, roll_out
+from distill.models.sampling import guided_flow, sample_joint, sample_path
+from distill.stages.next_chunk import NextChunk, NextChunkConfig, points_of
+from distill.training.draws import Draws
 from engine.config import Preset, TransformerConfig
 from engine.generators.base import Geometry
 from engine.generators.causal import CausalGenerator
@@ -156,3 +164,153 @@ def test_motion_gradient_by_differences() -> None:
     assert found.item() == pytest.approx(float((clip.grad * way).sum()), rel=1e-6)
     shifted = motion_loss(clip.detach() + 7, v_real, v_gen, noisy, sigma)  # a still picture more
     torch.testing.assert_close(shifted, motion_loss(clip.detach(), v_real, v_gen, noisy, sigma))
+
+
+LEVELS = (1.0, 6 / 7, 2 / 3, 2 / 5)  # of four steps at shift 2
+
+
+def trajectories(folder: Path, levels: tuple[float, ...] = LEVELS) -> Shards:
+    """Clips of four frames with random latents on the way to them, or without."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(2):
+        latents = torch.randn(3, 4, 4, *SIZE, generator=generator)
+        path = torch.randn(3, len(levels), *latents.shape[1:]) if levels else None
+        write_shard(folder, number, latents, [f"{number}{row}" for row in "abc"], trajectory=path)
+    write_index(folder, 2, {}, levels)
+    return Shards(folder)
+
+
+def words() -> SimpleNamespace:
+    """A teacher whose captions are fixed random embeddings."""
+    torch.manual_seed(0)
+    transformer = WanTransformer(TINY).eval().requires_grad_(False)
+
+    def encode(captions: list[str]) -> Tensor:
+        found = [torch.Generator().manual_seed(sum(map(ord, caption))) for caption in captions]
+        return torch.stack([torch.randn(3, 8, generator=own) for own in found])
+
+    return SimpleNamespace(device=torch.device("cpu"), transformer=transformer, encode=encode, models=[transformer])
+
+
+ODE = NextChunkConfig(
+    family="causal", chunk=2, window=3, rank=2, frames=4, batch=2, first_batch=2, solver="renoise", target="ode"
+)
+
+
+def ode_objective(data: Shards, config: NextChunkConfig = ODE) -> NextChunk:
+    objective = NextChunk(config, words(), data)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in objective.student.trained().values():
+            parameter.normal_(std=0.3)
+    return objective
+
+
+def test_shards_keep_trajectories(tmp_path: Path) -> None:
+    data = trajectories(tmp_path)
+    assert data.levels == list(LEVELS)
+    path = data.read_trajectory([5, 0], 3)
+    assert path.shape == (2, 4, 4, 3, *SIZE)
+    assert torch.equal(path, data.read_trajectory([5, 0])[:, :, :, :3])
+    latents, captions = data.read([5, 0])
+    assert (latents.shape, captions) == ((2, 4, 4, *SIZE), ["1c", "0a"])
+    old = trajectories(tmp_path / "old", ())
+    assert (old.levels, len(old)) == ([], 6)
+    assert "levels" not in (tmp_path / "old" / "index.json").read_text()
+    with pytest.raises(ValueError, match="got latents alone, expected trajectories"):
+        old.read_trajectory([0])
+    for wrong in (LEVELS[1:], (*LEVELS, 0.2)):
+        with pytest.raises(ValueError, match=r"got trajectories \[3, 4, 4, 4, 3, 4\], expected \[3, "):
+            write_index(tmp_path, 2, {}, wrong)
+    with pytest.raises(ValueError, match="does not contain tensor trajectory"):
+        write_index(tmp_path / "old", 2, {}, LEVELS)
+
+
+@torch.no_grad()
+def test_the_teachers_path_leads_to_its_clip() -> None:
+    """From every kept level on, plain Euler steps end where the sampler ended; without levels the clip is the same."""
+    torch.manual_seed(0)
+    model, noise, scale = WanTransformer(TINY).eval(), torch.randn(2, 4, 3, *SIZE), 2.0
+    text, empty = (model.prepare_text(torch.randn(2, 3, 8)) for _ in range(2))
+    how = {"steps": 3, "scale": scale, "shift": 3.0}
+    clip, path = sample_path(model, text, empty, noise, LEVELS, **how)
+    assert torch.equal(path[0], noise)
+    grid = sorted({*LEVELS, 6 / 7, 3 / 5}, reverse=True)  # three steps at shift 3: 1, 6/7, 3/5
+    for start, latent in zip(LEVELS, path, strict=True):
+        below = [level for level in grid if level <= start]
+        for now, then in zip(below, [*below[1:], 0.0], strict=True):
+            flow = guided_flow(model, latent, torch.full((2, 3), now), text, empty, scale)
+            latent = latent + (then - now) * flow
+        assert (latent - clip).abs().max() <= 1e-5
+    plain, nothing = sample_path(model, text, empty, noise, (), **how)
+    assert torch.equal(plain, sample_joint(model, text, empty, noise, **how))
+    assert not nothing
+    assert (plain - clip).abs().max() > 1e-4  # the kept levels are steps of their own
+
+
+def test_ode_loss_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = trajectories(tmp_path)
+    objective, draws = ode_objective(data), Draws(0, 2, [0, 1])
+    clips = draws.clips(2, 6)
+    index = torch.tensor([[0, 3], [2, 4]])  # chunk 1 of sample 1 is the clip itself
+    monkeypatch.setattr(Draws, "choice", lambda self, options, *shape: index if (options, *shape) == (5, 2) else None)
+    loss, parts = objective(Draws(0, 2, [0, 1]))
+    assert parts.keys() == {"ode"}
+    (clip, captions), path, errors = data.read(clips), data.read_trajectory(clips), []
+    student = objective.student
+    for row in range(2):
+        text = student.stages.prepare_text(objective.base.encode([captions[row]]))
+        places = [path[row, :, :, 2 * c : 2 * c + 2] for c in range(2)]  # of the two chunks
+        ends = [clip[row, :, 2 * c : 2 * c + 2] for c in range(2)]
+        points = [torch.cat([places[c], ends[c][None]])[index[row, c]] for c in range(2)]
+        sigma = torch.tensor([*LEVELS, 0.0])[index[row]]
+        noisy = torch.cat(points, 1)[None]
+        flow = student.flow_on_noisy(noisy, sigma.repeat_interleave(2)[None], text)[0]
+        for c in range(2):
+            predicted = points[c] - sigma[c] * flow[:, 2 * c : 2 * c + 2]
+            errors.append((predicted - ends[c]).square().mean())
+    assert errors[3] == 0  # at the last level the target is the clip, and so is the prediction
+    assert min(errors[:3]) > 0.1
+    assert loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
+    loss.backward()
+    assert all(p.grad.any() for p in student.trained().values())
+
+
+def test_points_of_a_path() -> None:
+    path, index = torch.arange(2 * 3 * 1 * 4).view(2, 3, 1, 4, 1, 1), torch.tensor([[0, 2, 1, 1], [2, 0, 0, 1]])
+    expected = [[12 * row + 4 * level + frame for frame, level in enumerate(own)] for row, own in enumerate(index)]
+    assert points_of(path, index)[:, 0, :, 0, 0].tolist() == expected
+
+
+def test_ode_overfits_and_data_stays(tmp_path: Path) -> None:
+    """Its own loss falls; the fields of trajectories change nothing for the other target."""
+    data = trajectories(tmp_path)
+    objective = ode_objective(data)
+    optimizer, values = torch.optim.Adam(objective.student.trained().values(), lr=1e-2), []
+    for _ in range(30):
+        loss, _ = objective(Draws(0, 0, [0, 1]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < 0.8 * values[0]
+    plain = replace(ODE, target="data", roll_share=0.0, first="data")
+    both = [ode_objective(each, plain)(Draws(0, 1, [0, 1]))[0] for each in (data, trajectories(tmp_path / "old", ()))]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize(
+    ("levels", "fields", "match"),
+    [
+        ((), {}, r"with trajectories at levels \[\], expected those of the sampling steps, \[1.0, 0.857143"),
+        (LEVELS[:3], {}, r"expected those of the sampling steps, \[1.0, 0.857143, 0.666667, 0.4\]"),
+        (LEVELS, {"schedule": "diagonal"}, r"expected those of the sampling steps, \[1.0, 0.93"),
+        (LEVELS, {"sampling_steps": 2}, r"expected those of the sampling steps, \[1.0, 0.666667\]"),
+    ],
+)
+def test_data_without_the_trajectories(
+    tmp_path: Path, levels: tuple[float, ...], fields: dict[str, object], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        ode_objective(trajectories(tmp_path, levels), replace(ODE, **fields))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="target: got 'ode', expected 'data' for family 'greedy'"):
+        NextChunkConfig(target="ode")
