@@ -301,11 +301,11 @@ class NextChunk(StudentObjective):
         if config.context != "clean":
             raise ValueError(f"context: got {config.context!r}, expected 'clean': this stage trains on a clean past")
         if config.target == "ode":
-            expected = noise_levels(config.preset)[:-1].tolist()
-            if [round(level, 3) for level in data.levels] != [round(level, 3) for level in expected]:
+            expected, levels = noise_levels(config.preset)[:-1], torch.tensor(data.levels)
+            if levels.shape != expected.shape or (levels - expected).abs().max() > 1e-3:
                 raise ValueError(
                     f"target: got {data.folder} with trajectories at levels {data.levels}, expected those of the "
-                    f"sampling steps, {[round(level, 6) for level in expected]} (sample_teacher with levels)"
+                    f"sampling steps, {[round(level, 6) for level in expected.tolist()]} (sample_teacher with levels)"
                 )
         super().__init__(base, config.student(base), data)
         self.config = config

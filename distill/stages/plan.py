@@ -179,7 +179,7 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
     base = sum(p.numel() for p in teacher.parameters())
     _, ph, pw = shape.patch_size
     n = (cluster.height // ph) * (cluster.width // pw)
-    rows, frames = cluster.text_rows, min(config.frames, cluster.frames)  # type: ignore[attr-defined]
+    rows, frames = cluster.text_rows, min(config.frames, cluster.frames) // made.chunk * made.chunk  # type: ignore[attr-defined]
     micro = len(split(config.batch, config.micro, 0, cluster.gpus)[0])
     if critic is not None:
         work = _dmd(config, made, shape, n, frames, rows)

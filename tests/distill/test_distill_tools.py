@@ -114,13 +114,20 @@ def test_planned_flops_are_those_of_torch() -> None:
     assert planned == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
-def test_planned_student_flops_are_those_of_torch() -> None:
-    made, frames, rows = NextChunkConfig(rank=2, window=2, max_position=3), 5, 16
+@pytest.mark.parametrize(
+    "made",
+    [
+        NextChunkConfig(rank=1, window=2, max_position=3),
+        NextChunkConfig(family="causal", rank=1, window=5, chunk=3, attn_sink=1),
+    ],
+)
+def test_planned_student_flops_are_those_of_torch(made: NextChunkConfig) -> None:
+    frames, rows = 6, 16
     with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
-        student = Student(WanTransformer(SMALL), rank=1, window=2, max_position=3)
+        student = made.student_of(WanTransformer(SMALL))
         latent = torch.empty(1, 4, frames, 8, 8)
         text = student.stages.prepare_text(torch.empty(1, rows, 16))
-        student.flow(latent[:, :, :-1], latent, torch.empty(1, frames), text)
+        student.flow(latent[:, :, : -made.chunk], latent, torch.empty(1, frames), text)
     rope._frequencies.cache_clear()  # tables made on the meta device are of no use to other tests
     rope._spatial.cache_clear()
     planned, _ = _passes(SMALL, made, 64, frames, rows)
@@ -146,6 +153,19 @@ def test_plan_counts_what_is_trained(tmp_path: Path) -> None:
     assert estimate(replace(matched, critic_every=4), made, cluster).flops < whole.flops
     assert estimate(replace(matched, loss="sid"), made, cluster).flops > whole.flops
     assert estimate(replace(matched, sampling_steps=(1,)), made, cluster).flops < whole.flops
+    causal = replace(made, family="causal", frames=6, chunk=3, window=6)
+    six = replace(cluster, frames=6)
+    even = estimate(replace(matched, frames=6), causal, six)
+    assert even.trained == whole.trained + lora.trained - 2 * plan.trained  # one adapter and no W_c, and the critic
+    diagonal = replace(matched, frames=6, schedule="diagonal")
+    clean, last = (estimate(replace(diagonal, context=context), causal, six)
+                   for context in ("clean", "last"))  # fmt: skip
+    assert clean.flops != even.flops
+    assert last.flops != clean.flops  # whole loops instead of drawn ones, and no pass over clean chunks
+    ends = replace(causal, target="ode")
+    ode, forced = (estimate(one, one, six) for one in (ends, causal))
+    assert ode.activations < forced.activations  # one sequence of chunks instead of two
+    assert ode.flops < forced.flops
     halved = estimate(replace(made, micro=1), made, cluster)
     assert (halved.activations, halved.flops) == (plan.activations // 2, plan.flops)
     assert estimate(replace(made, recompute=True), made, cluster).activations < plan.activations
@@ -154,6 +174,17 @@ def test_plan_counts_what_is_trained(tmp_path: Path) -> None:
     frozen = whole.weights - 4 * whole.trained
     embedding = 2 * 2**30  # of the text encoder, in every process
     assert spread.weights - 4 * spread.trained == pytest.approx(embedding + (frozen - embedding) / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["next_chunk", "dmd"])
+def test_dry_run_of_a_causal_wan(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = WAN.with_name("wan2.1-1.3b-diagonal.toml")
+    assert main([stage, "--config", str(config), "--dry-run"]) == 0
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    critic = 1.42e9 if stage == "dmd" else 0
+    assert 3e8 < plan["trained"] - critic < 4e8  # rank 256 on every Linear of 30 blocks
+    assert plan["memory"] < 80 * 2**30
 
 
 @pytest.mark.slow
