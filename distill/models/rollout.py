@@ -152,15 +152,10 @@ def roll_exits(
                 stream.set_prompt(text_emb.detach())
                 if noisy_past:
                     past[:] = [(clean, torch.zeros_like(t)) for clean, (_, t) in zip(finished, past, strict=True)]
-            clean, steps = stream.next_latent(), schedule.steps(number)
-            finished.append(clean)
-            calls, exits = passes[-len(steps) :], min(exit_step, len(steps) - 1)
-            (step, flow), last = calls[exits], calls[-1][0]
-            level = torch.tensor([schedule.sigma(steps[exits][0])])
-            if exits < len(steps) - 1:
-                clean = _predicted(step.latent, flow, level)
-            found.append((clean, step.latent, step.t, level))
-            past.append((last.latent, last.t) if noisy_past else _noised_past(clean, number, noise, streamed))
+            finished.append(stream.next_latent())
+            last, levels = passes[-1][0], [schedule.sigma(t) for t, _ in schedule.steps(number)]
+            found.append(_exit_of(passes[-len(levels) :], levels, exit_step, finished[-1]))
+            past.append((last.latent, last.t) if noisy_past else _noised_past(finished[-1], number, noise, streamed))
             passes.clear()
     # Outside inference mode a clone is an ordinary tensor. Frozen weights may be bf16; clips are not.
     clean, noisy = (torch.cat([part[i] for part in found], 2).clone().float() for i in (0, 1))
@@ -169,6 +164,16 @@ def roll_exits(
     told = torch.stack([t for _, t in past], 1)[:, :-1] / 1000
     sigma, level, told = (value.repeat_interleave(preset.chunk, -1) for value in (sigma, level, told))
     return Exits(clean, noisy, sigma, level, seen, told)
+
+
+def _exit_of(
+    calls: Sequence[tuple[Pass, Tensor]], levels: Sequence[float], exit_step: int, finished: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What an exit step predicted, its input, its t [B] and level [1], from a chunk's denoising passes and flows."""
+    exits = min(exit_step, len(levels) - 1)
+    (step, flow), level = calls[exits], torch.tensor([levels[exits]])
+    clean = finished if exits == len(levels) - 1 else _predicted(step.latent, flow, level)
+    return clean, step.latent, step.t, level
 
 
 def _noised_past(clean: Tensor, number: int, noise: SampleNoise, preset: Preset) -> tuple[Tensor, Tensor]:
