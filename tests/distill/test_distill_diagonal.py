@@ -314,3 +314,21 @@ def test_data_without_the_trajectories(
         ode_objective(trajectories(tmp_path, levels), replace(ODE, **fields))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="target: got 'ode', expected 'data' for family 'greedy'"):
         NextChunkConfig(target="ode")
+
+
+def test_a_chunk_has_one_prompt(tmp_path: Path) -> None:
+    """Where the prompt switches inside a chunk, no frame after the switch is learnt before the next chunk begins."""
+    config = replace(ODE, target="data", roll_share=0.0, first="data")
+    generator = torch.Generator().manual_seed(0)
+    latents, found = torch.randn(6, 4, 4, *SIZE, generator=generator), dict[int, tuple[Tensor, Tensor]]()
+    for begins in (0, 1, 2, 3):
+        earlier = [("before", begins) if begins else None] * 6
+        write_shard(tmp_path / str(begins), 0, latents, list("abcdef"), earlier)
+        write_index(tmp_path / str(begins), 1, {})
+        objective, draws = ode_objective(Shards(tmp_path / str(begins)), config), Draws(0, 1, [0, 1])
+        found[begins] = objective.next_frame_loss(draws, roll=False), objective.first_frame_loss(draws)
+    later, first = ({begins: losses[i].item() for begins, losses in found.items()} for i in (0, 1))
+    assert later[0] == later[1] == later[2] > 0.1  # chunk 1 is whole after each of these
+    assert later[3] == 0
+    assert first[2] == first[3] != first[0]  # the earlier caption
+    assert 0 < first[1] < first[2]  # of frame 0 alone
