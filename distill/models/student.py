@@ -140,6 +140,24 @@ class Adapted(nn.Module):
         for name, value in state.items():
             own[name].copy_(value)
 
+    @contextmanager
+    def guided(self, scale: float) -> Iterator[None]:
+        """Within this context a stream of [prompts, empty prompts] has the flow of classifier-free guidance.
+
+        Both halves of the batch get the same flow, so that they stay one video. The caller gives them the same noise.
+        """
+        plain = self.stages.run
+
+        def run(step: Pass, cache: RingCache, text_kv: Any) -> Tensor:
+            result = plain(step, cache, text_kv)
+            if not step.kind.timed:
+                return result
+            v_text, v_empty = result.chunk(2)
+            return (v_empty + scale * (v_text - v_empty)).repeat(2, 1, 1, 1, 1)
+
+        with passes_run_by(self.stages, run):
+            yield
+
 
 class Student(Adapted):
     """SDD and ETM as LoRA on copies of a teacher. With fresh adapters both compute what the teacher computes.
@@ -172,24 +190,6 @@ class Student(Adapted):
         if not etm:
             self.etm.requires_grad_(False)
         self.stages = TorchStages({"sdd": self.sdd, "etm": self.etm}, vae=None, text_encoder=None)
-
-    @contextmanager
-    def guided(self, scale: float) -> Iterator[None]:
-        """Within this context a stream of [prompts, empty prompts] has the flow of classifier-free guidance.
-
-        Both halves of the batch get the same flow, so that they stay one video. The caller gives them the same noise.
-        """
-        plain = self.stages.run
-
-        def run(step: Pass, cache: RingCache, text_kv: Any) -> Tensor:
-            result = plain(step, cache, text_kv)
-            if step.kind.graph != "sdd":
-                return result
-            v_text, v_empty = result.chunk(2)
-            return (v_empty + scale * (v_text - v_empty)).repeat(2, 1, 1, 1, 1)
-
-        with passes_run_by(self.stages, run):
-            yield
 
     def adapter(self, model: WanTransformer) -> dict[str, Tensor]:
         """LoRA tensors of one of the two models, with the keys of PEFT's files."""
