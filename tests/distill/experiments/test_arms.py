@@ -114,8 +114,12 @@ def test_jobs_are_what_is_missing(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "greedy-1" / "student.pt").touch()
     left = jobs_of(plan, tmp_path, ("guided",))
     assert [job.name for job in left] == [
-        "greedy-rl-1", "guided-1 at 4 steps", "guided-1 at ffe steps", "guided-1 at own steps", "greedy-rl-1 on drawn clips",
-    ]  # fmt: skip
+        "greedy-rl-1",
+        "guided-1 at 4 steps",
+        "guided-1 at ffe steps",
+        "guided-1 at own steps",
+        "greedy-rl-1 on drawn clips",
+    ]
     assert left[1].needs == ("greedy-rl-1",)
 
 
@@ -175,7 +179,7 @@ ROOT = '[ablation]\n[arms.a]\nstage = "next_chunk"\n'
         ("[ablation]\n[arms.a]\nstage = 'rl'\n", "parent: got none"),
         ("[ablation]\n[arms.a]\n", "got no stage"),
         ("[ablation]\n[arms.a]\nstages = 'rl'\n", "unknown key stages"),
-        ("[ablation]\n[arms.a]\nparent = 'b'\n" + ROOT.replace("[ablation]", "").replace("arms.a", "arms.b"), "arm above"),
+        ("[ablation]\n[arms.a]\nparent = 'b'\n[arms.b]\nstage = 'next_chunk'\n", "expected an arm above: none yet"),
         (ROOT + "set = { windows = 3 }\n", "[arms.a]: [next_chunk] with its set: got unknown key windows"),
         (ROOT + "set = { window = 'x' }\n", "window: got 'x'"),
         (ROOT + "set = { sampling_steps = 3 }\n", "[arms.a]: sampling_steps: got 3"),
