@@ -1,8 +1,8 @@
 """Whether a stream follows a switch of its prompt, by exact rules, and whether it keeps the rest.
 
 Every captioned fact of the mover and of the background is judged from the fourth latent frame after the switch on. A
-direction is right if the first steady motion since the switch, or since one of the three latent frames that follow,
-goes there: later the mover may bounce. What the later caption did not change is kept if these facts still hold and the
+direction is right if the first steady motion since the switch, or since one of the two latent frames that follow, goes
+there: later the mover may bounce. What the later caption did not change is kept if these facts still hold and the
 mover goes on from its place, with its size, beside the same second object.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from distill.data.scenes import LATENT, Scene
-from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES
-from distill.data.switches import FACTS, Switch, room
+from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZE
+from distill.data.switches import FACTS, Switch
 from distill.scores.dimensions import (
     PACES,
     SIZE_CHANGE,
@@ -27,11 +27,11 @@ from distill.scores.dimensions import (
 from distill.scores.tracks import Reading, Track, read
 
 SETTLED = 3 * LATENT  # pixel frames from the switch to the first frame that has to be right
-OFFSETS = range(0, SETTLED + 1, LATENT)  # pixel frames after the switch at which a first motion may begin
+OFFSETS = range(0, SETTLED, LATENT)  # pixel frames after the switch at which a first motion may begin
 GROUND_SHARE, SHAPE_SHARE = 0.95, 0.8  # of the frames
-MAX_LEAP = 6.0  # pixels between the mover's places just before and one latent frame after the switch
+MAX_LEAP = 8.0  # pixels between the mover's places just before and one latent frame after the switch
 MAX_STRAY = 2.0  # pixels that the second object may move
-NEAR = 0.25  # share of the way to a wall within which a mover may bounce before its motion is read
+NEAR = 6.0  # pixels to a wall within which a mover may bounce before its motion is read
 
 
 def followed(video: Tensor, switch: Switch) -> dict[str, float]:
@@ -112,14 +112,17 @@ def _headings(mover: Track | None, switch: Switch) -> set[str]:
     against = next(name for name, other in DIRECTIONS.items() if other == (-step[0], -step[1]))
     if mover is None or int(mover.clear.sum()) < 2:
         return {named} if "direction" in switch.changed else {named, against}
-    last, place, axis = mover.clear.nonzero()[-4:, 0], mover.centre[mover.clear][-1], int(step[0] == 0)
-    radius = float(mover.radius[mover.clear].median())
+    axis, along = int(step[0] == 0), sum(step)
+    clear, radius = mover.clear.nonzero()[:, 0], float(mover.radius[mover.clear].median())
+    moves = (mover.centre[clear[1:], axis] - mover.centre[clear[:-1], axis]) / (clear[1:] - clear[:-1])
+    place, pace = float(mover.centre[clear[-1], axis]), float(moves[-4:].mean())
     if "direction" in switch.changed:
-        return {named} if room(place, radius, named) >= NEAR else set()
-    way = float(mover.centre[last[-1], axis] - mover.centre[last[0], axis])
-    ahead = named if way * step[axis] > 0 else against
-    near = min(room(place, radius, way) for way in (named, against)) < NEAR
-    return {named, against} if near else {ahead}
+        ahead = SIZE - radius - place if along > 0 else place - radius
+        return {named} if ahead >= NEAR else set()
+    place += pace * (switch.frame - 1 - int(clear[-1]))  # where it is when the prompt changes
+    if min(place - radius, SIZE - radius - place) < NEAR:
+        return {named, against}
+    return {named} if pace * along > 0 else {against}
 
 
 def _goes_on(before: Reading, after: Reading, switch: Switch) -> list[float]:
