@@ -140,10 +140,15 @@ class Plan:
         start = {start_field(type(made)): str(student)} if student else {}
         return replace(made, seed=seed + 1000 * depth, **start)
 
+    def guidance(self, name: str) -> float:
+        """The guidance with which a teacher judges the student's own clips; 1 where none does."""
+        made = self.settings.get(name)
+        judged = made is not None and not isinstance(made, NextChunkConfig)
+        return float(getattr(made, "guidance", 1.0)) if judged else 1.0
+
     def twin(self, name: str) -> str | None:
-        """The arm that differs from this one in the guidance of its training alone, which is 1 there."""
-        made, parent = self.settings[name], self.arms[name].parent
-        wanted = replace(made, guidance=1.0)  # type: ignore[call-arg]
+        """The arm that differs from this one in that guidance alone, which is 1 there."""
+        wanted, parent = replace(self.settings[name], guidance=1.0), self.arms[name].parent  # type: ignore[call-arg]
         return next(
             (n for n, other in self.settings.items() if other == wanted and self.arms[n].parent == parent), None
         )

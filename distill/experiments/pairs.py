@@ -130,11 +130,11 @@ class Scores:
             found = f"no gain: turned round at {known[1]} frames"
         else:
             found = "gain"
-        made = self.plan.settings.get(arm)
-        if found != "gain" or not hasattr(made, "student") or made.guidance == 1:  # type: ignore[union-attr]
+        guidance = self.plan.guidance(arm)
+        if found != "gain" or guidance == 1:
             return found
         twin = self.plan.twin(arm)
-        return f"gain at guidance {made.guidance:g}; at 1 {self.verdict(twin) if twin else 'not judged'}"  # type: ignore[union-attr]
+        return f"gain at guidance {guidance:g}; at 1 {self.verdict(twin) if twin else 'not judged'}"
 
 
 def clips_name(frames: int) -> str:
