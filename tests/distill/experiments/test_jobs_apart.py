@@ -40,24 +40,30 @@ class Start:
         return Log(self.path)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_jobs_wait_for_what_they_need(workers: int, tmp_path: Path) -> None:
-    found = {job.name: words for job, words, _ in done_jobs(JOBS, Start(tmp_path / "log"), workers)}
-    assert found.keys() == {job.name for job in JOBS}
-    processes = {words.split()[-1] for words in found.values()}
-    assert (str(os.getpid()) in processes) == (workers == 1)
-    lines = (tmp_path / "log").read_text().split()
-    for job in JOBS:
-        assert all(lines.index(f"-{need}") < lines.index(f"+{job.name}") for need in job.needs)
+def in_order(log: Path, jobs: list[Job]) -> bool:
+    """Whether every job of the log began after those that it needs had ended."""
+    lines = log.read_text().split()
+    return all(lines.index(f"-{need}") < lines.index(f"+{job.name}") for job in jobs for need in job.needs)
+
+
+def test_jobs_in_this_process(tmp_path: Path) -> None:
+    found = {job.name: words for job, words, _ in done_jobs(JOBS, Start(tmp_path / "log"), 1)}
+    assert found == {job.name: f"{job.name} by {os.getpid()}" for job in JOBS}
+    assert in_order(tmp_path / "log", JOBS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "words"), [("refuses", "x: got 1, expected 2"), ("dies", "dies: got a process")])
-def test_errors_come_back(name: str, words: str, tmp_path: Path) -> None:
-    jobs = [Job("a", "train", 1), Job(name, "train", 1, ("a",)), Job("b", "train", 1, (name,))]
+def test_jobs_side_by_side(name: str, words: str, tmp_path: Path) -> None:
+    """Two processes do all that they can; an error ends the run and is raised here."""
+    last = Job(name, "train", 1, tuple(job.name for job in JOBS))
+    found = {}
     with pytest.raises((ValueError, OSError), match=words):
-        list(done_jobs(jobs, Start(tmp_path / "log"), 2))
-    assert "+b" not in (tmp_path / "log").read_text()
+        for job, said, _ in done_jobs([*JOBS, last, Job("after", "train", 1, (name,))], Start(tmp_path / "log"), 2):
+            found[job.name] = said
+    assert found.keys() == {job.name for job in JOBS}
+    assert str(os.getpid()) not in {said.split()[-1] for said in found.values()}
+    assert in_order(tmp_path / "log", JOBS)
 
 
 def test_time_left() -> None:
