@@ -58,9 +58,13 @@ def test_jobs_side_by_side(name: str, words: str, tmp_path: Path) -> None:
     """Two processes do all that they can; an error ends the run and is raised here."""
     last = Job(name, "train", 1, tuple(job.name for job in JOBS))
     found = {}
-    with pytest.raises((ValueError, OSError), match=words):
+
+    def work() -> None:
         for job, said, _ in done_jobs([*JOBS, last, Job("after", "train", 1, (name,))], Start(tmp_path / "log"), 2):
             found[job.name] = said
+
+    with pytest.raises((ValueError, OSError), match=words):
+        work()
     assert found.keys() == {job.name for job in JOBS}
     assert str(os.getpid()) not in {said.split()[-1] for said in found.values()}
     assert in_order(tmp_path / "log", JOBS)

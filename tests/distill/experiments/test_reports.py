@@ -40,10 +40,10 @@ ARMS = {
 }
 
 
-def numbers(seed: int, shift: float, spread: float, prompts: int) -> list[float]:
+def numbers(seed: int, shift: float, width: float, prompts: int) -> list[float]:
     """Totals around .9 whose differences between arms have the mean `shift`."""
     own = np.random.default_rng(100 + seed).normal(0.9, 0.03, 24)[:prompts]
-    return list(own + shift + np.random.default_rng([seed, round(1000 + 1000 * shift)]).normal(0, spread, prompts))
+    return list(own + shift + np.random.default_rng([seed, round(1000 + 1000 * shift)]).normal(0, width, prompts))
 
 
 def write_scores(out: Path, arm: str, seed: int, steps: str, totals: dict[str, list[float]]) -> None:
