@@ -1,230 +1,176 @@
-"""The arms of an ablation, and its report: Markdown, JSON, and pictures where matplotlib is installed."""
+"""The tables of an ablation: Markdown to read, JSON with the same numbers."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from distill.experiments.arms import frames_with_gradient
+from distill.experiments.pairs import SURE, Scores, Spread, clips_name, spread
+from distill.scores.dimensions import QUALITY, SEMANTIC
 from engine.files import whole_file, write_json
-from engine.options import option
 
-ARMS = {
-    "no-etm": "no ETM, no RL",
-    "etm": "ETM",
-    "etm-rl": "ETM + RL",
-    "etm-cfg": "ETM, guidance at inference",
-    "etm-longer": "ETM, next-chunk for RL's compute too",
-    "etm-rl-critic": "ETM + RL with a trained critic",
-    "no-etm-rl": "no ETM, RL",
-    "causal": "causal DiT, clean history (CausVid's mask)",
-    "causal-rl": "causal DiT, own rollouts, trained critic (as Self-Forcing)",
-}
+# Beside the totals: what they do not show, or what a student may give up for them.
+SHOWN = ("total", "quality", "semantic", "all_right", "direction", "dynamic_degree", "blink")
 
 
-@dataclass(frozen=True)
-class AblationConfig:
-    """The table [ablation]. Reports of older runs are read by these keys and those of the results."""
-
-    task: str = option("scenes", "task of prompts and scores: sprites or scenes")
-    vae: str = option("runs/rich/vae/vae", "VAE that decodes the clips")
-    arms: tuple[str, ...] = option(
-        ("no-etm", "etm", "etm-rl", "etm-cfg", "etm-longer", "etm-rl-critic"), "arms, of: " + ", ".join(ARMS)
-    )
-    seeds: tuple[int, ...] = option((0, 1, 2), "training seeds of every arm")
-    next_chunk_steps: int = option(200, "steps of next-chunk training")
-    rl_steps: int = option(100, "steps of RL")
-    longer_steps: int = option(50, "next-chunk steps that take as long as rl_steps of RL")
-    causal_window: int = option(7, "window of the causal arms, in latent frames")
-    guidance: float = option(1.5, "guidance scale of etm-cfg")
-    prompts: int = option(48, "held-out prompts")
-    frames: int = option(9, "latent frames per clip of the table")
-    given: int = option(2, "drawn latent frames that a second set of clips continues; 0: no second set")
-    long_prompts: int = option(16, "prompts of the long clips")
-    long_frames: int = option(41, "latent frames per long clip; 0: no long clips")
-    window: int = option(32, "pixel frames over which a long clip's quality is taken")
-    steps: tuple[int, ...] = option((1, 2, 4, 8), "denoising steps of the trade-off")
-    prompt_seed: int = option(5000, "of prompts and noise")
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.arms) - set(ARMS))
-        if unknown or not self.seeds:
-            raise ValueError(f"arms: got {unknown or 'no seeds'}, expected some of {', '.join(ARMS)}")
+def cell(found: Spread | None, scale: float = 100.0, form: str = ".1f") -> str:
+    """A mean and its standard error, in brackets where it is over prompts; in percent unless `scale` says otherwise."""
+    if found is None or math.isnan(found.mean):
+        return ""
+    error = "" if math.isnan(found.error) else f"± {scale * found.error:{form.replace('+', '')}}"
+    return f"{scale * found.mean:{form}} {f'({error})' if error and found.seeds == 1 else error}".strip()
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error over seeds; NaN values are left out."""
-    tensor = torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
-    if not len(tensor):
-        return math.nan, math.nan
-    error = float(tensor.std(correction=1)) / math.sqrt(len(tensor)) if len(tensor) > 1 else math.nan
-    return float(tensor.mean()), error
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
-def percent(values: list[float]) -> str:
-    """A cell of a table: the mean in percent and its standard error."""
-    mean, error = spread(values)
-    return f"{100 * mean:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
+def spread_of(scores: Scores, arm: str, steps: str, clips: str, score: str) -> Spread | None:
+    values = scores.clips(arm, steps, clips, score)
+    return None if values is None or bool(values.isnan().all()) else spread(values)
 
 
-def table(
-    results: list[dict[str, Any]], names: tuple[str, ...] = ("total", "quality", "semantic"), what: str = "scores"
-) -> str:
-    """Markdown, one row per arm: mean and standard error over seeds, of `scores` or `given` of the results."""
-    lines = ["| arm | seeds | trained | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
-    for arm, title in ARMS.items():
-        mine = [r for r in results if r["arm"] == arm and what in r]
-        if not mine:
+def totals(scores: Scores, clips: str) -> str:
+    """One row per arm and steps: totals, what stands beside them, and the difference to the baseline."""
+    rows = []
+    for arm, steps in scores.rows():
+        if scores.clips(arm, steps, clips, "total") is None:
             continue
-        cells = [percent([r[what].get(name, {"mean": math.nan})["mean"] for r in mine]) for name in names]
-        lines.append(f"| {title} | {len(mine)} | {mine[0]['trained'] / 1e6:.2f} M | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        values = [cell(spread_of(scores, arm, steps, clips, name)) for name in SHOWN]
+        gap = cell(scores.difference(arm, steps, clips), form="+.1f")
+        rows.append([scores.plan.title(arm), steps, len(scores.seeds(arm, steps)), values[0], gap, *values[1:]])
+    return table(["arm", "steps", "seeds", "total", "difference", *(n.replace("_", " ") for n in SHOWN[1:])], rows)
 
 
-def loss_table(results: list[dict[str, Any]]) -> str:
-    """Held-out Eq. 6, and its difference to the first arm, seed by seed; the noise is the same."""
-    names = ("all", "reappearing")
-    lines = ["| arm | all frames | reappearing | difference, all | difference, reappearing |", "|---" * 5 + "|"]
-    by = {(r["arm"], r["seed"]): r["loss"] for r in results if "loss" in r}
-    first = next(arm for arm in ARMS if any(arm == known for known, _ in by))
-    for arm, title in ARMS.items():
-        seeds = [seed for known, seed in by if known == arm]
-        if not seeds:
+def verdicts(scores: Scores, names: list[str]) -> str:
+    """One row per arm with a baseline: paired differences in total over every set of clips, and what follows."""
+    rows = []
+    for arm, steps in scores.arms():
+        against = scores.plan.against(arm, steps)
+        if against is None or scores.difference(arm, steps, names[0]) is None:
             continue
-        cells = [f"{spread([by[arm, seed].get(name, math.nan) for seed in seeds])[0]:.4f}" for name in names]
-        for name in names:
-            shared = [seed for seed in seeds if (first, seed) in by]
-            gaps = [by[arm, seed].get(name, math.nan) - by[first, seed].get(name, math.nan) for seed in shared]
-            mean, error = spread(gaps)
-            cells.append(f"{mean:+.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}"))
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        made = scores.plan.settings.get(arm)
+        other = scores.plan.title(against[0]) + (f", {against[1]} steps" if against[1] != steps else "")
+        gaps = [cell(scores.difference(arm, steps, name), form="+.1f") for name in names]
+        frames = f"{frames_with_gradient(made):,}" if made else ""
+        rows.append([scores.plan.title(arm), other, frames, *gaps, scores.verdict(arm)])
+    heads = ["arm", "against", "frames with gradient", *(f"{name} frames" for name in names), "verdict"]
+    return table(heads, rows) if rows else ""
 
 
-def time_table(config: AblationConfig, results: list[dict[str, Any]]) -> str:
-    """Quality of successive windows of long clips, one row per arm, mean over seeds."""
-    starts = [int(row["from"]) for row in results[0]["long"]]
-    lines = [
-        "| arm | " + " | ".join(f"{s}-{s + config.window - 1}" for s in starts) + " | last / first |",
-        "|---" * (len(starts) + 2) + "|",
-    ]
-    for arm, title in ARMS.items():
-        mine = [r["long"] for r in results if r["arm"] == arm]
-        if mine:
-            means = [spread([rows[i]["quality"] for rows in mine])[0] for i in range(len(starts))]
-            row = " | ".join(f"{100 * mean:.1f}" for mean in means)
-            lines.append(f"| {title} | {row} | {means[-1] / means[0]:.3f} |")
-    return "\n".join(lines) + "\n"
+def dimensions(scores: Scores, clips: str) -> str:
+    """One row per arm at its first steps: every dimension."""
+    names = (*SEMANTIC, *QUALITY)
+    rows = [
+        [scores.plan.title(arm), f"{scores.first(arm, steps)['trained'] / 1e6:.2f} M",
+         *(cell(spread_of(scores, arm, steps, clips, name)) for name in names)]
+        for arm, steps in scores.arms()
+    ]  # fmt: skip
+    return table(["arm", "trained", *(name.replace("_", " ") for name in names)], rows)
 
 
-def blinking_table(results: list[dict[str, Any]]) -> str:
-    """Share of the clips that blink, one row per arm, mean and standard error over seeds."""
-    lines = ["| arm | clips that blink |", "|---" * 2 + "|"]
-    for arm, title in ARMS.items():
-        mine = [r["blinking"] for r in results if r["arm"] == arm and "blinking" in r]
-        if mine:
-            lines.append(f"| {title} | {percent(mine)} |")
-    return "\n".join(lines) + "\n"
+def losses(scores: Scores) -> str:
+    """Held-out Eq. 6, and its difference to the baseline, seed by seed; the noise is the same."""
+    rows = []
+    for arm, _ in scores.arms():
+        means = [scores.loss(arm, name) for name in ("all", "reappearing")]
+        gaps = [scores.loss(arm, name, against=True) for name in ("all", "reappearing")]
+        if means[0] is not None:
+            cells = [f"{found.mean:.4f}" if found else "" for found in means]
+            rows.append([scores.plan.title(arm), *cells, *(cell(gap, 1.0, "+.4f") for gap in gaps)])
+    return table(["arm", "all frames", "reappearing", "difference, all", "difference, reappearing"], rows)
 
 
-def trade_table(rows: list[dict[str, float]]) -> str:
-    """Scores against denoising steps; standard errors over clips."""
-    lines = ["| steps | cost | total | quality | semantic |", "|---" * 5 + "|"]
-    for row in rows:
-        cells = [f"{100 * row[n]:.1f} ± {100 * row[n + '_se']:.1f}" for n in ("total", "quality", "semantic")]
-        lines.append(f"| {row['steps']} | {row['cost']:.2f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def over_time(scores: Scores) -> str:
+    """Quality of successive windows of the longest clips, one row per arm, mean over seeds."""
+    rows, starts, length = [], list[int](), scores.plan.config.window
+    for arm, steps in scores.arms():
+        if found := scores.windows(arm, steps):
+            starts, means = found[0], found[1].mean(0).tolist()
+            row = [f"{100 * mean:.1f}" for mean in means]
+            rows.append([scores.plan.title(arm), *row, f"{means[-1] / max(means[0], 1e-9):.3f}"])
+    return table(["arm", *(f"{s}-{s + length - 1}" for s in starts), "last / first"], rows) if rows else ""
 
 
-def write_report(
-    config: AblationConfig, results: list[dict[str, Any]], trade: list[dict[str, float]], folder: Path
-) -> None:
-    """ablation.md with every table, ablation.json with every number, and plots."""
+def against_steps(scores: Scores, clips: str) -> str:
+    """Totals of arms that were streamed with several numbers of steps: a column per steps."""
+    plan, rows = scores.plan, []
+    known = [steps for steps in plan.samplings if any(row[1] == steps for row in scores.rows())]
+    for arm in plan.arms:
+        if sum(row[0] == arm for row in scores.rows()) > 1:
+            cells = [cell(spread_of(scores, arm, steps, clips, "total")) for steps in known]
+            rows.append([plan.title(arm), *cells])
+    return table(["arm", *known], rows) if rows else ""
+
+
+def _numbers(scores: Scores, names: list[str]) -> dict[str, Any]:
+    """Every number of the tables."""
+    rows = []
+    for arm, steps in scores.rows():
+        first = scores.first(arm, steps)
+        for clips in (*names, "given"):
+            shown = first["clips"].get(clips, {})
+            found = {name: spread_of(scores, arm, steps, clips, name) for name in shown}
+            gap = scores.difference(arm, steps, clips)
+            if found:
+                rows.append({
+                    "arm": arm, "steps": steps, "clips": clips, "passes": first["passes"],
+                    "scores": {name: asdict(value) for name, value in found.items() if value},
+                    "difference": _plain(gap),
+                })  # fmt: skip
+    arms = [arm for arm, _ in scores.arms()]
+    loss = {arm: [_plain(scores.loss(arm, "all", against)) for against in (False, True)] for arm in arms}
+    return {"rows": rows, "verdicts": {arm: scores.verdict(arm) for arm in arms}, "loss": loss}
+
+
+def _plain(found: Spread | None) -> dict[str, Any] | None:
+    """As JSON has it, without NaN."""
+    if found is None:
+        return None
+    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in asdict(found).items()}
+
+
+def write_tables(scores: Scores, folder: Path) -> None:
+    """ablation.md with every table, ablation.json with every number."""
     folder.mkdir(parents=True, exist_ok=True)
-    dims = tuple(sorted({n for r in results for n in r["scores"]} - {"total", "quality", "semantic", "blink"}))
-    about = (
-        f"`make ablation`: {config.prompts} held-out prompts (seed {config.prompt_seed}), {4 * config.frames - 3} "
-        f"frames, the same noise for all; next-chunk {config.next_chunk_steps} steps, RL {config.rl_steps}, the longer "
-        f"arm {config.longer_steps} more. In percent, mean and standard error over seeds."
-    )
-    parts = ["# Ablation", about, table(results), "## Dimensions", table(results, dims)]
-    if any("given" in r for r in results):
-        parts += [f"## Going on from {config.given} drawn latent frames", table(results, what="given")]
-        parts += [table(results, dims, what="given")]
-    if any("loss" in r for r in results):
-        about = "Mean squared error of the flow (Eq. 6) on drawn held-out clips, the same noise for all arms."
-        parts += ["## Held-out loss", about, loss_table(results)]
-    if any("blinking" in r for r in results):
-        about = (
-            "Share of the text-to-video clips whose mover blinks, in percent. No caption states it; no score counts it."
-        )
-        parts += ["## What no caption states", about, blinking_table(results)]
-    long = [r for r in results if r.get("long")]
-    if long:
-        about = f"Quality of text-to-video, {config.long_prompts} prompts, one column per {config.window} frames."
-        parts += ["## Quality over time", about, time_table(config, long)]
-    if trade:
-        about = "The ETM student of the first seed; cost of a frame relative to four steps, in passes."
-        parts += ["## Quality against steps", about, trade_table(trade)]
     with whole_file(folder / "ablation.md") as part:
-        part.write_text("\n\n".join(text.strip() for text in parts) + "\n")
-    write_json(folder / "ablation.json", {"results": results, "trade_off": trade})
-    plot(results, trade, folder)
+        part.write_text("\n\n".join(_report(scores)) + "\n", encoding="utf-8")
+    names = [clips_name(frames) for frames, _ in scores.plan.config.lengths]
+    write_json(folder / "ablation.json", _numbers(scores, names))
 
 
-def plot(results: list[dict[str, Any]], trade: list[dict[str, float]], folder: Path) -> None:
-    """ablation.png: arms with error bars over seeds; long.png: quality over time; trade_off.png: against cost."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("plots: left out, matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    def save(figure: Any, name: str) -> None:
-        figure.tight_layout()
-        figure.savefig(folder / name, dpi=110)
-        pyplot.close(figure)
-
-    arms = [arm for arm in ARMS if any(r["arm"] == arm for r in results)]
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 0.5 * len(arms) + 1.6), sharey=True)
-    for axis, name in zip(axes, ("total", "quality", "semantic"), strict=True):
-        for place, arm in enumerate(arms):
-            values = [100 * r["scores"][name]["mean"] for r in results if r["arm"] == arm]
-            mean, error = spread(values)
-            axis.errorbar(mean, place, xerr=0 if math.isnan(error) else error, fmt="o", color="black", capsize=3)
-            axis.plot(values, [place] * len(values), ".", color="gray")
-        axis.set_title(name)
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(arms)), [ARMS[arm] for arm in arms])
-    axes[0].invert_yaxis()
-    save(figure, "ablation.png")
-
-    long = [r for r in results if r.get("long")]
-    if long:
-        figure, axis = pyplot.subplots(figsize=(9.5, 4))
-        for arm in arms:
-            mine = [r["long"] for r in long if r["arm"] == arm]
-            if mine:
-                points = [spread([100 * rows[i]["quality"] for rows in mine]) for i in range(len(mine[0]))]
-                means, errors = zip(*points, strict=True)
-                errors = [0 if math.isnan(error) else error for error in errors]
-                axis.errorbar(
-                    [row["from"] for row in mine[0]], means, yerr=errors, marker=".", capsize=2, label=ARMS[arm]
-                )
-        axis.set_xlabel("first frame of the window")
-        axis.set_ylabel("quality")
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        axis.grid(alpha=0.3)
-        save(figure, "long.png")
-    if trade:
-        figure, axis = pyplot.subplots(figsize=(5, 4))
-        for name in ("total", "quality", "semantic"):
-            values, errors = ([100 * row[key] for row in trade] for key in (name, f"{name}_se"))
-            axis.errorbar([row["cost"] for row in trade], values, yerr=errors, marker="o", capsize=3, label=name)
-        axis.set_xlabel("cost of a frame, four steps = 1")
-        axis.legend()
-        axis.grid(alpha=0.3)
-        save(figure, "trade_off.png")
+def _report(scores: Scores) -> list[str]:
+    """The paragraphs of ablation.md."""
+    config = scores.plan.config
+    names = [clips_name(frames) for frames, _ in config.lengths]
+    about = (
+        f"Held-out prompts (seed {config.prompt_seed}), the same prompts and noise for all arms. In percent: mean and "
+        "standard error over seeds; in brackets, of one seed, over prompts. `difference` is paired, prompt by prompt "
+        "and seed by seed, to the arm's baseline in the table of verdicts. Its error is the larger one of those over "
+        "seeds and over prompts."
+    )
+    parts = [f"# {config.title}", about]
+    for name, (_, prompts) in zip(names, config.lengths, strict=True):
+        parts += [f"## {name} frames, {prompts} prompts", totals(scores, name)]
+    if rows := verdicts(scores, names):
+        rule = f"A gain counts if the difference exceeds {SURE:g} standard errors over {names[0]} frames"
+        rule += f" and does not turn round over {names[1]}" if len(names) > 1 else ""
+        rule += ", at guidance 1 of the training. `frames with gradient` are those whose loss moved the student."
+        parts += ["## Differences and verdicts", rule, rows]
+    parts += ["## Dimensions", f"{names[0]} frames.", dimensions(scores, names[0])]
+    if any("given" in scores.first(*row)["clips"] for row in scores.arms()):
+        about = f"Going on from {config.given} drawn latent frames"
+        parts += [f"## {about}", totals(scores, "given"), dimensions(scores, "given")]
+    if any(scores.loss(arm, "all") for arm, _ in scores.arms()):
+        about = "Mean squared error of the flow (Eq. 6) on drawn held-out clips, the same noise for all arms."
+        parts += ["## Held-out loss", about, losses(scores)]
+    if rows := over_time(scores):
+        about = f"Quality, {config.lengths[-1][1]} prompts of {names[-1]} frames; a column a window of {config.window}."
+        parts += ["## Quality over time", about, rows]
+    for name in names[:2]:
+        if rows := against_steps(scores, name):
+            parts += [f"## Total against steps, {name} frames", rows]
+    return parts

@@ -143,6 +143,24 @@ class Adapted(nn.Module):
         for name, value in state.items():
             own[name].copy_(value)
 
+    @contextmanager
+    def guided(self, scale: float) -> Iterator[None]:
+        """Within this context a stream of [prompts, empty prompts] has the flow of classifier-free guidance.
+
+        Both halves of the batch get the same flow, so that they stay one video. The caller gives them the same noise.
+        """
+        plain = self.stages.run
+
+        def run(step: Pass, cache: RingCache, text_kv: Any) -> Tensor:
+            result = plain(step, cache, text_kv)
+            if not step.kind.timed:
+                return result
+            v_text, v_empty = result.chunk(2)
+            return (v_empty + scale * (v_text - v_empty)).repeat(2, 1, 1, 1, 1)
+
+        with passes_run_by(self.stages, run):
+            yield
+
 
 def adapter_of(model: nn.Module) -> dict[str, Tensor]:
     """LoRA tensors of one of a student's models, with the keys of PEFT's files."""
@@ -180,24 +198,6 @@ class Student(Adapted):
         if not etm:
             self.etm.requires_grad_(False)
         self.stages = TorchStages({"sdd": self.sdd, "etm": self.etm}, vae=None, text_encoder=None)
-
-    @contextmanager
-    def guided(self, scale: float) -> Iterator[None]:
-        """Within this context a stream of [prompts, empty prompts] has the flow of classifier-free guidance.
-
-        Both halves of the batch get the same flow, so that they stay one video. The caller gives them the same noise.
-        """
-        plain = self.stages.run
-
-        def run(step: Pass, cache: RingCache, text_kv: Any) -> Tensor:
-            result = plain(step, cache, text_kv)
-            if step.kind.graph != "sdd":
-                return result
-            v_text, v_empty = result.chunk(2)
-            return (v_empty + scale * (v_text - v_empty)).repeat(2, 1, 1, 1, 1)
-
-        with passes_run_by(self.stages, run):
-            yield
 
     def c_f(self, context: Tensor, text: dict[str, TextKV]) -> Tensor:
         """Eq. 2 for all frames at once: clean context [B, C, K, h, w] -> c_0 .. c_K, [B, (K + 1) * n, dim]; c_0 = 0."""

@@ -14,7 +14,7 @@ from distill.__main__ import STAGES, main
 from distill.stages import latents
 from distill.stages.latents import BankConfig, BankOptions
 from distill.training.stage import Options, Stage, TableOptions
-from engine.options import read_table
+from engine.options import read_table, read_toml
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "distill" / "configs").glob("*.toml"))
@@ -54,7 +54,7 @@ def test_help_of_a_stage_names_every_entry(name: str, capsys: pytest.CaptureFixt
 def test_shipped_configs_are_read(config: Path) -> None:
     found = 0
     for stage in map(stage_of, STAGES):
-        if f"[{stage.table}]" in config.read_text():
+        if stage.table in read_toml(config):
             found += isinstance(read_table(stage.config, config, stage.table), stage.config)
     assert found
 

@@ -1,4 +1,4 @@
-"""Teacher sampling, plans, evaluation and the ablation's bookkeeping, on models that were not trained."""
+"""Teacher sampling, plans and evaluation, on models that were not trained."""
 
 import json
 import sys
@@ -14,14 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill.__main__ import main
 from distill.data.shards import Shards
-from distill.experiments import ablation, evaluate
-from distill.experiments.ablation import Runner
-from distill.experiments.tables import ARMS, AblationConfig, table, write_report
+from distill.experiments import evaluate
 from distill.models.codec import build_vae
 from distill.models.student import Student
 from distill.scores.tasks import find_task
 from distill.stages.dmd import DmdConfig
-from distill.stages.next_chunk import NextChunkConfig, read_student
+from distill.stages.next_chunk import NextChunkConfig
 from distill.stages.plan import ClusterConfig, _passes, estimate, forward_flops
 from distill.stages.rl import RlConfig
 from distill.stages.sample_teacher import SampleTeacherConfig, write_clips
@@ -270,73 +268,3 @@ def test_vbench_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert asked["videos_path"] == str(tmp_path / "out/videos")
     with pytest.raises(FileNotFoundError, match="VBench_full_info"):
         evaluate.vbench_prompts(tmp_path / "none.json")
-
-
-@pytest.mark.slow
-def test_ablation_skips_what_is_done(
-    teacher: Path, sampled: tuple[SampleTeacherConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Arms of every kind, tiny; a second run trains nothing and measures nothing."""
-    made = NextChunkConfig(
-        teacher=str(teacher / "teacher"), data=str(sampled[1]), batch=2, first_batch=2, frames=3, rank=2
-    )
-    tuned = RlConfig(data=str(sampled[1]), batch=2, frames=3)
-    config = AblationConfig(
-        vae=str(teacher / "vae"),
-        arms=("no-etm", "etm", "etm-rl", "etm-cfg", "etm-longer"),
-        seeds=(0,),
-        next_chunk_steps=1,
-        longer_steps=2,
-        rl_steps=1,
-        prompts=1,
-        frames=3,
-        given=1,
-        long_prompts=1,
-        long_frames=5,
-        window=16,
-        steps=(1, 2),
-    )
-    runner = Runner(config, made, tuned, tmp_path)
-
-    def measured(runner: Runner) -> list[dict[str, Any]]:
-        return [{"loss": runner.loss(arm, 0)} | runner.result(arm, 0) for arm in config.arms]
-
-    results = measured(runner)
-    plain, guided = results[1]["loss"], results[3]["loss"]
-    assert plain == guided  # the same student, teacher-forced
-    assert results[0]["loss"] != plain
-    longer = read_student(tmp_path / "etm-longer-0" / "student.pt")[1]
-    assert longer.start == str(tmp_path / "etm-0" / "student.pt")
-    assert longer.seed != read_student(Path(longer.start))[1].seed  # other clips and noise than its parent's
-    trade = runner.trade_off("etm", 0)
-    assert [row["steps"] for row in trade] == [1, 2]
-    trained = {r["arm"]: r["trained"] for r in results}
-    assert trained["etm"] == trained["etm-rl"] == trained["etm-cfg"]
-    assert trained["no-etm"] == pytest.approx(trained["etm"], rel=0.6)  # W_c is all that differs; large at rank 2
-    for stage in ("next_chunk", "rl"):
-        monkeypatch.setattr(getattr(ablation, stage), "train", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(Runner, "videos", lambda *_: pytest.fail("measured again"))
-    again = Runner(config, made, tuned, tmp_path)
-    monkeypatch.setattr(ablation, "load_student", lambda *_: pytest.fail("measured again"))
-    assert measured(again) == results
-    with pytest.raises(ValueError, match="other settings"):
-        Runner(replace(config, prompts=2), made, tuned, tmp_path)
-    write_report(config, results, trade, tmp_path / "docs")
-    text = (tmp_path / "docs/ablation.md").read_text()
-    assert all(ARMS[arm] in text for arm in config.arms)
-    assert "What no caption states" in text
-    assert json.loads((tmp_path / "docs/ablation.json").read_text())["results"] == results
-    assert main(["ablation", "--report", "--out", str(tmp_path), "--results", str(tmp_path / "again")]) == 0
-    reported = json.loads((tmp_path / "again/ablation.json").read_text())
-    assert reported["trade_off"] == trade
-    assert sorted(reported["results"], key=lambda r: r["arm"]) == sorted(results, key=lambda r: r["arm"])
-
-
-def test_table_is_over_seeds() -> None:
-    rows = [
-        {"arm": "etm", "trained": 1e6, "scores": {n: {"mean": v} for n in ("total", "quality", "semantic")}}
-        for v in (0.5, 0.7)
-    ]
-    assert "| ETM | 2 | 1.00 M | 60.0 ± 10.0 |" in table(rows)
-    with pytest.raises(ValueError, match="expected some of"):
-        AblationConfig(arms=("etm", "magic"))
