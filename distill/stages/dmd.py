@@ -37,6 +37,7 @@ from engine.config import Preset
 from engine.options import option
 
 LOSSES = ("dmd", "sid")
+SWITCHES = range(2, 6)  # latent frames at which a prompt is switched
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class DmdConfig(TuningConfig):
     rollout: int = option(0, "latent frames per rollout; where more than `frames`, a random window of them is scored")
     sampling_steps: tuple[int, ...] = option((), "denoising steps per frame, one drawn a step; empty: the student's")
     first_steps: int = option(0, "denoising steps of frame 0 where it takes more (First-Frame Enhancement); 0: none")
+    switch_share: float = option(0.0, "share of the steps whose rollouts switch the prompt, with the window after it")
     loss: str = option("dmd", "dmd or sid")
     alpha: float = option(1.0, "of SiD")
     critic_rank: int = option(0, "LoRA rank of the critic; 0: all weights learn")
@@ -67,6 +69,8 @@ class DmdConfig(TuningConfig):
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
         if self.rollout and self.rollout < self.frames:
             raise ValueError(f"rollout: got {self.rollout}, expected 0 or at least frames ({self.frames})")
+        if not 0 <= self.switch_share <= 1:
+            raise ValueError(f"switch_share: got {self.switch_share}, expected 0 to 1")
         for count in (*self.sampling_steps, self.first_steps or 1):
             if count < 1 or 1000 % count:
                 raise ValueError(f"denoising steps: got {count}, expected a divisor of 1000")
@@ -126,21 +130,41 @@ class Dmd(Tuning):
         """A clip of the student's own, [B, C, frames, h, w]; the exit step of its frames carries their gradients.
 
         The frame with which a window begins later than its rollout has none: the teacher takes it for a first latent,
-        which shows one picture where others show four.
+        which shows one picture where others show four. A stream commits its past anew under a new prompt. So one pass
+        with the later prompt equals its frames after a switch, but for what the ETM saw before its window.
         """
         config, shared = self.config, draws.shared
         preset = self.presets[int(torch.randint(len(self.presets), (), generator=shared))]
         exit_step = int(torch.randint(max(map(len, preset.steps)), (), generator=shared))
         length = config.rollout or config.frames
-        clean, noisy, sigma = roll_exits(self.student, emb, length, exit_step, draws.seeds(), preset, self.size)
-        clean, noisy = clean.float(), noisy.float()  # frozen weights may be bf16; the clip is not
         start = int(torch.randint(length - config.frames + 1, (), generator=shared))
+        earlier = self.earlier(draws)
+        if earlier:
+            start, length = earlier[0], earlier[0] + config.frames
+        clean, noisy, sigma = roll_exits(
+            self.student, emb, length, exit_step, draws.seeds(), preset, self.size, earlier
+        )
+        clean, noisy = clean.float(), noisy.float()  # frozen weights may be bf16; the clip is not
         window = slice(start, start + config.frames)
         if not torch.is_grad_enabled():
             return clean[:, :, window]
         flow = self.student.flow(clean[:, :, :-1], noisy, sigma, self.student.stages.prepare_text(emb))
         clip = (noisy - sigma[:, None, :, None, None] * flow)[:, :, window]
         return torch.cat([clip[:, :, :1].detach(), clip[:, :, 1:]], 2) if start else clip
+
+    def earlier(self, draws: Draws) -> tuple[int, Tensor] | None:
+        """In a step that switches the prompt: the number of latent frames before, and their text_emb.
+
+        Their captions are the clips' earlier ones in the data, or else those of other clips.
+        """
+        turn = float(torch.rand((), generator=draws.shared))
+        if turn >= self.config.switch_share:
+            return None
+        begins = SWITCHES[int(torch.randint(len(SWITCHES), (), generator=draws.shared))]
+        own = self.data.earlier(draws.clips(self.config.batch, len(self.data)))
+        others = self.data.captions(draws.choice(len(self.data)).tolist())
+        captions = [switch[0] if switch else other for switch, other in zip(own, others, strict=True)]
+        return begins, self.base.encode(captions)
 
     def _noised(self, clip: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """The clip at one level per sample within the clamp: noisy, noise, both as the clip, and sigma' [B]."""

@@ -210,7 +210,8 @@ def test_evaluate_command(task: str | None, capsys: pytest.CaptureFixture[str]) 
     assert {"object_class", "color", "scene", "motion_smoothness"} <= set(result["dimensions"])
     assert result["dimensions"]["color"]["n"] == 2
     assert result["task"] == (task or "scenes")
-    assert ("scores" in result) == (task == "sprites")  # the strict scorer's, of one object
+    assert 0 <= result["all_right"] <= 1
+    assert 0 <= result["blink"] <= 1
 
 
 @pytest.mark.slow
