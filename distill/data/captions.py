@@ -4,12 +4,13 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.model.text import check_prompt
 
+Rows = Iterator[tuple[str, dict[str, Any]]]  # where a row stands, and its entries
 FILES, TEXTS = ("file", "video", "path"), ("caption", "text", "prompt")
 # Names of files that are taken for videos. Others are read where a caption file names them.
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
@@ -78,7 +79,7 @@ def _beside(video: Path) -> str:
 
 
 def _listed(captions: Path) -> Iterator[tuple[str, str]]:
-    readers = {".jsonl": _lines, ".csv": _rows}
+    readers: dict[str, Callable[[Path], Rows]] = {".jsonl": _lines, ".csv": _rows}
     if captions.suffix.lower() not in readers:
         raise ValueError(f"captions: got {captions}, expected a file in .jsonl or .csv")
     if not captions.is_file():
@@ -91,7 +92,7 @@ def _listed(captions: Path) -> Iterator[tuple[str, str]]:
         yield os.path.normpath(file), caption
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+def _lines(path: Path) -> Rows:
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -105,7 +106,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
         yield where, row
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def _rows(path: Path) -> Rows:
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     try:
         head = [name.strip().lower() for name in next(reader, [])]

@@ -30,7 +30,7 @@ def compute_in_fp8(student: Adapted, keep: Sequence[str]) -> None:
             for names in products(number):
                 if wanted(names, keep, role):
                     for layer in map(model.get_submodule, names):
-                        layer.forward = partial(_product, layer)  # type: ignore[method-assign]
+                        layer.forward = partial(_product, layer)
 
 
 def _product(layer: Any, x: Tensor) -> Tensor:

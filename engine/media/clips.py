@@ -1,7 +1,7 @@
 """Reads a clip as a viewer shows it, on the stream's grid of times: its end, or all of it frame by frame."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -60,7 +60,9 @@ def read_clip(
     return clip
 
 
-def frames_at(path: Path, height: int, width: int, fps: float, *, crop: bool = True) -> Iterator[np.ndarray]:
+def frames_at(
+    path: Path, height: int, width: int, fps: float, *, crop: bool = True
+) -> Generator[np.ndarray, None, None]:
     """All frames of a video at `fps`, one by one: what `read_clip` returns of a `last` without end. Holds one of them.
 
     A picture is a video of one frame. Without `crop` pixels are stretched to the size. ValueError also for a file that
