@@ -27,6 +27,7 @@ from engine.loader import EMBEDDED
 from engine.media.clips import read_clip
 from engine.media.sinks import open_sink
 
+ROOT = Path(__file__).parents[2]
 CAPTIONS = [f"a {colour} circle moving right slowly on a gray background" for colour in ("red", "blue", "green")]
 FRAMES = 9  # per clip: three latent frames
 
@@ -326,7 +327,7 @@ def test_a_killed_run_goes_on_to_the_same_files(videos: Path, tmp_path: Path) ->
     words = ["--clips", "0", "--stride", "1", "--shard", "3"]
     assert main(command(videos, tmp_path / "whole", *words)) == 0
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-m", "distill", *command(videos, out, *words)])
+    process = subprocess.Popen([sys.executable, "-m", "distill", *command(videos, out, *words)], cwd=ROOT)
     end = time.monotonic() + 60
     while not (out / "00001.safetensors").exists() and time.monotonic() < end:
         time.sleep(0.002)

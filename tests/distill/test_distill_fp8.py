@@ -1,6 +1,7 @@
 """Training for FP8: the student's products are the engine's, and the gradient goes straight through the rounding."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -292,10 +293,12 @@ def test_two_processes_with_spread_weights(config: NextChunkConfig, trained: Pat
     jobs.write_bytes(pickle.dumps([("fp8", next_chunk.train, (replace(config, shard=True), tmp_path / "fp8"))]))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = str(ROOT / "tests" / "support" / "in_processes.py")
-    subprocess.run([*launcher, script, str(jobs)], cwd=ROOT, check=True, timeout=HANG, capture_output=True)
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    subprocess.run([*launcher, script, str(jobs)], cwd=ROOT, env=env, check=True, timeout=HANG, capture_output=True)
     assert "frozen layers spread" in Path(f"{jobs}.fp8.0").read_text()
     for two, one in zip(losses(tmp_path / "fp8"), losses(trained), strict=True):
-        assert two == pytest.approx(one, rel=0.02)
+        assert two == pytest.approx(one, rel=1e-3)  # without FP8 they are 6e-3 away
 
 
 def test_the_plan_counts_the_rounded_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
