@@ -26,6 +26,7 @@ STAGES = {
     "train_vae": ("stages.train_vae", "embedded model: train the VAE"),
     "latents": ("stages.latents", "embedded model: draw clips and encode them, once"),
     "teacher": ("stages.teacher", "embedded model: train the bidirectional teacher"),
+    "dataset": ("stages.dataset", "own videos and captions: encode them as training data"),
     "sample_teacher": ("stages.sample_teacher", "sample captioned latents from a teacher"),
     "next_chunk": ("stages.next_chunk", "train the student on clean pasts (Eq. 6)"),
     "rl": ("stages.rl", "fine-tune the student on its own rollouts (Eq. 7-10)"),

@@ -137,7 +137,7 @@ def load(
     height = settings.height if height is None else height
     width = settings.width if width is None else width
     fps = settings.fps if fps is None else fps
-    _check_size(config, vae_config, height, width)
+    check_size(config, vae_config, height, width)
     if not fps > 0:
         raise ValueError(f"fps: got {fps}, expected a positive number")
 
@@ -395,7 +395,8 @@ def _transformer(
     return model
 
 
-def _check_size(config: TransformerConfig, vae: VAEConfig, height: int, width: int) -> None:
+def check_size(config: TransformerConfig, vae: VAEConfig, height: int, width: int) -> None:
+    """ValueError for pixels that are no whole number of tokens."""
     for what, pixels, patch in (("height", height, config.patch_size[1]), ("width", width, config.patch_size[2])):
         unit = vae.scale_factor_spatial * patch
         if pixels < unit or pixels % unit:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from distill.data.shards import Shards
 from distill.models.base import Base
 from distill.models.causal import CausalStudent
+from distill.models.fp8 import compute_in_fp8
 from distill.models.rollout import chunks_in, noise_levels, roll_out
 from distill.models.sampling import guided_flow, noised, shifted
 from distill.models.student import Student
@@ -39,6 +40,7 @@ from engine.loader import settings_of
 from engine.model.transformer import TextKV, WanTransformer
 from engine.options import option
 from engine.presets import PRESETS, find_preset
+from engine.runtime.device import check_fp8
 from engine.weights.adapters import check_base
 from engine.weights.finding import part_files
 
@@ -54,7 +56,14 @@ EVEN = ("self-forcing-framewise", "self-forcing")  # presets of the causal famil
 
 
 @dataclass(frozen=True)
-class NextChunkConfig(FitConfig):
+class StudentConfig(FitConfig):
+    """What the stages that train a student share."""
+
+    fp8: bool = option(False, "round the student's large products to e4m3, as its FP8 stream will")
+
+
+@dataclass(frozen=True)
+class NextChunkConfig(StudentConfig):
     """The table [next_chunk]. A student file holds these keys: renaming one makes older files unreadable."""
 
     teacher: str = option("runs/teacher/teacher", "pipeline directory of the teacher")
@@ -403,7 +412,7 @@ class NextChunk(StudentObjective):
 
 def fit_student(
     objective: StudentObjective,
-    config: FitConfig,
+    config: StudentConfig,
     made: NextChunkConfig,
     out: Path,
     accelerator: Accelerator,
@@ -411,6 +420,9 @@ def fit_student(
     stop_at: int | None,
 ) -> dict[str, Tensor]:
     """`fit`; a complete run also writes the averaged student to out/student.pt. `made` is the config that made it."""
+    if config.fp8:
+        check_fp8(accelerator.device)
+        compute_in_fp8(objective.student, settings_of(Path(made.teacher)).fp8_keep)
     trained = fit(objective, config, out, accelerator, board, stop_at)
     if accelerator.is_main_process and (stop_at is None or stop_at >= config.steps):
         save_student(out / "student.pt", trained, made)

@@ -17,7 +17,7 @@ import torch
 from distill.models.causal import causal_visible, noisy_visible
 from distill.models.critic import Critic
 from distill.stages.dmd import DmdConfig, presets_of, streamed_by
-from distill.stages.next_chunk import NextChunkConfig
+from distill.stages.next_chunk import NextChunkConfig, StudentConfig
 from distill.stages.rl import RlConfig
 from distill.training.loop import FitConfig, split
 from engine.config import Preset, TransformerConfig
@@ -165,7 +165,7 @@ def _backward(config: FitConfig) -> float:
     return 3.0 if config.recompute else 2.0
 
 
-def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -> Plan:
+def estimate(config: StudentConfig, made: NextChunkConfig, cluster: ClusterConfig) -> Plan:
     """The plan of a stage by its config. `made` is the next-chunk config of its student."""
     shape = TransformerConfig()
     if cluster.transformer:
@@ -195,6 +195,7 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
     # Whole blocks keep norms, projections, attention and feed-forward; recomputed blocks keep only their input.
     kept *= 1 if config.recompute else 14 + 2 * shape.ffn_dim // shape.dim
     peak = sequence * (14 * shape.dim + 2 * shape.ffn_dim) * width if config.recompute else 0
+    rounded = frozen if config.fp8 and not config.recompute else 0  # bytes of e4m3 weights, for the backward pass
     flops = work.flops * config.batch
     embedding = cluster.text_embedding_gib * GIB
     held = (frozen + critic_frozen + base) * width + cluster.text_encoder_gib * GIB - embedding
@@ -204,7 +205,7 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
         weights=int(held / (cluster.gpus if config.shard else 1) + embedding) + 4 * learnt,
         # Gradient, two moments, and the buckets in which several processes average gradients; the moving average.
         optimiser=learnt * 4 * (3 + (cluster.gpus > 1)) + 4 * trained,
-        activations=micro * (kept + peak),
+        activations=micro * (kept + peak) + rounded,
         tokens=sequence * config.batch,
         flops=flops,
         seconds=flops / (cluster.gpus * cluster.tflops * 1e12),

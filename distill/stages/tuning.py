@@ -12,14 +12,21 @@ from torch import Tensor
 from distill.data.shards import Shards
 from distill.models.base import Base
 from distill.models.sampling import shifted
-from distill.stages.next_chunk import AnyStudent, NextChunkConfig, StudentObjective, fit_student, load_student
+from distill.stages.next_chunk import (
+    AnyStudent,
+    NextChunkConfig,
+    StudentConfig,
+    StudentObjective,
+    fit_student,
+    load_student,
+)
 from distill.training.draws import Draws
-from distill.training.loop import FitConfig, accelerator_of
+from distill.training.loop import accelerator_of
 from engine.options import option
 
 
 @dataclass(frozen=True)
-class TuningConfig(FitConfig):
+class TuningConfig(StudentConfig):
     """What the tables of these stages share."""
 
     student: str = option("runs/student/student.pt", "student file, or model directory with adapters/, to start from")

@@ -1,6 +1,8 @@
-"""Reads the end of a clip as a viewer shows it, on the stream's grid of times."""
+"""Reads a clip as a viewer shows it, on the stream's grid of times: its end, or all of it frame by frame."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +12,7 @@ import numpy as np
 from engine.media.decoding import Damaged, Decoder
 from engine.media.frames import Renderer
 from engine.media.inputs import add_once, check_file, reason
-from engine.media.pictures import frames_of, kind_of
+from engine.media.pictures import frames_of, kind_of, read_image
 from engine.media.timeline import Clock, Grid, rounded_to, tolerance_of
 
 Progress = Callable[[float], None]  # receives the share of the work that is done, from 0 to 1
@@ -44,16 +46,65 @@ def read_clip(
     Raises FileNotFoundError, or ValueError for what is no file, no video, damaged before its end, encrypted, or larger
     than 67 megapixels.
     """
-    check_file(path, "video")
-    import av
-
     made: list[str] = []
     wanted = _Wanted(path, height, width, fps, last, progress or (lambda share: None))
-    try:
+    with _named(path):
         kind = kind_of(path)
         if kind == "picture":
             raise ValueError("a picture, expected a video: pass it as --image")
         clip, total = _animated(wanted, made) if kind == "animation" else _decoded(wanted, made)
+    if total > last:
+        made.append(f"{path.name}: taken: the last {last} of {total} frames at {fps:g} fps")
+    if notes is not None:
+        add_once(notes, made)
+    return clip
+
+
+def frames_at(
+    path: Path, height: int, width: int, fps: float, *, crop: bool = True
+) -> Generator[np.ndarray, None, None]:
+    """All frames of a video at `fps`, one by one: what `read_clip` returns of a `last` without end. Holds one of them.
+
+    A picture is a video of one frame. Without `crop` pixels are stretched to the size. ValueError also for a file that
+    is cut off, at once where its container tells its length, else when the reading comes there.
+    """
+    with _named(path):
+        kind = kind_of(path)
+        if kind == "picture":
+            yield from read_image(path, height, width, crop=crop)
+            return
+        grid: Grid[Any]
+        if kind == "animation":
+            grid, time = Grid(fps, sys.maxsize, tolerance_of(Fraction(1, 1000))), Fraction(0)
+            for duration, _, pixels in frames_of(path, height, width, [], crop):
+                grid.show(time, pixels, lambda shown: shown)
+                yield from grid.drain()
+                time += duration
+            grid.finish(time)
+        else:
+            with Decoder(path, threads=False) as decoder:
+                if decoder.is_cut_off(path):
+                    raise ValueError("cut off, expected a whole file")
+                render = Renderer(height, width, decoder.stream.sample_aspect_ratio, path.name, [], crop)
+                grid, clock = Grid(fps, sys.maxsize, tolerance_of(decoder.time_base)), Clock(decoder.usual)
+                with _placed(clock):
+                    for stamp, length, frame in decoder.frames(None, lambda share: None):
+                        grid.show(clock.at(stamp, length), frame, render)
+                        yield from grid.drain()
+                    if decoder.lost:
+                        raise Damaged
+                grid.finish(_end(decoder, clock) - _jitter(decoder))
+        yield from grid.drain()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors from inside name the video, and what was expected. ValueError for what is no file."""
+    check_file(path, "video")
+    import av
+
+    try:
+        yield
     except Damaged as error:
         mend = "expected a whole file (ffmpeg -i IN OUT.mp4 writes what it can decode)"
         raise ValueError(f"video: got {path}, damaged {error}, {mend}") from None
@@ -61,11 +112,28 @@ def read_clip(
         why = reason(error)
         why = why.removeprefix("got ") if "expected" in why else f"expected a video that FFmpeg can read ({why})"
         raise ValueError(f"video: got {path}, {why}") from None
-    if total > last:
-        made.append(f"{path.name}: taken: the last {last} of {total} frames at {fps:g} fps")
-    if notes is not None:
-        add_once(notes, made)
-    return clip
+
+
+@contextmanager
+def _placed(clock: Clock) -> Iterator[None]:
+    """Damage from inside gets the time at which it is."""
+    try:
+        yield
+    except Damaged:
+        raise Damaged(f"after {float(max(clock.time, Fraction(0))):.1f} s") from None
+
+
+def _end(decoder: Decoder, clock: Clock, whole: bool = True) -> Fraction:
+    """When the last frame is over: of a whole file where its track says so, else after the frame's duration."""
+    if clock.time < 0:
+        raise ValueError("got no frame that can be decoded, expected at least one")
+    told = decoder.length(clock.origin or Fraction(0))
+    return told if whole and told is not None and told > clock.time else clock.end()
+
+
+def _jitter(decoder: Decoder) -> Fraction:
+    """How much earlier a clip's end counts, so that jitter of its last timestamp adds no output frame."""
+    return Fraction(1, 200) if rounded_to(decoder.time_base) else Fraction(0)
 
 
 def _decoded(wanted: _Wanted, notes: list[str]) -> tuple[np.ndarray, int]:
@@ -102,25 +170,18 @@ def _attempt(
         render = Renderer(wanted.height, wanted.width, decoder.stream.sample_aspect_ratio, wanted.path.name, notes)
         grid: Grid[Any] = Grid(wanted.fps, wanted.last, tolerance_of(decoder.time_base))
         clock = Clock(decoder.usual, start and start[0])
-        try:
+        with _placed(clock):
             for stamp, length, frame in decoder.frames(start and start[1], lambda share: wanted.progress(0.7 * share)):
                 time = clock.at(stamp, length)
                 wait = wanted.last * frame.width * frame.height * frame.format.padded_bits_per_pixel / 8 <= _HELD
                 grid.show(time, frame, (lambda shown: shown) if wait else render)
             if decoder.lost and threads:
                 raise Damaged
-        except Damaged:
-            raise Damaged(f"after {float(max(clock.time, Fraction(0))):.1f} s") from None
-        if clock.time < 0:
-            if start is None:
-                raise ValueError("got no frame that can be decoded, expected at least one")
+        if clock.time < 0 and start is not None:
             return None
-        cut, told = decoder.is_cut_off(wanted.path), decoder.length(clock.origin or Fraction(0))
-        end = clock.end()
-        if told is not None and told > clock.time and not cut and not decoder.lost:
-            end = told
-        # Jitter of the last timestamp must not add an output frame.
-        grid.finish(end - (Fraction(1, 200) if rounded_to(decoder.time_base) else 0))
+        cut = decoder.is_cut_off(wanted.path)
+        end = _end(decoder, clock, whole=not cut and not decoder.lost)
+        grid.finish(end - _jitter(decoder))
         if start is not None and (grid.first is None or grid.first > grid.start):
             return None
         if cut or decoder.lost:

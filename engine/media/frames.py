@@ -106,10 +106,12 @@ def crop_box(
 
 
 class Renderer:
-    """Frames -> uint8 [height, width, 3], scaled to cover and cropped in the middle."""
+    """Frames -> uint8 [height, width, 3], scaled to cover and cropped in the middle; stretched without `crop`."""
 
-    def __init__(self, height: int, width: int, aspect: Fraction | None, name: str, notes: list[str]) -> None:
-        self.height, self.width, self.name, self.notes = height, width, name, notes
+    def __init__(
+        self, height: int, width: int, aspect: Fraction | None, name: str, notes: list[str], crop: bool = True
+    ) -> None:
+        self.height, self.width, self.name, self.notes, self.crop = height, width, name, notes, crop
         self.aspect = aspect or Fraction(1)  # a stored pixel's width divided by its height
         self.look: Look | None = None
 
@@ -153,8 +155,9 @@ class Renderer:
             tags, raster = "", (1, 1)
         if alpha:  # laid over black before it is scaled, so that hidden colours do not bleed into shown ones
             steps.append(("premultiply", "inplace=1"))
-        w, h, x, y = crop_box(look.width, high, aspect, across, down, raster)
-        steps.append(("crop", f"{w}:{h}:{x}:{y}"))
+        if self.crop:
+            w, h, x, y = crop_box(look.width, high, aspect, across, down, raster)
+            steps.append(("crop", f"{w}:{h}:{x}:{y}"))
         steps.append(("scale", f"{across}:{down}:{_SCALING}{tags}"))
         steps.append(("format", "rgb48le" if self.deep else "rgb24"))
         self._note(look, alpha)
@@ -188,6 +191,8 @@ class Renderer:
         if look.interlaced:
             found.append("interlaced, only the upper field is used")
         add_once(self.notes, [f"{self.name}: {text}" for text in found])
+        if not self.crop:
+            return
         wide, high = max(look.width * self.aspect, Fraction(1)), Fraction(look.height)
         if self.aspect != 1:
             add_once(self.notes, [f"{self.name}: pixels of {self.aspect} made square"])

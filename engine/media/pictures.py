@@ -24,13 +24,13 @@ _HEAD = 1 << 20  # bytes of a file in which they are looked for
 _HEIF = re.compile(rb"....ftyp(?:heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL)
 
 
-def read_image(path: Path, height: int, width: int, notes: list[str] | None = None) -> np.ndarray:
+def read_image(path: Path, height: int, width: int, notes: list[str] | None = None, crop: bool = True) -> np.ndarray:
     """A picture as a clip of one frame: uint8 [1, height, width, 3], scaled to cover and cropped in the middle.
 
-    Orientation comes from EXIF, colours go through the ICC profile to sRGB, and alpha is laid over black. The first
-    frame of an animation is taken. 16-bit grey and floats in [0, 1] are scaled to 8 bits. `notes` receives a line for
-    each change that a user may want to know. FileNotFoundError; ValueError for what is no readable picture of at most
-    178 megapixels; ImportError for HEIC without pillow_heif.
+    Without `crop` it is stretched. Orientation comes from EXIF, colours go through the ICC profile to sRGB. Alpha is
+    laid over black. The first frame of an animation is taken. 16-bit grey and floats in [0, 1] are scaled to 8 bits.
+    `notes` receives a line for each change that a user may want to know. FileNotFoundError; ValueError for what is no
+    readable picture of at most 178 megapixels; ImportError for HEIC without pillow_heif.
     """
     check_file(path, "image")
     notes = [] if notes is None else notes
@@ -40,7 +40,7 @@ def read_image(path: Path, height: int, width: int, notes: list[str] | None = No
             with _opened(path) as image:
                 if image.format in _ANIMATED and (count := getattr(image, "n_frames", 1)) > 1:
                     notes.append(f"{path.name}: the first of {count} frames is taken; --video continues an animation")
-                return _shown(image, path.name, height, width, notes, _code_points(path))[None]
+                return _shown(image, path.name, height, width, notes, _code_points(path), crop)[None]
         except Image.DecompressionBombError as error:
             pixels = re.search(r"\d+", str(error))
             got = f"of {int(pixels[0]) / 1e6:.0f} megapixels" if pixels else "too large"
@@ -71,10 +71,12 @@ def kind_of(path: Path) -> str:
             return "picture" if _HEIF.match(file.read(12)) else ""
 
 
-def frames_of(path: Path, height: int, width: int, notes: list[str]) -> Iterator[tuple[Fraction, float, np.ndarray]]:
+def frames_of(
+    path: Path, height: int, width: int, notes: list[str], crop: bool = True
+) -> Iterator[tuple[Fraction, float, np.ndarray]]:
     """Frames of an animation: how long each is shown in seconds, the share read, uint8 [height, width, 3].
 
-    ValueError for a damaged file. A GIF's delay below 20 ms means 100 ms, as in browsers.
+    `crop` as in `read_image`. ValueError for a damaged file. A GIF's delay below 20 ms means 100 ms, as in browsers.
     """
     try:
         with warnings.catch_warnings(), _open(path) as image:
@@ -86,7 +88,7 @@ def frames_of(path: Path, height: int, width: int, notes: list[str]) -> Iterator
                 told = Fraction(image.info.get("duration") or 0)  # ms
                 length = Fraction(100) if told < 20 and image.format == "GIF" else max(told, Fraction(1))
                 made: list[str] = []
-                pixels = _shown(image, path.name, height, width, made)
+                pixels = _shown(image, path.name, height, width, made, crop=crop)
                 add_once(notes, made)
                 yield length / 1000, (number + 1) / count, pixels
     except Exception as error:
@@ -126,8 +128,9 @@ def _code_points(path: Path) -> tuple[int, int]:
 
 
 def _shown(
-    image: Image.Image, name: str, height: int, width: int, notes: list[str], points: tuple[int, int] = (0, 0)
-) -> np.ndarray:
+    image: Image.Image, name: str, height: int, width: int, notes: list[str], points: tuple[int, int] = (0, 0),
+    crop: bool = True,
+) -> np.ndarray:  # fmt: skip
     """What a viewer shows of an opened picture: uint8 [height, width, 3]. points: primaries and transfer."""
     image.load()
     profile = image.info.get("icc_profile")
@@ -137,8 +140,10 @@ def _shown(
         if (turned := image.getexif().get(0x0112, 1)) in range(2, 9):
             notes.append(f"{name}: turned upright (EXIF orientation {turned})")
     flat = _in_srgb(_in_8_bits(upright), profile, name, notes, points)
+    if not crop:
+        return np.array(flat.resize((width, height), Image.Resampling.LANCZOS))  # torch needs a writable array
     note_crop(notes, name, flat.size, width, height)
-    return np.array(ImageOps.fit(flat, (width, height), Image.Resampling.LANCZOS))  # torch needs a writable array
+    return np.array(ImageOps.fit(flat, (width, height), Image.Resampling.LANCZOS))
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:

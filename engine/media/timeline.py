@@ -99,6 +99,13 @@ class Grid(Generic[Picture]):
         while self._runs and self._runs[0][1] <= self.total - self.last:
             self._runs.popleft()
 
+    def drain(self) -> Iterator[Picture]:
+        """The pictures of all grid points so far, one for each point; the grid then forgets them."""
+        while self._runs:
+            begin, until, picture = self._runs.popleft()
+            for _ in range(begin, until):
+                yield picture
+
     @property
     def start(self) -> int:
         """The first grid point of the last `last` ones."""

@@ -29,8 +29,12 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, n, K] -> [B, n, N]"""
-        values, scales = quantize_per_token(x)
-        return self.product(values, scales, len(x))
+        return self.product(*self.rounded(x), len(x))
+
+    @staticmethod
+    def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+        """An activation x [B, n, K] -> values e4m3 [B * n, K] and scales [B * n, 1]."""
+        return quantize_per_token(x)
 
     def write(self, leaf: str, value: Tensor, rows: slice = slice(None)) -> None:
         """Overwrite rows of the weight [N, K], which is quantised again, or of the bias [N], in the same storage."""
