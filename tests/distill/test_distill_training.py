@@ -19,8 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from limits import HANG
 
-from distill.data.shards import Shards, write_index, write_shard
-from distill.data.sprites import sample
+from distill.data.shards import Shards
 from distill.models.base import Base
 from distill.models.rollout import noise_levels
 from distill.models.sampling import guided_flow
@@ -30,27 +29,13 @@ from distill.stages.latents import Bank
 from distill.stages.next_chunk import NextChunkConfig, load_student, segment_target
 from distill.stages.rl import RlConfig
 from distill.stages.sample_teacher import SampleTeacherConfig, write_clips
-from distill.stages.teacher import SPRITES, Teacher, TeacherConfig, draw_sigmas
+from distill.stages.teacher import Teacher, TeacherConfig, draw_sigmas
 from distill.stages.train_vae import VaeConfig
 from distill.training.draws import Draws
 from distill.training.loop import split
 
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))
-
-
-@pytest.fixture(scope="module")
-def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random latents under real captions."""
-    folder = tmp_path_factory.mktemp("bank")
-    torch.manual_seed(0)
-    captions = [spec.caption for spec in sample(16, torch.Generator().manual_seed(0))]
-    for name, frames in (("images", 1), ("clips", 3)):
-        for shard in range(2):
-            latents = torch.randn(8, 8, frames, 8, 8).half()
-            write_shard(folder / name, shard, latents, captions[8 * shard : 8 * shard + 8])
-        write_index(folder / name, 2, {})
-    return folder
 
 
 def assert_same(first: torch.nn.Module, second: torch.nn.Module) -> None:
@@ -97,42 +82,6 @@ def test_teacher_resumes(teacher_config: TeacherConfig, trained_teacher: tuple[P
     assert_same(trained_teacher[1], teacher.train(teacher_config, tmp_path))
 
 
-@pytest.fixture(scope="module")
-def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Half as deep and half as wide as the real one, whose students the ablation's test trains."""
-    folder = tmp_path_factory.mktemp("small")
-    torch.manual_seed(0)
-    small = Teacher(replace(SPRITES, num_layers=2, num_attention_heads=2, ffn_dim=128))
-    torch.nn.init.normal_(small.transformer.proj_out.weight, std=0.1)
-    small.save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def next_chunk_config(bank: Path, small_teacher: Path) -> NextChunkConfig:
-    return NextChunkConfig(
-        teacher=str(small_teacher),
-        data=str(bank / "clips"),
-        steps=4,
-        batch=2,
-        frames=3,
-        first_batch=4,
-        rank=2,
-        roll_share=1.0,
-        roll_from=0.0,
-        context_noise=0.1,
-        caption_dropout=0.5,
-        save_every=2,
-    )
-
-
-@pytest.fixture(scope="module")
-def student_file(next_chunk_config: NextChunkConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("student")
-    next_chunk.train(next_chunk_config, folder)
-    return folder / "student.pt"
-
-
 def losses(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
 
@@ -157,19 +106,14 @@ def test_micro_batches_change_nothing(next_chunk_config: NextChunkConfig, studen
     assert_equal(torch.load(student_file)["student"], next_chunk.train(config, tmp_path), 2e-5)
 
 
-@pytest.fixture(scope="module")
-def causal_file(next_chunk_config: NextChunkConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("causal")
-    next_chunk.train(replace(next_chunk_config, family="causal", steps=1, solver="renoise"), folder)
-    return folder / "student.pt"
-
-
 @pytest.mark.parametrize(
     ("family", "options"),
     [
         ("greedy", {"critic_every": 2}),
         ("greedy", {"loss": "sid", "critic_rank": 2, "critic_every": 3, "recompute": True}),
         ("causal", {"frames": 2, "rollout": 4, "sampling_steps": (1, 2), "first_steps": 4}),
+        ("greedy", {"adversarial": 0.5, "sampling_steps": (1, 2), "first_steps": 4, "gradient": "one"}),
+        ("causal", {"adversarial": 0.5, "opponent": "data", "loss": "sid", "critic_rank": 2, "head_lr": 2.0}),
     ],
 )
 def test_dmd_resumes(
@@ -186,6 +130,9 @@ def test_dmd_resumes(
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
     learning = [step >= 1 and step % config.critic_every == 0 for step in range(5)]  # after one of the critic alone
     assert [config.loss in line for line in losses(tmp_path / "cut")] == learning
+    assert [config.adversarial > 0 and done for done in learning] == [
+        "generator" in line for line in losses(tmp_path / "cut")
+    ]
     before = torch.load(student)["student"]
     assert any((whole[name] - before[name]).abs().max() > 1e-6 for name in before)
     assert load_student(tmp_path / "whole" / "student.pt")[1] == load_student(student)[1]
@@ -217,19 +164,20 @@ def test_bf16(next_chunk_config: NextChunkConfig, student_file: Path, bank: Path
         "recompute": True,
     }  # fmt: skip
     tuned = RlConfig(**shared)
-    matched = [DmdConfig(**shared, critic_warmup=0, critic_every=1, loss=loss) for loss in LOSSES]
+    matched = {loss: DmdConfig(**shared, critic_warmup=0, critic_every=1, loss=loss) for loss in LOSSES}
+    matched["asd"] = replace(matched["dmd"], adversarial=0.5, sampling_steps=(1, 2))
     for precision in ("bf16", "fp32"):
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
             made = replace(next_chunk_config, precision=precision, steps=2)
             trained = next_chunk.train(made, tmp_path / precision)
             rl.train(replace(tuned, precision=precision), tmp_path / f"rl-{precision}")
-            for config in matched:
-                dmd.train(replace(config, precision=precision), tmp_path / f"{config.loss}-{precision}")
+            for name, config in matched.items():
+                dmd.train(replace(config, precision=precision), tmp_path / f"{name}-{precision}")
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
         assert {value.dtype for value in trained.values()} == {torch.float32}
-    for stage, tolerance in (("", 0.03), ("rl-", 0.2), ("dmd-", 0.03), ("sid-", 0.03)):
+    for stage, tolerance in (("", 0.03), ("rl-", 0.2), ("dmd-", 0.03), ("sid-", 0.03), ("asd-", 0.03)):
         for low, high in zip(losses(tmp_path / f"{stage}bf16"), losses(tmp_path / f"{stage}fp32"), strict=True):
             assert low["loss"] == pytest.approx(high["loss"], rel=tolerance)
 
@@ -343,6 +291,7 @@ def together(
         "rl": (rl, RlConfig(**shared, critic="trained")),
         "dmd": (dmd, DmdConfig(**shared, critic_warmup=0)),  # the critic's step, then one of both
         "sid": (dmd, DmdConfig(**shared, critic_warmup=0, critic_every=1, loss="sid", critic_rank=2)),
+        "asd": (dmd, DmdConfig(**shared, critic_warmup=0, critic_every=1, adversarial=0.5, sampling_steps=(1, 2))),
     }
     sampled = SampleTeacherConfig(teacher=str(small_teacher), clips=4, shard=1, batch=1, frames=2, steps=2)
     jobs: list[tuple[str, Any, tuple]] = [
@@ -378,7 +327,7 @@ def fine_tuned_alone(together: Together, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-@pytest.mark.parametrize("stage", ["rl", "dmd", "sid"])
+@pytest.mark.parametrize("stage", ["rl", "dmd", "sid", "asd"])
 @pytest.mark.parametrize("shard", [False, True])
 def test_two_processes_fine_tune_as_one(together: Together, fine_tuned_alone: Path, stage: str, shard: bool) -> None:
     name = f"{stage}-{shard}"
