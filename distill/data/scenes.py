@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZE, combinations, coverage, palette
+from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZE, Spec, combinations, coverage, palette
 
 SPEED_RANGES = {"slowly": (0.3, 0.6), "quickly": (0.8, 1.2)}  # pixels per frame
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # mover minus other
@@ -42,7 +42,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows. `pace` [pixels per frame], `in_front` and the blinking are not in the caption."""
+    """What a clip shows. `in_front`, the blinking and `pace` are not in the caption.
+
+    `pace` [pixels per frame] is negative where the mover has bounced and comes back.
+    """
 
     mover: Thing
     direction: str
@@ -54,12 +57,15 @@ class Scene:
     period: int = 0  # frames between two disappearances; 0 never blinks
     hidden: int = 0  # frames unseen of every period
     phase: int = 0  # first frame of the first disappearance
+    said: str | None = None  # relation that the caption states; None: the one that holds at the first frame
 
     @property
     def relation(self) -> str | None:
-        """Which of RELATIONS holds at the first frame; None with one object."""
+        """Which of RELATIONS the caption states; None with one object."""
         if self.other is None:
             return None
+        if self.said is not None:
+            return self.said
         dx, dy = (a - b for a, b in zip(self.mover.centre, self.other.centre, strict=True))
         along_x = abs(dx) >= abs(dy)
         sign = (1 if dx > 0 else -1, 0) if along_x else (0, 1 if dy > 0 else -1)
@@ -73,25 +79,27 @@ class Scene:
         return f"{text} on a {self.background} background"
 
 
-def _between(low: float, high: float, generator: torch.Generator) -> float:
+def between(low: float, high: float, generator: torch.Generator) -> float:
+    """A number in [low, high)."""
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
-def _whole(low: int, high: int, generator: torch.Generator) -> int:
+def whole(low: int, high: int, generator: torch.Generator) -> int:
+    """A whole number from low to high."""
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
-def _place(radius: float, direction: str | None, generator: torch.Generator) -> tuple[float, float]:
+def place(radius: float, direction: str | None, generator: torch.Generator) -> tuple[float, float]:
     """A centre inside the walls; with a direction, on the first part of the path along it."""
     centre = []
     for step in DIRECTIONS[direction] if direction else (0, 0):
-        share = _between(0, 1, generator)
+        share = between(0, 1, generator)
         share = share if step == 0 else FIRST_LEG * share if step > 0 else 1 - FIRST_LEG * share
         centre.append(radius + (SIZE - 2 * radius) * share)
     return centre[0], centre[1]
 
 
-def _apart(mover: Thing, other: Thing) -> bool:
+def apart(mover: Thing, other: Thing) -> bool:
     """Whether the objects do not touch and one of RELATIONS clearly holds."""
     dx, dy = (abs(a - b) for a, b in zip(mover.centre, other.centre, strict=True))
     clear = max(dx, dy) >= MIN_OFFSET and max(dx, dy) >= 1.3 * min(dx, dy)
@@ -104,34 +112,35 @@ def _cross(mover: Thing, direction: str, other: Thing) -> bool:
     return abs(mover.centre[across] - other.centre[across]) < mover.radius + other.radius
 
 
-def _draw(pool: tuple, generator: torch.Generator) -> Scene:
-    facts = pool[_whole(0, len(pool) - 1, generator)]
-    mover_radius = _between(*RADII, generator)
+def draw_scene(pool: tuple[Spec, ...], generator: torch.Generator) -> Scene:
+    """A scene whose mover has the facts of one of `pool`."""
+    facts = pool[whole(0, len(pool) - 1, generator)]
+    mover_radius = between(*RADII, generator)
     other = None
-    two = _between(0, 1, generator) < TWO_SHARE
+    two = between(0, 1, generator) < TWO_SHARE
     colours = [name for name in COLOURS if name != facts.colour]
     while True:
-        mover = Thing(facts.colour, facts.shape, mover_radius, _place(mover_radius, facts.direction, generator))
+        mover = Thing(facts.colour, facts.shape, mover_radius, place(mover_radius, facts.direction, generator))
         if not two:
             break
-        radius = _between(*RADII, generator)
-        colour = colours[_whole(0, len(colours) - 1, generator)]
-        shape = SHAPES[_whole(0, len(SHAPES) - 1, generator)]
-        other = Thing(colour, shape, radius, _place(radius, None, generator))
-        kept = not _cross(mover, facts.direction, other) or _between(0, 1, generator) < CROSS_SHARE
-        if kept and _apart(mover, other):
+        radius = between(*RADII, generator)
+        colour = colours[whole(0, len(colours) - 1, generator)]
+        shape = SHAPES[whole(0, len(SHAPES) - 1, generator)]
+        other = Thing(colour, shape, radius, place(radius, None, generator))
+        kept = not _cross(mover, facts.direction, other) or between(0, 1, generator) < CROSS_SHARE
+        if kept and apart(mover, other):
             break
-    blinks = _between(0, 1, generator) < BLINK_SHARE
-    hidden, period = LATENT * _whole(*HIDDEN, generator), LATENT * _whole(*PERIOD, generator)
-    phase = 1 + LATENT * _whole(1, period // LATENT, generator)  # not in the first two latent frames
+    blinks = between(0, 1, generator) < BLINK_SHARE
+    hidden, period = LATENT * whole(*HIDDEN, generator), LATENT * whole(*PERIOD, generator)
+    phase = 1 + LATENT * whole(1, period // LATENT, generator)  # not in the first two latent frames
     return Scene(
         mover,
         facts.direction,
         facts.speed,
         facts.background,
-        _between(*SPEED_RANGES[facts.speed], generator),
+        between(*SPEED_RANGES[facts.speed], generator),
         other,
-        in_front=_between(0, 1, generator) < 0.5,
+        in_front=between(0, 1, generator) < 0.5,
         period=period if blinks else 0,
         hidden=hidden if blinks else 0,
         phase=phase if blinks else 0,
@@ -141,7 +150,7 @@ def _draw(pool: tuple, generator: torch.Generator) -> Scene:
 def sample(count: int, generator: torch.Generator, *, hidden: bool = False) -> list[Scene]:
     """Draw scenes whose mover is a training combination of `sprites.combinations`, or (`hidden`) a held-out one."""
     pool = combinations(held_out=hidden)
-    return [_draw(pool, generator) for _ in range(count)]
+    return [draw_scene(pool, generator) for _ in range(count)]
 
 
 def path(scene: Scene, frames: int) -> Tensor:

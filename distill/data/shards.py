@@ -1,6 +1,8 @@
 """Captioned latents on disk: safetensors shards and an index, read in place.
 
-    folder/00000.safetensors   "latents" [n, C, F, h, w]; the metadata hold the captions
+    folder/00000.safetensors   "latents" [n, C, F, h, w]; the metadata hold the captions and, where clips switch their
+                               prompt, `earlier`: per clip null, or the earlier caption and the first latent frame
+                               of the later one, which is then the clip's caption
     folder/index.json          format, latent shape and, for every shard, its name, number of clips and bytes
 
 A shard appears whole or not at all, so that a stopped writer resumes with the missing ones. The index comes last:
@@ -22,6 +24,7 @@ from torch import Tensor
 from engine.files import whole_file, write_json
 
 FORMAT = 1
+Earlier = tuple[str, int] | None  # an earlier caption, and the first latent frame at which it does not hold any more
 INDEX = "index.json"
 
 
@@ -29,15 +32,20 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
 
 
-def write_shard(folder: Path, number: int, latents: Tensor, captions: Sequence[str]) -> None:
-    """Write shard `number`: latents [n, C, F, h, w] in their dtype, and one caption each."""
+def write_shard(
+    folder: Path, number: int, latents: Tensor, captions: Sequence[str], earlier: Sequence[Earlier] = ()
+) -> None:
+    """Write shard `number`: latents [n, C, F, h, w] in their dtype, one caption each and, if any, earlier captions."""
     if latents.ndim != 5 or len(latents) != len(captions) or not len(captions):
         raise ValueError(
             f"shard {number}: got latents {list(latents.shape)} and {len(captions)} captions, "
             "expected [n, C, F, h, w] and n of them"
         )
+    metadata = {"captions": json.dumps(list(captions))}
+    if any(earlier):
+        metadata["earlier"] = json.dumps(list(earlier))
     with whole_file(shard_path(folder, number)) as part:
-        save_file({"latents": latents.contiguous()}, part, {"captions": json.dumps(list(captions))})
+        save_file({"latents": latents.contiguous()}, part, metadata)
 
 
 def write_index(folder: Path, shards: int, source: dict[str, Any]) -> None:
@@ -90,7 +98,7 @@ class Shards:
             self.files.append(path)
             counts.append(count)
         self._ends = list(accumulate(counts))
-        self._captions: dict[int, list[str]] = {}
+        self._said: dict[tuple[int, str], list[Any]] = {}
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -102,13 +110,21 @@ class Shards:
 
     def captions(self, clips: Sequence[int]) -> list[str]:
         """The captions of some clips."""
-        said = []
-        for shard, row in map(self._place, clips):
-            if shard not in self._captions:
-                with safe_open(self.files[shard], "pt") as file:
-                    self._captions[shard] = json.loads(file.metadata()["captions"])
-            said.append(self._captions[shard][row])
-        return said
+        return [self._metadata(shard, "captions")[row] for shard, row in map(self._place, clips)]
+
+    def earlier(self, clips: Sequence[int]) -> list[Earlier]:
+        """What the captions of some clips replaced, and when; None where they hold from the first frame on."""
+        return [self._metadata(shard, "earlier")[row] for shard, row in map(self._place, clips)]
+
+    def _metadata(self, shard: int, key: str) -> list[Any]:
+        """One entry per clip of a shard."""
+        if (shard, key) not in self._said:
+            with safe_open(self.files[shard], "pt") as file:
+                metadata = file.metadata()
+            captions = json.loads(metadata["captions"])
+            found = json.loads(metadata.get(key, "null")) or [None] * len(captions)
+            self._said[shard, key] = [tuple(entry) if isinstance(entry, list) else entry for entry in found]
+        return self._said[shard, key]
 
     def read(self, clips: Sequence[int], frames: int | None = None) -> tuple[Tensor, list[str]]:
         """The first `frames` latent frames of some clips, float32 [B, C, F, h, w], and their captions."""

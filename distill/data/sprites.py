@@ -1,7 +1,7 @@
 """Captioned sprite clips: one object moving over a plain background on a torus.
 
-The strict scorer (`distill.scores.strict`) reads every captioned fact back from the pixels, so that it scores generated
-clips exactly. A clip is float [3, T, 32, 32] in [-1, 1]; positions are in pixels, time in pixel frames.
+`distill.scores` reads every captioned fact back from the pixels, and so scores generated clips exactly. A clip is
+float [3, T, 32, 32] in [-1, 1]; positions are in pixels, time in pixel frames.
 """
 
 import hashlib

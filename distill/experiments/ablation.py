@@ -25,7 +25,6 @@ from distill.models.codec import Codec
 from distill.models.pretrained import pretrained
 from distill.models.rollout import roll_out
 from distill.models.sampling import noised
-from distill.scores.dimensions import blinks
 from distill.scores.tasks import find_task
 from distill.stages import next_chunk, rl
 from distill.stages.next_chunk import AnyStudent, NextChunkConfig, draw_sigmas, load_student
@@ -145,9 +144,7 @@ class Runner:
             "minutes": round(minutes, 1),
             "scores": self.task.score(videos, self.specs),
         }
-        if isinstance(self.specs[0], Scene):  # a fact that no caption states, on the same clips
-            shown = [blinks(video, spec) for video, spec in zip(videos, self.specs, strict=True)]
-            result["blinking"] = sum(shown) / len(shown)
+        result["blinking"] = result["scores"]["blink"]["mean"]  # a fact that no caption states
         if config.given:
             videos = self.videos(student, made.preset, config.prompts, config.frames, guidance, config.given)
             result["given"] = self.task.score(videos, self.specs)

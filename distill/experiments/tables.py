@@ -142,7 +142,7 @@ def write_report(
 ) -> None:
     """ablation.md with every table, ablation.json with every number, and plots."""
     folder.mkdir(parents=True, exist_ok=True)
-    dims = tuple(sorted({n for r in results for n in r["scores"]} - {"total", "quality", "semantic"}))
+    dims = tuple(sorted({n for r in results for n in r["scores"]} - {"total", "quality", "semantic", "blink"}))
     about = (
         f"`make ablation`: {config.prompts} held-out prompts (seed {config.prompt_seed}), {4 * config.frames - 3} "
         f"frames, the same noise for all; next-chunk {config.next_chunk_steps} steps, RL {config.rl_steps}, the longer "

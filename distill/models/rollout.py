@@ -97,19 +97,24 @@ def roll_exits(
     seeds: Sequence[int],
     preset: Preset,
     size: tuple[int, int] = (8, 8),
+    earlier: tuple[int, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stream latent frames that end after denoising step `exit_step`, or a shorter loop's last one, without gradients.
 
-    Later frames see the clean frames that their past's exit step predicted, as in Self-Forcing. Returns these frames
+    Later frames see the clean frames that their past's exit step predicted, as in Self-Forcing. `earlier` is a number
+    of frames and the text_emb that they have; the prompt is then switched. Returns the frames
     [B, C, frames, h, w], what the exit step got as input (the same shape), and its noise levels sigma [B, frames].
     """
+    begins, first_emb = earlier or (0, text_emb)
     pipeline = _pipeline(student, replace(preset, stop_after=exit_step + 1), size)
     clean, noisy, levels = [], [], []
     with (
         _denoising(student.stages) as newest,
-        pipeline.stream(text_emb.detach(), noise=SampleNoise(seeds)) as stream,
+        pipeline.stream(first_emb.detach(), noise=SampleNoise(seeds)) as stream,
     ):
-        for _ in range(frames):
+        for frame in range(frames):
+            if frame == begins > 0:
+                stream.set_prompt(text_emb.detach())
             clean.append(stream.next_latent())
             (last,) = newest
             noisy.append(last.latent)

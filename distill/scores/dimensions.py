@@ -5,6 +5,9 @@ lie in [0, 1], and a drawn clip scores 1 up to pixel accuracy. Weights are VBenc
 degree 0.5; total = (4 quality + semantic) / 5. A dimension that does not apply is NaN and left out of means, for
 example a spatial relation with one object.
 
+Two more numbers, 0 or 1 for one clip, are in no total. `all_right`: the clip shows every fact of its caption at once.
+`blink`: its mover vanishes and comes back, which no caption states.
+
 The past counts. Another object may hide an object, and a mover may blink, but it has to come back. Motion smoothness
 asks whether it comes back where constant speed and the walls put it, subject consistency whether it looks as before.
 """
@@ -20,7 +23,16 @@ from distill.data.scenes import RELATIONS, Scene
 from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZE
 from distill.scores.tracks import Reading, Track, read
 
-SEMANTIC = ("object_class", "multiple_objects", "color", "spatial_relationship", "scene", "direction", "speed")
+# Dimension -> the least value with which a clip counts as right in it.
+SEMANTIC = {
+    "object_class": 0.6,
+    "multiple_objects": 0.8,
+    "color": 0.8,
+    "spatial_relationship": 1.0,
+    "scene": 0.95,
+    "direction": 1.0,
+    "speed": 1.0,
+}
 QUALITY = {
     "subject_consistency": 1.0,
     "background_consistency": 1.0,
@@ -34,6 +46,7 @@ QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4.0, 1.0
 LAG = 3  # frames between the two centres of a velocity
 MIN_PACE = 0.15  # pixels per frame of something that moves
 PACES = {"slowly": (MIN_PACE, 0.7), "quickly": (0.7, 1.5)}
+ONE_WAY = 0.75  # without walls: least net way of a mover that keeps its direction, against its whole way
 MAX_STEP = 3.0  # pixels between two frames
 MAX_TURN = 1.0  # pixels per frame^2, away from the walls
 WALL = 2.5  # pixels within which a wall may turn a mover round
@@ -77,13 +90,13 @@ def _lost(track: Track, max_hidden: int, begins: bool) -> Tensor:
     return lost
 
 
-def _share(hits: Tensor, among: Tensor) -> float:
+def share_of(hits: Tensor, among: Tensor) -> float:
     """Share of the frames `among` that are `hits`; NaN without such frames."""
     count = int(among.sum())
     return float((hits & among).sum()) / count if count else math.nan
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean_known(values: Iterable[float]) -> float:
     """Mean of the values that are not NaN; NaN without any."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
@@ -93,14 +106,17 @@ def _at_wall(track: Track, axis: int) -> Tensor:
     return torch.minimum(track.centre[:, axis], SIZE - track.centre[:, axis]) < track.radius + WALL
 
 
-def _hardly_seen(track: Track) -> bool:
+def hardly_seen(track: Track) -> bool:
     """Whether another object is in the way so often that the motion cannot be read."""
     whole = track.clear.unfold(0, LAG + 1, 1).all(1)
     return int(whole.sum()) < 4 and float(track.touched.float().mean()) > 0.3
 
 
-def _motion(track: Track) -> tuple[str | None, float, bool]:
-    """First direction (None without a steady motion along one axis), pixels per frame, whether it moves to the end."""
+def motion(track: Track, walls: bool = True) -> tuple[str | None, float, bool]:
+    """First direction (None without a steady motion along one axis), pixels per frame, whether it moves to the end.
+
+    Only `walls` may turn a steady motion round.
+    """
     if len(track.clear) <= LAG:
         return None, 0.0, False
     moves = _wrapped(track.centre[LAG:] - track.centre[:-LAG])
@@ -115,6 +131,7 @@ def _motion(track: Track) -> tuple[str | None, float, bool]:
     ends = [paces[part, axis] for part in whole.nonzero()[:, 0].tensor_split(2)]
     lasting = all(bool(part.mean() >= MIN_PACE) for part in ends)
     steady = float(mean[axis]) >= MIN_PACE and float(mean[1 - axis]) < 0.5 * float(mean[axis])
+    steady = steady and (walls or abs(float(moves[whole, axis].mean())) >= ONE_WAY * float(mean[axis]) * LAG)
     if not steady or float(steps.max()) > MAX_STEP:
         return None, pace, lasting
     first = int(track.clear.nonzero()[0])
@@ -159,12 +176,12 @@ def _smoothness(track: Track, moving: bool, walls: bool) -> float:
     if not moving:
         place = track.centre[clear].median(0).values
         stray = _wrapped(track.centre - place).abs().amax(1) > MAX_STRAY
-        return 1 - _share(stray, track.clear)
+        return 1 - share_of(stray, track.clear)
     turn = _wrapped(_wrapped(track.centre[2:] - track.centre[1:-1]) - _wrapped(track.centre[1:-1] - track.centre[:-2]))
     axis = int(_wrapped(track.centre[clear[1:]] - track.centre[clear[:-1]]).abs().sum(0).argmax())
     near = _at_wall(track, axis)[1:-1] if walls else torch.zeros(frames - 2, dtype=torch.bool)
     whole = track.clear.unfold(0, 3, 1).all(1)
-    share = 1 - _share((turn.norm(dim=1) > MAX_TURN) & ~near, whole) if bool(whole.any()) else 1.0
+    share = 1 - share_of((turn.norm(dim=1) > MAX_TURN) & ~near, whole) if bool(whole.any()) else 1.0
     for before, after in zip(clear[:-1].tolist(), clear[1:].tolist(), strict=True):
         step = float(_wrapped(track.centre[after] - track.centre[before]).norm())
         if after == before + 1:
@@ -188,7 +205,7 @@ def _consistency(track: Track, lost: Tensor) -> float:
     same = (track.area / area - 1).abs() < SIZE_CHANGE
     same &= (track.tone - tone).norm(dim=1) < TONE_CHANGE
     same &= track.shape == track.shape[first].mode().values
-    return _share(same & track.clear, judged)
+    return share_of(same & track.clear, judged)
 
 
 def _flicker(reading: Reading, tracks: list[Track]) -> float:
@@ -204,36 +221,35 @@ def _flicker(reading: Reading, tracks: list[Track]) -> float:
     return float(steady.float().mean())
 
 
-def _fits(track: Track, scene: Scene, number: int) -> float:
+def _fits(track: Track, scene: Scene, number: int, walls: bool) -> float:
     """How well a track fits object `number` of the caption."""
     thing = scene.mover if number == 0 else scene.other
     if thing is None:
         return 0.0
     colour = 2.0 * (track.colour == list(COLOURS).index(thing.colour))
-    shape = _share(track.shape == SHAPES.index(thing.shape), track.clear)
-    moving = _motion(track)[0] is not None
+    shape = share_of(track.shape == SHAPES.index(thing.shape), track.clear)
+    moving = motion(track, walls)[0] is not None
     return (
         colour + (0.0 if math.isnan(shape) else shape) + (moving == (number == 0)) + float(track.found.float().mean())
     )
 
 
-def match(reading: Reading, scene: Scene) -> list[Track | None]:
+def match(reading: Reading, scene: Scene, walls: bool = True) -> list[Track | None]:
     """The tracks of the caption's objects, mover first; None for an object that the clip does not show."""
     wanted = 1 if scene.other is None else 2
     found: list[Track | None] = [*reading.tracks, *[None] * wanted]
 
     def worth(choice: Iterable[Track | None]) -> float:
-        return sum(_fits(track, scene, number) for number, track in enumerate(choice) if track is not None)
+        return sum(_fits(track, scene, number, walls) for number, track in enumerate(choice) if track is not None)
 
     return list(max(permutations(found[: len(reading.tracks) + wanted], wanted), key=worth))
 
 
-def blinks(video: Tensor, scene: Scene) -> bool:
+def _blinks(mover: Track | None) -> bool:
     """Whether the mover vanishes for a latent frame or more and comes back, with nothing in front of it.
 
     This is no score, as no caption states it. The share of such clips tells whether a model still draws such facts.
     """
-    mover = match(read(video), scene)[0]
     if mover is None:
         return False
     return any(
@@ -243,17 +259,22 @@ def blinks(video: Tensor, scene: Scene) -> bool:
     )  # fmt: skip
 
 
+def _all_right(scores: dict[str, float]) -> bool:
+    """Whether every semantic dimension that applies reaches its bar."""
+    return all(math.isnan(scores[name]) or scores[name] >= bar for name, bar in SEMANTIC.items())
+
+
 def dimensions(
     video: Tensor, scene: Scene, *, max_hidden: int = 9, walls: bool = True, begins: bool = True
 ) -> dict[str, float]:
-    """Every dimension of a clip, float [3, T, 32, 32] in [-1, 1], against its scene.
+    """Every dimension of a clip, float [3, T, 32, 32] in [-1, 1], against its scene; then `all_right` and `blink`.
 
     max_hidden  frames in a row that an object may be unseen
     walls       movers bounce off walls; otherwise they cross a torus
     begins      the clip is the beginning of a video, not a part of a longer one
     """
     reading = read(video)
-    chosen = match(reading, scene)
+    chosen = match(reading, scene, walls)
     things = [scene.mover] if scene.other is None else [scene.mover, scene.other]
     tracks = [track for track in chosen if track is not None]
     lost = [torch.ones_like(reading.extra) if t is None else _lost(t, max_hidden, begins) for t in chosen]
@@ -272,34 +293,35 @@ def dimensions(
                 continue
             wanted = names.index(getattr(thing, "colour" if what == "colour" else what))
             hits = torch.full_like(none, track.colour == wanted) if what == "colour" else track.shape == wanted
-            values.append(_share(hits & getattr(track, among), getattr(track, among) | gone))
-        return _mean(values)
+            values.append(share_of(hits & getattr(track, among), getattr(track, among) | gone))
+        return mean_known(values)
 
     mover = chosen[0]
-    direction, pace, lasting = _motion(mover) if mover is not None else (None, 0.0, False)
+    direction, pace, lasting = motion(mover, walls) if mover is not None else (None, 0.0, False)
     moves = video.shape[1] > LAG  # a still has no motion to judge
-    unread = not moves or (mover is not None and _hardly_seen(mover))
+    unread = not moves or (mover is not None and hardly_seen(mover))
     low, high = PACES[scene.speed]
-    return {
+    found = {
         "object_class": share("shape", SHAPES, "clear"),
-        "multiple_objects": 1 - _share(surplus | torch.stack(lost).any(0), ~none),
+        "multiple_objects": 1 - share_of(surplus | torch.stack(lost).any(0), ~none),
         "color": share("colour", COLOURS, "found"),
         "spatial_relationship": _relation(chosen, scene),
-        "scene": _share(reading.grounds == list(BACKGROUNDS).index(scene.background), ~none),
+        "scene": share_of(reading.grounds == list(BACKGROUNDS).index(scene.background), ~none),
         "direction": math.nan if unread else float(direction == scene.direction),
         "speed": math.nan if unread else float(direction is not None and low <= pace < high),
-        "subject_consistency": _mean(0.0 if t is None else _consistency(t, gone) for t, gone, _ in named),
-        "background_consistency": _share(
+        "subject_consistency": mean_known(0.0 if t is None else _consistency(t, gone) for t, gone, _ in named),
+        "background_consistency": share_of(
             (reading.ground_tone - reading.ground_tone[0]).norm(dim=1) < GROUND_CHANGE, ~none
         ),
         "temporal_flickering": _flicker(reading, tracks),
-        "motion_smoothness": _mean(
+        "motion_smoothness": mean_known(
             (0.0 if moves else math.nan) if t is None else _smoothness(t, number == 0, walls)
             for number, t in enumerate(chosen)
         ),
         "dynamic_degree": math.nan if unread else float(lasting),
         "imaging_quality": _imaging(reading, chosen),
     }
+    return found | {"all_right": float(_all_right(found)), "blink": float(_blinks(mover))}
 
 
 def _relation(chosen: list[Track | None], scene: Scene) -> float:
@@ -323,28 +345,32 @@ def _imaging(reading: Reading, chosen: list[Track | None]) -> float:
     low, high = SHARP
     sharp = [0.0 if t is None else float(((t.iou[t.clear] - low) / (high - low)).clamp(0, 1).mean()) for t in chosen]
     plain = (1 - (reading.ground_spread / GROUND_SPREAD - 0.2).clamp(0, 1)).mean()
-    known = _mean(sharp)
+    known = mean_known(sharp)
     return math.nan if math.isnan(known) else known * float(plain)
 
 
-def summarise(scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Means and standard errors over clips of every dimension and of `semantic`, `quality`, `total`.
+def with_totals(clip: dict[str, float]) -> dict[str, float]:
+    """The scores of one clip, behind `semantic`, `quality` and `total`: weighted means of the dimensions that apply."""
+    semantic = mean_known(clip[name] for name in SEMANTIC)
+    known = {name: weight for name, weight in QUALITY.items() if not math.isnan(clip[name])}
+    quality = sum(clip[name] * weight for name, weight in known.items()) / sum(known.values())
+    total = (QUALITY_WEIGHT * quality + SEMANTIC_WEIGHT * semantic) / (QUALITY_WEIGHT + SEMANTIC_WEIGHT)
+    return {"semantic": semantic, "quality": quality, "total": total, **clip}
 
-    Semantic and quality of one clip are weighted means over the dimensions that apply to it.
-    """
+
+def summarise(scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Means and standard errors over clips of everything that `dimensions` returns, and of the totals."""
     if not scores:
         raise ValueError("scores: got an empty list, expected at least one clip")
-    rows = []
-    for clip in scores:
-        semantic = _mean(clip[name] for name in SEMANTIC)
-        known = {name: weight for name, weight in QUALITY.items() if not math.isnan(clip[name])}
-        quality = sum(clip[name] * weight for name, weight in known.items()) / sum(known.values())
-        total = (QUALITY_WEIGHT * quality + SEMANTIC_WEIGHT * semantic) / (QUALITY_WEIGHT + SEMANTIC_WEIGHT)
-        rows.append({"semantic": semantic, "quality": quality, "total": total, **clip})
-    result = {}
-    for name in rows[0]:
-        values = torch.tensor([row[name] for row in rows if not math.isnan(row[name])], dtype=torch.float64)
-        error = float(values.std(correction=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-        if len(values):
-            result[name] = {"mean": round(float(values.mean()), 4), "se": round(error, 4), "n": len(values)}
-    return result
+    rows = [with_totals(clip) for clip in scores]
+    found = {name: mean_and_error(row[name] for row in rows) for name in rows[0]}
+    return {name: value for name, value in found.items() if value["n"]}
+
+
+def mean_and_error(values: Iterable[float]) -> dict[str, float]:
+    """Mean, standard error and number of the values that are not NaN."""
+    known = torch.tensor([value for value in values if not math.isnan(value)], dtype=torch.float64)
+    if not len(known):
+        return {"mean": math.nan, "se": math.nan, "n": 0}
+    error = float(known.std(correction=1)) / math.sqrt(len(known)) if len(known) > 1 else 0.0
+    return {"mean": round(float(known.mean()), 4), "se": round(error, 4), "n": len(known)}

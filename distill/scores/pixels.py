@@ -1,4 +1,4 @@
-"""What both scorers measure on the pixels of a clip: masks, components, centres and backgrounds, all on the torus."""
+"""What is measured on the pixels of a clip: masks, components, centres and backgrounds, all on the torus."""
 
 import math
 

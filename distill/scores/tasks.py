@@ -32,14 +32,15 @@ class Task:
         return summarise([self.dimensions(video, spec, **options) for video, spec in clips])
 
 
-def _as_scene(spec: sprites.Spec) -> Scene:
+def as_scene(spec: sprites.Spec) -> Scene:
+    """The scene that states what a sprite's caption states."""
     mover = Thing(spec.colour, spec.shape, spec.radius, spec.centre)
     return Scene(mover, spec.direction, spec.speed, spec.background, sprites.SPEEDS[spec.speed])
 
 
 def _on_torus(video: Tensor, spec: sprites.Spec, **options: Any) -> dict[str, float]:
     """One object that is always visible. It leaves on one side and comes back on the other."""
-    return dimensions(video, _as_scene(spec), max_hidden=0, walls=False, **options)
+    return dimensions(video, as_scene(spec), max_hidden=0, walls=False, **options)
 
 
 _ALL = (

@@ -41,10 +41,11 @@ from distill.stages.next_chunk import AnyStudent, NextChunkConfig
 from distill.stages.tuning import Tuning, TuningConfig, fine_tune
 from distill.training.draws import Draws
 from distill.training.stage import Stage, TrainingOptions
-from engine.config import Preset
+from engine.config import Preset, TransformerConfig
 from engine.options import option
 
 LOSSES, GRADIENTS, OPPONENTS = ("dmd", "sid"), ("all", "one"), ("next", "data")
+SWITCHES = range(2, 6)  # latent frames at which a prompt is switched
 NUDGE = 0.1  # standard deviation of the small moves of R1 and R2
 
 
@@ -60,6 +61,7 @@ class DmdConfig(TuningConfig):
     rollout: int = option(0, "latent frames per rollout; where more than `frames`, a random window of them is scored")
     sampling_steps: tuple[int, ...] = option((), "denoising steps per frame, one drawn a step; empty: the student's")
     first_steps: int = option(0, "denoising steps of frame 0 where it takes more (First-Frame Enhancement); 0: none")
+    switch_share: float = option(0.0, "share of the steps whose rollouts switch the prompt, with the window after it")
     loss: str = option("dmd", "dmd or sid")
     alpha: float = option(1.0, "of SiD")
     gradient: str = option("all", "frames of a clip that carry gradients: all, or one, drawn for every sample")
@@ -85,6 +87,8 @@ class DmdConfig(TuningConfig):
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
         if self.rollout and self.rollout < self.frames:
             raise ValueError(f"rollout: got {self.rollout}, expected 0 or at least frames ({self.frames})")
+        if not 0 <= self.switch_share <= 1:
+            raise ValueError(f"switch_share: got {self.switch_share}, expected 0 to 1")
         for count in (*self.sampling_steps, self.first_steps or 1):
             if count < 1 or 1000 % count:
                 raise ValueError(f"denoising steps: got {count}, expected a divisor of 1000")
@@ -93,6 +97,8 @@ class DmdConfig(TuningConfig):
             raise ValueError(f"features: got {blocks}, expected at most 3 block numbers from 0, rising")
         if self.adversarial and self.opponent == "next" and (len(numbers) < 2 or numbers != sorted(set(numbers))):
             raise ValueError(f"sampling_steps: got {numbers}, expected two or more, rising, for opponent = 'next'")
+        if self.adversarial and self.switch_share:
+            raise ValueError(f"switch_share: got {self.switch_share}, expected 0 with adversarial losses")
 
     @property
     def length(self) -> int:
@@ -118,13 +124,22 @@ def even_steps(count: int) -> tuple[float, ...]:
     return tuple(float(t) for t in range(1000, 0, -1000 // count))
 
 
+def discriminator_of(config: DmdConfig, made: NextChunkConfig, shape: TransformerConfig) -> Discriminator | None:
+    """The discriminator, if the config wants one: a logit per number of sampling steps."""
+    if not config.adversarial:
+        return None
+    return Discriminator(shape, config.features, len(presets_of(config, made)), config.head_width)
+
+
 @dataclass(frozen=True)
 class Turn:
-    """What all samples of a step share: the number of its preset, its exit step, the first frame of its window."""
+    """What all samples of a step share."""
 
-    number: int
+    number: int  # of the preset
     exit_step: int
-    start: int
+    start: int  # first frame of the window
+    length: int  # latent frames to stream
+    earlier: tuple[int, Tensor] | None  # where the prompt is switched: the frames before, and their text_emb
 
 
 class Dmd(Tuning):
@@ -138,12 +153,12 @@ class Dmd(Tuning):
         self.critic = Critic(base.transformer, config.critic_rank, recompute=config.recompute)
         if config.recompute and config.loss == "sid":  # whose gradient runs through the teacher
             checkpointed(base.transformer)
-        self.discriminator = None
-        if config.adversarial:
+        self.discriminator = discriminator_of(config, made, base.transformer.config)
+        if self.discriminator is not None:
             if config.length > data.frames:
                 raise ValueError(f"rollout: got {config.length}, expected at most the {data.frames} of {data.folder}")
-            shape, numbers = base.transformer.config, len(self.presets)
-            self.discriminator = Discriminator(shape, config.features, numbers, config.head_width)
+            if any(data.earlier(range(len(data)))):
+                raise ValueError(f"data: got {data.folder} with switched prompts, expected none for a discriminator")
 
     def groups(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
         groups = super().groups() | {"critic": (self.critic.trained(), self.config.critic_lr)}
@@ -177,17 +192,22 @@ class Dmd(Tuning):
         config, shared = self.config, draws.shared
         number = int(torch.randint(len(self.presets), (), generator=shared))
         exit_step = int(torch.randint(max(map(len, self.presets[number].steps)), (), generator=shared))
-        return Turn(number, exit_step, int(torch.randint(config.length - config.frames + 1, (), generator=shared)))
+        start, length = int(torch.randint(config.length - config.frames + 1, (), generator=shared)), config.length
+        earlier = self.earlier(draws)
+        if earlier:
+            start, length = earlier[0], earlier[0] + config.frames
+        return Turn(number, exit_step, start, length, earlier)
 
     def generate(self, emb: Tensor, draws: Draws, turn: Turn) -> Tensor:
         """A clip of the student's own, [B, C, frames, h, w]; the exit step of its frames carries their gradients.
 
         The frame with which a window begins later than its rollout has none: the teacher takes it for a first latent,
-        which shows one picture where others show four.
+        which shows one picture where others show four. A stream commits its past anew under a new prompt. So one pass
+        with the later prompt equals its frames after a switch, but for what the ETM saw before its window.
         """
         config, preset, start = self.config, self.presets[turn.number], turn.start
-        length, exit_step = config.length, turn.exit_step
-        clean, noisy, sigma = roll_exits(self.student, emb, length, exit_step, draws.seeds(), preset, self.size)
+        seeds, size, exit_step = draws.seeds(), self.size, turn.exit_step
+        clean, noisy, sigma = roll_exits(self.student, emb, turn.length, exit_step, seeds, preset, size, turn.earlier)
         clean, noisy = clean.float(), noisy.float()  # frozen weights may be bf16; the clip is not
         window = slice(start, start + config.frames)
         if not torch.is_grad_enabled():
@@ -197,6 +217,20 @@ class Dmd(Tuning):
         if config.gradient == "one":
             return self._one_frame_of(clip, draws, turn)
         return torch.cat([clip[:, :, :1].detach(), clip[:, :, 1:]], 2) if start else clip
+
+    def earlier(self, draws: Draws) -> tuple[int, Tensor] | None:
+        """In a step that switches the prompt: the number of latent frames before, and their text_emb.
+
+        Their captions are the clips' earlier ones in the data, or else those of other clips.
+        """
+        turn = float(torch.rand((), generator=draws.shared))
+        if turn >= self.config.switch_share:
+            return None
+        begins = SWITCHES[int(torch.randint(len(SWITCHES), (), generator=draws.shared))]
+        own = self.data.earlier(draws.clips(self.config.batch, len(self.data)))
+        others = self.data.captions(draws.choice(len(self.data)).tolist())
+        captions = [switch[0] if switch else other for switch, other in zip(own, others, strict=True)]
+        return begins, self.base.encode(captions)
 
     def _one_frame_of(self, clip: Tensor, draws: Draws, turn: Turn) -> Tensor:
         """The clip with the gradient of one random frame per sample, of those that have one."""

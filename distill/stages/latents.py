@@ -13,7 +13,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from distill.data import switches
 from distill.data.shards import Shards, shard_path, write_index, write_shard
+from distill.data.switches import Switch, with_switches
 from distill.models.codec import Codec
 from distill.models.pretrained import pretrained
 from distill.scores.tasks import Task, find_task
@@ -34,7 +36,12 @@ class BankConfig:
     images: int = option(20000, "single frames to draw")
     clips: int = option(5000, "clips to draw")
     frames: int = option(33, "pixel frames per clip")
+    switch_share: float = option(0.0, "scenes: share of the clips in which the prompt is switched")
     seed: int = option(100, "of the drawn clips")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.switch_share <= 1 or (self.switch_share and self.task != "scenes"):
+            raise ValueError(f"switch_share: got {self.switch_share} of {self.task}, expected 0 to 1 of scenes")
 
 
 @dataclass(frozen=True)
@@ -66,19 +73,25 @@ class Bank:
         return latents[picks, :, :frames], [captions[i] for i in picks.tolist()]
 
 
-def encode_set(codec: Codec, task: Task, count: int, frames: int, seed: int, folder: Path) -> None:
+def encode_set(
+    codec: Codec, task: Task, count: int, frames: int, seed: int, folder: Path, switch_share: float = 0.0
+) -> None:
     """Draw and encode `count` training clips of `frames` pixel frames, shard by shard."""
-    shards = -(-count // SHARD)
+    shards, render = -(-count // SHARD), switches.render if switch_share else task.render
     for number in range(shards):
         if shard_path(folder, number).is_file():
             continue
-        specs = task.sample(min(SHARD, count - number * SHARD), generator(seed, folder.name, number))
+        draws = generator(seed, folder.name, number)
+        specs = task.sample(min(SHARD, count - number * SHARD), draws)
+        if switch_share:
+            specs = with_switches(specs, switch_share, draws)
         size = max(1, BATCH // frames)
         latents = []
         for i in range(0, len(specs), size):
             with torch.autocast("cpu", torch.bfloat16):
-                latents.append(codec.encode(task.render(specs[i : i + size], frames)[0]).half())
-        write_shard(folder, number, torch.cat(latents), [spec.caption for spec in specs])
+                latents.append(codec.encode(render(specs[i : i + size], frames)[0]).half())
+        earlier = [(spec.before.caption, spec.begins) if isinstance(spec, Switch) else None for spec in specs]
+        write_shard(folder, number, torch.cat(latents), [spec.caption for spec in specs], earlier)
         print(f"{folder.name}: {number + 1}/{shards} shards", flush=True)
     write_index(folder, shards, {"task": task.name, "pixel_frames": frames, "seed": seed})
 
@@ -88,7 +101,7 @@ def run(config: BankConfig, options: BankOptions) -> None:
     codec = Codec(pretrained(AutoencoderKLWan, config.vae))
     task = find_task(config.task)
     encode_set(codec, task, config.images, 1, config.seed, options.out / "images")
-    encode_set(codec, task, config.clips, config.frames, config.seed, options.out / "clips")
+    encode_set(codec, task, config.clips, config.frames, config.seed, options.out / "clips", config.switch_share)
     print("bank: std", Bank.load(options.out).sets[0][0].std((0, 2, 3, 4)).tolist())
 
 

@@ -252,13 +252,18 @@ class NextChunk(StudentObjective):
         return later + first, {"later": later, "first": first}
 
     def _read(self, draws: Draws, batch: int, frames: int) -> tuple[Tensor, list[str]]:
-        latent, captions = self.data.read(draws.clips(batch, len(self.data)), frames)
+        latent, captions = self.data.read(self._clips(draws, batch), frames)
         return latent.to(self.base.device), captions
+
+    def _clips(self, draws: Draws, batch: int) -> list[int]:
+        return draws.clips(batch, len(self.data))
 
     def first_frame_loss(self, draws: Draws) -> Tensor:
         """Frame 0 from the text alone."""
         config, base = self.config, self.base
         latent, captions = self._read(draws, config.first_batch, 1)
+        earlier = self.data.earlier(self._clips(draws, config.first_batch))
+        captions = [switch[0] if switch else caption for switch, caption in zip(earlier, captions, strict=True)]
         noise = draws.normal(*latent.shape[1:]).to(latent)
         emb = base.encode(captions)
         text = self.student.stages.prepare_text(emb)
@@ -278,6 +283,8 @@ class NextChunk(StudentObjective):
         """Eq. 6 on frames 1 .. F - 1. With `roll` the student streams their past from the real frame 0."""
         config = self.config
         latent, captions = self._read(draws, config.batch, config.frames)
+        earlier = self.data.earlier(self._clips(draws, config.batch))
+        begins = torch.tensor([switch[1] if switch else 0 for switch in earlier], device=latent.device)
         dropped = draws.uniform() < config.caption_dropout
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
         emb = self.base.encode(captions)
@@ -285,14 +292,19 @@ class NextChunk(StudentObjective):
         seeds, size = draws.seeds(), (latent.shape[-2], latent.shape[-1])
         if roll:
             start = latent[:, :, :1]
-            context = roll_out(self.student, emb, config.frames - 1, seeds, config.preset, size, start).to(latent)
+            rolled = roll_out(self.student, emb, config.frames - 1, seeds, config.preset, size, start).to(latent)
+            context = torch.where((begins > 0).view(-1, 1, 1, 1, 1), context, rolled)
         if config.context_noise:
             level = config.context_noise * draws.uniform(1, 1, 1, 1).to(latent)
             context = (1 - level) * context + level * draws.normal(*context.shape[1:]).to(latent)
         sigma = draw_sigmas((config.frames,), config, draws).to(latent)
         noise = draws.normal(*latent.shape[1:]).to(latent)
         flow = self.student.flow(context, noised(latent, noise, sigma), sigma, text)
-        return (flow - (noise - latent))[:, :, 1:].square().mean()
+        # Of a clip whose prompt is switched, only the later frames: a stream commits its past anew under the new
+        # prompt, so they have the later caption and the whole past. Frame 0 has a loss of its own.
+        learnt = torch.arange(config.frames).to(begins) >= begins.clamp(min=1)[:, None]
+        error = (flow - (noise - latent)).square().mean((1, 3, 4)) * learnt  # [B, F]
+        return (error.sum(1) / learnt.sum(1).clamp(min=1)).mean()
 
 
 def fit_student(

@@ -16,7 +16,7 @@ import torch
 
 from distill.models.critic import Critic
 from distill.models.student import Student
-from distill.stages.dmd import DmdConfig, presets_of
+from distill.stages.dmd import DmdConfig, discriminator_of, presets_of
 from distill.stages.next_chunk import NextChunkConfig
 from distill.stages.rl import RlConfig
 from distill.training.loop import FitConfig, split
@@ -119,12 +119,18 @@ def _dmd(config: DmdConfig, made: NextChunkConfig, shape: TransformerConfig, n: 
     length = max(config.rollout, frames)
     parallel, _ = _passes(shape, made, n, length, rows)
     _, joint = _passes(shape, made, n, frames, rows)
-    steps = mean((len(preset.steps[-1]) + 1) / 2 for preset in presets_of(config, made))  # a drawn exit is half way
-    rolled = length * _one_frame(shape, made, n, rows, steps)
+    counts = [len(preset.steps[-1]) for preset in presets_of(config, made)]
+    rolled = length * _one_frame(shape, made, n, rows, (mean(counts) + 1) / 2)  # a drawn exit is half way
     sid, through = config.loss == "sid", 1 + _backward(config)
     learning = parallel * through + 3 * joint * (through if sid else 1)
-    flops = rolled + learning / config.critic_every + joint * through
-    return _Work((3 * length - 2 + frames * (1 + 3 * sid)) * n, flops)
+    judged = 0  # clips that the discriminator sees, whose activations are kept
+    if config.adversarial:
+        judged = 4 if config.r1 or config.r2 else 2
+        learning += joint * through
+        if config.opponent == "next":  # the smallest number of steps is nobody's next one
+            rolled += sum(length * _one_frame(shape, made, n, rows, count) for count in counts[1:]) / len(counts)
+    flops = rolled + learning / config.critic_every + joint * through * (1 + judged)
+    return _Work((3 * length - 2 + frames * (1 + 3 * sid + judged + (judged > 0))) * n, flops)
 
 
 def _backward(config: FitConfig) -> float:
@@ -139,7 +145,10 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
         shape = TransformerConfig.from_dict(json.loads(Path(cluster.transformer).read_text()))
     with torch.device("meta"):
         teacher = WanTransformer(shape).to(config.dtype)
-        critic = Critic(teacher, config.critic_rank) if isinstance(config, DmdConfig) else None
+        critic = head = None
+        if isinstance(config, DmdConfig):
+            critic = Critic(teacher, config.critic_rank)
+            head = discriminator_of(config, made, shape)
         student = Student(teacher, made.rank, made.window, made.max_position, etm=made.etm)
     frozen = sum(p.numel() for p in student.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in student.trained().values())
@@ -152,6 +161,8 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
         work = _dmd(config, made, shape, n, frames, rows)
         critic_trained = sum(p.numel() for p in critic.trained().values())
         critic_frozen = sum(p.numel() for p in critic.parameters()) - critic_trained
+        if head is not None:
+            critic_trained += sum(p.numel() for p in head.parameters())
     elif isinstance(config, RlConfig):
         work, beside = _rl(config, made, shape, n, frames, rows), config.critic == "trained"
         critic_trained, critic_frozen = trained * beside, frozen * beside

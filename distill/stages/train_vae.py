@@ -14,6 +14,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from distill.data import switches
+from distill.data.switches import with_switches
 from distill.models.codec import LATENT_CHANNELS, build_vae, decode_raw, encode_moments, initialise
 from distill.models.pretrained import pretrained
 from distill.scores.tasks import find_task
@@ -29,6 +31,8 @@ class VaeConfig:
 
     task: str = option("sprites", "clips to draw: sprites or scenes")
     start: str = option("", "VAE to start from; empty: a new one")
+    decoder_only: bool = option(False, "the encoder stays, so that models of its latents stay valid")
+    switch_share: float = option(0.0, "scenes: share of the clips in which the prompt is switched")
     steps: int = option(3000, "optimiser steps")
     lr: float = option(2e-3, "highest learning rate")
     warmup: int = option(50, "steps of linear warm-up")
@@ -64,7 +68,8 @@ def batch_shape(step: int, config: VaeConfig) -> tuple[int, int]:
 def loss_of(vae: AutoencoderKLWan, video: Tensor, cover: Tensor, config: VaeConfig) -> Tensor:
     """Foreground-weighted squared and absolute error, plus the KL term."""
     with torch.autocast("cpu", torch.bfloat16):
-        mean, log_var = encode_moments(vae, video).float().chunk(2, 1)
+        with torch.set_grad_enabled(not config.decoder_only):
+            mean, log_var = encode_moments(vae, video).float().chunk(2, 1)
         log_var = log_var.clamp(-12, 4)
         latent = mean + torch.exp(0.5 * log_var) * torch.randn_like(mean)
         error = decode_raw(vae, latent).float() - video
@@ -113,7 +118,12 @@ def train(config: VaeConfig, out: Path, board: Path | None = None, stop_at: int 
     torch.manual_seed(config.seed)
     task = find_task(config.task)
     vae = pretrained(AutoencoderKLWan, config.start) if config.start else initialise(build_vae())
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    if config.decoder_only:
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    render = switches.render if config.switch_share else task.render
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
     data = torch.Generator().manual_seed(config.seed + 1)
     first = 0
     if state := load_state(out / "state.pt"):
@@ -126,11 +136,15 @@ def train(config: VaeConfig, out: Path, board: Path | None = None, stop_at: int 
         curve = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         set_lr([optimizer], config.lr * curve * min(1.0, (step + 1) / config.warmup))
         frames, clips = batch_shape(step, config)
-        video, cover = task.render(task.sample(clips, data), frames)
+        specs = task.sample(clips, data)
+        if config.switch_share and frames > 1:
+            share = float(torch.rand((), generator=data) < config.switch_share)  # a batch is too small for a share
+            specs = with_switches(specs, share, data)
+        video, cover = render(specs, frames)
         loss = loss_of(vae, video, cover, config)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), config.clip)
+        torch.nn.utils.clip_grad_norm_(trained, config.clip)
         optimizer.step()
         progress.update(step + 1, loss.item())
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
@@ -152,8 +166,9 @@ def train(config: VaeConfig, out: Path, board: Path | None = None, stop_at: int 
 def run(config: VaeConfig, options: VaeOptions) -> None:
     """Train, then write the VAE and its report."""
     vae = train(config, options.out, options.board).eval()
-    mean, std = latent_statistics(vae, config.task)
-    vae.register_to_config(latents_mean=mean, latents_std=std)
+    if not config.decoder_only:
+        mean, std = latent_statistics(vae, config.task)
+        vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(options.out / "vae")
     report = {str(frames): validate(vae, config.task, frames, 32) for frames in (1, 5, 17, 33)}
     write_json(options.out / "report.json", report)

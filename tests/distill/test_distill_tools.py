@@ -18,6 +18,7 @@ from distill.experiments import ablation, evaluate
 from distill.experiments.ablation import Runner
 from distill.experiments.tables import ARMS, AblationConfig, table, write_report
 from distill.models.codec import build_vae
+from distill.models.discriminator import Discriminator
 from distill.models.student import Student
 from distill.scores.tasks import find_task
 from distill.stages.dmd import DmdConfig
@@ -146,6 +147,17 @@ def test_plan_counts_what_is_trained(tmp_path: Path) -> None:
     assert estimate(replace(matched, critic_every=4), made, cluster).flops < whole.flops
     assert estimate(replace(matched, loss="sid"), made, cluster).flops > whole.flops
     assert estimate(replace(matched, sampling_steps=(1,)), made, cluster).flops < whole.flops
+    wide = replace(matched, adversarial=1.0, sampling_steps=(1, 4))
+    plain, rivals, data = (
+        estimate(replace(wide, **other), made, cluster) for other in ({"adversarial": 0.0}, {}, {"opponent": "data"})
+    )
+    head = Discriminator(SMALL, (), 2, wide.head_width)
+    assert rivals.trained - plain.trained == sum(p.numel() for p in head.parameters())
+    assert rivals.optimiser > plain.optimiser
+    assert rivals.flops > data.flops > plain.flops  # the data cost no second rollout
+    assert rivals.activations == data.activations > plain.activations
+    flat = estimate(replace(wide, r1=0.0, r2=0.0), made, cluster)
+    assert (flat.flops < rivals.flops, flat.activations < rivals.activations) == (True, True)
     halved = estimate(replace(made, micro=1), made, cluster)
     assert (halved.activations, halved.flops) == (plan.activations // 2, plan.flops)
     assert estimate(replace(made, recompute=True), made, cluster).activations < plan.activations
@@ -210,7 +222,8 @@ def test_evaluate_command(task: str | None, capsys: pytest.CaptureFixture[str]) 
     assert {"object_class", "color", "scene", "motion_smoothness"} <= set(result["dimensions"])
     assert result["dimensions"]["color"]["n"] == 2
     assert result["task"] == (task or "scenes")
-    assert ("scores" in result) == (task == "sprites")  # the strict scorer's, of one object
+    assert 0 <= result["all_right"] <= 1
+    assert 0 <= result["blink"] <= 1
 
 
 @pytest.mark.slow

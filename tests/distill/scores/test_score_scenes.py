@@ -1,4 +1,4 @@
-"""Truth scores 1 in every dimension, and every kind of damage costs the dimensions that name it and no others."""
+"""Scenes: truth scores 1 in every dimension, every kind of damage costs the dimensions that name it and no others."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,25 +6,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from damages import FRAMES, NAMES, following, frozen, jumping, means, without_objects
 from torch import Tensor
 
 from distill.data.scenes import RELATIONS, Scene, render, sample, seen
-from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, palette
-from distill.scores.dimensions import QUALITY, SEMANTIC, blinks, dimensions, summarise
+from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES
+from distill.scores.dimensions import QUALITY, SEMANTIC, dimensions, summarise
 from distill.scores.tasks import find_task
 
 pytestmark = pytest.mark.slow
-
-FRAMES = 33
-NAMES = (*SEMANTIC, *QUALITY)
-
-
-def following(name: str, choices: object, skip: tuple[str | None, ...] = ()) -> str:
-    """The next choice after `name` that is none of `skip`."""
-    names = list(choices)
-    while (name := names[(names.index(name) + 1) % len(names)]) in skip:
-        pass
-    return name
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +31,14 @@ def single() -> tuple[list[Scene], Tensor]:
     return scenes, render(scenes, FRAMES)[0]
 
 
-def means(videos: Tensor, scenes: list[Scene]) -> dict[str, float]:
-    return {name: value["mean"] for name, value in find_task("scenes").score(videos, scenes).items()}
-
-
 def expect(videos: Tensor, scenes: list[Scene], lost: set[str], at_most: float = 0.1) -> None:
     """`lost` dimensions fall to `at_most` or less, every other one stays at 0.98 or more."""
-    got = means(videos, scenes)
+    got = means("scenes", videos, scenes)
     wrong = {name: got[name] for name in NAMES if name in got and (got[name] <= at_most) != (name in lost)}
     fallen = {name: got[name] for name in NAMES if name in got and name not in lost and got[name] < 0.98}
     assert not wrong, wrong
     assert not fallen, fallen
+    assert got["all_right"] == float(not lost & {*SEMANTIC}), got
 
 
 def test_truth_scores_one(truth: tuple[list[Scene], Tensor]) -> None:
@@ -59,28 +46,30 @@ def test_truth_scores_one(truth: tuple[list[Scene], Tensor]) -> None:
     assert {s.relation for s in scenes} == {None, *RELATIONS}
     assert any(s.period for s in scenes)
     expect(video, scenes, set())
-    got = means(video, scenes)
+    got = means("scenes", video, scenes)
     assert min(got["semantic"], got["quality"], got["total"]) >= 0.98
+    assert got["all_right"] == 1
 
 
 def test_truth_survives_mild_noise(truth: tuple[list[Scene], Tensor]) -> None:
     scenes, video = truth
-    got = means(video + 0.01 * torch.randn(video.shape, generator=torch.Generator().manual_seed(0)), scenes)
+    got = means("scenes", video + 0.01 * torch.randn(video.shape, generator=torch.Generator().manual_seed(0)), scenes)
     assert min(got[name] for name in NAMES) >= 0.98, got
 
 
 def test_stills_have_no_motion_to_judge(truth: tuple[list[Scene], Tensor]) -> None:
     scenes, video = truth
-    got = means(video[:, :, :1], scenes)
+    got = means("scenes", video[:, :, :1], scenes)
     assert not {"direction", "speed", "motion_smoothness", "dynamic_degree"} & set(got)
+    assert got.pop("blink") == 0
     assert min(got.values()) >= 0.98, got
-    assert means(torch.zeros_like(video[:, :, :1]), scenes)["semantic"] < 0.1
+    assert means("scenes", torch.zeros_like(video[:, :, :1]), scenes)["semantic"] < 0.1
 
 
 def test_long_truth() -> None:
     """Bouncing, blinking and occlusion for 161 frames are still truth."""
     scenes = sample(8, torch.Generator().manual_seed(31))
-    got = means(render(scenes, 161)[0], scenes)
+    got = means("scenes", render(scenes, 161)[0], scenes)
     assert min(got["semantic"], got["quality"]) >= 0.98, got
 
 
@@ -91,18 +80,6 @@ def test_parts_of_a_long_clip_are_truth() -> None:
     video = task.render(scenes, 90)[0]
     assert task.score(video[:, :, 30:60], scenes, begins=False)["quality"]["mean"] >= 0.98
     assert task.score(video[:, :, 30:60], scenes)["quality"]["mean"] < 0.98
-
-
-@pytest.mark.slow
-def test_sprites_on_a_torus_are_truth() -> None:
-    """The same dimensions serve one object that leaves on one side and comes back on the other."""
-    task = find_task("sprites")
-    specs = task.draw(24, 5)
-    video = task.render(specs, 65)[0]
-    assert min(value["mean"] for value in task.score(video, specs).values()) >= 0.98
-    hidden = video.clone()
-    hidden[:, :, 20:24] = video[:, :, :1, :1, :1]
-    assert task.score(hidden, specs)["multiple_objects"]["mean"] <= 0.95  # nothing blinks here
 
 
 @pytest.mark.parametrize(
@@ -132,10 +109,6 @@ def test_one_wrong_fact(single: tuple[list[Scene], Tensor], what: str, lost: set
     expect(render([wrong(s) for s in scenes], FRAMES)[0], scenes, lost)
 
 
-def frozen(video: Tensor) -> Tensor:
-    return video[:, :, :1].expand_as(video)
-
-
 def test_frozen(single: tuple[list[Scene], Tensor]) -> None:
     scenes, video = single
     expect(frozen(video), scenes, {"direction", "speed", "dynamic_degree"})
@@ -144,10 +117,7 @@ def test_frozen(single: tuple[list[Scene], Tensor]) -> None:
 def test_flicker(single: tuple[list[Scene], Tensor]) -> None:
     """Gone in every second frame: it flickers, nothing can be followed; what is seen is still right."""
     scenes, video = single
-    video = video.clone()
-    grounds = palette(BACKGROUNDS)[[list(BACKGROUNDS).index(s.background) for s in scenes]]
-    video[:, :, 1::2] = grounds[:, :, None, None, None]
-    got = means(video, scenes)
+    got = means("scenes", without_objects(video, scenes, slice(1, None, 2)), scenes)
     assert got["temporal_flickering"] <= 0.1
     assert max(got["direction"], got["speed"], got["dynamic_degree"]) == 0
     assert min(got["object_class"], got["color"], got["scene"], got["subject_consistency"]) >= 0.98
@@ -158,7 +128,7 @@ def test_drifting_colours(single: tuple[list[Scene], Tensor]) -> None:
     scenes, video = single
     video = (video + torch.linspace(0, 0.5, FRAMES).view(1, 1, -1, 1, 1)).clamp(-1, 1)
     kept = [s.background != "white" for s in scenes]  # white cannot grow brighter
-    got = means(video[kept], [s for s, keep in zip(scenes, kept, strict=True) if keep])
+    got = means("scenes", video[kept], [s for s, keep in zip(scenes, kept, strict=True) if keep])
     assert got["background_consistency"] <= 0.5
     assert got["subject_consistency"] <= 0.95
     assert min(got["temporal_flickering"], got["motion_smoothness"], got["direction"]) >= 0.95
@@ -168,7 +138,7 @@ def test_blurred(single: tuple[list[Scene], Tensor]) -> None:
     scenes, video = single
     frames = video.transpose(1, 2).flatten(0, 1)
     blurred = F.avg_pool2d(F.pad(frames, (2, 2, 2, 2), mode="replicate"), 5, 1)
-    got = means(blurred.unflatten(0, (-1, FRAMES)).transpose(1, 2), scenes)
+    got = means("scenes", blurred.unflatten(0, (-1, FRAMES)).transpose(1, 2), scenes)
     assert got["imaging_quality"] <= 0.6
     kept = set(NAMES) - {"imaging_quality", "object_class", "subject_consistency", "spatial_relationship"}
     assert min(got[name] for name in kept) >= 0.98  # blur leaves only the shape uncertain
@@ -177,9 +147,7 @@ def test_blurred(single: tuple[list[Scene], Tensor]) -> None:
 def test_jump(single: tuple[list[Scene], Tensor]) -> None:
     """A jump across the way, half-way: not smooth from there on, and no steady motion."""
     scenes, video = single
-    video = video.clone()
-    video[:, :, 16:] = video[:, :, 16:].roll((8, 8), (-1, -2))
-    got = means(video, scenes)
+    got = means("scenes", jumping(video), scenes)
     assert got["motion_smoothness"] <= 0.5
     assert got["direction"] == got["speed"] == 0
     assert min(got[name] for name in ("object_class", "color", "scene", "imaging_quality")) >= 0.98
@@ -188,10 +156,7 @@ def test_jump(single: tuple[list[Scene], Tensor]) -> None:
 def test_never_comes_back(single: tuple[list[Scene], Tensor]) -> None:
     """An object that fades out for good is no blink: it is missed in every frame that it should be in."""
     scenes, video = single
-    video = video.clone()
-    grounds = palette(BACKGROUNDS)[[list(BACKGROUNDS).index(s.background) for s in scenes]]
-    video[:, :, 17:] = grounds[:, :, None, None, None]
-    got = means(video, scenes)
+    got = means("scenes", without_objects(video, scenes, slice(17, None)), scenes)
     for name in ("object_class", "multiple_objects", "color", "subject_consistency"):
         assert got[name] == pytest.approx(17 / 33, abs=0.02), name
 
@@ -200,7 +165,6 @@ def blinking(scene: Scene) -> Scene:
     return dataclasses.replace(scene, other=None, period=20, hidden=8, phase=9)
 
 
-@pytest.mark.slow
 def test_comes_back_elsewhere(single: tuple[list[Scene], Tensor]) -> None:
     """A blinking object that reappears where it cannot be has been forgotten: only motion smoothness knows."""
     scenes = [blinking(s) for s in single[0]]
@@ -210,7 +174,7 @@ def test_comes_back_elsewhere(single: tuple[list[Scene], Tensor]) -> None:
     for i, s in enumerate(scenes):
         axis = -2 if DIRECTIONS[s.direction][0] else -1  # across the way
         shifted[i, :, 17:] = shifted[i, :, 17:].roll(7, axis)
-    got = means(shifted, scenes)
+    got = means("scenes", shifted, scenes)
     assert got["motion_smoothness"] <= 0.35
     kept = set(NAMES) - {"motion_smoothness", "direction", "speed", "spatial_relationship"}
     assert min(got[name] for name in kept) >= 0.9, got
@@ -241,13 +205,14 @@ def test_second_object(truth: tuple[list[Scene], Tensor], damage: str) -> None:
         colour = following(other.colour, COLOURS, (mover.colour,))
         return dataclasses.replace(s, other=dataclasses.replace(other, colour=colour))
 
-    got = means(render([wrong(s) for s in scenes], FRAMES)[0], scenes)
+    got = means("scenes", render([wrong(s) for s in scenes], FRAMES)[0], scenes)
     loses = {
         "swapped": {"spatial_relationship": 0.0},
         "missing": {"spatial_relationship": 0.0, "multiple_objects": 0.0, "object_class": 0.5, "color": 0.5},
         "other_class": {"object_class": 0.5},
         "other_colour": {"color": 0.5},
     }[damage]
+    assert got["all_right"] == 0
     for name in SEMANTIC:
         if name in loses:
             assert got[name] == pytest.approx(loses[name], abs=0.06), (name, got)
@@ -260,7 +225,7 @@ def test_an_object_too_many(single: tuple[list[Scene], Tensor]) -> None:
     extra = [dataclasses.replace(s, mover=dataclasses.replace(s.mover, radius=3.5)) for s in scenes]
     drawn, cover = render(extra, FRAMES)
     drawn, cover = (x.roll((16, 16), (-1, -2)) for x in (drawn, cover))
-    assert means(torch.where(cover > 0, drawn, video), scenes)["multiple_objects"] <= 0.1
+    assert means("scenes", torch.where(cover > 0, drawn, video), scenes)["multiple_objects"] <= 0.1
 
 
 def test_nothing_there(single: tuple[list[Scene], Tensor]) -> None:
@@ -268,7 +233,7 @@ def test_nothing_there(single: tuple[list[Scene], Tensor]) -> None:
     scenes, video = single
     empty = video[:, :, :1, :1, :1].expand_as(video)
     corners = [(s.mover.centre[0] > 10 or s.mover.centre[1] > 10) for s in scenes]
-    got = means(empty[corners], [s for s, keep in zip(scenes, corners, strict=True) if keep])
+    got = means("scenes", empty[corners], [s for s, keep in zip(scenes, corners, strict=True) if keep])
     for name in ("object_class", "multiple_objects", "color", "direction", "speed", "subject_consistency"):
         assert got[name] == 0, name
     assert got["motion_smoothness"] == got["imaging_quality"] == got["dynamic_degree"] == 0
@@ -277,7 +242,7 @@ def test_nothing_there(single: tuple[list[Scene], Tensor]) -> None:
 @pytest.mark.parametrize("noise", [torch.rand, torch.randn])
 def test_noise_is_nothing(single: tuple[list[Scene], Tensor], noise: Callable[..., Tensor]) -> None:
     scenes, video = single
-    got = means(noise(video[:8].shape, generator=torch.Generator().manual_seed(0)), scenes[:8])
+    got = means("scenes", noise(video[:8].shape, generator=torch.Generator().manual_seed(0)), scenes[:8])
     assert got["semantic"] <= 0.2, got
     assert got["imaging_quality"] <= 0.2, got
 
@@ -302,11 +267,12 @@ def test_bad_input(single: tuple[list[Scene], Tensor]) -> None:
 def test_blinks_are_seen(truth: tuple[list[Scene], Tensor]) -> None:
     """On drawn clips, wherever an occlusion does not hide the blink itself."""
     scenes, video = truth
-    found = [blinks(clip, scene) for clip, scene in zip(video, scenes, strict=True)]
+    found = [dimensions(clip, scene)["blink"] for clip, scene in zip(video, scenes, strict=True)]
     drawn = [bool(scene.period) and not bool(seen(scene, video.shape[2]).all()) for scene in scenes]
     assert not any(got and not shown for got, shown in zip(found, drawn, strict=True))
     assert sum(found) >= 0.6 * sum(drawn) > 0
-    assert not any(blinks(torch.zeros_like(clip), scene) for clip, scene in zip(video[:4], scenes, strict=False))
+    assert means("scenes", torch.zeros_like(video[:4]), scenes[:4])["blink"] == 0
+    assert means("scenes", video, scenes)["blink"] == pytest.approx(sum(found) / len(found), abs=1e-4)
 
 
 def test_blink_hides_whole_latent_frames() -> None:
