@@ -193,6 +193,13 @@ def draw_sigmas(shape: tuple[int, ...], config: NextChunkConfig, draws: Draws) -
     return torch.where(draws.uniform(*shape) < config.on_schedule, picked, free)
 
 
+def error_from(difference: Tensor, begins: Tensor) -> Tensor:
+    """Mean square of a difference [B, C, F, h, w] over the frames from begins [B] on."""
+    learnt = torch.arange(difference.shape[2]).to(begins) >= begins[:, None]
+    error = difference.square().mean((1, 3, 4)) * learnt  # [B, F]
+    return (error.sum(1) / learnt.sum(1).clamp(min=1)).mean()
+
+
 @torch.no_grad()
 def segment_target(
     teacher: WanTransformer,
@@ -231,6 +238,18 @@ class StudentObjective(Objective):
     def groups(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
         return {"student": (self.student.trained(), 1.0)}
 
+    def read(self, draws: Draws, batch: int, frames: int) -> tuple[Tensor, list[str]]:
+        """Latents of the samples' clips, of `batch` a step, on the device, and their captions."""
+        latent, captions = self.data.read(self.clips(draws, batch), frames)
+        return latent.to(self.base.device), captions
+
+    def clips(self, draws: Draws, batch: int) -> list[int]:
+        return draws.clips(batch, len(self.data))
+
+    def begins(self, draws: Draws, batch: int) -> Tensor:
+        """The first frames [B] at which the captions of those clips hold."""
+        return torch.tensor([switch[1] if switch else 0 for switch in self.data.earlier(self.clips(draws, batch))])
+
 
 class NextChunk(StudentObjective):
     """Eq. 6 on some samples of a step."""
@@ -251,18 +270,11 @@ class NextChunk(StudentObjective):
         first = self.first_frame_loss(Draws(config.seed + 1, draws.step, samples))
         return later + first, {"later": later, "first": first}
 
-    def _read(self, draws: Draws, batch: int, frames: int) -> tuple[Tensor, list[str]]:
-        latent, captions = self.data.read(self._clips(draws, batch), frames)
-        return latent.to(self.base.device), captions
-
-    def _clips(self, draws: Draws, batch: int) -> list[int]:
-        return draws.clips(batch, len(self.data))
-
     def first_frame_loss(self, draws: Draws) -> Tensor:
         """Frame 0 from the text alone."""
         config, base = self.config, self.base
-        latent, captions = self._read(draws, config.first_batch, 1)
-        earlier = self.data.earlier(self._clips(draws, config.first_batch))
+        latent, captions = self.read(draws, config.first_batch, 1)
+        earlier = self.data.earlier(self.clips(draws, config.first_batch))
         captions = [switch[0] if switch else caption for switch, caption in zip(earlier, captions, strict=True)]
         noise = draws.normal(*latent.shape[1:]).to(latent)
         emb = base.encode(captions)
@@ -282,9 +294,8 @@ class NextChunk(StudentObjective):
     def next_frame_loss(self, draws: Draws, *, roll: bool) -> Tensor:
         """Eq. 6 on frames 1 .. F - 1. With `roll` the student streams their past from the real frame 0."""
         config = self.config
-        latent, captions = self._read(draws, config.batch, config.frames)
-        earlier = self.data.earlier(self._clips(draws, config.batch))
-        begins = torch.tensor([switch[1] if switch else 0 for switch in earlier], device=latent.device)
+        latent, captions = self.read(draws, config.batch, config.frames)
+        begins = self.begins(draws, config.batch).to(latent.device)
         dropped = draws.uniform() < config.caption_dropout
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
         emb = self.base.encode(captions)
@@ -302,9 +313,7 @@ class NextChunk(StudentObjective):
         flow = self.student.flow(context, noised(latent, noise, sigma), sigma, text)
         # Of a clip whose prompt is switched, only the later frames: a stream commits its past anew under the new
         # prompt, so they have the later caption and the whole past. Frame 0 has a loss of its own.
-        learnt = torch.arange(config.frames).to(begins) >= begins.clamp(min=1)[:, None]
-        error = (flow - (noise - latent)).square().mean((1, 3, 4)) * learnt  # [B, F]
-        return (error.sum(1) / learnt.sum(1).clamp(min=1)).mean()
+        return error_from(flow - (noise - latent), begins.clamp(min=1))
 
 
 def fit_student(

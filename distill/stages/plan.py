@@ -1,4 +1,4 @@
-"""The cost of next_chunk, rl or dmd at full size, without running it: models on the meta device, counted.
+"""The cost of next_chunk, consistency, rl or dmd at full size, without running it: models on the meta device, counted.
 
     python -m distill next_chunk --config distill/configs/wan2.1-1.3b.toml --dry-run
 
@@ -16,6 +16,7 @@ import torch
 
 from distill.models.critic import Critic
 from distill.models.student import Student
+from distill.stages.consistency import ConsistencyConfig
 from distill.stages.dmd import DmdConfig, discriminator_of, presets_of
 from distill.stages.next_chunk import NextChunkConfig
 from distill.stages.rl import RlConfig
@@ -105,6 +106,14 @@ def _next_chunk(config: NextChunkConfig, shape: TransformerConfig, n: int, frame
     return _Work((3 * frames - 2) * n, parallel * through + first * (alone * through + guided) + rolled)
 
 
+def _consistency(
+    config: ConsistencyConfig, made: NextChunkConfig, shape: TransformerConfig, n: int, frames: int, rows: int
+) -> _Work:
+    parallel, _ = _passes(shape, made, n, frames, rows)
+    target = (2 + (config.guidance != 1)) * (1 - 1 / config.levels)  # teacher and average; none at the last level
+    return _Work((3 * frames - 2) * n, parallel * (1 + _backward(config) + target))
+
+
 def _rl(config: RlConfig, made: NextChunkConfig, shape: TransformerConfig, n: int, frames: int, rows: int) -> _Work:
     middle, (_, joint) = frames // 2, _passes(shape, made, n, frames, rows)
     past = forward_flops(shape, middle * n, (made.window + 1) * middle * n * n, rows, 1)
@@ -157,6 +166,7 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
     n = (cluster.height // ph) * (cluster.width // pw)
     rows, frames = cluster.text_rows, min(config.frames, cluster.frames)  # type: ignore[attr-defined]
     micro = len(split(config.batch, config.micro, 0, cluster.gpus)[0])
+    started = 0  # trained weights that are kept as they began
     if critic is not None:
         work = _dmd(config, made, shape, n, frames, rows)
         critic_trained = sum(p.numel() for p in critic.trained().values())
@@ -166,6 +176,9 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
     elif isinstance(config, RlConfig):
         work, beside = _rl(config, made, shape, n, frames, rows), config.critic == "trained"
         critic_trained, critic_frozen = trained * beside, frozen * beside
+    elif isinstance(config, ConsistencyConfig):
+        work, critic_trained, critic_frozen = _consistency(config, made, shape, n, frames, rows), 0, 0
+        started = trained
     else:
         work, critic_trained, critic_frozen = _next_chunk(made, shape, n, frames, rows), 0, 0
     width, sequence, learnt = 2 if config.precision == "bf16" else 4, work.sequence, trained + critic_trained
@@ -179,7 +192,7 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
     return Plan(
         parameters=frozen + critic_frozen + base + learnt,
         trained=learnt,
-        weights=int(held / (cluster.gpus if config.shard else 1) + embedding) + 4 * learnt,
+        weights=int(held / (cluster.gpus if config.shard else 1) + embedding) + 4 * (learnt + started),
         # Gradient, two moments, and the buckets in which several processes average gradients; the moving average.
         optimiser=learnt * 4 * (3 + (cluster.gpus > 1)) + 4 * trained,
         activations=micro * (kept + peak),
@@ -190,7 +203,7 @@ def estimate(config: FitConfig, made: NextChunkConfig, cluster: ClusterConfig) -
     )
 
 
-def report(path: Path, stage: str, config: NextChunkConfig | RlConfig | DmdConfig) -> None:
+def report(path: Path, stage: str, config: NextChunkConfig | ConsistencyConfig | RlConfig | DmdConfig) -> None:
     """Print the plan, last as JSON. A plan that does not fit raises ValueError."""
     cluster = read_table(ClusterConfig, path, "cluster")
     made = config if isinstance(config, NextChunkConfig) else read_table(NextChunkConfig, path, "next_chunk")

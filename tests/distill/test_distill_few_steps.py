@@ -1,4 +1,4 @@
-"""Adversarial self-distillation: which way its gradients go, and what the discriminator learns."""
+"""Students of few steps: adversarial self-distillation (gradients, what the discriminator learns) and consistency."""
 
 import copy
 import json
@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distill_losses import STEP, check_gradient, dmd, keep_double, spread
+from test_distill_losses import STEP, Words, check_gradient, dmd, in_double, keep_double, spread
 from torch import Tensor
 
-from distill.data.shards import Shards
+from distill.data.shards import Shards, write_index, write_shard
 from distill.models.rollout import roll_out
 from distill.stages import latents
+from distill.stages.consistency import Consistency, ConsistencyConfig, clean
 from distill.stages.dmd import Dmd, DmdConfig, train
 from distill.stages.latents import BankConfig, BankOptions
+from distill.stages.next_chunk import NextChunkConfig
 from distill.training.draws import Draws
 
 SPRITES = Path(__file__).parents[2] / "engine" / "assets" / "sprites"
@@ -167,6 +169,135 @@ def test_what_does_not_fit_is_refused(data: Shards) -> None:
         dmd(data, **ADVERSARIAL, rollout=6)
     with pytest.raises(ValueError, match="features: got block 2, expected 0 to 1"):
         dmd(data, **(ADVERSARIAL | {"features": (0, 2)}))
+
+
+def consistency(data: Shards, family: str = "greedy", **options: object) -> Consistency:
+    torch.manual_seed(0)
+    made = NextChunkConfig(family=family, rank=2, max_position=3, first=str(options.pop("first", "guided")))
+    base = Words()
+    student = made.student(base)  # type: ignore[arg-type]
+    spread(student)
+    config = ConsistencyConfig(batch=2, frames=4, **options)  # type: ignore[arg-type]
+    return Consistency(config, made, base, student, data)  # type: ignore[arg-type]
+
+
+FAMILIES = pytest.mark.parametrize("family", ["greedy", "causal"])
+
+
+@FAMILIES
+def test_at_the_last_level_the_target_is_the_data(data: Shards, family: str) -> None:
+    objective = consistency(data, family, levels=5)
+    latent, noise = torch.randn(2, 2, 4, 2, 2), torch.randn(2, 2, 4, 2, 2)
+    emb = objective.base.encode(["a", "bb"])
+    levels = [2 * t / (1 + t) for t in (1, 0.8, 0.6, 0.4, 0.2)]
+    for index, level in enumerate(levels):
+        sigma, noisy, target = objective.target(latent, noise, emb, index)
+        assert sigma.flatten().tolist() == pytest.approx([level] * 8)
+        torch.testing.assert_close(noisy, (1 - level) * latent + level * noise)
+        assert torch.equal(target, latent) == (index == 4)
+
+
+@FAMILIES
+def test_the_target_is_the_average_after_a_step_of_the_teacher(data: Shards, family: str) -> None:
+    """Three sets of weights in one student, against three students."""
+    objective = consistency(data, family, levels=4, shift=1.0)
+    teacher, average = copy.deepcopy(objective.student), copy.deepcopy(objective.student)
+    for student in (average, objective.student):
+        spread(student)
+    objective.follow(average.trained())
+    latent, noise = torch.randn(2, 2, 4, 2, 2), torch.randn(2, 2, 4, 2, 2)
+    emb, past, t = objective.base.encode(["a", "bb"]), latent[:, :, :-1], torch.full((2, 4), 0.75)
+    noisy = 0.25 * latent + 0.75 * noise
+    with torch.no_grad():
+        nearer = noisy - 0.25 * teacher.flow(past, noisy, t, teacher.stages.prepare_text(emb))
+        after = torch.full_like(t, 0.5)
+        expected = nearer - 0.5 * average.flow(past, nearer, after, average.stages.prepare_text(emb))
+    torch.testing.assert_close(objective.target(latent, noise, emb, 1)[2], expected)
+    assert not any(p.grad is not None for p in objective.parameters())
+
+
+@FAMILIES
+@pytest.mark.parametrize("first", ["guided", "data"])
+def test_a_guided_first_frame_is_not_guided_again(data: Shards, family: str, first: str) -> None:
+    objective = consistency(data, family, guidance=3.0, first=first)
+    latent, emb, empty = torch.randn(2, 2, 4, 2, 2), *map(objective.base.encode, (["a", "bb"], ["", ""]))
+    inputs = latent[:, :, :-1], latent, torch.full((2, 4), 0.5)
+    with torch.no_grad():
+        found = objective.teacher_flow(*inputs, emb)
+        v_text, v_empty = objective.student(*inputs, emb), objective.student(*inputs, empty)
+    expected = v_empty + 3 * (v_text - v_empty)
+    if first == "guided":
+        expected[:, :, 0] = v_text[:, :, 0]
+    torch.testing.assert_close(found, expected)
+
+
+@FAMILIES
+def test_predictions_of_neighbouring_levels_come_together(data: Shards, family: str) -> None:
+    """On held-out clips, |f(x_t) - f(x_t')| of the student itself falls while it is trained."""
+    objective = consistency(data, family, levels=6)
+    with torch.no_grad():
+        for parameter in objective.student.trained().values():
+            parameter.mul_(3)
+    objective.teacher = {name: p.detach().clone() for name, p in objective.student.trained().items()}
+    latent, noise = torch.randn(2, 2, 4, 2, 2), torch.randn(2, 2, 4, 2, 2)
+    emb = objective.base.encode(["a", "b"])
+
+    @torch.no_grad()
+    def apart() -> float:
+        objective.follow(dict(objective.student.trained()))
+        total = 0.0
+        for index in range(5):
+            sigma, noisy, target = objective.target(latent, noise, emb, index)
+            flow = objective.student(latent[:, :, :-1], noisy, sigma, emb)
+            total += float((clean(noisy, sigma, flow) - target).abs().mean())
+        return total
+
+    before = apart()
+    optimizer = torch.optim.Adam(objective.student.trained().values(), lr=3e-3)
+    for step in range(30):
+        optimizer.zero_grad()
+        objective(Draws(0, step, [0, 1]))[0].backward()
+        optimizer.step()
+    assert apart() < 0.8 * before
+
+
+@pytest.mark.usefixtures("double")
+def test_consistency_gradient(data: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Consistency, "read", in_double(Consistency.read))
+    objective = consistency(data, levels=3).double()
+    keep_double(objective)
+    objective.follow({name: p.detach().clone() for name, p in objective.student.trained().items()})
+    objective.teacher = objective.average
+    check_gradient(objective, list(objective.student.trained().values()), lambda: objective(Draws(0, 3, [0, 1]))[0])
+
+
+@pytest.mark.parametrize("begins", [0, 2])
+def test_frames_before_a_switch_teach_nothing(begins: int, tmp_path: Path) -> None:
+    earlier = [("z", begins) if begins else None] * 2
+    latent_clips = torch.randn(2, 2, 4, 2, 2)
+    write_shard(tmp_path, 0, latent_clips, ["a", "bb"], earlier)
+    write_index(tmp_path, 1, {})
+    objective = consistency(Shards(tmp_path), levels=1)
+    loss = objective(Draws(0, 0, [0, 1]))[0]
+    draws = Draws(0, 0, [0, 1])
+    latent, captions = objective.read(draws, 2, 4)
+    noise = draws.normal(2, 4, 2, 2)
+    with torch.no_grad():
+        flow = objective.student(latent[:, :, :-1], noise, torch.ones(2, 4), objective.base.encode(captions))
+    expected = (noise - flow - latent)[:, :, begins:].square().mean()
+    torch.testing.assert_close(loss.detach(), expected)
+
+
+def test_bad_configs_of_consistency(data: Shards) -> None:
+    for options, match in (
+        ({"levels": 0}, "levels: got 0, expected at least 1"),
+        ({"frames": 0}, "frames: got 0, expected at least 1"),
+        ({"shift": 0.0}, "shift: got 0.0, expected more than 0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ConsistencyConfig(**options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="frames: got 5, expected at most the 4 of "):
+        Consistency(ConsistencyConfig(frames=5), NextChunkConfig(), None, None, data)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def check_gradient(module: nn.Module, parameters: list[nn.Parameter], loss: Call
 @pytest.mark.usefixtures("double")
 def test_next_chunk_gradient(data: Shards, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eq. 6, parallel over frames, and both targets of the first frame."""
-    monkeypatch.setattr(NextChunk, "_read", in_double(NextChunk._read))
+    monkeypatch.setattr(NextChunk, "read", in_double(NextChunk.read))
     objective = next_chunk(data, first=first, roll_share=0.0).double()
     keep_double(objective)
     parameters = list(objective.student.trained().values())

@@ -23,7 +23,8 @@ from distill.data.shards import Shards
 from distill.models.base import Base
 from distill.models.rollout import noise_levels
 from distill.models.sampling import guided_flow
-from distill.stages import dmd, next_chunk, rl, teacher, train_vae
+from distill.stages import consistency, dmd, next_chunk, rl, teacher, train_vae
+from distill.stages.consistency import ConsistencyConfig
 from distill.stages.dmd import LOSSES, DmdConfig
 from distill.stages.latents import Bank
 from distill.stages.next_chunk import NextChunkConfig, load_student, segment_target
@@ -139,6 +140,25 @@ def test_dmd_resumes(
 
 
 @pytest.mark.parametrize(
+    ("family", "options"), [("greedy", {"guidance": 2.0}), ("causal", {"levels": 2, "recompute": True})]
+)
+def test_consistency_resumes(
+    request: pytest.FixtureRequest, bank: Path, tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    student = request.getfixturevalue("student_file" if family == "greedy" else "causal_file")
+    config = ConsistencyConfig(
+        student=str(student), data=str(bank / "clips"), steps=5, batch=2, frames=3, save_every=2, **options
+    )
+    whole = consistency.train(config, tmp_path / "whole")
+    consistency.train(config, tmp_path / "cut", stop_at=3)
+    assert_equal(whole, consistency.train(config, tmp_path / "cut"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    before = torch.load(student)["student"]
+    assert any((whole[name] - before[name]).abs().max() > 1e-6 for name in before)
+    assert load_student(tmp_path / "whole" / "student.pt")[1] == load_student(student)[1]
+
+
+@pytest.mark.parametrize(
     "options", [{}, {"critic": "trained", "critic_every": 2}, {"scores": "literal", "context": "noised"}]
 )
 def test_rl_resumes(student_file: Path, bank: Path, tmp_path: Path, options: dict[str, Any]) -> None:
@@ -163,7 +183,7 @@ def test_bf16(next_chunk_config: NextChunkConfig, student_file: Path, bank: Path
         "student": str(student_file), "data": str(bank / "clips"), "steps": 1, "batch": 2, "frames": 3,
         "recompute": True,
     }  # fmt: skip
-    tuned = RlConfig(**shared)
+    tuned, few = RlConfig(**shared), ConsistencyConfig(**shared, guidance=2.0)
     matched = {loss: DmdConfig(**shared, critic_warmup=0, critic_every=1, loss=loss) for loss in LOSSES}
     matched["asd"] = replace(matched["dmd"], adversarial=0.5, sampling_steps=(1, 2))
     for precision in ("bf16", "fp32"):
@@ -172,12 +192,20 @@ def test_bf16(next_chunk_config: NextChunkConfig, student_file: Path, bank: Path
             made = replace(next_chunk_config, precision=precision, steps=2)
             trained = next_chunk.train(made, tmp_path / precision)
             rl.train(replace(tuned, precision=precision), tmp_path / f"rl-{precision}")
+            consistency.train(replace(few, precision=precision), tmp_path / f"consistency-{precision}")
             for name, config in matched.items():
                 dmd.train(replace(config, precision=precision), tmp_path / f"{name}-{precision}")
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
         assert {value.dtype for value in trained.values()} == {torch.float32}
-    for stage, tolerance in (("", 0.03), ("rl-", 0.2), ("dmd-", 0.03), ("sid-", 0.03), ("asd-", 0.03)):
+    for stage, tolerance in (
+        ("", 0.03),
+        ("rl-", 0.2),
+        ("consistency-", 0.03),
+        ("dmd-", 0.03),
+        ("sid-", 0.03),
+        ("asd-", 0.03),
+    ):
         for low, high in zip(losses(tmp_path / f"{stage}bf16"), losses(tmp_path / f"{stage}fp32"), strict=True):
             assert low["loss"] == pytest.approx(high["loss"], rel=tolerance)
 
@@ -265,7 +293,7 @@ class Together:
     """Stages that were trained in one launch of two processes, each into a folder of its name."""
 
     folder: Path
-    tuned: dict[str, tuple[ModuleType, RlConfig | DmdConfig]]
+    tuned: dict[str, tuple[ModuleType, RlConfig | DmdConfig | ConsistencyConfig]]
     sample: SampleTeacherConfig
 
     def printed(self, name: str, process: int = 0) -> str:
@@ -291,6 +319,7 @@ def together(
         "rl": (rl, RlConfig(**shared, critic="trained")),
         "dmd": (dmd, DmdConfig(**shared, critic_warmup=0)),  # the critic's step, then one of both
         "sid": (dmd, DmdConfig(**shared, critic_warmup=0, critic_every=1, loss="sid", critic_rank=2)),
+        "consistency": (consistency, ConsistencyConfig(**shared, guidance=2.0)),
         "asd": (dmd, DmdConfig(**shared, critic_warmup=0, critic_every=1, adversarial=0.5, sampling_steps=(1, 2))),
     }
     sampled = SampleTeacherConfig(teacher=str(small_teacher), clips=4, shard=1, batch=1, frames=2, steps=2)
@@ -327,7 +356,7 @@ def fine_tuned_alone(together: Together, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-@pytest.mark.parametrize("stage", ["rl", "dmd", "sid", "asd"])
+@pytest.mark.parametrize("stage", ["rl", "dmd", "sid", "asd", "consistency"])
 @pytest.mark.parametrize("shard", [False, True])
 def test_two_processes_fine_tune_as_one(together: Together, fine_tuned_alone: Path, stage: str, shard: bool) -> None:
     name = f"{stage}-{shard}"
