@@ -130,11 +130,15 @@ def test_planned_student_flops_are_those_of_torch() -> None:
     assert planned < counter.get_total_flops()
 
 
-def test_plan_counts_what_is_trained(tmp_path: Path) -> None:
-    shape = tmp_path / "config.json"
+def small_plan(folder: Path) -> tuple[ClusterConfig, NextChunkConfig]:
+    shape = folder / "config.json"
     shape.write_text(json.dumps({k: v for k, v in asdict(SMALL).items() if k != "qk_norm"}))
     cluster = ClusterConfig(gpus=1, transformer=str(shape), height=8, width=8, frames=5, text_rows=16)
-    made = NextChunkConfig(rank=4, batch=2, first_batch=2, frames=5, max_position=3)
+    return cluster, NextChunkConfig(rank=4, batch=2, first_batch=2, frames=5, max_position=3)
+
+
+def test_plan_counts_what_is_trained(tmp_path: Path) -> None:
+    cluster, made = small_plan(tmp_path)
     plan = estimate(made, made, cluster)
     student = Student(WanTransformer(SMALL), rank=4, max_position=3)
     assert plan.trained == sum(p.numel() for p in student.trained().values())
@@ -148,6 +152,20 @@ def test_plan_counts_what_is_trained(tmp_path: Path) -> None:
     assert estimate(replace(matched, critic_every=4), made, cluster).flops < whole.flops
     assert estimate(replace(matched, loss="sid"), made, cluster).flops > whole.flops
     assert estimate(replace(matched, sampling_steps=(1,)), made, cluster).flops < whole.flops
+    halved = estimate(replace(made, micro=1), made, cluster)
+    assert (halved.activations, halved.flops) == (plan.activations // 2, plan.flops)
+    assert estimate(replace(made, recompute=True), made, cluster).activations < plan.activations
+    two = replace(cluster, gpus=2)
+    spread, whole = (estimate(replace(made, shard=shard), made, two) for shard in (True, False))
+    frozen = whole.weights - 4 * whole.trained
+    embedding = 2 * 2**30  # of the text encoder, in every process
+    assert spread.weights - 4 * spread.trained == pytest.approx(embedding + (frozen - embedding) / 2)
+
+
+@pytest.mark.slow
+def test_plan_counts_discriminators_and_starts(tmp_path: Path) -> None:
+    cluster, made = small_plan(tmp_path)
+    plan, matched = estimate(made, made, cluster), DmdConfig(batch=2, frames=5)
     wide = replace(matched, adversarial=1.0, sampling_steps=(1, 4))
     plain, rivals, data = (
         estimate(replace(wide, **other), made, cluster) for other in ({"adversarial": 0.0}, {}, {"opponent": "data"})
@@ -164,14 +182,6 @@ def test_plan_counts_what_is_trained(tmp_path: Path) -> None:
     assert (alone.trained, alone.weights - plan.weights) == (plan.trained, 4 * plan.trained)  # as they began
     passes = 1 + 2 + 2 * 47 / 48
     assert guided.flops / alone.flops == pytest.approx((passes + 47 / 48) / passes)
-    halved = estimate(replace(made, micro=1), made, cluster)
-    assert (halved.activations, halved.flops) == (plan.activations // 2, plan.flops)
-    assert estimate(replace(made, recompute=True), made, cluster).activations < plan.activations
-    two = replace(cluster, gpus=2)
-    spread, whole = (estimate(replace(made, shard=shard), made, two) for shard in (True, False))
-    frozen = whole.weights - 4 * whole.trained
-    embedding = 2 * 2**30  # of the text encoder, in every process
-    assert spread.weights - 4 * spread.trained == pytest.approx(embedding + (frozen - embedding) / 2)
 
 
 @pytest.mark.slow

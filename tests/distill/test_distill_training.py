@@ -198,16 +198,9 @@ def test_bf16(next_chunk_config: NextChunkConfig, student_file: Path, bank: Path
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
         assert {value.dtype for value in trained.values()} == {torch.float32}
-    for stage, tolerance in (
-        ("", 0.03),
-        ("rl-", 0.2),
-        ("consistency-", 0.03),
-        ("dmd-", 0.03),
-        ("sid-", 0.03),
-        ("asd-", 0.03),
-    ):
+    for stage in ("", "rl-", "consistency-", "dmd-", "sid-", "asd-"):
         for low, high in zip(losses(tmp_path / f"{stage}bf16"), losses(tmp_path / f"{stage}fp32"), strict=True):
-            assert low["loss"] == pytest.approx(high["loss"], rel=tolerance)
+            assert low["loss"] == pytest.approx(high["loss"], rel=0.2 if stage == "rl-" else 0.03)
 
 
 def in_two_processes(command: list[str]) -> str:
