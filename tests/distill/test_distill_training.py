@@ -107,6 +107,18 @@ def test_micro_batches_change_nothing(next_chunk_config: NextChunkConfig, studen
     assert_equal(torch.load(student_file)["student"], next_chunk.train(config, tmp_path), 2e-5)
 
 
+def assert_resumes(stage: ModuleType, config: Any, folder: Path) -> list[dict[str, float]]:
+    """A student is trained whole and with a cut: it has learnt, to the same bits. Returns the losses."""
+    whole = stage.train(config, folder / "whole")
+    stage.train(config, folder / "cut", stop_at=3)
+    assert_equal(whole, stage.train(config, folder / "cut"))
+    assert losses(folder / "whole") == losses(folder / "cut")
+    before = torch.load(config.student)["student"]
+    assert any((whole[name] - before[name]).abs().max() > 1e-6 for name in before)
+    assert load_student(folder / "whole" / "student.pt")[1] == load_student(Path(config.student))[1]
+    return losses(folder / "cut")
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -125,18 +137,10 @@ def test_dmd_resumes(
         **{"student": str(student), "data": str(bank / "clips"), "steps": 5, "batch": 2, "frames": 3,
            "critic_warmup": 1, "save_every": 2} | options
     )  # fmt: skip
-    whole = dmd.train(config, tmp_path / "whole")
-    dmd.train(config, tmp_path / "cut", stop_at=3)
-    assert_equal(whole, dmd.train(config, tmp_path / "cut"))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    lines = assert_resumes(dmd, config, tmp_path)
     learning = [step >= 1 and step % config.critic_every == 0 for step in range(5)]  # after one of the critic alone
-    assert [config.loss in line for line in losses(tmp_path / "cut")] == learning
-    assert [config.adversarial > 0 and done for done in learning] == [
-        "generator" in line for line in losses(tmp_path / "cut")
-    ]
-    before = torch.load(student)["student"]
-    assert any((whole[name] - before[name]).abs().max() > 1e-6 for name in before)
-    assert load_student(tmp_path / "whole" / "student.pt")[1] == load_student(student)[1]
+    assert [config.loss in line for line in lines] == learning
+    assert ["generator" in line for line in lines] == [config.adversarial > 0 and x for x in learning]
 
 
 @pytest.mark.parametrize(
@@ -149,13 +153,7 @@ def test_consistency_resumes(
     config = ConsistencyConfig(
         student=str(student), data=str(bank / "clips"), steps=5, batch=2, frames=3, save_every=2, **options
     )
-    whole = consistency.train(config, tmp_path / "whole")
-    consistency.train(config, tmp_path / "cut", stop_at=3)
-    assert_equal(whole, consistency.train(config, tmp_path / "cut"))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
-    before = torch.load(student)["student"]
-    assert any((whole[name] - before[name]).abs().max() > 1e-6 for name in before)
-    assert load_student(tmp_path / "whole" / "student.pt")[1] == load_student(student)[1]
+    assert_resumes(consistency, config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -165,16 +163,9 @@ def test_rl_resumes(student_file: Path, bank: Path, tmp_path: Path, options: dic
     config = RlConfig(
         student=str(student_file), data=str(bank / "clips"), steps=4, batch=2, frames=3, save_every=2, **options
     )
-    whole = rl.train(config, tmp_path / "whole")
-    rl.train(config, tmp_path / "cut", stop_at=3)
-    assert_equal(whole, rl.train(config, tmp_path / "cut"))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
-    before = torch.load(student_file)["student"]
-    assert any((whole[name] - before[name]).abs().max() > 1e-6 for name in before)
+    lines = assert_resumes(rl, config, tmp_path)
     if options.get("critic"):
-        assert ["rl" in line for line in losses(tmp_path / "cut")] == [True, False, True, False]
-    made = load_student(tmp_path / "whole" / "student.pt")[1]
-    assert made == load_student(student_file)[1]
+        assert ["rl" in line for line in lines] == [True, False, True, False]
 
 
 def test_bf16(next_chunk_config: NextChunkConfig, student_file: Path, bank: Path, tmp_path: Path) -> None:
