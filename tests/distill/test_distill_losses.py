@@ -334,6 +334,7 @@ def test_bad_configs(tmp_path: Path) -> None:
     for options, match in (
         ({"loss": "gan"}, "got 'gan', expected one of dmd, sid"),
         ({"gradient": "none"}, "gradient: got 'none', expected one of all, one"),
+        ({"adversarial": 1.0, "opponent": "data", "switch_share": 0.5}, "switch_share: got 0.5, expected 0 with"),
         ({"opponent": "last"}, "opponent: got 'last', expected one of next, data"),
         ({"adversarial": -1.0}, "adversarial: got -1.0, expected at least 0"),
         ({"features": (2, 1)}, r"features: got \[2, 1\], expected at most 3 block numbers from 0, rising"),
