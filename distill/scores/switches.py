@@ -1,8 +1,8 @@
 """Whether a stream follows a switch of its prompt, by exact rules, and whether it keeps the rest.
 
 Every captioned fact of the mover and of the background is judged from the fourth latent frame after the switch on. A
-direction is right if the first steady motion since the switch, or since one of the three latent frames that follow,
-goes there: later the mover may bounce. What the later caption did not change is kept if these facts still hold and the
+direction is right if the first steady motion since the switch, or since one of the two latent frames that follow, goes
+there: later the mover may bounce. What the later caption did not change is kept if these facts still hold and the
 mover goes on from its place, with its size, beside the same second object.
 """
 
@@ -27,9 +27,9 @@ from distill.scores.dimensions import (
 from distill.scores.tracks import Reading, Track, read
 
 SETTLED = 3 * LATENT  # pixel frames from the switch to the first frame that has to be right
-OFFSETS = range(0, SETTLED + 1, LATENT)  # pixel frames after the switch at which a first motion may begin
+OFFSETS = range(0, SETTLED, LATENT)  # pixel frames after the switch at which a first motion may begin
 GROUND_SHARE, SHAPE_SHARE = 0.95, 0.8  # of the frames
-MAX_LEAP = 6.0  # pixels between the mover's places just before and one latent frame after the switch
+MAX_LEAP = 8.0  # pixels between the mover's places just before and one latent frame after the switch
 MAX_STRAY = 2.0  # pixels that the second object may move
 NEAR = 6.0  # pixels to a wall within which a mover may bounce before its motion is read
 
