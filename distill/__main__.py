@@ -29,6 +29,7 @@ STAGES = {
     "dataset": ("stages.dataset", "own videos and captions: encode them as training data"),
     "sample_teacher": ("stages.sample_teacher", "sample captioned latents from a teacher"),
     "next_chunk": ("stages.next_chunk", "train the student on clean pasts (Eq. 6)"),
+    "consistency": ("stages.consistency", "make the student consistent over noise levels, for few steps"),
     "rl": ("stages.rl", "fine-tune the student on its own rollouts (Eq. 7-10)"),
     "dmd": ("stages.dmd", "match distributions on the student's own clips (DMD, SiD)"),
     "assemble": ("stages.assemble", "write teacher, VAE and student as one pipeline directory"),
@@ -36,7 +37,7 @@ STAGES = {
     "ablation": ("experiments.ablation", "train and compare arms over seeds: tables and plots"),
     "gallery": ("experiments.gallery", "stream several prompts into one moving picture"),
 }
-PLANNED = ("next_chunk", "rl", "dmd")  # stages that --dry-run can plan
+PLANNED = ("next_chunk", "consistency", "rl", "dmd")  # stages that --dry-run can plan
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,14 @@ class Adapted(nn.Module):
     lora: LoraConfig
     chunk = 1  # latent frames that are denoised together
 
+    def forward(self, context: Tensor, noisy: Tensor, sigma: Tensor, text_emb: Tensor) -> Tensor:
+        """`flow` from text_emb [B, rows, text_dim]: a whole function of the trained weights."""
+        return self.flow(context, noisy, sigma, self.stages.prepare_text(text_emb))
+
+    def flow(self, context: Tensor, noisy: Tensor, sigma: Tensor, text: dict[str, TextKV]) -> Tensor:
+        """The flow of every frame after its clean past, as `Student.flow` states it."""
+        raise NotImplementedError
+
     def trained(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -255,6 +255,13 @@ def draw_sigmas(shape: tuple[int, ...], config: NextChunkConfig, draws: Draws) -
     return torch.where(draws.uniform(*shape) < config.on_schedule, picked, free)
 
 
+def error_from(difference: Tensor, begins: Tensor) -> Tensor:
+    """Mean square of a difference [B, C, F, h, w] over the frames from begins [B] on."""
+    learnt = torch.arange(difference.shape[2]).to(begins) >= begins[:, None]
+    error = difference.square().mean((1, 3, 4)) * learnt  # [B, F]
+    return (error.sum(1) / learnt.sum(1).clamp(min=1)).mean()
+
+
 @torch.no_grad()
 def segment_target(
     teacher: WanTransformer,
@@ -300,6 +307,19 @@ class StudentObjective(Objective):
     def groups(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
         return {"student": (self.student.trained(), 1.0)}
 
+    def read(self, draws: Draws, batch: int, frames: int) -> tuple[Tensor, list[str]]:
+        """Latents of the samples' clips, of `batch` a step, on the device, and their captions."""
+        latent, captions = self.data.read(self.clips(draws, batch), frames)
+        return latent.to(self.base.device), captions
+
+    def clips(self, draws: Draws, batch: int) -> list[int]:
+        return draws.clips(batch, len(self.data))
+
+    def begins(self, draws: Draws, batch: int, chunk: int) -> Tensor:
+        """The first frames [B] of the chunks from which on the captions of those clips hold."""
+        begins = [switch[1] if switch else 0 for switch in self.data.earlier(self.clips(draws, batch))]
+        return (torch.tensor(begins) + chunk - 1) // chunk * chunk
+
 
 class NextChunk(StudentObjective):
     """Eq. 6 on some samples of a step."""
@@ -332,13 +352,6 @@ class NextChunk(StudentObjective):
         first = self.first_frame_loss(Draws(config.seed + 1, draws.step, samples))
         return later + first, {"later": later, "first": first}
 
-    def _read(self, draws: Draws, batch: int, frames: int) -> tuple[Tensor, list[str]]:
-        latent, captions = self.data.read(self._clips(draws, batch), frames)
-        return latent.to(self.base.device), captions
-
-    def _clips(self, draws: Draws, batch: int) -> list[int]:
-        return draws.clips(batch, len(self.data))
-
     def _dropped(self, captions: list[str], draws: Draws) -> list[str]:
         dropped = draws.uniform() < self.config.caption_dropout
         return ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
@@ -350,8 +363,8 @@ class NextChunk(StudentObjective):
         """
         config = self.config
         assert isinstance(self.student, CausalStudent)
-        latent, captions = self._read(draws, config.batch, config.frames)
-        path = self.data.read_trajectory(self._clips(draws, config.batch), config.frames).to(latent)
+        latent, captions = self.read(draws, config.batch, config.frames)
+        path = self.data.read_trajectory(self.clips(draws, config.batch), config.frames).to(latent)
         emb, levels = self.base.encode(self._dropped(captions, draws)), [*self.data.levels, 0.0]
         index = draws.choice(len(levels), config.frames // config.chunk).repeat_interleave(config.chunk, 1)
         noisy, sigma = points_of(torch.cat([path, latent[:, None]], 1), index), torch.tensor(levels)[index].to(latent)
@@ -361,8 +374,8 @@ class NextChunk(StudentObjective):
     def first_frame_loss(self, draws: Draws) -> Tensor:
         """Chunk 0 from the text alone."""
         config, base = self.config, self.base
-        latent, captions = self._read(draws, config.first_batch, config.chunk)
-        earlier = self.data.earlier(self._clips(draws, config.first_batch))
+        latent, captions = self.read(draws, config.first_batch, config.chunk)
+        earlier = self.data.earlier(self.clips(draws, config.first_batch))
         captions = [switch[0] if switch else caption for switch, caption in zip(earlier, captions, strict=True)]
         ends = torch.tensor([switch[1] if switch else config.chunk for switch in earlier], device=latent.device)
         noise = draws.normal(*latent.shape[1:]).to(latent)
@@ -386,9 +399,8 @@ class NextChunk(StudentObjective):
     def next_frame_loss(self, draws: Draws, *, roll: bool) -> Tensor:
         """Eq. 6 on all chunks but the first. With `roll` the student streams their past from the real chunk 0."""
         config, chunk = self.config, self.config.chunk
-        latent, captions = self._read(draws, config.batch, config.frames)
-        earlier = self.data.earlier(self._clips(draws, config.batch))
-        begins = torch.tensor([switch[1] if switch else 0 for switch in earlier], device=latent.device)
+        latent, captions = self.read(draws, config.batch, config.frames)
+        begins = self.begins(draws, config.batch, chunk).to(latent.device)
         emb = self.base.encode(self._dropped(captions, draws))
         text, context = self.student.stages.prepare_text(emb), latent[:, :, :-chunk]
         seeds, size = draws.seeds(), (latent.shape[-2], latent.shape[-1])
@@ -404,10 +416,7 @@ class NextChunk(StudentObjective):
         flow = self.student.flow(context, noised(latent, noise, sigma), sigma, text)
         # Of a clip whose prompt is switched, only the later chunks: a stream commits its past anew under the new
         # prompt, so they have the later caption and the whole past. Chunk 0 has a loss of its own.
-        whole = (begins + chunk - 1) // chunk * chunk  # a chunk has one prompt
-        learnt = torch.arange(config.frames).to(begins) >= whole.clamp(min=chunk)[:, None]
-        error = (flow - (noise - latent)).square().mean((1, 3, 4)) * learnt  # [B, F]
-        return (error.sum(1) / learnt.sum(1).clamp(min=1)).mean()
+        return error_from(flow - (noise - latent), begins.clamp(min=chunk))
 
 
 def fit_student(

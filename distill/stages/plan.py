@@ -1,4 +1,4 @@
-"""The cost of next_chunk, rl or dmd at full size, without running it: models on the meta device, counted.
+"""The cost of next_chunk, consistency, rl or dmd at full size, without running it: models on the meta device, counted.
 
     python -m distill next_chunk --config distill/configs/wan2.1-1.3b.toml --dry-run
 
@@ -16,7 +16,8 @@ import torch
 
 from distill.models.causal import causal_visible, noisy_visible
 from distill.models.critic import Critic
-from distill.stages.dmd import DmdConfig, presets_of, streamed_by
+from distill.stages.consistency import ConsistencyConfig
+from distill.stages.dmd import DmdConfig, discriminator_of, presets_of, streamed_by
 from distill.stages.next_chunk import NextChunkConfig, StudentConfig
 from distill.stages.rl import RlConfig
 from distill.training.loop import FitConfig, split
@@ -131,6 +132,14 @@ def _next_pass(config: TransformerConfig, made: NextChunkConfig, n: int, past: i
     return past + 3, etm * made.etm + forward_flops(config, 3 * n, 6 * n * n, rows, 1)
 
 
+def _consistency(
+    config: ConsistencyConfig, made: NextChunkConfig, shape: TransformerConfig, n: int, frames: int, rows: int
+) -> _Work:
+    parallel, _ = _passes(shape, made, n, frames, rows)
+    target = (2 + (config.guidance != 1)) * (1 - 1 / config.levels)  # teacher and average; none at the last level
+    return _Work(_sequence(made, frames) * n, parallel * (1 + _backward(config) + target))
+
+
 def _rl(config: RlConfig, made: NextChunkConfig, shape: TransformerConfig, n: int, frames: int, rows: int) -> _Work:
     middle, (_, joint) = frames // 2, _passes(shape, made, n, frames, rows)
     sequence, step = _next_pass(shape, made, n, middle, rows)
@@ -144,12 +153,19 @@ def _dmd(config: DmdConfig, made: NextChunkConfig, shape: TransformerConfig, n: 
     made, length = streamed_by(config, made), max(config.rollout, frames)
     parallel, _ = _passes(shape, made, n, length, rows)
     _, joint = _passes(shape, made, n, frames, rows)
-    steps = mean(_steps_taken(preset, length // made.chunk) for preset in presets_of(config, made))
-    rolled = length * _one_frame(shape, made, n, rows, steps)
+    presets = presets_of(config, made)
+    rolled = length * _one_frame(shape, made, n, rows, mean(_steps_taken(p, length // made.chunk) for p in presets))
     sid, through = config.loss == "sid", 1 + _backward(config)
     learning = parallel * through + 3 * joint * (through if sid else 1)
-    flops = rolled + learning / config.critic_every + joint * through
-    return _Work((_sequence(made, length) + frames * (1 + 3 * sid)) * n, flops)
+    judged = 0  # clips that the discriminator sees, whose activations are kept
+    if config.adversarial:
+        judged = 4 if config.r1 or config.r2 else 2
+        learning += joint * through
+        if config.opponent == "next":  # the smallest number of steps is nobody's next one
+            finished = [len(preset.steps[-1]) for preset in presets[1:]]
+            rolled += sum(length * _one_frame(shape, made, n, rows, count) for count in finished) / len(presets)
+    flops = rolled + learning / config.critic_every + joint * through * (1 + judged)
+    return _Work((_sequence(made, length) + frames * (1 + 3 * sid + judged + (judged > 0))) * n, flops)
 
 
 def _steps_taken(preset: Preset, chunks: int) -> float:
@@ -172,7 +188,10 @@ def estimate(config: StudentConfig, made: NextChunkConfig, cluster: ClusterConfi
         shape = TransformerConfig.from_dict(json.loads(Path(cluster.transformer).read_text()))
     with torch.device("meta"):
         teacher = WanTransformer(shape).to(config.dtype)
-        critic = Critic(teacher, config.critic_rank) if isinstance(config, DmdConfig) else None
+        critic = head = None
+        if isinstance(config, DmdConfig):
+            critic = Critic(teacher, config.critic_rank)
+            head = discriminator_of(config, made, shape)
         student = made.student_of(teacher)
     frozen = sum(p.numel() for p in student.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in student.trained().values())
@@ -181,13 +200,19 @@ def estimate(config: StudentConfig, made: NextChunkConfig, cluster: ClusterConfi
     n = (cluster.height // ph) * (cluster.width // pw)
     rows, frames = cluster.text_rows, min(config.frames, cluster.frames) // made.chunk * made.chunk  # type: ignore[attr-defined]
     micro = len(split(config.batch, config.micro, 0, cluster.gpus)[0])
+    started = 0  # trained weights that are kept as they began
     if critic is not None:
         work = _dmd(config, made, shape, n, frames, rows)
         critic_trained = sum(p.numel() for p in critic.trained().values())
         critic_frozen = sum(p.numel() for p in critic.parameters()) - critic_trained
+        if head is not None:
+            critic_trained += sum(p.numel() for p in head.parameters())
     elif isinstance(config, RlConfig):
         work, beside = _rl(config, made, shape, n, frames, rows), config.critic == "trained"
         critic_trained, critic_frozen = trained * beside, frozen * beside
+    elif isinstance(config, ConsistencyConfig):
+        work, critic_trained, critic_frozen = _consistency(config, made, shape, n, frames, rows), 0, 0
+        started = trained
     else:
         work, critic_trained, critic_frozen = _next_chunk(made, shape, n, frames, rows), 0, 0
     width, sequence, learnt = 2 if config.precision == "bf16" else 4, work.sequence, trained + critic_trained
@@ -202,7 +227,7 @@ def estimate(config: StudentConfig, made: NextChunkConfig, cluster: ClusterConfi
     return Plan(
         parameters=frozen + critic_frozen + base + learnt,
         trained=learnt,
-        weights=int(held / (cluster.gpus if config.shard else 1) + embedding) + 4 * learnt,
+        weights=int(held / (cluster.gpus if config.shard else 1) + embedding) + 4 * (learnt + started),
         # Gradient, two moments, and the buckets in which several processes average gradients; the moving average.
         optimiser=learnt * 4 * (3 + (cluster.gpus > 1)) + 4 * trained,
         activations=micro * (kept + peak) + rounded,
@@ -213,7 +238,7 @@ def estimate(config: StudentConfig, made: NextChunkConfig, cluster: ClusterConfi
     )
 
 
-def report(path: Path, stage: str, config: NextChunkConfig | RlConfig | DmdConfig) -> None:
+def report(path: Path, stage: str, config: NextChunkConfig | ConsistencyConfig | RlConfig | DmdConfig) -> None:
     """Print the plan, last as JSON. A plan that does not fit raises ValueError."""
     cluster = read_table(ClusterConfig, path, "cluster")
     made = config if isinstance(config, NextChunkConfig) else read_table(NextChunkConfig, path, "next_chunk")

@@ -1,4 +1,4 @@
-"""Fine-tuning of a trained student, as stages rl and dmd do it: another loss on the same parameters."""
+"""Fine-tuning of a trained student, as stages consistency, rl and dmd do it: another loss on the same parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,11 +26,17 @@ from engine.options import option
 
 
 @dataclass(frozen=True)
-class TuningConfig(StudentConfig):
-    """What the tables of these stages share."""
+class StartedConfig(StudentConfig):
+    """What the tables of all these stages share."""
 
     student: str = option("runs/student/student.pt", "student file, or model directory with adapters/, to start from")
-    data: str = option("runs/bank/clips", "folder of captioned latents; only captions and latent size are read")
+    data: str = option("runs/bank/clips", "folder of captioned latents")
+
+
+@dataclass(frozen=True)
+class TuningConfig(StartedConfig):
+    """What those share that need only captions and latent size of the data, and a teacher's scores."""
+
     critic_every: int = option(2, "with a trained critic, steps per update of the student")
     guidance: float = option(2.0, "scale of the teacher's guidance")
     clamp: float = option(0.02, "distance of sigma' from 0 and 1")
@@ -65,11 +71,11 @@ class Tuning(StudentObjective):
         return self.config.clamp + (1 - 2 * self.config.clamp) * free
 
 
-C = TypeVar("C", bound=TuningConfig)
+C = TypeVar("C", bound=StartedConfig)
 
 
 def fine_tune(
-    objective_of: Callable[[C, NextChunkConfig, Base, AnyStudent, Shards], Tuning],
+    objective_of: Callable[[C, NextChunkConfig, Base, AnyStudent, Shards], StudentObjective],
     config: C,
     out: Path,
     board: Path | None = None,

@@ -81,6 +81,9 @@ class Objective(nn.Module):
         """Models beside this module that are only read. With `shard` the processes share their weights."""
         return []
 
+    def follow(self, average: dict[str, Tensor]) -> None:
+        """Called before the first step, with the moving average of the first group, which every step then updates."""
+
     def batch(self, step: int, config: FitConfig) -> int:
         """Samples per step, over all processes."""
         return config.batch
@@ -160,6 +163,7 @@ def fit(
             for group, factor in zip(optimizer.param_groups, factors, strict=True):
                 group["factor"] = factor  # from today's config, as the learning rate is
         first = state["step"]
+    objective.follow(ema.mean)
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         _keep_losses(out / "losses.jsonl", first)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.data.shards import Shards, write_index, write_shard
+from distill.data.shards import Shards
 from distill.models.matching import direction, moving_loss, sid_loss
 from distill.models.rollout import Exits, roll_exits
 from distill.stages.dmd import Dmd, DmdConfig
@@ -50,14 +50,6 @@ class Words:
 
     def prepare(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         return self.transformer.prepare_text(self.encode(captions))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    folder = tmp_path_factory.mktemp("latents")
-    write_shard(folder, 0, torch.randn(8, 2, 4, 2, 2, generator=torch.Generator().manual_seed(0)), list("abcdefgh"))
-    write_index(folder, 1, {})
-    return Shards(folder)
 
 
 def spread(module: nn.Module) -> None:
@@ -107,21 +99,13 @@ def check_gradient(module: nn.Module, parameters: list[nn.Parameter], loss: Call
         assert found == pytest.approx(expected, rel=5e-3, abs=1e-4)
 
 
-@pytest.fixture
-def double() -> object:
-    """Everything in float64: finite differences need the digits."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize(("first", "fields"), [("data", {}), ("guided", {}), ("data", CHUNKS), ("guided", CHUNKS)])
 @pytest.mark.usefixtures("double")
 def test_next_chunk_gradient(
     data: Shards, first: str, fields: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eq. 6, parallel over frames, and both targets of the first frame."""
-    monkeypatch.setattr(NextChunk, "_read", in_double(NextChunk._read))
+    monkeypatch.setattr(NextChunk, "read", in_double(NextChunk.read))
     objective = next_chunk(data, first=first, roll_share=0.0, **fields).double()
     keep_double(objective)
     parameters = list(objective.student.trained().values())
@@ -300,7 +284,8 @@ def test_the_parallel_pass_is_the_stream(data: Shards, family: str, options: dic
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("distill.stages.dmd.roll_exits", kept)
         for step in range(8):
-            clip = objective.generate(emb, Draws(0, step, [0, 1]))
+            draws = Draws(0, step, [0, 1])
+            clip = objective.generate(emb, draws, objective.turn(draws))
             assert clip.requires_grad
             length = streamed[-1].shape[2]
             distances = [far(clip, streamed[-1][:, :, start : start + 4]) for start in range(length - 3)]
@@ -330,7 +315,7 @@ def test_each_model_learns_from_its_own_loss(data: Shards, loss: str) -> None:
     objective = dmd(data, loss=loss)
     spread(objective.critic)
     emb, draws = objective.base.encode(["a", "bb"]), Draws(0, 0, [0, 1])
-    clip = objective.generate(emb, draws)
+    clip = objective.generate(emb, draws, objective.turn(draws))
     objective.student_loss(clip, emb, draws).backward()
     assert all(p.grad is None for p in objective.critic.parameters())
     learnt = [name for name, p in objective.student.trained().items() if p.grad is not None and p.grad.any()]
@@ -377,6 +362,14 @@ def test_gaussian_toy_moves_to_the_teacher_by_sid(alpha: float) -> None:
 def test_bad_configs(data: Shards, tmp_path: Path) -> None:
     for options, match in (
         ({"loss": "gan"}, "got 'gan', expected one of dmd, sid"),
+        ({"gradient": "none"}, "gradient: got 'none', expected one of all, one"),
+        ({"adversarial": 1.0, "opponent": "data", "switch_share": 0.5}, "switch_share: got 0.5, expected 0 with"),
+        ({"opponent": "last"}, "opponent: got 'last', expected one of next, data"),
+        ({"adversarial": -1.0}, "adversarial: got -1.0, expected at least 0"),
+        ({"features": (2, 1)}, r"features: got \[2, 1\], expected at most 3 block numbers from 0, rising"),
+        ({"features": (0, 1, 2, 3)}, "features: got"),
+        ({"adversarial": 1.0, "sampling_steps": (4,)}, r"sampling_steps: got \[4\], expected two or more, rising"),
+        ({"adversarial": 1.0, "sampling_steps": (4, 2)}, r"sampling_steps: got \[4, 2\], expected two or more"),
         ({"clamp": 0.5}, "clamp: got 0.5, expected"),
         ({"rollout": 3, "frames": 4}, r"rollout: got 3, expected 0 or at least frames \(4\)"),
         ({"critic_every": 0}, "critic_every: got 0, expected at least 1"),

@@ -112,7 +112,7 @@ def switched(tmp_path: Path) -> Shards:
 def test_frames_before_a_switch_teach_nothing(switched: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their targets do not reach the loss, as past they do; every clip counts alike."""
     objective = next_chunk(switched, first="data", roll_share=0.0, on_schedule=0.0)
-    kinds = {switched.earlier(objective._clips(Draws(0, 0, [sample]), 2))[0]: sample for sample in range(4)}
+    kinds = {switched.earlier(objective.clips(Draws(0, 0, [sample]), 2))[0]: sample for sample in range(4)}
     samples = [kinds[None], kinds["ccc", 2]]
     shown: list[torch.Tensor] = []
     flow = objective.student.flow
@@ -164,7 +164,8 @@ def test_a_step_switches_from_other_captions(switched: Shards) -> None:
     found = [objective.earlier(Draws(0, step, [0, 1])) for step in range(12)]
     assert {entry[0] for entry in found if entry} == {2, 3, 4, 5}
     assert dmd(switched).earlier(Draws(0, 0, [0, 1])) is None
-    clip = objective.generate(objective.base.encode(["bb", "a"]), Draws(0, 0, [0, 1]))
+    draws = Draws(0, 0, [0, 1])
+    clip = objective.generate(objective.base.encode(["bb", "a"]), draws, objective.turn(draws))
     assert clip.shape == (2, 2, 4, 2, 2)
     weight = torch.zeros_like(clip)
     weight[:, :, 0] = 1

@@ -19,38 +19,24 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from limits import HANG
 
-from distill.data.shards import Shards, write_index, write_shard
-from distill.data.sprites import sample
+from distill.data.shards import Shards
 from distill.models.base import Base
 from distill.models.rollout import noise_levels
 from distill.models.sampling import guided_flow
-from distill.stages import dmd, next_chunk, rl, teacher, train_vae
+from distill.stages import consistency, dmd, next_chunk, rl, teacher, train_vae
+from distill.stages.consistency import ConsistencyConfig
 from distill.stages.dmd import LOSSES, DmdConfig
 from distill.stages.latents import Bank
 from distill.stages.next_chunk import NextChunkConfig, load_student, segment_target
 from distill.stages.rl import RlConfig
 from distill.stages.sample_teacher import SampleTeacherConfig, write_clips
-from distill.stages.teacher import SPRITES, Teacher, TeacherConfig, draw_sigmas
+from distill.stages.teacher import Teacher, TeacherConfig, draw_sigmas
 from distill.stages.train_vae import VaeConfig
 from distill.training.draws import Draws
 from distill.training.loop import split
 
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))
-
-
-@pytest.fixture(scope="module")
-def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random latents under real captions."""
-    folder = tmp_path_factory.mktemp("bank")
-    torch.manual_seed(0)
-    captions = [spec.caption for spec in sample(16, torch.Generator().manual_seed(0))]
-    for name, frames in (("images", 1), ("clips", 4)):
-        for shard in range(2):
-            latents = torch.randn(8, 8, frames, 8, 8).half()
-            write_shard(folder / name, shard, latents, captions[8 * shard : 8 * shard + 8])
-        write_index(folder / name, 2, {})
-    return folder
 
 
 def assert_same(first: torch.nn.Module, second: torch.nn.Module) -> None:
@@ -97,42 +83,6 @@ def test_teacher_resumes(teacher_config: TeacherConfig, trained_teacher: tuple[P
     assert_same(trained_teacher[1], teacher.train(teacher_config, tmp_path))
 
 
-@pytest.fixture(scope="module")
-def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Half as deep and half as wide as the real one, whose students the ablation's test trains."""
-    folder = tmp_path_factory.mktemp("small")
-    torch.manual_seed(0)
-    small = Teacher(replace(SPRITES, num_layers=2, num_attention_heads=2, ffn_dim=128))
-    torch.nn.init.normal_(small.transformer.proj_out.weight, std=0.1)
-    small.save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def next_chunk_config(bank: Path, small_teacher: Path) -> NextChunkConfig:
-    return NextChunkConfig(
-        teacher=str(small_teacher),
-        data=str(bank / "clips"),
-        steps=4,
-        batch=2,
-        frames=3,
-        first_batch=4,
-        rank=2,
-        roll_share=1.0,
-        roll_from=0.0,
-        context_noise=0.1,
-        caption_dropout=0.5,
-        save_every=2,
-    )
-
-
-@pytest.fixture(scope="module")
-def student_file(next_chunk_config: NextChunkConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("student")
-    next_chunk.train(next_chunk_config, folder)
-    return folder / "student.pt"
-
-
 def losses(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
 
@@ -165,6 +115,20 @@ def causal_file(next_chunk_config: NextChunkConfig, tmp_path_factory: pytest.Tem
     return folder / "student.pt"
 
 
+def assert_resumes(stage: ModuleType, config: Any, folder: Path) -> list[dict[str, float]]:
+    """A student is trained whole and with a cut: it has learnt, to the same bits. Returns the losses."""
+    whole = stage.train(config, folder / "whole")
+    stage.train(config, folder / "cut", stop_at=3)
+    assert_equal(whole, stage.train(config, folder / "cut"))
+    assert losses(folder / "whole") == losses(folder / "cut")
+    before = torch.load(config.student)["student"]
+    assert any((whole[name] - before[name]).abs().max() > 1e-6 for name in before)
+    made, options = load_student(Path(config.student))[1], asdict(config)
+    streamed = {name: options[name] for name in ("schedule", "context") if options.get(name)}
+    assert load_student(folder / "whole" / "student.pt")[1] == replace(made, **streamed)
+    return losses(folder / "cut")
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -172,6 +136,8 @@ def causal_file(next_chunk_config: NextChunkConfig, tmp_path_factory: pytest.Tem
         ("greedy", {"loss": "sid", "critic_rank": 2, "critic_every": 3, "recompute": True}),
         ("causal", {"frames": 2, "rollout": 4, "sampling_steps": (1, 2), "first_steps": 4}),
         ("causal", {"frames": 4, "schedule": "diagonal", "context": "last", "motion": 0.5}),
+        ("greedy", {"adversarial": 0.5, "sampling_steps": (1, 2), "first_steps": 4, "gradient": "one"}),
+        ("causal", {"adversarial": 0.5, "opponent": "data", "loss": "sid", "critic_rank": 2, "head_lr": 2.0}),
     ],
 )
 def test_dmd_resumes(
@@ -182,16 +148,23 @@ def test_dmd_resumes(
         **{"student": str(student), "data": str(bank / "clips"), "steps": 5, "batch": 2, "frames": 3,
            "critic_warmup": 1, "save_every": 2} | options
     )  # fmt: skip
-    whole = dmd.train(config, tmp_path / "whole")
-    dmd.train(config, tmp_path / "cut", stop_at=3)
-    assert_equal(whole, dmd.train(config, tmp_path / "cut"))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    lines = assert_resumes(dmd, config, tmp_path)
     learning = [step >= 1 and step % config.critic_every == 0 for step in range(5)]  # after one of the critic alone
-    assert [config.loss in line for line in losses(tmp_path / "cut")] == learning
-    before = torch.load(student)["student"]
-    assert any((whole[name] - before[name]).abs().max() > 1e-6 for name in before)
-    streamed = {name: options[name] for name in ("schedule", "context") if name in options}
-    assert load_student(tmp_path / "whole" / "student.pt")[1] == replace(load_student(student)[1], **streamed)
+    assert [config.loss in line for line in lines] == learning
+    assert ["generator" in line for line in lines] == [config.adversarial > 0 and x for x in learning]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("greedy", {"guidance": 2.0}), ("causal", {"levels": 2, "recompute": True})]
+)
+def test_consistency_resumes(
+    request: pytest.FixtureRequest, bank: Path, tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    student = request.getfixturevalue("student_file" if family == "greedy" else "causal_file")
+    config = ConsistencyConfig(
+        student=str(student), data=str(bank / "clips"), steps=5, batch=2, frames=3, save_every=2, **options
+    )
+    assert_resumes(consistency, config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -201,16 +174,9 @@ def test_rl_resumes(student_file: Path, bank: Path, tmp_path: Path, options: dic
     config = RlConfig(
         student=str(student_file), data=str(bank / "clips"), steps=4, batch=2, frames=3, save_every=2, **options
     )
-    whole = rl.train(config, tmp_path / "whole")
-    rl.train(config, tmp_path / "cut", stop_at=3)
-    assert_equal(whole, rl.train(config, tmp_path / "cut"))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
-    before = torch.load(student_file)["student"]
-    assert any((whole[name] - before[name]).abs().max() > 1e-6 for name in before)
+    lines = assert_resumes(rl, config, tmp_path)
     if options.get("critic"):
-        assert ["rl" in line for line in losses(tmp_path / "cut")] == [True, False, True, False]
-    made = load_student(tmp_path / "whole" / "student.pt")[1]
-    assert made == load_student(student_file)[1]
+        assert ["rl" in line for line in lines] == [True, False, True, False]
 
 
 def test_bf16(next_chunk_config: NextChunkConfig, student_file: Path, bank: Path, tmp_path: Path) -> None:
@@ -219,22 +185,24 @@ def test_bf16(next_chunk_config: NextChunkConfig, student_file: Path, bank: Path
         "student": str(student_file), "data": str(bank / "clips"), "steps": 1, "batch": 2, "frames": 3,
         "recompute": True,
     }  # fmt: skip
-    tuned = RlConfig(**shared)
-    matched = [DmdConfig(**shared, critic_warmup=0, critic_every=1, loss=loss) for loss in LOSSES]
+    tuned, few = RlConfig(**shared), ConsistencyConfig(**shared, guidance=2.0)
+    matched = {loss: DmdConfig(**shared, critic_warmup=0, critic_every=1, loss=loss) for loss in LOSSES}
+    matched["asd"] = replace(matched["dmd"], adversarial=0.5, sampling_steps=(1, 2))
     for precision in ("bf16", "fp32"):
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
             made = replace(next_chunk_config, precision=precision, steps=2)
             trained = next_chunk.train(made, tmp_path / precision)
             rl.train(replace(tuned, precision=precision), tmp_path / f"rl-{precision}")
-            for config in matched:
-                dmd.train(replace(config, precision=precision), tmp_path / f"{config.loss}-{precision}")
+            consistency.train(replace(few, precision=precision), tmp_path / f"consistency-{precision}")
+            for name, config in matched.items():
+                dmd.train(replace(config, precision=precision), tmp_path / f"{name}-{precision}")
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
         assert {value.dtype for value in trained.values()} == {torch.float32}
-    for stage, tolerance in (("", 0.03), ("rl-", 0.2), ("dmd-", 0.03), ("sid-", 0.03)):
+    for stage in ("", "rl-", "consistency-", "dmd-", "sid-", "asd-"):
         for low, high in zip(losses(tmp_path / f"{stage}bf16"), losses(tmp_path / f"{stage}fp32"), strict=True):
-            assert low["loss"] == pytest.approx(high["loss"], rel=tolerance)
+            assert low["loss"] == pytest.approx(high["loss"], rel=0.2 if stage == "rl-" else 0.03)
 
 
 def in_two_processes(command: list[str]) -> str:
@@ -320,7 +288,7 @@ class Together:
     """Stages that were trained in one launch of two processes, each into a folder of its name."""
 
     folder: Path
-    tuned: dict[str, tuple[ModuleType, RlConfig | DmdConfig]]
+    tuned: dict[str, tuple[ModuleType, RlConfig | DmdConfig | ConsistencyConfig]]
     sample: SampleTeacherConfig
 
     def printed(self, name: str, process: int = 0) -> str:
@@ -347,6 +315,8 @@ def together(
         "rl": (rl, RlConfig(**shared, critic="trained")),
         "dmd": (dmd, DmdConfig(**shared, critic_warmup=0)),  # the critic's step, then one of both
         "sid": (dmd, DmdConfig(**shared, critic_warmup=0, critic_every=1, loss="sid", critic_rank=2)),
+        "consistency": (consistency, ConsistencyConfig(**shared, guidance=2.0)),
+        "asd": (dmd, DmdConfig(**shared, critic_warmup=0, critic_every=1, adversarial=0.5, sampling_steps=(1, 2))),
     }
     diagonal: dict[str, Any] = {"student": str(causal_file), "frames": 4, "schedule": "diagonal", "context": "last"}
     tuned["diagonal"] = dmd, DmdConfig(**shared | diagonal, motion=0.5, critic_warmup=0, critic_every=1)
@@ -384,7 +354,7 @@ def fine_tuned_alone(together: Together, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-@pytest.mark.parametrize("stage", ["rl", "dmd", "sid", "diagonal"])
+@pytest.mark.parametrize("stage", ["rl", "dmd", "sid", "asd", "consistency", "diagonal"])
 @pytest.mark.parametrize("shard", [False, True])
 def test_two_processes_fine_tune_as_one(together: Together, fine_tuned_alone: Path, stage: str, shard: bool) -> None:
     name = f"{stage}-{shard}"
