@@ -285,5 +285,5 @@ def frames_with_gradient(made: FitConfig) -> int:
     if not isinstance(made, DmdConfig):
         return round(made.steps * made.batch * frames)
     windows = (made.rollout or made.frames) - made.frames + 1
-    each = 1 if getattr(made, "gradient", "all") == "one" else frames - (windows - 1) / windows
+    each = 1 if made.gradient == "one" else frames - (windows - 1) / windows
     return round((made.steps - made.critic_warmup) // made.critic_every * made.batch * each)

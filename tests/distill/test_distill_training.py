@@ -107,25 +107,16 @@ def test_micro_batches_change_nothing(next_chunk_config: NextChunkConfig, studen
     assert_equal(torch.load(student_file)["student"], next_chunk.train(config, tmp_path), 2e-5)
 
 
-@pytest.fixture(scope="module")
-def causal_file(next_chunk_config: NextChunkConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("causal")
-    chunks: dict[str, Any] = {"family": "causal", "chunk": 2, "window": 5, "attn_sink": 1, "frames": 4}
-    next_chunk.train(replace(next_chunk_config, steps=1, solver="renoise", **chunks), folder)
-    return folder / "student.pt"
-
-
 def assert_resumes(stage: ModuleType, config: Any, folder: Path) -> list[dict[str, float]]:
     """A student is trained whole and with a cut: it has learnt, to the same bits. Returns the losses."""
     whole = stage.train(config, folder / "whole")
     stage.train(config, folder / "cut", stop_at=3)
     assert_equal(whole, stage.train(config, folder / "cut"))
     assert losses(folder / "whole") == losses(folder / "cut")
-    before = torch.load(config.student)["student"]
+    before, made = torch.load(config.student)["student"], load_student(Path(config.student))[1]
     assert any((whole[name] - before[name]).abs().max() > 1e-6 for name in before)
-    made, options = load_student(Path(config.student))[1], asdict(config)
-    streamed = {name: options[name] for name in ("schedule", "context") if options.get(name)}
-    assert load_student(folder / "whole" / "student.pt")[1] == replace(made, **streamed)
+    streamed = dmd.streamed_by(config, made) if isinstance(config, DmdConfig) else made
+    assert load_student(folder / "whole" / "student.pt")[1] == streamed
     return losses(folder / "cut")
 
 
@@ -137,7 +128,10 @@ def assert_resumes(stage: ModuleType, config: Any, folder: Path) -> list[dict[st
         ("causal", {"frames": 2, "rollout": 4, "sampling_steps": (1, 2), "first_steps": 4}),
         ("causal", {"frames": 4, "schedule": "diagonal", "context": "last", "motion": 0.5}),
         ("greedy", {"adversarial": 0.5, "sampling_steps": (1, 2), "first_steps": 4, "gradient": "one"}),
-        ("causal", {"adversarial": 0.5, "opponent": "data", "loss": "sid", "critic_rank": 2, "head_lr": 2.0}),
+        (
+            "causal",
+            {"adversarial": 0.5, "opponent": "data", "loss": "sid", "critic_rank": 2, "head_lr": 2.0, "frames": 4},
+        ),
     ],
 )
 def test_dmd_resumes(
@@ -155,15 +149,16 @@ def test_dmd_resumes(
 
 
 @pytest.mark.parametrize(
-    ("family", "options"), [("greedy", {"guidance": 2.0}), ("causal", {"levels": 2, "recompute": True})]
+    ("family", "options"), [("greedy", {"guidance": 2.0}), ("causal", {"levels": 2, "recompute": True, "frames": 4})]
 )
 def test_consistency_resumes(
     request: pytest.FixtureRequest, bank: Path, tmp_path: Path, family: str, options: dict[str, Any]
 ) -> None:
     student = request.getfixturevalue("student_file" if family == "greedy" else "causal_file")
     config = ConsistencyConfig(
-        student=str(student), data=str(bank / "clips"), steps=5, batch=2, frames=3, save_every=2, **options
-    )
+        **{"student": str(student), "data": str(bank / "clips"), "steps": 5, "batch": 2, "frames": 3,
+           "save_every": 2} | options
+    )  # fmt: skip
     assert_resumes(consistency, config, tmp_path)
 
 

@@ -159,7 +159,7 @@ def test_the_rl_experiment_is_fair() -> None:
     tuned = {name: made for name, made in plan.settings.items() if isinstance(made, RlConfig | DmdConfig)}
     for parent in ("one", "causal", "data"):
         assert len(plan.seeds(parent)) == 3
-        for name in ("self", "critic", "dmd", "windows"):
+        for name in ("self", "critic", "frame", "dmd", "windows"):
             assert plan.twin(f"{parent}-{name}") == f"{parent}-{name}-g1"
     assert all(abs(frames_with_gradient(made) / 2160 - 1) < 0.01 for made in tuned.values())
 
