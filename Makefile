@@ -23,7 +23,7 @@ $(VENV)/.done: constraints.txt setup.py
 demo: setup  ## stream 6 seconds of the embedded model to out/demo.mp4
 	@mkdir -p out
 	$(BIN)/python -m engine.run --prompt "a red circle moving right slowly on a gray background" \
-		--prompt-at 3.0s "a red square moving down quickly on a gray background" --seconds 6 --seed 1 --scale 8 --out out/demo.mp4
+		--prompt-at 3.0s "a blue square moving right slowly on a white background" --seconds 6 --seed 1 --scale 8 --out out/demo.mp4
 
 serve: setup  ## stream the embedded model to a live page, http://localhost:8000/; PORT=N
 	$(BIN)/python -m serve --open --port $(or $(PORT),8000)

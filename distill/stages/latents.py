@@ -57,7 +57,10 @@ class Bank:
 
     @classmethod
     def load(cls, folder: Path) -> "Bank":
-        return cls(Shards(folder / "images"), Shards(folder / "clips"))
+        images, clips = Shards(folder / "images"), Shards(folder / "clips")
+        if any(clips.earlier(range(len(clips)))):
+            raise ValueError(f"bank: got clips in {folder} whose prompt is switched, expected one caption per clip")
+        return cls(images, clips)
 
     @property
     def frames(self) -> int:
@@ -102,7 +105,8 @@ def run(config: BankConfig, options: BankOptions) -> None:
     task = find_task(config.task)
     encode_set(codec, task, config.images, 1, config.seed, options.out / "images")
     encode_set(codec, task, config.clips, config.frames, config.seed, options.out / "clips", config.switch_share)
-    print("bank: std", Bank.load(options.out).sets[0][0].std((0, 2, 3, 4)).tolist())
+    clips = Shards(options.out / "clips")
+    print("bank: std", clips.read(range(len(clips)))[0].std((0, 2, 3, 4)).tolist())
 
 
 STAGE = Stage(BankOptions, run, BankConfig, "bank")

@@ -16,7 +16,7 @@ from distill.models.codec import build_vae
 from distill.models.rollout import roll_exits
 from distill.stages import train_vae
 from distill.stages.dmd import DmdConfig
-from distill.stages.latents import BankConfig, BankOptions
+from distill.stages.latents import Bank, BankConfig, BankOptions
 from distill.stages.latents import run as draw_bank
 from distill.stages.train_vae import VaeConfig
 from distill.training.draws import Draws
@@ -96,6 +96,8 @@ def test_the_bank_has_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     earlier = Shards(tmp_path / "clips").earlier(range(10))
     assert sum(entry is not None for entry in earlier) == 4
     assert Shards(tmp_path / "images").earlier(range(2)) == [None, None]
+    with pytest.raises(ValueError, match=r"bank: got clips in .* whose prompt is switched"):
+        Bank.load(tmp_path)  # of a teacher, which learns clips of one caption
     with pytest.raises(ValueError, match=r"switch_share: got 0.5 of sprites"):
         BankConfig(switch_share=0.5)
 
