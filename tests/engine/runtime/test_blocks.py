@@ -167,13 +167,16 @@ def test_a_chunk_that_wraps_goes_another_way(causal, monkeypatch):
 @pytest.mark.parametrize("options", [{"precision": "fp8"}, {"precision": "fp8", "fp8_attention": True}], ids=str)
 @pytest.mark.slow
 def test_fp8_streams_of_the_embedded_model_follow_its_bf16_ones(options):
-    """Levels of grey, over frames that the first chunks' small differences have not yet set apart."""
+    """Levels of grey, in most streams: of some seeds rounding decides where the first frame puts the object."""
     videos = []
     for chosen in ({"precision": "bf16"}, options):
-        with load(**chosen).stream("a red circle moving right slowly on a gray background", frames=9) as stream:
-            videos.append(np.stack(list(stream)).astype(float))
-    off = np.abs(videos[0] - videos[1])
-    assert 0 < off.mean() < 6
+        pipeline = load(**chosen)
+        prompt = "a red circle moving right slowly on a gray background"
+        clips = [list(pipeline.stream(prompt, seed=seed, frames=9)) for seed in range(3)]
+        videos.append(np.asarray(clips, dtype=float))
+    off = np.abs(videos[0] - videos[1]).mean((1, 2, 3, 4))
+    assert (off > 0).all()
+    assert np.median(off) < 3
 
 
 def test_refused():
