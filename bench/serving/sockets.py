@@ -22,19 +22,26 @@ class Socket:
 
     def __init__(self, connection: ClientConnection) -> None:
         self.connection = connection
+        self._begun: dict[str, Any] | None = None  # message of a chunk whose bytes are still to come
 
     async def send(self, message: Mapping[str, Any]) -> None:
         await self.connection.send(json.dumps(message))
 
     async def receive(self) -> tuple[dict[str, Any], bytes]:
-        """The next message, and a chunk's bytes. ConnectionClosed; RuntimeError where bytes do not belong to one."""
-        text = await self.connection.recv()
-        if isinstance(text, bytes):
-            raise RuntimeError(f"socket: got {len(text)} bytes without a message before them, expected JSON")
-        message = json.loads(text)
-        if message["type"] != CHUNK:
-            return message, b""
-        payload = await self.connection.recv()
+        """The next message, and a chunk's bytes. ConnectionClosed; RuntimeError where bytes do not belong to one.
+
+        A call that is cancelled between a chunk's message and its bytes leaves both to the next call.
+        """
+        if self._begun is None:
+            text = await self.connection.recv()
+            if isinstance(text, bytes):
+                raise RuntimeError(f"socket: got {len(text)} bytes without a message before them, expected JSON")
+            message = json.loads(text)
+            if message["type"] != CHUNK:
+                return message, b""
+            self._begun = message
+        payload, message = await self.connection.recv(), self._begun
+        self._begun = None
         if not isinstance(payload, bytes) or len(payload) != message["byte_length"]:
             raise RuntimeError(f"socket: got {len(payload)} of a chunk, expected {message['byte_length']} bytes")
         return message, payload

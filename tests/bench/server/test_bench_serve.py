@@ -17,7 +17,7 @@ from bench.serving.jobs import VIDEO_SECONDS
 from bench.serving.overhead import overhead
 from bench.serving.playback import Arrival, Playback, played, realtime_factor
 from bench.serving.process import running, started
-from bench.serving.sockets import opened
+from bench.serving.sockets import CHUNK, Socket, opened
 from bench.serving.viewers import Plan, Seen
 
 
@@ -279,3 +279,33 @@ async def extensions(server):
 def test_the_page_names_each_transport():
     text = Path(page.__file__).read_text(encoding="utf-8")
     assert all(f'"{name}"' in text for name in (*load.TRANSPORTS, "mixed"))
+
+
+class Slow:
+    """A connection whose messages come one by one from a queue."""
+
+    def __init__(self):
+        self.queue = asyncio.Queue()
+
+    async def recv(self):
+        return await self.queue.get()
+
+
+def test_a_call_that_ends_between_a_chunks_message_and_its_bytes_loses_neither():
+    """A viewer leaves at any moment, and then waits for the session's last message."""
+
+    async def scene():
+        slow = Slow()
+        socket = Socket(slow)
+        slow.queue.put_nowait(json.dumps({"type": CHUNK, "byte_length": 3}))
+        with pytest.raises(TimeoutError):
+            await socket.until("session.done", within=0.05)
+        slow.queue.put_nowait(b"abc")
+        slow.queue.put_nowait(json.dumps({"type": "session.done"}))
+        first, last = await socket.receive(), await socket.receive()
+        slow.queue.put_nowait(b"abc")
+        with pytest.raises(RuntimeError, match="got 3 bytes without a message before them"):
+            await socket.receive()
+        return first, last
+
+    assert asyncio.run(scene()) == (({"type": CHUNK, "byte_length": 3}, b"abc"), ({"type": "session.done"}, b""))
