@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from distill.data.scenes import LATENT, Scene
+from distill.data.scenes import LATENT, SPEED_RANGES, Scene
 from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZE
 from distill.data.switches import FACTS, Switch
 from distill.scores.dimensions import (
@@ -31,6 +31,7 @@ OFFSETS = range(0, SETTLED, LATENT)  # pixel frames after the switch at which a 
 GROUND_SHARE, SHAPE_SHARE = 0.95, 0.8  # of the frames
 MAX_LEAP = 8.0  # pixels between the mover's places just before and one latent frame after the switch
 MAX_STRAY = 2.0  # pixels that the second object may move
+FASTEST = SPEED_RANGES["quickly"][1]  # pixels per frame
 NEAR = 6.0  # pixels to a wall within which a mover may bounce before its motion is read
 
 
@@ -142,7 +143,7 @@ def _goes_on(before: Reading, after: Reading, switch: Switch) -> list[float]:
         scores.append(float(abs(radius[1] / radius[0] - 1) < SIZE_CHANGE))
         gap = float((now.centre[first] - was.centre[last]).norm())
         unseen = switch.frame - 1 - last + first - LATENT
-        scores.append(float(gap <= (MAX_STRAY if number else MAX_LEAP + 1.2 * unseen)))
+        scores.append(float(gap <= (MAX_STRAY if number else MAX_LEAP + FASTEST * unseen)))
         if number:
             assert thing is not None
             looks = share_of(now.shape[LATENT:] == SHAPES.index(thing.shape), apart[1]) >= SHAPE_SHARE
