@@ -82,7 +82,7 @@ bench-results: setup  ## measure everything on this machine into bench/results a
 	$(BIN)/python -m bench all --save
 
 ablation: setup  ## train and score the arms of the ablation; goes on where it was stopped, skips what is there
-	$(BIN)/python -m distill ablation --config distill/configs/ablation.toml --out runs/rich/ablation
+	$(BIN)/python -m distill ablation --config distill/configs/ablation.toml --out runs/experiments/ablation
 
 docs-performance: setup  ## docs/performance.md from bench/results
 	$(BIN)/python -m bench report

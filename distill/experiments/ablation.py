@@ -1,7 +1,7 @@
 """A comparison of students: arms by seeds, trained and scored on the same held-out prompts and noise; tables and plots.
 
-    make ablation                     (python -m distill ablation --config distill/configs/ablation.toml)
-    python -m distill ablation --config distill/configs/rl.toml --out runs/rich/rl --results docs/results/rl --jobs 2
+    make ablation                     (--config distill/configs/ablation.toml --out runs/experiments/ablation)
+    python -m distill ablation --config distill/configs/rl.toml --out runs/experiments/rl --results docs/results/rl
 
 The file says what the arms are (distill/experiments/arms.py). Every arm is a stage on the student of its parent arm,
 or another way to stream it. A run skips all that --out already holds and resumes a stopped training, so that it can

@@ -211,8 +211,9 @@ def _settle(
         owner = arms[owner].parent
     if start == "student" and not owner:
         raise ValueError(f"{what}: parent: got none, expected the arm whose student {arm.stage} starts from")
-    if fixed := sorted({"seed", start} & arm.set.keys()):
-        raise ValueError(f"{what}: set: got {fixed[0]}, expected it in seeds or parent")
+    elsewhere = {"seed": "seeds"} | ({start: "parent"} if owner else {})  # the first students may start from a file
+    if fixed := sorted(elsewhere.keys() & arm.set.keys()):
+        raise ValueError(f"{what}: set: got {fixed[0]}, expected it in {elsewhere[fixed[0]]}")
     inherited = sets[owner] if owner and arms[owner].stage == arm.stage else {}
     sets[name] = inherited | arm.set
     try:

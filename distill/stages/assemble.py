@@ -3,15 +3,18 @@
     python -m distill assemble --teacher runs/teacher/teacher --vae runs/vae/vae --student runs/student/student.pt \\
         --out engine/assets/sprites
 
-The directory is a stock diffusers WanPipeline with float16 weights. It also holds the student's adapters in PEFT's
-layout: adapters/etm and adapters/sdd, or adapters/dit of a causal student. base.json in each adapter holds the hash of
-its base weights; engine.json says how the student streams.
+The directory is a stock diffusers WanPipeline. It also holds the student's adapters in PEFT's layout: adapters/etm and
+adapters/sdd, or adapters/dit of a causal student. base.json in each adapter holds the hash of its base weights;
+engine.json says how the student streams. A teacher that is a pipeline directory itself, such as Wan2.1's, gives its
+parts as they are, and size, frame rate and fp8_keep of its engine.json. Parts that were trained here become float16.
 Without --student the stage writes only the teacher's pipeline.
 """
 
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from diffusers import (
     AutoencoderKLWan,
@@ -27,26 +30,47 @@ from distill.data.text_encoder import build_tokenizer
 from distill.models.base import Base
 from distill.models.pretrained import pretrained
 from distill.models.student import adapter_of
-from distill.stages.next_chunk import AnyStudent, load_student
+from distill.stages.next_chunk import AnyStudent, load_student, read_student
 from distill.training.stage import Options, Stage
-from engine.files import whole_folder, write_json
+from engine.files import read_json, whole_folder, write_json
+from engine.loader import Settings, settings_of
 from engine.options import option
 from engine.weights.adapters import base_hash
 from engine.weights.finding import part_files
 
 FPS = 8
+TRAINED_VAE = Path("runs/vae/vae")  # of stage train_vae
 
 
 @dataclass(frozen=True)
 class AssembleOptions(Options):
     teacher: Path = option(Path("runs/teacher/teacher"), "folder of the teacher", metavar="DIR")
-    vae: Path = option(Path("runs/vae/vae"), "folder of the VAE", metavar="DIR")
+    vae: Path | None = option(None, "folder of another VAE than the teacher's own, or runs/vae/vae", metavar="DIR")
     student: Path | None = option(None, "student.pt of next_chunk, rl or dmd", metavar="FILE")
     out: Path = option(Path("engine/assets/sprites"), "pipeline directory to write", metavar="DIR")
 
 
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder is a diffusers pipeline directory; the folder of stage `teacher` is not."""
+    return (folder / "model_index.json").is_file()
+
+
+def copy_pipeline(pipeline: Path, vae: Path | None, out: Path) -> None:
+    """The pipeline's parts as they are, without adapters and engine.json; `vae` replaces its VAE."""
+    parts = [name for name, part in read_json(pipeline / "model_index.json").items() if isinstance(part, list)]
+    shutil.copy(pipeline / "model_index.json", out)
+    for name in parts:
+        if (pipeline / name).is_dir() and not (name == "vae" and vae):  # an optional part may be missing
+            shutil.copytree(pipeline / name, out / name, dirs_exist_ok=True)
+    if vae and is_pipeline(vae.parent):
+        shutil.copytree(vae, out / "vae", dirs_exist_ok=True)
+    elif vae:
+        pretrained(AutoencoderKLWan, vae).half().save_pretrained(out / "vae")
+        clean_paths(out / "vae")
+
+
 def write_pipeline(teacher: Path, vae: Path, out: Path) -> None:
-    """A stock WanPipeline directory with float16 weights."""
+    """A stock WanPipeline directory with float16 weights, of what the stages `teacher` and `train_vae` wrote."""
     pipeline = WanPipeline(
         tokenizer=build_tokenizer(),  # a fresh one: a used one stores its padding and its path
         text_encoder=pretrained(UMT5EncoderModel, teacher / "text_encoder").half(),
@@ -55,13 +79,18 @@ def write_pipeline(teacher: Path, vae: Path, out: Path) -> None:
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     )
     pipeline.save_pretrained(out)
-    for path in out.rglob("*.json"):
+    clean_paths(out)
+    config = out / "text_encoder" / "config.json"  # stored small, computed in float32
+    write_json(config, {**read_json(config), "dtype": "float32"}, indent=2)
+
+
+def clean_paths(folder: Path) -> None:
+    """Take the paths of the training machine out of the JSON files."""
+    for path in folder.rglob("*.json"):
         content = json.loads(path.read_text())
-        if isinstance(content, dict) and "_name_or_path" in content:  # the path of the training machine
+        if isinstance(content, dict) and "_name_or_path" in content:
             del content["_name_or_path"]
             write_json(path, content, indent=2)
-    config = out / "text_encoder" / "config.json"  # stored small, computed in float32
-    write_json(config, {**json.loads(config.read_text()), "dtype": "float32"}, indent=2)
 
 
 def write_adapters(student: AnyStudent, out: Path) -> None:
@@ -82,16 +111,27 @@ def write_adapters(student: AnyStudent, out: Path) -> None:
             save_file({"condition_proj.weight": weight}, folder / "condition.safetensors")
 
 
-def assemble(teacher: Path, vae: Path, student: Path | None, out: Path) -> None:
-    """Write the whole directory `out`; it replaces an older one."""
+def assemble(teacher: Path, vae: Path | None, student: Path | None, out: Path) -> None:
+    """Write the whole directory `out`; it replaces an older one. `vae`: another than the teacher's own."""
+    given = settings_of(teacher) if is_pipeline(teacher) else Settings(height=SIZE, width=SIZE, fps=FPS)
+    settings = replace(given, preset=Settings.preset, overrides={})  # those of the teacher's own student, if any
     with whole_folder(out) as part:
-        write_pipeline(teacher, vae, part)
+        if is_pipeline(teacher):
+            copy_pipeline(teacher, vae, part)
+        else:
+            write_pipeline(teacher, vae or TRAINED_VAE, part)
         if student is not None:
-            model, config, _ = load_student(student, Base(part))
+            model, config, _ = load_student(student, Base(part, read_student(student)[1].dtype))
             write_adapters(model, part)
-            geometry = {"height": SIZE, "width": SIZE, "fps": FPS}
-            settings = {**geometry, "preset": config.preset_name, "overrides": config.preset_fields()}
-            write_json(part / "engine.json", settings, indent=2)
+            settings = replace(settings, preset=config.preset_name, overrides=config.preset_fields())
+        if student is not None or (teacher / "engine.json").is_file():
+            write_json(part / "engine.json", changed(settings), indent=2)
+
+
+def changed(settings: Settings) -> dict[str, Any]:
+    """engine.json: the size and the frame rate always, the rest where it differs from the defaults."""
+    always, given = ("height", "width", "fps", "preset"), asdict(settings)
+    return {name: value for name, value in given.items() if name in always or value != getattr(Settings(), name)}
 
 
 def run(options: AssembleOptions) -> None:

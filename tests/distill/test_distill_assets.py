@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from peft import PeftModel
+from safetensors.torch import load_file
 
 import engine
 from distill.models.base import Base
@@ -128,3 +129,42 @@ def test_settings_carry_the_preset(assembled: tuple[Path, dict[str, torch.Tensor
             "diagonal": ("renoise", 3, 7, 1, "noisy", diagonal),
         }[settings["preset"]]
     )
+
+
+def test_a_pipeline_as_teacher_gives_its_parts_as_they_are(
+    assembled: tuple[Path, dict[str, torch.Tensor]], made: NextChunkConfig, tmp_path: Path
+) -> None:
+    """Also its size, its frame rate and its fp8_keep; not its adapters and its preset."""
+    folder, state = assembled
+    teacher, out = tmp_path / "teacher", tmp_path / "out"
+    shutil.copytree(folder, teacher)
+    shutil.rmtree(teacher / "adapters")
+    (teacher / "adapters" / "old").mkdir(parents=True)
+    wanted = {"height": 48, "width": 64, "fps": 16.0, "fp8_keep": ["sdd.blocks.0.*"]}
+    (teacher / "engine.json").write_text(json.dumps(wanted))
+    (teacher / "tokenizer" / "note.txt").write_text("of another tokenizer")
+    save_student(tmp_path / "student.pt", state, made)
+    assemble(teacher, None, tmp_path / "student.pt", out)
+    for part in ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"):
+        files = {path.name: path.read_bytes() for path in (teacher / part).iterdir()}
+        assert {path.name: path.read_bytes() for path in (out / part).iterdir()} == files
+    assert sorted(roles_of(out)) == sorted(roles_of(folder))
+    settings = json.loads((out / "engine.json").read_text())
+    assert {name: settings[name] for name in wanted} == wanted
+    assert settings["overrides"] == made.preset_fields()
+    assert engine.load(out, device="cpu").preset == made.preset
+
+
+def test_another_vae_replaces_that_of_a_pipeline(
+    assembled: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder, _ = assembled
+    torch.manual_seed(1)
+    build_vae().save_pretrained(tmp_path / "vae")
+    assemble(folder, tmp_path / "vae", None, tmp_path / "out")
+    there, trained = (load_file(next((path / "vae").glob("*.safetensors"))) for path in (tmp_path / "out", tmp_path))
+    assert all(torch.equal(there[name], value.half()) for name, value in trained.items())
+    assert json.loads((tmp_path / "out" / "engine.json").read_text()) == {
+        "height": 32, "width": 32, "fps": 8, "preset": "greedy"
+    }  # fmt: skip
+    assert not (tmp_path / "out" / "adapters").exists()
