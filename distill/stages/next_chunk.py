@@ -13,7 +13,7 @@ level of its own and sees the chunks before it at theirs.
 Writes --out/student.pt: averaged adapters and W_c, and the config that made them.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ class NextChunkConfig(StudentConfig):
     guidance: float = option(2.0, "scale of the teacher's guidance for frame 0")
     substeps: int = option(4, "teacher steps within one sampling step")
     sampling_steps: int = option(4, "denoising steps per frame of the student")
+    unified: tuple[int, ...] = option((), "other numbers of denoising steps to train for; every loss draws one of all")
     sampling_shift: float = option(2.0, "shift of the student's noise schedule")
     solver: str = option("euler", "of the student: euler, renoise or unipc")
     on_schedule: float = option(0.5, "share of the noise levels that are exactly those of the sampling steps")
@@ -100,8 +101,11 @@ class NextChunkConfig(StudentConfig):
             raise ValueError(f"first: got {self.first!r}, expected 'guided' or 'data'")
         if self.family not in ("greedy", "causal"):  # of the engine's families, those with a student
             raise ValueError(f"family: got {self.family!r}, expected 'greedy' or 'causal'")
-        if 1000 % self.sampling_steps:
-            raise ValueError(f"sampling_steps: got {self.sampling_steps}, expected a divisor of 1000")
+        for name, count in (("sampling_steps", self.sampling_steps), *(("unified", count) for count in self.unified)):
+            if count < 1 or 1000 % count:
+                raise ValueError(f"{name}: got {count}, expected a divisor of 1000")
+        if self.unified and (self.schedule or self.target == "ode"):
+            raise ValueError(f"unified: got {list(self.unified)}, expected none with a schedule or target 'ode'")
         self._check_causal()
         if self.first_batch % self.batch:
             raise ValueError(f"first_batch: got {self.first_batch}, expected a multiple of batch ({self.batch})")
@@ -352,6 +356,13 @@ class NextChunk(StudentObjective):
         first = self.first_frame_loss(Draws(config.seed + 1, draws.step, samples))
         return later + first, {"later": later, "first": first}
 
+    def _drawn(self, draws: Draws) -> NextChunkConfig:
+        """The config, with the number of denoising steps for which this step trains."""
+        counts = self.config.sampling_steps, *self.config.unified
+        if len(counts) == 1:
+            return self.config
+        return replace(self.config, sampling_steps=counts[int(torch.randint(len(counts), (), generator=draws.shared))])
+
     def _dropped(self, captions: list[str], draws: Draws) -> list[str]:
         dropped = draws.uniform() < self.config.caption_dropout
         return ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
@@ -373,7 +384,7 @@ class NextChunk(StudentObjective):
 
     def first_frame_loss(self, draws: Draws) -> Tensor:
         """Chunk 0 from the text alone."""
-        config, base = self.config, self.base
+        config, base = self._drawn(draws), self.base
         latent, captions = self.read(draws, config.first_batch, config.chunk)
         earlier = self.data.earlier(self.clips(draws, config.first_batch))
         captions = [switch[0] if switch else caption for switch, caption in zip(earlier, captions, strict=True)]
@@ -398,7 +409,7 @@ class NextChunk(StudentObjective):
 
     def next_frame_loss(self, draws: Draws, *, roll: bool) -> Tensor:
         """Eq. 6 on all chunks but the first. With `roll` the student streams their past from the real chunk 0."""
-        config, chunk = self.config, self.config.chunk
+        config, chunk = self._drawn(draws), self.config.chunk
         latent, captions = self.read(draws, config.batch, config.frames)
         begins = self.begins(draws, config.batch, chunk).to(latent.device)
         emb = self.base.encode(self._dropped(captions, draws))
