@@ -20,8 +20,9 @@ from distill.models.rollout import roll_out
 from distill.models.sampling import noised
 from distill.scores.dimensions import with_totals
 from distill.scores.tasks import find_task
-from distill.stages.next_chunk import AnyStudent, draw_sigmas, load_student
+from distill.stages.next_chunk import draw_sigmas
 from distill.training.draws import Draws
+from distill.training.student import AnyStudent, load_student
 from engine.config import Preset
 
 BATCH = 16  # clips streamed at once

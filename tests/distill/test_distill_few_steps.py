@@ -17,8 +17,8 @@ from distill.stages import latents
 from distill.stages.consistency import Consistency, ConsistencyConfig, clean
 from distill.stages.dmd import Dmd, DmdConfig, train
 from distill.stages.latents import BankConfig, BankOptions
-from distill.stages.next_chunk import NextChunkConfig
 from distill.training.draws import Draws
+from distill.training.student import NextChunkConfig
 
 SPRITES = Path(__file__).parents[2] / "engine" / "assets" / "sprites"
 ADVERSARIAL = {"adversarial": 0.5, "sampling_steps": (1, 2, 4), "head_width": 8, "features": (0, 1)}

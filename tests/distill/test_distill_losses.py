@@ -14,9 +14,10 @@ from distill.data.shards import Shards
 from distill.models.matching import direction, moving_loss, sid_loss
 from distill.models.rollout import Exits, roll_exits
 from distill.stages.dmd import Dmd, DmdConfig
-from distill.stages.next_chunk import NextChunk, NextChunkConfig
+from distill.stages.next_chunk import NextChunk
 from distill.stages.rl import Rl, RlConfig
 from distill.training.draws import Draws
+from distill.training.student import NextChunkConfig
 from engine.config import TransformerConfig
 from engine.model.transformer import WanTransformer
 
@@ -110,6 +111,27 @@ def test_next_chunk_gradient(
     keep_double(objective)
     parameters = list(objective.student.trained().values())
     check_gradient(objective, parameters, lambda: objective(Draws(0, 3, [0, 1]))[0])
+
+
+@pytest.mark.parametrize("fields", [{}, CHUNKS], ids=["greedy", "causal"])
+def test_unified_training_trains_for_every_number_of_steps(data: Shards, fields: dict[str, object]) -> None:
+    """Each loss is that of one of the numbers alone, with the same draws; all of them come up."""
+    one_of, alone = (
+        [next_chunk(data, roll_share=0.5, **counts, **fields) for counts in options]
+        for options in (
+            [{"sampling_steps": 4, "unified": (1, 2)}],
+            [{"sampling_steps": count} for count in (4, 1, 2)],
+        )
+    )
+    (unified,) = one_of
+    for name in ("later", "first"):
+        found = set()
+        for step in range(12):
+            got = unified(Draws(0, step, [0, 1]))[1][name]
+            losses = [single(Draws(0, step, [0, 1]))[1][name] for single in alone]
+            assert got in losses
+            found.add(losses.index(got))
+        assert found == {0, 1, 2}
 
 
 @pytest.mark.parametrize("scores", ["renoised", "literal"])
@@ -406,6 +428,12 @@ def test_bad_configs(data: Shards, tmp_path: Path) -> None:
         ({"schedule": "greedy", "family": "causal"}, "schedule: got 'greedy', expected one of self-forcing"),
         ({"chunk": 2, "family": "causal"}, r"frames: got 9, expected a multiple of the chunk \(2\)"),
         ({"chunk": 3, "family": "causal", "window": 2}, "got window 2, expected at least attn_sink"),
+        ({"sampling_steps": 3}, "sampling_steps: got 3, expected a divisor of 1000"),
+        ({"unified": (2, 3)}, "unified: got 3, expected a divisor of 1000"),
+        (
+            {"unified": (2,), "family": "causal", "schedule": "diagonal"},
+            r"unified: got \[2\], expected none with a sch",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             NextChunkConfig(**fields)  # type: ignore[arg-type]

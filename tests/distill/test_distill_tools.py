@@ -21,11 +21,11 @@ from distill.models.student import Student
 from distill.scores.tasks import find_task
 from distill.stages.consistency import ConsistencyConfig
 from distill.stages.dmd import DmdConfig
-from distill.stages.next_chunk import NextChunkConfig
 from distill.stages.plan import ClusterConfig, _passes, estimate, forward_flops
 from distill.stages.rl import RlConfig
 from distill.stages.sample_teacher import SampleTeacherConfig, write_clips
 from distill.stages.teacher import Teacher
+from distill.training.student import NextChunkConfig
 from engine.config import TransformerConfig
 from engine.model import rope
 from engine.model.transformer import WanTransformer

@@ -27,13 +27,14 @@ from distill.stages import consistency, dmd, next_chunk, rl, teacher, train_vae
 from distill.stages.consistency import ConsistencyConfig
 from distill.stages.dmd import LOSSES, DmdConfig
 from distill.stages.latents import Bank
-from distill.stages.next_chunk import NextChunkConfig, load_student, segment_target
+from distill.stages.next_chunk import segment_target
 from distill.stages.rl import RlConfig
 from distill.stages.sample_teacher import SampleTeacherConfig, write_clips
 from distill.stages.teacher import Teacher, TeacherConfig, draw_sigmas
 from distill.stages.train_vae import VaeConfig
 from distill.training.draws import Draws
 from distill.training.loop import split
+from distill.training.student import NextChunkConfig, load_student
 
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))
