@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo serve bundle test test-fast test-all test-lowest lint format bench bench-results ablation \
-	docs-performance docs-licences gpu-check clean
+.PHONY: help setup demo serve bundle test test-fast test-all test-lowest lint format bench bench-results embedded \
+	ablation ablation-rl docs-performance docs-licences gpu-check clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,8 +81,7 @@ bench: setup  ## check against the recorded cases, then time the parts; `python 
 bench-results: setup  ## measure everything on this machine into bench/results and docs/performance.md
 	$(BIN)/python -m bench all --save
 
-ablation: setup  ## train and score the arms of the ablation; goes on where it was stopped, skips what is there
-	$(BIN)/python -m distill ablation --config distill/configs/ablation.toml --out runs/experiments/ablation
+include distill/recipes.mk
 
 docs-performance: setup  ## docs/performance.md from bench/results
 	$(BIN)/python -m bench report
