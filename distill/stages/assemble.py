@@ -31,7 +31,7 @@ from distill.models.base import Base
 from distill.models.pretrained import pretrained
 from distill.models.student import adapter_of
 from distill.training.stage import Options, Stage
-from distill.training.student import AnyStudent, load_student, read_student
+from distill.training.student import AnyStudent, read_student
 from engine.files import read_json, whole_folder, write_json
 from engine.loader import Settings, settings_of
 from engine.options import option
@@ -40,6 +40,7 @@ from engine.weights.finding import part_files
 
 FPS = 8
 TRAINED_VAE = Path("runs/vae/vae")  # of stage train_vae
+PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")  # of a WanPipeline
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,16 @@ def is_pipeline(folder: Path) -> bool:
 
 def copy_pipeline(pipeline: Path, vae: Path | None, out: Path) -> None:
     """The pipeline's parts as they are, without adapters and engine.json; `vae` replaces its VAE."""
-    parts = [name for name, part in read_json(pipeline / "model_index.json").items() if isinstance(part, list)]
     shutil.copy(pipeline / "model_index.json", out)
-    for name in parts:
-        if (pipeline / name).is_dir() and not (name == "vae" and vae):  # an optional part may be missing
-            shutil.copytree(pipeline / name, out / name, dirs_exist_ok=True)
+    sources = {name: pipeline / name for name in PARTS}
     if vae and is_pipeline(vae.parent):
-        shutil.copytree(vae, out / "vae", dirs_exist_ok=True)
+        sources["vae"] = vae
     elif vae:
+        del sources["vae"]
         pretrained(AutoencoderKLWan, vae).half().save_pretrained(out / "vae")
         clean_paths(out / "vae")
+    for name, source in sources.items():
+        shutil.copytree(source, out / name)
 
 
 def write_pipeline(teacher: Path, vae: Path, out: Path) -> None:
@@ -121,7 +122,9 @@ def assemble(teacher: Path, vae: Path | None, student: Path | None, out: Path) -
         else:
             write_pipeline(teacher, vae or TRAINED_VAE, part)
         if student is not None:
-            model, config, _ = load_student(student, Base(part, read_student(student)[1].dtype))
+            trained, config = read_student(student)
+            model = config.student(Base(part, config.dtype))
+            model.load_trained(trained)
             write_adapters(model, part)
             settings = replace(settings, preset=config.preset_name, overrides=config.preset_fields())
         if student is not None or (teacher / "engine.json").is_file():
