@@ -32,10 +32,10 @@ from types import ModuleType
 from typing import Any
 
 import distill.stages
+from distill.models.student_file import NextChunkConfig
 from distill.stages.dmd import DmdConfig, even_steps
 from distill.stages.rl import RlConfig
 from distill.training.loop import FitConfig
-from distill.training.student import NextChunkConfig
 from engine.options import option, read, read_toml
 
 Rows = tuple[tuple[float, ...], ...]  # timesteps of the first chunks; the last row is of all others; none: its own

@@ -18,11 +18,11 @@ from distill.models.codec import Codec
 from distill.models.pretrained import pretrained
 from distill.models.rollout import roll_out
 from distill.models.sampling import noised
+from distill.models.student_file import AnyStudent, load_student
 from distill.scores.dimensions import with_totals
 from distill.scores.tasks import find_task
 from distill.stages.next_chunk import draw_sigmas
 from distill.training.draws import Draws
-from distill.training.student import AnyStudent, load_student
 from engine.config import Preset
 
 BATCH = 16  # clips streamed at once

@@ -30,8 +30,8 @@ from distill.data.text_encoder import build_tokenizer
 from distill.models.base import Base
 from distill.models.pretrained import pretrained
 from distill.models.student import adapter_of
+from distill.models.student_file import AnyStudent, read_student
 from distill.training.stage import Options, Stage
-from distill.training.student import AnyStudent, read_student
 from engine.files import read_json, whole_folder, write_json
 from engine.loader import Settings, settings_of
 from engine.options import option

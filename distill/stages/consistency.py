@@ -22,11 +22,11 @@ from distill.data.shards import Shards
 from distill.models.base import Base
 from distill.models.rollout import chunks_in
 from distill.models.sampling import noised, shifted
+from distill.models.student_file import AnyStudent, NextChunkConfig
 from distill.stages.next_chunk import StudentObjective, error_from
 from distill.stages.tuning import StartedConfig, fine_tune
 from distill.training.draws import Draws
 from distill.training.stage import Stage, TrainingOptions
-from distill.training.student import AnyStudent, NextChunkConfig
 from engine.options import option
 
 

@@ -41,10 +41,10 @@ from distill.models.matching import direction, motion_loss, moving_loss, sid_los
 from distill.models.rollout import chunks_in, roll_exits, roll_out
 from distill.models.sampling import guided_flow, noised
 from distill.models.student import checkpointed
+from distill.models.student_file import CONTEXTS, AnyStudent, NextChunkConfig
 from distill.stages.tuning import Tuning, TuningConfig, fine_tune
 from distill.training.draws import Draws
 from distill.training.stage import Stage, TrainingOptions
-from distill.training.student import CONTEXTS, AnyStudent, NextChunkConfig
 from engine.config import Preset, TransformerConfig
 from engine.options import option
 

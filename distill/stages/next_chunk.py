@@ -26,10 +26,10 @@ from distill.models.causal import CausalStudent
 from distill.models.fp8 import compute_in_fp8
 from distill.models.rollout import noise_levels, roll_out
 from distill.models.sampling import guided_flow, noised, shifted
+from distill.models.student_file import AnyStudent, NextChunkConfig, StudentConfig, begin_from, save_student
 from distill.training.draws import Draws
 from distill.training.loop import Objective, accelerator_of, fit
 from distill.training.stage import Stage, TrainingOptions
-from distill.training.student import AnyStudent, NextChunkConfig, StudentConfig, begin_from, save_student
 from engine.loader import settings_of
 from engine.model.transformer import TextKV, WanTransformer
 from engine.options import option

@@ -16,11 +16,11 @@ import torch
 
 from distill.models.causal import causal_visible, noisy_visible
 from distill.models.critic import Critic
+from distill.models.student_file import NextChunkConfig, StudentConfig
 from distill.stages.consistency import ConsistencyConfig
 from distill.stages.dmd import DmdConfig, discriminator_of, presets_of, streamed_by
 from distill.stages.rl import RlConfig
 from distill.training.loop import FitConfig, split
-from distill.training.student import NextChunkConfig, StudentConfig
 from engine.config import Preset, TransformerConfig
 from engine.model.transformer import WanTransformer
 from engine.options import option, read_table

@@ -28,10 +28,10 @@ from distill.models.base import Base
 from distill.models.matching import direction, moving_loss
 from distill.models.rollout import chunks_in, noise_levels, roll_into
 from distill.models.sampling import guided_flow, noised
+from distill.models.student_file import AnyStudent, NextChunkConfig
 from distill.stages.tuning import Tuning, TuningConfig, fine_tune
 from distill.training.draws import Draws
 from distill.training.stage import Stage, TrainingOptions
-from distill.training.student import AnyStudent, NextChunkConfig
 from engine.options import option
 
 SCORES, CRITICS, CONTEXTS = ("renoised", "literal"), ("self", "trained"), ("clean", "noised")

@@ -12,10 +12,10 @@ from torch import Tensor
 from distill.data.shards import Shards
 from distill.models.base import Base
 from distill.models.sampling import shifted
+from distill.models.student_file import AnyStudent, NextChunkConfig, StudentConfig, load_student
 from distill.stages.next_chunk import StudentObjective, fit_student
 from distill.training.draws import Draws
 from distill.training.loop import accelerator_of
-from distill.training.student import AnyStudent, NextChunkConfig, StudentConfig, load_student
 from engine.options import option
 
 

@@ -10,9 +10,9 @@ import torch
 
 from distill.data.shards import Shards, write_index, write_shard
 from distill.data.sprites import sample
+from distill.models.student_file import NextChunkConfig
 from distill.stages import next_chunk
 from distill.stages.teacher import SPRITES, Teacher
-from distill.training.student import NextChunkConfig
 
 
 @pytest.fixture(scope="session")

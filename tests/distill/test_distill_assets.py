@@ -16,9 +16,9 @@ import engine
 from distill.models.base import Base
 from distill.models.codec import build_vae
 from distill.models.rollout import roll_out
+from distill.models.student_file import NextChunkConfig, load_student, save_student
 from distill.stages.assemble import assemble
 from distill.stages.teacher import Teacher
-from distill.training.student import NextChunkConfig, load_student, save_student
 from engine.presets import PRESETS
 
 CONFIG = NextChunkConfig(rank=4, max_position=3, sampling_shift=2.0)

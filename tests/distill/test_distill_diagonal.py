@@ -13,9 +13,9 @@ from distill.models.causal import CausalStudent
 from distill.models.matching import motion_loss
 from distill.models.rollout import PhiloxNoise, roll_exits, roll_out
 from distill.models.sampling import guided_flow, sample_joint, sample_path
+from distill.models.student_file import NextChunkConfig
 from distill.stages.next_chunk import NextChunk, points_of
 from distill.training.draws import Draws
-from distill.training.student import NextChunkConfig
 from engine.config import Preset, TransformerConfig
 from engine.generators.base import Geometry
 from engine.generators.causal import CausalGenerator

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from distill.data.shards import Shards, write_index, write_shard
 from distill.models.rollout import roll_out
+from distill.models.student_file import NextChunkConfig
 from distill.stages import latents
 from distill.stages.consistency import Consistency, ConsistencyConfig, clean
 from distill.stages.dmd import Dmd, DmdConfig, train
 from distill.stages.latents import BankConfig, BankOptions
 from distill.training.draws import Draws
-from distill.training.student import NextChunkConfig
 
 SPRITES = Path(__file__).parents[2] / "engine" / "assets" / "sprites"
 ADVERSARIAL = {"adversarial": 0.5, "sampling_steps": (1, 2, 4), "head_width": 8, "features": (0, 1)}

@@ -23,10 +23,10 @@ from distill.data.shards import write_index, write_shard
 from distill.models.causal import CausalStudent
 from distill.models.fp8 import compute_in_fp8
 from distill.models.student import Student
+from distill.models.student_file import NextChunkConfig, load_student
 from distill.stages import dmd, next_chunk, rl
 from distill.stages.dmd import DmdConfig
 from distill.stages.rl import RlConfig
-from distill.training.student import NextChunkConfig, load_student
 from engine.config import TransformerConfig
 from engine.generators.base import Generator, Geometry
 from engine.generators.greedy import GreedyGenerator

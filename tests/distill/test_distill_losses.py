@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from distill.data.shards import Shards
 from distill.models.matching import direction, moving_loss, sid_loss
 from distill.models.rollout import Exits, roll_exits
+from distill.models.student_file import NextChunkConfig
 from distill.stages.dmd import Dmd, DmdConfig
 from distill.stages.next_chunk import NextChunk
 from distill.stages.rl import Rl, RlConfig
 from distill.training.draws import Draws
-from distill.training.student import NextChunkConfig
 from engine.config import TransformerConfig
 from engine.model.transformer import WanTransformer
 

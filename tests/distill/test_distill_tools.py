@@ -18,6 +18,7 @@ from distill.experiments import evaluate
 from distill.models.codec import build_vae
 from distill.models.discriminator import Discriminator
 from distill.models.student import Student
+from distill.models.student_file import NextChunkConfig
 from distill.scores.tasks import find_task
 from distill.stages.consistency import ConsistencyConfig
 from distill.stages.dmd import DmdConfig
@@ -25,7 +26,6 @@ from distill.stages.plan import ClusterConfig, _passes, estimate, forward_flops
 from distill.stages.rl import RlConfig
 from distill.stages.sample_teacher import SampleTeacherConfig, write_clips
 from distill.stages.teacher import Teacher
-from distill.training.student import NextChunkConfig
 from engine.config import TransformerConfig
 from engine.model import rope
 from engine.model.transformer import WanTransformer

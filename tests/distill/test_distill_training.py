@@ -23,6 +23,7 @@ from distill.data.shards import Shards
 from distill.models.base import Base
 from distill.models.rollout import noise_levels
 from distill.models.sampling import guided_flow
+from distill.models.student_file import NextChunkConfig, load_student
 from distill.stages import consistency, dmd, next_chunk, rl, teacher, train_vae
 from distill.stages.consistency import ConsistencyConfig
 from distill.stages.dmd import LOSSES, DmdConfig
@@ -34,7 +35,6 @@ from distill.stages.teacher import Teacher, TeacherConfig, draw_sigmas
 from distill.stages.train_vae import VaeConfig
 from distill.training.draws import Draws
 from distill.training.loop import split
-from distill.training.student import NextChunkConfig, load_student
 
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))

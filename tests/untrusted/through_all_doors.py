@@ -41,9 +41,9 @@ def main():
     from distill.experiments.evaluate import teacher_videos
     from distill.models.base import Base
     from distill.models.pretrained import pretrained
+    from distill.models.student_file import read_student
     from distill.stages.teacher import load_teacher
     from distill.training.state import load_state
-    from distill.training.student import read_student
     from engine import cli
     from engine.run import main as run
     from engine.weights.adapters import describe

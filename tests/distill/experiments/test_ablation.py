@@ -15,8 +15,8 @@ from distill.experiments.arms import AblationConfig, read_plan
 from distill.experiments.measure import Measure
 from distill.models.codec import build_vae
 from distill.models.rollout import roll_out
+from distill.models.student_file import load_student, read_student
 from distill.stages.teacher import SPRITES, Teacher
-from distill.training.student import load_student, read_student
 from engine.options import read_table
 
 pytestmark = pytest.mark.slow

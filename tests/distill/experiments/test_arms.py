@@ -8,9 +8,9 @@ import pytest
 from distill.__main__ import main
 from distill.experiments.ablation import jobs_of
 from distill.experiments.arms import AblationConfig, Plan, frames_with_gradient, read_plan
+from distill.models.student_file import NextChunkConfig
 from distill.stages.dmd import Dmd, DmdConfig
 from distill.stages.rl import RlConfig
-from distill.training.student import NextChunkConfig
 from engine.options import read_table
 
 CONFIGS = Path(__file__).parents[3] / "distill" / "configs"
