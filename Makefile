@@ -98,8 +98,7 @@ clean:  ## remove what was built
 # Long trainings, stage by stage. A stage that is done has left .done in its folder; one that was stopped goes on from
 # its checkpoint. What it prints is also in log.txt there. With -j 2 stages that do not wait for each other run together.
 
-CONFIGS ?= distill/configs
-OUT ?= out/sprites
+CONFIGS := distill/configs
 
 # $(call stage,folder,stage,config,folders that it reads)
 define stage
@@ -127,9 +126,9 @@ $(eval $(call stage,runs/unified,next_chunk,unified,runs/switches/student))
 
 embedded: runs/unified/.done runs/switches/vae/.done  ## train the embedded model from nothing to out/sprites: hours; goes on where it was stopped
 	$(BIN)/python -m distill assemble --teacher runs/rich/teacher/teacher --vae runs/switches/vae/vae \
-		--student runs/unified/student.pt --out $(OUT)
-	$(BIN)/python -m distill evaluate --model $(OUT) --prompts 64 --seed 20
-	$(BIN)/python -m distill evaluate --model $(OUT) --prompts 32 --seed 20 --switch
+		--student runs/unified/student.pt --out out/sprites
+	$(BIN)/python -m distill evaluate --model out/sprites --prompts 64 --seed 20
+	$(BIN)/python -m distill evaluate --model out/sprites --prompts 32 --seed 20 --switch
 
 # The experiments start from the embedded model as it is.
 $(eval $(call stage,runs/experiments/bank,latents,rl))

@@ -46,7 +46,9 @@ PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")  # of a
 @dataclass(frozen=True)
 class AssembleOptions(Options):
     teacher: Path = option(Path("runs/teacher/teacher"), "folder of the teacher", metavar="DIR")
-    vae: Path | None = option(None, "folder of another VAE than the teacher's own, or runs/vae/vae", metavar="DIR")
+    vae: Path | None = option(
+        None, "folder of the VAE; default: the teacher's own, or runs/vae/vae where it has none", metavar="DIR"
+    )
     student: Path | None = option(None, "student.pt of next_chunk, rl or dmd", metavar="FILE")
     out: Path = option(Path("engine/assets/sprites"), "pipeline directory to write", metavar="DIR")
 
@@ -132,9 +134,9 @@ def assemble(teacher: Path, vae: Path | None, student: Path | None, out: Path) -
 
 
 def changed(settings: Settings) -> dict[str, Any]:
-    """engine.json: the size and the frame rate always, the rest where it differs from the defaults."""
-    always, given = ("height", "width", "fps", "preset"), asdict(settings)
-    return {name: value for name, value in given.items() if name in always or value != getattr(Settings(), name)}
+    """engine.json: size, frame rate and preset always, the rest where it differs from the defaults."""
+    always, plain = ("height", "width", "fps", "preset"), Settings()
+    return {name: value for name, value in asdict(settings).items() if name in always or value != getattr(plain, name)}
 
 
 def run(options: AssembleOptions) -> None:

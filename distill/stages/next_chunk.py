@@ -147,7 +147,7 @@ class NextChunk(StudentObjective):
         return later + first, {"later": later, "first": first}
 
     def _drawn(self, draws: Draws) -> NextChunkConfig:
-        """The config, with the number of denoising steps for which this step trains."""
+        """The config, with the number of denoising steps for which one loss trains."""
         counts = self.config.sampling_steps, *self.config.unified
         if len(counts) == 1:
             return self.config
