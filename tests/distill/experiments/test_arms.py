@@ -184,7 +184,7 @@ ROOT = '[ablation]\n[arms.a]\nstage = "next_chunk"\n'
         (ROOT + "set = { window = 'x' }\n", "window: got 'x'"),
         (ROOT + "set = { sampling_steps = 3 }\n", "[arms.a]: sampling_steps: got 3"),
         (ROOT + "set = { seed = 3 }\n", "got seed, expected it in seeds"),
-        (ROOT + "[arms.b]\nparent = 'a'\nstage = 'next_chunk'\nset = { start = 'c' }\n", "start, expected it in parent"),
+        (ROOT + "[arms.b]\nparent = 'a'\nstage = 'next_chunk'\nset = { start = 'c' }\n", "start, expected it in pa"),
         (ROOT + "[arms.b]\nparent = 'a'\nset = { lr = 1.0 }\n", "got no stage"),
         (ROOT + "[arms.b]\nparent = 'a'\nparents = ['a']\n", "expected one of them"),
         (ROOT + "[arms.b]\nparents = ['a', 'a']\n", "a second arm a-b"),
