@@ -16,8 +16,8 @@ setup: $(VENV)/.done  ## create .venv with the pinned versions
 
 $(VENV)/.done: constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[distill,onnx,kernels,bench,race,rtx,serve,ray,test]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[distill,onnx,kernels,bench,race,rtx,serve,ray,test]'
 	touch $@
 
 demo: setup  ## stream 6 seconds of the embedded model to out/demo.mp4
@@ -59,7 +59,7 @@ test-lowest: setup  ## run tests of loading, adapters, export, media and serving
 	@mkdir -p out
 	$(BIN)/python tests/installing/declared.py bench distill gguf heic onnx serve test > $(LOWEST).txt
 	$(PYTHON) -m venv --clear $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -r $(LOWEST).txt
+	$(LOWEST)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0 -r $(LOWEST).txt
 	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not thorough and not slow" $(LOWEST_TESTS)
 	$(LOWEST)/bin/python -m pytest $(LOWEST_EXPORTS)
 

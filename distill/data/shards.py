@@ -1,9 +1,9 @@
 """Captioned latents on disk: safetensors shards and an index, read in place.
 
-    folder/00000.safetensors   "latents" [n, C, F, h, w]; the metadata hold the captions and, where clips switch their
-                               prompt, `earlier`: per clip null, or the earlier caption and the first latent frame
-                               of the later one, which is then the clip's caption. "trajectory" [n, K, C, F, h, w],
-                               where there is one, holds the latents on their way to the clips, at K noise levels
+    folder/00000.safetensors   "latents" [n, C, F, h, w]; the metadata hold `captions`: per clip its caption, or, where
+                               it switches its prompt, [caption, earlier caption, first latent frame of the later
+                               one]. "trajectory" [n, K, C, F, h, w], where there is one, holds the latents on
+                               their way to the clips, at K noise levels
     folder/index.json          format, latent shape and, for every shard, its name, number of clips and bytes; `levels`,
                                the falling noise levels in (0, 1] of trajectories
 
@@ -14,7 +14,7 @@ a folder without it is not finished. Opening a folder checks the header of every
 import bisect
 import json
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,9 @@ def write_shard(
             f"shard {number}: got latents {list(latents.shape)} and {len(captions)} captions, "
             "expected [n, C, F, h, w] and n of them"
         )
-    metadata = {"captions": json.dumps(list(captions))}
-    if any(earlier):
-        metadata["earlier"] = json.dumps(list(earlier))
+    said = [(caption, *switch) if switch else caption for caption, switch in zip_longest(captions, earlier)]
+    # One entry alone: safetensors writes several in an order that differs from file to file.
+    metadata = {"captions": json.dumps(said)}
     tensors = {"latents": latents} | ({} if trajectory is None else {"trajectory": trajectory})
     with whole_file(shard_path(folder, number)) as part:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
@@ -78,7 +78,7 @@ def _header(path: Path, shape: list[int] | None, levels: int = 0) -> tuple[int, 
         with safe_open(path, "pt") as file:
             found = file.get_slice("latents").get_shape()
             kept = file.get_slice("trajectory").get_shape() if levels else []
-            captions = json.loads((file.metadata() or {}).get("captions", "[]"))
+            captions = [caption for caption, _ in _said(file.metadata() or {})]
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: got a damaged file, expected a whole shard ({error})") from None
     if len(found) != 5 or (shape is not None and found[1:] != shape):
@@ -89,6 +89,15 @@ def _header(path: Path, shape: list[int] | None, levels: int = 0) -> tuple[int, 
         said = sum(isinstance(caption, str) and bool(caption) for caption in captions)
         raise ValueError(f"{path}: got {said} captions, expected {found[0]}")
     return found[0], found[1:]
+
+
+def _said(metadata: dict[str, str]) -> list[tuple[str, Earlier]]:
+    """Caption and earlier caption of every clip. Older folders have the earlier ones in an entry of their own."""
+    captions = json.loads(metadata.get("captions", "[]"))
+    if earlier := json.loads(metadata.get("earlier", "[]")):
+        return [(caption, switch and tuple(switch)) for caption, switch in zip(captions, earlier, strict=True)]
+    pairs = (entry if isinstance(entry, list) else [entry] for entry in captions)
+    return [(caption, tuple(switch) or None) for caption, *switch in pairs]
 
 
 class Shards:
@@ -114,7 +123,7 @@ class Shards:
             self.files.append(path)
             counts.append(count)
         self._ends = list(accumulate(counts))
-        self._said: dict[tuple[int, str], list[Any]] = {}
+        self._known: dict[int, list[tuple[str, Earlier]]] = {}
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -126,21 +135,18 @@ class Shards:
 
     def captions(self, clips: Sequence[int]) -> list[str]:
         """The captions of some clips."""
-        return [self._metadata(shard, "captions")[row] for shard, row in map(self._place, clips)]
+        return [self._metadata(shard)[row][0] for shard, row in map(self._place, clips)]
 
     def earlier(self, clips: Sequence[int]) -> list[Earlier]:
         """What the captions of some clips replaced, and when; None where they hold from the first frame on."""
-        return [self._metadata(shard, "earlier")[row] for shard, row in map(self._place, clips)]
+        return [self._metadata(shard)[row][1] for shard, row in map(self._place, clips)]
 
-    def _metadata(self, shard: int, key: str) -> list[Any]:
-        """One entry per clip of a shard."""
-        if (shard, key) not in self._said:
+    def _metadata(self, shard: int) -> list[tuple[str, Earlier]]:
+        """Caption and earlier caption of every clip of a shard."""
+        if shard not in self._known:
             with safe_open(self.files[shard], "pt") as file:
-                metadata = file.metadata()
-            captions = json.loads(metadata["captions"])
-            found = json.loads(metadata.get(key, "null")) or [None] * len(captions)
-            self._said[shard, key] = [tuple(entry) if isinstance(entry, list) else entry for entry in found]
-        return self._said[shard, key]
+                self._known[shard] = _said(file.metadata())
+        return self._known[shard]
 
     def read(self, clips: Sequence[int], frames: int | None = None) -> tuple[Tensor, list[str]]:
         """The first `frames` latent frames of some clips, float32 [B, C, F, h, w], and their captions."""

@@ -7,6 +7,7 @@ rounded numbers.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from engine.weights.lora.merge import merged
 
 ADAPTER = "default"  # PEFT's name of a student's only adapter
 HALF = torch.bfloat16  # in which the engine's FP8 computes everything else
+_rounds = ContextVar("rounds", default=True)
 
 
 def compute_in_fp8(student: Adapted, keep: Sequence[str]) -> None:
@@ -33,8 +35,20 @@ def compute_in_fp8(student: Adapted, keep: Sequence[str]) -> None:
                         layer.forward = partial(_product, layer)
 
 
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """Within the block students compute as if they had no FP8: a target that is no stream's needs no rounding."""
+    before = _rounds.set(False)
+    try:
+        yield
+    finally:
+        _rounds.reset(before)
+
+
 def _product(layer: Any, x: Tensor) -> Tensor:
     """PEFT's Linear with a LoRA on x [B, n, K] -> [B, n, N]."""
+    if not _rounds.get():
+        return type(layer).forward(layer, x)
     down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     with _gathered(layer.base_layer) as base:
         return _Product.apply(x, down, up, base.weight, base.bias, layer.scaling[ADAPTER])

@@ -6,7 +6,7 @@ Everything starts as one student: the frozen teacher, the learning student, and 
 `levels` noise levels sigma for the whole batch and noises clips of the data to it, all frames alike. The teacher takes
 one guided Euler step from there to the next level, after the clean past of every frame. From both points the clean
 frames are predicted, x - sigma v, by the student and by its average. They should agree. At the last level the next one
-is 0, and the target is the data.
+is 0, and the target is the data. With fp8 the student and its average round their products, and the teacher does not.
 Writes --out/student.pt, as stage next_chunk does.
 """
 
@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from distill.data.shards import Shards
 from distill.models.base import Base
+from distill.models.fp8 import unrounded
 from distill.models.rollout import chunks_in
 from distill.models.sampling import noised, shifted
 from distill.models.student_file import AnyStudent, NextChunkConfig
@@ -47,8 +48,6 @@ class ConsistencyConfig(StartedConfig):
         for name in ("frames", "levels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if self.fp8:
-            raise ValueError("fp8: got true, expected false: this stage computes with three sets of trained weights")
         if self.shift <= 0:
             raise ValueError(f"shift: got {self.shift}, expected more than 0")
 
@@ -104,14 +103,18 @@ class Consistency(StudentObjective):
         """The guided flow of the student as it began. A first chunk trained to be guided is not guided again."""
         scale = self.config.guidance
         if scale == 1:
-            return functional_call(self.student, self.teacher, (past, noisy, sigma, emb))
+            return self._unguided(past, noisy, sigma, emb)
         both = torch.cat([emb, self.base.encode([""] * len(emb))])
         inputs = (part.repeat(2, *[1] * (part.ndim - 1)) for part in (past, noisy, sigma))
-        v_text, v_empty = functional_call(self.student, self.teacher, (*inputs, both)).chunk(2)
+        v_text, v_empty = self._unguided(*inputs, both).chunk(2)
         scales = torch.full((noisy.shape[2], 1, 1), scale).to(noisy)
         if self.made.first == "guided":
             scales[: self.made.chunk] = 1
         return v_empty + scales * (v_text - v_empty)
+
+    def _unguided(self, *inputs: Tensor) -> Tensor:
+        with unrounded():
+            return functional_call(self.student, self.teacher, inputs)
 
 
 def clean(noisy: Tensor, sigma: Tensor, flow: Tensor) -> Tensor:

@@ -181,8 +181,10 @@ class Dmd(Tuning):
         if self.discriminator is not None:
             if config.length > data.frames:
                 raise ValueError(f"rollout: got {config.length}, expected at most the {data.frames} of {data.folder}")
-            if any(data.earlier(range(len(data)))):
-                raise ValueError(f"data: got {data.folder} with switched prompts, expected none for a discriminator")
+            # A student's clips have one caption each, and so have those that it is compared with.
+            self.pool = [clip for clip, switch in enumerate(data.earlier(range(len(data)))) if switch is None]
+            if not self.pool:
+                raise ValueError(f"data: got {data.folder} where every clip switches its prompt, expected some without")
 
     def groups(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
         groups = super().groups() | {"critic": (self.critic.trained(), self.config.critic_lr)}
@@ -252,7 +254,7 @@ class Dmd(Tuning):
         if turn >= self.config.switch_share:
             return None
         begins, chunk = SWITCHES[int(torch.randint(len(SWITCHES), (), generator=draws.shared))], self.made.chunk
-        own = self.data.earlier(draws.clips(self.config.batch, len(self.data)))
+        own = self.data.earlier(self.clips(draws, self.config.batch))
         others = self.data.captions(draws.choice(len(self.data)).tolist())
         captions = [switch[0] if switch else other for switch, other in zip(own, others, strict=True)]
         return (begins + chunk - 1) // chunk * chunk, self.base.encode(captions)
@@ -308,7 +310,7 @@ class Dmd(Tuning):
         if config.opponent == "next" and turn.number + 1 < len(self.presets):
             preset = self.presets[turn.number + 1]
             return roll_out(self.student, emb, end, draws.seeds(), preset, self.size)[:, :, start:]
-        return self.data.read(draws.clips(config.batch, len(self.data)), end)[0][:, :, start:]
+        return self.data.read(self.clips(draws, config.batch), end)[0][:, :, start:]
 
     def adversarial_loss(
         self, clip: Tensor, better: Tensor, emb: Tensor, draws: Draws, number: int

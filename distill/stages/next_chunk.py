@@ -13,6 +13,7 @@ level of its own and sees the chunks before it at theirs.
 Writes --out/student.pt: averaged adapters and W_c, and the config that made them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,6 +91,7 @@ class StudentObjective(Objective):
         super().__init__()
         self._frozen = [base]  # a list hides it from this module, which then neither moves nor synchronises it
         self.student, self.data = student, data
+        self.pool: Sequence[int] = range(len(data))  # the clips from which steps draw
 
     @property
     def base(self) -> Base:
@@ -107,7 +109,7 @@ class StudentObjective(Objective):
         return latent.to(self.base.device), captions
 
     def clips(self, draws: Draws, batch: int) -> list[int]:
-        return draws.clips(batch, len(self.data))
+        return [self.pool[number] for number in draws.clips(batch, len(self.pool))]
 
     def begins(self, draws: Draws, batch: int, chunk: int) -> Tensor:
         """The first frames [B] of the chunks from which on the captions of those clips hold."""

@@ -52,7 +52,7 @@ class Tuning(StudentObjective):
     made: NextChunkConfig  # of the student that the stage writes
 
     def captions(self, draws: Draws) -> list[str]:
-        return self.data.captions(draws.clips(self.config.batch, len(self.data)))
+        return self.data.captions(self.clips(draws, self.config.batch))
 
     @property
     def size(self) -> tuple[int, int]:

@@ -65,7 +65,7 @@ def check_frames(program: Path, bundle: Path, expected: np.ndarray, tmp_path: Pa
 @pytest.mark.parametrize(
     ("line", "shared"),
     [
-        pytest.param(SUBDIRECTORY, "OFF", id="subdirectory"),
+        pytest.param(SUBDIRECTORY, "OFF", id="subdirectory", marks=pytest.mark.thorough),
         pytest.param(FETCHED, "ON", id="fetched", marks=pytest.mark.thorough),
     ],
 )

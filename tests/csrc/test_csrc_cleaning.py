@@ -21,7 +21,7 @@ from texts.garbled import TEXTS, garbled
 from engine.model.text import MOST_CHARACTERS, MOST_GARBLED, check_prompt, clean_prompt, is_blank
 
 ROOT = Path(__file__).parents[2]
-COUNT = 120_000
+COUNT = 40_000
 
 
 def run(build: Path, prompts: list[str]) -> list[str]:
@@ -204,7 +204,7 @@ def test_the_deepest_nesting_takes_no_second(native_build):
     assert time.monotonic() - begun < 5
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_tables_of_cleaning_are_current():
     folder = ROOT / "csrc" / "text"
     sys.path.insert(0, str(folder))

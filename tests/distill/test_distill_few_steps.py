@@ -165,14 +165,33 @@ def test_one_frame_of_a_clip_learns(data: Shards) -> None:
 
 
 def test_what_does_not_fit_is_refused(data: Shards, tmp_path: Path) -> None:
-    write_shard(tmp_path, 0, torch.randn(2, 2, 4, 2, 2), ["a", "bb"], [None, ("c", 2)])
+    write_shard(tmp_path, 0, torch.randn(2, 2, 4, 2, 2), ["a", "bb"], [("b", 1), ("c", 2)])
     write_index(tmp_path, 1, {})
-    with pytest.raises(ValueError, match="with switched prompts, expected none for a discriminator"):
+    with pytest.raises(ValueError, match="where every clip switches its prompt, expected some without"):
         dmd(Shards(tmp_path), **ADVERSARIAL)
     with pytest.raises(ValueError, match="rollout: got 6, expected at most the 4 of "):
         dmd(data, **ADVERSARIAL, rollout=6)
     with pytest.raises(ValueError, match="features: got block 2, expected 0 to 1"):
         dmd(data, **(ADVERSARIAL | {"features": (0, 2)}))
+
+
+@pytest.mark.parametrize("opponent", ["next", "data"])
+def test_a_discriminator_sees_clips_of_one_caption(tmp_path: Path, opponent: str) -> None:
+    """Of a bank with switched prompts it gets the others, with their own captions."""
+    latents = torch.randn(4, 2, 4, 2, 2)
+    write_shard(tmp_path, 0, latents, ["a", "bb", "ccc", "d"], [None, ("e", 2), None, ("f", 1)])
+    write_index(tmp_path, 1, {})
+    options = ADVERSARIAL | {"opponent": opponent, "sampling_steps": (1, 2)}
+    objective = dmd(Shards(tmp_path), **options)
+    seen, last = set(), len(objective.presets) - 1
+    for step in range(4):
+        draws = Draws(0, step, [0, 1])
+        captions = objective.captions(draws)
+        better = objective.better(objective.base.encode(captions), draws, replace(objective.turn(draws), number=last))
+        rows = [["a", "bb", "ccc", "d"].index(caption) for caption in captions]
+        assert torch.equal(better, latents[rows])
+        seen |= set(captions)
+    assert seen == {"a", "ccc"}
 
 
 def consistency(data: Shards, family: str = "greedy", **options: object) -> Consistency:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 import engine
 from distill.__main__ import main
-from distill.data.shards import write_index, write_shard
+from distill.data.shards import Shards, write_index, write_shard
 from distill.models.causal import CausalStudent
 from distill.models.fp8 import compute_in_fp8
 from distill.models.student import Student
 from distill.models.student_file import NextChunkConfig, load_student
-from distill.stages import dmd, next_chunk, rl
+from distill.stages import consistency, dmd, next_chunk, rl
+from distill.stages.consistency import Consistency, ConsistencyConfig
 from distill.stages.dmd import DmdConfig
 from distill.stages.rl import RlConfig
 from engine.config import TransformerConfig
@@ -261,19 +262,39 @@ def test_next_chunk_resumes_and_differs_from_a_run_without(
     assert not any("forward" in vars(layer) for layer in adapted(load_student(trained / "student.pt")[0]).values())
 
 
-@pytest.mark.parametrize("stage", ["dmd", "rl"])
+@pytest.mark.parametrize("stage", ["dmd", "rl", "consistency"])
 def test_fine_tuning_resumes(stage: str, config: NextChunkConfig, trained: Path, tmp_path: Path) -> None:
     shared: dict[str, Any] = {
         "student": str(trained / "student.pt"), "data": config.data, "steps": 2, "batch": 1, "frames": 2,
-        "save_every": 1, "critic_every": 1, "fp8": True,
+        "save_every": 1, "fp8": True,
     }  # fmt: skip
-    module, tuned = (dmd, DmdConfig(**shared, critic_warmup=0)) if stage == "dmd" else (rl, RlConfig(**shared))
+    module: Any = {"dmd": dmd, "rl": rl, "consistency": consistency}[stage]
+    tuned: Any = {
+        "dmd": DmdConfig(**shared, critic_every=1, critic_warmup=0), "rl": RlConfig(**shared, critic_every=1),
+        "consistency": ConsistencyConfig(**shared),
+    }[stage]  # fmt: skip
     whole = module.train(tuned, tmp_path / "whole")
     module.train(tuned, tmp_path / "cut", stop_at=1)
     assert_equal(module.train(tuned, tmp_path / "cut"), whole)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     module.train(replace(tuned, fp8=False), tmp_path / "plain", stop_at=1)
     assert losses(tmp_path / "plain")[0]["loss"] != losses(tmp_path / "whole")[0]["loss"]
+
+
+def test_the_teacher_of_consistency_is_not_rounded(config: NextChunkConfig, trained: Path) -> None:
+    """Its flow is that of the student without FP8; afterwards the student's products round as before."""
+    student, made, base = load_student(trained / "student.pt")
+    data, tuned = Shards(Path(config.data)), ConsistencyConfig(batch=1, frames=3, guidance=1.5, fp8=True)
+    objective = Consistency(tuned, made, base, student, data)
+    latent, captions = data.read([0])
+    given = latent[:, :, :-1], latent, torch.full((1, 3), 0.6), base.encode(captions)
+    with torch.no_grad():
+        plain, of_teacher = student(*given), objective.teacher_flow(*given)
+        compute_in_fp8(student, FP8_KEEP)
+        rounded = student(*given)
+        assert torch.equal(objective.teacher_flow(*given), of_teacher)
+        assert torch.equal(student(*given), rounded)
+    assert (rounded - plain).norm() > 0
 
 
 def test_bf16(config: NextChunkConfig, trained: Path, tmp_path: Path) -> None:

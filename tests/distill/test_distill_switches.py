@@ -1,10 +1,12 @@
 """Switched prompts: what is drawn, what the shards keep, which frames teach, and what a rollout shows."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_distill_losses import Words, dmd, next_chunk
 
 from distill.data import scenes, switches
@@ -87,6 +89,21 @@ def test_shards_keep_earlier_captions(tmp_path: Path) -> None:
     shards = Shards(tmp_path)
     assert shards.earlier([3, 1, 0]) == [None, ("a red one", 3), None]
     assert shards.captions([1, 3]) == ["b", "d"]
+    written = {(tmp_path / "00000.safetensors").read_bytes()}
+    for _ in range(8):
+        write_shard(tmp_path, 0, torch.zeros(3, 2, 4, 2, 2), ["a", "b", "c"], earlier)
+        written.add((tmp_path / "00000.safetensors").read_bytes())
+    assert len(written) == 1
+
+
+def test_shards_of_older_folders(tmp_path: Path) -> None:
+    """Which have earlier captions in an entry of their own."""
+    write_shard(tmp_path, 0, torch.zeros(3, 2, 4, 2, 2), ["a", "b", "c"])
+    told = {"captions": json.dumps(["a", "b", "c"]), "earlier": json.dumps([None, ["a red one", 3], None])}
+    save_file({"latents": torch.zeros(3, 2, 4, 2, 2)}, tmp_path / "00000.safetensors", told)
+    write_index(tmp_path, 1, {})
+    assert Shards(tmp_path).earlier(range(3)) == [None, ("a red one", 3), None]
+    assert Shards(tmp_path).captions(range(3)) == ["a", "b", "c"]
 
 
 def test_the_bank_has_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

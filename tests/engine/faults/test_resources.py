@@ -216,7 +216,7 @@ def test_no_place_for_temporary_files(tmp_path):
 @pytest.mark.parametrize("program", ["run", "host"])
 def test_a_program_that_stands_still_goes_on(native_build, tmp_path, program):
     """SIGSTOP and SIGCONT, as a machine that sleeps: the same bits, and no limit of time runs out."""
-    frames = {"run": "400", "host": "4000"}[program]
+    frames = {"run": "200", "host": "4000"}[program]
     both = [
         start(program, native_build, tmp_path, "--frames", frames, "--format", "rgb", "--out", "-", stdout=-1)
         for _ in range(2)
