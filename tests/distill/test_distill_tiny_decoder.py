@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_distill_training import as_toml, launch, losses
 
 import engine
 from distill.__main__ import main
@@ -139,6 +140,18 @@ def test_crops_of_latents_and_frames_are_of_one_place(config: TinyDecoderConfig,
     assert (tuple(cut.shape), tuple(seen.shape)) == ((8, 8, 3, 2, 2), (8, 3, 9, 8, 8))
     assert torch.equal(seen[:, 0, 0, ::4, ::4], cut[:, 0, 0])
     assert len(cut[:, 0, 0, 0, 0].unique()) > 3
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch's gloo backend")
+def test_two_processes_train_as_one(config: TinyDecoderConfig, trained: Path, tmp_path: Path) -> None:
+    """They stream their shards in turns, and split every batch."""
+    (tmp_path / "c.toml").write_text(as_toml("tiny_decoder", config))
+    launch("tiny_decoder", tmp_path / "c.toml", tmp_path / "two")
+    for name in ("00000.safetensors", "index.json"):
+        assert (tmp_path / "two" / "streams" / name).read_bytes() == (trained / "streams" / name).read_bytes()
+    for two, one in zip(losses(tmp_path / "two"), losses(trained), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.slow
