@@ -127,6 +127,8 @@ $(eval $(call stage,runs/unified,next_chunk,unified,runs/switches/student))
 embedded: runs/unified/.done runs/switches/vae/.done  ## train the embedded model from nothing to out/sprites: hours; goes on where it was stopped
 	$(BIN)/python -m distill assemble --teacher runs/rich/teacher/teacher --vae runs/switches/vae/vae \
 		--student runs/unified/student.pt --out out/sprites
+	$(BIN)/python -m distill tiny_decoder --config $(CONFIGS)/tiny.toml --out runs/tiny_decoder
+	cp -r runs/tiny_decoder/tiny_vae out/sprites/
 	$(BIN)/python -m distill evaluate --model out/sprites --prompts 64 --seed 20
 	$(BIN)/python -m distill evaluate --model out/sprites --prompts 32 --seed 20 --switch
 

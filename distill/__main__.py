@@ -23,7 +23,7 @@ from engine.program import cleanly
 
 # Stage -> its module, and one line of help, in the order in which a model is made.
 STAGES = {
-    "train_vae": ("stages.train_vae", "embedded model: train the VAE"),
+    "train_vae": ("stages.vae.train_vae", "embedded model: train the VAE"),
     "latents": ("stages.latents", "embedded model: draw clips and encode them, once"),
     "teacher": ("stages.teacher", "embedded model: train the bidirectional teacher"),
     "dataset": ("stages.dataset", "own videos and captions: encode them as training data"),
@@ -32,6 +32,7 @@ STAGES = {
     "consistency": ("stages.consistency", "make the student consistent over noise levels, for few steps"),
     "rl": ("stages.rl", "fine-tune the student on its own rollouts (Eq. 7-10)"),
     "dmd": ("stages.dmd", "match distributions on the student's own clips (DMD, SiD)"),
+    "tiny_decoder": ("stages.vae.tiny_decoder", "distil the VAE's decoder into a tiny one"),
     "assemble": ("stages.assemble", "write teacher, VAE and student as one pipeline directory"),
     "evaluate": ("experiments.evaluate", "score clips of a model on held-out prompts"),
     "ablation": ("experiments.ablation", "train and compare arms over seeds: tables and plots"),

@@ -140,33 +140,14 @@ class Decoder(nn.Module):
         return self.conv_out(extended, past)
 
 
-class VAE(nn.Module):
-    """Encoder and decoder. Latents are normalised, (z - mean) / std; frames are in [-1, 1]."""
+class StreamingVAE(nn.Module):
+    """What VAEs of any layout share. Latents are normalised, (z - mean) / std; frames are in [-1, 1]."""
 
-    def __init__(self, config: VAEConfig):
+    def __init__(self, config: Any):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.quant_conv = PointConv3d(config.z_dim * 2, config.z_dim * 2, 1)
-        self.post_quant_conv = PointConv3d(config.z_dim, config.z_dim, 1)
-        self.decoder = Decoder(config)
-        self._caches = sum(isinstance(m, CausalConv3d) for m in self.decoder.modules())
-        self._moments = _column(config.latents_mean, "cpu"), _column(config.latents_std, "cpu")
-        self._fused = False
-
-    def fuse(self) -> None:
-        """From now on run bias, residual, norm, SiLU and cache update as one kernel, and upsample inside convolutions.
-
-        For inference on a GPU; call it when weights are final.
-        """
-        self._fused = True
-        self.encoder.conv_in.late_bias = self.decoder.conv_in.late_bias = True
-        for module in self.modules():
-            if isinstance(module, CausalConv3d | ResidualBlock | AttentionBlock | Upsample):
-                module.fuse()
-            elif type(module) is nn.Conv2d:
-                weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
-                module.weight = nn.Parameter(weight, requires_grad=False)
+        given = config.latents_mean, config.latents_std
+        self._moments = None if None in given else (_column(given[0], "cpu"), _column(given[1], "cpu"))
 
     def first(self, latent: Tensor) -> tuple[Tensor, Cache]:
         """The start of a video: latent [B, C, 1, h, w] -> frames [B, 3, 1, H, W], cache."""
@@ -179,10 +160,10 @@ class VAE(nn.Module):
         `in_place` overwrites `cache` with the next one; otherwise `cache` is unchanged.
         """
         self._check_latent(latent)
-        shape = (latent.shape[0], self.config.z_dim, 2, *latent.shape[3:])  # conv_in's cache holds latents
-        if len(cache) != self._caches or tuple(cache[0].shape) != shape:
+        count, shape = self._cache_of(latent)
+        if len(cache) != count or tuple(cache[0].shape) != shape:
             got = f"{len(cache)} tensors, {[tuple(c.shape) for c in cache[:1]]} first"
-            raise ValueError(f"VAE cache: got {got}, expected {self._caches} tensors, [{shape}] first")
+            raise ValueError(f"VAE cache: got {got}, expected {count} tensors, [{shape}] first")
         return self._decode(latent, cache, in_place)
 
     def decode_chunk(self, latents: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
@@ -206,40 +187,40 @@ class VAE(nn.Module):
 
     def encode(self, video: Tensor) -> Tensor:
         """video [B, 3, 1+4k, H, W] in [-1, 1] -> the normalised mean [B, C, 1+k, h, w], float32."""
-        c, step, scale = self.config, self.config.scale_factor_temporal, self.config.scale_factor_spatial
-        shape = tuple(video.shape)
-        fits = len(shape) == 5 and shape[1] == c.in_channels and shape[2] > 0 and (shape[2] - 1) % step == 0
-        if not fits or shape[3] % scale or shape[4] % scale:
-            raise ValueError(f"video: got {shape}, expected [B, {c.in_channels}, 1 + {step}k, {scale}i, {scale}j]")
-        cache: Cache | None = None
-        latents = []
-        for frames in video.split([1] + [step] * ((shape[2] - 1) // step), dim=2):
-            latent, cache = self.encode_step(frames, cache)
-            latents.append(latent)
-        return torch.cat(latents, dim=2)
+        raise NotImplementedError
 
     def encode_step(self, frames: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         """One latent frame [B, C, 1, h, w], float32, and the next cache; the first takes 1 frame, the others 4."""
-        past = Past(frames.shape[0], cache, fused=self._fused)
-        x = self.quant_conv(self.encoder(_images(frames.to(self.quant_conv.weight.dtype)), past))
-        mean, std = self._statistics(frames.device)
-        return (to_video(x[:, : self.config.z_dim], past.batch).float() - mean) / std, tuple(past.next)
+        raise NotImplementedError
+
+    def fuse(self) -> None:
+        """From now on use what is faster on a GPU, for inference; call it when weights are final."""
+        raise NotImplementedError
 
     def _decode(self, latent: Tensor, cache: Cache | None, in_place: bool = False) -> tuple[Tensor, Cache]:
-        mean, std = self._statistics(latent.device)
-        z = (latent.float() * std + mean).to(self.post_quant_conv.weight.dtype)
-        past = Past(latent.shape[0], cache, in_place, self._fused)
-        x = self.decoder(self.post_quant_conv(_images(z)), past)
-        return _shown(to_video(x, past.batch)), tuple(past.next)
+        raise NotImplementedError
+
+    def _cache_of(self, latent: Tensor) -> tuple[int, tuple[int, ...]]:
+        """The number of caches, and the shape of the first one."""
+        raise NotImplementedError
 
     def _check_latent(self, latent: Tensor, single: bool = False) -> None:
         shape, channels = tuple(latent.shape), self.config.z_dim
         if len(shape) != 5 or shape[1] != channels or shape[2] < 1 or (single and shape[2] > 1):
             raise ValueError(f"latent: got {shape}, expected [B, {channels}, {'1' if single else 'T >= 1'}, h, w]")
 
+    def _check_video(self, video: Tensor) -> int:
+        """The frames of every latent but the first. ValueError unless `video` is whole latents."""
+        c, step, scale = self.config, self.config.scale_factor_temporal, self.config.scale_factor_spatial
+        shape = tuple(video.shape)
+        fits = len(shape) == 5 and shape[1] == c.in_channels and shape[2] > 0 and (shape[2] - 1) % step == 0
+        if not fits or shape[3] % scale or shape[4] % scale:
+            raise ValueError(f"video: got {shape}, expected [B, {c.in_channels}, 1 + {step}k, {scale}i, {scale}j]")
+        return step
+
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """mean and std [C, 1, 1, 1], float32. They are not buffers, which would follow the weights to meta and bf16."""
-        if self._moments[0].device == device:
+        if self._moments is not None and self._moments[0].device == device:
             return self._moments
         moments = _column(self.config.latents_mean, device), _column(self.config.latents_std, device)
         if not torch.compiler.is_compiling():  # while compiling, tensors are fake: do not keep them
@@ -247,17 +228,68 @@ class VAE(nn.Module):
         return moments
 
 
+class VAE(StreamingVAE):
+    """Encoder and decoder. Latents are normalised, (z - mean) / std; frames are in [-1, 1]."""
+
+    config: VAEConfig
+
+    def __init__(self, config: VAEConfig):
+        super().__init__(config)
+        self.encoder = Encoder(config)
+        self.quant_conv = PointConv3d(config.z_dim * 2, config.z_dim * 2, 1)
+        self.post_quant_conv = PointConv3d(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder(config)
+        self._caches = sum(isinstance(m, CausalConv3d) for m in self.decoder.modules())
+        self._fused = False
+
+    def fuse(self) -> None:
+        """Run bias, residual, norm, SiLU and cache update as one kernel, and upsample inside convolutions."""
+        self._fused = True
+        self.encoder.conv_in.late_bias = self.decoder.conv_in.late_bias = True
+        for module in self.modules():
+            if isinstance(module, CausalConv3d | ResidualBlock | AttentionBlock | Upsample):
+                module.fuse()
+            elif type(module) is nn.Conv2d:
+                weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
+                module.weight = nn.Parameter(weight, requires_grad=False)
+
+    def encode(self, video: Tensor) -> Tensor:
+        step = self._check_video(video)
+        cache: Cache | None = None
+        latents = []
+        for frames in video.split([1] + [step] * ((video.shape[2] - 1) // step), dim=2):
+            latent, cache = self.encode_step(frames, cache)
+            latents.append(latent)
+        return torch.cat(latents, dim=2)
+
+    def encode_step(self, frames: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+        past = Past(frames.shape[0], cache, fused=self._fused)
+        x = self.quant_conv(self.encoder(images_of(frames.to(self.quant_conv.weight.dtype)), past))
+        mean, std = self._statistics(frames.device)
+        return (to_video(x[:, : self.config.z_dim], past.batch).float() - mean) / std, tuple(past.next)
+
+    def _cache_of(self, latent: Tensor) -> tuple[int, tuple[int, ...]]:
+        return self._caches, (latent.shape[0], self.config.z_dim, 2, *latent.shape[3:])  # conv_in's cache holds latents
+
+    def _decode(self, latent: Tensor, cache: Cache | None, in_place: bool = False) -> tuple[Tensor, Cache]:
+        mean, std = self._statistics(latent.device)
+        z = (latent.float() * std + mean).to(self.post_quant_conv.weight.dtype)
+        past = Past(latent.shape[0], cache, in_place, self._fused)
+        x = self.decoder(self.post_quant_conv(images_of(z)), past)
+        return shown(to_video(x, past.batch)), tuple(past.next)
+
+
 @torch.inference_mode(False)  # training cannot use tensors that were created in inference mode
 def _column(values: tuple[float, ...], device: torch.device | str) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
 
 
-def _images(video: Tensor) -> Tensor:
+def images_of(video: Tensor) -> Tensor:
     """[B, C, T, H, W] -> [T*B, C, H, W], channels-last"""
     return to_images(video).contiguous(memory_format=torch.channels_last)
 
 
-def _shown(video: Tensor) -> Tensor:
+def shown(video: Tensor) -> Tensor:
     """Clamped to [-1, 1], but NaN where video is infinite: a clamp would make an ordinary white or black of it."""
     return video.clamp(-1, 1).add_(video, alpha=0)  # 0 * inf is NaN
 

@@ -42,8 +42,8 @@ class Sum:
         """The sum, computed now."""
         if self.bias is None:
             return self.h
-        residual = None if self.residual is None else _channels_last(self.residual)
-        return bias_residual(_channels_last(self.h), self.bias, residual)
+        residual = None if self.residual is None else channels_last(self.residual)
+        return bias_residual(channels_last(self.h), self.bias, residual)
 
 
 class Past:
@@ -64,8 +64,8 @@ class Past:
             images = x.images()
             return self.extend(F.silu(norm(images))), images
         before = None if self.cache is None else next(self.cache)
-        video = to_video(_channels_last(x.h), self.batch)
-        residual = None if x.residual is None else to_video(_channels_last(x.residual), self.batch)
+        video = to_video(channels_last(x.h), self.batch)
+        residual = None if x.residual is None else to_video(channels_last(x.residual), self.batch)
         cache_out = before if self.in_place else None
         extended, following, total = vae_norm_silu(video, norm.gamma, before, cache_out, x.bias, residual, keep)
         self.next.append(following)
@@ -105,7 +105,7 @@ class CausalConv3d(nn.Conv3d):
             y = F.conv2d(x, weight[:, :, -1], bias, padding=space)
         elif self._packed is not None and has_fast_kernel(x.device):
             bias = None if self.late_bias else self.bias
-            return causal_convolution(_channels_last(x), self.weight, bias, past.batch, self._packed)
+            return causal_convolution(channels_last(x), self.weight, bias, past.batch, self._packed)
         else:
             y = causal_taps(x, weight, bias, past.batch, space)
         return y if self._padded is None else y[:, : self.out_channels]
@@ -182,7 +182,13 @@ def upsampled_convolution(x: Tensor, phases: Tensor, bias: Tensor | None) -> Ten
     phases [4 * C', C, 2, 2] from `phases_of`, bias [C'] or None. 16 products per output position instead of 36, and the
     upsampled images are never written.
     """
-    return interleave_phases(_channels_last(F.conv2d(x, phases, padding=1)), bias)  # windows: [N, 4C', H+1, W+1]
+    return interleave_phases(channels_last(F.conv2d(x, phases, padding=1)), bias)  # windows: [N, 4C', H+1, W+1]
+
+
+def split_time(x: Tensor, parts: int, batch: int) -> Tensor:
+    """x [T*B, parts*C, H, W], whose channels are those of several frames -> [T*parts*B, C, H, W], channels-last."""
+    x = x.permute(0, 2, 3, 1).unflatten(3, (parts, -1)).unflatten(0, (-1, batch))
+    return x.permute(0, 4, 1, 2, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)
 
 
 class RMSNorm(nn.Module):
@@ -262,16 +268,13 @@ class Upsample(nn.Module):
             if past.cache is None:  # the first frame is not doubled, and this convolution never sees it
                 past.keep(torch.cat([torch.zeros_like(x)] * 2))
             else:
-                # [T*B, 2C, H, W]: the two halves of the channels are two frames
-                y = self.time_conv(past.extend(x), past)
-                y = y.permute(0, 2, 3, 1).unflatten(3, (2, -1)).unflatten(0, (-1, past.batch))
-                x = y.permute(0, 4, 1, 2, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)  # [T*2*B, C, H, W], channels-last
+                x = split_time(self.time_conv(past.extend(x), past), 2, past.batch)
         if self._phases is not None:
             return Sum(upsampled_convolution(x, self._phases, cast(nn.Conv2d, self.resample[1]).bias))
         return Sum(self.resample(F.interpolate(x, scale_factor=2.0, mode="nearest")))
 
     def fuse(self) -> None:
-        self._phases = _channels_last(phases_of(cast(nn.Conv2d, self.resample[1]).weight.detach()))
+        self._phases = channels_last(phases_of(cast(nn.Conv2d, self.resample[1]).weight.detach()))
 
 
 class Downsample(nn.Module):
@@ -319,7 +322,7 @@ class UpBlock(nn.Module):
         return x
 
 
-def _channels_last(images: Tensor) -> Tensor:
+def channels_last(images: Tensor) -> Tensor:
     """As kernels want them. A convolution over few frames or several videos may return another memory layout."""
     return images.contiguous(memory_format=torch.channels_last)
 

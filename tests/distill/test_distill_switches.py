@@ -16,11 +16,11 @@ from distill.data.sprites import DIRECTIONS, held_out
 from distill.data.switches import FACTS, Switch, draw_switch, first_frame, heading
 from distill.models.codec import build_vae
 from distill.models.rollout import roll_exits
-from distill.stages import train_vae
 from distill.stages.dmd import DmdConfig
 from distill.stages.latents import Bank, BankConfig, BankOptions
 from distill.stages.latents import run as draw_bank
-from distill.stages.train_vae import VaeConfig
+from distill.stages.vae import train_vae
+from distill.stages.vae.train_vae import VaeConfig
 from distill.training.draws import Draws
 
 

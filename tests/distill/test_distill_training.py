@@ -24,7 +24,7 @@ from distill.models.base import Base
 from distill.models.rollout import noise_levels
 from distill.models.sampling import guided_flow
 from distill.models.student_file import NextChunkConfig, load_student
-from distill.stages import consistency, dmd, next_chunk, rl, teacher, train_vae
+from distill.stages import consistency, dmd, next_chunk, rl, teacher
 from distill.stages.consistency import ConsistencyConfig
 from distill.stages.dmd import LOSSES, DmdConfig
 from distill.stages.latents import Bank
@@ -32,7 +32,8 @@ from distill.stages.next_chunk import segment_target
 from distill.stages.rl import RlConfig
 from distill.stages.sample_teacher import SampleTeacherConfig, write_clips
 from distill.stages.teacher import Teacher, TeacherConfig, draw_sigmas
-from distill.stages.train_vae import VaeConfig
+from distill.stages.vae import train_vae
+from distill.stages.vae.train_vae import VaeConfig
 from distill.training.draws import Draws
 from distill.training.loop import split
 

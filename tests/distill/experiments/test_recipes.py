@@ -29,7 +29,7 @@ def paths_in(value: Any) -> set[str]:
     return {value} if isinstance(value, str) and value.startswith("runs/") else set()
 
 
-@pytest.mark.parametrize(("target", "stages"), [("embedded", 14), ("ablation", 2), ("ablation-rl", 2)])
+@pytest.mark.parametrize(("target", "stages"), [("embedded", 15), ("ablation", 2), ("ablation-rl", 2)])
 def test_every_stage_finds_what_it_reads(target: str, stages: int) -> None:
     found, made = commands(target), list[str]()
     assert len(found) == stages
@@ -45,4 +45,4 @@ def test_every_stage_finds_what_it_reads(target: str, stages: int) -> None:
         assert not missing, f"{stage}: {missing} of {made}"
         if "--out" in given:
             made.append(given["--out"])
-    assert target != "embedded" or made[-1] == "out/sprites"
+    assert target != "embedded" or "out/sprites" in made
