@@ -41,6 +41,10 @@ class Options(Source):
     checkpoint: Path | None = option(None, "transformer weights instead of the directory's", metavar="FILE")
     checkpoint_state: str | None = option(None, "state of a training checkpoint; default: the preset's", metavar="NAME")
     vae: Path | None = option(None, "VAE instead of the directory's", metavar="FILE")
+    vae_decoder: Path | None = option(
+        None, "tiny VAE (TAEHV, taew2_1) that decodes in the place of the VAE", metavar="FILE", exclusive="decoder"
+    )
+    decoder: Literal["full", "tiny"] = option("full", "tiny: the model's own tiny VAE decodes", exclusive="decoder")
     text_encoder: Path | None = option(None, "UMT5 encoder instead of the directory's", metavar="FILE")
     tokenizer: Path | None = option(None, "tokenizer instead of the directory's", metavar="DIR")
     adapter: tuple[str, ...] = option(
@@ -120,7 +124,7 @@ def _export(options: Options, plans: BuildOptions) -> int:
     pipeline = load(
         options.model, preset=options.preset, checkpoint=options.checkpoint, adapters=options.adapter,
         checkpoint_state=options.checkpoint_state, vae=options.vae, text_encoder=options.text_encoder,
-        tokenizer=options.tokenizer,
+        tokenizer=options.tokenizer, vae_decoder=options.vae_decoder, decoder=options.decoder,
         device=options.device, precision=around if fp8 else options.precision, height=options.height,
         width=options.width,
     )  # fmt: skip

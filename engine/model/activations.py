@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 
 from engine.config import TransformerConfig
+from engine.model.tiny_vae import TinyVAEConfig
 from engine.model.umt5 import UMT5Config
 from engine.model.vae import VAEConfig
 from engine.model.vae_layers import STACK_LIMIT
@@ -81,6 +82,34 @@ def vae_decoding(
     return VaeBytes(count.cache, count.most)
 
 
+def tiny_decoding(
+    config: TinyVAEConfig, height: int, width: int, dtype: torch.dtype, *, fused: bool, in_place: bool
+) -> VaeBytes:
+    """As `vae_decoding`, of a tiny VAE."""
+    count = _Count(height, dtype.itemsize, fused, in_place)
+    pixels, frames = height * width, 1
+    stages = zip(pairwise(config.widths), config.upsample_space, config.upsample_time, strict=True)
+    for (dim, out), space, time in stages:
+        x = count.images(dim, frames, pixels)
+        for _ in range(config.blocks):
+            count.add(x + x + 2 * x)  # the images before, and both side by side
+            count.keep(dim, pixels, 1)
+            count.add(x + 2 * x + 2 * x)
+        pixels, copied = (4 if space else 1) * pixels, (4 if space else 1) * x
+        frames, grown = (2 if time else 1) * frames, (2 if time else 1) * copied
+        made = count.images(out, frames, pixels)
+        if fused:
+            count.add(x + 2 * made)
+        else:
+            count.add(x + copied)
+            count.add(copied + grown + (grown if time else 0))
+            count.add(grown + made)
+    shown = count.images(config.in_channels * config.patch**2, frames, pixels)
+    count.add(count.images(config.widths[-1], frames, pixels) + shown)
+    count.add(4 * shown)
+    return VaeBytes(count.cache, count.most)
+
+
 def vae_encoding(config: VAEConfig, height: int, width: int, dtype: torch.dtype, *, fused: bool) -> int:
     """Four frames [height, width] in latent pixels -> one latent frame: the most that a call needs, caches included."""
     count = _Count(height * config.scale_factor_spatial, dtype.itemsize, fused, False)
@@ -117,8 +146,8 @@ class _Count:
         """`live` bytes beside what is held and the new caches."""
         self.most = max(self.most, self.held + self._new + live)
 
-    def keep(self, channels: int, pixels: int) -> None:
-        made = self.images(channels, 2, pixels)
+    def keep(self, channels: int, pixels: int, frames: int = 2) -> None:
+        made = self.images(channels, frames, pixels)
         self.cache += made
         self._new += 0 if self.in_place else made
 

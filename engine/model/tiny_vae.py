@@ -119,10 +119,11 @@ class MemBlock(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv = nn.Sequential(_conv(2 * dim, dim), nn.ReLU(), _conv(dim, dim), nn.ReLU(), _conv(dim, dim))
+        first, second, last = _conv(2 * dim, dim), _conv(dim, dim), _conv(dim, dim)
+        self.conv = nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), last)
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        return F.relu(self.conv(torch.cat([x, memory.before(x)], dim=1)) + x)
+        return F.relu(self.conv(torch.cat([x, memory.before(x)], dim=1)).add_(x), inplace=True)
 
 
 class Grow(nn.Module):
@@ -280,7 +281,7 @@ class TinyVAE(StreamingVAE):
 
 
 def decoder_layers(config: TinyVAEConfig) -> Layers:
-    layers: list[nn.Module] = [Clamp(), _conv(config.z_dim, config.widths[0]), nn.ReLU()]
+    layers: list[nn.Module] = [Clamp(), _conv(config.z_dim, config.widths[0]), nn.ReLU(inplace=True)]
     stages = zip(pairwise(config.widths), config.upsample_space, config.upsample_time, strict=True)
     for (dim, out), space, time in stages:
         layers += [MemBlock(dim) for _ in range(config.blocks)]
@@ -289,11 +290,11 @@ def decoder_layers(config: TinyVAEConfig) -> Layers:
             Grow(dim, 2 if time else 1),
             _conv(dim, out, bias=False),
         ]
-    return Layers([*layers, nn.ReLU(), _conv(config.widths[-1], config.in_channels * config.patch**2)])
+    return Layers([*layers, nn.ReLU(inplace=True), _conv(config.widths[-1], config.in_channels * config.patch**2)])
 
 
 def encoder_layers(config: TinyVAEConfig, dim: int) -> Layers:
-    layers: list[nn.Module] = [_conv(config.in_channels * config.patch**2, dim), nn.ReLU()]
+    layers: list[nn.Module] = [_conv(config.in_channels * config.patch**2, dim), nn.ReLU(inplace=True)]
     for space, time in zip(config.upsample_space[::-1], config.upsample_time[::-1], strict=True):
         layers += [Pool(dim, 2 if time else 1), _conv(dim, dim, stride=2 if space else 1, bias=False)]
         layers += [MemBlock(dim) for _ in range(config.blocks)]
