@@ -87,26 +87,29 @@ def tiny_decoding(
 ) -> VaeBytes:
     """As `vae_decoding`, of a tiny VAE."""
     count = _Count(height, dtype.itemsize, fused, in_place)
-    pixels, frames = height * width, 1
+    high, wide, frames = height, width, 1
+    count.held = 2 * count.images(config.z_dim, 1, high * wide)
     stages = zip(pairwise(config.widths), config.upsample_space, config.upsample_time, strict=True)
     for (dim, out), space, time in stages:
-        x = count.images(dim, frames, pixels)
+        x = count.images(dim, frames, high * wide)
         for _ in range(config.blocks):
-            count.add(x + x + 2 * x)  # the images before, and both side by side
-            count.keep(dim, pixels, 1)
+            count.add(x + 2 * x + (x if frames > 1 else 0))  # with the images before, both side by side
+            count.keep(dim, high * wide, 1)
             count.add(x + 2 * x + 2 * x)
-        pixels, copied = (4 if space else 1) * pixels, (4 if space else 1) * x
-        frames, grown = (2 if time else 1) * frames, (2 if time else 1) * copied
-        made = count.images(out, frames, pixels)
-        if fused:
-            count.add(x + 2 * made)
+        scale, grown = (2 if space else 1), (2 if time else 1)
+        made = count.images(out, frames * grown, scale * high * scale * wide)
+        if fused:  # four phases of windows, one more each way than pixels
+            windows = made * (high + 1) * (wide + 1) // (high * wide) if space else made
+            count.add(x + windows + (made if space or time else 0))
         else:
+            copied = x * scale**2
             count.add(x + copied)
-            count.add(copied + grown + (grown if time else 0))
-            count.add(grown + made)
-    shown = count.images(config.in_channels * config.patch**2, frames, pixels)
-    count.add(count.images(config.widths[-1], frames, pixels) + shown)
-    count.add(4 * shown)
+            count.add(copied + grown * copied * (2 if time else 1))
+            count.add(grown * copied + made)
+        high, wide, frames = scale * high, scale * wide, frames * grown
+    shown = count.images(config.in_channels * config.patch**2, frames, high * wide)
+    count.add(count.images(config.widths[-1], frames, high * wide) + shown)
+    count.add(3 * shown)
     return VaeBytes(count.cache, count.most)
 
 

@@ -26,7 +26,6 @@ from engine.model.vae_layers import (
     channels_last,
     phases_of,
     split_time,
-    to_images,
     to_video,
     upsampled_convolution,
 )
@@ -92,19 +91,17 @@ class Memory:
         self.cache = None if cache is None else iter(cache)
         self.next: list[Tensor] = []
 
-    def before(self, x: Tensor) -> Tensor:
-        """The image before each one of x [T*B, C, H, W]."""
-        last = x[-self.batch :]
-        if self.cache is None:
-            past = torch.cat([torch.zeros_like(last), x[: -self.batch]])
+    def paired(self, x: Tensor) -> Tensor:
+        """x [T*B, C, H, W] with the image before each one beside it: [T*B, 2C, H, W]."""
+        last, earlier = x[-self.batch :], x[: -self.batch]
+        kept = None if self.cache is None else next(self.cache)
+        past = torch.zeros_like(last) if kept is None else kept.squeeze(2)
+        pairs = channels_last(torch.cat([x, torch.cat([past, earlier]) if len(earlier) else past], dim=1))
+        if kept is None or not self.in_place:
+            self.next.append(last.clone().unsqueeze(2))  # a view would keep all of x in memory
         else:
-            kept = next(self.cache)
-            past = torch.cat([to_images(kept), x[: -self.batch]])
-            if self.in_place:
-                self.next.append(kept.copy_(to_video(last, self.batch)))
-                return past
-        self.next.append(to_video(last.clone(), self.batch))  # a view would keep all of x in memory
-        return past
+            self.next.append(kept.copy_(last.unsqueeze(2)))  # the last one to read it is done
+        return pairs
 
 
 class Clamp(nn.Module):
@@ -123,7 +120,7 @@ class MemBlock(nn.Module):
         self.conv = nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), last)
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        return F.relu(self.conv(torch.cat([x, memory.before(x)], dim=1)).add_(x), inplace=True)
+        return F.relu(self.conv(memory.paired(x)).add_(x), inplace=True)
 
 
 class Grow(nn.Module):
@@ -136,7 +133,7 @@ class Grow(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """[T*B, C, H, W] -> [T*stride*B, C, H, W]"""
-        return split_time(self.conv(x), self.stride, memory.batch)
+        return channels_last(split_time(self.conv(x), self.stride, memory.batch))
 
 
 class Pool(nn.Module):
@@ -169,7 +166,7 @@ class Rise:
     def __call__(self, x: Tensor, memory: Memory) -> Tensor:
         """[T*B, C, H, W] -> [T*parts*B, C', 2H, 2W]"""
         x = upsampled_convolution(x, self.weight, None) if self.doubles else F.conv2d(x, self.weight, padding=1)
-        return split_time(x, self.parts, memory.batch)
+        return channels_last(split_time(x, self.parts, memory.batch))
 
 
 class Layers(nn.ModuleList):
