@@ -74,7 +74,8 @@ def _inspect(folder: Path) -> int:
     size = sum(file.bytes for file in manifest.files.values())
     print(f"{folder}: {size / 1e6:.1f} MB in {len(manifest.files)} files, format {manifest.version}")
     shape = f"{manifest.width}x{manifest.height} at {manifest.fps:g} fps, {manifest.precision}"
-    print(f"{shape}, preset {manifest.preset_name}")
+    tiny = ", tiny VAE decodes" if manifest.decoder == "tiny" else ""
+    print(f"{shape}, preset {manifest.preset_name}{tiny}")
     print("  " + ", ".join(f"{key} {value}" for key, value in manifest.preset.items()))
     for name, backend in manifest.backends.items():
         print(f"{name}: " + ", ".join(f"{package} {version}" for package, version in backend.versions.items()))
