@@ -8,6 +8,7 @@ from types import ModuleType
 
 import bundles
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,7 +21,9 @@ from engine.model.tiny_vae import TinyVAE, TinyVAEConfig
 from engine.stream import Pipeline
 from export.__main__ import main
 from export.graphs import stage_graphs
+from export.onnx_graph import to_onnx
 from export.program import trace
+from export.tensorrt.spelling import spell_for_tensorrt
 
 CONFIG = TinyVAEConfig(8, (12, 8, 6), (True, True), (True, True), blocks=2, encoder_width=None)
 
@@ -79,6 +82,24 @@ def test_every_traced_graph_equals_its_module(tiny: Pipeline) -> None:
             got = trace(graph).traced.module()(*inputs)
         for a, b in zip(got, expected, strict=True):
             assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vae_first", "vae_steady"])
+def test_tensorrt_gets_plain_onnx(tiny: Pipeline, name: str) -> None:
+    """Its spelling needs no operator of TensorRT's own, so ONNX Runtime runs it."""
+    graph = next(graph for graph in stage_graphs(tiny) if graph.name == name)
+    spelled = to_onnx(graph, spell_for_tensorrt)
+    assert {node.domain for node in spelled.model.graph.node} == {""}
+    options = ort.SessionOptions()
+    kept = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)) for value in spelled.weights.values()]
+    options.add_external_initializers(list(spelled.weights), kept)
+    session = ort.InferenceSession(spelled.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    inputs = {name: torch.randn_like(value) for name, value in graph.inputs.items()}
+    with torch.no_grad():
+        expected = graph.module(*inputs.values())
+    got = session.run(graph.outputs, {name: value.numpy() for name, value in inputs.items()})
+    for a, b in zip(got, expected, strict=True):
+        assert np.abs(a - b.numpy()).max() <= 1e-5
 
 
 @pytest.mark.thorough
