@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -17,9 +17,10 @@ from engine.memory import Case, place_encoder, plan_memory
 from engine.model.cache import FP8
 from engine.model.fp8 import to_fp8
 from engine.model.text import Tokenizer
+from engine.model.tiny_vae import TinyVAE
 from engine.model.transformer import WanTransformer
 from engine.model.umt5 import UMT5Encoder
-from engine.model.vae import VAE, VAEConfig
+from engine.model.vae import VAE, SplitVAE, StreamingVAE, VAEConfig
 from engine.options import read, replaced
 from engine.presets import PRESETS, find_preset, states_of
 from engine.runtime.cuda_graphs import GraphedStages
@@ -95,6 +96,7 @@ def load(
     model: str | Path | None = None, *, preset: str | None = None, overrides: dict[str, Any] | None = None,
     checkpoint: str | Path | None = None, checkpoint_state: str | None = None, vae: str | Path | None = None,
     text_encoder: str | Path | None = None, tokenizer: str | Path | None = None,
+    vae_decoder: str | Path | None = None, decoder: Literal["full", "tiny"] = "full",
     adapters: Sequence[AdapterLike] = (), height: int | None = None, width: int | None = None,
     fps: float | None = None, runtime: Runtime | None = None,
     planned: Callable[[MemoryPlan], object] | None = None, **options: Any,
@@ -109,6 +111,8 @@ def load(
                       preset's
     vae, text_encoder, tokenizer  files or folders instead of the directory's; with a checkpoint and all three, no
                       directory is read
+    vae_decoder       a tiny VAE (TAEHV, taew2_1) that decodes in the place of the VAE, which still encodes
+    decoder           "tiny": the model's own tiny VAE decodes
     adapters          LoRA files and PEFT folders, merged into every transformer: a path, a text "PATH:0.8", a pair
                       (path, strength) or an engine.Adapter; Stream.set_adapters changes their strengths
     height, width     pixels; None is the model's own
@@ -124,7 +128,12 @@ def load(
     runtime = replaced(runtime or Runtime(), options, "load")
     folder = Path(model) if model is not None else EMBEDDED
     paths = [None if path is None else Path(path) for path in (checkpoint, vae, text_encoder, tokenizer)]
-    given = Given(paths[0], checkpoint_state, STATES, paths[1], paths[2], paths[3])
+    if decoder not in ("full", "tiny"):
+        raise ValueError(f"decoder: got {decoder!r}, expected 'full' or 'tiny'")
+    if vae_decoder is not None and decoder == "tiny":
+        raise ValueError("decoder: got tiny and a vae_decoder, expected one of them")
+    tiny = None if vae_decoder is None else Path(vae_decoder)
+    given = Given(paths[0], checkpoint_state, STATES, paths[1], paths[2], paths[3], tiny, decoder)
     settings = settings_for(Path(model) if model is not None else None, *paths)
     name, style = choose_preset(settings, preset, overrides or {}, given.checkpoint)
     family, fp8 = family_of(style), runtime.precision == "fp8"
@@ -164,9 +173,9 @@ def load(
         arguments = folder, config, parts.transformer, role, family.conditioned(role), adapted, dtype, device, notes
         # No name here holds the model: to_fp8 lets each weight go when it has its e4m3 one.
         models[role] = to_fp8(_transformer(*arguments), settings.fp8_keep, role) if fp8 else _transformer(*arguments)
-    fill(empty_vae, parts.vae, dtype, device)
+    whole_vae = _vae(empty_vae, parts, dtype, device)
     encoder = _text_encoder(case)
-    stages = make_stages(models, empty_vae, encoder, device, runtime, settings.fp8_keep)
+    stages = make_stages(models, whole_vae, encoder, device, runtime, settings.fp8_keep)
     note = training_note(folder, settings, name, style, parts.transformer, given, adapters)
     notes += _encoder_notes(case) + ([note] if note else [])
     return assemble(
@@ -227,14 +236,30 @@ def _empty(parts: Parts, family: type[Generator]) -> VAE:
     with torch.device("meta"):
         transformer = WanTransformer(parts.config, any(family.conditioned(role) for role in family.roles()))
         vae, encoder = VAE(parts.vae_config), UMT5Encoder(parts.text_config)
+        tiny = TinyVAE(parts.tiny_config) if parts.tiny_config else None
     optional = ("condition_proj.weight",)
     for module, source in ((transformer, parts.transformer), (vae, parts.vae), (encoder, parts.text_encoder)):
         check_tensors(source.label, source.shapes(), module.state_dict(), optional)
+    if tiny is not None and parts.tiny_vae is not None:
+        check_tensors(parts.tiny_vae.label, parts.tiny_vae.shapes(), tiny.state_dict())
     return vae
 
 
+def _vae(vae: VAE, parts: Parts, dtype: torch.dtype, device: torch.device) -> StreamingVAE:
+    """The VAE with its weights, which `_empty` checked; with a tiny one beside it that decodes, it only encodes."""
+    if parts.tiny_config is None or parts.tiny_vae is None:
+        fill(vae, parts.vae, dtype, device)
+        return vae
+    with torch.device("meta"):
+        tiny = TinyVAE(parts.tiny_config)
+    vae.forget_decoder()
+    fill(vae, parts.vae, dtype, device, leave=VAE.DECODES)
+    fill(tiny, parts.tiny_vae, dtype, device)
+    return SplitVAE(vae, tiny)
+
+
 def make_stages(
-    models: dict[str, WanTransformer], vae: VAE | None, encoder: nn.Module | None, device: torch.device,
+    models: dict[str, WanTransformer], vae: StreamingVAE | None, encoder: nn.Module | None, device: torch.device,
     runtime: Runtime | None = None, keep: Sequence[str] = FP8_KEEP,
 ) -> Stages:  # fmt: skip
     """The torch backend. On a GPU it uses kernels and CUDA graphs, unless the runtime is eager.

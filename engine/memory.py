@@ -16,6 +16,7 @@ from engine.config import Preset, Runtime
 from engine.generators import family_of
 from engine.generators.base import Geometry
 from engine.model.activations import (
+    tiny_decoding,
     transformer_activations,
     umt5_activations,
     vae_decoding,
@@ -24,6 +25,7 @@ from engine.model.activations import (
 from engine.model.cache import FP8
 from engine.model.fp8 import products, wanted
 from engine.model.scaled_linear import EIGHT_BITS
+from engine.model.vae import VAE
 from engine.runtime.device import check_fp8, dtype_of, free_memory
 from engine.runtime.memory_plan import (
     CLIP,
@@ -148,7 +150,11 @@ def _needs(case: Case) -> Iterator[Need]:
     most = max(ring.slots for ring in rings.values()) * tokens
     work = transformer_activations(config, joined * chunk, most, case.dtype, fused=case.fused, fp8=case.fp8)
     in_place = graphs or case.runtime.low_memory
-    vae = vae_decoding(parts.vae_config, high, wide, case.dtype, fused=case.fused, in_place=in_place)
+    how = {"fused": case.fused, "in_place": in_place}
+    if parts.tiny_config is None:
+        vae = vae_decoding(parts.vae_config, high, wide, case.dtype, **how)
+    else:
+        vae = tiny_decoding(parts.tiny_config, high, wide, case.dtype, **how)
     clip = vae_encoding(parts.vae_config, high, wide, case.dtype, fused=case.fused)
     yield Need("VAE caches", place, vae.cache, during=STREAMING)
     both = (PASS, DECODING) if case.overlaps else ()
@@ -186,10 +192,13 @@ def _weights(case: Case) -> Iterator[Need]:
         if case.fp8 and last:  # the role that is read last waits in full, beside the others in FP8
             yield Need("weights to quantise", place, saved, there, during=(TRANSFORMERS,))
     after = tuple(phase for phase in PHASES if phase != TRANSFORMERS)
-    shapes, mapped = _counts(parts.vae), _mapped(case, parts.vae)
-    there = size * sum(shapes[n] for n in mapped)
-    yield Need("weights of the VAE", place, size * sum(shapes.values()) - there, there, during=after)
-    sources = [parts.transformer, parts.vae] + ([] if case.encoder == "release" else [parts.text_encoder])
+    vaes = [parts.vae, *filter(None, [parts.tiny_vae])]
+    for source, what in zip(vaes, ("VAE", "tiny VAE"), strict=False):
+        only_encodes = source is parts.vae and parts.tiny_vae is not None
+        shapes = {n: c for n, c in _counts(source).items() if not (only_encodes and n.startswith(VAE.DECODES))}
+        there = size * sum(shapes[n] for n in _mapped(case, source) & shapes.keys())
+        yield Need(f"weights of the {what}", place, size * sum(shapes.values()) - there, there, during=after)
+    sources = [parts.transformer, *vaes] + ([] if case.encoder == "release" else [parts.text_encoder])
     largest = max(max(_counts(source).values()) for source in sources)
     expansion = 4 * largest if any(not s.maps or s.scaled() for s in sources) else 0
     pages = min(SPAN, max(file.stat().st_size for source in sources for file in source.files))

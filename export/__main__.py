@@ -41,6 +41,10 @@ class Options(Source):
     checkpoint: Path | None = option(None, "transformer weights instead of the directory's", metavar="FILE")
     checkpoint_state: str | None = option(None, "state of a training checkpoint; default: the preset's", metavar="NAME")
     vae: Path | None = option(None, "VAE instead of the directory's", metavar="FILE")
+    vae_decoder: Path | None = option(
+        None, "tiny VAE (TAEHV, taew2_1) that decodes in the place of the VAE", metavar="FILE", exclusive="decoder"
+    )
+    decoder: Literal["full", "tiny"] = option("full", "tiny: the model's own tiny VAE decodes", exclusive="decoder")
     text_encoder: Path | None = option(None, "UMT5 encoder instead of the directory's", metavar="FILE")
     tokenizer: Path | None = option(None, "tokenizer instead of the directory's", metavar="DIR")
     adapter: tuple[str, ...] = option(
@@ -70,7 +74,8 @@ def _inspect(folder: Path) -> int:
     size = sum(file.bytes for file in manifest.files.values())
     print(f"{folder}: {size / 1e6:.1f} MB in {len(manifest.files)} files, format {manifest.version}")
     shape = f"{manifest.width}x{manifest.height} at {manifest.fps:g} fps, {manifest.precision}"
-    print(f"{shape}, preset {manifest.preset_name}")
+    tiny = ", tiny VAE decodes" if manifest.decoder == "tiny" else ""
+    print(f"{shape}, preset {manifest.preset_name}{tiny}")
     print("  " + ", ".join(f"{key} {value}" for key, value in manifest.preset.items()))
     for name, backend in manifest.backends.items():
         print(f"{name}: " + ", ".join(f"{package} {version}" for package, version in backend.versions.items()))
@@ -120,7 +125,7 @@ def _export(options: Options, plans: BuildOptions) -> int:
     pipeline = load(
         options.model, preset=options.preset, checkpoint=options.checkpoint, adapters=options.adapter,
         checkpoint_state=options.checkpoint_state, vae=options.vae, text_encoder=options.text_encoder,
-        tokenizer=options.tokenizer,
+        tokenizer=options.tokenizer, vae_decoder=options.vae_decoder, decoder=options.decoder,
         device=options.device, precision=around if fp8 else options.precision, height=options.height,
         width=options.width,
     )  # fmt: skip

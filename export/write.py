@@ -31,6 +31,7 @@ from engine.bundles.stages import NotHere
 from engine.files import read_json, whole_folder, write_json
 from engine.loader import load_bundle
 from engine.model.text import Tokenizer, clean_prompt, fold_prompt
+from engine.model.vae import SplitVAE
 from engine.stream import Pipeline
 from export.compilers import Compiler, compilers_of
 from export.fp8 import is_quantized
@@ -147,6 +148,7 @@ def _write(
         "height": pipeline.height, "width": pipeline.width, "fps": float(pipeline.fps), "spatial": pipeline.spatial,
         "temporal": pipeline.temporal, "text_rows": pipeline.tokenizer.rows if pipeline.tokenizer else 0,
         "weights": "weights.safetensors", "tokenizer": "tokenizer", "prompt_cleaning": "ftfy",
+        "decoder": "tiny" if isinstance(pipeline.stages.modules().get("vae"), SplitVAE) else "full",
         "golden": GoldenSpec(file=_GOLDEN, prompt=prompt, seed=seed), "files": _files(part), "backends": specs,
     }  # fmt: skip
     manifest = validated(content, part / "manifest.json")
@@ -224,7 +226,9 @@ def _files(part: Path, pattern: str = "*") -> dict[str, FileSpec]:
 
 
 def _save_manifest(manifest: Manifest, part: Path) -> None:
-    (part / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    absent = {"decoder"} if manifest.decoder == "full" else None  # as older bundles have it
+    text = manifest.model_dump_json(indent=1, exclude=absent)
+    (part / "manifest.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def _precision(pipeline: Pipeline) -> Literal["fp32", "fp16", "bf16", "fp8"]:

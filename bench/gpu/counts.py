@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from bench.report.saved import Printed
 from engine.generators import family_of
 from engine.loader import assemble
 from engine.model.cache import RingCache
+from engine.model.tiny_vae import TinyVAE, TinyVAEConfig
 from engine.model.transformer import WanTransformer
-from engine.model.vae import VAE, frames_to_uint8
+from engine.model.vae import VAE, VAEConfig, frames_to_uint8
 from engine.options import option
 from engine.presets import find_preset
 from engine.runtime.passes import Pass
@@ -38,6 +39,7 @@ class Options(Printed):
     height: int | None = option(None, "pixels; default: the shape's own")
     width: int | None = option(None, "pixels; default: the shape's own")
     alone: bool = option(False, "context passes alone, instead of with the next chunk's first step")
+    decoder: Literal["full", "tiny"] = option("full", "tiny: taew2_1's shape decodes")
     operations: bool = option(False, "also the operations of every part")
 
 
@@ -76,8 +78,9 @@ class CountedStages(TorchStages):
 
 
 def steady_chunk(
-    shape: str, preset: str, height: int | None = None, width: int | None = None, joined: bool = True
-) -> tuple[Pipeline, CountedStages]:
+    shape: str, preset: str, height: int | None = None, width: int | None = None, joined: bool = True,
+    decoder: str = "full",
+) -> tuple[Pipeline, CountedStages]:  # fmt: skip
     """The pipeline on the meta device, and its stages, whose parts hold what each call of a steady chunk launches."""
     config, vae_config, _, _ = models.SHAPES[shape]
     style, dtype = find_preset(preset), torch.bfloat16
@@ -85,7 +88,7 @@ def steady_chunk(
     family = family_of(style)
     with META, torch.inference_mode():
         transformers = {role: WanTransformer(config, family.conditioned(role)).to(dtype) for role in family.roles()}
-        vae = VAE(vae_config).to(dtype)
+        vae = (VAE(vae_config) if decoder == "full" else TinyVAE(_tiny(vae_config, shape))).to(dtype)
         for model in transformers.values():
             model.fuse()
         vae.fuse()
@@ -108,12 +111,22 @@ def steady_chunk(
     return pipeline, stages
 
 
+def _tiny(config: VAEConfig, shape: str) -> TinyVAEConfig:
+    """taew2_1's shape. ValueError for a VAE of other latents."""
+    tiny = TinyVAEConfig(encoder_width=None)
+    for what in ("z_dim", "scale_factor_spatial", "scale_factor_temporal"):
+        if (got := getattr(config, what)) != (expected := getattr(tiny, what)):
+            raise ValueError(f"--decoder: got tiny for {shape}, whose VAE has {what} {got}, expected {expected}")
+    return tiny
+
+
 def measure(options: Options) -> dict[str, Any]:
     if not HAVE_TRITON:
         raise ValueError("counts: got no Triton, expected it (pip install 'greedy-stream[kernels]')")
     pipeline, stages = steady_chunk(
-        options.shape, options.preset, options.height, options.width, joined=not options.alone
-    )
+        options.shape, options.preset, options.height, options.width, joined=not options.alone,
+        decoder=options.decoder,
+    )  # fmt: skip
     flops = {name: cost.flops for name, cost in chunk_cost(pipeline, ROWS).items()}
     flops["vae"] = stages.vae_flops * pipeline.preset.chunk
     rows: list[dict[str, Any]] = []

@@ -17,6 +17,7 @@ from bench.instruments.meter import DENOISING, context_of, joined_of
 from engine.config import Preset, TransformerConfig
 from engine.generators import family_of
 from engine.model.cache import RingCache
+from engine.model.tiny_vae import TinyVAE, TinyVAEConfig
 from engine.model.vae import VAE, VAEConfig
 from engine.model.vae_layers import AttentionBlock, CausalConv3d, Past, Sum
 from engine.runtime.passes import Capabilities, Pass, Stages
@@ -93,10 +94,10 @@ def text_cost(config: TransformerConfig, rows: int, models: int, itemsize: int, 
     return cost
 
 
-def vae_cost(config: VAEConfig, height: int, width: int, itemsize: int, steady: bool = True) -> Cost:
+def vae_cost(config: VAEConfig | TinyVAEConfig, height: int, width: int, itemsize: int, steady: bool = True) -> Cost:
     """One latent [height, width] through the decoder. Hooks read the shapes while the module runs on meta tensors."""
     with META:
-        vae = VAE(config)
+        vae = VAE(config) if isinstance(config, VAEConfig) else TinyVAE(config)
     counted: list[Cost] = []
 
     def convolution(module: nn.Module, inputs: tuple[Any, ...], result: Tensor) -> None:
@@ -198,7 +199,7 @@ def stream_costs(pipeline: Pipeline, chunks: int, rows: int) -> list[dict[str, C
 
 
 def chunk_cost(
-    pipeline: Pipeline, rows: int, vae: VAEConfig | None = None, index: int | None = None
+    pipeline: Pipeline, rows: int, vae: VAEConfig | TinyVAEConfig | None = None, index: int | None = None
 ) -> dict[str, Cost]:
     """Cost of chunk `index` (a steady one by default) by part: its passes, and with `vae` its decoding."""
     index = steady_index(pipeline.preset) if index is None else index

@@ -16,8 +16,9 @@ from engine.generators import family_of
 from engine.loader import EMBEDDED, assemble, load, load_bundle, make_stages
 from engine.model.cache import FP8
 from engine.model.text import Tokenizer
+from engine.model.tiny_vae import TinyVAEConfig
 from engine.model.transformer import WanTransformer
-from engine.model.vae import VAE, VAEConfig
+from engine.model.vae import VAE, SplitVAE, StreamingVAE, VAEConfig
 from engine.options import option
 from engine.presets import find_preset
 from engine.runtime.device import device_of, dtype_of
@@ -193,10 +194,11 @@ def on_torch(pipeline: Pipeline, other: Pipeline) -> Pipeline:
     return pipeline if pipeline.stages.name == "torch" else replace(pipeline, stages=other.stages)
 
 
-def vae_config(pipeline: Pipeline) -> VAEConfig | None:
-    """The VAE's shape, where the backend has the module."""
+def vae_config(pipeline: Pipeline) -> VAEConfig | TinyVAEConfig | None:
+    """The shape of the VAE that decodes, where the backend has the module."""
     vae = pipeline.stages.modules().get("vae")
-    return cast(VAE, vae).config if vae is not None else None
+    decodes = vae.decodes if isinstance(vae, SplitVAE) else vae
+    return cast(StreamingVAE, decodes).config if decodes is not None else None
 
 
 def weight_bytes(*modules: nn.Module | None) -> int:

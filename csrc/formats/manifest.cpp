@@ -234,7 +234,7 @@ Manifest Manifest::parse(std::string_view text, const std::string& where) {
     const Fields fields(
         json, where,
         {"format", "version", "preset_name", "preset", "transformer", "precision", "height", "width", "fps", "spatial",
-         "temporal", "text_rows", "weights", "tokenizer", "?prompt_cleaning", "golden", "files", "backends"});
+         "temporal", "text_rows", "weights", "tokenizer", "?prompt_cleaning", "?decoder", "golden", "files", "backends"});
     const std::int64_t number = fields["version"].integer(fields.at("version"), 1, kNewest);
     const std::string format = fields.name("format");
     expect(format == "greedy-bundle", fields.at("format"), "'" + format.substr(0, 60) + "'", "greedy-bundle");
@@ -264,6 +264,11 @@ Manifest Manifest::parse(std::string_view text, const std::string& where) {
         const std::string cleaning = fields.name("prompt_cleaning");
         expect(cleaning == "html" || cleaning == "ftfy", fields.at("prompt_cleaning"),
                "'" + cleaning.substr(0, 60) + "'", "html or ftfy");
+    }
+    if (json.find("decoder")) {  // the graphs are called alike
+        const std::string decoder = fields.name("decoder");
+        expect(decoder == "full" || decoder == "tiny", fields.at("decoder"), "'" + decoder.substr(0, 60) + "'",
+               "full or tiny");
     }
     out.files = files_from(fields["files"], fields.at("files"));
     const Fields golden(fields["golden"], fields.at("golden"), {"file", "prompt", "seed"});

@@ -171,6 +171,7 @@ class Manifest(_Strict):
     weights: _Path
     tokenizer: _Path
     prompt_cleaning: Literal["html", "ftfy"] = "html"  # of the golden prompt; bundles without it knew no ftfy
+    decoder: Literal["full", "tiny"] = "full"  # which VAE the graphs vae_first and vae_steady are
     golden: GoldenSpec
     files: Annotated[dict[_Path, FileSpec], Field(max_length=100_000)]
     backends: Annotated[dict[_Name, BackendSpec], Field(min_length=1)]

@@ -4,7 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -16,6 +16,7 @@ from engine.commands.stderr import is_bad_input, line_of, need_stdout, say
 from engine.config import TransformerConfig
 from engine.files import read_json
 from engine.loader import CHECKPOINT_PRESET, settings_of
+from engine.model.tiny_vae import TinyVAE, TinyVAEConfig
 from engine.model.transformer import WanTransformer
 from engine.model.umt5 import UMT5Config, UMT5Encoder
 from engine.model.vae import VAE, VAEConfig
@@ -25,10 +26,10 @@ from engine.program import cleanly
 from engine.weights.adapters import describe
 from engine.weights.checkpoint import check_tensors
 from engine.weights.containers import Container, open_container
-from engine.weights.finding import candidates, contents_of, part_files
+from engine.weights.finding import OPTIONS, candidates, contents_of, part_files
 from engine.weights.folders import Given, find_parts
 from engine.weights.names import WORDS, Found, Part, is_adapter, recognise, unwrapped
-from engine.weights.shapes import transformer_config, transformer_of, umt5_of, vae_of
+from engine.weights.shapes import tiny_vae_of, transformer_config, transformer_of, umt5_of, vae_of
 from engine.weights.sources import FileSource, source_of, what_instead
 
 EPILOG = """\
@@ -40,7 +41,7 @@ examples:
 """
 
 
-Config = TransformerConfig | VAEConfig | UMT5Config
+Config = TransformerConfig | VAEConfig | UMT5Config | TinyVAEConfig
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,15 @@ def _model(path: Path) -> Report:
     report = Report(str(path), "model directory")
     try:
         settings = settings_of(path)
-        parts = find_parts(path, Given())
+        parts = find_parts(path, Given(decoder="tiny" if (path / "tiny_vae").is_dir() else "full"))
     except (ValueError, OSError) as error:
         report.problem = str(error)
         return report
     configs: list[tuple[FileSource, Config]] = [
         (parts.transformer, parts.config), (parts.vae, parts.vae_config), (parts.text_encoder, parts.text_config)
     ]  # fmt: skip
+    if parts.tiny_vae is not None and parts.tiny_config is not None:
+        configs.append((parts.tiny_vae, parts.tiny_config))
     report.lines += [_line(source, config) for source, config in configs] + [f"tokenizer: {parts.tokenizer}"]
     report.lines += [f"note: {note}" for note in parts.notes]
     if (path / "engine.json").is_file():
@@ -181,9 +184,8 @@ def _adapter(path: Path, names: Sequence[str]) -> Report | None:
 
 def _command(path: Path, found: Sequence[Found]) -> str:
     """The command line that runs the parts of a file."""
-    options: dict[Part, str] = {"transformer": "--checkpoint", "vae": "--vae", "text_encoder": "--text-encoder"}
     parts = list(dict.fromkeys(one.naming.part for one in found))
-    given = " ".join(f"{options[part]} {quote(str(path))}" for part in parts)
+    given = " ".join(f"--{OPTIONS[part]} {quote(str(path))}" for part in parts)
     return f'python -m engine.run --model DIR {given} --prompt "..."'
 
 
@@ -194,6 +196,9 @@ def _config(source: FileSource, path: Path) -> Config:
     if part == "transformer":
         known = None if raw is None else transformer_config(raw, file)
         return transformer_of(source.shapes(), known, source.label)
+    if part == "tiny_vae":
+        config = tiny_vae_of(source.shapes(), source.label) if raw is None else TinyVAEConfig.from_dict(raw)
+        return replace(config, encoder_width=None)
     if part == "vae":
         return vae_of(source.shapes(), source.label) if raw is None else VAEConfig.from_dict(raw)
     return umt5_of(source.shapes(), source.label) if raw is None else UMT5Config.from_dict(raw)
@@ -212,6 +217,9 @@ def _words(config: Config) -> str:
         return f"{config.num_layers} blocks of width {config.dim} ({heads}), {config.in_channels} channels"
     if isinstance(config, VAEConfig):
         return f"{config.z_dim} latent channels, base {config.base_dim}"
+    if isinstance(config, TinyVAEConfig):
+        scale = f"{config.scale_factor_spatial} in space, {config.scale_factor_temporal} in time"
+        return f"{config.z_dim} latent channels, widths {', '.join(map(str, config.widths))}; {scale}"
     return f"UMT5, {config.num_layers} blocks of width {config.d_model}, {config.vocab_size} tokens"
 
 
@@ -222,7 +230,8 @@ def _lacks(source: FileSource, config: Config) -> str | None:
         if isinstance(config, TransformerConfig):
             module = WanTransformer(config)  # W_c comes from an adapter's condition.safetensors alone
         else:
-            module = VAE(config) if isinstance(config, VAEConfig) else UMT5Encoder(config)
+            kinds = {VAEConfig: VAE, TinyVAEConfig: TinyVAE, UMT5Config: UMT5Encoder}
+            module = kinds[type(config)](config)
     try:
         check_tensors(source.label, source.shapes(), module.state_dict())
     except ValueError as error:

@@ -73,6 +73,10 @@ class Model:
         None, "state of a training checkpoint: generator_ema, generator, ...; default: the preset's", metavar="NAME"
     )
     vae: Path | None = option(None, "VAE instead of the model's", metavar="FILE")
+    vae_decoder: Path | None = option(
+        None, "tiny VAE (TAEHV, taew2_1) that decodes in the place of the VAE", metavar="FILE", exclusive="decoder"
+    )
+    decoder: Literal["full", "tiny"] = option("full", "tiny: the model's own tiny VAE decodes", exclusive="decoder")
     text_encoder: Path | None = option(None, "UMT5 encoder instead of the model's", metavar="FILE")
     tokenizer: Path | None = option(None, "tokenizer instead of the model's", metavar="DIR")
     adapter: tuple[str, ...] = option(

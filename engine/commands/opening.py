@@ -42,6 +42,6 @@ def open_pipeline(
     return load(
         model.model, preset=model.preset, overrides=overrides, checkpoint=model.checkpoint,
         checkpoint_state=model.checkpoint_state, vae=model.vae, text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer, adapters=model.adapter, height=height, width=width, fps=fps, runtime=runtime,
-        planned=planned,
+        tokenizer=model.tokenizer, vae_decoder=model.vae_decoder, decoder=model.decoder,
+        adapters=model.adapter, height=height, width=width, fps=fps, runtime=runtime, planned=planned,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 
 from engine.config import TransformerConfig
+from engine.model.tiny_vae import TinyVAEConfig
 from engine.model.umt5 import UMT5Config
 from engine.model.vae import VAEConfig
 from engine.model.vae_layers import STACK_LIMIT
@@ -81,6 +82,37 @@ def vae_decoding(
     return VaeBytes(count.cache, count.most)
 
 
+def tiny_decoding(
+    config: TinyVAEConfig, height: int, width: int, dtype: torch.dtype, *, fused: bool, in_place: bool
+) -> VaeBytes:
+    """As `vae_decoding`, of a tiny VAE."""
+    count = _Count(height, dtype.itemsize, fused, in_place)
+    high, wide, frames = height, width, 1
+    count.held = 2 * count.images(config.z_dim, 1, high * wide)
+    stages = zip(pairwise(config.widths), config.upsample_space, config.upsample_time, strict=True)
+    for (dim, out), space, time in stages:
+        x = count.images(dim, frames, high * wide)
+        for _ in range(config.blocks):
+            count.add(x + 2 * x + (x if frames > 1 else 0))  # with the images before, both side by side
+            count.keep(dim, high * wide, 1)
+            count.add(x + 2 * x + 2 * x)
+        scale, grown = (2 if space else 1), (2 if time else 1)
+        made = count.images(out, frames * grown, scale * high * scale * wide)
+        if fused:  # four phases of windows, one more each way than pixels
+            windows = made * (high + 1) * (wide + 1) // (high * wide) if space else made
+            count.add(x + windows + (made if space or time else 0))
+        else:
+            copied = x * scale**2
+            count.add(x + copied)
+            count.add(copied + grown * copied * (2 if time else 1))
+            count.add(grown * copied + made)
+        high, wide, frames = scale * high, scale * wide, frames * grown
+    shown = count.images(config.in_channels * config.patch**2, frames, high * wide)
+    count.add(count.images(config.widths[-1], frames, high * wide) + shown)
+    count.add(3 * shown)
+    return VaeBytes(count.cache, count.most)
+
+
 def vae_encoding(config: VAEConfig, height: int, width: int, dtype: torch.dtype, *, fused: bool) -> int:
     """Four frames [height, width] in latent pixels -> one latent frame: the most that a call needs, caches included."""
     count = _Count(height * config.scale_factor_spatial, dtype.itemsize, fused, False)
@@ -117,8 +149,8 @@ class _Count:
         """`live` bytes beside what is held and the new caches."""
         self.most = max(self.most, self.held + self._new + live)
 
-    def keep(self, channels: int, pixels: int) -> None:
-        made = self.images(channels, 2, pixels)
+    def keep(self, channels: int, pixels: int, frames: int = 2) -> None:
+        made = self.images(channels, frames, pixels)
         self.cache += made
         self._new += 0 if self.in_place else made
 

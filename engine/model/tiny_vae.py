@@ -26,7 +26,6 @@ from engine.model.vae_layers import (
     channels_last,
     phases_of,
     split_time,
-    to_images,
     to_video,
     upsampled_convolution,
 )
@@ -92,19 +91,17 @@ class Memory:
         self.cache = None if cache is None else iter(cache)
         self.next: list[Tensor] = []
 
-    def before(self, x: Tensor) -> Tensor:
-        """The image before each one of x [T*B, C, H, W]."""
-        last = x[-self.batch :]
-        if self.cache is None:
-            past = torch.cat([torch.zeros_like(last), x[: -self.batch]])
+    def paired(self, x: Tensor) -> Tensor:
+        """x [T*B, C, H, W] with the image before each one beside it: [T*B, 2C, H, W]."""
+        last, earlier = x[-self.batch :], x[: -self.batch]
+        kept = None if self.cache is None else next(self.cache)
+        past = torch.zeros_like(last) if kept is None else kept.squeeze(2)
+        pairs = channels_last(torch.cat([x, torch.cat([past, earlier]) if len(earlier) else past], dim=1))
+        if kept is None or not self.in_place:
+            self.next.append(last.clone().unsqueeze(2))  # a view would keep all of x in memory
         else:
-            kept = next(self.cache)
-            past = torch.cat([to_images(kept), x[: -self.batch]])
-            if self.in_place:
-                self.next.append(kept.copy_(to_video(last, self.batch)))
-                return past
-        self.next.append(to_video(last.clone(), self.batch))  # a view would keep all of x in memory
-        return past
+            self.next.append(kept.copy_(last.unsqueeze(2)))  # the last one to read it is done
+        return pairs
 
 
 class Clamp(nn.Module):
@@ -119,10 +116,11 @@ class MemBlock(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv = nn.Sequential(_conv(2 * dim, dim), nn.ReLU(), _conv(dim, dim), nn.ReLU(), _conv(dim, dim))
+        first, second, last = _conv(2 * dim, dim), _conv(dim, dim), _conv(dim, dim)
+        self.conv = nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), last)
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        return F.relu(self.conv(torch.cat([x, memory.before(x)], dim=1)) + x)
+        return F.relu(self.conv(memory.paired(x)).add_(x), inplace=True)
 
 
 class Grow(nn.Module):
@@ -135,7 +133,7 @@ class Grow(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """[T*B, C, H, W] -> [T*stride*B, C, H, W]"""
-        return split_time(self.conv(x), self.stride, memory.batch)
+        return channels_last(split_time(self.conv(x), self.stride, memory.batch))
 
 
 class Pool(nn.Module):
@@ -168,7 +166,7 @@ class Rise:
     def __call__(self, x: Tensor, memory: Memory) -> Tensor:
         """[T*B, C, H, W] -> [T*parts*B, C', 2H, 2W]"""
         x = upsampled_convolution(x, self.weight, None) if self.doubles else F.conv2d(x, self.weight, padding=1)
-        return split_time(x, self.parts, memory.batch)
+        return channels_last(split_time(x, self.parts, memory.batch))
 
 
 class Layers(nn.ModuleList):
@@ -280,7 +278,7 @@ class TinyVAE(StreamingVAE):
 
 
 def decoder_layers(config: TinyVAEConfig) -> Layers:
-    layers: list[nn.Module] = [Clamp(), _conv(config.z_dim, config.widths[0]), nn.ReLU()]
+    layers: list[nn.Module] = [Clamp(), _conv(config.z_dim, config.widths[0]), nn.ReLU(inplace=True)]
     stages = zip(pairwise(config.widths), config.upsample_space, config.upsample_time, strict=True)
     for (dim, out), space, time in stages:
         layers += [MemBlock(dim) for _ in range(config.blocks)]
@@ -289,11 +287,11 @@ def decoder_layers(config: TinyVAEConfig) -> Layers:
             Grow(dim, 2 if time else 1),
             _conv(dim, out, bias=False),
         ]
-    return Layers([*layers, nn.ReLU(), _conv(config.widths[-1], config.in_channels * config.patch**2)])
+    return Layers([*layers, nn.ReLU(inplace=True), _conv(config.widths[-1], config.in_channels * config.patch**2)])
 
 
 def encoder_layers(config: TinyVAEConfig, dim: int) -> Layers:
-    layers: list[nn.Module] = [_conv(config.in_channels * config.patch**2, dim), nn.ReLU()]
+    layers: list[nn.Module] = [_conv(config.in_channels * config.patch**2, dim), nn.ReLU(inplace=True)]
     for space, time in zip(config.upsample_space[::-1], config.upsample_time[::-1], strict=True):
         layers += [Pool(dim, 2 if time else 1), _conv(dim, dim, stride=2 if space else 1, bias=False)]
         layers += [MemBlock(dim) for _ in range(config.blocks)]

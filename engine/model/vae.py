@@ -231,6 +231,7 @@ class StreamingVAE(nn.Module):
 class VAE(StreamingVAE):
     """Encoder and decoder. Latents are normalised, (z - mean) / std; frames are in [-1, 1]."""
 
+    DECODES = ("decoder.", "post_quant_conv.")  # the weights that only decoding needs
     config: VAEConfig
 
     def __init__(self, config: VAEConfig):
@@ -242,12 +243,17 @@ class VAE(StreamingVAE):
         self._caches = sum(isinstance(m, CausalConv3d) for m in self.decoder.modules())
         self._fused = False
 
+    def forget_decoder(self) -> None:
+        """Only encode from now on, without the weights that decode."""
+        del self.decoder, self.post_quant_conv
+
     def fuse(self) -> None:
         """Run bias, residual, norm, SiLU and cache update as one kernel, and upsample inside convolutions."""
         self._fused = True
-        self.encoder.conv_in.late_bias = self.decoder.conv_in.late_bias = True
         for module in self.modules():
-            if isinstance(module, CausalConv3d | ResidualBlock | AttentionBlock | Upsample):
+            if isinstance(module, Encoder | Decoder):
+                module.conv_in.late_bias = True
+            elif isinstance(module, CausalConv3d | ResidualBlock | AttentionBlock | Upsample):
                 module.fuse()
             elif type(module) is nn.Conv2d:
                 weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
@@ -277,6 +283,30 @@ class VAE(StreamingVAE):
         past = Past(latent.shape[0], cache, in_place, self._fused)
         x = self.decoder(self.post_quant_conv(images_of(z)), past)
         return shown(to_video(x, past.batch)), tuple(past.next)
+
+
+class SplitVAE(StreamingVAE):
+    """One VAE encodes, and another one for the same latents decodes."""
+
+    def __init__(self, encodes: StreamingVAE, decodes: StreamingVAE):
+        super().__init__(encodes.config)
+        self.encodes, self.decodes = encodes, decodes
+
+    def fuse(self) -> None:
+        self.encodes.fuse()
+        self.decodes.fuse()
+
+    def encode(self, video: Tensor) -> Tensor:
+        return self.encodes.encode(video)
+
+    def encode_step(self, frames: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+        return self.encodes.encode_step(frames, cache)
+
+    def _cache_of(self, latent: Tensor) -> tuple[int, tuple[int, ...]]:
+        return self.decodes._cache_of(latent)
+
+    def _decode(self, latent: Tensor, cache: Cache | None, in_place: bool = False) -> tuple[Tensor, Cache]:
+        return self.decodes._decode(latent, cache, in_place)
 
 
 @torch.inference_mode(False)  # training cannot use tensors that were created in inference mode

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engine.model.cache import CachedAttention, JoinedAttention, RingCache
 from engine.model.text import ReadAgain, encode_text
 from engine.model.transformer import TextKV, WanTransformer
-from engine.model.vae import VAE
+from engine.model.vae import StreamingVAE
 from engine.runtime.finite import named_weights
 from engine.runtime.passes import Capabilities, Pass
 from kernels.table import use
@@ -29,8 +29,8 @@ class TorchStages:
     make_cache = RingCache
 
     def __init__(
-        self, models: dict[str, WanTransformer], vae: VAE | None, text_encoder: nn.Module | None, eager: bool = False,
-        join_context: bool = False, in_place: bool = False,
+        self, models: dict[str, WanTransformer], vae: StreamingVAE | None, text_encoder: nn.Module | None,
+        eager: bool = False, join_context: bool = False, in_place: bool = False,
     ) -> None:  # fmt: skip
         self.models, self.vae, self.text_encoder, self.eager = models, vae, text_encoder, eager
         self.capabilities = Capabilities(moves_vae_cache=in_place, joins_context=join_context)

@@ -42,16 +42,18 @@ def check_tensors(
 
 def fill(
     module: nn.Module, source: TensorSource, dtype: torch.dtype, device: torch.device,
-    optional: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (), leave: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     """Load the weights of a module built on the meta device, each directly as `dtype` on `device`.
 
     Tensors already in that dtype stay mapped to the file, where they begin at a multiple of 64 bytes. Elsewhere
     libraries for processors sum in another order, and equal weights should give equal videos from every file.
-    `optional` ones may be missing: they become zero. Raises ValueError where names or shapes differ.
+    `optional` ones may be missing: they become zero. Names that begin as one of `leave` are not for this module.
+    Raises ValueError where names or shapes differ.
     """
     wanted = module.state_dict()
-    check_tensors(source.label, source.shapes(), wanted, optional)
+    shapes = {name: shape for name, shape in source.shapes().items() if not name.startswith(leave)}
+    check_tensors(source.label, shapes, wanted, optional)
     for name, tensor in source.read():
         if name in wanted:
             _assign(module, name, placed(tensor, dtype, device))

@@ -30,10 +30,12 @@ _PIECE = re.compile(r"-(\d+)-of-(\d+)(?=\.|$)")
 # Folders of a pipeline, and of ComfyUI, that hold a part.
 _PLACES: dict[Part, tuple[str, ...]] = {
     "transformer": ("transformer", "diffusion_models", "unet", "checkpoints"), "vae": ("vae",),
-    "text_encoder": ("text_encoder", "text_encoders", "clip"),
+    "text_encoder": ("text_encoder", "text_encoders", "clip"), "tiny_vae": ("tiny_vae", "vae_approx"),
 }  # fmt: skip
 _ROOTS = (".", "models", "split_files")  # of ComfyUI's folders: in its own folder, in its models, as published
-OPTIONS: dict[Part, str] = {"transformer": "checkpoint", "vae": "vae", "text_encoder": "text-encoder"}
+OPTIONS: dict[Part, str] = {
+    "transformer": "checkpoint", "vae": "vae", "text_encoder": "text-encoder", "tiny_vae": "vae-decoder",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,8 @@ def contents_of(file: Path) -> Contents:
     """What a file holds. ValueError if it is unreadable."""
     names = [unwrapped(key) for key in open_container(file).tensors]
     found = recognise(names)
-    return Contents(names, found, None if found else other_kind(names))
+    tiny = all(one.naming.part == "tiny_vae" for one in found)  # beside a model's parts it is another file
+    return Contents(names, found, other_kind(names) if tiny else None)
 
 
 def groups_of(folder: Path) -> list[Group]:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,17 @@ import torch
 
 from engine.config import TransformerConfig
 from engine.files import read_json
+from engine.model.tiny_vae import TinyVAEConfig
 from engine.model.umt5 import UMT5Config
 from engine.model.vae import VAEConfig
 from engine.weights.containers import open_container
 from engine.weights.finding import OPTIONS, Folder, candidates, choose
-from engine.weights.names import WORDS, Part, other_kind, unwrapped
+from engine.weights.names import Part, other_kind, unwrapped
 from engine.weights.shapes import (
     expect_class,
     is_wan_config,
     text_rows_of,
+    tiny_vae_of,
     transformer_config,
     transformer_of,
     umt5_of,
@@ -29,11 +31,13 @@ from engine.weights.shapes import (
 from engine.weights.sources import STATES, FileSource, open_source, source_of
 
 # Keys of a config.json that belongs to a part; another one belongs to the training that wrote a checkpoint.
-_SHAPE_KEYS: dict[Part, str] = {"transformer": "num_layers", "vae": "z_dim", "text_encoder": "d_model"}
+_SHAPE_KEYS: dict[Part, str] = {"transformer": "num_layers", "vae": "z_dim", "text_encoder": "d_model",
+                               "tiny_vae": "widths"}  # fmt: skip
 _TOKENIZER = ("tokenizer.json", "spiece.model")
 # Parts of a pipeline that the engine runs or needs not; any other one that is there changes the video.
 _CLASSES = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan", "text_encoder": "UMT5EncoderModel"}
-_UNUSED = {"scheduler", "tokenizer"}  # presets have their own schedule; the tokenizer is read by its files
+# Presets have their own schedule, the tokenizer is read by its files, and a tiny VAE where it is asked for.
+_UNUSED = {"scheduler", "tokenizer", "tiny_vae"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Given:
     state         the state of a training checkpoint to take; None takes the first of `prefer`
     vae, text_encoder   a file, or a folder that holds one
     tokenizer     a folder with tokenizer.json or spiece.model in it
+    vae_decoder   a tiny VAE that decodes in the place of the VAE; `decoder` "tiny" takes the directory's own
     dtype         that the weights will have: it decides between variants of the files
     """
 
@@ -53,7 +58,14 @@ class Given:
     vae: Path | None = None
     text_encoder: Path | None = None
     tokenizer: Path | None = None
+    vae_decoder: Path | None = None
+    decoder: str = "full"
     dtype: torch.dtype | None = None
+
+    @property
+    def tiny(self) -> bool:
+        """Whether a tiny VAE decodes."""
+        return self.vae_decoder is not None or self.decoder == "tiny"
 
     @property
     def complete(self) -> bool:
@@ -73,6 +85,8 @@ class Parts:
     text_config: UMT5Config
     tokenizer: Path
     text_rows: int | None = None  # of a prompt, where the transformer's config.json tells
+    tiny_vae: FileSource | None = None  # that decodes in the place of the VAE
+    tiny_config: TinyVAEConfig | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -87,7 +101,8 @@ def find_parts(folder: Path, given: Given) -> Parts:
 
 def _checked(given: Given, directory: "_Directory | None") -> Parts:
     notes = list(directory.notes) if directory else []
-    transformer, vae, text = (_source(part, given, directory) for part in WORDS)
+    needed: tuple[Part, ...] = ("transformer", "vae", "text_encoder")
+    transformer, vae, text = (_source(part, given, directory) for part in needed)
     raw = _config("transformer", given.checkpoint, transformer, directory)
     config, note = _transformer_config(transformer, given, raw)
     text_rows = text_rows_of(raw, transformer.label) if raw is not None else None
@@ -106,9 +121,29 @@ def _checked(given: Given, directory: "_Directory | None") -> Parts:
         raise ValueError(f"{transformer.label}: got text_dim {config.text_dim}, expected {text_config.d_model}, the "
                          f"width of the text encoder ({text.label})")  # fmt: skip
     tokenizer = _tokenizer(given.tokenizer, directory)
-    for source in (transformer, vae, text):
+    tiny = _source("tiny_vae", given, directory) if given.tiny else None
+    tiny_config = _tiny_config(tiny, vae_config, given, directory) if tiny else None
+    for source in (transformer, vae, text, *filter(None, [tiny])):
         notes += source.notes
-    return Parts(transformer, config, vae, vae_config, text, text_config, tokenizer, text_rows, notes)
+    return Parts(
+        transformer, config, vae, vae_config, text, text_config, tokenizer, text_rows, tiny, tiny_config, notes
+    )
+
+
+def _tiny_config(source: FileSource, vae: VAEConfig, given: Given, directory: "_Directory | None") -> TinyVAEConfig:
+    """The tiny decoder's shape. ValueError unless it decodes the VAE's latents to pictures of the same size."""
+    raw = _config("tiny_vae", given.vae_decoder, source, directory)
+    if raw is not None:
+        expect_class(raw, ("TinyVAE",), "tiny_vae")
+    config = TinyVAEConfig.from_dict(raw) if raw is not None else tiny_vae_of(source.shapes(), source.label)
+    config = replace(config, encoder_width=None)
+    if raw is None and any("lighttae" in file.name.lower() for file in source.files):
+        config = replace(config, latents_mean=vae.latents_mean, latents_std=vae.latents_std)
+        source.notes.append(f"{source.label}: it takes latents that are not normalised (LightTAE)")
+    for what in ("z_dim", "scale_factor_spatial", "scale_factor_temporal"):
+        if (got := getattr(config, what)) != (expected := getattr(vae, what)):
+            raise ValueError(f"{source.label}: got a tiny VAE of {what} {got}, expected {expected}, as the VAE has")
+    return config
 
 
 def _transformer_config(
@@ -126,7 +161,8 @@ def _transformer_config(
 
 
 def _source(part: Part, given: Given, directory: "_Directory | None") -> FileSource:
-    path: Path | None = {"transformer": given.checkpoint, "vae": given.vae, "text_encoder": given.text_encoder}[part]
+    path: Path | None = {"transformer": given.checkpoint, "vae": given.vae, "text_encoder": given.text_encoder,
+                         "tiny_vae": given.vae_decoder}[part]  # fmt: skip
     state, prefer = (given.state, given.prefer) if part == "transformer" else (None, STATES)
     if path is not None:
         if path.is_dir():
@@ -134,7 +170,8 @@ def _source(part: Part, given: Given, directory: "_Directory | None") -> FileSou
         if part == "transformer" and (path / "model_index.json").is_file():
             check_index(path)
         return open_source(path, state, part, prefer, given.dtype)
-    assert directory is not None
+    if directory is None:
+        raise ValueError("decoder: got tiny without a model directory, expected --vae-decoder FILE")
     if part == "transformer" and state is not None:
         raise ValueError(f"checkpoint_state: got {state!r} without a checkpoint, expected both")
     return directory.source(part, prefer)
@@ -206,6 +243,9 @@ class _Directory:
                                     "(model_index.json, transformer/, ...) or Wan's own folder")  # fmt: skip
 
     def source(self, part: Part, prefer: Sequence[str]) -> FileSource:
+        if part == "tiny_vae" and self.components and not (self.folder / part).is_dir():
+            raise FileNotFoundError(f"decoder: got tiny, but {self.folder} has no {part}/, expected it, or "
+                                    "--vae-decoder FILE")  # fmt: skip
         if self.components:
             return open_source(self.folder / part, None, part, prefer, self._dtype)
         chosen = choose(self.folder, part, [self._weights])

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Part = Literal["transformer", "vae", "text_encoder"]
-WORDS: dict[Part, str] = {"transformer": "transformer", "vae": "VAE", "text_encoder": "text encoder"}
+Part = Literal["transformer", "vae", "text_encoder", "tiny_vae"]
+WORDS: dict[Part, str] = {
+    "transformer": "transformer", "vae": "VAE", "text_encoder": "text encoder", "tiny_vae": "tiny VAE",
+}  # fmt: skip
 
 # Wan's own names of a transformer -> diffusers'.
 _BLOCK = {
@@ -147,6 +149,9 @@ NAMINGS = (
            "layer.0.SelfAttention.k"), _transformers_name, ("decoder.", "lm_head.")),
     Naming("transformers", "text_encoder", _of_block("block", "layer.0.SelfAttention.q", "layer.0.SelfAttention.k"),
            _transformers_name),
+    # The layers that multiply frames; the number of blocks ahead of the first one differs.
+    Naming("TAEHV", "tiny_vae", tuple(f"decoder.{number}.conv.weight" for number in range(5, 13)), lambda name: name,
+           ("encoder.",)),
 )  # fmt: skip
 
 
@@ -160,6 +165,7 @@ _OWN: dict[Part, re.Pattern[str]] = {
         r"(encoder|decoder)\.(conv_in|conv_out|norm_out|mid_block|up_blocks|down_blocks)\.|(post_)?quant_conv\."
     ),
     "text_encoder": re.compile(r"block\.\d+\.layer\.|(embed_tokens|final_layer_norm)\."),
+    "tiny_vae": re.compile(r"decoder\.\d+\."),
 }
 
 
@@ -203,6 +209,7 @@ def recognise(names: Iterable[str]) -> list[Found]:
 
 
 _ADAPTER = r"(^|\.)lora(_|\.)(A|B|up|down)(\.|$)|\.(hada|lokr)_|\.diff(_b|_m)?$"
+TINY = "a tiny VAE (TAEHV, TAEW, LightTAE or the like); pass it as --vae-decoder"
 # Keys of models that are built otherwise, and what they are.
 _OTHERS = (
     (r"(^|\.)(k_img|v_img|add_k_proj|img_emb|image_embedder)\.", "an image-to-video model (Wan I2V or FLF2V)"),
@@ -217,9 +224,10 @@ _OTHERS = (
     (r"(^|\.)joint_blocks\.", "a model of another family (SD3)"),
     (r"(^|\.)visual\.transformer\.|textual\.", "CLIP"),
     (_ADAPTER, "an adapter (LoRA); pass it as --adapter"),
+    (r"(^|\.)(encoder|decoder)\.\d+\.conv\.weight$", TINY),
     (
         r"(^|\.)(encoder|decoder)\.\d+\.(conv\.(\d+\.)?|skip\.)?(weight|bias)$",
-        "a tiny autoencoder (TAEHV, TAEW, LightTAE or the like), for which the engine has no decoder",
+        "a tiny autoencoder of another layout than TAEHV's",
     ),
 )
 

@@ -1,5 +1,6 @@
 """A model's shape: from config files in diffusers' and Wan's own keys, and from the shapes of its tensors."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,6 +8,7 @@ from typing import Any
 
 from engine.config import TransformerConfig
 from engine.model.text import MAX_ROWS
+from engine.model.tiny_vae import TinyVAEConfig
 from engine.model.umt5 import UMT5Config
 from engine.model.vae import VAEConfig
 
@@ -101,6 +103,28 @@ def vae_of(shapes: Shapes, label: object) -> VAEConfig:
         raise ValueError(f"{label}: got a VAE of {conv[1]} latent channels, expected {standard.z_dim} (Wan2.1's)")
     decoder = conv[0] // standard.dim_mult[-1]
     return replace(standard, base_dim=base, decoder_base_dim=None if decoder == base else decoder)
+
+
+def tiny_vae_of(shapes: Shapes, label: object) -> TinyVAEConfig:
+    """The shape of a tiny VAE's decoder by its tensors. ValueError for another layout than TAEHV's."""
+    first = _shape(shapes, "decoder.1.weight", 4, label)
+    widths, times, number, blocks = [first[0]], [], 3, set()
+    while f"decoder.{number}.conv.0.weight" in shapes:
+        start = number
+        while f"decoder.{number}.conv.0.weight" in shapes:
+            number += 1
+        blocks.add(number - start)
+        grown = _shape(shapes, f"decoder.{number + 1}.conv.weight", 4, label)  # behind the upsampling, without weights
+        widths.append(_shape(shapes, f"decoder.{number + 2}.weight", 4, label)[0])
+        times.append(grown[0] == 2 * grown[1])
+        number += 3
+    pixels = _shape(shapes, f"decoder.{number + 1}.weight", 4, label)[0]
+    patch = math.isqrt(pixels // 3)
+    if len(blocks) != 1 or pixels != 3 * patch**2:
+        got = f"{sorted(blocks) or 'no'} blocks a stage and {pixels} channels of pixels"
+        raise ValueError(f"{label}: got a tiny VAE of {got}, expected TAEHV's layout")
+    every = (True,) * len(times)  # the tensors do not tell it
+    return TinyVAEConfig(first[1], tuple(widths), every, tuple(times), blocks.pop(), patch=patch, encoder_width=None)
 
 
 def umt5_of(shapes: Shapes, label: object) -> UMT5Config:

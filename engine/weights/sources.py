@@ -15,7 +15,7 @@ from engine.model.scaled_linear import expand
 from engine.weights.containers import Container, open_container
 from engine.weights.finding import Chosen, part_files
 from engine.weights.formats.tensors import Stored, expect_dense
-from engine.weights.names import BUFFERS, WORDS, Found, Part, other_kind, recognise, unwrapped
+from engine.weights.names import BUFFERS, TINY, WORDS, Found, Part, other_kind, recognise, unwrapped
 from engine.weights.scaled import (
     FP8,
     check_scale_values,
@@ -231,7 +231,7 @@ def source_of(
         found = students
     chosen = found[0] if len(found) == 1 else _chosen(found, label, prefer)
     kind = other_kind(name.removeprefix(chosen.prefix) for name in names if name.startswith(chosen.prefix))
-    if kind is not None:
+    if kind is not None and part != "tiny_vae":
         raise ValueError(f"{label}: got {kind}, expected a {words} of Wan2.1's text-to-video models")
     own = next((container.file for container in containers for key in container.tensors if _LORA.search(key)), None)
     merged = own is not None and state is None and any(
@@ -259,6 +259,8 @@ def _chosen(found: Sequence[Found], label: str, prefer: Sequence[str]) -> Found:
 
 def what_instead(names: Sequence[str], every: Sequence[Found]) -> str:
     """What a file is, where it is not the part that was looked for."""
+    if every and every[0].naming.part == "tiny_vae":
+        return TINY
     if every:
         return f"a {WORDS[every[0].naming.part]} ({every[0].naming.name} names)"
     if kind := refused_format(names) or other_kind(names):

@@ -225,18 +225,19 @@ def test_cut_prompts_say_so(recorded):
         recorded.stream("teal " * 15)
 
 
-def test_the_cleaning_that_a_manifest_names(fake, tmp_path):
+def test_words_that_a_manifest_may_lack(fake, tmp_path):
     bundle = fake_stages.write_fake_bundle(tmp_path / "bundle", PRESETS["greedy"])
     manifest = json.loads((bundle / "manifest.json").read_text())
-    for name in ("html", "ftfy"):
-        (bundle / "manifest.json").write_text(json.dumps({**manifest, "prompt_cleaning": name}))
-        assert read_manifest(bundle).prompt_cleaning == name
-        fake(bundle).stream("teal").next_chunk()
-    for wrong in ("none", "", 1, None):
-        (bundle / "manifest.json").write_text(json.dumps({**manifest, "prompt_cleaning": wrong}))
-        for reader in (read_manifest, fake):
-            with pytest.raises(ValueError, match="prompt_cleaning"):
-                reader(bundle)
+    for field, known in (("prompt_cleaning", ("html", "ftfy")), ("decoder", ("full", "tiny"))):
+        for name in known:
+            (bundle / "manifest.json").write_text(json.dumps({**manifest, field: name}))
+            assert getattr(read_manifest(bundle), field) == name
+            fake(bundle).stream("teal").next_chunk()
+        for wrong in ("none", "", 1, None):
+            (bundle / "manifest.json").write_text(json.dumps({**manifest, field: wrong}))
+            for reader in (read_manifest, fake):
+                with pytest.raises(ValueError, match=field):
+                    reader(bundle)
 
 
 def test_arrays_of_another_shape_are_refused(recorded):

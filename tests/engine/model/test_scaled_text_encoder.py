@@ -1,12 +1,11 @@
 """A text encoder whose weights stay in 8 bits: transformers' bits with expanded weights, in the memory of 8 bits."""
 
 import json
-import weakref
 
 import pytest
 import torch
+from limits import Allocations
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import UMT5Config as TheirConfig
 from transformers import UMT5EncoderModel
 
@@ -158,29 +157,6 @@ def test_transformers_bits_from_weights_in_8_bits(tmp_path, spelling, dtype, nat
         whole = expanded(ours)
         assert not any(isinstance(layer, ScaledLinear | ScaledEmbedding) for layer in whole.modules())
         assert torch.equal(whole(ids, mask), right)
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of the tensors that operations make, at their peak."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen = {t.untyped_storage()._cdata: 0 for t in (*module.parameters(), *module.buffers())}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self._seen:
-                self._seen[storage._cdata] = storage.nbytes()
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._drop, storage._cdata)
-        return out
-
-    def _drop(self, key):
-        self.live -= self._seen.pop(key)
 
 
 @pytest.mark.parametrize("spelling", ["comfy old", "rows int8", "cast e4m3"])

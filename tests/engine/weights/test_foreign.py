@@ -197,29 +197,3 @@ def test_no_code_of_a_file_runs(published, tmp_path):
     assert len(loaded["state_dict"]) == len(state)
     assert not (tmp_path / "pwned").exists()
     assert not Restored.ran
-
-
-def tiny_autoencoder():
-    """TAEHV's layout as it is published: convolutions, memory blocks and growing in time, numbered."""
-    names = {"encoder.0": (64, 3, 3, 3), "encoder.2.conv": (64, 128, 1, 1), "encoder.4.conv.0": (64, 128, 3, 3),
-             "decoder.1": (256, 16, 3, 3), "decoder.3.conv.0": (256, 512, 3, 3), "decoder.7.conv": (256, 256, 1, 1),
-             "decoder.9.skip": (8, 8, 1, 1), "decoder.22": (3, 64, 3, 3)}  # fmt: skip
-    return {f"{name}.weight": torch.zeros(shape) for name, shape in names.items()}
-
-
-@pytest.mark.parametrize("name", ["taew2_1.pth", "taew2_1.safetensors", "lighttaew2_1.pth", "taehv.pth", "decoder.pth"])
-@pytest.mark.parametrize("prefix", ["", "taehv.", "vae."])
-def test_tiny_autoencoders(folders, tmp_path, capsys, name, prefix):
-    state = {prefix + key: tensor for key, tensor in tiny_autoencoder().items()}
-    if name == "decoder.pth":
-        state = {key: tensor for key, tensor in state.items() if "decoder" in key}
-    file = tmp_path / name
-    save_file(state, file) if file.suffix == ".safetensors" else torch.save({"state_dict": state}, file)
-    said = "got a tiny autoencoder (TAEHV, TAEW, LightTAE or the like), for which the engine has no decoder, expected a"
-    for option in ("--checkpoint", "--vae", "--text-encoder"):
-        assert said in error_of(capsys, ["--model", folders["wan"], option, file, *SMALL])
-        assert said in error_of(capsys, ["--model", folders["wan"], option, tmp_path, *SMALL])
-    assert said.removeprefix("got ") in error_of(capsys, ["--model", file, *SMALL])
-    assert f"{name}: a tiny autoencoder" in error_of(capsys, ["--model", tmp_path, *SMALL])
-    assert said in of_inspect(capsys, file)
-    assert "a tiny autoencoder" in of_inspect(capsys, tmp_path)
