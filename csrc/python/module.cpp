@@ -315,8 +315,8 @@ PYBIND11_MODULE(_C, module) {
     py::class_<PySession> session(module, "Session");
     session
         .def("set_prompt",
-             [](PySession& self, const std::string& text, bool recommit) {
-                 return self.prompt([&](greedy::Session& session) { session.set_prompt(text, recommit); });
+             [](PySession& self, const greedy::Session::Texts& texts, bool recommit, int transition) {
+                 return self.prompt([&](greedy::Session& session) { session.set_prompt(texts, recommit, transition); });
              })
         .def("set_prompt_tokens",
              [](PySession& self, const Array<std::int64_t>& ids, bool recommit) {
@@ -326,11 +326,12 @@ PYBIND11_MODULE(_C, module) {
                  });
              })
         .def("set_prompt_embedding",
-             [](PySession& self, const Array<float>& embedding, bool recommit) {
+             [](PySession& self, const Array<float>& embedding, bool recommit, int transition) {
                  expect(embedding, "prompt", {self.info.text_rows, self.info.text_dim});
                  const auto rows = static_cast<std::size_t>(embedding.shape(0));
-                 return self.prompt(
-                     [&](greedy::Session& session) { session.set_prompt_embedding(embedding.data(), rows, recommit); });
+                 return self.prompt([&](greedy::Session& session) {
+                     session.set_prompt_embedding(embedding.data(), rows, recommit, transition);
+                 });
              })
         .def("push_frames",
              [](PySession& self, const Array<std::uint8_t>& rgb) {

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from engine.bundles.manifest import read_manifest
 from engine.model.text import Tokenizer, check_prompt, clean_prompt
+from engine.runtime.blending import check_transition, check_words
 from engine.runtime.handover import HandsOver, Progress
-from engine.runtime.streams import Cancelled, Serial
+from engine.runtime.streams import Cancelled, Serial, Words
 from engine.threads import use
 
 NOT_HERE = " does not open here: "  # between a backend of a bundle and the reason
@@ -102,7 +103,7 @@ class NativePipeline:
         raise _python_only("encode_clip")
 
     def stream(
-        self, prompt: str | Tensor, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
+        self, prompt: str | Tensor | Words, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
         latents: Tensor | None = None, noise: object = None,
     ) -> "NativeStream":  # fmt: skip
         """An iterator of uint8 frames [H, W, 3]. Arguments and errors are those of engine.stream.Pipeline.stream.
@@ -137,7 +138,7 @@ class NativeStream(HandsOver):
     _now: _Progress
 
     def __init__(
-        self, pipeline: NativePipeline, prompt: str | Tensor, seed: int, frames: int | None,
+        self, pipeline: NativePipeline, prompt: str | Tensor | Words, seed: int, frames: int | None,
         clip: np.ndarray | None, latents: Tensor | None,
     ) -> None:  # fmt: skip
         super().__init__(_Progress())
@@ -158,25 +159,31 @@ class NativeStream(HandsOver):
                 raise ValueError(f"latents: got {list(shape)}, expected [1, {channels}, F, {height}, {width}]")
             self._session.push_latent(latents[0].float().cpu().numpy())
 
-    def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> int:
-        """Switch the prompt, text or embedding [1, rows, text_dim], from the next chunk on; returns its number.
+    def set_prompt(self, prompt: str | Tensor | Words, recommit: bool = True, transition: int = 0) -> int:
+        """Switch the prompt from the next chunk on: text, weighted texts, or embedding [1, rows, text_dim].
 
-        `recommit` rewrites the window's keys and values under the new prompt. ValueError for another shape, or a text
-        without a visible character. Warns (PromptWarning) of a text that the model does not read to its end.
+        Returns the prompt's number. `transition` and `recommit` are those of engine.runtime.streams.Stream.
+
+        ValueError for another shape, weights that are not above 0, a transition below 0, or a text without a visible
+        character. Warns (PromptWarning) of a text that the model does not read to its end.
         """
-        if isinstance(prompt, str):
-            check_prompt(prompt)
-            cleaned = clean_prompt(prompt)
+        check_transition(transition)
+        number: int
+        if isinstance(prompt, Tensor):
+            expected = (1, self.pipeline.text_rows, self.pipeline.text_dim)
+            if tuple(prompt.shape) != expected:
+                raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, expected {list(expected)}")
+            number = self._session.set_prompt_embedding(prompt[0].float().cpu().numpy(), recommit, transition)
+            return number
+        words = check_words(((prompt, 1.0),) if isinstance(prompt, str) else prompt)
+        for text, _ in words:
+            check_prompt(text)
+            cleaned = clean_prompt(text)
             # A character of ASCII is one token at most; an end mark and a space in front may be added. The warning
             # comes first: it may be an error.
             if not cleaned.isascii() or len(cleaned) + 2 > self.pipeline.text_rows:
                 self.pipeline.tokenizer.warn_if_cut(cleaned)
-            number: int = self._session.set_prompt(prompt, recommit)
-            return number
-        expected = (1, self.pipeline.text_rows, self.pipeline.text_dim)
-        if tuple(prompt.shape) != expected:
-            raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, expected {list(expected)}")
-        number = self._session.set_prompt_embedding(prompt[0].float().cpu().numpy(), recommit)
+        number = self._session.set_prompt(words, recommit, transition)
         return number
 
     def set_adapters(self, strengths: Mapping[str, float], recommit: bool = True) -> None:

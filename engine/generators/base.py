@@ -84,6 +84,7 @@ class State:
     pending: Pass | None = None  # the last chunk's context pass, if the next chunk's first denoising call is to run it
     joined: bool = False  # that call has run it; false again if the chunk is made again
     text_emb: Tensor | None = None  # [B, rows, text_dim], from which text_kv was made
+    prompt: tuple[int, int] = (0, 0)  # which embedding that is: Course.key
     strengths: Mapping[str, float] = field(default_factory=dict)  # of the adapters in the weights of text_kv
 
     def publish(self, **changes: Any) -> None:

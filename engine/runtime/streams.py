@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from torch import Tensor
+
+Words = Sequence[tuple[str, float]]  # texts and their weights
 
 
 class Cancelled(RuntimeError):
@@ -68,11 +70,14 @@ class Stream(Protocol):
         """The frames that are decoded and not returned yet, uint8 [T, H, W, 3]; T may be 0. It makes no new ones."""
         ...
 
-    def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> int:
-        """Switch the prompt, text or embedding, from the next chunk on; returns its number, as in `serial`.
+    def set_prompt(self, prompt: str | Tensor | Words, recommit: bool = True, transition: int = 0) -> int:
+        """Switch the prompt from the next chunk on: a text, an embedding, or texts with weights above 0.
 
-        `recommit` also rewrites the window's keys and values under the new prompt. Of several calls before a chunk
-        the last one counts.
+        Returns the prompt's number, as in `serial`: it counts from the first chunk on the way.
+
+        `transition` is the number of chunks in which the prompt is reached, in equal steps from the embedding that acts
+        now; 0 and 1 are at once. `recommit` also rewrites the window's keys and values, for every chunk on the way. Of
+        several calls before a chunk the last one counts.
         """
         ...
 
@@ -88,7 +93,7 @@ class Stream(Protocol):
         ...
 
     def flush(self) -> None:
-        """Start over at frame 0 with the same seed and the last prompt.
+        """Start over at frame 0 with the same seed and the last prompt, which a transition reaches at once.
 
         Drops caches, frames that wait, what is left of a clip, and a cancel that has not acted.
         """

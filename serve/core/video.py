@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from engine.bundles.native import NativePipeline
 from engine.runtime.streams import Stream
 from engine.stream import Pipeline
 from serve.core.messages import Change, Notice, Past, Wish, Words, shown
-from serve.core.prompts import Direction, check_words, note_of
+from serve.core.prompts import Direction, check_words, note_of, prompt_of
 
 OUT_OF_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
 Turn = Callable[[float | None], AbstractContextManager[None]]
@@ -51,7 +50,7 @@ class Video:
         self.take = self.number = self.frames = 0  # number of the next chunk, frames made so far, both of this take
         self._pipeline, self._turn, self._tell = pipeline, turn, tell
         self._stream: Stream | None = None
-        self._direction = self._reached = Direction(pipeline, wish.prompt)  # _reached: of the chunk made last
+        self._direction = self._reached = Direction(wish.prompt)  # _reached: of the chunk made last
         self._started: list[str] = []  # events that show with the next chunk
 
     @property
@@ -71,13 +70,13 @@ class Video:
 
     def begin(self) -> None:
         """Open the stream of the wish."""
-        wish, direction = self.wish, Direction(self._pipeline, self.wish.prompt)
+        wish, prompt = self.wish, prompt_of(self.wish.prompt)
         self.close()  # first, so that the new one has the memory
         with self._turn(None):
-            self._stream = self._pipeline.stream(direction.first, seed=wish.seed, frames=wish.frames, clip=wish.clip)
+            self._stream = self._pipeline.stream(prompt, seed=wish.seed, frames=wish.frames, clip=wish.clip)
             if wish.adapters:
                 self._stream.set_adapters(wish.adapters)
-        self._direction = self._reached = direction
+        self._direction = self._reached = Direction(wish.prompt)
         self.seed, self.number, self.frames, self.history = wish.seed, 0, 0, []
         self._note(wish.prompt)
 
@@ -96,7 +95,7 @@ class Video:
     def forget(self) -> None:
         """Let go what only a running video needs."""
         self.wish = replace(self.wish, clip=None)
-        self._direction = self._reached = Direction(self._pipeline, self._direction.words)
+        self._direction = self._reached = Direction(self._direction.words)
 
     def apply(self, change: Change) -> bool:
         """Change what is shown from the next chunk on. What the stream refuses is told and leaves it as it was: False.
@@ -158,34 +157,33 @@ class Video:
 
     def _turn_to(self, words: Words, change: Change) -> None:
         check_words(words)
-        direction = copy(self._reached)  # a prompt that no chunk shows is no start of a transition
-        with self._turn(None):
-            direction.turn_to(words, change.transition, change.event)
         if (unseen := self._direction.event) and unseen in self._started:
             self._started.remove(unseen)
             message = "this prompt has no effect: a newer one came before the next chunk"
             self._tell(Notice("note", {"message": message, "event_id": unseen}))
         if self._direction is not self._reached:
             self._forget_prompt()
-        self._direction = direction
+        self._direction = Direction(words, change.event, max(change.transition, 1), 0)
         self._note(words)
 
     def _steer(self) -> bool:
         """Give the stream the prompt of its next chunk; whether that is one on the way to a new target."""
-        direction = copy(self._direction)
-        if (prompt := direction.step()) is None:
-            self._reached = self._direction
+        direction = self._direction
+        if not direction.moving:
+            self._reached = direction
             return False
-        try:
-            self._running.set_prompt(prompt)
-        except (ValueError, FloatingPointError, *OUT_OF_MEMORY) as error:
-            # A call that fails changes nothing: the stream still has the prompt of its last chunk.
-            self._direction = self._reached = Direction(self._pipeline, self._reached.words)
-            self._started = [one for one in self._started if one != direction.event]
-            self._forget_prompt()
-            self._refused(direction.event, error)
-            return False
-        self._direction = self._reached = direction
+        if not direction.made:  # else the stream is on its way
+            try:
+                self._running.set_prompt(prompt_of(direction.words), transition=direction.transition)
+            except (ValueError, FloatingPointError, *OUT_OF_MEMORY) as error:
+                # A call that fails changes nothing: the stream still follows the prompt of its last chunk.
+                before = self._reached
+                self._direction = self._reached = before.later()
+                self._started = [one for one in self._started if one != direction.event]
+                self._forget_prompt()
+                self._refused(direction.event, error)
+                return before.moving
+        self._direction = self._reached = direction.later()
         return True
 
     def _forget_prompt(self) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from serve.core.messages import Change, Notice
-from serve.core.prompts import check_blends
 from serve.core.session import Session, TooMany
 from serve.core.viewers import Viewer
 from serve.web.server import Refused, Server, error_notice
@@ -117,8 +116,3 @@ class Desk:
         if unknown := sorted(set(change.adapters or {}) - set(known)):
             expected = f"one of {', '.join(known)}" if known else "none: this model has no adapters"
             raise Invalid(f"adapters: got the name {unknown[0][:100]!r}, expected {expected}")
-        if change.prompt is not None and (change.transition or len(change.prompt) > 1):
-            try:
-                check_blends(self.server.pipeline)
-            except ValueError as error:
-                raise Invalid(str(error)) from None

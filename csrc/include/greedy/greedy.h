@@ -102,7 +102,8 @@ typedef struct greedy_frame {
     uint64_t index; /* since open or flush, from 0 */
     uint64_t chunk; /* since open or flush, from 0 */
     uint32_t left;  /* frames of the same chunk that follow */
-    uint64_t prompt; /* greedy_set_prompt* calls that had succeeded before the one whose prompt it shows */
+    uint64_t prompt; /* greedy_set_prompt* calls that had succeeded before the one whose prompt it shows, or is on the
+                        way to */
 } greedy_frame;
 
 /* "0.1.0"; static. */
@@ -144,6 +145,16 @@ GREEDY_API int greedy_open(greedy_session **session, greedy_bundle *bundle, uint
 GREEDY_API int greedy_set_prompt(greedy_session *session, const char *text, int recommit);
 GREEDY_API int greedy_set_prompt_tokens(greedy_session *session, const int64_t *ids, size_t count, int recommit);
 GREEDY_API int greedy_set_prompt_embedding(greedy_session *session, const float *embedding, size_t rows, int recommit);
+
+/* The same with `count` texts and their weights, all above 0: the prompt is the weighted mean of their embeddings.
+ * `transition` is the number of chunks in which the prompt is reached (at most 2^20; 0 and 1: at once), in equal steps
+ * from the embedding that acts when the next chunk is made; before the first chunk, that of the prompt that was set
+ * first. With recommit 1 each chunk on the way rewrites the keys. greedy_flush ends a transition: the prompt that was
+ * set last acts at once. */
+GREEDY_API int greedy_set_prompt_blend(greedy_session *session, const char *const *texts, const double *weights,
+                                       size_t count, int transition, int recommit);
+GREEDY_API int greedy_set_prompt_embedding_blend(greedy_session *session, const float *embedding, size_t rows,
+                                                 int transition, int recommit);
 
 /* Start from a picture (count 1) or continue a clip: RGB frames of the bundle's size, tightly packed, before the first
  * greedy_next_frame. The stream shows them first, re-encoded; of a long clip it keeps the end. The pixels are only read

@@ -13,11 +13,6 @@ from clients import OTHER, PROMPT, connected, play, started
 from PIL import Image
 from sessions import plain
 
-from serve.core.messages import Change
-from serve.core.viewers import Viewer
-from serve.web.desk import Desk
-from serve.web.wire import Invalid, Start
-
 
 def pixels(chunk, pipeline):
     return np.frombuffer(chunk["data"], np.uint8).reshape(chunk["num_frames"], pipeline.height, pipeline.width, 3)
@@ -320,23 +315,6 @@ def test_a_history_may_come_in_any_order(url):
     )  # fmt: skip
     assert [c["prompt"] for c in turned.chunks] == [PROMPT] * 2 + [OTHER] * 2 + [PROMPT] * 3
     assert [c["data"] for c in turned.chunks] == [c["data"] for c in told.chunks]
-
-
-def test_the_core_refuses_mixtures_before_a_session_starts(server, monkeypatch):
-    """Also with a restart, which would end the session."""
-    monkeypatch.setattr("serve.core.prompts.blends", lambda pipeline: False)
-    desk = Desk(server, Viewer(None))
-    mixed = ((PROMPT, 1.0), (OTHER, 1.0))
-    starts = ({"prompt": [{"text": PROMPT}, {"text": OTHER}]},
-              {"prompt": PROMPT, "resume": {"chunk": 1, "history": [{"chunk": 0, "prompt": OTHER,
-                                                                    "transition_chunks": 3}]}})  # fmt: skip
-    for start in starts:
-        with pytest.raises(Invalid, match="got a bundle that the C"):
-            desk.start(Start.model_validate({"type": "session.start"} | start))
-    assert desk.session is None
-    with pytest.raises(Invalid, match="got a bundle that the C"):
-        desk._check_change(Change(prompt=mixed, reset=True))
-    desk._check_change(Change(prompt=mixed[:1], reset=True))
 
 
 def test_sessions_wait_in_line_and_are_told_their_place(url, server):
