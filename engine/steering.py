@@ -3,21 +3,36 @@
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.config import Preset
+from engine.model.cache import FP8
+from engine.presets import override
 from engine.runtime.blending import Course, Prompt, check_transition
 from engine.runtime.handover import HandsOver
 from engine.runtime.progress import StreamProgress
-from engine.runtime.streams import Words, check_process
+from engine.runtime.streams import Steps, Words, check_process
+from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
+from engine.sampling.schedule import Schedule
 from engine.shared import Shared
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What chunks are made with, beside the prompt and the weights."""
+
+    preset: Preset  # of which steps and window count
+    noise: NoiseSource
+    schedule: Schedule
+
+
 class Steered(HandsOver):
-    """A stream whose prompt and adapters change. engine.stream has the loop.
+    """A stream whose prompt, settings and adapters change. engine.stream has the loop.
 
     A prompt that is set waits in one field. The next chunk takes it over. The progress keeps how far that chunk is on
     its way to the prompt, so a chunk that is made again has the same embedding.
@@ -27,8 +42,10 @@ class Steered(HandsOver):
     pipeline: Shared
     state: Any  # engine.generators.base.State; None once it is closed
 
-    def __init__(self, progress: StreamProgress) -> None:
+    def __init__(self, progress: StreamProgress, settings: Settings) -> None:
         super().__init__(progress)
+        self._settings = settings  # of the chunks after the next call of _take_changes
+        self._use(settings)
         self._ahead: tuple[int, Tensor | Exception] | None = None  # a chunk's number, and the chunk or its error
         self._spoiled = -1  # number of a chunk that cannot be made again, if it is the next one
         self._prompt, self._numbers = progress.course.to, count(1)
@@ -50,11 +67,8 @@ class Steered(HandsOver):
         ValueError for another shape, weights that are not above 0, a text without a visible character, a transition
         below 0, or a closed stream.
         """
-        check_process(self._turns.process)
         check_transition(transition)
-        state = self.state
-        if self._closed or state is None or (self._turns.free and not self._usable):
-            raise self._refusal()
+        state = self._open_state()
         with torch.inference_mode():
             text_emb, strengths = self.pipeline.embedded(prompt, state.geometry.batch), state.strengths
             with self._weights(strengths):
@@ -83,6 +97,64 @@ class Steered(HandsOver):
         if course.start is None:
             prompt.text_kv = None
         return course
+
+    def change(self, *, seed: int | None = None, steps: Steps | None = None, window: int | None = None) -> None:
+        """Change the seed, the denoising steps and the window from the next chunk on; None leaves a thing as it is.
+
+        All of them change or, with a ValueError, none. A change that is interrupted has happened or not.
+
+        seed    0 to 2^64 - 1. Noise depends on the seed and the chunk alone: the next chunks have that of a stream of
+                the new seed
+        steps   rows as a preset has them: of chunk 0, of chunk 1, ..., of the rest
+        window  latent frames that attention keeps, at most the preset's. The past is written again, so the stream goes
+                on as one that was opened with that window and saw the same latents
+
+        ValueError for what the preset or the family does not allow, a seed where the caller gave the source of noise,
+        a window that splits chunks where the backend cannot, or a closed stream.
+        """
+        self._open_state()
+        if seed is None and steps is None and window is None:
+            raise ValueError("change: got nothing, expected seed, steps or window")
+        asked = {name: value for name, value in (("steps", steps), ("window", window)) if value is not None}
+        with self._setting:
+            now = self._settings
+            preset = override(now.preset, asked)
+            self._check_window(preset)
+            noise = now.noise if seed is None else self._noise_of(seed)
+            self._settings = Settings(preset, noise, now.schedule if steps is None else Schedule(preset))
+
+    def _check_window(self, preset: Preset) -> None:
+        """ValueError for a window that the caches have no room for, or no whole chunks in."""
+        pipeline, window = self.pipeline, preset.window
+        if window > (most := pipeline.preset.window):
+            raise ValueError(f"window: got {window}, expected at most {most}, with which the stream was opened")
+        whole = pipeline.stages.capabilities.whole_chunks or pipeline.kv_dtype == FP8
+        if whole and window != most and (window - preset.attn_sink) % preset.chunk:
+            expected = f"whole chunks of {preset.chunk} beside the attention sink"
+            raise ValueError(f"window: got {window} on {pipeline.stages.name}, expected {expected}")
+
+    def _noise_of(self, seed: int) -> NoiseSource:
+        before = self._settings.noise
+        if type(seed) is not int or not isinstance(before, PhiloxNoise | DrawnAhead):
+            why = "0 to 2^64 - 1" if type(seed) is not int else "none: the stream was opened with a source of noise"
+            raise ValueError(f"seed: got {seed!r}, expected {why}")
+        noise = PhiloxNoise(seed)
+        return DrawnAhead(noise, self.pipeline.worker) if isinstance(before, DrawnAhead) else noise
+
+    def _take_changes(self) -> Course:
+        """Make all that was set act on the next chunk; returns its prompt's course. Repeating it changes nothing."""
+        settings, state = self._settings, self.state
+        if settings is not self._using:
+            self._ahead = None  # it was made with other ones
+            if settings.preset.window != state.slots:
+                self.pipeline.generator.set_window(settings.preset.window, state)
+            self._use(settings)
+        return self._take_prompt()
+
+    def _use(self, settings: Settings) -> None:
+        self.noise, self.schedule = settings.noise, settings.schedule
+        self._ahead_of_time = settings.noise if isinstance(settings.noise, DrawnAhead) else None
+        self._using = settings  # last: what is interrupted before it is done again
 
     def set_adapters(self, strengths: Mapping[str, float], recommit: bool = True) -> None:
         """Set strengths of adapters by name, of this stream alone, from the next chunk on. Others stay as they are.
@@ -132,6 +204,14 @@ class Steered(HandsOver):
     def _refusal(self) -> ValueError:
         why = "" if self._closed else f" (chunk {self._spoiled} failed after the caches had moved on)"
         return ValueError(f"stream: got a closed one{why}, expected an open one")
+
+    def _open_state(self) -> Any:
+        """The state, for a call of any thread. ValueError if the stream is closed, or in a forked process."""
+        check_process(self._turns.process)
+        state = self.state
+        if self._closed or state is None or (self._turns.free and not self._usable):
+            raise self._refusal()
+        return state
 
     def _drop(self) -> None:
         """Drop caches and frames."""

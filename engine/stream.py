@@ -20,7 +20,7 @@ from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
 from engine.sampling.schedule import Schedule
 from engine.sampling.solvers import SOLVERS, make_solver
 from engine.shared import Shared
-from engine.steering import Steered
+from engine.steering import Settings, Steered
 
 
 class PythonStream(Steered):
@@ -43,16 +43,17 @@ class PythonStream(Steered):
         latents: Tensor | None,
     ) -> None:  # fmt: skip
         check_process(pipeline.process)
-        self.pipeline, self.noise, self.limit = pipeline, noise, frames
-        self.schedule = Schedule(pipeline.preset)
+        self.pipeline, self.limit = pipeline, frames
         text_emb = pipeline.embedded(prompt)
         config = pipeline.config
         geometry = Geometry.of(
             config, len(text_emb), pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
         )
         begun = Course(Prompt(0, text_emb))
-        super().__init__(StreamProgress(supplied=tuple(pipeline.chunks_of(latents, geometry)), course=begun))
-        self._ahead_of_time = noise if isinstance(noise, DrawnAhead) else None
+        super().__init__(
+            StreamProgress(supplied=tuple(pipeline.chunks_of(latents, geometry)), course=begun),
+            Settings(pipeline.preset, noise, Schedule(pipeline.preset)),
+        )
         self._prepare_noise(len(self.supplied), geometry)
         strengths = {} if pipeline.adapters is None else pipeline.adapters.strengths
         with torch.inference_mode(), self._weights(strengths):
@@ -102,9 +103,9 @@ class PythonStream(Steered):
             raise Cancelled("stream: cancelled")
 
     def flush(self) -> None:
-        """Start over at frame 0 with the same seed, prompt and strengths of adapters. The caches keep their memory.
+        """Start over at frame 0 with the same prompt, strengths of adapters, seed, steps and window.
 
-        In a transition the prompt that was set last acts at once.
+        The caches keep their memory. In a transition the prompt that was set last acts at once.
         """
         with self._turns:
             if self._closed:
@@ -191,7 +192,7 @@ class PythonStream(Steered):
             self.pipeline.check_weights()
             if self.state.index:  # flushed
                 self.pipeline.generator.restart(self.state)
-        self._made_under = self._take_prompt()
+        self._made_under = self._take_changes()
         if self._ahead is None or self._ahead[0] != number:
             with self._weights():
                 self._ahead = number, self._make(self.pipeline.generator)
@@ -206,7 +207,7 @@ class PythonStream(Steered):
         if self._ahead is not None and self._ahead[0] == number:  # by an interrupted call
             return
         try:
-            self._take_prompt()  # in a transition each chunk has its own embedding
+            self._take_changes()  # in a transition each chunk has its own embedding
             with self._weights():
                 self._ahead = number, self._make(self.pipeline.generator)
         except Cancelled:

@@ -199,6 +199,21 @@ int greedy_set_prompt_embedding_blend(greedy_session* session, const float* embe
     });
 }
 
+int greedy_change(greedy_session* session, const greedy_changes* changes) {
+    return session_call(session, [&] {
+        need(changes, "change");
+        std::vector<std::vector<double>> rows;
+        if (changes->rows) {
+            need(changes->steps, "steps");
+            need(changes->row_sizes, "steps");
+        }
+        const double* step = changes->steps;
+        for (std::size_t row = 0; row < changes->rows; step += changes->row_sizes[row++])
+            rows.emplace_back(step, step + changes->row_sizes[row]);
+        session->session.change(changes->seed, std::move(rows));
+    });
+}
+
 int greedy_push_frames(greedy_session* session, const uint8_t* rgb, size_t count) {
     return session_call(session, [&] {
         need(rgb, "push");

@@ -27,11 +27,24 @@ std::shared_ptr<Bundle> open_bundle(const std::string& folder, const greedy_sett
 
 Session::Session(std::shared_ptr<Bundle> bundle, std::uint64_t seed)
     : bundle_(std::move(bundle)),
-      seed_(seed),
       family_(find_family(manifest().preset.family, "family")),
       stages_(*bundle_, family_.layout(manifest().preset), cancel_),
-      schedule_(manifest().preset),
-      generator_(family_.make(stages_)) {}
+      generator_(family_.make(stages_)),
+      settings_(std::make_shared<const Settings>(Settings{seed, Schedule(manifest().preset)})) {}
+
+void Session::change(const std::uint64_t* seed, std::vector<std::vector<double>> steps) {
+    if (!seed && steps.empty()) fail(GREEDY_INVALID, "change", "nothing", "seed or steps");
+    std::optional<Schedule> schedule;
+    if (!steps.empty()) {
+        Preset preset = manifest().preset;
+        check_steps(steps, "steps", preset.warped, GREEDY_INVALID);
+        preset.steps = std::move(steps);
+        schedule.emplace(preset);
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Settings& now = *settings_;
+    settings_ = std::make_shared<const Settings>(Settings{seed ? *seed : now.seed, schedule ? *schedule : now.schedule});
+}
 
 void Session::set_prompt(Prompt prompt) {
     if (prompt.transition < 0 || prompt.transition > kMostTransition)
@@ -199,7 +212,7 @@ void Session::push_latent(const float* latent, std::size_t frames) {
 
 Latent Session::noise(std::uint64_t chunk, std::uint64_t draw) const {
     Latent values(stages_.frame_size() * manifest().preset.chunk);
-    philox_normal(seed_, chunk, draw, values.data(), values.size());
+    philox_normal(using_->seed, chunk, draw, values.data(), values.size());
     for (float& value : values) value = rounded(value, stages_.dtype());
     return values;
 }
@@ -221,6 +234,10 @@ Latent Session::frame_of(const Latent& chunk, std::int64_t frame) const {
 std::shared_ptr<const Latent> Session::make() {
     bundle_->check_unchanged();  // ahead of everything that reads the weights
     bundle_->check_weights();
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        using_ = settings_;
+    }
     apply_prompt();
     // Commits lazily, so that cache passes do not delay the frames of the chunk before.
     if (uncommitted_) {
@@ -229,11 +246,11 @@ std::shared_ptr<const Latent> Session::make() {
     }
     if (!supplied_.empty()) return supplied_.front();
     const std::uint64_t index = generator_->index();
-    const std::unique_ptr<Solver> solver = make_solver(manifest().preset.solver, schedule_, stages_.dtype());
+    const std::unique_ptr<Solver> solver = make_solver(manifest().preset.solver, using_->schedule, stages_.dtype());
     auto x = std::make_shared<Latent>(noise(index, 0));
     std::uint64_t draw = 0;
     std::size_t number = 0;
-    for (const Schedule::Step& step : schedule_.steps(index)) {
+    for (const Schedule::Step& step : using_->schedule.steps(index)) {
         const Latent flow = generator_->denoise(*x, step.t);
         stages_.need_finite(flow, "chunk " + std::to_string(index) + ", step " + std::to_string(++number) + " (t = " +
                                       std::to_string(std::lround(step.t)) + ")");

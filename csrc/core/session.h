@@ -42,6 +42,8 @@ class Session {
     void set_texts(const std::vector<Text>& texts, int transition, bool recommit);
     void set_tokens(const std::int64_t* ids, std::size_t count, bool recommit);
     void set_embedding(const float* embedding, std::size_t rows, int transition, bool recommit);
+    // Seed and denoising steps from the next chunk on, all or none; null and no rows leave them. From any thread.
+    void change(const std::uint64_t* seed, std::vector<std::vector<double>> steps);
     void cancel() { cancel_ = true; }
     void check_cancel() { stages_.check_cancel(); }
 
@@ -67,11 +69,14 @@ class Session {
     void check_unstarted() const;
 
     const std::shared_ptr<Bundle> bundle_;
-    const std::uint64_t seed_;
     const Family& family_;
     std::atomic<bool> cancel_{false};
     Stages stages_;
-    const Schedule schedule_;
+    struct Settings {
+        std::uint64_t seed;
+        Schedule schedule;
+    };
+    std::shared_ptr<const Settings> using_;  // of the chunk that is being made
     std::unique_ptr<Generator> generator_;
     std::deque<std::shared_ptr<const Latent>> supplied_;  // chunks pushed and not shown yet
     std::shared_ptr<const Latent> uncommitted_;           // the chunk shown last
@@ -80,11 +85,12 @@ class Session {
     std::uint64_t shown_ = 0;  // chunks
     bool recommit_due_ = false;  // a prompt of the chunk that is being made asked for it
 
-    Course next_;               // of the chunk that is being made
-    std::mutex mutex_;          // guards the next four
-    std::shared_ptr<Prompt> prompt_;  // set last
-    Course course_;                   // of the chunk made last; before it, the prompt that was set first
-    std::uint64_t prompts_ = 0;       // set so far
+    Course next_;       // of the chunk that is being made
+    std::mutex mutex_;  // guards what follows
+    std::shared_ptr<const Settings> settings_;  // of the next chunk
+    std::shared_ptr<Prompt> prompt_;            // set last
+    Course course_;              // of the chunk made last; before it, the prompt that was set first
+    std::uint64_t prompts_ = 0;  // set so far
     std::optional<std::pair<std::uint64_t, int>> applied_;  // key of the generator's embedding
 };
 

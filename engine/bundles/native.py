@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from engine.bundles.manifest import read_manifest
+from engine.config import Preset
 from engine.model.text import Tokenizer, check_prompt, clean_prompt
+from engine.presets import override
 from engine.runtime.blending import check_transition, check_words
 from engine.runtime.handover import HandsOver, Progress
-from engine.runtime.streams import Cancelled, Serial, Words
+from engine.runtime.streams import Cancelled, Serial, Steps, Words
 from engine.threads import use
 
 NOT_HERE = " does not open here: "  # between a backend of a bundle and the reason
@@ -90,6 +92,11 @@ class NativePipeline:
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer in Python. It only counts the tokens of long prompts; the core has its own."""
         return Tokenizer(self._folder / read_manifest(self._folder).tokenizer)
+
+    @cached_property
+    def preset(self) -> Preset:
+        """How the bundle's streams are generated."""
+        return read_manifest(self._folder).preset_value()
 
     def warm(self) -> None:
         """Do nothing: graphs are already compiled and loaded."""
@@ -185,6 +192,21 @@ class NativeStream(HandsOver):
                 self.pipeline.tokenizer.warn_if_cut(cleaned)
         number = self._session.set_prompt(words, recommit, transition)
         return number
+
+    def change(self, *, seed: int | None = None, steps: Steps | None = None, window: int | None = None) -> None:
+        """Change the seed and the denoising steps from the next chunk on, both or none; None leaves a thing as it is.
+
+        ValueError for steps that no preset has, and for a window.
+        """
+        self._check_open()
+        if window is not None:
+            raise ValueError(f"window: got {window!r}, expected none: the C++ core keeps that of the bundle")
+        if seed is None and steps is None:
+            raise ValueError("change: got nothing, expected seed or steps")
+        if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
+            raise ValueError(f"seed: got {seed!r}, expected 0 to 2^64 - 1")
+        rows = () if steps is None else override(self.pipeline.preset, {"steps": steps}).steps
+        self._session.change(seed, rows)
 
     def set_adapters(self, strengths: Mapping[str, float], recommit: bool = True) -> None:
         """ValueError: a bundle's weights are fixed."""

@@ -103,6 +103,17 @@ class Session {
     void set_prompt_embedding(const float* embedding, std::size_t rows, bool recommit = true, int transition = 0) {
         check(greedy_set_prompt_embedding_blend(session_, embedding, rows, transition, recommit));
     }
+    // `seed` null and no rows of steps leave what they name.
+    void change(const std::uint64_t* seed, const std::vector<std::vector<double>>& steps = {}) {
+        std::vector<double> all;
+        std::vector<std::size_t> sizes;
+        for (const std::vector<double>& row : steps) {
+            all.insert(all.end(), row.begin(), row.end());
+            sizes.push_back(row.size());
+        }
+        const greedy_changes changes = {seed, all.data(), sizes.data(), sizes.size()};
+        check(greedy_change(session_, &changes));
+    }
     void push_frames(const std::uint8_t* rgb, std::size_t count) { check(greedy_push_frames(session_, rgb, count)); }
     void push_latent(const float* latent, std::size_t frames) { check(greedy_push_latent(session_, latent, frames)); }
     Frame next_frame() {

@@ -99,8 +99,7 @@ CALLS = [CHUNK, CHUNK, TOWARDS[0], CHUNK, next, CHUNK, CHUNK, TOWARDS[1], CHUNK,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ahead", [False, True], ids=["alone", "ahead"])
-@pytest.mark.parametrize("name", ["greedy", "self-forcing"])
+@pytest.mark.parametrize(("name", "ahead"), [("greedy", True), ("self-forcing", False)])
 def test_every_call_is_interrupted(model_dir, name, ahead):
     fields = {} if name == "greedy" else {"window": 7, "steps": ((1000, 500),)}
     pipeline = engine.load(model_dir, preset=name, overrides=fields)

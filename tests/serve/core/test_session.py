@@ -344,7 +344,7 @@ def test_a_prompt_that_fails_takes_no_earlier_one_out_of_the_history(pipeline, m
     session, viewer = opened(pipeline, asked, Viewer(None, room=1))
     items(viewer, after(3))
 
-    def fails(prompt):
+    def fails(prompt, transition):
         raise FloatingPointError("no number")
 
     monkeypatch.setattr(session._video._stream, "set_prompt", fails)
