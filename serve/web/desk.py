@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.presets import override
 from serve.core.messages import Change, Notice
 from serve.core.session import Session, TooMany
 from serve.core.viewers import Viewer
@@ -116,3 +117,8 @@ class Desk:
         if unknown := sorted(set(change.adapters or {}) - set(known)):
             expected = f"one of {', '.join(known)}" if known else "none: this model has no adapters"
             raise Invalid(f"adapters: got the name {unknown[0][:100]!r}, expected {expected}")
+        settings = {name: value for name, value in change.settings.items() if name != "seed"}
+        try:
+            override(self.server.pipeline.preset, settings)
+        except ValueError as error:
+            raise Invalid(str(error)) from None
