@@ -99,6 +99,36 @@ def test_messages_that_are_wrong_are_answered(url: str) -> None:
     assert noted == names
 
 
+def test_settings_change_without_a_restart(server: Server, url: str) -> None:
+    """In scope's names; a wrong one is answered with its event id."""
+
+    async def direct() -> tuple[Caller, dict[str, Any]]:
+        async with Caller(url, prompts=prompts(CIRCLE), seed=7, denoising_step_list=[1000, 500]) as caller:
+            start = await caller.message("video.start")
+            await caller.message("video.chunk_metadata", generation_chunk_index=1)
+            caller.send({"denoising_step_list": [50], "event_id": "wrong"})
+            await caller.message("error", event_id="wrong")
+            caller.send({"window": 1000, "event_id": "too large"})
+            await caller.message("error", event_id="too large")
+            asked = {"denoising_step_list": [1000, 400], "window": 2, "seed": 9, "reset_cache": False}
+            caller.send(asked | {"event_id": "settings"})
+            await caller.message("video.chunk_metadata", take=0, started_event_ids=["settings"])
+            caller.send({"reset_cache": True, "event_id": "reset"})
+            await caller.message("video.chunk_metadata", take=1, started_event_ids=["reset"])
+            caller.send({"type": "session.stop"})
+            await caller.message("stream_stopped")
+            return caller, start
+
+    caller, start = asyncio.run(direct())
+    session = server.house.get(start["session"])
+    assert session is not None
+    assert session.seed == 9
+    kept = {"steps": [1000.0, 400.0], "window": 2}
+    assert [past.change.settings for past in session.history] == [kept]
+    codes = {one["event_id"]: one["code"] for one in caller.told("error")}
+    assert codes == {"wrong": "invalid_request", "too large": "interaction_failed"}
+
+
 def test_candidates(server: Server, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name of multicast DNS is left out: nothing is asked on the network."""
     asked: list[Any] = []
