@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.control.settings import Settings
+from engine.control.steered import Steered
 from engine.generators.base import Generator, Geometry
 from engine.model.vae import frames_to_uint8
 from engine.runtime.blending import Course, Prompt
@@ -20,7 +22,6 @@ from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
 from engine.sampling.schedule import Schedule
 from engine.sampling.solvers import SOLVERS, make_solver
 from engine.shared import Shared
-from engine.steering import Settings, Steered
 
 
 class PythonStream(Steered):

@@ -24,7 +24,7 @@ MAY = {
 LEVELS = {
     "engine": [
         "files", "options threads kernels_folder program", "config", "media model", "sampling runtime",
-        "weights generators", "presets", "bundles", "memory", "shared", "steering", "stream", "loader",
+        "weights generators", "presets", "bundles", "memory", "shared", "control", "stream", "loader",
         "commands", "run", "cli",
     ],
     "distill": ["training", "models", "data", "scores", "stages", "experiments", "__main__"],

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import isfinite
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -25,12 +26,13 @@ MOST_CHUNKS = 1 << 20  # of a transition
 
 def check_words(words: Words) -> tuple[tuple[str, float], ...]:
     """Texts and their weights. ValueError (got and expected) unless there is one, and all weights are above 0."""
-    expected = "a text, an embedding, or pairs of a text and a weight"
     try:
-        found = tuple((text, float(weight)) for text, weight in words)
+        pairs = [(text, weight) for text, weight in words]
+        found = tuple((text, float(one)) for text, one in pairs if isinstance(text, str) and isinstance(one, Real))
     except (TypeError, ValueError, OverflowError):
-        found = ()
-    if not found or not all(isinstance(text, str) for text, _ in found):
+        pairs, found = [], ()
+    if not found or len(found) < len(pairs):
+        expected = "a text, an embedding, or pairs of a text and a weight"
         raise ValueError(f"prompt: got {str(words)[:100]!r}, expected {expected}")
     weights = [weight for _, weight in found]
     if not all(weight > 0 for weight in weights) or not isfinite(sum(weights)):

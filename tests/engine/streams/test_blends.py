@@ -179,7 +179,7 @@ NAN, INFINITE = float("nan"), float("inf")
           for weight in (0, -1.0, NAN, INFINITE, -INFINITE)],
         ({"prompt": [(PROMPT, 1e308), (OTHER, 1e308)]}, "prompt: got weights .* and a finite sum"),
         *[({"prompt": words}, "prompt: got .*, expected a text, an embedding, or pairs of a text and a weight")
-          for words in ([], [PROMPT], [(PROMPT,)], [(PROMPT, "x")], [(1.0, PROMPT)], [(PROMPT, None)], 5, None)],
+          for words in ([], [PROMPT], [(PROMPT,)], [(PROMPT, "1")], [(PROMPT, 10**400)], [(1.0, PROMPT)], 5, None)],
         ({"prompt": [(PROMPT, 1.0), ("", 1.0)]}, "prompt: got an empty text, expected words"),
         *[({"prompt": OTHER, "transition": steps}, "transition: got .*, expected 0 to 1048576 chunks")
           for steps in (-1, 1.5, NAN, "3", True, 2**20 + 1, 2**64)],

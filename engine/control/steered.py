@@ -3,32 +3,19 @@
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.config import Preset
-from engine.model.cache import FP8
-from engine.presets import override
+from engine.control.settings import Settings
 from engine.runtime.blending import Course, Prompt, check_transition
 from engine.runtime.handover import HandsOver
 from engine.runtime.progress import StreamProgress
 from engine.runtime.streams import Steps, Words, check_process
-from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
-from engine.sampling.schedule import Schedule
+from engine.sampling.noise import DrawnAhead
 from engine.shared import Shared
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What chunks are made with, beside the prompt and the weights."""
-
-    preset: Preset  # of which steps and window count
-    noise: NoiseSource
-    schedule: Schedule
 
 
 class Steered(HandsOver):
@@ -115,31 +102,8 @@ class Steered(HandsOver):
         self._open_state()
         if seed is None and steps is None and window is None:
             raise ValueError("change: got nothing, expected seed, steps or window")
-        asked = {name: value for name, value in (("steps", steps), ("window", window)) if value is not None}
         with self._setting:
-            now = self._settings
-            preset = override(now.preset, asked)
-            self._check_window(preset)
-            noise = now.noise if seed is None else self._noise_of(seed)
-            self._settings = Settings(preset, noise, now.schedule if steps is None else Schedule(preset))
-
-    def _check_window(self, preset: Preset) -> None:
-        """ValueError for a window that the caches have no room for, or no whole chunks in."""
-        pipeline, window = self.pipeline, preset.window
-        if window > (most := pipeline.preset.window):
-            raise ValueError(f"window: got {window}, expected at most {most}, with which the stream was opened")
-        whole = pipeline.stages.capabilities.whole_chunks or pipeline.kv_dtype == FP8
-        if whole and window != most and (window - preset.attn_sink) % preset.chunk:
-            expected = f"whole chunks of {preset.chunk} beside the attention sink"
-            raise ValueError(f"window: got {window} on {pipeline.stages.name}, expected {expected}")
-
-    def _noise_of(self, seed: int) -> NoiseSource:
-        before = self._settings.noise
-        if type(seed) is not int or not isinstance(before, PhiloxNoise | DrawnAhead):
-            why = "0 to 2^64 - 1" if type(seed) is not int else "none: the stream was opened with a source of noise"
-            raise ValueError(f"seed: got {seed!r}, expected {why}")
-        noise = PhiloxNoise(seed)
-        return DrawnAhead(noise, self.pipeline.worker) if isinstance(before, DrawnAhead) else noise
+            self._settings = self._settings.changed(self.pipeline, seed, steps, window)
 
     def _take_changes(self) -> Course:
         """Make all that was set act on the next chunk; returns its prompt's course. Repeating it changes nothing."""
