@@ -4,9 +4,11 @@ import threading
 import time
 from dataclasses import replace
 
+import fake_stages
 import numpy as np
 import pytest
 import torch
+from csrc_tools import core_of, open_fake
 from sessions import HANG, OTHER, PROMPT, chunks, frames, items, notices, opened, place, plain, wish, words
 
 from serve.core.messages import Change, Chunk, Past
@@ -76,6 +78,31 @@ def test_a_new_target_starts_where_the_transition_stands(pipeline):
     steps = {n: torch.lerp(old, new, (n - begin["a"] + 1) / 4) for n in range(begin["a"], begin["b"])}
     steps |= {begin["b"]: torch.lerp(steps[begin["b"] - 1], old, 0.5), begin["b"] + 1: PROMPT}
     assert (frames(found) == plain(pipeline, 10, steps)).all()
+
+
+def test_a_bundle_in_the_core_blends_too(native_build):
+    """Mixtures and soft transitions, and what it cannot change is refused while the video goes on."""
+    asked = replace(wish(), prompt=((PROMPT, 3.0), (OTHER, 1.0)))
+    with core_of(native_build) as core:
+        pipeline = open_fake(core, native_build, fake_stages.RECORDED)
+        session, viewer = opened(pipeline, asked, Viewer(None, room=1))
+        found = items(viewer, after(1))
+        session.change(Change("soft", words(OTHER), transition=3))
+        session.change(Change("window", window=1))
+        found += items(viewer, after(7))
+        session.stop()
+        assert session.join(HANG)
+        first = next(c.number for c in chunks(found) if "soft" in c.started)
+        with pipeline.stream([(PROMPT, 3.0), (OTHER, 1.0)], seed=3) as stream:
+            made = []
+            for number in range(8):
+                if number == first:
+                    stream.set_prompt(OTHER, transition=3)
+                made.append(stream.next_chunk())
+        assert (frames(found) == np.concatenate(made)).all()
+    assert [c.number for c in chunks(found) if "soft" in c.active] == [first, first + 1, first + 2]
+    (error,) = notices(found, "error")
+    assert (error["event_id"], error["message"][:26]) == ("window", "window: got 1, expected no")
 
 
 def test_weighted_prompts_are_the_mean_of_their_embeddings(pipeline):
