@@ -219,7 +219,7 @@ def test_a_stream_that_looks_ahead_blends_the_same(any_pipeline, ends, kind, rec
     first, second, third = ends
     asked = {2: [{"prompt": second, "recommit": recommit, "transition": 4}]}
     asked |= {4: [{"prompt": third, "transition": 3}]} if recommit else {}
-    if not recommit:  # the switch itself finds the last chunk committed under the old prompt, as docs/api.md says
+    if not recommit:  # the switch itself finds the last chunk committed under the old prompt
         asked = {0: asked[2]}
     same(told(any_pipeline, first, 9, asked, ahead=True), told(any_pipeline, first, 9, asked))
 
