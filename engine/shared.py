@@ -14,10 +14,11 @@ from engine.generators import family_of, make_generator
 from engine.generators.base import Generator, Geometry
 from engine.model.text import Tokenizer, check_prompt
 from engine.model.vae import uint8_to_frames
+from engine.runtime.blending import check_words, mean_of
 from engine.runtime.finite import bad_number, bad_weight, first_bad, numbers
 from engine.runtime.memory_plan import MemoryPlan
 from engine.runtime.passes import Stages
-from engine.runtime.streams import check_process
+from engine.runtime.streams import Words, check_process
 from engine.runtime.transfer import SideStream
 from engine.weights.lora.merge import Adapters
 
@@ -120,11 +121,19 @@ class Shared:
             raise first_bad(self.stages, "clip", lambda stages: stages.vae_encode(video))
         return encoded
 
-    def embedded(self, prompt: str | Tensor, batch: int | None = None) -> Tensor:
-        """text_emb [B, rows, text_dim] of a text, or of an embedding. ValueError for another shape or batch."""
+    def embedded(self, prompt: str | Tensor | Words, batch: int | None = None) -> Tensor:
+        """text_emb [B, rows, text_dim] of a text, an embedding, or the mean of weighted texts.
+
+        ValueError for another shape or batch, and for weights that are not above 0.
+        """
         if isinstance(prompt, str):
-            check_prompt(prompt)
-            prompt = self.encode_prompt(prompt)
+            prompt = ((prompt, 1.0),)
+        if not isinstance(prompt, Tensor):
+            words = check_words(prompt)
+            for text, _ in words:
+                check_prompt(text)
+            encoded = [self.encode_prompt(text) for text, _ in words]
+            prompt = encoded[0] if len(words) == 1 else mean_of(encoded, [weight for _, weight in words])
         width = self.config.text_dim
         fits = prompt.ndim == 3 and min(prompt.shape) > 0 and prompt.shape[-1] == width
         if not fits or len(prompt) != (batch or len(prompt)):

@@ -1,23 +1,22 @@
 """The loop: noise -> denoising steps -> VAE decode -> commit, chunk by chunk, while the caller pulls frames."""
 
-import threading
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import count, zip_longest
+from itertools import zip_longest
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.control.settings import Settings
+from engine.control.steered import Steered
 from engine.generators.base import Generator, Geometry
 from engine.model.vae import frames_to_uint8
+from engine.runtime.blending import Course, Prompt
 from engine.runtime.finite import bad_number, first_bad
-from engine.runtime.handover import HandsOver
 from engine.runtime.passes import Stages
-from engine.runtime.progress import Prompt, StreamProgress, Waiting
-from engine.runtime.streams import Cancelled, Serial, check_process
+from engine.runtime.progress import StreamProgress, Waiting
+from engine.runtime.streams import Cancelled, Serial, Words, check_process
 from engine.runtime.transfer import Download, upload
 from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
 from engine.sampling.schedule import Schedule
@@ -25,7 +24,7 @@ from engine.sampling.solvers import SOLVERS, make_solver
 from engine.shared import Shared
 
 
-class PythonStream(HandsOver):
+class PythonStream(Steered):
     """A stream whose loop runs in Python: on torch's modules, or on the graphs of a bundle.
 
     A call that fails or is interrupted, anywhere, changes nothing: the next call returns the same chunk, of the same
@@ -40,21 +39,22 @@ class PythonStream(HandsOver):
     One call at a time, see engine.runtime.streams.Stream. Streams of one pipeline are independent.
     """
 
-    _now: StreamProgress
-
     def __init__(
-        self, pipeline: Shared, prompt: str | Tensor, noise: NoiseSource, frames: int | None, latents: Tensor | None
-    ) -> None:
+        self, pipeline: Shared, prompt: str | Tensor | Words, noise: NoiseSource, frames: int | None,
+        latents: Tensor | None,
+    ) -> None:  # fmt: skip
         check_process(pipeline.process)
-        self.pipeline, self.noise, self.limit = pipeline, noise, frames
-        self.schedule = Schedule(pipeline.preset)
+        self.pipeline, self.limit = pipeline, frames
         text_emb = pipeline.embedded(prompt)
         config = pipeline.config
         geometry = Geometry.of(
             config, len(text_emb), pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
         )
-        super().__init__(StreamProgress(supplied=tuple(pipeline.chunks_of(latents, geometry))))
-        self._ahead_of_time = noise if isinstance(noise, DrawnAhead) else None
+        begun = Course(Prompt(0, text_emb))
+        super().__init__(
+            StreamProgress(supplied=tuple(pipeline.chunks_of(latents, geometry)), course=begun),
+            Settings(pipeline.preset, noise, Schedule(pipeline.preset)),
+        )
         self._prepare_noise(len(self.supplied), geometry)
         strengths = {} if pipeline.adapters is None else pipeline.adapters.strengths
         with torch.inference_mode(), self._weights(strengths):
@@ -62,77 +62,12 @@ class PythonStream(HandsOver):
         self.state.publish(text_emb=text_emb, strengths=strengths)
         # On a GPU the stream makes the next latent while the last one is decoded and shown.
         self.looks_ahead = pipeline.device.type == "cuda" and not pipeline.low_memory
-        self._ahead: tuple[int, Tensor | Exception] | None = None  # a chunk's number, and the chunk or its error
-        self._spoiled = -1  # number of a chunk that cannot be made again, if it is the next one
-        self._prompt, self._numbers = Prompt(), count(1)
-        self._setting = threading.RLock()  # of a prompt and its number; a signal handler may come inside
         self._cancelled = False
 
     @property
     def supplied(self) -> tuple[Tensor, ...]:
         """Chunks [B, C, F, h, w] of the clip to start from that are not shown yet."""
         return self._now.supplied
-
-    def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> int:
-        """Switch the prompt, text or embedding [B, rows, text_dim], from the next chunk on; returns its number.
-
-        `recommit` also rewrites the window's keys and values under the new prompt, so that the past no longer pulls
-        towards the old one. Without it, a stream that looks ahead has committed the last chunk under the old prompt,
-        and so has one whose last call was interrupted. An interrupted switch has happened or not.
-        ValueError for another shape, a text without a visible character or a closed stream.
-        """
-        check_process(self._turns.process)
-        state = self.state
-        if self._closed or state is None or (self._turns.free and not self._usable):
-            raise self._refusal()
-        with torch.inference_mode():
-            text_emb, strengths = self.pipeline.embedded(prompt, state.geometry.batch), state.strengths
-            with self._weights(strengths):
-                text_kv = self.pipeline.stages.prepare_text(text_emb)
-        with self._setting:
-            before, number = self._prompt, next(self._numbers)
-            due = before.text_kv is not None and before.recommit  # an earlier recommit that is still due stays due
-            self._prompt = Prompt(number, recommit or due, text_emb, text_kv, strengths)
-        return number
-
-    def _take_prompt(self) -> int:
-        """Make the prompt that was set last the next chunk's; returns its number. Repeating it changes nothing."""
-        prompt, state = self._prompt, self.state
-        if (text_kv := prompt.text_kv) is not None:
-            with self._weights():
-                if prompt.strengths != state.strengths:
-                    text_kv = self.pipeline.stages.prepare_text(cast(Tensor, prompt.text_emb))
-                self._ahead = None  # it has the old prompt; noise depends only on the chunk, so make it again
-                self.pipeline.generator.set_text(text_kv, state, prompt.recommit, text_emb=prompt.text_emb)
-            prompt.text_kv = None
-        return prompt.number
-
-    def set_adapters(self, strengths: Mapping[str, float], recommit: bool = True) -> None:
-        """Set strengths of adapters by name, of this stream alone, from the next chunk on. Others stay as they are.
-
-        `recommit` also rewrites the window's keys and values with the new weights, as in `set_prompt`.
-
-        Streams share the weights. A stream that finds another's strengths in them merges the adapters that differ anew,
-        from the base. So streams of different strengths that take turns pay for a merge per chunk: every adapted
-        weight of every transformer is read and written, on a GPU from host memory.
-
-        ValueError for an unknown name, a strength that is not finite, weights that are then not finite, a pipeline
-        without adapters or of a bundle, or a closed stream; the stream then stays at its strengths.
-        """
-        with self._turns, torch.inference_mode():
-            self._check_open()
-            pipeline, adapters, state = self.pipeline, self.pipeline.adapters, self.state
-            if adapters is None:
-                raise ValueError("adapters: got a pipeline without any, expected load(..., adapters=[...]) of a model")
-            self._take_prompt()
-            chosen = adapters.checked(strengths, state.strengths)
-            with adapters.at(chosen, pipeline.stages.modules()):
-                text_kv = pipeline.stages.prepare_text(state.text_emb)
-            self._ahead = None  # it has the old weights
-            if not recommit and state.pending is not None:
-                with self._weights():  # what is pending belongs to the old weights
-                    pipeline.generator.set_text(state.text_kv, state, recommit=False)
-            pipeline.generator.set_text(text_kv, state, recommit, strengths=chosen)
 
     def next_chunk(self) -> np.ndarray:
         """The next chunk, or what the iterator has left of it, uint8 [T, H, W, 3].
@@ -169,13 +104,18 @@ class PythonStream(HandsOver):
             raise Cancelled("stream: cancelled")
 
     def flush(self) -> None:
-        """Start over at frame 0 with the same seed, prompt and strengths of adapters. The caches keep their memory."""
+        """Start over at frame 0 with the same prompt, strengths of adapters, seed, steps and window.
+
+        The caches keep their memory. In a transition the prompt that was set last acts at once.
+        """
         with self._turns:
             if self._closed:
                 raise self._refusal()
             now, self._ahead, self._cancelled = self._now, None, False
             # The state follows with the next chunk: an interrupted call must not leave one without the other.
-            self._now = StreamProgress(handed=now.handed, last=now.last, serial=now.serial)
+            self._now = StreamProgress(
+                handed=now.handed, last=now.last, serial=now.serial, course=Course(self._prompt)
+            )  # fmt: skip
             self._spoiled = -1
 
     def _ready_chunk(self) -> tuple[np.ndarray, StreamProgress]:
@@ -253,7 +193,7 @@ class PythonStream(HandsOver):
             self.pipeline.check_weights()
             if self.state.index:  # flushed
                 self.pipeline.generator.restart(self.state)
-        self._made_under = self._take_prompt()
+        self._made_under = self._take_changes()
         if self._ahead is None or self._ahead[0] != number:
             with self._weights():
                 self._ahead = number, self._make(self.pipeline.generator)
@@ -268,6 +208,7 @@ class PythonStream(HandsOver):
         if self._ahead is not None and self._ahead[0] == number:  # by an interrupted call
             return
         try:
+            self._take_changes()  # in a transition each chunk has its own embedding
             with self._weights():
                 self._ahead = number, self._make(self.pipeline.generator)
         except Cancelled:
@@ -300,7 +241,7 @@ class PythonStream(HandsOver):
         """The progress with one chunk more."""
         now = self._now
         return replace(
-            now, made=now.made + 1, prompt=self._made_under, uncommitted=(x, bool(now.supplied)),
+            now, made=now.made + 1, course=self._made_under, uncommitted=(x, bool(now.supplied)),
             supplied=now.supplied[1:],
         )  # fmt: skip
 
@@ -309,35 +250,6 @@ class PythonStream(HandsOver):
         self._closed = True
         if self._turns.free:
             self._drop()
-
-    def _drop(self) -> None:
-        now = self._now
-        self._now = StreamProgress(
-            handed=now.handed, last=now.last, serial=now.serial, made=now.made, emitted=now.emitted
-        )  # fmt: skip
-        self.state = self._ahead = None
-
-    def _weights(self, strengths: Mapping[str, float] | None = None) -> AbstractContextManager[None]:
-        """Within the block the shared weights are at these strengths, by default this stream's."""
-        pipeline, adapters = self.pipeline, self.pipeline.adapters
-        if adapters is None:
-            return nullcontext()
-        return adapters.at(self.state.strengths if strengths is None else strengths, pipeline.stages.modules())
-
-    def _check_open(self) -> None:
-        """ValueError if the stream is closed, or if its next chunk cannot be made any more."""
-        if not self._usable:
-            error = self._refusal()
-            self._drop()
-            raise error
-
-    @property
-    def _usable(self) -> bool:
-        return not self._closed and self._spoiled != self._now.made
-
-    def _refusal(self) -> ValueError:
-        why = "" if self._closed else f" (chunk {self._spoiled} failed after the caches had moved on)"
-        return ValueError(f"stream: got a closed one{why}, expected an open one")
 
     def _draws(self, index: int, geometry: Geometry) -> tuple[int, tuple[int, ...]]:
         """How many draws chunk `index` takes, and the shape of each."""
@@ -420,13 +332,14 @@ class Pipeline(Shared):
                 stream.next_chunk()
 
     def stream(
-        self, prompt: str | Tensor, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
+        self, prompt: str | Tensor | Words, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
         latents: Tensor | None = None, noise: NoiseSource | None = None,
     ) -> PythonStream:  # fmt: skip
         """An iterator of uint8 frames [H, W, 3].
 
-        prompt   text, or a text embedding [B, rows, text_dim]; only video 0 of a batch is decoded. Of a text with
-                 more tokens than the model reads, the rest is ignored with a PromptWarning (engine.model.text)
+        prompt   text; texts with weights, [(text, weight), ...], for the mean of their embeddings; or an embedding
+                 [B, rows, text_dim], of which only video 0 is decoded. Of a text with more tokens than the model
+                 reads, the rest is ignored with a PromptWarning (engine.model.text)
         seed     0 to 2^64 - 1
         frames   number of frames to stream; None means no limit
         clip     uint8 [T, H, W, 3] to start from: one frame is image-to-video, a longer clip is continued

@@ -160,10 +160,23 @@ int greedy_open(greedy_session** session, greedy_bundle* bundle, uint64_t seed, 
 }
 
 int greedy_set_prompt(greedy_session* session, const char* text, int recommit) {
+    const double weight = 1;
+    return greedy_set_prompt_blend(session, &text, &weight, 1, 0, recommit);
+}
+
+int greedy_set_prompt_blend(greedy_session* session, const char* const* texts, const double* weights, size_t count,
+                            int transition, int recommit) {
     return session_call(session, [&] {
-        need(text, "prompt");
-        if (!greedy::core::utf8_valid(text)) greedy::core::fail(GREEDY_INVALID, "prompt", "malformed bytes", "UTF-8");
-        session->session.set_text(text, recommit != 0);
+        need(texts, "prompt");
+        need(weights, "prompt");
+        std::vector<greedy::core::Session::Text> copies;
+        for (std::size_t i = 0; i < count; ++i) {
+            need(texts[i], "prompt");
+            if (!greedy::core::utf8_valid(texts[i]))
+                greedy::core::fail(GREEDY_INVALID, "prompt", "malformed bytes", "UTF-8");
+            copies.push_back({texts[i], weights[i]});
+        }
+        session->session.set_texts(copies, transition, recommit != 0);
     });
 }
 
@@ -175,15 +188,29 @@ int greedy_set_prompt_tokens(greedy_session* session, const int64_t* ids, size_t
 }
 
 int greedy_set_prompt_embedding(greedy_session* session, const float* embedding, size_t rows, int recommit) {
+    return greedy_set_prompt_embedding_blend(session, embedding, rows, 0, recommit);
+}
+
+int greedy_set_prompt_embedding_blend(greedy_session* session, const float* embedding, size_t rows, int transition,
+                                      int recommit) {
     return session_call(session, [&] {
         need(embedding, "prompt");
-        const greedy::core::Manifest& m = session->session.manifest();
-        if (rows != static_cast<std::size_t>(m.text_rows))
-            greedy::core::fail(GREEDY_INVALID, "prompt", "an embedding of " + std::to_string(rows) + " rows",
-                               std::to_string(m.text_rows));
-        const std::size_t count = rows * static_cast<std::size_t>(m.transformer.text_dim);
-        greedy::core::need_finite(embedding, count, "prompt");
-        session->session.set_prompt({{}, {}, {embedding, embedding + count}}, recommit != 0);
+        session->session.set_embedding(embedding, rows, transition, recommit != 0);
+    });
+}
+
+int greedy_change(greedy_session* session, const greedy_changes* changes) {
+    return session_call(session, [&] {
+        need(changes, "change");
+        std::vector<std::vector<double>> rows;
+        if (changes->rows) {
+            need(changes->steps, "steps");
+            need(changes->row_sizes, "steps");
+        }
+        const double* step = changes->steps;
+        for (std::size_t row = 0; row < changes->rows; step += changes->row_sizes[row++])
+            rows.emplace_back(step, step + changes->row_sizes[row]);
+        session->session.change(changes->seed, std::move(rows));
     });
 }
 

@@ -27,29 +27,64 @@ std::shared_ptr<Bundle> open_bundle(const std::string& folder, const greedy_sett
 
 Session::Session(std::shared_ptr<Bundle> bundle, std::uint64_t seed)
     : bundle_(std::move(bundle)),
-      seed_(seed),
       family_(find_family(manifest().preset.family, "family")),
       stages_(*bundle_, family_.layout(manifest().preset), cancel_),
-      schedule_(manifest().preset),
-      generator_(family_.make(stages_)) {}
+      generator_(family_.make(stages_)),
+      settings_(std::make_shared<const Settings>(Settings{seed, Schedule(manifest().preset)})) {}
 
-void Session::set_prompt(Prompt prompt, bool recommit) {
-    Prompt copy = prompt;  // before anything changes: there may be no memory
+void Session::change(const std::uint64_t* seed, std::vector<std::vector<double>> steps) {
+    if (!seed && steps.empty()) fail(GREEDY_INVALID, "change", "nothing", "seed or steps");
+    std::optional<Schedule> schedule;
+    if (!steps.empty()) {
+        Preset preset = manifest().preset;
+        check_steps(steps, "steps", preset.warped, GREEDY_INVALID);
+        preset.steps = std::move(steps);
+        schedule.emplace(preset);
+    }
     const std::lock_guard<std::mutex> lock(mutex_);
-    prompt_ = std::move(copy);
-    const bool due = pending_ && pending_->recommit;  // an earlier recommit that is still due stays due
-    pending_ = Request{std::move(prompt), recommit || due, prompts_++};
+    const Settings& now = *settings_;
+    settings_ = std::make_shared<const Settings>(Settings{seed ? *seed : now.seed, schedule ? *schedule : now.schedule});
 }
 
-void Session::set_text(const std::string& text, bool recommit) {
-    const std::string cleaned = clean_prompt(text);
+void Session::set_prompt(Prompt prompt) {
+    if (prompt.transition < 0 || prompt.transition > kMostTransition)
+        fail(GREEDY_INVALID, "transition", std::to_string(prompt.transition),
+             "0 to " + std::to_string(kMostTransition) + " chunks");
+    const auto made = std::make_shared<Prompt>(std::move(prompt));  // before anything changes: there may be no memory
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (prompt_) {
+        const bool taken = applied_ && applied_->first >= prompt_->number;
+        made->due = !taken && (prompt_->recommit || prompt_->due);  // it stays due
+    } else {
+        course_.to = made;
+    }
+    made->number = prompts_++;
+    prompt_ = made;
+}
+
+Words Session::words_of(const Text& text) {
+    const std::string cleaned = clean_prompt(text.text);
     if (is_blank(cleaned)) fail(GREEDY_INVALID, "prompt", "a text that shows nothing", "words");
-    Prompt prompt;
-    const std::size_t tokens = bundle_->tokenizer().encode(cleaned, prompt.ids, prompt.mask);
-    if (tokens > prompt.ids.size())
+    Words words;
+    words.weight = text.weight;
+    const std::size_t tokens = bundle_->tokenizer().encode(cleaned, words.ids, words.mask);
+    if (tokens > words.ids.size())
         bundle_->log(GREEDY_LOG_INFO, "note: the prompt has " + std::to_string(tokens) + " tokens, the model reads " +
-                                          std::to_string(prompt.ids.size()) + ": the rest is ignored");
-    set_prompt(std::move(prompt), recommit);
+                                          std::to_string(words.ids.size()) + ": the rest is ignored");
+    return words;
+}
+
+void Session::set_texts(const std::vector<Text>& texts, int transition, bool recommit) {
+    if (texts.empty()) fail(GREEDY_INVALID, "prompt", "0 texts", "at least one");
+    Prompt prompt{{}, {}, recommit, transition};
+    double total = 0;
+    for (const Text& text : texts) {
+        total += text.weight;
+        if (!(text.weight > 0) || !std::isfinite(total))
+            fail(GREEDY_INVALID, "prompt", "weight " + std::to_string(text.weight), "weights above 0, and a finite sum");
+        prompt.words.push_back(words_of(text));
+    }
+    set_prompt(std::move(prompt));
 }
 
 void Session::set_tokens(const std::int64_t* ids, std::size_t count, bool recommit) {
@@ -60,38 +95,67 @@ void Session::set_tokens(const std::int64_t* ids, std::size_t count, bool recomm
     for (std::size_t i = 0; i < count; ++i)  // a graph may abort at a token outside
         if (ids[i] < 0 || ids[i] >= vocabulary)
             fail(GREEDY_INVALID, "prompt", "token " + std::to_string(ids[i]), "0 to " + std::to_string(vocabulary - 1));
-    Prompt prompt{{ids, ids + count}, std::vector<std::int64_t>(count, 1), {}};
-    prompt.ids.resize(rows, 0);  // any token: it is masked
-    prompt.mask.resize(rows, 0);
-    set_prompt(std::move(prompt), recommit);
+    Words words{{ids, ids + count}, std::vector<std::int64_t>(count, 1)};
+    words.ids.resize(rows, 0);  // any token: it is masked
+    words.mask.resize(rows, 0);
+    set_prompt({{std::move(words)}, {}, recommit, 0});
 }
 
-// A prompt that fails to encode stays pending, unless a newer one was set meanwhile.
+void Session::set_embedding(const float* embedding, std::size_t rows, int transition, bool recommit) {
+    if (rows != static_cast<std::size_t>(manifest().text_rows))
+        fail(GREEDY_INVALID, "prompt", "an embedding of " + std::to_string(rows) + " rows",
+             std::to_string(manifest().text_rows));
+    const std::size_t count = rows * static_cast<std::size_t>(manifest().transformer.text_dim);
+    need_finite(embedding, count, "prompt");
+    Embedding values(embedding, embedding + count);
+    for (float& value : values) value = rounded(value, stages_.dtype());
+    set_prompt({{}, std::move(values), recommit, transition});
+}
+
+const Embedding& Session::embedding_of(Prompt& prompt) {
+    if (!prompt.embedding.empty()) return prompt.embedding;
+    std::vector<Embedding> parts;
+    std::vector<double> weights;
+    for (const Words& words : prompt.words) {
+        parts.push_back(stages_.encode_text(words.ids, words.mask));
+        weights.push_back(words.weight);
+    }
+    prompt.embedding = parts.size() == 1 ? std::move(parts[0]) : mean_of(parts, weights, stages_.dtype());
+    return prompt.embedding;
+}
+
+Embedding Session::embedding_of(const Course& course) {
+    const Embedding& target = embedding_of(*course.to);
+    if (!course.start) return target;
+    return between(*course.start, target, double(course.step) / course.to->transition, stages_.dtype());
+}
+
+// The course of the next chunk, where `prompt` was set last.
+Course Session::after(const Course& course, std::shared_ptr<Prompt> prompt) {
+    if (prompt != course.to) {
+        const bool blends = prompt->transition > 1;
+        return {std::move(prompt), blends ? std::make_shared<const Embedding>(embedding_of(course)) : nullptr};
+    }
+    if (!course.start) return course;
+    const bool last = course.step + 1 >= prompt->transition;
+    return {std::move(prompt), last ? nullptr : course.start, course.step + 1};
+}
+
+// Makes the next chunk's prompt act. Repeating it changes nothing, unless a newer one was set meanwhile.
 void Session::apply_prompt() {
-    std::optional<Request> request;
-    {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (!prompt_) fail(GREEDY_INVALID, "prompt", "none", "one set before the first frame");
-        request.swap(pending_);
-    }
-    if (!request) return;
-    try {
-        const Prompt& prompt = request->prompt;
-        const std::vector<float> embedding =
-            prompt.ids.empty() ? prompt.embedding : stages_.encode_text(prompt.ids, prompt.mask);
-        TextKV text_kv = stages_.prepare_text(embedding);
-        // A call that failed after its prompt was applied leaves its recommit due.
-        generator_->set_text(std::move(text_kv), request->recommit || recommit_due_);
-        recommit_due_ |= request->recommit;
-        applied_ = request->number;
-    } catch (...) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (!pending_)
-            pending_ = std::move(request);
-        else
-            pending_->recommit |= request->recommit;
-        throw;
-    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (!prompt_) fail(GREEDY_INVALID, "prompt", "none", "one set before the first frame");
+    const Course now = course_;
+    const std::shared_ptr<Prompt> prompt = prompt_;
+    lock.unlock();
+    next_ = after(now, prompt);
+    if (applied_ == next_.key()) return;
+    TextKV text_kv = stages_.prepare_text(embedding_of(next_));
+    // A call that failed after its prompt was applied leaves its recommit due.
+    generator_->set_text(std::move(text_kv), next_.recommit() || recommit_due_);
+    recommit_due_ |= next_.recommit();
+    lock.lock();
+    applied_ = next_.key();
 }
 
 void Session::check_unstarted() const {
@@ -148,7 +212,7 @@ void Session::push_latent(const float* latent, std::size_t frames) {
 
 Latent Session::noise(std::uint64_t chunk, std::uint64_t draw) const {
     Latent values(stages_.frame_size() * manifest().preset.chunk);
-    philox_normal(seed_, chunk, draw, values.data(), values.size());
+    philox_normal(using_->seed, chunk, draw, values.data(), values.size());
     for (float& value : values) value = rounded(value, stages_.dtype());
     return values;
 }
@@ -170,6 +234,10 @@ Latent Session::frame_of(const Latent& chunk, std::int64_t frame) const {
 std::shared_ptr<const Latent> Session::make() {
     bundle_->check_unchanged();  // ahead of everything that reads the weights
     bundle_->check_weights();
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        using_ = settings_;
+    }
     apply_prompt();
     // Commits lazily, so that cache passes do not delay the frames of the chunk before.
     if (uncommitted_) {
@@ -178,11 +246,11 @@ std::shared_ptr<const Latent> Session::make() {
     }
     if (!supplied_.empty()) return supplied_.front();
     const std::uint64_t index = generator_->index();
-    const std::unique_ptr<Solver> solver = make_solver(manifest().preset.solver, schedule_, stages_.dtype());
+    const std::unique_ptr<Solver> solver = make_solver(manifest().preset.solver, using_->schedule, stages_.dtype());
     auto x = std::make_shared<Latent>(noise(index, 0));
     std::uint64_t draw = 0;
     std::size_t number = 0;
-    for (const Schedule::Step& step : schedule_.steps(index)) {
+    for (const Schedule::Step& step : using_->schedule.steps(index)) {
         const Latent flow = generator_->denoise(*x, step.t);
         stages_.need_finite(flow, "chunk " + std::to_string(index) + ", step " + std::to_string(++number) + " (t = " +
                                       std::to_string(std::lround(step.t)) + ")");
@@ -202,24 +270,25 @@ std::shared_ptr<const Pictures> Session::next_chunk() {
         past = &cache;
     }
     pictures->chunk = shown_++;
-    pictures->prompt = applied_;
+    pictures->prompt = next_.to->number;
     pictures->count = static_cast<std::uint32_t>(pictures->rgb.size() / (3 * manifest().height * manifest().width));
     recommit_due_ = false;
     vae_cache_ = std::move(cache);
     uncommitted_ = std::move(x);
     uncommitted_supplied_ = !supplied_.empty();
     if (!supplied_.empty()) supplied_.pop_front();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    course_ = std::move(next_);
     return pictures;
 }
 
 void Session::flush() {
     std::unique_ptr<Generator> fresh = family_.make(stages_);
     const std::lock_guard<std::mutex> lock(mutex_);
-    std::optional<Request> again;
-    if (prompt_) again = Request{*prompt_, true, prompts_ - 1};
     // Nothing fails from here on.
     generator_ = std::move(fresh);
-    pending_ = std::move(again);
+    applied_ = std::nullopt;
+    course_ = {prompt_, nullptr};  // the prompt that was set last acts at once
     recommit_due_ = false;
     supplied_.clear();
     uncommitted_ = nullptr;

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "core/blending.h"
 #include "core/families.h"
 #include "core/schedule.h"
 #include "runtime/bundle.h"
@@ -33,14 +34,16 @@ class Session {
   public:
     Session(std::shared_ptr<Bundle> bundle, std::uint64_t seed);
 
-    // The prompt of the next chunk; from any thread.
-    struct Prompt {
-        std::vector<std::int64_t> ids, mask;  // or, if these are empty,
-        std::vector<float> embedding;         // [text_rows, text_dim]
+    // The prompt from the next chunk on, reached in `transition` chunks; from any thread.
+    struct Text {
+        std::string text;
+        double weight = 1;
     };
-    void set_prompt(Prompt prompt, bool recommit);
-    void set_text(const std::string& text, bool recommit);
+    void set_texts(const std::vector<Text>& texts, int transition, bool recommit);
     void set_tokens(const std::int64_t* ids, std::size_t count, bool recommit);
+    void set_embedding(const float* embedding, std::size_t rows, int transition, bool recommit);
+    // Seed and denoising steps from the next chunk on, all or none; null and no rows leave them. From any thread.
+    void change(const std::uint64_t* seed, std::vector<std::vector<double>> steps);
     void cancel() { cancel_ = true; }
     void check_cancel() { stages_.check_cancel(); }
 
@@ -52,6 +55,12 @@ class Session {
     const Manifest& manifest() const { return bundle_->manifest(); }
 
   private:
+    Words words_of(const Text& text);
+    void set_prompt(Prompt prompt);
+    // Of a prompt, or of a chunk on the way to it; encodes a text the first time.
+    const Embedding& embedding_of(Prompt& prompt);
+    Embedding embedding_of(const Course& course);
+    Course after(const Course& course, std::shared_ptr<Prompt> prompt);
     void apply_prompt();
     std::shared_ptr<const Latent> make();
     Latent noise(std::uint64_t chunk, std::uint64_t draw) const;
@@ -60,11 +69,14 @@ class Session {
     void check_unstarted() const;
 
     const std::shared_ptr<Bundle> bundle_;
-    const std::uint64_t seed_;
     const Family& family_;
     std::atomic<bool> cancel_{false};
     Stages stages_;
-    const Schedule schedule_;
+    struct Settings {
+        std::uint64_t seed;
+        Schedule schedule;
+    };
+    std::shared_ptr<const Settings> using_;  // of the chunk that is being made
     std::unique_ptr<Generator> generator_;
     std::deque<std::shared_ptr<const Latent>> supplied_;  // chunks pushed and not shown yet
     std::shared_ptr<const Latent> uncommitted_;           // the chunk shown last
@@ -73,16 +85,13 @@ class Session {
     std::uint64_t shown_ = 0;  // chunks
     bool recommit_due_ = false;  // a prompt of the chunk that is being made asked for it
 
-    struct Request {
-        Prompt prompt;
-        bool recommit;
-        std::uint64_t number;
-    };
-    std::mutex mutex_;                // guards the next three
-    std::optional<Request> pending_;  // set and not applied yet
-    std::optional<Prompt> prompt_;    // set last
-    std::uint64_t prompts_ = 0;       // set so far
-    std::uint64_t applied_ = 0;       // number of the prompt of the next chunk
+    Course next_;       // of the chunk that is being made
+    std::mutex mutex_;  // guards what follows
+    std::shared_ptr<const Settings> settings_;  // of the next chunk
+    std::shared_ptr<Prompt> prompt_;            // set last
+    Course course_;              // of the chunk made last; before it, the prompt that was set first
+    std::uint64_t prompts_ = 0;  // set so far
+    std::optional<std::pair<std::uint64_t, int>> applied_;  // key of the generator's embedding
 };
 
 }  // namespace greedy::core

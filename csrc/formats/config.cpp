@@ -34,18 +34,9 @@ std::vector<std::vector<double>> steps_from(const Json& value, const std::string
     std::vector<std::vector<double>> steps;
     for (std::size_t i = 0; i < (nested ? rows.size() : 1); ++i) {
         steps.emplace_back();
-        for (const Json& item : (nested ? rows[i] : value).array(where)) {
-            const double step = item.number(where);
-            const bool first = steps.back().empty();
-            // A chunk begins as noise. A small first timestep is a count of steps, taken for a timestep.
-            check(!first || step >= kLeastFirst, where, fixed(step), "timesteps that begin near 1000");
-            const double before = first ? std::nextafter(1000.0, 1001.0) : steps.back().back();
-            check(step > 0 && step < before, where, fixed(step), "falling numbers in (0, 1000]");
-            check(!warped || step == std::floor(step), where, fixed(step), "whole numbers where warped");
-            steps.back().push_back(step);
-        }
-        check(!steps.back().empty(), where, "no timestep", "at least one for every chunk");
+        for (const Json& item : (nested ? rows[i] : value).array(where)) steps.back().push_back(item.number(where));
     }
+    check_steps(steps, where, warped, GREEDY_BAD_BUNDLE);
     return steps;
 }
 
@@ -89,6 +80,24 @@ TransformerConfig TransformerConfig::from(const Json& values, const std::string&
     check(out.in_channels == out.out_channels, where + ".out_channels", std::to_string(out.out_channels),
           "as many as in_channels");
     return out;
+}
+
+void check_steps(const std::vector<std::vector<double>>& rows, const std::string& where, bool warped, int status) {
+    const auto check = [&](bool good, const std::string& got, const std::string& expected) {
+        if (!good) fail(status, where, got, expected);
+    };
+    check(!rows.empty(), "no timestep", "at least one for every chunk");
+    for (const std::vector<double>& row : rows) {
+        check(!row.empty(), "no timestep", "at least one for every chunk");
+        // A chunk begins as noise. A small first timestep is a count of steps, taken for a timestep.
+        check(row[0] >= kLeastFirst, fixed(row[0]), "timesteps that begin near 1000");
+        double before = std::nextafter(1000.0, 1001.0);
+        for (const double step : row) {
+            check(step > 0 && step < before, fixed(step), "falling numbers in (0, 1000]");
+            check(!warped || step == std::floor(step), fixed(step), "whole numbers where warped");
+            before = step;
+        }
+    }
 }
 
 Preset Preset::from(const Json& values, const std::string& where, std::int64_t version) {

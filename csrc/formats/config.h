@@ -21,6 +21,9 @@ struct TransformerConfig {
 
 enum class CommitPolicy { clean, noisy, none };
 
+// Throws Error(status) unless rows of timesteps are those of a preset.
+void check_steps(const std::vector<std::vector<double>>& rows, const std::string& where, bool warped, int status);
+
 struct Preset {
     std::string family;       // a row of core/families.cpp
     std::int64_t chunk = 1;   // latent frames

@@ -113,7 +113,7 @@ Made stream(const Options& options, const std::vector<Prompt>& prompts, const st
     greedy::Session session(bundle, options.seed);
     if (!picture.empty()) session.push_frames(picture.data(), 1);
     // Refuses a prompt that the tokenizer does not take. The first one is set last, so it counts.
-    for (auto one = prompts.rbegin(); one != prompts.rend(); ++one) session.set_prompt(one->text);
+    for (auto one = prompts.rbegin(); one != prompts.rend(); ++one) session.set_prompt(one->asked());
     const auto streaming = std::chrono::steady_clock::now();
     while (made.frames < options.frames && !stopped) {
         // A prompt applies from the next chunk on, so frames that are already made are shown first.
@@ -123,7 +123,8 @@ Made stream(const Options& options, const std::vector<Prompt>& prompts, const st
                 const std::string later = prompts[due].where == prompts[due - 1].where ? "a later " : "";
                 note(options, prompts[due - 1], later + prompts[due].where + " replaces it before a chunk begins");
             }
-        if (due > made.prompts) session.set_prompt(prompts[due - 1].text, options.recommit);
+        if (due > made.prompts)
+            session.set_prompt(prompts[due - 1].asked(), options.recommit, made.frames ? options.transition : 0);
         made.prompts = due;
         const auto asked = std::chrono::steady_clock::now();
         greedy::Frame frame = session.next_frame();

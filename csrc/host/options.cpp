@@ -18,8 +18,10 @@ const char* const kUsage =
     "  --prompt TEXT          text to show\n"
     "  --prompt-file FILE     the same from a file, or - for stdin: UTF-8 or UTF-16. A line that begins with [3.0s] or\n"
     "                         [48f] switches the prompt there, as --prompt-at\n"
+    "  --blend TEXT WEIGHT    mix another text into --prompt, whose own weight is 1; may be repeated\n"
     "  --prompt-at TIME TEXT  switch the prompt at frame 48 or 48f, or at 3.0s, where the next chunk begins; may be\n"
     "                         repeated\n"
+    "  --transition N         reach every later prompt in N chunks, in equal steps; 0: at once\n"
     "  --no-recommit          keep the old prompt's keys and values when the prompt switches\n"
     "  --image FILE.ppm       start from a picture of the bundle's size\n"
     "  --frames N             stop after N frames; default: until Ctrl-C\n"
@@ -41,7 +43,7 @@ const char* const kUsage =
 
 namespace {
 
-constexpr std::uint64_t kMostThreads = 1024;
+constexpr std::uint64_t kMostThreads = 1024, kMostTransition = 1 << 20;
 
 [[noreturn]] void out_of_range(const std::string& option, const std::string& got, const std::string& expected) {
     throw StatusError(GREEDY_INVALID, option + ": got " + got + ", expected " + expected);
@@ -186,7 +188,12 @@ Options parse(int count, char** words) {
         } else if (word == "--prompt-at") {
             const std::string when = in_utf8(word, next());
             out.later.push_back({when, in_utf8(word, next()), word + " " + when});
-        } else if (word == "--no-recommit")
+        } else if (word == "--blend") {
+            const std::string text = in_utf8(word, next());
+            out.blend.push_back({text, in_utf8(word, next())});
+        } else if (word == "--transition")
+            out.transition = static_cast<int>(whole(word, next(), 0, kMostTransition, word, "0 to 1048576"));
+        else if (word == "--no-recommit")
             out.recommit = false;
         else if (word == "--image")
             out.image = next();
@@ -230,6 +237,7 @@ Options parse(int count, char** words) {
     if (out.bundle.empty()) throw Usage("BUNDLE: got none, expected a directory");
     if (!out.has_prompt && !out.has_file)
         out_of_range("--prompt", "none", "a text, or --prompt-file with one");
+    if (!out.blend.empty() && !out.has_prompt) out_of_range("--blend", "no --prompt to mix it with", "one");
     return out;
 }
 

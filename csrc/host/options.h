@@ -23,10 +23,17 @@ struct Asked {
     std::string when, text, where;
 };
 
+// A text that is mixed into the first prompt, and its weight as it was given.
+struct Mixed {
+    std::string text, weight;
+};
+
 struct Options {
     std::string bundle, image, out = "-", format, prompt, prompt_file;
     bool has_prompt = false, has_file = false;
-    std::vector<Asked> later;  // of --prompt-at
+    std::vector<Asked> later;   // of --prompt-at
+    std::vector<Mixed> blend;
+    int transition = 0;  // chunks in which a later prompt is reached
     std::uint64_t frames = UINT64_MAX, seed = 0;
     double seconds = 0;  // 0: `frames` says when to stop
     std::string threads;  // empty: as the environment says

@@ -52,17 +52,21 @@ std::string excerpt(const std::string& text) {
     return out + mark;
 }
 
-void check(const Prompt& prompt, std::uint64_t limit) {
+void check_text(const std::string& text, const std::string& where) {
     std::string cleaned;
     try {
-        cleaned = core::clean_prompt(prompt.text);
+        cleaned = core::clean_prompt(text);
     } catch (const core::Error& error) {
-        const std::string text = error.what(), start = "prompt: ";
-        throw StatusError(error.status, prompt.where + ": " + (text.rfind(start, 0) == 0 ? text.substr(start.size()) : text));
+        const std::string said = error.what(), start = "prompt: ";
+        throw StatusError(error.status, where + ": " + (said.rfind(start, 0) == 0 ? said.substr(start.size()) : said));
     }
     if (core::is_blank(cleaned))
-        fail(prompt.where, is_space(prompt.text) ? "an empty text" : excerpt(prompt.text) + ", which shows nothing",
-             "words");
+        fail(where, is_space(text) ? "an empty text" : excerpt(text) + ", which shows nothing", "words");
+}
+
+void check(const Prompt& prompt, std::uint64_t limit) {
+    check_text(prompt.text, prompt.where);
+    for (const auto& mixed : prompt.blend) check_text(mixed.first, "--blend");
     if (prompt.frame >= limit)
         fail(prompt.where, "frame " + std::to_string(prompt.frame), "one before the end at " + std::to_string(limit));
 }
@@ -230,10 +234,30 @@ std::vector<Prompt> in_file(const std::string& name, double fps, const volatile 
     return found;
 }
 
+Session::Texts blend_of(const std::vector<Mixed>& given) {
+    Session::Texts found;
+    double sum = 0;
+    for (const Mixed& one : given) {
+        double weight = 0;
+        if (!read_real(one.weight, weight) || !(weight > 0))
+            fail("--blend", "weight " + quoted(one.weight), "a number above 0");
+        sum += weight;
+        found.emplace_back(one.text, weight);
+    }
+    if (!std::isfinite(sum)) fail("--blend", "weights without a finite sum", "smaller ones");
+    return found;
+}
+
 }  // namespace
 
+Session::Texts Prompt::asked() const {
+    Session::Texts texts = {{text, 1}};
+    texts.insert(texts.end(), blend.begin(), blend.end());
+    return texts;
+}
+
 std::vector<Prompt> prompts_of(const Options& options, double fps, const volatile std::sig_atomic_t& stopped) {
-    std::vector<Prompt> prompts = {{0, options.prompt, "--prompt"}};
+    std::vector<Prompt> prompts = {{0, options.prompt, "--prompt", blend_of(options.blend)}};
     if (options.has_file) prompts = in_file(options.prompt_file, fps, stopped);
     for (const Asked& one : options.later)
         prompts.push_back({frame_of(one.when, fps, "--prompt-at"), one.text, one.where});

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "greedy/greedy.hpp"
 #include "host/options.h"
 
 namespace greedy::host {
@@ -14,6 +15,10 @@ namespace greedy::host {
 struct Prompt {
     std::uint64_t frame;
     std::string text, where;
+    Session::Texts blend = {};  // texts that are mixed into it, with their weights beside its own of 1
+
+    // What a session is told.
+    Session::Texts asked() const;
 };
 
 // A signal has ended the wait for stdin.

@@ -116,7 +116,7 @@ struct PyBundle {
     ~PyBundle() { drop(bundle, born); }
 };
 
-// A session takes one thread at a time, so other threads wait their turn. set_prompt and cancel need no turn.
+// A session takes one thread at a time, so other threads wait their turn. set_prompt, change and cancel need no turn.
 class PySession {
   public:
     PySession(const PyBundle& bundle, std::uint64_t seed)
@@ -147,14 +147,24 @@ class PySession {
         return work(*open());
     }
 
+    // Runs `work` beside a call of another thread.
+    template <typename Work>
+    void beside(Work&& work) {
+        const Call call(born_);
+        const py::gil_scoped_release released;
+        work(*open());
+    }
+
     // Returns the number of the prompt that `work` sets.
     template <typename Work>
     std::uint64_t prompt(Work&& work) {
-        const Call call(born_);
-        const py::gil_scoped_release released;
-        const std::lock_guard<std::mutex> lock(prompts_mutex_);
-        work(*open());
-        return prompts_++;
+        std::uint64_t number = 0;
+        beside([&](greedy::Session& session) {
+            const std::lock_guard<std::mutex> lock(prompts_mutex_);
+            work(session);
+            number = prompts_++;
+        });
+        return number;
     }
 
     // What is left of a chunk, or the next one, whole: a cancel between its frames applies to the next chunk.
@@ -315,8 +325,8 @@ PYBIND11_MODULE(_C, module) {
     py::class_<PySession> session(module, "Session");
     session
         .def("set_prompt",
-             [](PySession& self, const std::string& text, bool recommit) {
-                 return self.prompt([&](greedy::Session& session) { session.set_prompt(text, recommit); });
+             [](PySession& self, const greedy::Session::Texts& texts, bool recommit, int transition) {
+                 return self.prompt([&](greedy::Session& session) { session.set_prompt(texts, recommit, transition); });
              })
         .def("set_prompt_tokens",
              [](PySession& self, const Array<std::int64_t>& ids, bool recommit) {
@@ -326,11 +336,16 @@ PYBIND11_MODULE(_C, module) {
                  });
              })
         .def("set_prompt_embedding",
-             [](PySession& self, const Array<float>& embedding, bool recommit) {
+             [](PySession& self, const Array<float>& embedding, bool recommit, int transition) {
                  expect(embedding, "prompt", {self.info.text_rows, self.info.text_dim});
                  const auto rows = static_cast<std::size_t>(embedding.shape(0));
-                 return self.prompt(
-                     [&](greedy::Session& session) { session.set_prompt_embedding(embedding.data(), rows, recommit); });
+                 return self.prompt([&](greedy::Session& session) {
+                     session.set_prompt_embedding(embedding.data(), rows, recommit, transition);
+                 });
+             })
+        .def("change",
+             [](PySession& self, std::optional<std::uint64_t> seed, const std::vector<std::vector<double>>& steps) {
+                 self.beside([&](greedy::Session& session) { session.change(seed ? &*seed : nullptr, steps); });
              })
         .def("push_frames",
              [](PySession& self, const Array<std::uint8_t>& rgb) {

@@ -53,6 +53,7 @@ struct Call {
     enum Kind { text, tokens, embedding, frames, latent, next, flush } kind;
     int which = 0;         // of the arguments of this kind
     bool recommit = false;
+    int transition = 0;  // of a text, which is mixed with another one then, or of an embedding
 };
 
 // What a frame showed.
@@ -75,7 +76,7 @@ const std::string kLong(20'000, 'a');
 const char* const kTexts[] = {"a red circle", "teal", "a blue square moving up", "caf\xC3\x83\xC2\xA9 &amp; </s>",
                               // Refused:
                               "", " \xE2\x80\x8B ", "\xFF", "a\xED\xA0\x80", kLong.c_str(), nullptr};
-constexpr int kGoodTexts = 4;
+constexpr int kGoodTexts = 4, kWrong = -1;  // a transition that is refused, as its weights are
 const std::vector<std::int64_t> kTokens[] = {
     {3, 8, 1}, {1}, {5, 4, 3, 2, 1, 5, 4, 3, 2, 1, 5, 4, 3, 2, 1, 0},
     // Refused:
@@ -98,11 +99,11 @@ class Driver {
         const int which = call.which;
         switch (call.kind) {
             case Call::text:
-                return greedy_set_prompt(session, kTexts[which], call.recommit);
+                return call.transition ? blend(call) : greedy_set_prompt(session, kTexts[which], call.recommit);
             case Call::tokens:
                 return greedy_set_prompt_tokens(session, kTokens[which].data(), kTokens[which].size(), call.recommit);
             case Call::embedding:
-                return embed(which, call.recommit);
+                return embed(call);
             case Call::frames:
                 return push_frames(which);
             case Call::latent:
@@ -123,6 +124,7 @@ class Driver {
     // Whether the arguments are right.
     static bool good(const Call& call) {
         const int which = call.which;
+        if (call.transition == kWrong && (call.kind == Call::text || call.kind == Call::embedding)) return false;
         return call.kind == Call::text        ? which < kGoodTexts
                : call.kind == Call::tokens    ? which < kGoodTokens
                : call.kind == Call::embedding ? which < 2
@@ -138,12 +140,19 @@ class Driver {
     const std::uint64_t seed;
 
   private:
-    int embed(int which, bool recommit) {
+    int blend(const Call& call) {
+        const char* const texts[] = {kTexts[call.which], kTexts[call.transition % kGoodTexts]};
+        const double weights[] = {1, call.transition == kWrong ? -1.0 : 0.7 * call.transition};
+        return greedy_set_prompt_blend(session, texts, weights, 2, call.transition, call.recommit);
+    }
+    int embed(const Call& call) {
+        const int which = call.which;
         const auto rows = static_cast<std::size_t>(info_.text_rows);
         std::vector<float> values(rows * static_cast<std::size_t>(info_.text_dim));
         for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>((i * (which + 3)) % 7) / 7;
         if (which == 2) values.back() = std::nanf("");
-        return greedy_set_prompt_embedding(session, which == 4 ? nullptr : values.data(), rows - (which == 3), recommit);
+        return greedy_set_prompt_embedding_blend(session, which == 4 ? nullptr : values.data(), rows - (which == 3),
+                                                 call.transition, call.recommit);
     }
     int push_frames(int which) {
         static constexpr std::size_t kCounts[] = {1, 5, 6, 14, 0, 3};
@@ -281,7 +290,7 @@ void play_calls(const std::string& bytes) {
         if (!session) session = std::make_unique<Tested>(bundle, how % 5);
         const auto kind = static_cast<Call::Kind>(what % 16);
         if (kind <= Call::latent)
-            session->make({kind, how / 2 % Driver::kinds(kind), how % 2 != 0}, how % 3 ? -1 : how / 12);
+            session->make({kind, how / 2 % Driver::kinds(kind), how % 2 != 0, how / 16 % 6 - 1}, how % 3 ? -1 : how / 12);
         else if (what % 16 < 11)
             for (int i = 0; i <= how % 6; ++i) session->make({Call::next}, what % 16 < 9 ? -1 : how / 6);
         else if (what % 16 == 11)

@@ -89,6 +89,22 @@ void test_solver(const Json& json) {
     }
 }
 
+void test_blend(const Json& json) {
+    const std::string& name = json.at("dtype", "vector").string("vector");
+    const DType dtype = name == "bfloat16" ? DType::bfloat16 : name == "float16" ? DType::float16 : DType::float32;
+    const std::int64_t steps = json.at("steps", "vector").integer("steps", 2, 100);
+    std::vector<Embedding> parts;
+    for (const Json& part : json.at("parts", "vector").array("vector")) parts.push_back(floats(part));
+    std::vector<double> weights;
+    for (const Json& weight : json.at("weights", "vector").array("vector")) weights.push_back(double_of(weight));
+    same_bits(mean_of(parts, weights, dtype), floats(json.at("mean", "vector")), "mean " + name);
+    const Json::Array& blends = json.at("blends", "vector").array("vector");
+    for (std::size_t i = 0; i < blends.size(); ++i) {
+        const double share = static_cast<double>(i + 1) / static_cast<double>(steps);
+        same_bits(between(parts[0], parts[1], share, dtype), floats(blends[i]), "blend " + name);
+    }
+}
+
 void test_rope(const Json& json) {
     const auto number = [&](const char* key) { return json.at(key, "vector").integer(key, 0, std::int64_t{1} << 60); };
     const RopeTable table =
@@ -387,12 +403,15 @@ int main(int argc, char** argv) {
             const Json json = Json::parse(line, "vector");
             const std::string& kind = json.at("kind", "vector").string("vector");
             kinds.insert(kind);
-            kind == "schedule" ? test_schedule(json) : kind == "solver" ? test_solver(json) : test_rope(json);
+            kind == "schedule" ? test_schedule(json)
+            : kind == "solver" ? test_solver(json)
+            : kind == "blend"  ? test_blend(json)
+                               : test_rope(json);
         }
     } catch (const Error& error) {
         return std::fprintf(stderr, "%s: %s\n", argv[1], error.what()), 2;
     }
-    if (kinds != std::set<std::string>{"rope", "schedule", "solver"})
+    if (kinds != std::set<std::string>{"blend", "rope", "schedule", "solver"})
         return std::fprintf(stderr, "%s: missing or without some kind\n", argv[1]), 2;
     std::printf("%zu cases, %d failures\n", cases, failures);
     return failures == 0 ? 0 : 1;

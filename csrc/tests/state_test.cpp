@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -167,6 +168,82 @@ void test_refused_calls_change_nothing(const greedy::Bundle& bundle) {
     session.set_prompt(longest);
 }
 
+// Seed and steps change together or not at all; a failure in between repeats with them.
+void test_changes(const greedy::Bundle& bundle) {
+    const std::uint64_t seed = 9;
+    const std::vector<std::vector<double>> few = {{1000, 400}};
+    greedy::Session other(bundle, seed), changed(bundle, 1), plain(bundle, 1);
+    for (greedy::Session* one : {&other, &changed, &plain}) one->set_prompt("teal");
+    changed.change(&seed);
+    check(pixels(changed, 9) == pixels(other, 9), "change: a seed before the first frame");
+    for (greedy::Session* one : {&other, &changed}) one->change(nullptr, few);
+    const std::vector<std::uint8_t> short_steps = pixels(other, 8);
+    fail_after(1);
+    greedy_frame* frame = nullptr;
+    check(greedy_next_frame(changed.get(), &frame) == GREEDY_FAILED && !frame, "change: no failure");
+    fail_after(-1);
+    check(pixels(changed, 8) == short_steps, "change: another chunk after a failure");
+    changed.flush();
+    greedy::Session fresh(bundle, seed);
+    fresh.set_prompt("teal");
+    fresh.change(nullptr, few);
+    check(pixels(changed, 9) == pixels(fresh, 9), "change: a flush forgot it");
+    pixels(plain, 9);
+    const std::vector<std::vector<std::vector<double>>> wrong = {{{}}, {{50}}, {{500, 700}}, {{1000, 0}}, {{1000.5}}, {{1000}, {}}, {{NAN}}};
+    for (const auto& steps : wrong) {
+        try {
+            plain.change(&seed, steps);
+            check(false, "change: took steps");
+        } catch (const greedy::StatusError& error) {
+            check(error.status == GREEDY_INVALID && !std::strncmp(error.what(), "steps: got ", 11), error.what());
+        }
+    }
+    const greedy_changes nothing = {}, no_rows = {&seed, nullptr, nullptr, 1};
+    check(greedy_change(plain.get(), &nothing) == GREEDY_INVALID, "change: nothing");
+    check(greedy_change(plain.get(), &no_rows) == GREEDY_INVALID, "change: rows of nothing");
+    check(greedy_change(plain.get(), nullptr) == GREEDY_INVALID && greedy_change(nullptr, &nothing) == GREEDY_INVALID, "change: null");
+    greedy::Session untouched(bundle, 1);
+    untouched.set_prompt("teal");
+    pixels(untouched, 9);
+    check(pixels(plain, 8) == pixels(untouched, 8), "change: a refused one acted");
+}
+
+// A transition ends in the target, whatever failed or was refused on the way.
+void test_transitions(const greedy::Bundle& bundle) {
+    using Texts = greedy::Session::Texts;
+    const auto made = [&](bool stumbles) {
+        greedy::Session session(bundle, 4);
+        session.set_prompt("teal");
+        std::vector<std::uint8_t> out = pixels(session, 5);
+        session.set_prompt(Texts{{"a red circle", 2}, {"a blue square", 0.5}}, true, 3);
+        for (long runs = 0; runs < 5; ++runs) {
+            greedy_frame* frame = nullptr;
+            if (stumbles) {
+                fail_after(runs);
+                check(greedy_next_frame(session.get(), &frame) == GREEDY_FAILED, "transition: no failure");
+                fail_after(-1);
+                check(greedy_set_prompt_blend(session.get(), nullptr, nullptr, 0, 2, 1) == GREEDY_INVALID, "transition: null");
+            }
+            const std::vector<std::uint8_t> chunk = pixels(session, 4);
+            out.insert(out.end(), chunk.begin(), chunk.end());
+        }
+        return out;
+    };
+    check(made(true) == made(false), "transition: another video after failures");
+    greedy::Session session(bundle, 4);
+    const char* const texts[] = {"teal", "a red circle"};
+    for (const double weight : {0.0, -1.0, HUGE_VAL, static_cast<double>(NAN)}) {
+        const double weights[] = {1, weight};
+        check(greedy_set_prompt_blend(session.get(), texts, weights, 2, 0, 1) == GREEDY_INVALID, "blend: a weight");
+    }
+    const double weights[] = {1, 1};
+    for (const int chunks : {-1, (1 << 20) + 1})
+        check(greedy_set_prompt_blend(session.get(), texts, weights, 2, chunks, 1) == GREEDY_INVALID, "blend: chunks");
+    check(greedy_set_prompt_blend(session.get(), texts, weights, 0, 0, 1) == GREEDY_INVALID, "blend: no text");
+    greedy_frame* frame = nullptr;
+    check(greedy_next_frame(session.get(), &frame) == GREEDY_INVALID && !frame, "blend: a refused prompt was set");
+}
+
 // Weights of one table of zeros, [rows, 1].
 void write_weights(Copy& copy, std::size_t rows) {
     const std::string header = R"({"shared.weight":{"dtype":"F32","shape":[)" + std::to_string(rows) +
@@ -301,6 +378,8 @@ int main(int argc, char** argv) {
         test_a_cancel_waits_for_the_next_frame(bundle);
         test_a_recommit_outlives_a_failure(bundle);
         test_refused_calls_change_nothing(bundle);
+        test_changes(bundle);
+        test_transitions(bundle);
         test_tokens_outside_the_table();
         test_hashes();
         test_files_that_vanish();

@@ -24,9 +24,12 @@ import torch
 from torch import Tensor
 
 from engine.bundles.manifest import read_manifest
+from engine.config import Preset
 from engine.model.text import Tokenizer, check_prompt, clean_prompt
+from engine.presets import override
+from engine.runtime.blending import check_transition, check_words
 from engine.runtime.handover import HandsOver, Progress
-from engine.runtime.streams import Cancelled, Serial
+from engine.runtime.streams import Cancelled, Serial, Steps, Words
 from engine.threads import use
 
 NOT_HERE = " does not open here: "  # between a backend of a bundle and the reason
@@ -90,6 +93,11 @@ class NativePipeline:
         """The bundle's tokenizer in Python. It only counts the tokens of long prompts; the core has its own."""
         return Tokenizer(self._folder / read_manifest(self._folder).tokenizer)
 
+    @cached_property
+    def preset(self) -> Preset:
+        """How the bundle's streams are generated."""
+        return read_manifest(self._folder).preset_value()
+
     def warm(self) -> None:
         """Do nothing: graphs are already compiled and loaded."""
 
@@ -102,7 +110,7 @@ class NativePipeline:
         raise _python_only("encode_clip")
 
     def stream(
-        self, prompt: str | Tensor, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
+        self, prompt: str | Tensor | Words, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
         latents: Tensor | None = None, noise: object = None,
     ) -> "NativeStream":  # fmt: skip
         """An iterator of uint8 frames [H, W, 3]. Arguments and errors are those of engine.stream.Pipeline.stream.
@@ -137,7 +145,7 @@ class NativeStream(HandsOver):
     _now: _Progress
 
     def __init__(
-        self, pipeline: NativePipeline, prompt: str | Tensor, seed: int, frames: int | None,
+        self, pipeline: NativePipeline, prompt: str | Tensor | Words, seed: int, frames: int | None,
         clip: np.ndarray | None, latents: Tensor | None,
     ) -> None:  # fmt: skip
         super().__init__(_Progress())
@@ -158,26 +166,47 @@ class NativeStream(HandsOver):
                 raise ValueError(f"latents: got {list(shape)}, expected [1, {channels}, F, {height}, {width}]")
             self._session.push_latent(latents[0].float().cpu().numpy())
 
-    def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> int:
-        """Switch the prompt, text or embedding [1, rows, text_dim], from the next chunk on; returns its number.
+    def set_prompt(self, prompt: str | Tensor | Words, recommit: bool = True, transition: int = 0) -> int:
+        """Switch the prompt from the next chunk on: text, weighted texts, or embedding [1, rows, text_dim].
 
-        `recommit` rewrites the window's keys and values under the new prompt. ValueError for another shape, or a text
-        without a visible character. Warns (PromptWarning) of a text that the model does not read to its end.
+        Returns the prompt's number. `transition` and `recommit` are those of engine.runtime.streams.Stream.
+
+        ValueError for another shape, weights that are not above 0, a transition below 0, or a text without a visible
+        character. Warns (PromptWarning) of a text that the model does not read to its end.
         """
-        if isinstance(prompt, str):
-            check_prompt(prompt)
-            cleaned = clean_prompt(prompt)
+        check_transition(transition)
+        number: int
+        if isinstance(prompt, Tensor):
+            expected = (1, self.pipeline.text_rows, self.pipeline.text_dim)
+            if tuple(prompt.shape) != expected:
+                raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, expected {list(expected)}")
+            number = self._session.set_prompt_embedding(prompt[0].float().cpu().numpy(), recommit, transition)
+            return number
+        words = check_words(((prompt, 1.0),) if isinstance(prompt, str) else prompt)
+        for text, _ in words:
+            check_prompt(text)
+            cleaned = clean_prompt(text)
             # A character of ASCII is one token at most; an end mark and a space in front may be added. The warning
             # comes first: it may be an error.
             if not cleaned.isascii() or len(cleaned) + 2 > self.pipeline.text_rows:
                 self.pipeline.tokenizer.warn_if_cut(cleaned)
-            number: int = self._session.set_prompt(prompt, recommit)
-            return number
-        expected = (1, self.pipeline.text_rows, self.pipeline.text_dim)
-        if tuple(prompt.shape) != expected:
-            raise ValueError(f"prompt: got an embedding {list(prompt.shape)}, expected {list(expected)}")
-        number = self._session.set_prompt_embedding(prompt[0].float().cpu().numpy(), recommit)
+        number = self._session.set_prompt(words, recommit, transition)
         return number
+
+    def change(self, *, seed: int | None = None, steps: Steps | None = None, window: int | None = None) -> None:
+        """Change the seed and the denoising steps from the next chunk on, both or none; None leaves a thing as it is.
+
+        ValueError for steps that no preset has, and for a window.
+        """
+        self._check_open()
+        if window is not None:
+            raise ValueError(f"window: got {window!r}, expected none: the C++ core keeps that of the bundle")
+        if seed is None and steps is None:
+            raise ValueError("change: got nothing, expected seed or steps")
+        if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
+            raise ValueError(f"seed: got {seed!r}, expected 0 to 2^64 - 1")
+        rows = () if steps is None else override(self.pipeline.preset, {"steps": steps}).steps
+        self._session.change(seed, rows)
 
     def set_adapters(self, strengths: Mapping[str, float], recommit: bool = True) -> None:
         """ValueError: a bundle's weights are fixed."""

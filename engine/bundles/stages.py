@@ -69,7 +69,7 @@ class GraphStages(ABC):
     """Stages of one backend of a bundle. The constructor opens every graph, except those that encode images."""
 
     name: str
-    capabilities = Capabilities()
+    capabilities = Capabilities(whole_chunks=True)
     make_cache = RingCache
     packs = False  # True: the runtime copies weights into a layout of its own
     executable = False  # True: graphs are machine code, whose sha256 is always compared

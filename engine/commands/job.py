@@ -10,6 +10,7 @@ from engine.commands.stderr import need_stdout
 from engine.config import Preset, Runtime
 from engine.media.sinks import LONGEST
 from engine.options import chosen, option, options_of
+from engine.runtime.blending import MOST_CHUNKS
 
 MOST_FRAMES = 2**53 - 1  # in the C++ core and in JSON, too, a counter holds so many
 
@@ -23,10 +24,14 @@ class Video:
         None, "the same from a file, or - for stdin: UTF-8 or UTF-16. A line that begins with [3.0s] or [48f] "
         "switches the prompt there, as --prompt-at", metavar="FILE", exclusive="prompt",
     )  # fmt: skip
+    blend: tuple[tuple[str, str], ...] = option(
+        (), "mix another text into --prompt, whose own weight is 1; may be repeated", metavar=("TEXT", "WEIGHT")
+    )
     prompt_at: tuple[tuple[str, str], ...] = option(
         (), "switch the prompt while streaming, at 3.0s or frame 48f, from the next chunk on; may be repeated",
         metavar=("TIME", "TEXT"),
     )  # fmt: skip
+    transition: int = option(0, "reach every later prompt in N chunks, in equal steps; 0: at once", metavar="N")
     adapter_at: tuple[tuple[str, str], ...] = option(
         (), "change an adapter's strength at 3.0s or frame 48f, from the next chunk on; may be repeated",
         metavar=("TIME", "NAME=STRENGTH"),
@@ -46,6 +51,10 @@ class Video:
     def __post_init__(self) -> None:
         if self.prompt is None and self.prompt_file is None:
             raise ValueError("--prompt: got none, expected a text, or --prompt-file with one")
+        if self.blend and self.prompt is None:
+            raise ValueError("--blend: got no --prompt to mix it with, expected one")
+        if not 0 <= self.transition <= MOST_CHUNKS:
+            raise ValueError(f"--transition: got {self.transition}, expected 0 to {MOST_CHUNKS}")
         if self.video_frames < 1:
             raise ValueError(f"--video-frames: got {self.video_frames}, expected at least 1")
         if self.video_frames > MOST_FRAMES:

@@ -3,8 +3,10 @@
 import codecs
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from engine.commands.job import MOST_FRAMES, Video
 from engine.commands.notes import Notes
 from engine.model.text import check_prompt
 from engine.options import real_number, whole_number
+from engine.runtime.streams import Words
 
 _MOST_BYTES = 16 << 20  # of a file
 # The longer marks first: that of UTF-32 begins as that of UTF-16.
@@ -29,20 +32,34 @@ class Prompt:
     frame: int
     text: str
     where: str
+    blend: tuple[tuple[str, float], ...] = ()  # texts that are mixed into it, and their weights beside its own of 1
+
+    @property
+    def asked(self) -> str | Words:
+        """What a stream is told."""
+        return ((self.text, 1.0), *self.blend) if self.blend else self.text
+
+    def report(self) -> dict[str, Any]:
+        """What a run's record says."""
+        texts = [{"text": text, "weight": weight} for text, weight in ((self.text, 1.0), *self.blend)]
+        return {"prompt": texts if self.blend else self.text}
 
 
 class Prompts:
     """The prompts of a run that wait for their frame. `shown` lists those that came, and at which frame."""
 
-    def __init__(self, prompts: list[Prompt], limit: int | None, notes: Notes) -> None:
+    def __init__(self, prompts: list[Prompt], limit: int | None, notes: Notes, transition: int = 0) -> None:
         """Limit is the number of frames, None without end. ValueError for no text, or a time past the end."""
         for prompt in prompts:
             check_prompt(prompt.text, prompt.where)
+            for text, _ in prompt.blend:
+                check_prompt(text, "--blend")
             if limit is not None and prompt.frame >= limit:
                 raise ValueError(f"{prompt.where}: got frame {prompt.frame}, expected one before the end at {limit}")
         self.notes = notes
         self.shown: list[dict[str, Any]] = []
         self._next: dict[str, Any] | None = None
+        self._transition, self._left = transition, 0  # chunks of a transition, and those still to come
         # Stable: of several at one frame the last one given wins.
         self._waiting = sorted(prompts, key=lambda prompt: prompt.frame)
 
@@ -52,12 +69,12 @@ class Prompts:
         if video.prompt_file is not None:
             prompts = in_file(video.prompt_file, fps)
         else:
-            prompts = [Prompt(0, video.prompt or "", "--prompt")]
+            prompts = [Prompt(0, video.prompt or "", "--prompt", _blend_of(video.blend))]
         for when, text in video.prompt_at:
             prompts.append(Prompt(frame_of(when, fps, "--prompt-at"), text, f"--prompt-at {when}"))
-        return cls(prompts, limit, notes)
+        return cls(prompts, limit, notes, video.transition)
 
-    def due(self, written: int) -> str | None:
+    def due(self, written: int) -> str | Words | None:
         """The prompt of the chunk that begins at frame `written`; None to keep the last one. Never None at frame 0."""
         due = [prompt for prompt in self._waiting if prompt.frame <= written]
         if not due:
@@ -66,20 +83,39 @@ class Prompts:
         for prompt, after in pairwise(due):
             later = "a later " if after.where == prompt.where else ""
             self.notes.add(f"{prompt.where} has no effect: {later}{after.where} replaces it before a chunk begins")
-        self._next = {"frame": written, "prompt": due[-1].text}
-        return due[-1].text
+        self._next = {"frame": written, **due[-1].report()}
+        return due[-1].asked
 
-    def took(self) -> None:
-        """The chunk of the last prompt that was due is made."""
+    def took(self, frame: int) -> None:
+        """The chunk that begins at this frame is made, under the last prompt that was due."""
         if self._next is not None:
-            self.shown.append(self._next)
+            self._left = self._transition if self.shown and self._transition > 1 else 0
+            self.shown.append(self._next | ({"transition": self._left, "reached": None} if self._left else {}))
             self._next = None
+        if self._left:
+            self._left -= 1
+            if not self._left:
+                self.shown[-1]["reached"] = frame
 
     def finish(self) -> None:
         """Note the prompts that came too late for the last chunk."""
         for prompt in self._waiting:
             self.notes.add(f"{prompt.where} has no effect: prompts switch where a chunk begins, "
                            f"and the last one began before frame {prompt.frame}")  # fmt: skip
+
+
+def _blend_of(given: tuple[tuple[str, str], ...]) -> tuple[tuple[str, float], ...]:
+    """Texts and weights of --blend. ValueError for a weight that is no number above 0."""
+    found = []
+    for text, number in given:
+        with suppress(ValueError):
+            if (weight := real_number(number)) > 0:
+                found.append((text, weight))
+                continue
+        raise ValueError(f"--blend: got weight {number!r}, expected a number above 0")
+    if not isfinite(sum(weight for _, weight in found)):
+        raise ValueError("--blend: got weights without a finite sum, expected smaller ones")
+    return tuple(found)
 
 
 def frame_of(when: str, fps: float, where: str) -> int:

@@ -73,7 +73,7 @@ class Recording:
                     chunk_start = time.perf_counter()
                     chunk = stream.next_chunk()
                     now = time.perf_counter()
-                    self.prompts.took()
+                    self.prompts.took(self.interrupt.written)
                     times.chunks.append(now - chunk_start)
                     times.ttff = times.ttff or now - times.start
                     self._write(chunk)
@@ -105,8 +105,8 @@ class Recording:
 
     def _switch(self, stream: Stream) -> None:
         recommit = not self.job.video.no_recommit
-        if (text := self.prompts.due(self.interrupt.written)) is not None:
-            stream.set_prompt(text, recommit=recommit)
+        if (prompt := self.prompts.due(self.interrupt.written)) is not None:
+            stream.set_prompt(prompt, recommit=recommit, transition=self.job.video.transition)
         due: dict[str, float] = {}
         while self.strengths and self.strengths[0][0] <= self.interrupt.written:
             frame, strengths = self.strengths.pop(0)

@@ -79,11 +79,13 @@ class State:
     text_kv: TextKV
     index: int = 0  # chunks committed
     position: int = 0  # latent frames committed: temporal position of the next one
+    slots: int = 0  # the window in latent frames, at most the preset's
     held: int = 0  # latent frames in the ring: its own count is a working copy, which an interrupted call may leave
     stale: bool = False  # the caches belong to an earlier prompt, or an interrupted call has spoiled them
     pending: Pass | None = None  # the last chunk's context pass, if the next chunk's first denoising call is to run it
     joined: bool = False  # that call has run it; false again if the chunk is made again
     text_emb: Tensor | None = None  # [B, rows, text_dim], from which text_kv was made
+    prompt: tuple[int, int] = (0, 0)  # which embedding that is: Course.key
     strengths: Mapping[str, float] = field(default_factory=dict)  # of the adapters in the weights of text_kv
 
     def publish(self, **changes: Any) -> None:
@@ -157,6 +159,17 @@ class Generator(ABC):
     @abstractmethod
     def _nothing(self, state: Any) -> dict[str, Any]:
         """The family's own fields of a state without chunks."""
+
+    def set_window(self, window: int, state: Any) -> None:
+        """Let attention keep `window` latent frames, at most the preset's; the caches are written again.
+
+        Then the stream goes on as one that was opened with that window, saw the same latents and had a prompt switch.
+        """
+        state.publish(slots=window, **self._rewritten(state))
+
+    @abstractmethod
+    def _rewritten(self, state: Any) -> dict[str, Any]:
+        """The fields of a state whose caches are to be written again from the window's latents."""
 
     @abstractmethod
     def denoise(self, x: Tensor, t: float, state: Any) -> Tensor:

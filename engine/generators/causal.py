@@ -20,7 +20,7 @@ DIT = PassKind("dit", "dit", timed=True)
 class CausalState(State):
     cache: RingCache = field(kw_only=True)
     attn_sink: list[tuple[int, Tensor]] = field(default_factory=list)  # (position, latent frame) of the attention sink
-    window: deque[tuple[int, Tensor]] = field(default_factory=deque)  # (position, latent frame) of the other slots
+    window: deque[tuple[int, Tensor]] = field(default_factory=deque)  # the same of the preset's other slots
     staged: bool = False  # the next commit can publish the last denoising call's keys and values
 
 
@@ -46,11 +46,15 @@ class CausalGenerator(Generator):
     def open(self, geometry: Geometry, text_kv: TextKV) -> CausalState:
         window = deque[tuple[int, Tensor]](maxlen=self.preset.window - self.preset.attn_sink)
         return CausalState(
-            geometry, self._rope(geometry), text_kv, cache=self._cache("dit", geometry), window=window
+            geometry, self._rope(geometry), text_kv, slots=self.preset.window, cache=self._cache("dit", geometry),
+            window=window,
         )  # fmt: skip
 
     def _nothing(self, state: CausalState) -> dict[str, Any]:
         return {"attn_sink": [], "window": deque(maxlen=state.window.maxlen), "staged": False}
+
+    def _rewritten(self, state: CausalState) -> dict[str, Any]:
+        return {"stale": state.index > 0, "staged": False}
 
     def denoise(self, x: Tensor, t: float, state: CausalState) -> Tensor:
         self._refresh(state)
@@ -83,7 +87,7 @@ class CausalGenerator(Generator):
 
     def set_text(self, text_kv: TextKV, state: CausalState, recommit: bool = True, **also: Any) -> None:
         if recommit:
-            state.publish(text_kv=text_kv, stale=state.index > 0, staged=False, **also)
+            state.publish(text_kv=text_kv, **self._rewritten(state), **also)
             return
         if not state.stale:
             self._run_pending(state.cache, state)  # it belongs to the old prompt
@@ -97,16 +101,17 @@ class CausalGenerator(Generator):
         return Pass(DIT, x, *rope, cache.next_slot, cache.valid(frames), timesteps(x, t))
 
     def _refresh(self, state: CausalState) -> None:
-        """After a prompt switch, run one clean pass over the cached latents, at their own positions.
+        """After a switch of prompt or window, run one clean pass over the cached latents, at their own positions.
 
         `stale` is cleared only after success, so that a failure retries.
         """
+        state.cache.limit(state.slots)
         state.cache.rewind(state.held)
         if not state.stale:
             return
         state.cache.reset()
-        rest = len(state.window) % self.preset.chunk
-        window = list(state.window)
+        window = list(state.window)[self.preset.attn_sink - state.slots :]
+        rest = len(window) % self.preset.chunk
         runs = [*_runs(state.attn_sink, self.preset.chunk), window[:rest], *_runs(window[rest:], self.preset.chunk)]
         for run in filter(None, runs):
             chunk = torch.cat([latent for _, latent in run], dim=2)

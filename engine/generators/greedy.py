@@ -23,7 +23,7 @@ class GreedyState(State):
     sdd: RingCache = field(kw_only=True)  # [chunk 0 | last | current], current right after those that exist
     c_f: Tensor | None = None  # temporal feature for the next chunk; None means zero (chunk 0)
     first: Tensor | None = None  # latent of chunk 0
-    recent: deque[tuple[int, Tensor]] = field(default_factory=deque)  # (position, latent) of the ETM's chunks
+    recent: deque[tuple[int, Tensor]] = field(default_factory=deque)  # (position, latent) of the preset's window
 
 
 class GreedyGenerator(Generator):
@@ -59,12 +59,16 @@ class GreedyGenerator(Generator):
 
     def open(self, geometry: Geometry, text_kv: TextKV) -> GreedyState:
         return GreedyState(
-            geometry, self._rope(geometry), text_kv, etm=self._cache("etm", geometry), sdd=self._cache("sdd", geometry),
+            geometry, self._rope(geometry), text_kv, slots=self.preset.window,
+            etm=self._cache("etm", geometry), sdd=self._cache("sdd", geometry),
             recent=deque(maxlen=self.preset.window // self.preset.chunk),
         )  # fmt: skip
 
     def _nothing(self, state: GreedyState) -> dict[str, Any]:
         return {"c_f": None, "first": None, "recent": deque(maxlen=state.recent.maxlen)}
+
+    def _rewritten(self, state: GreedyState) -> dict[str, Any]:
+        return {"stale": state.stale or state.index > 0}
 
     def denoise(self, x: Tensor, t: float, state: GreedyState) -> Tensor:
         self._refresh(state)
@@ -91,7 +95,7 @@ class GreedyGenerator(Generator):
 
     def set_text(self, text_kv: TextKV, state: GreedyState, recommit: bool = True, **also: Any) -> None:
         if recommit:
-            state.publish(text_kv=text_kv, stale=state.stale or state.index > 0, **also)
+            state.publish(text_kv=text_kv, **self._rewritten(state), **also)
             return
         if not state.stale:
             self._run_pending(state.sdd, state)  # it belongs to the old prompt
@@ -111,16 +115,17 @@ class GreedyGenerator(Generator):
         return Pass(SDD_CONTEXT, x, *rope, slot, slot + chunk)
 
     def _refresh(self, state: GreedyState) -> None:
-        """After a prompt switch, recompute the ETM's window, chunk 0 and the last chunk under the new prompt.
+        """After a switch of prompt or window, recompute the ETM's window, chunk 0 and the last chunk.
 
         `stale` is cleared only after success, so that a failure retries.
         """
+        state.etm.limit(state.slots)
         state.etm.rewind(state.held)
         if not state.stale or state.first is None:
             return
         state.etm.reset()
         c_f = None
-        for position, latent in state.recent:
+        for position, latent in list(state.recent)[-(state.slots // self.preset.chunk) :]:
             c_f = self._temporal(latent, position, state)
             state.etm.commit(self.preset.chunk)
         finished = dict([(0, state.first), state.recent[-1]])  # one chunk only, if the last one is chunk 0

@@ -49,6 +49,10 @@ class RingCache:
         # FP8 attention uses a static scale of 1 per head: normalised q and k fit e4m3 unscaled, and so does v.
         self.unit = torch.ones(heads, device=device) if self.fp8 else None
 
+    def limit(self, slots: int) -> None:
+        """Use the first `slots` slots alone, at most as many as there is memory for. What they hold stays as it is."""
+        self.slots = slots
+
     def reset(self) -> None:
         """Forget every frame; keep the memory."""
         self.committed = 0

@@ -65,10 +65,12 @@ class Capabilities:
 
     moves_vae_cache  vae_steady updates its cache in place, so a failed or interrupted decoding cannot be repeated
     joins_context    `run` takes a Pass with a context
+    whole_chunks     a chunk must not wrap round the end of its ring
     """
 
     moves_vae_cache: bool = False
     joins_context: bool = False
+    whole_chunks: bool = False
 
 
 class Stages(Protocol):

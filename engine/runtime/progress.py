@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from engine.runtime.blending import Course
 from engine.runtime.handover import Progress
-from engine.runtime.passes import TextKV
 from engine.runtime.streams import Serial
 from engine.runtime.transfer import Download
-
-
-@dataclass
-class Prompt:
-    """A prompt that was set. The next chunk takes it over."""
-
-    number: int = 0
-    recommit: bool = False
-    text_emb: Tensor | None = None
-    text_kv: TextKV | None = None  # None once the stream has taken it over
-    strengths: Mapping[str, float] = field(default_factory=dict)  # of the adapters in the weights of text_kv
 
 
 @dataclass(frozen=True)
@@ -37,11 +25,16 @@ class Waiting:
 
 @dataclass(frozen=True)
 class StreamProgress(Progress):
+    course: Course = field(kw_only=True)  # of the prompt of the chunk that was made last
     supplied: tuple[Tensor, ...] = ()  # chunks of the clip to start from, the next one first
     made: int = 0  # chunks made: the number of the next one
-    prompt: int = 0  # the number of the prompt of the last of them
     uncommitted: tuple[Tensor, bool] | None = None  # the last of them, and whether it was supplied
     vae_cache: Any = None
     waiting: Waiting | None = None
     started: int = 0  # frames of the chunks whose decoding has begun
     rest: tuple[np.ndarray, Serial] | None = None  # what the iterator has left of its chunk, never empty
+
+    @property
+    def prompt(self) -> int:
+        """The number of the prompt of the chunk that was made last."""
+        return self.course.to.number

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from torch import Tensor
+
+Words = Sequence[tuple[str, float]]  # texts and their weights
+Steps = str | Sequence[float] | Sequence[Sequence[float]]  # rows of timesteps, one row, or a text as --steps takes it
 
 
 class Cancelled(RuntimeError):
@@ -31,7 +34,7 @@ class Stream(Protocol):
 
     A call that fails, is cancelled or is interrupted changes nothing: the next one returns the same frames.
     One call at a time: a second one, from any thread, gets a ValueError. At any time any thread may call `set_prompt`,
-    `cancel` and `close`. A closed stream, and one in a forked process, raises ValueError.
+    `change`, `cancel` and `close`. A closed stream, and one in a forked process, raises ValueError.
     """
 
     limit: int | None  # frames that the iterator returns; None is no limit
@@ -68,11 +71,23 @@ class Stream(Protocol):
         """The frames that are decoded and not returned yet, uint8 [T, H, W, 3]; T may be 0. It makes no new ones."""
         ...
 
-    def set_prompt(self, prompt: str | Tensor, recommit: bool = True) -> int:
-        """Switch the prompt, text or embedding, from the next chunk on; returns its number, as in `serial`.
+    def set_prompt(self, prompt: str | Tensor | Words, recommit: bool = True, transition: int = 0) -> int:
+        """Switch the prompt from the next chunk on: a text, an embedding, or texts with weights above 0.
 
-        `recommit` also rewrites the window's keys and values under the new prompt. Of several calls before a chunk
-        the last one counts.
+        Returns the prompt's number, as in `serial`: it counts from the first chunk on the way.
+
+        `transition` is the number of chunks in which the prompt is reached, in equal steps from the embedding that acts
+        now; 0 and 1 are at once. `recommit` also rewrites the window's keys and values, for every chunk on the way. Of
+        several calls before a chunk the last one counts.
+        """
+        ...
+
+    def change(self, *, seed: int | None = None, steps: Steps | None = None, window: int | None = None) -> None:
+        """Change the seed, the denoising steps and the window from the next chunk on; None leaves a thing as it is.
+
+        All of them change or, with a ValueError, none. `steps` are rows as a preset has them: of chunk 0, of chunk 1,
+        ..., of the rest. `window` is at most that of the preset; the past is written again as for a new prompt. Any
+        thread may call it. `flush` keeps what was changed.
         """
         ...
 
@@ -88,7 +103,7 @@ class Stream(Protocol):
         ...
 
     def flush(self) -> None:
-        """Start over at frame 0 with the same seed and the last prompt.
+        """Start over at frame 0 with the same seed and the last prompt, which a transition reaches at once.
 
         Drops caches, frames that wait, what is left of a clip, and a cancel that has not acted.
         """

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.runtime.streams import Steps
 from serve.core.encoders import Unit
 
 Words = tuple[tuple[str, float], ...]  # texts and their weights; one text has weight 1
@@ -28,12 +29,21 @@ class Change:
     adapters: Mapping[str, float] | None = None
     paused: bool | None = None
     speed: float | None = None
-    seed: int | None = None  # starts the video again, with this seed
-    reset: bool = False  # starts it again, with the same one
+    seed: int | None = None  # starts the video again, with this seed; where `reset` is False it goes on with it
+    reset: bool | None = None  # starts it again, with the same one
+    steps: Steps | None = None  # of the next chunks, as a preset has them
+    window: int | None = None
 
     @property
     def restarts(self) -> bool:
-        return self.reset or self.seed is not None
+        return bool(self.reset) or (self.seed is not None and self.reset is None)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the stream is told to change. A seed with which the video starts again is not among it."""
+        seed = None if self.restarts else self.seed
+        asked = {"seed": seed, "steps": self.steps, "window": self.window}
+        return {name: value for name, value in asked.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -348,7 +348,7 @@ class Session:
     def _only_restart(self, change: Change) -> Change:
         """The restart of all that wait: the last one, with the seed that was asked for last. With the lock held."""
         seeds = [one.seed for one in (*self._changes, change) if one.seed is not None]
-        self._changes = deque(replace(one, seed=None, reset=False) for one in self._changes)
+        self._changes = deque(replace(one, seed=None, reset=None) for one in self._changes)
         return replace(change, seed=seeds[-1] if seeds else None)
 
     def _restarting(self) -> bool:

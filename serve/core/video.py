@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from copy import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from engine.bundles.native import NativePipeline
 from engine.runtime.streams import Stream
 from engine.stream import Pipeline
 from serve.core.messages import Change, Notice, Past, Wish, Words, shown
-from serve.core.prompts import Direction, check_words, note_of
+from serve.core.prompts import Direction, check_words, note_of, prompt_of
 
 OUT_OF_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
 Turn = Callable[[float | None], AbstractContextManager[None]]
@@ -46,18 +46,24 @@ class Video:
     def __init__(
         self, pipeline: Pipeline | NativePipeline, wish: Wish, turn: Turn, tell: Callable[[Notice], None]
     ) -> None:  # fmt: skip
-        self.wish, self.seed = wish, wish.seed
+        self.wish = wish
         self.history: list[Past] = []  # changes since the video began
         self.take = self.number = self.frames = 0  # number of the next chunk, frames made so far, both of this take
         self._pipeline, self._turn, self._tell = pipeline, turn, tell
         self._stream: Stream | None = None
-        self._direction = self._reached = Direction(pipeline, wish.prompt)  # _reached: of the chunk made last
+        self._settings: dict[str, Any] = {}  # seed, steps and window that were changed since the video began
+        self._direction = self._reached = Direction(wish.prompt)  # _reached: of the chunk made last
         self._started: list[str] = []  # events that show with the next chunk
 
     @property
     def _running(self) -> Stream:
         assert self._stream is not None  # between `begin` and `close`
         return self._stream
+
+    @property
+    def seed(self) -> int:
+        """The one that the video began with."""
+        return self.wish.seed
 
     @property
     def prompt(self) -> str:
@@ -71,14 +77,14 @@ class Video:
 
     def begin(self) -> None:
         """Open the stream of the wish."""
-        wish, direction = self.wish, Direction(self._pipeline, self.wish.prompt)
+        wish, prompt = self.wish, prompt_of(self.wish.prompt)
         self.close()  # first, so that the new one has the memory
         with self._turn(None):
-            self._stream = self._pipeline.stream(direction.first, seed=wish.seed, frames=wish.frames, clip=wish.clip)
+            self._stream = self._pipeline.stream(prompt, seed=wish.seed, frames=wish.frames, clip=wish.clip)
             if wish.adapters:
                 self._stream.set_adapters(wish.adapters)
-        self._direction = self._reached = direction
-        self.seed, self.number, self.frames, self.history = wish.seed, 0, 0, []
+        self._direction = self._reached = Direction(wish.prompt)
+        self._settings, self.number, self.frames, self.history = {}, 0, 0, []
         self._note(wish.prompt)
 
     def close(self, release: bool = False) -> None:
@@ -96,7 +102,7 @@ class Video:
     def forget(self) -> None:
         """Let go what only a running video needs."""
         self.wish = replace(self.wish, clip=None)
-        self._direction = self._reached = Direction(self._pipeline, self._direction.words)
+        self._direction = self._reached = Direction(self._direction.words)
 
     def apply(self, change: Change) -> bool:
         """Change what is shown from the next chunk on. What the stream refuses is told and leaves it as it was: False.
@@ -106,19 +112,25 @@ class Video:
         if change.restarts:
             self._restart(change)
         prompt = None if change.restarts else change.prompt  # of a restart it is the video's first one
+        settings, adapters = change.settings, change.adapters
         try:
             if prompt is not None:
-                self._turn_to(prompt, change)
-            if change.adapters is not None:
-                with self._turn(None):
-                    self._running.set_adapters(change.adapters)
+                check_words(prompt)
+            with self._turn(None) if settings or adapters is not None else nullcontext():
+                if settings:
+                    self._running.change(**settings)
+                if adapters is not None:
+                    self._running.set_adapters(adapters)
         except (ValueError, *OUT_OF_MEMORY) as error:
             self._refused(change.event, error)
             return False
-        if change.adapters is not None:  # a restart keeps them, as it keeps the prompt
-            self.wish = replace(self.wish, adapters={**self.wish.adapters, **change.adapters})
-        if prompt is not None or change.adapters is not None:
-            lasting = Change(change.event, prompt, change.transition, change.adapters)
+        if prompt is not None:
+            self._turn_to(prompt, change)
+        self._settings |= settings
+        if adapters is not None:  # a restart keeps them, as it keeps the prompt
+            self.wish = replace(self.wish, adapters={**self.wish.adapters, **adapters})
+        if prompt is not None or adapters is not None or settings:
+            lasting = replace(change, prompt=prompt, paused=None, speed=None, seed=settings.get("seed"), reset=False)
             self.history.append(Past(self.number, lasting))
         if change.event:
             self._started.append(change.event)
@@ -149,43 +161,47 @@ class Video:
 
     def _restart(self, change: Change) -> None:
         """Begin the video again."""
-        words = change.prompt or self._direction.words
-        self.wish = replace(self.wish, prompt=words, seed=self.seed if change.seed is None else change.seed)
+        words, kept = change.prompt or self._direction.words, self._settings
+        seed = kept.pop("seed", self.seed) if change.seed is None else change.seed
+        self.wish = replace(self.wish, prompt=words, seed=seed)
         self.begin()
+        if kept := {name: value for name, value in kept.items() if name != "seed"}:
+            with self._turn(None):
+                self._running.change(**kept)
+            self._settings = kept
+            self.history.append(Past(0, Change(reset=False, **kept)))
         if self.wish.adapters:
             self.history.append(Past(0, Change(adapters=self.wish.adapters)))
         self.take += 1
 
     def _turn_to(self, words: Words, change: Change) -> None:
-        check_words(words)
-        direction = copy(self._reached)  # a prompt that no chunk shows is no start of a transition
-        with self._turn(None):
-            direction.turn_to(words, change.transition, change.event)
         if (unseen := self._direction.event) and unseen in self._started:
             self._started.remove(unseen)
             message = "this prompt has no effect: a newer one came before the next chunk"
             self._tell(Notice("note", {"message": message, "event_id": unseen}))
         if self._direction is not self._reached:
             self._forget_prompt()
-        self._direction = direction
+        self._direction = Direction(words, change.event, max(change.transition, 1), 0)
         self._note(words)
 
     def _steer(self) -> bool:
         """Give the stream the prompt of its next chunk; whether that is one on the way to a new target."""
-        direction = copy(self._direction)
-        if (prompt := direction.step()) is None:
-            self._reached = self._direction
+        direction = self._direction
+        if not direction.moving:
+            self._reached = direction
             return False
-        try:
-            self._running.set_prompt(prompt)
-        except (ValueError, FloatingPointError, *OUT_OF_MEMORY) as error:
-            # A call that fails changes nothing: the stream still has the prompt of its last chunk.
-            self._direction = self._reached = Direction(self._pipeline, self._reached.words)
-            self._started = [one for one in self._started if one != direction.event]
-            self._forget_prompt()
-            self._refused(direction.event, error)
-            return False
-        self._direction = self._reached = direction
+        if not direction.made:  # else the stream is on its way
+            try:
+                self._running.set_prompt(prompt_of(direction.words), transition=direction.transition)
+            except (ValueError, FloatingPointError, *OUT_OF_MEMORY) as error:
+                # A call that fails changes nothing: the stream still follows the prompt of its last chunk.
+                before = self._reached
+                self._direction = self._reached = before.later()
+                self._started = [one for one in self._started if one != direction.event]
+                self._forget_prompt()
+                self._refused(direction.event, error)
+                return before.moving
+        self._direction = self._reached = direction.later()
         return True
 
     def _forget_prompt(self) -> None:
@@ -193,8 +209,9 @@ class Video:
         for place in reversed(range(len(self.history))):
             past = self.history[place]
             if past.change.prompt is not None:
-                rest = [] if past.change.adapters is None else [Past(past.chunk, replace(past.change, prompt=None))]
-                self.history[place : place + 1] = rest
+                rest = replace(past.change, prompt=None)
+                lasts = rest.adapters is not None or rest.settings
+                self.history[place : place + 1] = [Past(past.chunk, rest)] if lasts else []
                 return
 
     def _note(self, words: Words) -> None:

@@ -6,8 +6,17 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-_STARTS = ("prompt", "seed", "adapters", "num_frames", "speed")  # of a session.start; a client keeps its picture
-_CHANGES = ("prompt", "adapters")  # that stand in a history
+_STARTS = (
+    "prompt",
+    "seed",
+    "adapters",
+    "denoising_step_list",
+    "window",
+    "num_frames",
+    "speed",
+)  # of a session.start; a client keeps its picture
+_SETTINGS = ("seed", "denoising_step_list", "window")
+_CHANGES = ("prompt", "adapters", *_SETTINGS)  # that stand in a history
 _MOST_EVENTS = 1000  # ids that are remembered, as many as a server remembers
 
 
@@ -24,6 +33,7 @@ class Past:
         self.history = [one for one in history if isinstance(one, dict)] if isinstance(history, list) else []
         self._base = dict(self._start)
         self._prompt = next((one["prompt"] for one in reversed(self.history) if one.get("prompt")), start.get("prompt"))
+        self._settings = {name: one[name] for one in self.history for name in _SETTINGS if one.get(name) is not None}
         self._now: dict[str, Any] = {}  # speed and pause, where they were changed
         self._asked: dict[str, dict[str, Any]] = {}  # interactions that do not show yet, by event id
         self._seen: dict[str, None] = {}  # event ids; a server does nothing for one that it gets again
@@ -80,9 +90,12 @@ class Past:
         event = {name: value for name, value in interaction["event"].items() if value is not None}
         self._now |= {name: event[name] for name in ("speed", "paused") if name in event}
         self._prompt = event.get("prompt", self._prompt)
-        if event.get("reset") or "seed" in event:
-            self.history = []
-            self._base |= {"prompt": self._prompt, "seed": event.get("seed", self._base.get("seed"))}
+        self._settings |= {name: event[name] for name in _SETTINGS if name in event}
+        reset = event.get("reset", event.get("reset_cache"))
+        if reset or ("seed" in event and reset is None):
+            seed = self._settings.pop("seed", self._base.get("seed"))
+            self.history = [{"chunk": 0, "transition_chunks": 0, **self._settings}] if self._settings else []
+            self._base |= {"prompt": self._prompt, "seed": seed}
             self._base["adapters"] = {**(self._start.get("adapters") or {}), **event.get("adapters", {})}
             return
         change = {name: event[name] for name in _CHANGES if name in event}

@@ -99,7 +99,6 @@ export class Controls {
     $("#model-name").textContent = model.id;
     $("#model-name").hidden = this.models.length > 1;
     $("#model-facts").textContent = `${model.width} × ${model.height}, ${model.fps} fps, preset ${model.preset}`;
-    $("#blend-row").hidden = model.transitions === false;
     this.#blend();
     $("#adapters-row").hidden = !model.adapters?.length;
     $("#adapters").replaceChildren(...(model.adapters ?? []).map((name) => this.#slider(name, model.strengths?.[name] ?? 1)));

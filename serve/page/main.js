@@ -105,7 +105,7 @@ function watch() {
 function go() {
   if (!session.running) return start();
   const prompt = promptText();
-  if (prompt) session.interact({ prompt }, controls.model?.transitions === false ? 0 : controls.blend);
+  if (prompt) session.interact({ prompt }, controls.blend);
 }
 
 function promptText() {

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.presets import override
 from serve.core.messages import Change, Notice
-from serve.core.prompts import check_blends
 from serve.core.session import Session, TooMany
 from serve.core.viewers import Viewer
 from serve.web.server import Refused, Server, error_notice
@@ -117,8 +117,8 @@ class Desk:
         if unknown := sorted(set(change.adapters or {}) - set(known)):
             expected = f"one of {', '.join(known)}" if known else "none: this model has no adapters"
             raise Invalid(f"adapters: got the name {unknown[0][:100]!r}, expected {expected}")
-        if change.prompt is not None and (change.transition or len(change.prompt) > 1):
-            try:
-                check_blends(self.server.pipeline)
-            except ValueError as error:
-                raise Invalid(str(error)) from None
+        settings = {name: value for name, value in change.settings.items() if name != "seed"}
+        try:
+            override(self.server.pipeline.preset, settings)
+        except ValueError as error:
+            raise Invalid(str(error)) from None

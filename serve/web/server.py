@@ -17,7 +17,6 @@ from serve.core.encoders import MIME
 from serve.core.house import House
 from serve.core.jobs import Jobs
 from serve.core.messages import Notice
-from serve.core.prompts import blends
 from serve.core.session import Session
 from serve.options import Network, Sessions
 from serve.web.metrics import Metrics
@@ -62,7 +61,7 @@ class Server:
         return {
             "id": self.name, "object": "model", "created": int(self.started), "owned_by": "greedy-stream",
             "width": pipeline.width, "height": pipeline.height, "fps": pipeline.fps, "preset": pipeline.preset_name,
-            "adapters": list(self.adapters), "strengths": self.adapters, "transitions": blends(pipeline),
+            "adapters": list(self.adapters), "strengths": self.adapters,
             "examples": list(self.examples),
             "capacity": self.house.room.sessions, "formats": ["m4s", "jpeg", "rgb"], "scale": self.house.scale,
             "chunk_frames": self.chunk_frames,

@@ -22,6 +22,7 @@ from serve.web.server import Bell, Bucket, Refused, Server
 from serve.web.wire import MOST_TEXT, words_of
 
 _BOUNDARY = "frame"
+NAMES = {"steps": "denoising_step_list"}  # of a change, as messages have them
 MOST_SECONDS = 86_400.0
 
 
@@ -40,6 +41,7 @@ def router(server: Server, starts: Bucket) -> APIRouter:
                 {"chunk": one.chunk, "transition_chunks": one.change.transition}
                 | ({"prompt": _prompt(one.change.prompt)} if one.change.prompt else {})
                 | ({"adapters": dict(one.change.adapters)} if one.change.adapters else {})
+                | {NAMES.get(name, name): value for name, value in one.change.settings.items()}
                 for one in list(session.history)
             ],
         }  # fmt: skip

@@ -52,6 +52,8 @@ Prompt = Annotated[str, Field(max_length=MOST_TEXT)] | Annotated[list[Weighted],
 Transition = Annotated[int, Field(ge=0, le=1000)]
 Strengths = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Row = Annotated[list[float], Field(max_length=100)]
+StepList = Row | Annotated[list[Row], Field(max_length=100)]  # of all chunks; or of chunk 0, chunk 1, ..., the rest
 Speed = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), AfterValidator(_speed)]
 
 
@@ -60,6 +62,9 @@ class PastMessage(_Message):
     prompt: Prompt | None = None
     adapters: Strengths | None = None
     transition_chunks: Transition = 0
+    seed: Seed | None = None
+    denoising_step_list: StepList | None = None
+    window: int | None = None
 
 
 class Resume(_Message):
@@ -80,6 +85,8 @@ class Start(_Message):
     speed: Speed = 1.0
     image: str | None = None
     adapters: Strengths = {}
+    denoising_step_list: StepList | None = None
+    window: int | None = None
     resume: Resume | None = None
 
 
@@ -96,7 +103,10 @@ class Event(_Message):
     paused: bool | None = None
     speed: Speed | None = None
     seed: Seed | None = None
-    reset: bool = False
+    reset: bool | None = None
+    reset_cache: bool | None = None  # scope's name for it
+    denoising_step_list: StepList | None = None
+    window: int | None = None
 
 
 class Interaction(_Message):
@@ -135,18 +145,21 @@ def change_of(interaction: Interaction, event_id: str) -> Change:
         raise Invalid(f"event: got none of {', '.join(Event.model_fields)}, expected one")
     return Change(
         event_id, None if event.prompt is None else words_of(event.prompt), interaction.transition_chunks,
-        event.adapters, event.paused, event.speed, event.seed, event.reset,
+        event.adapters, event.paused, event.speed, event.seed,
+        event.reset_cache if event.reset is None else event.reset, event.denoising_step_list, event.window,
     )  # fmt: skip
 
 
 def wish_of(start: Start, seed: int, clip: np.ndarray | None) -> Wish:
     """The video that a start asks for."""
     past = [] if start.resume is None else start.resume.history
+    settings = Change(steps=start.denoising_step_list, window=start.window)
     return Wish(
         words_of(start.prompt), seed, start.num_frames, start.speed, clip, start.adapters,
-        tuple(
+        (Past(0, settings),) * bool(settings.settings) + tuple(
             Past(one.chunk, Change(
-                "", None if one.prompt is None else words_of(one.prompt), one.transition_chunks, one.adapters
+                "", None if one.prompt is None else words_of(one.prompt), one.transition_chunks, one.adapters,
+                seed=one.seed, reset=False, steps=one.denoising_step_list, window=one.window,
             )) for one in sorted(past, key=lambda one: one.chunk)
         ),
         0 if start.resume is None else start.resume.chunk,

@@ -1,4 +1,4 @@
-"""The C++ core's numbers and tokens are Python's: schedules, solvers, position tables bit for bit, tokens one by one.
+"""The C++ core's numbers and tokens are Python's: schedules, solvers, blends, positions bit for bit, tokens one by one.
 
 `python tests/csrc/test_csrc_core.py` writes csrc/tests/core_vectors.jsonl, the vectors for where there is no Python.
 """
@@ -17,6 +17,7 @@ from csrc_tools import HANG
 from engine.config import Preset
 from engine.model.rope import rope_tables
 from engine.presets import PRESETS
+from engine.runtime.blending import Course, Prompt, mean_of
 from engine.sampling.schedule import Schedule
 from engine.sampling.solvers import make_solver
 
@@ -69,6 +70,17 @@ def rope_case(position: int, frames: int, high: int, wide: int, head_dim: int) -
             "cos": bits(cos), "sin": bits(sin)}  # fmt: skip
 
 
+def blend_case(dtype: str, seed: int, count: int = 24) -> dict:
+    """Three embeddings, their mean, and blends from the first to the second."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(1, 1, count, generator=generator).to(DTYPES[dtype]) for _ in range(3)]
+    weights, steps = [0.1 + seed, 2.7, 1e-3], 3 + seed
+    to = Prompt(1, parts[1], transition=steps)
+    blends = [bits(Course(to, parts[0], step).text_emb) for step in range(1, steps)]
+    return {"kind": "blend", "dtype": dtype, "parts": [bits(part) for part in parts], "steps": steps, "blends": blends,
+            "weights": [double_bits(weight) for weight in weights], "mean": bits(mean_of(parts, weights))}  # fmt: skip
+
+
 def cases(seeds: int) -> Iterator[dict]:
     presets = [*PRESETS.values(), Preset("greedy", shift=2.0, stop_after=2), Preset("greedy", shift=3.7)]
     for preset in presets if seeds > 1 else presets[:4]:
@@ -79,6 +91,8 @@ def cases(seeds: int) -> Iterator[dict]:
             for seed in range(seeds):
                 steps = many if seed % 2 else few
                 yield solver_case(Preset("greedy", solver=solver, steps=steps, shift=2.0 + seed), dtype, seed)
+    for dtype in DTYPES:
+        yield from (blend_case(dtype, seed) for seed in range(seeds))
     for position in (0, 1, 20, 12345) if seeds == 1 else (0, 1, 7, 20, 21, 100, 999, 12345, 1_000_003, 87_654_321):
         yield rope_case(position, 3 if position % 2 else 1, 2, 3, 32 if position % 3 else 128)
     if seeds > 1:
@@ -104,11 +118,12 @@ def test_schedules_solvers_and_positions_have_pythons_bits(native_build, tmp_pat
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("kind", ["schedule", "solver", "rope"])
+@pytest.mark.parametrize("kind", ["schedule", "solver", "rope", "blend"])
 def test_a_wrong_bit_is_noticed(native_build, tmp_path, kind):
     written = list(cases(1))
     case = next(c for c in written if c["kind"] == kind)
-    where = {"schedule": case.get("sigmas"), "rope": case.get("sin")}.get(kind) or case["results"][-1]
+    where = {"schedule": "sigmas", "rope": "sin", "blend": "mean"}.get(kind)
+    where = case[where] if where else case["results"][-1]
     where[-1] ^= 1
     (tmp_path / "vectors.jsonl").write_text("".join(json.dumps(c) + "\n" for c in written))
     ran = core_test(native_build, tmp_path / "vectors.jsonl")

@@ -224,6 +224,48 @@ def test_prompts_of_the_command_line(both, tmp_path, words, status):
     assert {path.name for path in tmp_path.iterdir()} <= {"p.txt"}
 
 
+BLENDS = [
+    (["--blend", TEAL, "0.5"], 0),
+    (["--blend", TEAL, ".5", "--blend", BLUE, "+2e0"], 0),
+    (["--blend", TEAL, "1", "--prompt-at", "5f", BLUE, "--transition", "2"], 0),
+    (["--transition", "3", "--prompt-at", "1f", BLUE, "--prompt-at", "5f", TEAL], 0),
+    (["--transition", "3", "--no-recommit", "--prompt-at", "1f", BLUE], 0),
+    (["--transition", "1", "--prompt-at", "1f", BLUE], 0),
+    (["--transition", "4", "--prompt-at", "0f", BLUE], 0),
+    (["--transition", "1048576", "--prompt-at", "1f", BLUE], 0),
+    *((["--blend", TEAL, weight], 2) for weight in ("0", "-1", "nan", "inf", "x", "", " 1", "1_0", "1e400", "-0.0")),
+    (["--blend", TEAL, "1e308", "--blend", BLUE, "1e308"], 2),
+    (["--blend", "", "1"], 2),
+    (["--blend", "\u200b", "1"], 2),
+    (["--blend", b"r\xe9d", "1"], 2),
+    *((["--prompt-at", "1f", BLUE, f"--transition={steps}"], 2)
+      for steps in ("-1", "x", "1.5", "", "1048577", str(2**64))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "status"), BLENDS, ids=ascii)
+def test_blends(both, words, status):
+    same(both, *FRAMES, "--out", "checksum", "--prompt", RED, *words, status=status)
+
+
+def test_blends_show(both):
+    def of(*words):
+        return same(both, *FRAMES, "--out", "checksum", "--prompt", RED, *words, status=0)
+
+    mixed = [of(), of("--blend", TEAL, "0.5"), of("--blend", TEAL, "2"), of("--blend", BLUE, "2")]
+    assert len(set(mixed)) == 4
+    at = ["--prompt-at", "1f", BLUE]
+    hard, once, soft, softer = (of(*at, "--transition", steps) for steps in "0123")
+    assert hard == of(*at) == once
+    assert len({hard, soft, softer}) == 3
+
+
+def test_a_blend_needs_a_prompt_of_the_command_line(both, tmp_path):
+    (tmp_path / "p.txt").write_text(RED)
+    same(both, *FRAMES, "--out", "checksum", "--prompt-file", "p.txt", "--blend", TEAL, "1", status=2,
+         said="--blend: got no --prompt to mix it with, expected one")  # fmt: skip
+
+
 @pytest.mark.parametrize("when", ["-1f", "-1s", "-x"])
 def test_a_time_below_zero(both, when):
     """argparse says it in other words: it takes the text for an option."""

@@ -205,7 +205,7 @@ def test_prompts_that_no_model_can_read_are_refused(recorded, prompt):
         assert "\n" not in str(raised.value)
     if prompt.isascii() and "\0" not in prompt:  # those that reach the core
         with pytest.raises(ValueError, match=r"^prompt: got .*, expected "):
-            stream._session.set_prompt(prompt, True)
+            stream._session.set_prompt([(prompt, 1.0)], True, 0)
 
 
 def test_prompts_are_cleaned_as_in_python(recorded):
@@ -247,7 +247,7 @@ def test_arrays_of_another_shape_are_refused(recorded):
     with pytest.raises(ValueError, match=r"push: got \[1, 2, 3, 4\], expected \[\d+, any, \d+, \d+\]"):
         session.push_latent(np.zeros((1, 2, 3, 4), np.float32))
     with pytest.raises(ValueError, match=r"prompt: got \[16\], expected \[16, 6\]"):
-        session.set_prompt_embedding(np.zeros(16, np.float32), True)
+        session.set_prompt_embedding(np.zeros(16, np.float32), True, 0)
     with pytest.raises(ValueError, match=r"prompt: got \[\], expected \[any\]"):
         session.set_prompt_tokens(np.array(3), True)
 

@@ -45,14 +45,14 @@ def test_both_sides_have_the_same_limits():
 )  # fmt: skip
 def test_a_prompt_is_refused_whole(core, native_build, prompt):
     session = opened(core, native_build, fake_stages.RECORDED).open(1)
-    session.set_prompt("teal", True)
+    session.set_prompt([("teal", 1.0)], True, 0)
     with pytest.raises(ValueError, match=r"^prompt: got ") as native:
-        session.set_prompt(prompt, True)
+        session.set_prompt([(prompt, 1.0)], True, 0)
     with pytest.raises(ValueError, match=r"^prompt: got ") as python:
         check_prompt(prompt)
     assert str(native.value) == str(python.value)
     other = opened(core, native_build, fake_stages.RECORDED).open(1)
-    other.set_prompt("teal", True)
+    other.set_prompt([("teal", 1.0)], True, 0)
     assert np.array_equal(session.next_chunk()[0], other.next_chunk()[0])
 
 

@@ -51,6 +51,11 @@ def items(viewer, until=lambda item: False):
     raise AssertionError(f"no end after {len(found)} items: {found[-3:]}")
 
 
+def after(number):
+    """Takes the chunk of that number, for `items`."""
+    return lambda item: isinstance(item, Chunk) and item.number == number
+
+
 def chunks(found):
     return [item for item in found if isinstance(item, Chunk)]
 

@@ -22,7 +22,7 @@
  * terminated, may be NULL); a session keeps it for greedy_error.
  *
  * Threads: any threads may use a bundle at once. A session belongs to one thread at a time, except for
- * greedy_set_prompt*, greedy_cancel and greedy_error, which any thread may call while another is in
+ * greedy_set_prompt*, greedy_change, greedy_cancel and greedy_error, which any thread may call while another is in
  * greedy_next_frame. Any thread may keep, read and release frames, also after their session is closed.
  *
  * No function exits, aborts or throws. There is no global state beside the objects that the caller opens.
@@ -102,7 +102,8 @@ typedef struct greedy_frame {
     uint64_t index; /* since open or flush, from 0 */
     uint64_t chunk; /* since open or flush, from 0 */
     uint32_t left;  /* frames of the same chunk that follow */
-    uint64_t prompt; /* greedy_set_prompt* calls that had succeeded before the one whose prompt it shows */
+    uint64_t prompt; /* greedy_set_prompt* calls that had succeeded before the one whose prompt it shows, or is on the
+                        way to */
 } greedy_frame;
 
 /* "0.1.0"; static. */
@@ -145,6 +146,29 @@ GREEDY_API int greedy_set_prompt(greedy_session *session, const char *text, int 
 GREEDY_API int greedy_set_prompt_tokens(greedy_session *session, const int64_t *ids, size_t count, int recommit);
 GREEDY_API int greedy_set_prompt_embedding(greedy_session *session, const float *embedding, size_t rows, int recommit);
 
+/* The same with `count` texts and their weights, all above 0: the prompt is the weighted mean of their embeddings.
+ * `transition` is the number of chunks in which the prompt is reached (at most 2^20; 0 and 1: at once), in equal steps
+ * from the embedding that acts when the next chunk is made; before the first chunk, that of the prompt that was set
+ * first. With recommit 1 each chunk on the way rewrites the keys. greedy_flush ends a transition: the prompt that was
+ * set last acts at once. */
+GREEDY_API int greedy_set_prompt_blend(greedy_session *session, const char *const *texts, const double *weights,
+                                       size_t count, int transition, int recommit);
+GREEDY_API int greedy_set_prompt_embedding_blend(greedy_session *session, const float *embedding, size_t rows,
+                                                 int transition, int recommit);
+
+/* What greedy_change changes. A zeroed struct changes nothing. */
+typedef struct greedy_changes {
+    const uint64_t *seed;    /* NULL: stays */
+    const double *steps;     /* timesteps as the preset has them: the rows of chunk 0, chunk 1, ..., the rest in turn */
+    const size_t *row_sizes; /* number of timesteps of each row */
+    size_t rows;             /* 0: the steps stay */
+} greedy_changes;
+
+/* Change seed and denoising steps from the next chunk on, all or, after a failure, none. Any thread may call this while
+ * another streams. Noise depends on the seed and the chunk alone. greedy_flush keeps what was changed. Everything is
+ * copied. GREEDY_INVALID, GREEDY_NO_MEMORY. */
+GREEDY_API int greedy_change(greedy_session *session, const greedy_changes *changes);
+
 /* Start from a picture (count 1) or continue a clip: RGB frames of the bundle's size, tightly packed, before the first
  * greedy_next_frame. The stream shows them first, re-encoded; of a long clip it keeps the end. The pixels are only read
  * during the call. Of several pushes the last one counts. It heeds no greedy_cancel.
@@ -170,7 +194,7 @@ GREEDY_API void greedy_frame_unref(greedy_frame **frame);
  * graph that is running. Any thread may call this. */
 GREEDY_API void greedy_cancel(greedy_session *session);
 
-/* Start over at frame 0 with the same seed and the last prompt. Drops waiting frames, pushed latents, caches and a
+/* Start over at frame 0 with the seed, the steps and the prompt that were set last. Drops waiting frames, pushed latents, caches and a
  * pending cancel; the caller's frames stay valid. GREEDY_OK, GREEDY_INVALID. */
 GREEDY_API int greedy_flush(greedy_session *session);
 

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "greedy/greedy.h"
 
@@ -79,17 +80,39 @@ class Session {
     }
     ~Session() { greedy_close(&session_); }
 
-    void set_prompt(const std::string& text, bool recommit = true) {
-        // A C string ends at the first NUL, so the rest would be lost.
-        if (text.find('\0') != std::string::npos)
-            throw StatusError(GREEDY_INVALID, "prompt: got a NUL character, expected text");
-        check(greedy_set_prompt(session_, text.c_str(), recommit));
+    using Texts = std::vector<std::pair<std::string, double>>;  // with their weights
+
+    void set_prompt(const std::string& text, bool recommit = true, int transition = 0) {
+        set_prompt(Texts{{text, 1}}, recommit, transition);
+    }
+    void set_prompt(const Texts& texts, bool recommit = true, int transition = 0) {
+        std::vector<const char*> words;
+        std::vector<double> weights;
+        for (const auto& [text, weight] : texts) {
+            // A C string ends at the first NUL, so the rest would be lost.
+            if (text.find('\0') != std::string::npos)
+                throw StatusError(GREEDY_INVALID, "prompt: got a NUL character, expected text");
+            words.push_back(text.c_str());
+            weights.push_back(weight);
+        }
+        check(greedy_set_prompt_blend(session_, words.data(), weights.data(), words.size(), transition, recommit));
     }
     void set_prompt_tokens(const std::int64_t* ids, std::size_t count, bool recommit = true) {
         check(greedy_set_prompt_tokens(session_, ids, count, recommit));
     }
-    void set_prompt_embedding(const float* embedding, std::size_t rows, bool recommit = true) {
-        check(greedy_set_prompt_embedding(session_, embedding, rows, recommit));
+    void set_prompt_embedding(const float* embedding, std::size_t rows, bool recommit = true, int transition = 0) {
+        check(greedy_set_prompt_embedding_blend(session_, embedding, rows, transition, recommit));
+    }
+    // `seed` null and no rows of steps leave what they name.
+    void change(const std::uint64_t* seed, const std::vector<std::vector<double>>& steps = {}) {
+        std::vector<double> all;
+        std::vector<std::size_t> sizes;
+        for (const std::vector<double>& row : steps) {
+            all.insert(all.end(), row.begin(), row.end());
+            sizes.push_back(row.size());
+        }
+        const greedy_changes changes = {seed, all.data(), sizes.data(), sizes.size()};
+        check(greedy_change(session_, &changes));
     }
     void push_frames(const std::uint8_t* rgb, std::size_t count) { check(greedy_push_frames(session_, rgb, count)); }
     void push_latent(const float* latent, std::size_t frames) { check(greedy_push_latent(session_, latent, frames)); }

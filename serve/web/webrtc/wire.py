@@ -11,7 +11,7 @@ from aiortc import RTCIceCandidate
 from aiortc.sdp import candidate_from_sdp
 from pydantic import Field
 
-from serve.web.wire import Invalid, Prompt, Seed, Speed, Start, Transition, _Message, parsed
+from serve.web.wire import Invalid, Prompt, Seed, Speed, Start, StepList, Transition, _Message, parsed
 
 MOST_SDP = 64 << 10  # characters; a browser's offer has some 10,000
 MOST_SECTIONS = 8  # of an SDP: video, audio, data
@@ -59,6 +59,8 @@ class Parameters(_Message):
     paused: bool | None = None
     reset_cache: bool | None = None
     seed: Seed | None = None
+    denoising_step_list: StepList | None = None
+    window: int | None = None
     speed: Speed | None = None
     event_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
 
@@ -91,7 +93,7 @@ def interaction_of(message: Mapping[str, Any]) -> tuple[dict[str, Any] | None, l
     unknown = [name for name in message if name not in Parameters.model_fields and name != "type"]
     event = {
         "paused": asked.paused, "reset": asked.reset_cache, "seed": asked.seed, "speed": asked.speed,
-        "prompt": message.get("prompts"),
+        "denoising_step_list": asked.denoising_step_list, "window": asked.window, "prompt": message.get("prompts"),
         "adapters": None if asked.lora_scales is None else adapters_of(asked.lora_scales),
     }  # fmt: skip
     steps = 0

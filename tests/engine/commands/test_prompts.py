@@ -91,6 +91,25 @@ def test_one_inside_the_last_chunk_is_noted(model_dir, pipeline, capfd):
     assert report["sha256"] == checksum(pipeline, 9, {0: RED})
 
 
+def test_a_transition_is_that_of_the_interface(model_dir, pipeline, capfd):
+    """The report says which prompt acted from which frame on, and where it was reached."""
+    options = ["--prompt-at", "5f", BLUE, "--prompt-at", "13f", TEAL, "--transition", 2]
+    report = report_of(capfd, model_dir, "--frames", 17, "--prompt", RED, "--blend", TEAL, "0.25", *options)
+    mixed = [{"text": RED, "weight": 1.0}, {"text": TEAL, "weight": 0.25}]
+    assert report["prompts"] == [
+        {"frame": 0, "prompt": mixed},
+        {"frame": 5, "prompt": BLUE, "transition": 2, "reached": 9},
+        {"frame": 13, "prompt": TEAL, "transition": 2, "reached": None},
+    ]
+    shown = []
+    with pipeline.stream([(RED, 1.0), (TEAL, 0.25)], frames=17) as stream:
+        for at, prompt in ((5, BLUE), (13, TEAL)):
+            shown += islice(stream, at - len(shown))
+            stream.set_prompt(prompt, transition=2)
+        shown += stream
+    assert report["sha256"] == hashlib.sha256(np.stack(shown).tobytes()).hexdigest()
+
+
 def test_long_prompts_are_noted_each_once(model_dir, capfd):
     options = ["--prompt", "red " * 40, "--prompt-at", "5f", "blue " * 40, "--prompt-at", "9f", "blue " * 40]
     notes = report_of(capfd, model_dir, "--frames", 13, *options)["notes"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dense_streams import FAMILIES, SHORT, TEXT, joined, name_of
+from dense_streams import FAMILIES, OTHER, SHORT, TEXT, joined, name_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import CPU, models_of, pipeline_of, reference_of, transformer
@@ -457,3 +457,22 @@ def test_a_pipeline_on_other_modules_says_so(files):
         other.adapters.at({"a": 0.0, "b": 0.0}, wrapped),
     ):
         pass
+
+
+@pytest.mark.parametrize("join", [False, True])
+@pytest.mark.parametrize("preset", FAMILIES[:2], ids=name_of)
+def test_strengths_that_change_on_the_way_to_a_prompt(preset, files, join):
+    """Each blend, and the target, get the weights of their chunk: as hard switches to the blends."""
+    runs = []
+    for soft in (True, False):
+        stream, made = adapted(preset, files, (1.0, 1.0), join=join).stream(TEXT, seed=4), []
+        for number in range(8):
+            if number == 2 and soft:
+                stream.set_prompt(OTHER, transition=4)
+            if 2 <= number < 6 and not soft:
+                stream.set_prompt(OTHER if number == 5 else torch.lerp(TEXT, OTHER, (number - 1) / 4))
+            if number in (3, 5, 7):
+                stream.set_adapters({"a": 0.25 * number, "b": -0.5})
+            made.append(stream.next_latent())
+        runs.append(made)
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))

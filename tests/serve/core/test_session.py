@@ -7,15 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from sessions import HANG, OTHER, PROMPT, chunks, frames, items, notices, opened, place, plain, wish, words
+from sessions import HANG, OTHER, PROMPT, after, chunks, frames, items, notices, opened, place, plain, wish, words
 
 from serve.core.messages import Change, Chunk, Past
 from serve.core.session import MOST_CHANGES, Limits, Session, TooMany
 from serve.core.viewers import Viewer
-
-
-def after(number):
-    return lambda item: isinstance(item, Chunk) and item.number == number
 
 
 def test_frames_are_those_of_a_plain_stream(pipeline):
@@ -344,7 +340,7 @@ def test_a_prompt_that_fails_takes_no_earlier_one_out_of_the_history(pipeline, m
     session, viewer = opened(pipeline, asked, Viewer(None, room=1))
     items(viewer, after(3))
 
-    def fails(prompt):
+    def fails(prompt, transition):
         raise FloatingPointError("no number")
 
     monkeypatch.setattr(session._video._stream, "set_prompt", fails)

@@ -36,7 +36,7 @@ def test_health_and_models(url):
     assert listed["object"] == "list"
     (model,) = listed["data"]
     about = {"id": "tiny", "object": "model", "width": 24, "height": 16, "fps": 8.0, "preset": "greedy", "scale": 8,
-             "chunk_frames": 4, "transitions": True, "adapters": [], "capacity": 3}  # fmt: skip
+             "chunk_frames": 4, "adapters": [], "capacity": 3}  # fmt: skip
     assert about.items() <= model.items()
     assert httpx.get(f"{url}/v1/models/tiny").json() == model
 

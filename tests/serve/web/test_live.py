@@ -13,11 +13,6 @@ from clients import OTHER, PROMPT, connected, play, started
 from PIL import Image
 from sessions import plain
 
-from serve.core.messages import Change
-from serve.core.viewers import Viewer
-from serve.web.desk import Desk
-from serve.web.wire import Invalid, Start
-
 
 def pixels(chunk, pipeline):
     return np.frombuffer(chunk["data"], np.uint8).reshape(chunk["num_frames"], pipeline.height, pipeline.width, 3)
@@ -232,6 +227,42 @@ def test_bad_messages_are_answered_and_end_nothing(url, pipeline):
     assert (np.concatenate([pixels(c, pipeline) for c in client.chunks]) == plain(pipeline, 21)).all()
 
 
+def test_seed_steps_and_window_change_while_it_plays(url, pipeline):
+    """And what no preset has is answered with its event id; the video goes on."""
+    wrong = [{"window": 0}, {"window": "3"}, {"denoising_step_list": [1]}, {"denoising_step_list": [500, 700]},
+             {"denoising_step_list": []}, {"denoising_step_list": "1000"}, {"window": 99}, {"seed": -1, "reset": False},
+             {"reset_cache": "yes"}]  # fmt: skip
+
+    async def run():
+        async with started(url, denoising_step_list=[1000, 600], window=3, num_frames=41, speed=4) as client:
+            await client.until("video.chunk_metadata", generation_chunk_index=1)
+            for number, event in enumerate(wrong):
+                await client.interact(f"w{number}", **event)
+            await client.interact("a", seed=9, reset=False, denoising_step_list=[[1000, 400]])
+            await client.interact("b", window=2)
+            await client.rest()
+            return client
+
+    client = asyncio.run(run())
+    refused = {message["event_id"]: message for message in client.of("error") if "event_id" in message}
+    told = {message.get("event_id") for message in client.of("error")}
+    assert len(client.of("error")) == len(wrong)
+    assert "w6" in refused  # the stream itself refused it
+    assert "expected at most 4" in refused["w6"]["message"]
+    assert {"w0", "w2", "w3", "w4"} <= told
+    begin = {event: chunk["generation_chunk_index"] for chunk in client.chunks for event in chunk["started_event_ids"]}
+    asked = {begin["a"]: {"seed": 9, "steps": (1000.0, 400.0)}}
+    asked[begin["b"]] = asked.get(begin["b"], {}) | {"window": 2}
+    made = []
+    with pipeline.stream(PROMPT, seed=3) as stream:
+        stream.change(steps=(1000.0, 600.0), window=3)
+        for number in range(11):
+            if number in asked:
+                stream.change(**asked[number])
+            made.append(stream.next_chunk())
+    assert (np.concatenate([pixels(c, pipeline) for c in client.chunks]) == np.concatenate(made)[:41]).all()
+
+
 def test_one_who_looks_on_changes_nothing(url):
     async def run():
         async with started(url, speed=1) as owner, connected(url) as other:
@@ -320,23 +351,6 @@ def test_a_history_may_come_in_any_order(url):
     )  # fmt: skip
     assert [c["prompt"] for c in turned.chunks] == [PROMPT] * 2 + [OTHER] * 2 + [PROMPT] * 3
     assert [c["data"] for c in turned.chunks] == [c["data"] for c in told.chunks]
-
-
-def test_the_core_refuses_mixtures_before_a_session_starts(server, monkeypatch):
-    """Also with a restart, which would end the session."""
-    monkeypatch.setattr("serve.core.prompts.blends", lambda pipeline: False)
-    desk = Desk(server, Viewer(None))
-    mixed = ((PROMPT, 1.0), (OTHER, 1.0))
-    starts = ({"prompt": [{"text": PROMPT}, {"text": OTHER}]},
-              {"prompt": PROMPT, "resume": {"chunk": 1, "history": [{"chunk": 0, "prompt": OTHER,
-                                                                    "transition_chunks": 3}]}})  # fmt: skip
-    for start in starts:
-        with pytest.raises(Invalid, match="got a bundle that the C"):
-            desk.start(Start.model_validate({"type": "session.start"} | start))
-    assert desk.session is None
-    with pytest.raises(Invalid, match="got a bundle that the C"):
-        desk._check_change(Change(prompt=mixed, reset=True))
-    desk._check_change(Change(prompt=mixed[:1], reset=True))
 
 
 def test_sessions_wait_in_line_and_are_told_their_place(url, server):

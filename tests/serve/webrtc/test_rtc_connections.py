@@ -64,6 +64,8 @@ def test_messages_that_are_wrong_are_answered(url: str) -> None:
     garbage = ["", "garbage", "[1, 2]", "1", "[" * 20_000, b"bytes", "{}", '{"prompts": []}',
                '{"prompts": [{"text": "", "weight": 1}]}', '{"prompts": [{"text": "a", "weight": -1}]}',
                '{"transition": {"num_steps": 2}}', '{"paused": "yes"}', '{"seed": -1}', '{"speed": 1e9}',
+               '{"denoising_step_list": [1]}',
+               '{"denoising_step_list": "1000"}', '{"window": 0}', '{"window": "3"}', '{"reset_cache": 1}',
                '{"lora_scales": [{"scale": 1}]}', '{"lora_scales": [{"path": "/etc/passwd", "scale": 1}]}',
                '{"type": "session.start"}', '{"type": "session.interaction"}']  # fmt: skip
 
@@ -93,8 +95,38 @@ def test_messages_that_are_wrong_are_answered(url: str) -> None:
     assert all("\n" not in one["message"] and len(one["message"]) < 400 for one in errors)
     assert "'passwd'" in errors[garbage.index('{"lora_scales": [{"path": "/etc/passwd", "scale": 1}]}')]["message"]
     noted = sorted(one["message"].split(":")[0] for one in caller.told("session.note"))
-    names = ["denoising_step_list", "manage_cache", "noise_scale", "temporal_interpolation_method", "vace_scale"]
+    names = ["manage_cache", "noise_scale", "temporal_interpolation_method", "vace_scale"]
     assert noted == names
+
+
+def test_settings_change_without_a_restart(server: Server, url: str) -> None:
+    """In scope's names; a wrong one is answered with its event id."""
+
+    async def direct() -> tuple[Caller, dict[str, Any]]:
+        async with Caller(url, prompts=prompts(CIRCLE), seed=7, denoising_step_list=[1000, 500]) as caller:
+            start = await caller.message("video.start")
+            await caller.message("video.chunk_metadata", generation_chunk_index=1)
+            caller.send({"denoising_step_list": [50], "event_id": "wrong"})
+            await caller.message("error", event_id="wrong")
+            caller.send({"window": 1000, "event_id": "too large"})
+            await caller.message("error", event_id="too large")
+            asked = {"denoising_step_list": [1000, 400], "window": 2, "seed": 9, "reset_cache": False}
+            caller.send(asked | {"event_id": "settings"})
+            await caller.message("video.chunk_metadata", take=0, started_event_ids=["settings"])
+            caller.send({"reset_cache": True, "event_id": "reset"})
+            await caller.message("video.chunk_metadata", take=1, started_event_ids=["reset"])
+            caller.send({"type": "session.stop"})
+            await caller.message("stream_stopped")
+            return caller, start
+
+    caller, start = asyncio.run(direct())
+    session = server.house.get(start["session"])
+    assert session is not None
+    assert session.seed == 9
+    kept = {"steps": [1000.0, 400.0], "window": 2}
+    assert [past.change.settings for past in session.history] == [kept]
+    codes = {one["event_id"]: one["code"] for one in caller.told("error")}
+    assert codes == {"wrong": "invalid_request", "too large": "interaction_failed"}
 
 
 def test_candidates(server: Server, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
