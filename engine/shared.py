@@ -4,6 +4,7 @@ import os
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from engine.runtime.finite import bad_number, bad_weight, first_bad, numbers
 from engine.runtime.memory_plan import MemoryPlan
 from engine.runtime.passes import Stages
 from engine.runtime.streams import check_process
-from engine.runtime.transfer import SideStream
+from engine.runtime.transfer import SideStream, upload
 from engine.weights.lora.merge import Adapters
 
 
@@ -114,11 +115,23 @@ class Shared:
         clip = clip[-frames:]
         if len(clip) < frames:
             clip = np.concatenate([clip, np.repeat(clip[-1:], frames - len(clip), axis=0)])
-        video = uint8_to_frames(torch.from_numpy(np.ascontiguousarray(clip))[None]).to(self.device, self.dtype)
-        encoded = self.stages.vae_encode(video)
+        encoded, _ = self.encoded(clip)
         if bad_number(encoded) is not None:
-            raise first_bad(self.stages, "clip", lambda stages: stages.vae_encode(video))
+            raise first_bad(self.stages, "clip", lambda stages: self.encoded(clip, stages=stages))
         return encoded
+
+    def encoded(self, frames: np.ndarray, cache: Any = None, stages: Stages | None = None) -> tuple[Tensor, Any]:
+        """Latents [1, C, F, h, w] of uint8 frames [T, H, W, 3], and the encoder's cache for those that follow.
+
+        T is 1 + 4 (F - 1) without a cache, else 4 F. In parts or at once: the latents are the same.
+        """
+        pixels = upload(torch.from_numpy(np.ascontiguousarray(frames))[None], self.device)
+        video, latents = uint8_to_frames(pixels).to(self.dtype), []
+        first = 0 if cache is not None else 1
+        for part in video.split([1] * first + [self.temporal] * ((len(frames) - first) // self.temporal), dim=2):
+            latent, cache = (stages or self.stages).vae_encode_step(part, cache)
+            latents.append(latent)
+        return torch.cat(latents, dim=2), cache
 
     def embedded(self, prompt: str | Tensor, batch: int | None = None) -> Tensor:
         """text_emb [B, rows, text_dim] of a text, or of an embedding. ValueError for another shape or batch."""

@@ -1,7 +1,7 @@
 """The loop: noise -> denoising steps -> VAE decode -> commit, chunk by chunk, while the caller pulls frames."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import count, zip_longest
@@ -14,18 +14,19 @@ from torch import Tensor
 from engine.generators.base import Generator, Geometry
 from engine.model.vae import frames_to_uint8
 from engine.runtime.finite import bad_number, first_bad
-from engine.runtime.handover import HandsOver
 from engine.runtime.passes import Stages
 from engine.runtime.progress import Prompt, StreamProgress, Waiting
-from engine.runtime.streams import Cancelled, Serial, check_process
+from engine.runtime.results import HandsOverChunks
+from engine.runtime.streams import Cancelled, check_process
 from engine.runtime.transfer import Download, upload
 from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
 from engine.sampling.schedule import Schedule
 from engine.sampling.solvers import SOLVERS, make_solver
 from engine.shared import Shared
+from engine.source import Intake, Source, Start, make_source
 
 
-class PythonStream(HandsOver):
+class PythonStream(HandsOverChunks):
     """A stream whose loop runs in Python: on torch's modules, or on the graphs of a bundle.
 
     A call that fails or is interrupted, anywhere, changes nothing: the next call returns the same chunk, of the same
@@ -40,11 +41,10 @@ class PythonStream(HandsOver):
     One call at a time, see engine.runtime.streams.Stream. Streams of one pipeline are independent.
     """
 
-    _now: StreamProgress
-
     def __init__(
-        self, pipeline: Shared, prompt: str | Tensor, noise: NoiseSource, frames: int | None, latents: Tensor | None
-    ) -> None:
+        self, pipeline: Shared, prompt: str | Tensor, noise: NoiseSource, frames: int | None, latents: Tensor | None,
+        source: Source | None = None,
+    ) -> None:  # fmt: skip
         check_process(pipeline.process)
         self.pipeline, self.noise, self.limit = pipeline, noise, frames
         self.schedule = Schedule(pipeline.preset)
@@ -53,7 +53,8 @@ class PythonStream(HandsOver):
         geometry = Geometry.of(
             config, len(text_emb), pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
         )
-        super().__init__(StreamProgress(supplied=tuple(pipeline.chunks_of(latents, geometry))))
+        super().__init__(StreamProgress(supplied=tuple(pipeline.chunks_of(latents, geometry)), intake=Intake()))
+        self._source, self._begun = source, Start([])  # of the chunk that was made last
         self._ahead_of_time = noise if isinstance(noise, DrawnAhead) else None
         self._prepare_noise(len(self.supplied), geometry)
         strengths = {} if pipeline.adapters is None else pipeline.adapters.strengths
@@ -61,7 +62,7 @@ class PythonStream(HandsOver):
             self.state = pipeline.generator.open(geometry, pipeline.stages.prepare_text(text_emb))
         self.state.publish(text_emb=text_emb, strengths=strengths)
         # On a GPU the stream makes the next latent while the last one is decoded and shown.
-        self.looks_ahead = pipeline.device.type == "cuda" and not pipeline.low_memory
+        self.looks_ahead = pipeline.device.type == "cuda" and not pipeline.low_memory and source is None
         self._ahead: tuple[int, Tensor | Exception] | None = None  # a chunk's number, and the chunk or its error
         self._spoiled = -1  # number of a chunk that cannot be made again, if it is the next one
         self._prompt, self._numbers = Prompt(), count(1)
@@ -134,21 +135,6 @@ class PythonStream(HandsOver):
                     pipeline.generator.set_text(state.text_kv, state, recommit=False)
             pipeline.generator.set_text(text_kv, state, recommit, strengths=chosen)
 
-    def next_chunk(self) -> np.ndarray:
-        """The next chunk, or what the iterator has left of it, uint8 [T, H, W, 3].
-
-        T is 1 + 4 (F - 1) for chunk 0, then 4 F.
-        """
-        return self._hand_over(self._ready_chunk)
-
-    def next_latent(self) -> Tensor:
-        """The next chunk's clean latent [B, C, F, h, w], not decoded. It waits for the device. ValueError if closed."""
-        return self._hand_over(self._ready_latent)
-
-    def rest(self) -> np.ndarray:
-        """What the iterator has left of its chunk, and the chunk of an interrupted call, uint8 [T, H, W, 3]."""
-        return self._hand_over(self._ready_rest)
-
     def cancel(self) -> None:
         """Make the call that runs, or else the next one that has a chunk to make, raise Cancelled once.
 
@@ -175,61 +161,9 @@ class PythonStream(HandsOver):
                 raise self._refusal()
             now, self._ahead, self._cancelled = self._now, None, False
             # The state follows with the next chunk: an interrupted call must not leave one without the other.
-            self._now = StreamProgress(handed=now.handed, last=now.last, serial=now.serial)
+            intake = now.intake.restarted()
+            self._now = StreamProgress(handed=now.handed, last=now.last, serial=now.serial, intake=intake)
             self._spoiled = -1
-
-    def _ready_chunk(self) -> tuple[np.ndarray, StreamProgress]:
-        self._check_open()
-        if (rest := self._now.rest) is not None:
-            return rest[0], replace(self._now, rest=None, serial=rest[1])
-        with torch.inference_mode():
-            pixels = self._decoded(self.looks_ahead)
-        return pixels, self._shown()
-
-    def _shown(self) -> StreamProgress:
-        """The progress once the waiting chunk is handed over."""
-        now, waiting = self._now, cast(Waiting, self._now.waiting)
-        serial = Serial(waiting.before.started, waiting.before.made, now.prompt)
-        return replace(now, waiting=None, vae_cache=waiting.vae_cache, serial=serial)
-
-    def _ready_latent(self) -> tuple[Tensor, StreamProgress]:
-        self._check_open()
-        now = self._now
-        if now.waiting is not None:  # an interrupted call has made and decoded it
-            serial = Serial(now.waiting.before.started, now.waiting.before.made, now.prompt)
-            return cast(tuple[Tensor, bool], now.uncommitted)[0], replace(now, waiting=None, serial=serial)
-        with torch.inference_mode():
-            x = self._latent()
-            if bad_number(x) is not None:
-                raise self._not_finite()
-        after = self._accepted(x)
-        return x, replace(after, serial=Serial(now.started, now.made, after.prompt))
-
-    def _ready_frame(self) -> tuple[np.ndarray, StreamProgress]:
-        pixels, after = self._ready_chunk()
-        serial = cast(Serial, after.serial)
-        rest = (pixels[1:], serial.later(1)) if len(pixels) > 1 else None
-        return pixels[0], replace(after, rest=rest, emitted=after.emitted + 1)
-
-    def _ready_rest(self) -> tuple[np.ndarray, StreamProgress]:
-        self._check_open()
-        now, parts = self._now, [np.zeros((0, self.pipeline.height, self.pipeline.width, 3), np.uint8)]
-        first = now.rest
-        if first is not None:
-            parts.append(first[0])
-            now = replace(now, rest=None, serial=first[1])
-        if now.waiting is not None:
-            with torch.inference_mode():
-                parts.append(self._decoded(ahead=False))
-            now = replace(self._shown(), rest=None)
-            now = now if first is None else replace(now, serial=first[1])
-        return np.concatenate(parts), now
-
-    def _decode_ahead(self) -> None:
-        with self._turns, torch.inference_mode():
-            self._check_open()
-            if self._now.rest is None:
-                self._decoded(self.looks_ahead)
 
     def _decoded(self, ahead: bool) -> np.ndarray:
         """The next chunk's frames, the same until a call has returned them. `ahead`: make the latent after it, too."""
@@ -255,6 +189,8 @@ class PythonStream(HandsOver):
                 self.pipeline.generator.restart(self.state)
         self._made_under = self._take_prompt()
         if self._ahead is None or self._ahead[0] != number:
+            if self._source is not None:
+                self._wait_for_frames(self._source)
             with self._weights():
                 self._ahead = number, self._make(self.pipeline.generator)
         x = self._ahead[1]
@@ -262,6 +198,13 @@ class PythonStream(HandsOver):
             self._ahead = None
             raise x
         return x
+
+    def _wait_for_frames(self, source: Source) -> None:
+        with self._weights():
+            self._commit(self.pipeline.generator)
+        source.take(self.pipeline, self._now.intake, self._now.made)
+        self._go_on()
+        self._made_under = self._take_prompt()  # one may have been set meanwhile
 
     def _look_ahead(self) -> None:
         number = self._now.made
@@ -275,33 +218,43 @@ class PythonStream(HandsOver):
         except Exception as error:  # it belongs to the next chunk, so the next call raises it
             self._ahead = number, error
 
+    def _commit(self, generator: Generator) -> None:
+        """Commit the previous chunk. It is done lazily, so that cache passes do not delay frames."""
+        now = self._now
+        if now.uncommitted is not None and self.state.index < now.made:
+            generator.commit(now.uncommitted[0], self.state, supplied=now.uncommitted[1])
+
     def _make(self, generator: Generator) -> Tensor:
         """Commit the previous chunk, then make the next one without publishing it."""
+        self._commit(generator)
         state, now = self.state, self._now
-        # Commit lazily, so that cache passes do not delay frames.
-        if now.uncommitted is not None and state.index < now.made:
-            generator.commit(now.uncommitted[0], state, supplied=now.uncommitted[1])
         if now.supplied:
             return now.supplied[0]
         state.joined = False  # a chunk that is made again takes the context pass along again
         index = state.index
-        steps = self.schedule.steps(index)
+        begun = self._begun = self._start(index, generator.stages)
         solver = make_solver(self.pipeline.preset.solver, self.schedule)
         noise = self.noise.draw(index, *self._draws(index, state.geometry))
         x, *fresh = upload(noise, self.pipeline.device, self.pipeline.dtype)
         self._prepare_noise(index + 1, state.geometry)
-        for (t, t_next), new in zip_longest(steps, fresh):
+        x = begun.noised(x)
+        for (t, t_next), new in zip_longest(begun.steps, fresh[: len(begun.steps) - 1]):
             self._go_on()
             flow = generator.denoise(x, t, state)
             x = solver.step(x, flow, t, t_next, new)
         return x
+
+    def _start(self, index: int, stages: Stages) -> Start:
+        if self._source is None:
+            return Start(self.schedule.steps(index))
+        return self._source.start(self.pipeline, self._now.intake, index, stages)
 
     def _accepted(self, x: Tensor) -> StreamProgress:
         """The progress with one chunk more."""
         now = self._now
         return replace(
             now, made=now.made + 1, prompt=self._made_under, uncommitted=(x, bool(now.supplied)),
-            supplied=now.supplied[1:],
+            supplied=now.supplied[1:], intake=self._begun.after,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -342,7 +295,8 @@ class PythonStream(HandsOver):
     def _draws(self, index: int, geometry: Geometry) -> tuple[int, tuple[int, ...]]:
         """How many draws chunk `index` takes, and the shape of each."""
         g, preset = geometry, self.pipeline.preset
-        count = len(self.schedule.steps(index)) if SOLVERS[preset.solver].renoises else 1
+        strength = 1.0 if self._source is None else self._source.strength
+        count = len(self.schedule.steps(index, strength)) if SOLVERS[preset.solver].renoises else 1
         return count, (g.batch, g.channels, preset.chunk_frames(index), g.height, g.width)
 
     def _prepare_noise(self, index: int, geometry: Geometry) -> None:
@@ -390,7 +344,7 @@ class PythonStream(HandsOver):
 
     def _not_finite(self) -> Exception:
         """The error of the next chunk, which is not finite."""
-        number, steps = self._now.made, self.schedule.steps(self._now.made)
+        number, steps = self._now.made, self._begun.steps
         self._ahead = None
         noise = self.noise.draw(number, *self._draws(number, self.state.geometry))
         if not self.supplied and (got := bad_number(noise)) is not None:
@@ -421,7 +375,8 @@ class Pipeline(Shared):
 
     def stream(
         self, prompt: str | Tensor, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
-        latents: Tensor | None = None, noise: NoiseSource | None = None,
+        latents: Tensor | None = None, noise: NoiseSource | None = None, source: Iterable[np.ndarray] | None = None,
+        strength: float | None = None, noise_scale: float | None = None,
     ) -> PythonStream:  # fmt: skip
         """An iterator of uint8 frames [H, W, 3].
 
@@ -432,16 +387,21 @@ class Pipeline(Shared):
         clip     uint8 [T, H, W, 3] to start from: one frame is image-to-video, a longer clip is continued
         latents  an encoded clip [B, C, F, h, w]
         noise    replaces the seeded source
+        source   frames uint8 [H, W, 3] that the video follows (docs/video-to-video.md). The stream ends where too few
+                 are left for a chunk
+        strength, noise_scale  how closely it follows them: engine.source.Source
 
         Raises ValueError for invalid arguments (got and expected).
         """
         check_process(self.process)
         if frames is not None and frames < 1:
             raise ValueError(f"frames: got {frames}, expected at least 1")
+        begun = clip is not None or latents is not None
+        followed = make_source(source, strength, noise_scale, self.preset, begun)
         if clip is not None:
             latents = self.encode_clip(clip)
         if noise is None:
             noise = PhiloxNoise(seed)
             # A GPU would wait for the draws. A processor has no idle core for another thread.
             noise = DrawnAhead(noise, self.worker) if self.device.type == "cuda" else noise
-        return PythonStream(self, prompt, noise, frames, latents)
+        return PythonStream(self, prompt, noise, frames, latents, followed)
