@@ -1,6 +1,7 @@
 """What all streams of a pipeline share: weights, backend, preset, and the encoding of prompts and clips."""
 
 import os
+from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from torch import Tensor
 from engine.config import Preset, TransformerConfig
 from engine.generators import family_of, make_generator
 from engine.generators.base import Generator, Geometry
+from engine.generators.source import Source
 from engine.model.text import Tokenizer, check_prompt
 from engine.model.vae import uint8_to_frames
 from engine.runtime.finite import bad_number, bad_weight, first_bad, numbers
@@ -146,6 +148,16 @@ class Shared:
         if (got := bad_number(prompt)) is not None:
             raise ValueError(f"prompt: got {got} in the embedding ({numbers(prompt)}), expected finite numbers")
         return prompt
+
+    def follows(
+        self, frames: Iterable[np.ndarray] | None, strength: float | None, noise_scale: float | None
+    ) -> Source | None:
+        """The source of a stream's arguments. ValueError for what is wrong."""
+        if frames is not None:
+            return Source(frames, (self.height, self.width), self.temporal, self.preset, strength, noise_scale)
+        if strength is not None or noise_scale is not None:
+            raise ValueError("strength, noise_scale: got one of them without a source, expected a source as well")
+        return None
 
     def chunks_of(self, latents: Tensor | None, geometry: Geometry) -> list[Tensor]:
         """Split supplied latents [B, C, F, h, w] into chunks; the first may be shorter. ValueError if misshapen."""

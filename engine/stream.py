@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import count, zip_longest
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.generators.base import Generator, Geometry
+from engine.generators.source import Intake, Source, Start
 from engine.model.vae import frames_to_uint8
 from engine.runtime.finite import bad_number, first_bad
 from engine.runtime.passes import Stages
@@ -23,7 +25,6 @@ from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
 from engine.sampling.schedule import Schedule
 from engine.sampling.solvers import SOLVERS, make_solver
 from engine.shared import Shared
-from engine.source import Intake, Source, Start, make_source
 
 
 class PythonStream(HandsOverChunks):
@@ -202,7 +203,7 @@ class PythonStream(HandsOverChunks):
     def _wait_for_frames(self, source: Source) -> None:
         with self._weights():
             self._commit(self.pipeline.generator)
-        source.take(self.pipeline, self._now.intake, self._now.made)
+        source.take(self._now.intake, self._now.made)
         self._go_on()
         self._made_under = self._take_prompt()  # one may have been set meanwhile
 
@@ -247,7 +248,7 @@ class PythonStream(HandsOverChunks):
     def _start(self, index: int, stages: Stages) -> Start:
         if self._source is None:
             return Start(self.schedule.steps(index))
-        return self._source.start(self.pipeline, self._now.intake, index, stages)
+        return self._source.start(self._now.intake, index, partial(self.pipeline.encoded, stages=stages))
 
     def _accepted(self, x: Tensor) -> StreamProgress:
         """The progress with one chunk more."""
@@ -389,15 +390,16 @@ class Pipeline(Shared):
         noise    replaces the seeded source
         source   frames uint8 [H, W, 3] that the video follows (docs/video-to-video.md). The stream ends where too few
                  are left for a chunk
-        strength, noise_scale  how closely it follows them: engine.source.Source
+        strength, noise_scale  how closely it follows them: engine.generators.source.Source
 
         Raises ValueError for invalid arguments (got and expected).
         """
         check_process(self.process)
         if frames is not None and frames < 1:
             raise ValueError(f"frames: got {frames}, expected at least 1")
-        begun = clip is not None or latents is not None
-        followed = make_source(source, strength, noise_scale, self.preset, begun)
+        followed = self.follows(source, strength, noise_scale)
+        if followed is not None and (clip is not None or latents is not None):
+            raise ValueError("source: got a clip or latents as well, expected one of them")
         if clip is not None:
             latents = self.encode_clip(clip)
         if noise is None:

@@ -24,8 +24,7 @@ MAY = {
 LEVELS = {
     "engine": [
         "files", "options threads kernels_folder program", "config", "media model", "sampling runtime",
-        "weights generators", "presets", "bundles", "memory", "shared", "source", "stream", "loader",
-        "commands", "run", "cli",
+        "weights generators", "presets", "bundles", "memory", "shared", "stream", "loader", "commands", "run", "cli",
     ],
     "distill": ["training", "models", "data", "scores", "stages", "experiments", "__main__"],
     "bench": [

@@ -112,8 +112,7 @@ GRAPH_FAULTS = {"slot numbers frozen": _frozen}
 ENGINE = str(Path(__file__).parents[2] / "engine")
 # The loop and what it changes; the rest of engine/ computes.
 LOOP = tuple(
-    f"{ENGINE}/{name}"
-    for name in ("stream.py", "source.py", "generators", "runtime", "bundles", "sampling", "model/cache.py")
+    f"{ENGINE}/{name}" for name in ("stream.py", "generators", "runtime", "bundles", "sampling", "model/cache.py")
 )
 
 

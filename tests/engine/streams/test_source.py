@@ -13,12 +13,12 @@ from tiny import HEIGHT, WIDTH
 
 import engine
 from engine.config import Preset
+from engine.generators.source import Intake, Source, Start
 from engine.presets import override
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.stages import TorchStages
 from engine.runtime.streams import Cancelled, SourceEnded
 from engine.sampling.schedule import Schedule
-from engine.source import Intake, Source, Start
 
 PROMPT, OTHER = "a red circle moving right", "a blue square on gray"
 FAMILIES = {
@@ -199,9 +199,9 @@ def test_every_kind_of_stream_follows_or_refuses(any_pipeline, kind):
 # --- noise that follows the motion
 
 
-def levels(schedule, frames, chunks, **options):
-    """The noise levels at which the chunks of 4 frames begin, and by the published formula."""
-    source, intake, got = Source([], schedule=schedule, **options), Intake(), []
+def levels(preset, frames, chunks, **options):
+    """The noise levels at which the chunks of 4 frames begin."""
+    source, intake, got = Source([], (HEIGHT, WIDTH), 4, preset, **options), Intake(), []
     for number in range(chunks):
         begin = 4 * number
         part = np.stack(frames[begin : begin + 4])
@@ -213,18 +213,18 @@ def levels(schedule, frames, chunks, **options):
 
 def test_more_motion_gives_less_noise():
     """s = 0.9 (s_max - span min(d / 0.2, 1)) + 0.1 s_before, from the largest difference of the chunk's frames."""
-    schedule = Schedule(Preset("causal", steps=((1000, 750, 500, 250),)))
+    preset = Preset("causal", steps=((1000, 750, 500, 250),))
     options = {"strength": 0.95, "noise_scale": 0.2}
-    top = schedule.sigma(937.5)
-    assert levels(schedule, moving(20, 0), 5, **options) == pytest.approx([top] * 5)
+    top = Schedule(preset).sigma(937.5)
+    assert levels(preset, moving(20, 0), 5, **options) == pytest.approx([top] * 5)
     difference = 10 / 127.5 / 0.2  # of the scale of d
     expected = [top - 0.2 * difference]
     for _ in range(4):
         expected.append(0.9 * (top - 0.2 * difference) + 0.1 * expected[-1])
-    assert levels(schedule, moving(20, 10), 5, **options) == pytest.approx(expected, abs=1e-5)
-    fastest = levels(schedule, moving(20, 120), 5, **options)
+    assert levels(preset, moving(20, 10), 5, **options) == pytest.approx(expected, abs=1e-5)
+    fastest = levels(preset, moving(20, 120), 5, **options)
     assert fastest == pytest.approx([top - 0.2] * 5)
-    later = levels(schedule, [*moving(8, 0), *moving(12, 120)], 5, **options)
+    later = levels(preset, [*moving(8, 0), *moving(12, 120)], 5, **options)
     assert later[1] == pytest.approx(top)
     assert later[2:] == pytest.approx([0.9 * (top - 0.2) + 0.1 * top, *later[3:]])
     assert later[2] > later[3] > later[4] > top - 0.2

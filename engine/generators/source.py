@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -11,10 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from engine.config import Preset
-from engine.runtime.passes import Stages
 from engine.runtime.streams import SourceEnded
 from engine.sampling.schedule import Schedule
-from engine.shared import Shared
 
 STRENGTH = 0.7
 _FASTEST = 0.2  # difference of two frames in [-1, 1], root of the mean square, from which motion counts in full
@@ -67,9 +65,14 @@ class Source:
     """
 
     def __init__(
-        self, frames: Iterable[np.ndarray], strength: float | None, noise_scale: float | None, schedule: Schedule
-    ) -> None:
-        """ValueError for frames that are no iterable, and for numbers that do not fit the schedule."""
+        self, frames: Iterable[np.ndarray], size: tuple[int, int], temporal: int, preset: Preset,
+        strength: float | None = None, noise_scale: float | None = None,
+    ) -> None:  # fmt: skip
+        """size: height and width of a frame; temporal: frames per latent frame, after the first.
+
+        ValueError for frames that are no iterable, and for numbers that do not fit the preset's schedule.
+        """
+        schedule = Schedule(preset)
         strength = STRENGTH if strength is None else strength
         if not 0 < strength <= 1:
             raise ValueError(f"strength: got {strength}, expected a number above 0, up to 1")
@@ -82,40 +85,47 @@ class Source:
                              "the noise level that chunks begin at")  # fmt: skip
         if not isinstance(frames, Iterable):
             raise ValueError(f"source: got {type(frames).__name__}, expected an iterator of frames")
-        self.strength, self.noise_scale, self.schedule = strength, noise_scale, schedule
+        self.strength, self.noise_scale = strength, noise_scale
+        self._schedule, self._preset, self._temporal, self._shape = schedule, preset, temporal, (*size, 3)
         self._frames = map(np.array, frames)  # copies: a camera may use its memory again
 
-    def take(self, pipeline: Shared, intake: Intake, chunk: int) -> None:
+    def take(self, intake: Intake, chunk: int) -> None:
         """Take the frames that a chunk lacks. SourceEnded if there are not enough; what was taken stays.
 
         ValueError for a wrong frame, which is left out.
         """
-        need, frames = _frames_of(pipeline, chunk), intake.frames
+        need, frames = self._frames_of(chunk), intake.frames
         # One call of C code takes and stores: no signal handler comes in between.
         frames.extend(islice(self._frames, max(0, need - len(frames))))
-        expected = (pipeline.height, pipeline.width, 3)
         for at, frame in enumerate(frames):
-            if frame.shape != expected or frame.dtype != np.uint8:
+            if frame.shape != self._shape or frame.dtype != np.uint8:
                 del frames[at]
-                raise ValueError(f"source: got {frame.dtype} {list(frame.shape)}, expected uint8 {list(expected)}")
+                raise ValueError(f"source: got {frame.dtype} {list(frame.shape)}, expected uint8 {list(self._shape)}")
         if len(frames) < need:
             raise SourceEnded(f"source: got {len(frames)} frames before its end, expected {need} for the next chunk")
 
-    def start(self, pipeline: Shared, intake: Intake, chunk: int, stages: Stages) -> Start:
-        """Encode the frames of a chunk. It can be repeated: `intake` stays as it is."""
-        need = _frames_of(pipeline, chunk)
+    def start(self, intake: Intake, chunk: int, encode: Callable[[np.ndarray, Any], tuple[Tensor, Any]]) -> Start:
+        """Encode the frames of a chunk. It can be repeated: `intake` stays as it is.
+
+        encode  (frames [T, H, W, 3], cache) -> latents, next cache
+        """
+        need = self._frames_of(chunk)
         frames = np.stack(intake.frames[:need])
-        latent, cache = pipeline.encoded(frames, intake.cache, stages)
+        latent, cache = encode(frames, intake.cache)
         average = self._average(frames, intake, chunk)
         after = Intake(intake.frames[need:], cache, frames[-1], average)
         moved = None if self.noise_scale is None else average
-        steps = self.schedule.steps(chunk, self.strength, moved)
-        level = self.schedule.sigma(steps[0][0]) if self.strength < 1 or moved is not None else 1.0
+        steps = self._schedule.steps(chunk, self.strength, moved)
+        level = self._schedule.sigma(steps[0][0]) if self.strength < 1 or moved is not None else 1.0
         return Start(steps, latent, level, after)
+
+    def _frames_of(self, chunk: int) -> int:
+        """How many input frames a chunk takes."""
+        return self._preset.chunk_frames(chunk) * self._temporal - (self._temporal - 1 if chunk == 0 else 0)
 
     def _average(self, frames: np.ndarray, intake: Intake, chunk: int) -> float:
         """The moving average of the noise level, this chunk included."""
-        highest = self.schedule.level(chunk, self.strength)
+        highest = self._schedule.level(chunk, self.strength)
         if self.noise_scale is None:
             return highest
         pictures = [*([] if intake.last is None else [intake.last]), *frames]
@@ -123,21 +133,3 @@ class Source:
         most = float(np.sqrt((moves**2).mean((1, 2, 3)).max(initial=0)))
         newest = highest - self.noise_scale * min(most / _FASTEST, 1.0)
         return newest if intake.level is None else _NEWEST * newest + (1 - _NEWEST) * intake.level
-
-
-def make_source(
-    frames: Iterable[np.ndarray] | None, strength: float | None, noise_scale: float | None, preset: Preset, begun: bool
-) -> Source | None:
-    """The source that a stream's arguments ask for. `begun`: it starts from a clip. ValueError for what is wrong."""
-    if frames is None:
-        if strength is not None or noise_scale is not None:
-            raise ValueError("strength, noise_scale: got one of them without a source, expected a source as well")
-        return None
-    if begun:
-        raise ValueError("source: got a clip or latents as well, expected one of them")
-    return Source(frames, strength, noise_scale, Schedule(preset))
-
-
-def _frames_of(pipeline: Shared, chunk: int) -> int:
-    """How many input frames a chunk takes."""
-    return pipeline.preset.chunk_frames(chunk) * pipeline.temporal - (pipeline.temporal - 1 if chunk == 0 else 0)
