@@ -94,7 +94,7 @@ class Source:
 
         ValueError for a wrong frame, which is left out.
         """
-        need, frames = self._frames_of(chunk), intake.frames
+        need, frames = self._preset.pixel_frames(chunk, self._temporal), intake.frames
         # One call of C code takes and stores: no signal handler comes in between.
         frames.extend(islice(self._frames, max(0, need - len(frames))))
         for at, frame in enumerate(frames):
@@ -109,7 +109,7 @@ class Source:
 
         encode  (frames [T, H, W, 3], cache) -> latents, next cache
         """
-        need = self._frames_of(chunk)
+        need = self._preset.pixel_frames(chunk, self._temporal)
         frames = np.stack(intake.frames[:need])
         latent, cache = encode(frames, intake.cache)
         average = self._average(frames, intake, chunk)
@@ -118,10 +118,6 @@ class Source:
         steps = self._schedule.steps(chunk, self.strength, moved)
         level = self._schedule.sigma(steps[0][0]) if self.strength < 1 or moved is not None else 1.0
         return Start(steps, latent, level, after)
-
-    def _frames_of(self, chunk: int) -> int:
-        """How many input frames a chunk takes."""
-        return self._preset.chunk_frames(chunk) * self._temporal - (self._temporal - 1 if chunk == 0 else 0)
 
     def _average(self, frames: np.ndarray, intake: Intake, chunk: int) -> float:
         """The moving average of the noise level, this chunk included."""

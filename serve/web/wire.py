@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from engine.media.pictures import read_image
-from serve.core.messages import Change, Chunk, Notice, Past, Wish, Words
+from serve.core.messages import Change, Chunk, Follow, Notice, Past, Wish, Words
 from serve.core.prompts import check_words
 
 MOST_TEXT = 20_000  # characters of a prompt
@@ -67,6 +67,11 @@ class Resume(_Message):
     history: Annotated[list[PastMessage], Field(max_length=10_000)] = []
 
 
+class SourceMessage(_Message):
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    noise_scale: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
 class Start(_Message):
     type: Literal["session.start"]
     prompt: Prompt
@@ -79,6 +84,7 @@ class Start(_Message):
     fps: float | None = None
     speed: Speed = 1.0
     image: str | None = None
+    source: SourceMessage | None = None
     adapters: Strengths = {}
     resume: Resume | None = None
 
@@ -142,6 +148,7 @@ def change_of(interaction: Interaction, event_id: str) -> Change:
 def wish_of(start: Start, seed: int, clip: np.ndarray | None) -> Wish:
     """The video that a start asks for."""
     past = [] if start.resume is None else start.resume.history
+    source = None if start.source is None else Follow(start.source.strength, start.source.noise_scale)
     return Wish(
         words_of(start.prompt), seed, start.num_frames, start.speed, clip, start.adapters,
         tuple(
@@ -149,7 +156,7 @@ def wish_of(start: Start, seed: int, clip: np.ndarray | None) -> Wish:
                 "", None if one.prompt is None else words_of(one.prompt), one.transition_chunks, one.adapters
             )) for one in sorted(past, key=lambda one: one.chunk)
         ),
-        0 if start.resume is None else start.resume.chunk,
+        0 if start.resume is None else start.resume.chunk, source,
     )  # fmt: skip
 
 
