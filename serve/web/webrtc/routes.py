@@ -187,12 +187,8 @@ async def _negotiated(connection: RTCPeerConnection, sdp: str, follows: bool) ->
         raise Invalid(f"sdp: got one that does not fit ({line}), expected an offer to receive video") from None
     sent = [media for media in answer.media if media.kind == "video" and media.direction == direction]
     if not sent or sent[0].rtp.muxId != transceiver.mid:
-        what = (
-            "sends and receives, expected one (sendrecv)"
-            if follows
-            else "receives, expected one (recvonly or sendrecv)"
-        )
-        raise Invalid(f"sdp: got no first video section that {what}")
+        what, allowed = ("sends and receives", "sendrecv") if follows else ("receives", "recvonly or sendrecv")
+        raise Invalid(f"sdp: got no first video section that {what}, expected one ({allowed})")
     return transceiver, _CODECS[sent[0].rtp.codecs[0].mimeType]
 
 
