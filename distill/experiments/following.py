@@ -108,7 +108,7 @@ def scores_of(videos: list[np.ndarray], made: list[tuple[Scene, Scene]]) -> dict
 
 def strip(clips: list[tuple[str, np.ndarray]], frames: list[int], scale: int = 3) -> Image.Image:
     """Some frames of clips, one labelled row per clip."""
-    width, gap, label = 32 * scale, 4, 110
+    width, gap, label = 32 * scale, 4, 130
     picture = Image.new("RGB", (label + len(frames) * (width + gap), len(clips) * (width + gap)), "white")
     draw = ImageDraw.Draw(picture)
     for row, (text, video) in enumerate(clips):

@@ -104,12 +104,14 @@ class NativePipeline:
     def stream(
         self, prompt: str | Tensor, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
         latents: Tensor | None = None, noise: object = None, source: object = None,
+        strength: object = None, noise_scale: object = None,
     ) -> "NativeStream":  # fmt: skip
         """An iterator of uint8 frames [H, W, 3]. Arguments and errors are those of engine.stream.Pipeline.stream.
 
         ValueError for a source of noise, as the core draws the seed's own, and for a source of frames.
         """
-        for name, got in (("noise", noise), ("source", source)):
+        python_only = {"noise": noise, "source": source, "strength": strength, "noise_scale": noise_scale}
+        for name, got in python_only.items():
             if got is not None:
                 raise _python_only(name)
         if frames is not None and frames < 1:

@@ -187,7 +187,7 @@ def test_every_kind_of_stream_follows_or_refuses(any_pipeline, kind):
     source = np.random.default_rng(0).integers(0, 256, (9, *shape), dtype=np.uint8)
     if kind == "native":
         with pytest.raises(ValueError, match="native: got source, expected a backend whose loop runs in Python"):
-            any_pipeline.stream("a red circle", source=source)
+            any_pipeline.stream("a red circle", source=source, strength=0.9, noise_scale=None)
         return
     with any_pipeline.stream("a red circle", source=source, strength=0.9) as stream:
         frames = np.stack(list(stream))
