@@ -157,7 +157,8 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         start = time.perf_counter()
         times = Times(start, start)
         begin = partial(pipeline.stream, prompts.due(0) or "", seed=video.seed, frames=limit, clip=clip)
-        if (source := open_source(video, height, width, fps)) is not None:
+        room = pipeline.preset.pixel_frames(1, pipeline.temporal) if isinstance(pipeline, Pipeline) else 1
+        if (source := open_source(video, height, width, fps, room)) is not None:
             options = {"strength": video.strength, "noise_scale": video.noise_scale}
             begin = partial(begin, source=source.frames, **options)
         with notes.of_prompts(), begin() as stream:

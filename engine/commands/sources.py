@@ -12,8 +12,6 @@ from engine.media.clips import frames_at, piped_frames
 from engine.media.inputs import check_file
 from engine.media.live import LiveFrames, camera, device_of
 
-ROOM = 12  # frames of a camera that may wait: one chunk of most models
-
 
 @dataclass
 class Followed:
@@ -47,14 +45,14 @@ def check_source(name: str) -> None:
         check_file(Path(name), "source")
 
 
-def open_source(video: Video, height: int, width: int, fps: float) -> Followed | None:
-    """The frames of --source at the size and rate of the stream, read as they are needed."""
+def open_source(video: Video, height: int, width: int, fps: float, room: int) -> Followed | None:
+    """The frames of --source at the size and rate of the stream, read as they are needed. `room`: of a camera's."""
     name, notes = video.source, list[str]()
     if name is None:
         return None
     check_source(name)
     if _is_camera(name):
-        return Followed(camera(str(device_of(name)), height, width, fps, ROOM), notes)
+        return Followed(camera(str(device_of(name)), height, width, fps, room), notes)
     if name == "-":
         return Followed(piped_frames(sys.stdin.buffer, height, width, fps, notes), notes)
     return Followed(frames_at(Path(name), height, width, fps, notes=notes), notes)
