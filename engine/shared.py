@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -119,10 +119,10 @@ class Shared:
             clip = np.concatenate([clip, np.repeat(clip[-1:], frames - len(clip), axis=0)])
         encoded, _ = self.encoded(clip)
         if bad_number(encoded) is not None:
-            raise first_bad(self.stages, "clip", lambda stages: self.encoded(clip, stages=stages))
+            raise first_bad(self.stages, "clip", lambda stages: replace(self, stages=stages).encoded(clip))
         return encoded
 
-    def encoded(self, frames: np.ndarray, cache: Any = None, stages: Stages | None = None) -> tuple[Tensor, Any]:
+    def encoded(self, frames: np.ndarray, cache: Any = None) -> tuple[Tensor, Any]:
         """Latents [1, C, F, h, w] of uint8 frames [T, H, W, 3], and the encoder's cache for those that follow.
 
         T is 1 + 4 (F - 1) without a cache, else 4 F. In parts or at once: the latents are the same.
@@ -131,7 +131,7 @@ class Shared:
         video, latents = uint8_to_frames(pixels).to(self.dtype), []
         first = 0 if cache is not None else 1
         for part in video.split([1] * first + [self.temporal] * ((len(frames) - first) // self.temporal), dim=2):
-            latent, cache = (stages or self.stages).vae_encode_step(part, cache)
+            latent, cache = self.stages.vae_encode_step(part, cache)
             latents.append(latent)
         return torch.cat(latents, dim=2), cache
 

@@ -4,7 +4,6 @@ import threading
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import count, zip_longest
 from typing import Any, cast
 
@@ -193,7 +192,7 @@ class PythonStream(HandsOverChunks):
             if self._source is not None:
                 self._wait_for_frames(self._source)
             with self._weights():
-                self._ahead = number, self._make(self.pipeline.generator)
+                self._ahead = number, self._make(self.pipeline)
         x = self._ahead[1]
         if isinstance(x, Exception):
             self._ahead = None
@@ -213,7 +212,7 @@ class PythonStream(HandsOverChunks):
             return
         try:
             with self._weights():
-                self._ahead = number, self._make(self.pipeline.generator)
+                self._ahead = number, self._make(self.pipeline)
         except Cancelled:
             self._cancelled = True  # the next call that has a chunk to make raises it, unless it is taken back
         except Exception as error:  # it belongs to the next chunk, so the next call raises it
@@ -225,15 +224,15 @@ class PythonStream(HandsOverChunks):
         if now.uncommitted is not None and self.state.index < now.made:
             generator.commit(now.uncommitted[0], self.state, supplied=now.uncommitted[1])
 
-    def _make(self, generator: Generator) -> Tensor:
+    def _make(self, pipeline: Shared) -> Tensor:
         """Commit the previous chunk, then make the next one without publishing it."""
+        generator, state, now = pipeline.generator, self.state, self._now
         self._commit(generator)
-        state, now = self.state, self._now
         if now.supplied:
             return now.supplied[0]
         state.joined = False  # a chunk that is made again takes the context pass along again
         index = state.index
-        begun = self._begun = self._start(index, generator.stages)
+        begun = self._begun = self._start(index, pipeline)
         solver = make_solver(self.pipeline.preset.solver, self.schedule)
         noise = self.noise.draw(index, *self._draws(index, state.geometry))
         x, *fresh = upload(noise, self.pipeline.device, self.pipeline.dtype)
@@ -245,10 +244,10 @@ class PythonStream(HandsOverChunks):
             x = solver.step(x, flow, t, t_next, new)
         return x
 
-    def _start(self, index: int, stages: Stages) -> Start:
+    def _start(self, index: int, pipeline: Shared) -> Start:
         if self._source is None:
             return Start(self.schedule.steps(index))
-        return self._source.start(self._now.intake, index, partial(self.pipeline.encoded, stages=stages))
+        return self._source.start(self._now.intake, index, pipeline.encoded)
 
     def _accepted(self, x: Tensor) -> StreamProgress:
         """The progress with one chunk more."""
@@ -353,7 +352,7 @@ class PythonStream(HandsOverChunks):
 
         def again(stages: Stages) -> None:
             cache = self._now.vae_cache
-            for latent in self._make(replace(self.pipeline, stages=stages).generator).split(1, dim=2):
+            for latent in self._make(replace(self.pipeline, stages=stages)).split(1, dim=2):
                 _, cache = stages.vae_first(latent) if cache is None else stages.vae_steady(latent, cache)
 
         with self._weights():
