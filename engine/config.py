@@ -176,3 +176,7 @@ class Preset:
     def chunk_frames(self, index: int) -> int:
         """Latent frames of chunk `index`."""
         return self.first_chunk if index == 0 and self.first_chunk else self.chunk
+
+    def pixel_frames(self, index: int, temporal: int) -> int:
+        """Frames of chunk `index`, of `temporal` ones per latent frame after the first."""
+        return self.chunk_frames(index) * temporal - (temporal - 1 if index == 0 else 0)

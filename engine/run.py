@@ -21,6 +21,7 @@ from engine.commands.notes import Notes
 from engine.commands.opening import open_pipeline, shape_of
 from engine.commands.prompts import Prompts, frame_of
 from engine.commands.record import Recording, Times
+from engine.commands.sources import check_source, open_source
 from engine.commands.stderr import Forgiving, is_bad_input, line_of, say
 from engine.commands.strengths import strengths_at
 from engine.config import Preset, Runtime
@@ -140,7 +141,9 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         video.adapter_at, job.model.adapter, lambda when: frame_of(when, fps, "--adapter-at"), limit
     )
     encoding = Encoding(output.codec, output.pix_fmt, output.crf)
-    begun, sink = time.perf_counter(), None
+    if video.source is not None:
+        check_source(video.source)
+    begun, sink, source = time.perf_counter(), None, None
     interrupt.to_stdout = output.out == "-"
     try:
         sink = open_sink(output.out, fps, (height * output.scale, width * output.scale), output.format, encoding)
@@ -153,12 +156,14 @@ def _run(job: Job, interrupt: Interrupt) -> int:
                 pipeline.warm()
         start = time.perf_counter()
         times = Times(start, start)
-        with (
-            notes.of_prompts(),
-            pipeline.stream(prompts.due(0) or "", seed=video.seed, frames=limit, clip=clip) as stream,
-        ):
+        begin = partial(pipeline.stream, prompts.due(0) or "", seed=video.seed, frames=limit, clip=clip)
+        room = pipeline.preset.pixel_frames(1, pipeline.temporal) if isinstance(pipeline, Pipeline) else 1
+        if (source := open_source(video, height, width, fps, room)) is not None:
+            options = {"strength": video.strength, "noise_scale": video.noise_scale}
+            begin = partial(begin, source=source.frames, **options)
+        with notes.of_prompts(), begin() as stream:
             times.begun = time.perf_counter()
-            recording = Recording(job, sink, limit, prompts, strengths, interrupt, console, notes)
+            recording = Recording(job, sink, limit, prompts, strengths, interrupt, console, notes, source)
             stopped = recording.make(stream, times)
         report = times.report(interrupt.written, fps, stopped)
         interrupt.close(sink)
@@ -170,6 +175,10 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         if sink is not None:
             interrupt.abort(sink, error)
         raise
+    finally:
+        if source is not None:
+            source.close()
+            notes.take(source.notes)
     notes.take(sink.notes)
     fp8 = job.runtime.precision == "fp8"
     report |= {
@@ -186,6 +195,7 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         "out": output.out,
         "prompts": prompts.shown,
         "notes": notes,
+        "source": source and source.report,
         "memory_plan": None if isinstance(pipeline, NativePipeline) or not pipeline.plan else pipeline.plan.report(),
     }
     if isinstance(sink, ChecksumSink):

@@ -1,9 +1,11 @@
 """What all streams of a pipeline share: weights, backend, preset, and the encoding of prompts and clips."""
 
 import os
+from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from engine.config import Preset, TransformerConfig
 from engine.generators import family_of, make_generator
 from engine.generators.base import Generator, Geometry
+from engine.generators.source import Source
 from engine.model.text import Tokenizer, check_prompt
 from engine.model.vae import uint8_to_frames
 from engine.runtime.blending import check_words, mean_of
@@ -19,7 +22,7 @@ from engine.runtime.finite import bad_number, bad_weight, first_bad, numbers
 from engine.runtime.memory_plan import MemoryPlan
 from engine.runtime.passes import Stages
 from engine.runtime.streams import Words, check_process
-from engine.runtime.transfer import SideStream
+from engine.runtime.transfer import SideStream, upload
 from engine.weights.lora.merge import Adapters
 
 
@@ -115,11 +118,23 @@ class Shared:
         clip = clip[-frames:]
         if len(clip) < frames:
             clip = np.concatenate([clip, np.repeat(clip[-1:], frames - len(clip), axis=0)])
-        video = uint8_to_frames(torch.from_numpy(np.ascontiguousarray(clip))[None]).to(self.device, self.dtype)
-        encoded = self.stages.vae_encode(video)
+        encoded, _ = self.encoded(clip)
         if bad_number(encoded) is not None:
-            raise first_bad(self.stages, "clip", lambda stages: stages.vae_encode(video))
+            raise first_bad(self.stages, "clip", lambda stages: replace(self, stages=stages).encoded(clip))
         return encoded
+
+    def encoded(self, frames: np.ndarray, cache: Any = None) -> tuple[Tensor, Any]:
+        """Latents [1, C, F, h, w] of uint8 frames [T, H, W, 3], and the encoder's cache for those that follow.
+
+        T is 1 + 4 (F - 1) without a cache, else 4 F. In parts or at once: the latents are the same.
+        """
+        pixels = upload(torch.from_numpy(np.ascontiguousarray(frames))[None], self.device)
+        video, latents = uint8_to_frames(pixels).to(self.dtype), []
+        first = 0 if cache is not None else 1
+        for part in video.split([1] * first + [self.temporal] * ((len(frames) - first) // self.temporal), dim=2):
+            latent, cache = self.stages.vae_encode_step(part, cache)
+            latents.append(latent)
+        return torch.cat(latents, dim=2), cache
 
     def embedded(self, prompt: str | Tensor | Words, batch: int | None = None) -> Tensor:
         """text_emb [B, rows, text_dim] of a text, an embedding, or the mean of weighted texts.
@@ -142,6 +157,16 @@ class Shared:
         if (got := bad_number(prompt)) is not None:
             raise ValueError(f"prompt: got {got} in the embedding ({numbers(prompt)}), expected finite numbers")
         return prompt
+
+    def follows(
+        self, frames: Iterable[np.ndarray] | None, strength: float | None, noise_scale: float | None
+    ) -> Source | None:
+        """The source of a stream's arguments. ValueError for what is wrong."""
+        if frames is not None:
+            return Source(frames, (self.height, self.width), self.temporal, self.preset, strength, noise_scale)
+        if strength is not None or noise_scale is not None:
+            raise ValueError("strength, noise_scale: got one of them without a source, expected a source as well")
+        return None
 
     def chunks_of(self, latents: Tensor | None, geometry: Geometry) -> list[Tensor]:
         """Split supplied latents [B, C, F, h, w] into chunks; the first may be shorter. ValueError if misshapen."""

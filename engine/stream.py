@@ -1,5 +1,6 @@
 """The loop: noise -> denoising steps -> VAE decode -> commit, chunk by chunk, while the caller pulls frames."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, cast
@@ -11,12 +12,14 @@ from torch import Tensor
 from engine.control.settings import Settings
 from engine.control.steered import Steered
 from engine.generators.base import Generator, Geometry
+from engine.generators.source import Intake, Source, Start
 from engine.model.vae import frames_to_uint8
 from engine.runtime.blending import Course, Prompt
 from engine.runtime.finite import bad_number, first_bad
 from engine.runtime.passes import Stages
 from engine.runtime.progress import StreamProgress, Waiting
-from engine.runtime.streams import Cancelled, Serial, Words, check_process
+from engine.runtime.results import HandsOverChunks
+from engine.runtime.streams import Cancelled, Words, check_process
 from engine.runtime.transfer import Download, upload
 from engine.sampling.noise import DrawnAhead, NoiseSource, PhiloxNoise
 from engine.sampling.schedule import Schedule
@@ -24,7 +27,7 @@ from engine.sampling.solvers import SOLVERS, make_solver
 from engine.shared import Shared
 
 
-class PythonStream(Steered):
+class PythonStream(Steered, HandsOverChunks):
     """A stream whose loop runs in Python: on torch's modules, or on the graphs of a bundle.
 
     A call that fails or is interrupted, anywhere, changes nothing: the next call returns the same chunk, of the same
@@ -41,7 +44,7 @@ class PythonStream(Steered):
 
     def __init__(
         self, pipeline: Shared, prompt: str | Tensor | Words, noise: NoiseSource, frames: int | None,
-        latents: Tensor | None,
+        latents: Tensor | None, source: Source | None = None,
     ) -> None:  # fmt: skip
         check_process(pipeline.process)
         self.pipeline, self.limit = pipeline, frames
@@ -52,37 +55,23 @@ class PythonStream(Steered):
         )
         begun = Course(Prompt(0, text_emb))
         super().__init__(
-            StreamProgress(supplied=tuple(pipeline.chunks_of(latents, geometry)), course=begun),
-            Settings(pipeline.preset, noise, Schedule(pipeline.preset)),
+            StreamProgress(supplied=tuple(pipeline.chunks_of(latents, geometry)), course=begun, intake=Intake()),
+            Settings(pipeline.preset, noise, Schedule(pipeline.preset), source),
         )
+        self._source, self._begun = source, Start([])  # of the chunk that was made last
         self._prepare_noise(len(self.supplied), geometry)
         strengths = {} if pipeline.adapters is None else pipeline.adapters.strengths
         with torch.inference_mode(), self._weights(strengths):
             self.state = pipeline.generator.open(geometry, pipeline.stages.prepare_text(text_emb))
         self.state.publish(text_emb=text_emb, strengths=strengths)
         # On a GPU the stream makes the next latent while the last one is decoded and shown.
-        self.looks_ahead = pipeline.device.type == "cuda" and not pipeline.low_memory
+        self.looks_ahead = pipeline.device.type == "cuda" and not pipeline.low_memory and source is None
         self._cancelled = False
 
     @property
     def supplied(self) -> tuple[Tensor, ...]:
         """Chunks [B, C, F, h, w] of the clip to start from that are not shown yet."""
         return self._now.supplied
-
-    def next_chunk(self) -> np.ndarray:
-        """The next chunk, or what the iterator has left of it, uint8 [T, H, W, 3].
-
-        T is 1 + 4 (F - 1) for chunk 0, then 4 F.
-        """
-        return self._hand_over(self._ready_chunk)
-
-    def next_latent(self) -> Tensor:
-        """The next chunk's clean latent [B, C, F, h, w], not decoded. It waits for the device. ValueError if closed."""
-        return self._hand_over(self._ready_latent)
-
-    def rest(self) -> np.ndarray:
-        """What the iterator has left of its chunk, and the chunk of an interrupted call, uint8 [T, H, W, 3]."""
-        return self._hand_over(self._ready_rest)
 
     def cancel(self) -> None:
         """Make the call that runs, or else the next one that has a chunk to make, raise Cancelled once.
@@ -114,62 +103,10 @@ class PythonStream(Steered):
             now, self._ahead, self._cancelled = self._now, None, False
             # The state follows with the next chunk: an interrupted call must not leave one without the other.
             self._now = StreamProgress(
-                handed=now.handed, last=now.last, serial=now.serial, course=Course(self._prompt)
+                handed=now.handed, last=now.last, serial=now.serial, course=Course(self._prompt),
+                intake=now.intake.restarted(),
             )  # fmt: skip
             self._spoiled = -1
-
-    def _ready_chunk(self) -> tuple[np.ndarray, StreamProgress]:
-        self._check_open()
-        if (rest := self._now.rest) is not None:
-            return rest[0], replace(self._now, rest=None, serial=rest[1])
-        with torch.inference_mode():
-            pixels = self._decoded(self.looks_ahead)
-        return pixels, self._shown()
-
-    def _shown(self) -> StreamProgress:
-        """The progress once the waiting chunk is handed over."""
-        now, waiting = self._now, cast(Waiting, self._now.waiting)
-        serial = Serial(waiting.before.started, waiting.before.made, now.prompt)
-        return replace(now, waiting=None, vae_cache=waiting.vae_cache, serial=serial)
-
-    def _ready_latent(self) -> tuple[Tensor, StreamProgress]:
-        self._check_open()
-        now = self._now
-        if now.waiting is not None:  # an interrupted call has made and decoded it
-            serial = Serial(now.waiting.before.started, now.waiting.before.made, now.prompt)
-            return cast(tuple[Tensor, bool], now.uncommitted)[0], replace(now, waiting=None, serial=serial)
-        with torch.inference_mode():
-            x = self._latent()
-            if bad_number(x) is not None:
-                raise self._not_finite()
-        after = self._accepted(x)
-        return x, replace(after, serial=Serial(now.started, now.made, after.prompt))
-
-    def _ready_frame(self) -> tuple[np.ndarray, StreamProgress]:
-        pixels, after = self._ready_chunk()
-        serial = cast(Serial, after.serial)
-        rest = (pixels[1:], serial.later(1)) if len(pixels) > 1 else None
-        return pixels[0], replace(after, rest=rest, emitted=after.emitted + 1)
-
-    def _ready_rest(self) -> tuple[np.ndarray, StreamProgress]:
-        self._check_open()
-        now, parts = self._now, [np.zeros((0, self.pipeline.height, self.pipeline.width, 3), np.uint8)]
-        first = now.rest
-        if first is not None:
-            parts.append(first[0])
-            now = replace(now, rest=None, serial=first[1])
-        if now.waiting is not None:
-            with torch.inference_mode():
-                parts.append(self._decoded(ahead=False))
-            now = replace(self._shown(), rest=None)
-            now = now if first is None else replace(now, serial=first[1])
-        return np.concatenate(parts), now
-
-    def _decode_ahead(self) -> None:
-        with self._turns, torch.inference_mode():
-            self._check_open()
-            if self._now.rest is None:
-                self._decoded(self.looks_ahead)
 
     def _decoded(self, ahead: bool) -> np.ndarray:
         """The next chunk's frames, the same until a call has returned them. `ahead`: make the latent after it, too."""
@@ -195,13 +132,22 @@ class PythonStream(Steered):
                 self.pipeline.generator.restart(self.state)
         self._made_under = self._take_changes()
         if self._ahead is None or self._ahead[0] != number:
+            if self._source is not None:
+                self._wait_for_frames(self._source)
             with self._weights():
-                self._ahead = number, self._make(self.pipeline.generator)
+                self._ahead = number, self._make(self.pipeline)
         x = self._ahead[1]
         if isinstance(x, Exception):
             self._ahead = None
             raise x
         return x
+
+    def _wait_for_frames(self, source: Source) -> None:
+        with self._weights():
+            self._commit(self.pipeline.generator)
+        source.take(self._now.intake, self._now.made)
+        self._go_on()
+        self._made_under = self._take_changes()  # some may have been set meanwhile
 
     def _look_ahead(self) -> None:
         number = self._now.made
@@ -210,39 +156,49 @@ class PythonStream(Steered):
         try:
             self._take_changes()  # in a transition each chunk has its own embedding
             with self._weights():
-                self._ahead = number, self._make(self.pipeline.generator)
+                self._ahead = number, self._make(self.pipeline)
         except Cancelled:
             self._cancelled = True  # the next call that has a chunk to make raises it, unless it is taken back
         except Exception as error:  # it belongs to the next chunk, so the next call raises it
             self._ahead = number, error
 
-    def _make(self, generator: Generator) -> Tensor:
+    def _commit(self, generator: Generator) -> None:
+        """Commit the previous chunk. It is done lazily, so that cache passes do not delay frames."""
+        now = self._now
+        if now.uncommitted is not None and self.state.index < now.made:
+            generator.commit(now.uncommitted[0], self.state, supplied=now.uncommitted[1])
+
+    def _make(self, pipeline: Shared) -> Tensor:
         """Commit the previous chunk, then make the next one without publishing it."""
-        state, now = self.state, self._now
-        # Commit lazily, so that cache passes do not delay frames.
-        if now.uncommitted is not None and state.index < now.made:
-            generator.commit(now.uncommitted[0], state, supplied=now.uncommitted[1])
+        generator, state, now = pipeline.generator, self.state, self._now
+        self._commit(generator)
         if now.supplied:
             return now.supplied[0]
         state.joined = False  # a chunk that is made again takes the context pass along again
         index = state.index
-        steps = self.schedule.steps(index)
+        begun = self._begun = self._start(index, pipeline)
         solver = make_solver(self.pipeline.preset.solver, self.schedule)
         noise = self.noise.draw(index, *self._draws(index, state.geometry))
         x, *fresh = upload(noise, self.pipeline.device, self.pipeline.dtype)
         self._prepare_noise(index + 1, state.geometry)
-        for (t, t_next), new in zip_longest(steps, fresh):
+        x = begun.noised(x)
+        for (t, t_next), new in zip_longest(begun.steps, fresh[: len(begun.steps) - 1]):
             self._go_on()
             flow = generator.denoise(x, t, state)
             x = solver.step(x, flow, t, t_next, new)
         return x
+
+    def _start(self, index: int, pipeline: Shared) -> Start:
+        if self._source is None:
+            return Start(self.schedule.steps(index))
+        return self._source.start(self._now.intake, index, self.schedule, pipeline.encoded)
 
     def _accepted(self, x: Tensor) -> StreamProgress:
         """The progress with one chunk more."""
         now = self._now
         return replace(
             now, made=now.made + 1, course=self._made_under, uncommitted=(x, bool(now.supplied)),
-            supplied=now.supplied[1:],
+            supplied=now.supplied[1:], intake=self._begun.after,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -254,7 +210,8 @@ class PythonStream(Steered):
     def _draws(self, index: int, geometry: Geometry) -> tuple[int, tuple[int, ...]]:
         """How many draws chunk `index` takes, and the shape of each."""
         g, preset = geometry, self.pipeline.preset
-        count = len(self.schedule.steps(index)) if SOLVERS[preset.solver].renoises else 1
+        strength = 1.0 if self._source is None else self._source.strength
+        count = len(self.schedule.steps(index, strength)) if SOLVERS[preset.solver].renoises else 1
         return count, (g.batch, g.channels, preset.chunk_frames(index), g.height, g.width)
 
     def _prepare_noise(self, index: int, geometry: Geometry) -> None:
@@ -302,7 +259,7 @@ class PythonStream(Steered):
 
     def _not_finite(self) -> Exception:
         """The error of the next chunk, which is not finite."""
-        number, steps = self._now.made, self.schedule.steps(self._now.made)
+        number, steps = self._now.made, self._begun.steps
         self._ahead = None
         noise = self.noise.draw(number, *self._draws(number, self.state.geometry))
         if not self.supplied and (got := bad_number(noise)) is not None:
@@ -310,7 +267,7 @@ class PythonStream(Steered):
 
         def again(stages: Stages) -> None:
             cache = self._now.vae_cache
-            for latent in self._make(replace(self.pipeline, stages=stages).generator).split(1, dim=2):
+            for latent in self._make(replace(self.pipeline, stages=stages)).split(1, dim=2):
                 _, cache = stages.vae_first(latent) if cache is None else stages.vae_steady(latent, cache)
 
         with self._weights():
@@ -333,7 +290,8 @@ class Pipeline(Shared):
 
     def stream(
         self, prompt: str | Tensor | Words, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
-        latents: Tensor | None = None, noise: NoiseSource | None = None,
+        latents: Tensor | None = None, noise: NoiseSource | None = None, source: Iterable[np.ndarray] | None = None,
+        strength: float | None = None, noise_scale: float | None = None,
     ) -> PythonStream:  # fmt: skip
         """An iterator of uint8 frames [H, W, 3].
 
@@ -345,16 +303,22 @@ class Pipeline(Shared):
         clip     uint8 [T, H, W, 3] to start from: one frame is image-to-video, a longer clip is continued
         latents  an encoded clip [B, C, F, h, w]
         noise    replaces the seeded source
+        source   frames uint8 [H, W, 3] that the video follows (docs/video-to-video.md). The stream ends where too few
+                 are left for a chunk
+        strength, noise_scale  how closely it follows them: engine.generators.source.Source
 
         Raises ValueError for invalid arguments (got and expected).
         """
         check_process(self.process)
         if frames is not None and frames < 1:
             raise ValueError(f"frames: got {frames}, expected at least 1")
+        followed = self.follows(source, strength, noise_scale)
+        if followed is not None and (clip is not None or latents is not None):
+            raise ValueError("source: got a clip or latents as well, expected one of them")
         if clip is not None:
             latents = self.encode_clip(clip)
         if noise is None:
             noise = PhiloxNoise(seed)
             # A GPU would wait for the draws. A processor has no idle core for another thread.
             noise = DrawnAhead(noise, self.worker) if self.device.type == "cuda" else noise
-        return PythonStream(self, prompt, noise, frames, latents)
+        return PythonStream(self, prompt, noise, frames, latents, followed)

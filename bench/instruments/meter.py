@@ -27,7 +27,8 @@ from engine.stream import Pipeline, PythonStream
 
 # Function of a backend -> part. A transformer's pass is the part that its graph names.
 PART_OF = {
-    "encode_text": "text", "prepare_text": "text", "vae_first": "vae", "vae_steady": "vae", "vae_encode": "vae",
+    "encode_text": "text", "prepare_text": "text",
+    "vae_first": "vae", "vae_steady": "vae", "vae_encode_step": "vae",
 }  # fmt: skip
 
 

@@ -111,14 +111,17 @@ class NativePipeline:
 
     def stream(
         self, prompt: str | Tensor | Words, *, seed: int = 0, frames: int | None = None, clip: np.ndarray | None = None,
-        latents: Tensor | None = None, noise: object = None,
+        latents: Tensor | None = None, noise: object = None, source: object = None,
+        strength: object = None, noise_scale: object = None,
     ) -> "NativeStream":  # fmt: skip
         """An iterator of uint8 frames [H, W, 3]. Arguments and errors are those of engine.stream.Pipeline.stream.
 
-        ValueError for a source of noise: the core draws the seed's own.
+        ValueError for a source of noise, as the core draws the seed's own, and for a source of frames.
         """
-        if noise is not None:
-            raise _python_only("noise")
+        python_only = {"noise": noise, "source": source, "strength": strength, "noise_scale": noise_scale}
+        for name, got in python_only.items():
+            if got is not None:
+                raise _python_only(name)
         if frames is not None and frames < 1:
             raise ValueError(f"frames: got {frames}, expected at least 1")
         if not 0 <= seed < 2**64:

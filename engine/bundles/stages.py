@@ -180,20 +180,10 @@ class GraphStages(ABC):
     def vae_steady(self, latent: Tensor, cache: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         return self._vae("vae_steady", "latent", latent, cache)
 
-    def vae_encode(self, video: Tensor) -> Tensor:
-        latents: list[Tensor] = []
-        cache: list[Tensor] = []
-        for start, stop in _spans(video.shape[2], self.manifest.temporal):
-            graph = "vae_encode_steady" if start else "vae_encode_first"
-            latent, cache = self._vae(graph, "frames", video[:, :, start:stop], cache)
-            latents.append(latent)
-        return torch.cat(latents, dim=2)
+    def vae_encode_step(self, frames: Tensor, cache: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        name = "vae_encode_first" if cache is None else "vae_encode_steady"
+        return self._vae(name, "frames", frames, cache or [])
 
     def _vae(self, name: str, what: str, x: Tensor, cache: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         out = list(self.run_graph(name, {what: x} | {f"cache_{i}": c for i, c in enumerate(cache)}).values())
         return out[0], out[1:]
-
-
-def _spans(frames: int, step: int) -> list[tuple[int, int]]:
-    """(start, stop) of the first frame alone, then of `step` frames each."""
-    return [(0, 1)] + [(start, start + step) for start in range(1, frames, step)]

@@ -42,6 +42,17 @@ class Video:
         None, "continue a clip; its end is re-encoded and comes first", metavar="FILE", exclusive="clip"
     )
     video_frames: int = option(81, "how much of the clip's end to take", metavar="N")
+    source: str | None = option(
+        None, "follow a video (video-to-video): a file, - for stdin (y4m, mkv, ts, fragmented mp4), camera, camera:N "
+        "or /dev/videoN. The video ends with its source", metavar="SOURCE", exclusive="clip",
+    )  # fmt: skip
+    strength: float | None = option(
+        None, "how far the video may leave its source: chunks begin at the first step whose noise level (sigma) is at "
+        "most this; 1 is noise alone; default: 0.7", metavar="S",
+    )  # fmt: skip
+    noise_scale: float | None = option(
+        None, "lower that level by up to this much where the source moves fast; default: not at all", metavar="S"
+    )
     frames: int | None = option(None, "stop after N frames", metavar="N", exclusive="length")
     seconds: float | None = option(
         None, "stop after S seconds; default: stream until Ctrl-C", metavar="S", exclusive="length"
@@ -59,6 +70,13 @@ class Video:
             raise ValueError(f"--video-frames: got {self.video_frames}, expected at least 1")
         if self.video_frames > MOST_FRAMES:
             raise ValueError(f"--video-frames: got {self.video_frames}, expected at most 2^53 - 1")
+        for name, value in (("strength", self.strength), ("noise-scale", self.noise_scale)):
+            if value is not None and self.source is None:
+                raise ValueError(f"--{name}: got {value:g} alone, expected --source as well")
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"--{name}: got {value:g}, expected a number above 0, up to 1")
+        if self.source == "-" == self.prompt_file:
+            raise ValueError("--source: got - for --prompt-file as well, expected standard input to be one of them")
         if self.frames is not None and not 1 <= self.frames <= MOST_FRAMES:
             raise ValueError(f"--frames: got {self.frames}, expected 1 to 2^53 - 1")
         if self.seconds is not None and not 0 < self.seconds < float("inf"):

@@ -12,8 +12,9 @@ from engine.commands.interrupt import Interrupt
 from engine.commands.job import Job
 from engine.commands.notes import Notes
 from engine.commands.prompts import Prompts
+from engine.commands.sources import Followed
 from engine.media.sinks import Sink
-from engine.runtime.streams import Stream
+from engine.runtime.streams import SourceEnded, Stream
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Recording:
     interrupt: Interrupt
     console: Console
     notes: Notes
+    source: Followed | None = None
 
     def make(self, stream: Stream, times: Times) -> bool:
         """Write chunks until the limit; returns whether a signal ended it before.
@@ -70,6 +72,8 @@ class Recording:
                 task = progress.add_task("streaming", total=self.limit, rate=0.0, ttff=0.0)
                 while self.limit is None or self.interrupt.written < self.limit:
                     self._switch(stream)
+                    if self.source is not None:
+                        self.notes.take(self.source.notes)
                     chunk_start = time.perf_counter()
                     chunk = stream.next_chunk()
                     now = time.perf_counter()
@@ -81,6 +85,10 @@ class Recording:
                     rate = self.interrupt.written / (time.perf_counter() - times.begun)
                     progress.update(task, completed=self.interrupt.written, rate=rate, ttff=1e3 * times.ttff)
                 self.interrupt.end()
+        except SourceEnded as error:
+            if not self.interrupt.written:
+                raise ValueError(str(error)) from None
+            self.interrupt.end()
         except KeyboardInterrupt:
             if stream.handed > handed:  # handed over, but not written to the end
                 self._write(stream.last[self.interrupt.written - before :])

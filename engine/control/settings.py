@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.config import Preset
+from engine.generators.source import Source
 from engine.model.cache import FP8
 from engine.presets import override
 from engine.runtime.streams import Steps
@@ -20,6 +21,7 @@ class Settings:
     preset: Preset  # of which steps and window count
     noise: NoiseSource
     schedule: Schedule
+    source: Source | None = None  # that the video follows
 
     def changed(self, pipeline: Shared, seed: int | None, steps: Steps | None, window: int | None) -> Settings:
         """The same with what is not None. ValueError (got and expected) for what a stream of the pipeline refuses."""
@@ -27,7 +29,10 @@ class Settings:
         preset = override(self.preset, asked)
         _check_window(preset, pipeline)
         noise = self.noise if seed is None else self._noise_of(seed, pipeline)
-        return Settings(preset, noise, self.schedule if steps is None else Schedule(preset))
+        schedule = self.schedule if steps is None else Schedule(preset)
+        if self.source is not None:
+            self.source.check(schedule)
+        return Settings(preset, noise, schedule, self.source)
 
     def _noise_of(self, seed: int, pipeline: Shared) -> NoiseSource:
         if type(seed) is not int:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -61,46 +61,69 @@ def read_clip(
 
 
 def frames_at(
-    path: Path, height: int, width: int, fps: float, *, crop: bool = True
+    path: Path, height: int, width: int, fps: float, *, crop: bool = True, notes: list[str] | None = None
 ) -> Generator[np.ndarray, None, None]:
     """All frames of a video at `fps`, one by one: what `read_clip` returns of a `last` without end. Holds one of them.
 
-    A picture is a video of one frame. Without `crop` pixels are stretched to the size. ValueError also for a file that
-    is cut off, at once where its container tells its length, else when the reading comes there.
+    A picture is a video of one frame. Without `crop` pixels are stretched to the size. `notes` as in `read_clip`.
+    ValueError also for a file that is cut off, at once where its container tells its length, else when the reading
+    comes there.
     """
+    notes = [] if notes is None else notes
     with _named(path):
         kind = kind_of(path)
         if kind == "picture":
-            yield from read_image(path, height, width, crop=crop)
-            return
-        grid: Grid[Any]
-        if kind == "animation":
-            grid, time = Grid(fps, sys.maxsize, tolerance_of(Fraction(1, 1000))), Fraction(0)
-            for duration, _, pixels in frames_of(path, height, width, [], crop):
+            yield from read_image(path, height, width, notes, crop)
+        elif kind == "animation":
+            grid: Grid[np.ndarray] = Grid(fps, sys.maxsize, tolerance_of(Fraction(1, 1000)))
+            time = Fraction(0)
+            for duration, _, pixels in frames_of(path, height, width, notes, crop):
                 grid.show(time, pixels, lambda shown: shown)
                 yield from grid.drain()
                 time += duration
             grid.finish(time)
+            yield from grid.drain()
         else:
             with Decoder(path, threads=False) as decoder:
                 if decoder.is_cut_off(path):
                     raise ValueError("cut off, expected a whole file")
-                render = Renderer(height, width, decoder.stream.sample_aspect_ratio, path.name, [], crop)
-                grid, clock = Grid(fps, sys.maxsize, tolerance_of(decoder.time_base)), Clock(decoder.usual)
-                with _placed(clock):
-                    for stamp, length, frame in decoder.frames(None, lambda share: None):
-                        grid.show(clock.at(stamp, length), frame, render)
-                        yield from grid.drain()
-                    if decoder.lost:
-                        raise Damaged
-                grid.finish(_end(decoder, clock) - _jitter(decoder))
-        yield from grid.drain()
+                aspect = decoder.stream.sample_aspect_ratio
+                yield from _on_grid(decoder, Renderer(height, width, aspect, path.name, notes, crop), fps)
+
+
+def piped_frames(
+    file: BinaryIO, height: int, width: int, fps: float, notes: list[str]
+) -> Generator[np.ndarray, None, None]:
+    """The frames that a pipe delivers, as `frames_at` gives those of a file: y4m, Matroska, MPEG-TS, fragmented MP4."""
+    with _named_errors("standard input"), Decoder(file, threads=False) as decoder:
+        aspect = decoder.stream.sample_aspect_ratio
+        yield from _on_grid(decoder, Renderer(height, width, aspect, "standard input", notes), fps)
+
+
+def _on_grid(decoder: Decoder, render: Renderer, fps: float) -> Iterator[np.ndarray]:
+    """All frames that a decoder has, at `fps`."""
+    grid: Grid[Any] = Grid(fps, sys.maxsize, tolerance_of(decoder.time_base))
+    clock = Clock(decoder.usual)
+    with _placed(clock):
+        for stamp, length, frame in decoder.frames(None, lambda share: None):
+            grid.show(clock.at(stamp, length), frame, render)
+            yield from grid.drain()
+        if decoder.lost:
+            raise Damaged
+    grid.finish(_end(decoder, clock) - _jitter(decoder))
+    yield from grid.drain()
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
     """Errors from inside name the video, and what was expected. ValueError for what is no file."""
     check_file(path, "video")
+    with _named_errors(path):
+        yield
+
+
+@contextmanager
+def _named_errors(path: Path | str) -> Iterator[None]:
     import av
 
     try:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 from engine.media.frames import MOST_PIXELS, Frame, too_large
 
@@ -35,15 +35,21 @@ class Decoder:
     left out too, and `lost` says so. Damage in between raises Damaged.
     """
 
-    def __init__(self, path: Path, threads: bool) -> None:
-        """threads: decode several frames at a time; then damage cannot be told from what is around it."""
+    def __init__(self, file: Path | BinaryIO, threads: bool) -> None:
+        """threads: decode several frames at a time; then damage cannot be told from what is around it.
+
+        Of an open file only `frames` from the begin can be read: it may be a pipe.
+        """
         import av
 
-        with path.open("rb") as file:
-            if file.read(16).lstrip(b"\xef\xbb\xbf \r\n").startswith(_PLAYLISTS):
-                raise ValueError("got a playlist, expected the video itself")
-        # A name with a colon is a file's too.
-        self.container = av.open(f"file:{path}", options={"protocol_whitelist": "file"})
+        if isinstance(file, Path):
+            with file.open("rb") as opened:
+                if opened.read(16).lstrip(b"\xef\xbb\xbf \r\n").startswith(_PLAYLISTS):
+                    raise ValueError("got a playlist, expected the video itself")
+        # A name with a colon is a file's too. What a pipe delivers may name other files, and opens none.
+        where = f"file:{file}" if isinstance(file, Path) else file
+        allowed = "file" if isinstance(file, Path) else ""
+        self.container = av.open(where, "r", options={"protocol_whitelist": allowed})
         try:
             if self.container.format.name in _TEXT:
                 raise ValueError("got text, expected a video")

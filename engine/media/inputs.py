@@ -1,4 +1,4 @@
-"""Checks that a path given as --image or --video names a file that can be read, and says what to do if not."""
+"""Checks that a path given as --image, --video or --source names a file that can be read; says what to do if not."""
 
 import re
 import stat
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def check_file(path: Path, what: str) -> None:
-    """Raise FileNotFoundError, or ValueError for what is no plain file. `what` is "image" or "video".
+    """Raise FileNotFoundError, or ValueError for what is no plain file. `what` is "image", "video" or "source".
 
-    Both kinds are read more than once, so a pipe or a device cannot serve. Opening one could also wait for ever.
+    These are read more than once, so a pipe or a device cannot serve. Opening one could also wait for ever.
     """
     text = str(path)
     if text == "-":
@@ -32,7 +32,7 @@ def check_file(path: Path, what: str) -> None:
         raise ValueError(f"{what}: got {text}, an empty file, expected a readable {_KIND[what]}")
 
 
-_KIND = {"image": "picture", "video": "video"}
+_KIND = {"image": "picture", "video": "video", "source": "video"}
 
 
 def reason(error: BaseException) -> str:

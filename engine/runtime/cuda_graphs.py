@@ -115,7 +115,8 @@ class GraphedStages:
         self.capabilities = replace(stages.capabilities, moves_vae_cache=True)
         self.models, self.vae, self.text_encoder = stages.models, stages.vae, stages.text_encoder
         self.encode_text, self.prepare_text = stages.encode_text, stages.prepare_text
-        self.vae_encode, self.modules, self.mapped_bytes = stages.vae_encode, stages.modules, stages.mapped_bytes
+        self.vae_encode_step, self.modules = stages.vae_encode_step, stages.modules
+        self.mapped_bytes = stages.mapped_bytes
         self.named_weights, self.plain = stages.named_weights, stages.plain
         self._lock = threading.RLock()  # streams in several threads share the graphs' static tensors
         device = next(iter(stages.models.values())).proj_out.weight.device

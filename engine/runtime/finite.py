@@ -14,7 +14,7 @@ from engine.model.cache import RingCache
 from engine.runtime.passes import Pass, Stages, TextKV
 
 _WIDER = {torch.float16: "bf16 or fp32", torch.bfloat16: "fp32"}  # precisions to try after an overflow
-_WATCHED = ("encode_text", "vae_first", "vae_steady", "vae_encode")
+_WATCHED = ("encode_text", "vae_first", "vae_steady", "vae_encode_step")
 
 
 def bad_number(x: Tensor) -> str | None:

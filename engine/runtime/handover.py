@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 
-from engine.runtime.streams import Cancelled, Serial, check_process
+from engine.runtime.streams import Cancelled, Serial, SourceEnded, check_process
 
 P = TypeVar("P", bound="Progress")
 
@@ -161,7 +161,10 @@ class HandsOver(ABC):
     def __next__(self) -> np.ndarray:
         if self._over:
             raise StopIteration
-        return self._hand_over(self._ready_frame)
+        try:
+            return self._hand_over(self._ready_frame)
+        except SourceEnded:
+            raise StopIteration from None
 
     @property
     def _over(self) -> bool:
@@ -180,6 +183,8 @@ class HandsOver(ABC):
         making = asyncio.ensure_future(asyncio.to_thread(self._decode_ahead))
         try:
             await asyncio.shield(making)
+        except SourceEnded:
+            raise StopAsyncIteration from None
         except asyncio.CancelledError:
             self.cancel()
             while not making.done():

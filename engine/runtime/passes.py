@@ -119,6 +119,9 @@ class Stages(Protocol):
         """latent [B, C, 1, h, w] -> the next 4 frames [B, 3, 4, H, W], and the cache for the next call."""
         ...
 
-    def vae_encode(self, video: Tensor) -> Tensor:
-        """video [B, 3, 1 + 4 n, H, W] in [-1, 1] -> latents [B, C, 1 + n, h, w]."""
+    def vae_encode_step(self, frames: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """The next frames [B, 3, 4, H, W] in [-1, 1] -> latent [B, C, 1, h, w], and the cache for the next call.
+
+        A video begins with one frame alone, without a cache (None).
+        """
         ...

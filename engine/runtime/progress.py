@@ -32,6 +32,7 @@ class StreamProgress(Progress):
     vae_cache: Any = None
     waiting: Waiting | None = None
     started: int = 0  # frames of the chunks whose decoding has begun
+    intake: Any = None  # what there is of the source's frames, if there is a source
     rest: tuple[np.ndarray, Serial] | None = None  # what the iterator has left of its chunk, never empty
 
     @property

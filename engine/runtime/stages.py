@@ -89,8 +89,8 @@ class TorchStages:
     def vae_steady(self, latent: Tensor, cache: Any) -> tuple[Tensor, Any]:
         return need(self.vae, "VAE").steady(latent, cache, in_place=self.capabilities.moves_vae_cache)
 
-    def vae_encode(self, video: Tensor) -> Tensor:
-        return need(self.vae, "VAE").encode(video)
+    def vae_encode_step(self, frames: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        return need(self.vae, "VAE").encode_step(frames, cache)
 
 
 def _time_of(step: Pass) -> Tensor:

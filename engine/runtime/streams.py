@@ -17,6 +17,10 @@ class Cancelled(RuntimeError):
     """`cancel` has ended the call. Nothing is lost: the next call makes the same chunk."""
 
 
+class SourceEnded(EOFError):
+    """The source has too few frames left for a chunk. The iterator ends there."""
+
+
 class Serial(NamedTuple):
     """Which frame it is, of which chunk, under which prompt; each counted from 0."""
 

@@ -5,6 +5,7 @@ import torch
 from engine.config import Preset
 
 GRID = 1000  # training timesteps
+_ROUNDING = 1e-6  # by which a noise level may exceed a bound: the grid is float32
 
 
 class Schedule:
@@ -38,7 +39,30 @@ class Schedule:
             return 0.0
         return self._sigma_of[t] if t in self._sigma_of else self._nearest(t)
 
-    def steps(self, chunk: int) -> list[tuple[float, float | None]]:
-        """(t, next t) of every denoising step of a chunk; the last next t is None."""
+    def steps(self, chunk: int, strength: float = 1.0, level: float | None = None) -> list[tuple[float, float | None]]:
+        """(t, next t) of every denoising step of a chunk; the last next t is None.
+
+        strength  below 1: only the steps at noise levels (sigma) up to it. Not below `last_level`
+        level     the first of these is moved down to the grid point nearest to this noise level
+        """
         ts = self._chunks[min(chunk, len(self._chunks) - 1)]
+        if strength < 1:
+            ts = [t for t in ts if self.sigma(t) <= strength + _ROUNDING]
+        if level is not None:
+            start = float(self.timesteps[int((self.sigmas.double() - level).abs().argmin())])
+            ts = [start, *(t for t in ts[1:] if t < start)]
         return list(zip(ts, [*ts[1:], None], strict=True))
+
+    @property
+    def rows(self) -> int:
+        """Chunks from which on the steps stay the same."""
+        return len(self._chunks)
+
+    @property
+    def last_level(self) -> float:
+        """The largest noise level of any chunk's last step."""
+        return max(self.sigma(ts[-1]) for ts in self._chunks) - _ROUNDING
+
+    def level(self, chunk: int, strength: float) -> float:
+        """The noise level that a chunk begins at; 1 for the strength 1."""
+        return self.sigma(self.steps(chunk, strength)[0][0]) if strength < 1 else 1.0

@@ -55,6 +55,14 @@ class Past:
 
 
 @dataclass(frozen=True)
+class Follow:
+    """How closely a video follows the frames that its viewer sends; as `engine.generators.source.Source` has it."""
+
+    strength: float | None = None
+    noise_scale: float | None = None
+
+
+@dataclass(frozen=True)
 class Wish:
     """The video that a session makes."""
 
@@ -66,6 +74,7 @@ class Wish:
     adapters: Mapping[str, float] = field(default_factory=dict)
     history: tuple[Past, ...] = ()  # changes at chunks of this video, in their order
     skip: int = 0  # chunks that are made again, and not shown
+    source: Follow | None = None  # follow the viewer's frames
 
 
 @dataclass(frozen=True)

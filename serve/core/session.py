@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine.bundles.native import NativePipeline
+from engine.media.live import LiveFrames
 from engine.stream import Pipeline
 from serve.core.coding import Coded, Coding, Recording
 from serve.core.messages import Change, Chunk, Notice, Past, Wish
@@ -87,7 +88,7 @@ class Session:
         self._paused = self._blocked = False
         self._last = 1  # frames of the chunk that was made last
         now = time.monotonic()
-        self.began, self._touched, self._watched, self._free = now, now, now, now
+        self.began, self._touched, self._watched, self._free, self._fed = now, now, now, now, now
         self._thread = threading.Thread(target=self._run, name=f"session-{name}", daemon=True)
 
     # --- for any thread
@@ -138,6 +139,11 @@ class Session:
                 self._viewers.remove(viewer)
                 self._watched = time.monotonic()
             self._lock.notify_all()
+
+    @property
+    def input(self) -> LiveFrames | None:
+        """What the video follows. Who puts frames there calls `wake`."""
+        return self._video.input
 
     def stop(self, reason: str = "stopped") -> None:
         """End it within the chunk that is being made."""
@@ -251,6 +257,7 @@ class Session:
                 self._watched = now
             behind = self._behind()
         self._free = self._free if behind and not self._paused else now
+        self._fed = self._fed if self._video.hungry and not self._paused else now
         if self._video.finished:
             return "finished"
         if now - self.began > limits.lifetime:
@@ -259,6 +266,8 @@ class Session:
             return "idle"
         if now - self._free > limits.stall:
             return "stalled"
+        if now - self._fed > limits.stall:
+            return "no_frames"
         return ""
 
     def _due_now(self) -> bool:
@@ -275,9 +284,14 @@ class Session:
                 self._blocked = True
                 self._lock.wait(TICK)
                 return False
+            if self._video.hungry:
+                self._lock.wait(TICK)
+                return False
             if self._blocked:
                 self._blocked = False
                 self._pace.rebase()
+            if self._video.input is not None:
+                return True  # the input is the clock
             now = time.monotonic()
             early = self._pace.due(self.frames, now) - self._pace.lead(self._last) - now
             if early > 0:
@@ -361,7 +375,10 @@ class Session:
 
     def _done_notice(self) -> Notice:
         stopped = self.reason != "finished"
-        return Notice("done", {"chunks": self.chunks, "frames": self.frames, "stopped": stopped, "reason": self.reason})
+        about = {"chunks": self.chunks, "frames": self.frames, "stopped": stopped, "reason": self.reason}
+        if (given := self._video.input) is not None:
+            about["source"] = {"taken": given.taken, "dropped": given.dropped, "repeated": given.repeated}
+        return Notice("done", about)
 
     def _fail(self, code: str, message: str) -> None:
         self.tell(Notice("error", {"code": code, "message": message}))

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from engine.bundles.native import NativePipeline
+from engine.media.live import LiveFrames
 from engine.runtime.streams import Stream
 from engine.stream import Pipeline
 from serve.core.messages import Change, Notice, Past, Wish, Words, shown
@@ -54,6 +56,11 @@ class Video:
         self._settings: dict[str, Any] = {}  # seed, steps and window that were changed since the video began
         self._direction = self._reached = Direction(wish.prompt)  # _reached: of the chunk made last
         self._started: list[str] = []  # events that show with the next chunk
+        self.input: LiveFrames | None = None  # what the video follows
+        if wish.source is not None:
+            assert isinstance(pipeline, Pipeline)
+            room = pipeline.preset.pixel_frames(1, pipeline.temporal)
+            self.input = LiveFrames(pipeline.fps, room)
 
     @property
     def _running(self) -> Stream:
@@ -72,15 +79,31 @@ class Video:
 
     @property
     def finished(self) -> bool:
-        """Whether all frames of the wish are made."""
-        return self.wish.frames is not None and self.frames >= self.wish.frames
+        """Whether all frames of the wish are made, or the input has ended."""
+        ended = self.input is not None and self.input.closed and self._lacks > 0
+        return ended or (self.wish.frames is not None and self.frames >= self.wish.frames)
+
+    @property
+    def hungry(self) -> bool:
+        """Whether the next chunk lacks frames of its input."""
+        return self.input is not None and self._lacks > 0
+
+    @property
+    def _lacks(self) -> int:
+        assert isinstance(self._pipeline, Pipeline)
+        assert self.input is not None
+        need = self._pipeline.preset.pixel_frames(self.number, self._pipeline.temporal)
+        return need - self.input.waiting
 
     def begin(self) -> None:
         """Open the stream of the wish."""
         wish, prompt = self.wish, prompt_of(self.wish.prompt)
         self.close()  # first, so that the new one has the memory
         with self._turn(None):
-            self._stream = self._pipeline.stream(prompt, seed=wish.seed, frames=wish.frames, clip=wish.clip)
+            begin = partial(self._pipeline.stream, prompt, seed=wish.seed, frames=wish.frames, clip=wish.clip)
+            if wish.source is not None:
+                begin = partial(begin, source=self.input, **vars(wish.source))
+            self._stream = begin()
             if wish.adapters:
                 self._stream.set_adapters(wish.adapters)
         self._direction = self._reached = Direction(wish.prompt)

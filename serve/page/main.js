@@ -1,6 +1,7 @@
 // Puts the page together: what the user does goes to the session, what the session says is shown.
 
 import { address, hasToken, request, setToken, takeToken } from "./api.js";
+import { Camera } from "./camera.js";
 import { Controls } from "./controls.js";
 import { clearNotice, clearNotices, ENDINGS, errorWords, notice, sentence } from "./notices.js";
 import { Picture } from "./picture.js";
@@ -81,6 +82,9 @@ const controls = new Controls({
 const picture = new Picture($("#picture"), () => {
   if (session.running) notice("picture", "The next start begins from this choice.", again);
 });
+const camera = new Camera($("#camera"), () => {
+  if (session.running) notice("camera", "The next start follows this choice.", again);
+});
 
 function start() {
   const prompt = promptText();
@@ -91,7 +95,8 @@ function start() {
   strip.reset();
   startedAt = performance.now();
   const settings = { prompt, seed, speed, adapters, model: controls.chosenModel, image: picture.data ?? undefined };
-  session.start(settings, controls.transport);
+  if (camera.stream) Object.assign(settings, { source: camera.settings, image: undefined, speed: 1 });
+  session.start(settings, controls.transport, camera);
 }
 
 function watch() {
@@ -117,7 +122,8 @@ function promptText() {
 function restart() {
   const { seed, adapters } = controls;
   if (seed === null) return void notice("seed", "The seed must be a whole number.", { tone: "error" });
-  const same = (session.settings?.image ?? null) === picture.data;
+  const { image, source } = session.settings ?? {};
+  const same = source ? source.strength === camera.settings?.strength : (image ?? null) === picture.data && !camera.stream;
   if (session.state === "live" && same) session.interact({ seed, adapters });
   else start();
 }
@@ -194,6 +200,7 @@ async function loadModels() {
 
 function offer(model) {
   stage.shape(model.width, model.height, model.height);
+  camera.offer(model.source);
   const chips = (model.examples ?? []).map((text) => {
     const chip = document.createElement("button");
     Object.assign(chip, { type: "button", className: "chip", textContent: text });

@@ -52,6 +52,7 @@ export const ENDINGS = {
   idle: "The server ended the session because nothing happened for a while.",
   lifetime: "The session reached the server's time limit.",
   lease: "The server gave the session up because nobody was connected.",
+  no_frames: "The server ended the session because no picture came from your camera.",
   stalled: "The server ended the session because it got stuck.",
   unplayable: "The browser cannot play what the server sends.",
   unreachable: "The server could not be reached again.",

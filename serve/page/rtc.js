@@ -9,9 +9,13 @@ export class RtcLink {
   name = "webrtc";
   static supported = "RTCPeerConnection" in window;
 
-  /** on: message(object), stream(MediaStream), closed({ code }), failed(ServerError) if no connection came about. */
-  constructor(on) {
+  /**
+   * on: message(object), stream(MediaStream), closed({ code }), failed(ServerError) if no connection came about.
+   * track: of the camera that the video follows, or null.
+   */
+  constructor(on, track) {
     this.on = on;
+    this.track = track;
   }
 
   /** Takes the socket's first message (session.start or session.watch) and offers a connection. */
@@ -59,7 +63,8 @@ export class RtcLink {
     this.channel = this.peer.createDataChannel("parameters", { ordered: true });
     this.channel.onmessage = ({ data }) => this.on?.message(JSON.parse(data));
     this.channel.onclose = () => this.#closed();
-    const { receiver } = this.peer.addTransceiver("video", { direction: "recvonly" });
+    const direction = this.track ? "sendrecv" : "recvonly";
+    const { receiver } = this.peer.addTransceiver(this.track ?? "video", { direction });
     if ("jitterBufferTarget" in receiver) receiver.jitterBufferTarget = 0; // newest frame first: this is live
     this.peer.ontrack = ({ track, streams }) => this.on?.stream(streams[0] ?? new MediaStream([track]));
     this.peer.onicecandidate = ({ candidate }) => {
@@ -113,7 +118,7 @@ export class RtcLink {
 function asked({ type, session, prompt, adapters, ...rest }) {
   if (type === "session.watch") return { session, initialParameters: {} };
   const initialParameters = { prompts: [{ text: prompt, weight: 1 }] };
-  for (const name of ["model", "seed", "speed", "image"]) {
+  for (const name of ["model", "seed", "speed", "image", "source"]) {
     if (rest[name] !== undefined) initialParameters[name] = rest[name];
   }
   if (adapters) {

@@ -32,10 +32,13 @@ export class Session {
     return this.state !== "idle";
   }
 
-  /** settings: prompt, seed, speed, model, image?, adapters?; transport: "auto", "webrtc" or "socket". */
-  start(settings, transport) {
+  /**
+   * settings: prompt, seed, speed, model, image?, source?, adapters?; transport: "auto", "webrtc" or "socket".
+   * camera: what the video follows, if settings has a source.
+   */
+  start(settings, transport, camera = null) {
     this.#begin(transport);
-    Object.assign(this, { settings, watching: null, seed: settings.seed, speed: settings.speed });
+    Object.assign(this, { settings, camera, watching: null, seed: settings.seed, speed: settings.speed });
     this.prompts.begin(settings.prompt);
     this.#connect();
   }
@@ -119,7 +122,7 @@ export class Session {
       closed: ({ code }) => this.#closed(code),
       failed: (error) => this.#rtcFailed(error),
     };
-    this.link = rtc ? new RtcLink(on) : new SocketLink(on);
+    this.link = rtc ? new RtcLink(on, this.#follows ? this.camera.track : null) : new SocketLink(on);
     if (rtc) this.#expectFrame();
     else if (!playsH264 && !this.wasLive) this.on.note(JPEGS);
     this.link.open(this.#first());
@@ -128,8 +131,15 @@ export class Session {
   #disconnect() {
     clearTimeout(this.deadline);
     clearTimeout(this.retry);
+    this.stopPictures?.();
+    this.stopPictures = null;
     this.link?.close();
     this.link = null;
+  }
+
+  /** Whether the video follows the camera. What the camera showed is gone: such a video is not made again. */
+  get #follows() {
+    return Boolean(this.settings?.source && this.camera?.stream);
   }
 
   #first() {
@@ -142,7 +152,7 @@ export class Session {
     if (!this.wasLive) return first;
     const chunk = this.prompts.nextChunk(this.config.fps, this.shownTime);
     this.prompts.from = chunk;
-    if (chunk > 0) first.resume = { chunk, history: this.prompts.until(chunk) };
+    if (chunk > 0 && !this.#follows) first.resume = { chunk, history: this.prompts.until(chunk) };
     first.prompt = this.prompts.first;
     return first;
   }
@@ -200,6 +210,11 @@ export class Session {
     this.prompts.reconnected(this.wasLive ? this.prompts.nextChunk(message.config.fps, this.shownTime) : 0);
     Object.assign(this, { id: message.session, key: message.key ?? null, config: message.config, shownTime: null });
     this.seed = message.config.seed;
+    if (this.link.name === "socket" && this.#follows) {
+      const { width, height, fps, scale } = message.config;
+      const send = (blob) => this.link?.sendPicture(blob);
+      this.stopPictures = this.camera.pictures(width / scale, height / scale, fps, send);
+    }
     if (this.link.name === "socket") this.stage.play({ ...message, mime: message.mime ?? MIME });
     else clearTimeout(this.deadline); // its first chunk may take long; #chunk sets the time for the frame
     this.stage.speed = this.speed;

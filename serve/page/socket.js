@@ -32,6 +32,12 @@ export class SocketLink {
     return true;
   }
 
+  /** Sends a picture, unless earlier ones have not gone out yet. */
+  sendPicture(blob) {
+    const { readyState, bufferedAmount } = this.socket;
+    if (readyState === WebSocket.OPEN && !bufferedAmount) this.socket.send(blob);
+  }
+
   stop() {
     this.send({ type: "session.stop" });
   }

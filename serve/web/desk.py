@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.presets import override
+from engine.stream import Pipeline
 from serve.core.messages import Change, Notice
 from serve.core.session import Session, TooMany
 from serve.core.viewers import Viewer
@@ -38,6 +39,8 @@ class Desk:
         """Open the session that a start asks for. Invalid, Busy."""
         server, pipeline = self.server, self.server.pipeline
         self._check(start)
+        if start.source is not None:
+            self._check_source(start)
         clip: np.ndarray | None = None
         notes: list[str] = []
         if start.image is not None:
@@ -110,6 +113,21 @@ class Desk:
                 raise Invalid(f"{name}: got {got}, expected {own}{also}: the model is loaded for one size")
         if start.fps is not None and start.fps != pipeline.fps:
             raise Invalid(f"fps: got {start.fps:g}, expected {pipeline.fps:g}; `speed` plays faster or slower")
+
+    def _check_source(self, start: Start) -> None:
+        """Invalid for a video that cannot follow its viewer's frames."""
+        pipeline, source = self.server.pipeline, start.source
+        assert source is not None
+        if not isinstance(pipeline, Pipeline):
+            raise Invalid("source: got it, expected a model whose loop runs in Python, not the C++ core")
+        for name, got, expected in (("image", start.image, None), ("resume", start.resume, None),
+                                    ("speed", start.speed, 1.0)):  # fmt: skip
+            if got != expected:
+                raise Invalid(f"source: got {name} as well, expected frames alone, as they come")
+        try:
+            pipeline.follows((), source.strength, source.noise_scale)
+        except ValueError as error:
+            raise Invalid(str(error)) from None
 
     def _check_change(self, change: Change) -> None:
         """Invalid for what this server's model cannot do."""

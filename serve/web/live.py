@@ -6,6 +6,7 @@ import asyncio
 import json
 import uuid
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
@@ -14,6 +15,7 @@ from serve.core.house import Busy
 from serve.core.messages import Chunk, Notice
 from serve.core.viewers import Viewer
 from serve.web.desk import Desk
+from serve.web.frames import Intake, picture_of_bytes
 from serve.web.server import Bell, Bucket, Refused, Server
 from serve.web.wire import FORMATS, Invalid, Start, Watch, close_reason, message_of, parsed, payload_of
 
@@ -90,7 +92,12 @@ class _Connection:
         session = desk.session
         assert session is not None
         sending = asyncio.create_task(self._send_all(desk, bell))
-        receiving = asyncio.create_task(self._take_orders(desk))
+        frames = None
+        if desk.owns and session.input is not None:
+            size = self._server.pipeline.height, self._server.pipeline.width
+            frames = Intake(session, partial(picture_of_bytes, height=size[0], width=size[1]), desk.error)
+        decoding = asyncio.create_task(frames.run() if frames else asyncio.sleep(0))
+        receiving = asyncio.create_task(self._take_orders(desk, frames))
         try:
             await asyncio.wait({sending, receiving}, return_when=asyncio.FIRST_COMPLETED)
             if not sending.done() and session.state == "ended":
@@ -99,9 +106,9 @@ class _Connection:
             session.leave(desk.viewer)
             if desk.owns and session.state == "waiting":
                 session.stop()
-            for task in (sending, receiving):
+            for task in (sending, receiving, decoding):
                 task.cancel()
-            done = await asyncio.gather(sending, receiving, return_exceptions=True)
+            done = await asyncio.gather(sending, receiving, decoding, return_exceptions=True)
             with suppress(Exception):  # the other side may have gone
                 await self._socket.close()
         for result in done:
@@ -132,17 +139,19 @@ class _Connection:
             if item.kind == "done":
                 return
 
-    async def _take_orders(self, desk: Desk) -> None:
-        """Act on what the client sends, until it leaves or stops."""
+    async def _take_orders(self, desk: Desk, frames: Intake | None) -> None:
+        """Act on what the client sends, until it leaves or stops. `frames`: where its pictures go."""
         session, orders = desk.session, Bucket(MESSAGES)
         assert session is not None
         while True:
             try:
-                message = await self._receive()
+                message = await self._receive(frames)
             except WebSocketDisconnect:
                 return
             except Invalid as error:
                 desk.error("invalid_request", str(error))
+                continue
+            if message is None:
                 continue
             if orders.take(""):
                 desk.error("busy", f"got more than {MESSAGES:g} messages a minute, expected fewer")
@@ -160,12 +169,15 @@ class _Connection:
                 known = "session.interaction, session.ping or session.stop"
                 desk.error("invalid_request", f"type: got {str(kind)[:60]!r}, expected {known}")
 
-    async def _receive(self) -> Any:
-        """The next message's JSON. Invalid if it is none."""
+    async def _receive(self, frames: Intake | None = None) -> Any:
+        """The next message's JSON; None for a picture, which goes to `frames`. Invalid if it is neither."""
         message = await self._socket.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1000))
         text = message.get("text")
+        if text is None and frames is not None:
+            frames.put(message.get("bytes") or b"")
+            return None
         if text is None:
             raise Invalid(f"message: got {len(message.get('bytes') or b'')} bytes, expected text in JSON")
         try:

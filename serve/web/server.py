@@ -9,9 +9,12 @@ import time
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 from engine.bundles.native import NativePipeline
+from engine.generators.source import STRENGTH
+from engine.sampling.schedule import Schedule
 from engine.stream import Pipeline
 from serve.core.encoders import MIME
 from serve.core.house import House
@@ -64,7 +67,7 @@ class Server:
             "adapters": list(self.adapters), "strengths": self.adapters,
             "examples": list(self.examples),
             "capacity": self.house.room.sessions, "formats": ["m4s", "jpeg", "rgb"], "scale": self.house.scale,
-            "chunk_frames": self.chunk_frames,
+            "chunk_frames": self.chunk_frames, "source": _source(pipeline),
         }  # fmt: skip
 
     def start_message(self, session: Session, start: Notice, owns: bool) -> dict[str, Any]:
@@ -85,6 +88,14 @@ class Server:
         """End all jobs and sessions. Jobs first: what runs goes back into their queue."""
         self.jobs.close()
         self.house.close()
+
+
+def _source(pipeline: Pipeline | NativePipeline) -> dict[str, float] | None:
+    """Strengths with which the model follows frames: the least one, and the usual one; None where it follows none."""
+    if not isinstance(pipeline, Pipeline):
+        return None
+    least = ceil(100 * Schedule(pipeline.preset).last_level) / 100
+    return {"least": least, "strength": max(least, STRENGTH)}
 
 
 class Refused(Exception):

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from engine.media.pictures import read_image
-from serve.core.messages import Change, Chunk, Notice, Past, Wish, Words
+from serve.core.messages import Change, Chunk, Follow, Notice, Past, Wish, Words
 from serve.core.prompts import check_words
 
 MOST_TEXT = 20_000  # characters of a prompt
@@ -72,6 +72,11 @@ class Resume(_Message):
     history: Annotated[list[PastMessage], Field(max_length=10_000)] = []
 
 
+class SourceMessage(_Message):
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    noise_scale: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
 class Start(_Message):
     type: Literal["session.start"]
     prompt: Prompt
@@ -84,6 +89,7 @@ class Start(_Message):
     fps: float | None = None
     speed: Speed = 1.0
     image: str | None = None
+    source: SourceMessage | None = None
     adapters: Strengths = {}
     denoising_step_list: StepList | None = None
     window: int | None = None
@@ -154,6 +160,7 @@ def wish_of(start: Start, seed: int, clip: np.ndarray | None) -> Wish:
     """The video that a start asks for."""
     past = [] if start.resume is None else start.resume.history
     settings = Change(steps=start.denoising_step_list, window=start.window)
+    source = None if start.source is None else Follow(start.source.strength, start.source.noise_scale)
     return Wish(
         words_of(start.prompt), seed, start.num_frames, start.speed, clip, start.adapters,
         (Past(0, settings),) * bool(settings.settings) + tuple(
@@ -162,7 +169,7 @@ def wish_of(start: Start, seed: int, clip: np.ndarray | None) -> Wish:
                 seed=one.seed, reset=False, steps=one.denoising_step_list, window=one.window,
             )) for one in sorted(past, key=lambda one: one.chunk)
         ),
-        0 if start.resume is None else start.resume.chunk,
+        0 if start.resume is None else start.resume.chunk, source,
     )  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def native_latents(clip: np.ndarray, preset: Preset) -> torch.Tensor:
     frames = 1 + fake_stages.TEMPORAL * (latents - 1)
     clip = clip[-frames:]
     held = np.concatenate([clip, np.repeat(clip[-1:], frames - len(clip), axis=0)])
-    return fake_stages.FakeStages().vae_encode(torch.from_numpy(held)[None].permute(0, 4, 1, 2, 3) / 127.5 - 1)
+    return fake_stages.fake_pipeline(preset).encoded(held)[0]
 
 
 def test_prompts_matter_and_seeds_do(recorded):

@@ -100,6 +100,13 @@ def test_a_stream_that_starts_from_a_clip(made, name):
     interrupted_everywhere(made(name), [chunk, chunk, next, latent, chunk, switch(0), chunk, chunk] * 2, clip=clip(25))
 
 
+@pytest.mark.parametrize(("name", "noise_scale"), [("greedy-chunks", None), ("longlive", 0.3)])
+def test_a_stream_that_follows_a_source(made, name, noise_scale):
+    """Frames that were taken are kept, and encoded again with the same result."""
+    steps = [chunk, chunk, next, latent, switch(0), chunk, chunk, next]
+    interrupted_everywhere(made(name), steps, source=clip(81), strength=0.9, noise_scale=noise_scale)
+
+
 @pytest.mark.parametrize("name", ["greedy", "greedy-chunks", "first-chunk"])
 def test_passes_that_are_joined(made, name):
     """Greedy rings have room for both; a causal ring too, until it is full."""

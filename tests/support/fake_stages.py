@@ -97,13 +97,11 @@ class FakeStages:
         mixed = 0.3 * (share * latent[0, :3].double() + (1 - share) * before[0, :3].double())
         return mixed.float().repeat_interleave(SPATIAL, -2).repeat_interleave(SPATIAL, -1)[None]
 
-    def vae_encode(self, video: Tensor) -> Tensor:
-        latents: list[Tensor] = []
-        for frames in video.double().split([1] + [TEMPORAL] * ((video.shape[2] - 1) // TEMPORAL), dim=2):
-            corner = 2 * frames[:, :, :, ::SPATIAL, ::SPATIAL].mean(2, keepdim=True)
-            new = corner[:, torch.arange(CONFIG.in_channels) % 3]
-            latents.append((new + 0.5 * latents[-1].double() if latents else new).float())
-        return torch.cat(latents, dim=2)
+    def vae_encode_step(self, frames: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:
+        corner = 2 * frames.double()[:, :, :, ::SPATIAL, ::SPATIAL].mean(2, keepdim=True)
+        new = corner[:, torch.arange(CONFIG.in_channels) % 3]
+        latent = (new if cache is None else new + 0.5 * cache.double()).float()
+        return latent, latent
 
 
 def fake_pipeline(preset: Preset) -> Pipeline:

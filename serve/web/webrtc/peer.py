@@ -12,10 +12,13 @@ from contextlib import suppress
 from typing import Any
 
 from aiortc import InvalidStateError, RTCDataChannel, RTCIceCandidate, RTCPeerConnection, RTCRtpTransceiver
+from aiortc.mediastreams import MediaStreamError
 
+from engine.media.frames import Renderer
 from serve.core.messages import Chunk, Item, Notice
 from serve.core.session import Session
 from serve.web.desk import Desk
+from serve.web.frames import Intake
 from serve.web.live import MESSAGES
 from serve.web.server import Bell, Bucket
 from serve.web.webrtc.track import LiveTrack
@@ -49,6 +52,7 @@ class Peer:
         self._sent = self._candidates = 0
         self._error: str | None = None  # the last one that the session told
         self._connected, self._told, self._gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._camera = transceiver.receiver.track if session.input is not None else None
         sender = transceiver.sender
         sender.replaceTrack(LiveTrack(session, desk.viewer, bell, self._tell))
         # aiortc calls this when the browser has lost a picture (PLI) or asks for a whole one (FIR).
@@ -58,13 +62,31 @@ class Peer:
 
     async def run(self) -> None:
         """See the connection through, from the answer until it is closed."""
+        following = asyncio.create_task(self._follow())
         try:
             await _first(CONNECT_WITHIN, self._connected, self._gone)
             if self._connected.is_set():
                 await _first(None, self._told, self._gone)
                 await _first(CLOSE_WITHIN, self._gone)
         finally:
+            following.cancel()
             await self.close()
+
+    async def _follow(self) -> None:
+        """Give the session what the browser's camera shows, until its track ends."""
+        if self._camera is None or self.session.input is None:
+            return
+        pipeline = self._desk.server.pipeline
+        frames = Intake(self.session, Renderer(pipeline.height, pipeline.width, None, "camera", []), self._desk.error)
+        decoding = asyncio.create_task(frames.run())
+        try:
+            while True:
+                frames.put(await self._camera.recv())
+        except MediaStreamError:
+            self.session.input.close()
+            self.session.wake()
+        finally:
+            decoding.cancel()
 
     async def add_candidate(self, candidate: RTCIceCandidate | None) -> None:
         """Add a browser's candidate. Invalid for one that cannot be, or one too many."""

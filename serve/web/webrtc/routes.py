@@ -121,7 +121,8 @@ class Peers:
     async def _open(self, connection: RTCPeerConnection, sdp: str, offer: Offer, address: str) -> Peer:
         """Negotiate, then start or join the session: what is wrong with either is the answer to the request."""
         start, paused, unknown = (None, False, []) if offer.session else start_of(offer.initialParameters)
-        transceiver, codec = await _negotiated(connection, sdp)
+        follows = start is not None and start.source is not None
+        transceiver, codec = await _negotiated(connection, sdp, follows)
         bell = Bell()
         # The session makes chunks for this viewer once the connection stands (LiveTrack).
         viewer = Viewer(codec, holds=start is not None, watches=False, notify=bell.ring)
@@ -167,23 +168,27 @@ async def discard(connection: RTCPeerConnection) -> None:
         log.warning("a refused connection did not close: %s: %s", type(error).__name__, error)
 
 
-async def _negotiated(connection: RTCPeerConnection, sdp: str) -> tuple[RTCRtpTransceiver, str]:
-    """Take the offer in: (what sends the video, "h264" or "vp8"). Invalid unless it asks for such video."""
-    capable = RTCRtpSender.getCapabilities("video").codecs
-    transceiver = connection.addTransceiver("video", direction="sendonly")
+async def _negotiated(connection: RTCPeerConnection, sdp: str, follows: bool) -> tuple[RTCRtpTransceiver, str]:
+    """Take the offer in: (what sends the video, "h264" or "vp8"). Invalid unless it asks for such video.
+
+    follows  the browser sends a video as well, in the same section
+    """
+    capable, direction = RTCRtpSender.getCapabilities("video").codecs, "sendrecv" if follows else "sendonly"
+    transceiver = connection.addTransceiver("video", direction=direction)
     transceiver.setCodecPreferences(sorted(capable, key=_preference))
     try:
         await connection.setRemoteDescription(Description(sdp, "offer"))
         for other in connection.getTransceivers():
             if other is not transceiver:
-                other.direction = "inactive"  # nothing that a browser sends is decoded
+                other.direction = "inactive"  # nothing else that a browser sends is decoded
         answer = SessionDescription.parse((await connection.createAnswer()).sdp)
     except Exception as error:  # the parser asserts, indexes and searches
         line = (str(error).splitlines() or [""])[0][:100] or type(error).__name__
         raise Invalid(f"sdp: got one that does not fit ({line}), expected an offer to receive video") from None
-    sent = [media for media in answer.media if media.kind == "video" and media.direction == "sendonly"]
+    sent = [media for media in answer.media if media.kind == "video" and media.direction == direction]
     if not sent or sent[0].rtp.muxId != transceiver.mid:
-        raise Invalid("sdp: got no first video section that receives, expected one (recvonly or sendrecv)")
+        what, allowed = ("sends and receives", "sendrecv") if follows else ("receives", "recvonly or sendrecv")
+        raise Invalid(f"sdp: got no first video section that {what}, expected one ({allowed})")
     return transceiver, _CODECS[sent[0].rtp.codecs[0].mimeType]
 
 

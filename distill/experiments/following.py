@@ -1,0 +1,141 @@
+"""How closely video-to-video follows its input and its prompt, at several strengths; and a picture of it.
+
+python -m distill following --clips 16 --strengths 1 --strengths 0.7 --picture docs/video-to-video.png
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import engine
+from distill.data.scenes import Scene, render, sample
+from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES
+from distill.scores.dimensions import mean_and_error
+from distill.scores.following import follows, has_followed
+from distill.scores.pixels import from_uint8
+from distill.training.stage import Options, Stage
+from engine.files import write_json
+from engine.model.vae import frames_to_uint8
+from engine.options import option
+from engine.stream import Pipeline
+
+
+@dataclass(frozen=True)
+class FollowingOptions(Options):
+    model: Path | None = option(None, "pipeline directory; default: the embedded model", metavar="DIR")
+    clips: int = option(16, "held-out input clips")
+    frames: int = option(33, "pixel frames of each")
+    strengths: tuple[float, ...] = option((1.0, 0.9, 0.7, 0.5), "may be repeated", metavar="S")
+    noise_scale: float | None = option(None, "how far motion lowers the noise")
+    change: tuple[str, ...] = option(
+        ("colour", "shape"), "what the prompt says otherwise than its input shows; may be repeated",
+        choices=("colour", "shape", "background"),
+    )  # fmt: skip
+    opposite: bool = option(False, "let prompts name the opposite direction of their input's")
+    seed: int = option(1, "of the clips and of the noise")
+    out: Path | None = option(None, "write the scores as JSON", metavar="FILE")
+    picture: Path | None = option(None, "draw inputs and outputs at each strength", metavar="FILE.png")
+
+
+def pairs(count: int, seed: int, change: tuple[str, ...], opposite: bool = False) -> list[tuple[Scene, Scene]]:
+    """(what the input shows, what the prompt says): another look, with the input's motion or against it.
+
+    Inputs are held-out scenes of one object that is always seen.
+    """
+    draws, found = torch.Generator().manual_seed(seed), list[tuple[Scene, Scene]]()
+    while len(found) < count:
+        (scene,) = sample(1, draws, hidden=True)
+        if scene.other is not None or scene.period:
+            continue
+        number, mover = len(found), scene.mover
+        look = replace(
+            mover, colour=_other(mover.colour, COLOURS, number, "colour" in change),
+            shape=_other(mover.shape, SHAPES, number // 4, "shape" in change),
+        )  # fmt: skip
+        ground = _other(scene.background, BACKGROUNDS, number, "background" in change)
+        direction = _opposite(scene) if opposite else scene.direction
+        found.append((scene, replace(scene, mover=look, background=ground, direction=direction)))
+    return found
+
+
+def _other(name: str, among: Iterable[str], number: int, changes: bool) -> str:
+    """Another one of the names, by number; the same one if it does not change."""
+    others = [other for other in among if other != name]
+    return others[number % len(others)] if changes else name
+
+
+def _opposite(scene: Scene) -> str:
+    x, y = DIRECTIONS[scene.direction]
+    return next(name for name, step in DIRECTIONS.items() if step == (-x, -y))
+
+
+def drawn(scene: Scene, frames: int) -> np.ndarray:
+    """The input clip: uint8 [T, 32, 32, 3]."""
+    video: Tensor = frames_to_uint8(render([scene], frames)[0])[0]
+    return video.numpy()
+
+
+def outputs(
+    pipeline: Pipeline, made: list[tuple[Scene, Scene]], options: FollowingOptions, strength: float
+) -> list[np.ndarray]:
+    """The video of each pair, uint8 [T, 32, 32, 3]."""
+    videos = []
+    for number, (shown, wanted) in enumerate(made):
+        source = drawn(shown, options.frames)
+        with pipeline.stream(
+            wanted.caption, seed=options.seed + number, source=source, strength=strength,
+            noise_scale=options.noise_scale,
+        ) as stream:  # fmt: skip
+            videos.append(np.stack(list(stream)))
+    return videos
+
+
+def scores_of(videos: list[np.ndarray], made: list[tuple[Scene, Scene]]) -> dict[str, Any]:
+    """Mean, standard error and number of every score over the clips."""
+    rows = []
+    for video, (shown, wanted) in zip(videos, made, strict=True):
+        scores = follows(from_uint8(video), shown, wanted)
+        rows.append(scores | has_followed(scores))
+    return {name: mean_and_error(row[name] for row in rows) for name in rows[0]}
+
+
+def strip(clips: list[tuple[str, np.ndarray]], frames: list[int], scale: int = 3) -> Image.Image:
+    """Some frames of clips, one labelled row per clip."""
+    width, gap, label = 32 * scale, 4, 130
+    picture = Image.new("RGB", (label + len(frames) * (width + gap), len(clips) * (width + gap)), "white")
+    draw = ImageDraw.Draw(picture)
+    for row, (text, video) in enumerate(clips):
+        draw.multiline_text((4, row * (width + gap) + 8), text, fill="black", font_size=11)
+        for column, number in enumerate(frames):
+            tile = Image.fromarray(video[number]).resize((width, width), Image.Resampling.NEAREST)
+            picture.paste(tile, (label + column * (width + gap), row * (width + gap)))
+    return picture
+
+
+def run(options: FollowingOptions) -> None:
+    """Stream, score, print a line per strength, and draw the first two clips."""
+    pipeline, result = engine.load(options.model), dict[str, Any]()
+    made = pairs(options.clips, options.seed, options.change, options.opposite)
+    shown = [[("input", drawn(scene, options.frames))] for scene, _ in made[:2]]
+    for strength in options.strengths:
+        videos = outputs(pipeline, made, options, strength)
+        result[f"{strength:g}"] = scores = scores_of(videos, made)
+        print(json.dumps({"strength": strength} | {name: value["mean"] for name, value in scores.items()}), flush=True)
+        for rows, video, (_, wanted) in zip(shown, videos, made, strict=False):
+            words = wanted.caption.replace(" moving", "\nmoving").replace(" on", "\non")
+            rows.append((f"strength {strength:g}\n{words}", video))
+    if options.out is not None:
+        write_json(options.out, {"clips": options.clips, "frames": options.frames, "scores": result})
+    if options.picture is not None:
+        every = list(range(0, options.frames, max(1, options.frames // 8)))
+        strip([row for rows in shown for row in rows], every).save(options.picture)
+
+
+STAGE = Stage(FollowingOptions, run)
