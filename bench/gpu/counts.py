@@ -21,7 +21,7 @@ from engine.loader import assemble
 from engine.model.cache import RingCache
 from engine.model.tiny_vae import TinyVAE, TinyVAEConfig
 from engine.model.transformer import WanTransformer
-from engine.model.vae import VAE, VAEConfig, frames_to_uint8
+from engine.model.vae import VAE, StreamingVAE, VAEConfig, frames_to_uint8
 from engine.options import option
 from engine.presets import find_preset
 from engine.runtime.passes import Pass
@@ -46,7 +46,7 @@ class Options(Printed):
 class CountedStages(TorchStages):
     """The torch backend's fast path on meta tensors; `parts` are what each function launched since the last clear."""
 
-    def __init__(self, models: dict[str, WanTransformer], vae: VAE, join_context: bool, clean: bool) -> None:
+    def __init__(self, models: dict[str, WanTransformer], vae: StreamingVAE, join_context: bool, clean: bool) -> None:
         """clean: a chunk begins with the context pass of the one before, unless that is joined."""
         super().__init__(models, vae, None, join_context=join_context)
         self._context_first = clean and not join_context
