@@ -76,8 +76,9 @@ class PythonStream(Steered, HandsOverChunks):
     def cancel(self) -> None:
         """Make the call that runs, or else the next one that has a chunk to make, raise Cancelled once.
 
-        The call ends at the next denoising step or latent frame. Where a stream looks ahead, the call that runs may
-        have its frames already; then it returns them, and the next one raises.
+        The call ends at the next denoising step or latent frame, or when the source gives the frame that it waits for.
+        Where a stream looks ahead, the call that runs may have its frames already; then it returns them, and the next
+        one raises.
         """
         self._cancelled = True
 
@@ -106,7 +107,7 @@ class PythonStream(Steered, HandsOverChunks):
                 handed=now.handed, last=now.last, serial=now.serial, course=Course(self._prompt),
                 intake=now.intake.restarted(),
             )  # fmt: skip
-            self._spoiled = -1
+            self._spoiled, self._begun = -1, Start([])
 
     def _decoded(self, ahead: bool) -> np.ndarray:
         """The next chunk's frames, the same until a call has returned them. `ahead`: make the latent after it, too."""
@@ -206,6 +207,10 @@ class PythonStream(Steered, HandsOverChunks):
         self._closed = True
         if self._turns.free:
             self._drop()
+
+    def _drop(self) -> None:
+        super()._drop()
+        self._begun = Start([])
 
     def _draws(self, index: int, geometry: Geometry) -> tuple[int, tuple[int, ...]]:
         """How many draws chunk `index` takes, and the shape of each."""

@@ -16,7 +16,7 @@ from engine.shared import Shared
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a chunk."""
+    """All that `change` may change of the next chunks, as one value that is replaced as a whole."""
 
     preset: Preset  # of which steps and window count
     noise: NoiseSource
@@ -31,6 +31,10 @@ class Settings:
         noise = self.noise if seed is None else self._noise_of(seed, pipeline)
         schedule = self.schedule if steps is None else Schedule(preset)
         if self.source is not None:
+            strength, last = self.source.strength, schedule.last_level
+            if strength < last:
+                raise ValueError(f"steps: got a last one at the noise level {last:.3g}, expected it up to the source's "
+                                 f"strength {strength:g}")  # fmt: skip
             self.source.check(schedule)
         return Settings(preset, noise, schedule, self.source)
 

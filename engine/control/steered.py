@@ -49,7 +49,8 @@ class Steered(HandsOver):
 
         `recommit` also rewrites the window's keys and values under the new prompt, for every chunk on the way, so that
         the past no longer pulls towards the old one. Without it, a stream that looks ahead has committed the last chunk
-        under the old prompt, and so has one whose last call was interrupted. An interrupted switch has happened or not.
+        under the old prompt, and so has one whose last call was interrupted, or waits for frames of its source. An
+        interrupted switch has happened or not.
 
         ValueError for another shape, weights that are not above 0, a text without a visible character, a transition
         below 0, or a closed stream.

@@ -132,4 +132,5 @@ class Source:
         moves = np.diff(np.stack(pictures).astype(np.float32) / 127.5, axis=0)
         most = float(np.sqrt((moves**2).mean((1, 2, 3)).max(initial=0)))
         newest = highest - self.noise_scale * min(most / _FASTEST, 1.0)
-        return newest if intake.level is None else _NEWEST * newest + (1 - _NEWEST) * intake.level
+        average = newest if intake.level is None else _NEWEST * newest + (1 - _NEWEST) * intake.level
+        return min(max(average, highest - self.noise_scale), highest)  # the first step may have been changed meanwhile

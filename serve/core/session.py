@@ -207,6 +207,7 @@ class Session:
                 torch.cuda.set_device(self._pipeline.device)  # each thread has its own current device
             self._video.begin()
             self._catch_up()
+            self._free = self._fed = time.monotonic()  # the wait for a turn, and the opening, were not the viewer's
             with self._lock:
                 self.state = "playing"
                 for viewer in self._viewers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -130,34 +130,58 @@ class Video:
     def apply(self, change: Change) -> bool:
         """Change what is shown from the next chunk on. What the stream refuses is told and leaves it as it was: False.
 
-        An error of a restart is raised: the old video is gone.
+        An error of a restart itself is raised: the old video is gone.
         """
-        if change.restarts:
-            self._restart(change)
-        prompt = None if change.restarts else change.prompt  # of a restart it is the video's first one
-        settings, adapters = change.settings, change.adapters
+        settings, adapters, prompt = change.settings, change.adapters, change.prompt
         try:
             if prompt is not None:
                 check_words(prompt)
             with self._turn(None) if settings or adapters is not None else nullcontext():
-                if settings:
-                    self._running.change(**settings)
-                if adapters is not None:
-                    self._running.set_adapters(adapters)
+                self._set(settings, adapters)
         except (ValueError, *OUT_OF_MEMORY) as error:
             self._refused(change.event, error)
             return False
-        if prompt is not None:
-            self._turn_to(prompt, change)
         self._settings |= settings
         if adapters is not None:  # a restart keeps them, as it keeps the prompt
             self.wish = replace(self.wish, adapters={**self.wish.adapters, **adapters})
-        if prompt is not None or adapters is not None or settings:
-            lasting = replace(change, prompt=prompt, paused=None, speed=None, seed=settings.get("seed"), reset=False)
-            self.history.append(Past(self.number, lasting))
+        if change.restarts:
+            self._restart(change)
+        else:
+            if prompt is not None:
+                self._turn_to(prompt, change)
+            self._remember(change)
         if change.event:
             self._started.append(change.event)
         return True
+
+    def _set(self, settings: Mapping[str, Any], adapters: Mapping[str, float] | None) -> None:
+        """Change settings and adapters of the stream, both or neither."""
+        stream = self._running
+        if settings:
+            stream.change(**settings)
+        if adapters is None:
+            return
+        try:
+            stream.set_adapters(adapters)
+        except (ValueError, *OUT_OF_MEMORY):
+            if settings:
+                preset = self._pipeline.preset
+                own: dict[str, Any] = {"seed": self.seed, "steps": preset.steps, "window": preset.window}
+                before = own | self._settings
+                stream.change(**{name: before[name] for name in settings})
+            raise
+
+    def _remember(self, change: Change) -> None:
+        """Note what lasts of a change in the history. Settings of one chunk are one entry."""
+        settings = change.settings
+        if change.prompt is None and change.adapters is None and not settings:
+            return
+        if self.history and self.history[-1].chunk == self.number and change.prompt is None and change.adapters is None:
+            last = self.history.pop().change
+            lasting = replace(last, **settings)
+        else:
+            lasting = replace(change, paused=None, speed=None, seed=settings.get("seed"), reset=False)
+        self.history.append(Past(self.number, lasting))
 
     def next(self, deadline: float | None = None) -> Made:
         """Make the next chunk."""

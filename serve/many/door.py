@@ -99,7 +99,8 @@ def _sums(app: FastAPI, fleet: Fleet) -> None:
     async def models() -> dict[str, Any]:
         answer = await json_of(fleet, await fleet.freest(), "/v1/models")
         capacity = sum(one.capacity for one in fleet.replicas.values())
-        return answer | {"data": [model | {"capacity": capacity} for model in answer["data"]]}
+        # Pictures of a viewer are not passed on.
+        return answer | {"data": [model | {"capacity": capacity, "source": None} for model in answer["data"]]}
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:

@@ -51,6 +51,9 @@ class Relay:
         self._first, message = first, _parsed(first)
         kind = message.get("type") if isinstance(message, dict) else None
         if kind == "session.start":
+            if message.get("source") is not None:
+                await self._refuse("invalid_request", "source: got it, expected none: pictures are not passed on here")
+                return
             self._past = Past(message)
         watched = str(message.get("session")) if kind == "session.watch" else None
         listening = asyncio.create_task(self._listen())

@@ -147,8 +147,9 @@ export class Session {
     if (this.watching) return { type: "session.watch", session: this.watching, format };
     // Within its lease the session waits for who has its key; later it has to be made again up to here.
     if (this.key) return { type: "session.watch", session: this.id, key: this.key, format };
-    const { settings, speed, seed } = this;
-    const first = { type: "session.start", ...settings, format, speed, seed };
+    const { seed } = this;
+    const first = { type: "session.start", ...this.settings, format, speed: this.#follows ? 1 : this.speed, seed };
+    if (!this.#follows) delete first.source; // the camera was closed meanwhile
     if (!this.wasLive) return first;
     const chunk = this.prompts.nextChunk(this.config.fps, this.shownTime);
     this.prompts.from = chunk;

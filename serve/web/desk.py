@@ -7,6 +7,7 @@ import hmac
 import json
 import uuid
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -124,8 +125,10 @@ class Desk:
                                     ("speed", start.speed, 1.0)):  # fmt: skip
             if got != expected:
                 raise Invalid(f"source: got {name} as well, expected frames alone, as they come")
+        steps = {} if start.denoising_step_list is None else {"steps": start.denoising_step_list}
         try:
-            pipeline.follows((), source.strength, source.noise_scale)
+            for preset in (pipeline.preset, override(pipeline.preset, steps)):  # the stream opens with its own steps
+                replace(pipeline, preset=preset).follows((), source.strength, source.noise_scale)
         except ValueError as error:
             raise Invalid(str(error)) from None
 
@@ -135,6 +138,9 @@ class Desk:
         if unknown := sorted(set(change.adapters or {}) - set(known)):
             expected = f"one of {', '.join(known)}" if known else "none: this model has no adapters"
             raise Invalid(f"adapters: got the name {unknown[0][:100]!r}, expected {expected}")
+        follows = self.session is not None and self.session.input is not None
+        if follows and change.speed not in (None, 1.0):
+            raise Invalid(f"speed: got {change.speed:g}, expected 1: the video follows frames, as they come")
         settings = {name: value for name, value in change.settings.items() if name != "seed"}
         try:
             override(self.server.pipeline.preset, settings)

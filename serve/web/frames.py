@@ -55,7 +55,8 @@ class Intake:
                 frame = await asyncio.to_thread(self._decode, newest[0])
             except Exception as error:
                 if not bad:
-                    self._error("invalid_request", str(error) if isinstance(error, Invalid) else f"frame: got {error}")
+                    said = str(error) if isinstance(error, Invalid) else f"frame: got {error}, expected a picture"
+                    self._error("invalid_request", said)
                 bad = True
                 continue
             bad = False

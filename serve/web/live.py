@@ -145,7 +145,7 @@ class _Connection:
         assert session is not None
         while True:
             try:
-                message = await self._receive(frames)
+                message = await self._receive(frames if desk.owns else None)
             except WebSocketDisconnect:
                 return
             except Invalid as error:

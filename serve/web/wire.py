@@ -52,8 +52,8 @@ Prompt = Annotated[str, Field(max_length=MOST_TEXT)] | Annotated[list[Weighted],
 Transition = Annotated[int, Field(ge=0, le=1000)]
 Strengths = dict[str, Annotated[float, Field(allow_inf_nan=False)]]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
-Row = Annotated[list[float], Field(max_length=100)]
-StepList = Row | Annotated[list[Row], Field(max_length=100)]  # of all chunks; or of chunk 0, chunk 1, ..., the rest
+Row = Annotated[list[float], Field(max_length=50)]
+StepList = Row | Annotated[list[Row], Field(max_length=10)]  # of all chunks; or of chunk 0, chunk 1, ..., the rest
 Speed = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), AfterValidator(_speed)]
 
 

@@ -194,8 +194,8 @@ GREEDY_API void greedy_frame_unref(greedy_frame **frame);
  * graph that is running. Any thread may call this. */
 GREEDY_API void greedy_cancel(greedy_session *session);
 
-/* Start over at frame 0 with the seed, the steps and the prompt that were set last. Drops waiting frames, pushed latents, caches and a
- * pending cancel; the caller's frames stay valid. GREEDY_OK, GREEDY_INVALID. */
+/* Start over at frame 0 with the seed, the steps and the prompt that were set last. Drops waiting frames, pushed
+ * latents, caches and a pending cancel; the caller's frames stay valid. GREEDY_OK, GREEDY_INVALID. */
 GREEDY_API int greedy_flush(greedy_session *session);
 
 /* Copy the text of the session's last failure ("" if none) to `out`, cut to its size; returns the whole length. */

@@ -81,10 +81,13 @@ class Peer:
         decoding = asyncio.create_task(frames.run())
         try:
             while True:
-                frames.put(await self._camera.recv())
+                frame = await self._camera.recv()
+                if self._desk.owns:  # another viewer may have taken the session over, with a camera of its own
+                    frames.put(frame)
         except MediaStreamError:
-            self.session.input.close()
-            self.session.wake()
+            if self._desk.owns:
+                self.session.input.close()
+                self.session.wake()
         finally:
             decoding.cancel()
 
