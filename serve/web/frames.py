@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from serve.core.session import Session
+from serve.web.desk import Desk
 from serve.web.wire import Invalid
 
 MOST_PIXELS = 1 << 24
@@ -26,16 +27,16 @@ class Intake:
     counts it as dropped.
     """
 
-    def __init__(
-        self, session: Session, decode: Callable[[Any], np.ndarray], error: Callable[[str, str], None]
-    ) -> None:
-        """error: is told of a picture that cannot be read, once for each that comes after a good one."""
-        self._session, self._decode, self._error = session, decode, error
+    def __init__(self, desk: Desk, session: Session, decode: Callable[[Any], np.ndarray]) -> None:
+        """desk: is told of a picture that cannot be read, once for each that comes after a good one."""
+        self._desk, self._session, self._decode = desk, session, decode
         self._newest: tuple[Any, float] | None = None
         self._came = asyncio.Event()
 
     def put(self, picture: Any) -> None:
-        """A picture that came now."""
+        """A picture that came now. Of a viewer whose session another one has taken over, it counts for nothing."""
+        if not self._desk.owns:
+            return
         if self._newest is not None and self._session.input is not None:
             self._session.input.dropped += 1
         self._newest = picture, time.monotonic()
@@ -56,7 +57,7 @@ class Intake:
             except Exception as error:
                 if not bad:
                     said = str(error) if isinstance(error, Invalid) else f"frame: got {error}, expected a picture"
-                    self._error("invalid_request", said)
+                    self._desk.error("invalid_request", said)
                 bad = True
                 continue
             bad = False

@@ -95,7 +95,7 @@ class _Connection:
         frames = None
         if desk.owns and session.input is not None:
             size = self._server.pipeline.height, self._server.pipeline.width
-            frames = Intake(session, partial(picture_of_bytes, height=size[0], width=size[1]), desk.error)
+            frames = Intake(desk, session, partial(picture_of_bytes, height=size[0], width=size[1]))
         decoding = asyncio.create_task(frames.run() if frames else asyncio.sleep(0))
         receiving = asyncio.create_task(self._take_orders(desk, frames))
         try:
@@ -145,7 +145,7 @@ class _Connection:
         assert session is not None
         while True:
             try:
-                message = await self._receive(frames if desk.owns else None)
+                message = await self._receive(frames)
             except WebSocketDisconnect:
                 return
             except Invalid as error:

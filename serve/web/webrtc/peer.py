@@ -77,13 +77,12 @@ class Peer:
         if self._camera is None or self.session.input is None:
             return
         pipeline = self._desk.server.pipeline
-        frames = Intake(self.session, Renderer(pipeline.height, pipeline.width, None, "camera", []), self._desk.error)
+        decode = Renderer(pipeline.height, pipeline.width, None, "camera", [])
+        frames = Intake(self._desk, self.session, decode)
         decoding = asyncio.create_task(frames.run())
         try:
             while True:
-                frame = await self._camera.recv()
-                if self._desk.owns:  # another viewer may have taken the session over, with a camera of its own
-                    frames.put(frame)
+                frames.put(await self._camera.recv())
         except MediaStreamError:
             if self._desk.owns:
                 self.session.input.close()

@@ -205,7 +205,7 @@ def levels(preset, frames, chunks, **options):
     for number in range(chunks):
         begin = 4 * number
         part = np.stack(frames[begin : begin + 4])
-        level = source._average(part, intake, 1)
+        level = source._average(part, intake, Schedule(preset).level(1, source.strength))
         intake = replace(intake, last=part[-1], level=level)
         got.append(level)
     return got
@@ -444,6 +444,38 @@ def test_a_chunk_of_one_step_has_no_strength_but_1(model_dir):
     with pytest.raises(ValueError, match=r"strength: got 0\.7, expected 1 to 1: the last step of this preset begins"):
         pipeline.stream(PROMPT, source=frames_of(5))
     assert len(taken(pipeline, source=frames_of(5), strength=1)) == 2
+
+
+def test_steps_that_the_strength_cannot_follow_are_refused(model_dir):
+    pipeline = engine.load(model_dir, preset="greedy")
+    with pipeline.stream(PROMPT, seed=3, source=frames_of(13), strength=0.9) as stream:
+        before = [stream.next_chunk()]
+        with pytest.raises(ValueError, match="steps: got a last one at the noise level 1, expected it up to"):
+            stream.change(steps=[1000])
+        same([*before, stream.next_chunk()], taken(pipeline, source=frames_of(13), strength=0.9)[:2])
+
+
+def test_the_level_stays_in_its_span_where_the_steps_change(model_dir):
+    """s_max falls from .9375 to .625; the average of before does not lift the next chunk above it."""
+    pipeline = engine.load(model_dir, preset="greedy")
+    with pipeline.stream(PROMPT, source=moving(13, 0), strength=0.95, noise_scale=0.01) as stream:
+        stream.next_chunk()
+        before = stream._begun.level
+        stream.change(steps=[1000, 250])
+        stream.next_chunk()
+        assert stream._begun.level == pytest.approx(0.625, abs=1e-3)
+        assert stream._begun.level < before
+
+
+def test_a_closed_stream_keeps_nothing_of_its_source(greedy):
+    stream = greedy.stream(PROMPT, source=frames_of(13), strength=0.9)
+    stream.next_chunk()
+    assert stream._begun.after.cache is not None
+    stream.flush()
+    assert (stream._begun.latent, stream._begun.after.cache) == (None, None)
+    stream.next_chunk()
+    stream.close()
+    assert (stream._begun.latent, stream._begun.after.cache) == (None, None)
 
 
 def test_a_start_from_noise_is_the_noise():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sessions import HANG, OTHER, PROMPT, chunks, frames, items, notices, opened, place, wish, words
 
-from serve.core.messages import Change, Chunk, Follow
+from serve.core.messages import Change, Chunk, Follow, Notice
 from serve.core.session import Limits, Session
 from serve.core.viewers import Viewer
 
@@ -111,3 +111,17 @@ def test_a_session_without_frames_ends_and_says_why(pipeline):
     begun = time.monotonic()
     assert notices(items(viewer), "done")[0]["reason"] == "no_frames"
     assert time.monotonic() - begun < HANG / 4
+
+
+def test_the_wait_in_line_is_not_a_lack_of_frames(pipeline):
+    """Pictures come once the video has begun, however long that took."""
+    viewer = Viewer(None)
+    session = Session("one", place(pipeline, limits=Limits(stall=1.0)), wish(source=Follow(strength=0.9)))
+    session.watch(viewer)
+    time.sleep(1.2)
+    session.start()
+    found = items(viewer, lambda item: isinstance(item, Notice) and item.kind == "start")
+    feed(session, pictures(pipeline, 1))
+    found += items(viewer, after(0))
+    session.stop()
+    assert len(frames(found)) == 1

@@ -1,5 +1,6 @@
 """A live session whose seed, steps and window change, and one that blends in the C++ core."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import fake_stages
@@ -9,6 +10,7 @@ from csrc_tools import core_of, open_fake
 from sessions import HANG, OTHER, PROMPT, after, chunks, frames, items, notices, opened, plain, wish, words
 
 from serve.core.messages import Change, Chunk, Past
+from serve.core.video import Video
 from serve.core.viewers import Viewer
 
 FEW = ((1000.0, 400.0),)
@@ -64,8 +66,15 @@ def test_a_restart_keeps_what_was_changed(pipeline):
     session.stop()
 
 
-@pytest.mark.parametrize("wrong", [Change("x", window=99), Change("x", steps=((5.0,),)), Change("x", window=99, seed=5,
-                                   reset=False, prompt=words(OTHER), paused=True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Change("x", window=99),
+        Change("x", window=99, reset=True),
+        Change("x", steps=((5.0,),)),
+        Change("x", window=99, seed=5, reset=False, prompt=words(OTHER), paused=True),
+    ],
+)
 def test_settings_that_are_refused_leave_the_video_as_it_was(pipeline, wrong):
     session, viewer = opened(pipeline, wish(), Viewer(None, room=1))
     found = items(viewer, after(1))
@@ -77,6 +86,34 @@ def test_settings_that_are_refused_leave_the_video_as_it_was(pipeline, wrong):
     assert "expected" in error["message"]
     assert (frames(found) == plain(pipeline, 7)).all()
     assert session.history == []
+
+
+def test_settings_and_adapters_change_together_or_not_at_all(pipeline):
+    """This pipeline has no adapters."""
+    session, viewer = opened(pipeline, wish(), Viewer(None, room=1))
+    found = items(viewer, after(1))
+    session.change(Change("a", steps=FEW))
+    found += items(viewer, after(4))
+    session.change(Change("x", steps=((1000.0,),), window=2, seed=8, reset=False, adapters={"style": 1.0}))
+    found += items(viewer, after(9))
+    session.stop()
+    assert [error["event_id"] for error in notices(found, "error")] == ["x"]
+    at = next(c.number for c in chunks(found) if "a" in c.started)
+    assert (frames(found) == changed(pipeline, 10, [(at, {"steps": FEW})])).all()
+    assert [past.change.settings for past in session.history] == [{"steps": FEW}]
+
+
+def test_settings_of_one_chunk_are_one_entry_of_the_history(pipeline):
+    """So a client that asks for much cannot grow it."""
+    video = Video(pipeline, wish(), lambda deadline: nullcontext(), lambda notice: None)
+    video.begin()
+    for number in range(50):
+        assert video.apply(Change(steps=FEW, window=2 + 2 * (number % 2)))
+    assert video.apply(Change(prompt=words(OTHER)))
+    assert video.apply(Change(seed=4, reset=False))
+    assert [past.change.settings for past in video.history] == [{"steps": FEW, "window": 4}, {"seed": 4}]
+    assert [past.change.prompt for past in video.history] == [None, words(OTHER)]
+    video.close()
 
 
 def test_a_bundle_in_the_core_blends_too(native_build):

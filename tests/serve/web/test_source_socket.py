@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 import pytest
-from clients import HANG, PROMPT, started
+from clients import HANG, PROMPT, connected, started
 from PIL import Image
 
 from serve.web.frames import picture_of_bytes
@@ -90,6 +90,12 @@ def test_bytes_without_a_source_are_refused_as_before(url):
         ({"source": {}, "image": png(pictures(1)[0]).hex()}, "source: got image as well, expected frames alone"),
         ({"source": {}, "speed": 2.0}, "source: got speed as well, expected frames alone, as they come"),
         ({"source": {}, "resume": {"chunk": 3}}, "source: got resume as well, expected frames alone"),
+        (
+            {"source": {"strength": 0.65}, "denoising_step_list": [1000.0]},
+            "strength: got 0.65, expected 1 to 1",
+        ),
+        ({"denoising_step_list": [float(t) for t in range(1000, 700, -5)]}, "session.start: denoising_step_list"),
+        ({"denoising_step_list": [[1000.0]] * 11}, "session.start: denoising_step_list"),
         ({"source": "camera"}, "session.start: source: got 'camera', expected: Input should be a valid dictionary"),
     ],
 )
@@ -101,6 +107,36 @@ def test_what_is_refused(url, fields, message):
 
     error = asyncio.run(run())
     assert (error["code"], error["message"].startswith(message)) == ("invalid_request", True), error
+
+
+def test_the_input_is_the_clock(url):
+    async def run():
+        async with started(url, speed=1.0, source={"strength": 0.9}) as client:
+            await client.until("video.start")
+            await client.interact("a", speed=2.0)
+            return await client.until("error")
+
+    assert asyncio.run(run())["message"] == "speed: got 2, expected 1: the video follows frames, as they come"
+
+
+def test_who_was_taken_over_gives_no_frames(url):
+    """Its pictures do not mix with those of the viewer that has the key."""
+
+    async def run():
+        async with started(url, speed=1.0, source={"strength": 0.9}) as client:
+            start = await client.until("video.start")
+            async with connected(url) as other:
+                await other.send("session.watch", session=start["session"], key=start["key"], format="rgb")
+                await other.until("video.start")
+                await client.socket.send(pictures(1)[0].tobytes())
+                await client.send("session.ping")
+                await client.until("session.pong")
+                await other.socket.send(pictures(1)[0].tobytes())
+                await other.until("video.chunk_metadata")
+                await other.send("session.stop")
+                return (await other.until("session.done"))["source"]["taken"]
+
+    assert asyncio.run(run()) == 1
 
 
 def test_pictures_are_scaled_to_cover_and_cropped():
