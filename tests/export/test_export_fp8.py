@@ -350,6 +350,7 @@ def test_sensitivity_names_blocks_and_kinds(pipeline: Pipeline, amax: dict[str, 
     assert found["sdd.*.ffn.net.2"]["sdd"] > 0 == found["sdd.*.ffn.net.2"]["etm"]
 
 
+@pytest.mark.thorough
 def test_fp8_bundles(
     model_dir: Path, amax: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

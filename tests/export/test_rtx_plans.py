@@ -184,6 +184,7 @@ def test_attention_reads_caches_where_they_lie(preset: str, gpus: tuple[int, ...
             assert not {name for name in writer.writes if name[:2] in ("k_", "v_")} - graph.aliases.keys()
 
 
+@pytest.mark.thorough
 def test_the_builder_is_what_grouping_and_the_unread_output_are_for(passes: Any, log: Log) -> None:
     """Without either, it copies each cache in front of attention. If this fails, the spelling can be simpler."""
     graph = passes()["etm"]
@@ -201,6 +202,7 @@ def test_the_builder_is_what_grouping_and_the_unread_output_are_for(passes: Any,
     assert copies(grouped=True) == 0
 
 
+@pytest.mark.thorough
 def test_caches_are_updated_in_place(passes: Any, log: Log) -> None:
     """The network's own layers: the output that each has in common with an input is the one the manifest tells."""
     for options in ({}, {"grouped": False}, {"attention": "native_fp8"}):

@@ -249,6 +249,7 @@ def test_a_killed_replica_is_told_and_its_video_goes_on_elsewhere(url, pipeline)
     asyncio.run(run())
 
 
+@pytest.mark.thorough
 def test_jobs_of_a_killed_replica_are_made_elsewhere(url):
     lengths = ["30", "30", "1", "1"]  # the first two last until one of their replicas is killed
     asked = [{"prompt": (PROMPT, OTHER)[n % 2], "seconds": length, "seed": n} for n, length in enumerate(lengths)]
