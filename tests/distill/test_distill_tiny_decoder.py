@@ -110,7 +110,7 @@ def test_streams_of_another_run_are_refused(
     shutil.copytree(trained / "streams", tmp_path / "streams")
     (tmp_path / "streams" / "index.json").unlink()
     data, pipeline = Shards(Path(config.data)), engine.load(config.model)
-    with pytest.raises(ValueError, match="got streams of .*, expected "):
+    with pytest.raises(ValueError, match="got streams of"):
         stream_clips(pipeline, replace(config, **other), data, tmp_path / "streams", accelerator_of(config))
 
 
