@@ -19,7 +19,7 @@ from bench.report.saved import Printed
 from engine.generators import family_of
 from engine.loader import assemble
 from engine.model.cache import RingCache
-from engine.model.tiny_vae import TinyVAE, TinyVAEConfig
+from engine.model.tiny_vae import TinyVAE, TinyVAEConfig, expect_fit
 from engine.model.transformer import WanTransformer
 from engine.model.vae import VAE, StreamingVAE, VAEConfig, frames_to_uint8
 from engine.options import option
@@ -114,9 +114,7 @@ def steady_chunk(
 def _tiny(config: VAEConfig, shape: str) -> TinyVAEConfig:
     """taew2_1's shape. ValueError for a VAE of other latents."""
     tiny = TinyVAEConfig(encoder_width=None)
-    for what in ("z_dim", "scale_factor_spatial", "scale_factor_temporal"):
-        if (got := getattr(config, what)) != (expected := getattr(tiny, what)):
-            raise ValueError(f"--decoder: got tiny for {shape}, whose VAE has {what} {got}, expected {expected}")
+    expect_fit(tiny, config, f"--decoder tiny --shape {shape}")
     return tiny
 
 

@@ -78,7 +78,7 @@ def _header(path: Path, shape: list[int] | None, levels: int = 0) -> tuple[int, 
         with safe_open(path, "pt") as file:
             found = file.get_slice("latents").get_shape()
             kept = file.get_slice("trajectory").get_shape() if levels else []
-            captions = [caption for caption, _ in _said(file.metadata() or {})]
+            captions = [caption for caption, _ in _said(path, file.metadata() or {})]
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: got a damaged file, expected a whole shard ({error})") from None
     if len(found) != 5 or (shape is not None and found[1:] != shape):
@@ -91,13 +91,29 @@ def _header(path: Path, shape: list[int] | None, levels: int = 0) -> tuple[int, 
     return found[0], found[1:]
 
 
-def _said(metadata: dict[str, str]) -> list[tuple[str, Earlier]]:
+def _said(path: Path, metadata: dict[str, str]) -> list[tuple[str, Earlier]]:
     """Caption and earlier caption of every clip. Older folders have the earlier ones in an entry of their own."""
-    captions = json.loads(metadata.get("captions", "[]"))
-    if earlier := json.loads(metadata.get("earlier", "[]")):
+    captions, earlier = (json.loads(metadata.get(name, "[]")) for name in ("captions", "earlier"))
+    switches = earlier if earlier else [e[1:] for e in captions if isinstance(e, list)] if _is_list(captions) else None
+    if not _is_list(captions) or not _is_list(switches) or not all(map(_is_switch, switches)):
+        raise ValueError(f"{path}: got damaged captions, expected texts, or [caption, earlier caption, frame]")
+    if earlier and len(earlier) != len(captions):
+        raise ValueError(f"{path}: got {len(earlier)} earlier captions, expected {len(captions)}")
+    if [] in captions:
+        raise ValueError(f"{path}: got an empty entry among its captions, expected texts")
+    if earlier:
         return [(caption, switch and tuple(switch)) for caption, switch in zip(captions, earlier, strict=True)]
     pairs = (entry if isinstance(entry, list) else [entry] for entry in captions)
     return [(caption, tuple(switch) or None) for caption, *switch in pairs]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_switch(value: Any) -> bool:
+    """Nothing, or an earlier caption and a frame."""
+    return not value or (_is_list(value) and [type(part) for part in value] == [str, int])
 
 
 class Shards:
@@ -145,7 +161,7 @@ class Shards:
         """Caption and earlier caption of every clip of a shard."""
         if shard not in self._known:
             with safe_open(self.files[shard], "pt") as file:
-                self._known[shard] = _said(file.metadata())
+                self._known[shard] = _said(self.files[shard], file.metadata())
         return self._known[shard]
 
     def read(self, clips: Sequence[int], frames: int | None = None) -> tuple[Tensor, list[str]]:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -119,9 +120,27 @@ def strip(clips: list[tuple[str, np.ndarray]], frames: list[int], scale: int = 3
     return picture
 
 
+def expect_whole_chunks(pipeline: Pipeline, frames: int) -> None:
+    """ValueError unless some first chunks have so many frames."""
+    chunks, made = 0, 0
+    while made < frames:
+        made, before = made + pipeline.preset.pixel_frames(chunks, pipeline.temporal), made
+        chunks += 1
+    if frames < 2 or made != frames:
+        near = f"{before} or {made}" if frames > 1 else "more than one"
+        raise ValueError(f"--frames: got {frames}, expected whole chunks ({near})")
+
+
 def run(options: FollowingOptions) -> None:
     """Stream, score, print a line per strength, and draw the first two clips."""
+    if options.clips < 1:
+        raise ValueError(f"--clips: got {options.clips}, expected at least 1")
     pipeline, result = engine.load(options.model), dict[str, Any]()
+    expect_whole_chunks(pipeline, options.frames)
+    if options.picture is not None:  # before minutes of streams
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=options.picture.parent) as spare:
+            Image.new("RGB", (1, 1)).save(Path(spare) / options.picture.name)
     made = pairs(options.clips, options.seed, options.change, options.opposite)
     shown = [[("input", drawn(scene, options.frames))] for scene, _ in made[:2]]
     for strength in options.strengths:

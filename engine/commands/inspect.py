@@ -4,7 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -27,9 +27,9 @@ from engine.weights.adapters import describe
 from engine.weights.checkpoint import check_tensors
 from engine.weights.containers import Container, open_container
 from engine.weights.finding import OPTIONS, candidates, contents_of, part_files
-from engine.weights.folders import Given, find_parts
+from engine.weights.folders import Given, belongs, find_parts, tiny_config
 from engine.weights.names import WORDS, Found, Part, is_adapter, recognise, unwrapped
-from engine.weights.shapes import tiny_vae_of, transformer_config, transformer_of, umt5_of, vae_of
+from engine.weights.shapes import transformer_config, transformer_of, umt5_of, vae_of
 from engine.weights.sources import FileSource, source_of, what_instead
 
 EPILOG = """\
@@ -97,23 +97,36 @@ def _model(path: Path) -> Report:
     report = Report(str(path), "model directory")
     try:
         settings = settings_of(path)
-        parts = find_parts(path, Given(decoder="tiny" if (path / "tiny_vae").is_dir() else "full"))
+        parts = find_parts(path, Given())
     except (ValueError, OSError) as error:
         report.problem = str(error)
         return report
     configs: list[tuple[FileSource, Config]] = [
         (parts.transformer, parts.config), (parts.vae, parts.vae_config), (parts.text_encoder, parts.text_config)
     ]  # fmt: skip
-    if parts.tiny_vae is not None and parts.tiny_config is not None:
-        configs.append((parts.tiny_vae, parts.tiny_config))
-    report.lines += [_line(source, config) for source, config in configs] + [f"tokenizer: {parts.tokenizer}"]
-    report.lines += [f"note: {note}" for note in parts.notes]
+    report.lines += [_line(source, config) for source, config in configs] + _tiny(path)
+    report.lines += [f"tokenizer: {parts.tokenizer}", *(f"note: {note}" for note in parts.notes)]
     if (path / "engine.json").is_file():
         report.lines.append(f"engine.json: preset {settings.preset}, {settings.width}x{settings.height}")
     report.problem = next(filter(None, (_lacks(source, config) for source, config in configs)), None)
     if report.problem is None:
         report.command = f'python -m engine.run --model {quote(str(path))} --prompt "..." --seconds 5 --out video.mp4'
     return report
+
+
+def _tiny(path: Path) -> list[str]:
+    """Lines about a model's own tiny VAE; the model runs without it."""
+    if not (path / "tiny_vae").is_dir():
+        return []
+    try:
+        parts = find_parts(path, Given(decoder="tiny"))
+        assert parts.tiny_vae is not None
+        assert parts.tiny_config is not None
+        line, problem = _line(parts.tiny_vae, parts.tiny_config), _lacks(parts.tiny_vae, parts.tiny_config)
+    except (ValueError, OSError) as error:
+        return [f"note: --decoder tiny does not run: {error}"]
+    return [line, *(f"note: {note}" for note in parts.tiny_vae.notes),
+            *([f"note: --decoder tiny does not run: {problem}"] if problem else [])]  # fmt: skip
 
 
 def _containers(path: Path, containers: Sequence[Container]) -> Report:
@@ -197,8 +210,7 @@ def _config(source: FileSource, path: Path) -> Config:
         known = None if raw is None else transformer_config(raw, file)
         return transformer_of(source.shapes(), known, source.label)
     if part == "tiny_vae":
-        config = tiny_vae_of(source.shapes(), source.label) if raw is None else TinyVAEConfig.from_dict(raw)
-        return replace(config, encoder_width=None)
+        return tiny_config(source, raw if raw is not None and belongs(raw, part) else None, VAEConfig())
     if part == "vae":
         return vae_of(source.shapes(), source.label) if raw is None else VAEConfig.from_dict(raw)
     return umt5_of(source.shapes(), source.label) if raw is None else UMT5Config.from_dict(raw)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import MOST, MOST_LAYERS
-from engine.model.vae import StreamingVAE, images_of, shown
+from engine.config import MOST
+from engine.model.vae import StreamingVAE, VAEConfig, images_of, shown
 from engine.model.vae_layers import (
     Cache,
     channels_last,
@@ -30,6 +30,8 @@ from engine.model.vae_layers import (
     upsampled_convolution,
 )
 from engine.options import read
+
+MOST_BLOCKS = 8  # a stage; files are recognised by the first layer behind one (engine/weights/names.py)
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class TinyVAEConfig:
         if self.latents_std is not None and min(self.latents_std) <= 0:
             raise ValueError(f"latents_std: got {min(self.latents_std)}, expected positive numbers")
         sizes = (self.z_dim, *self.widths, self.patch, self.encoder_width or 1)
-        if stages < 1 or not 1 <= min(sizes) <= max(sizes) <= MOST or not 1 <= self.blocks <= MOST_LAYERS:
-            raise ValueError(f"tiny VAE: got {self}, expected sizes of 1 to {MOST} and 1 to {MOST_LAYERS} blocks")
+        if stages < 1 or not 1 <= min(sizes) <= max(sizes) <= MOST or not 1 <= self.blocks <= MOST_BLOCKS:
+            raise ValueError(f"tiny VAE: got {self}, expected sizes of 1 to {MOST} and 1 to {MOST_BLOCKS} blocks")
 
     @property
     def scale_factor_spatial(self) -> int:
@@ -78,6 +80,13 @@ class TinyVAEConfig:
         if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
             raise ValueError(f"tiny VAE config: got unknown keys {unknown}, expected {[f.name for f in fields(cls)]}")
         return read(cls, values, "tiny VAE config")
+
+
+def expect_fit(tiny: TinyVAEConfig, vae: VAEConfig, label: object) -> None:
+    """ValueError unless the tiny VAE decodes the VAE's latents to pictures of the same size."""
+    for what in ("z_dim", "scale_factor_spatial", "scale_factor_temporal"):
+        if (got := getattr(tiny, what)) != (expected := getattr(vae, what)):
+            raise ValueError(f"{label}: got a tiny VAE of {what} {got}, expected {expected}, as the VAE has")
 
 
 class Memory:

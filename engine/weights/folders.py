@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from engine.config import TransformerConfig
 from engine.files import read_json
-from engine.model.tiny_vae import TinyVAEConfig
+from engine.model.tiny_vae import TinyVAEConfig, expect_fit
 from engine.model.umt5 import UMT5Config
 from engine.model.vae import VAEConfig
 from engine.weights.containers import open_container
@@ -21,6 +21,7 @@ from engine.weights.names import Part, other_kind, unwrapped
 from engine.weights.shapes import (
     expect_class,
     is_wan_config,
+    last_rows,
     text_rows_of,
     tiny_vae_of,
     transformer_config,
@@ -31,8 +32,7 @@ from engine.weights.shapes import (
 from engine.weights.sources import STATES, FileSource, open_source, source_of
 
 # Keys of a config.json that belongs to a part; another one belongs to the training that wrote a checkpoint.
-_SHAPE_KEYS: dict[Part, str] = {"transformer": "num_layers", "vae": "z_dim", "text_encoder": "d_model",
-                               "tiny_vae": "widths"}  # fmt: skip
+_SHAPE_KEYS: dict[Part, str] = {"transformer": "num_layers", "vae": "z_dim", "text_encoder": "d_model"}
 _TOKENIZER = ("tokenizer.json", "spiece.model")
 # Parts of a pipeline that the engine runs or needs not; any other one that is there changes the video.
 _CLASSES = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan", "text_encoder": "UMT5EncoderModel"}
@@ -70,7 +70,7 @@ class Given:
     @property
     def complete(self) -> bool:
         """Whether no directory is needed."""
-        return None not in (self.checkpoint, self.vae, self.text_encoder, self.tokenizer)
+        return self.decoder != "tiny" and None not in (self.checkpoint, self.vae, self.text_encoder, self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -132,18 +132,22 @@ def _checked(given: Given, directory: "_Directory | None") -> Parts:
 
 def _tiny_config(source: FileSource, vae: VAEConfig, given: Given, directory: "_Directory | None") -> TinyVAEConfig:
     """The tiny decoder's shape. ValueError unless it decodes the VAE's latents to pictures of the same size."""
-    raw = _config("tiny_vae", given.vae_decoder, source, directory)
+    config = tiny_config(source, _config("tiny_vae", given.vae_decoder, source, directory), vae)
+    expect_fit(config, vae, source.label)
+    return config
+
+
+def tiny_config(source: FileSource, raw: Mapping[str, Any] | None, vae: VAEConfig) -> TinyVAEConfig:
+    """The shape of a tiny decoder: what its config.json says, and what its tensors tell beside that."""
+    config = tiny_vae_of(source.shapes(), source.label, vae)
     if raw is not None:
         expect_class(raw, ("TinyVAE",), "tiny_vae")
-    config = TinyVAEConfig.from_dict(raw) if raw is not None else tiny_vae_of(source.shapes(), source.label)
-    config = replace(config, encoder_width=None)
-    if raw is None and any("lighttae" in file.name.lower() for file in source.files):
+        config = TinyVAEConfig.from_dict({**asdict(config), **raw})
+    elif any("lighttae" in file.name.lower() for file in source.files):
         config = replace(config, latents_mean=vae.latents_mean, latents_std=vae.latents_std)
         source.notes.append(f"{source.label}: it takes latents that are not normalised (LightTAE)")
-    for what in ("z_dim", "scale_factor_spatial", "scale_factor_temporal"):
-        if (got := getattr(config, what)) != (expected := getattr(vae, what)):
-            raise ValueError(f"{source.label}: got a tiny VAE of {what} {got}, expected {expected}, as the VAE has")
-    return config
+    source.keep_last(last_rows(source.shapes(), config))
+    return replace(config, encoder_width=None)
 
 
 def _transformer_config(
@@ -183,11 +187,19 @@ def _config(
     """The raw config that goes with a part: beside the files in a given folder, or the directory's."""
     if given is not None and given.is_dir() and (file := source.files[0].parent / "config.json").is_file():
         raw = read_json(file)
-        if _SHAPE_KEYS[part] in raw and (part != "transformer" or "d_model" not in raw):
+        if belongs(raw, part):
             return raw
     if given is not None and part != "transformer":
         return None  # a file: its tensors tell
     return directory.config(part) if directory else None
+
+
+def belongs(raw: Mapping[str, Any], part: Part) -> bool:
+    """Whether a config.json beside a part's files tells its shape, and is not another part's or a training's."""
+    if part == "tiny_vae":
+        own = {field.name for field in fields(TinyVAEConfig)} & set(raw)
+        return "widths" in own or (bool(own) and raw.get("_class_name", "TinyVAE") == "TinyVAE")
+    return _SHAPE_KEYS[part] in raw and (part != "transformer" or "d_model" not in raw)
 
 
 def _vae_config(raw: Mapping[str, Any]) -> VAEConfig:
@@ -246,7 +258,7 @@ class _Directory:
         if part == "tiny_vae" and self.components and not (self.folder / part).is_dir():
             raise FileNotFoundError(f"decoder: got tiny, but {self.folder} has no {part}/, expected it, or "
                                     "--vae-decoder FILE")  # fmt: skip
-        if self.components:
+        if self._apart(part):
             return open_source(self.folder / part, None, part, prefer, self._dtype)
         chosen = choose(self.folder, part, [self._weights])
         label = str(self.folder / chosen.files[0].name)
@@ -254,8 +266,12 @@ class _Directory:
         source.notes += chosen.notes
         return source
 
+    def _apart(self, part: Part) -> bool:
+        """Whether a part has a folder of its own; in Wan's layout only a tiny VAE may."""
+        return self.components or (part == "tiny_vae" and (self.folder / part).is_dir())
+
     def config(self, part: Part) -> dict[str, Any] | None:
-        if self.components:
+        if self._apart(part):
             file = self.folder / part / "config.json"
             # A transformer that a file replaces needs no folder here.
             return read_json(file) if file.is_file() or part != "transformer" else None

@@ -105,8 +105,13 @@ def vae_of(shapes: Shapes, label: object) -> VAEConfig:
     return replace(standard, base_dim=base, decoder_base_dim=None if decoder == base else decoder)
 
 
-def tiny_vae_of(shapes: Shapes, label: object) -> TinyVAEConfig:
-    """The shape of a tiny VAE's decoder by its tensors. ValueError for another layout than TAEHV's."""
+def tiny_vae_of(shapes: Shapes, label: object, vae: VAEConfig | None = None) -> TinyVAEConfig:
+    """The shape of a tiny VAE's decoder by its tensors. ValueError for another layout than TAEHV's.
+
+    Older files double the frames in more stages than the VAE whose latents they decode (default: Wan2.1's). Their
+    first stages then make one image each, as in the public loaders; `last_rows` tells which weights are kept.
+    """
+    vae = vae or VAEConfig()
     first = _shape(shapes, "decoder.1.weight", 4, label)
     widths, times, number, blocks = [first[0]], [], 3, set()
     while f"decoder.{number}.conv.0.weight" in shapes:
@@ -123,8 +128,22 @@ def tiny_vae_of(shapes: Shapes, label: object) -> TinyVAEConfig:
     if len(blocks) != 1 or pixels != 3 * patch**2:
         got = f"{sorted(blocks) or 'no'} blocks a stage and {pixels} channels of pixels"
         raise ValueError(f"{label}: got a tiny VAE of {got}, expected TAEHV's layout")
+    while first[1] == vae.z_dim and 2 ** sum(times) > vae.scale_factor_temporal:
+        times[times.index(True)] = False
     every = (True,) * len(times)  # the tensors do not tell it
     return TinyVAEConfig(first[1], tuple(widths), every, tuple(times), blocks.pop(), patch=patch, encoder_width=None)
+
+
+def last_rows(shapes: Shapes, config: TinyVAEConfig) -> dict[str, int]:
+    """The weights that double frames where the shape does not, and how many of their rows, the last ones, it needs."""
+    found, number = {}, 3
+    for width, doubles in zip(config.widths, config.upsample_time, strict=False):
+        number += config.blocks
+        name = f"decoder.{number + 1}.conv.weight"
+        if not doubles and shapes.get(name, ())[:1] == (2 * width,):
+            found[name] = width
+        number += 3
+    return found
 
 
 def umt5_of(shapes: Shapes, label: object) -> UMT5Config:

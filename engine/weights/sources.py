@@ -70,6 +70,7 @@ class FileSource:
         eight = [stored[name] for name in self._names.values() if stored[name].dtype in (*FP8, torch.int8)]
         coarse = [stored[name] for name in self._names.values() if isinstance(stored[name].dtype, str)]
         self.notes: list[str] = []
+        self._last: dict[str, int] = {}
         if eight or coarse:
             kinds = sorted({_words(one.dtype) for one in eight + coarse})
             self.notes.append(f"{label}: {len(eight + coarse)} weights are stored in {', '.join(kinds)}, "
@@ -134,8 +135,14 @@ class FileSource:
         first, second = (tensor for _, tensor in self._stored_tensors(names))
         return torch.equal(first, second)
 
+    def keep_last(self, rows: Mapping[str, int]) -> None:
+        """Leave only the last rows of some tensors, by the engine's names."""
+        self._last = dict(rows)
+        self.notes += [f"{self.label}: the last {count} of {self._stored(self._names[name]).shape[0]} rows of {name} "
+                       "are used" for name, count in rows.items()]  # fmt: skip
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {ours: self._stored(name).shape for ours, name in self._names.items()}
+        return {ours: stored.shape for ours, stored in self.stored().items()}
 
     def _stored(self, name: str) -> Stored:
         container, key = self._keys[name]
@@ -155,12 +162,16 @@ class FileSource:
             check_scale_values(self.label, name, scale)
             scales[of_scale[name]] = scale.clone()
         for name, tensor in self._stored_tensors(ours):
-            yield ours[name], tensor, scales.get(name)
+            mine = ours[name]
+            yield mine, tensor[-self._last[mine] :].clone() if mine in self._last else tensor, scales.get(name)
             del tensor
 
     def stored(self) -> dict[str, Stored]:
         """Every tensor's shape and its dtype in the file, by the engine's names."""
-        return {mine: self._stored(name) for mine, name in self._names.items()}
+        found = {mine: self._stored(name) for mine, name in self._names.items()}
+        for mine, rows in self._last.items():
+            found[mine] = found[mine]._replace(shape=(rows, *found[mine].shape[1:]))
+        return found
 
     def scaled(self) -> set[str]:
         """Names of the weights that have scales."""
@@ -173,7 +184,7 @@ class FileSource:
             ours = {self._keys[name][1]: mine for mine, name in self._names.items()
                     if self._keys[name][0] is container and self._stored(name).dtype == dtype}  # fmt: skip
             found |= {ours[key] for key, part in container.read(ours) if part.data_ptr() % ALIGNMENT == 0}
-        return found - self.scaled()
+        return found - self.scaled() - set(self._last)
 
     @property
     def maps(self) -> bool:

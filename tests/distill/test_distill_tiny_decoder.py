@@ -1,8 +1,10 @@
 """The tiny decoder: what it is compared with, what it is trained on, and that it learns, resumes and is written."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,13 +93,37 @@ def test_stopped_streaming_goes_on(config: TinyDecoderConfig, trained: Path, tmp
     many, data, pipeline = replace(config, streams=9), Shards(Path(config.data)), engine.load(config.model)
     stream_clips(pipeline, many, data, tmp_path, accelerator_of(config))
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert sorted(whole) == ["00000.safetensors", "00001.safetensors", "index.json"]
+    assert sorted(whole) == ["00000.safetensors", "00001.safetensors", "index.json", "made.json"]
     (tmp_path / "index.json").unlink()
     (tmp_path / "00001.safetensors").unlink()
     kept = (tmp_path / "00000.safetensors").stat().st_mtime_ns
     stream_clips(pipeline, many, data, tmp_path, accelerator_of(config))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
     assert (tmp_path / "00000.safetensors").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"frames": 2}, {"streams": 2}, {"model": "other"}])
+def test_streams_of_another_run_are_refused(
+    config: TinyDecoderConfig, trained: Path, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    """Whether or not their folder is finished."""
+    shutil.copytree(trained / "streams", tmp_path / "streams")
+    (tmp_path / "streams" / "index.json").unlink()
+    data, pipeline = Shards(Path(config.data)), engine.load(config.model)
+    with pytest.raises(ValueError, match="got streams of"):
+        stream_clips(pipeline, replace(config, **other), data, tmp_path / "streams", accelerator_of(config))
+
+
+def test_a_crop_fits_the_streams(config: TinyDecoderConfig, tmp_path: Path) -> None:
+    data, pipeline = Shards(Path(config.data)), engine.load(config.model)
+    with pytest.raises(ValueError, match="crop: got 99, expected at most the 4 of "):
+        stream_clips(pipeline, replace(config, crop=99), data, tmp_path, accelerator_of(config))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_config_names_its_class(trained: Path) -> None:
+    """As docs/weights.md says."""
+    assert json.loads((trained / "tiny_vae" / "config.json").read_text())["_class_name"] == "TinyVAE"
 
 
 def test_what_is_held_back_teaches_nothing(config: TinyDecoderConfig, trained: Path, vae: VAE) -> None:
@@ -164,12 +190,15 @@ def test_it_comes_near_the_model(config: TinyDecoderConfig, trained: Path, tmp_p
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ("upsample_space=[true, false]", "upsampling: got a spatial factor of 2, expected the 4 of "),
-        ("upsample_time=[true, false]", "upsampling: got a temporal factor of 2, expected the 4 of "),
+        ("upsample_space=[true, false]", "got a tiny VAE of scale_factor_spatial 2, expected 4, as the VAE has"),
+        ("upsample_time=[true, false]", "got a tiny VAE of scale_factor_temporal 2, expected 4, as the VAE has"),
         ("widths=[8, 4]", "upsample_space: got 2 entries, expected 1, one a stage"),
         ("frames=4", "frames: got 4, expected at most the 3 of "),
         ("held=6", "streams: got 3, expected 0 or more than the 6 held back"),
         ("crop=5", "crop: got 5, expected at most 4"),
+        ("recompute=true", "got shard or recompute, expected neither: a decoder this small needs none"),
+        ("shard=true", "got shard or recompute, expected neither: a decoder this small needs none"),
+        ("blocks=9", "expected sizes of 1 to 1048576 and 1 to 8 blocks"),
         ("stream_share=2.0", "stream_share: got 2.0, expected 0 to 1"),
         ('model="nowhere"', "nowhere"),
     ],

@@ -30,8 +30,8 @@ from distill.data.shards import Shards, shard_path, write_index, write_shard
 from distill.training.draws import Draws
 from distill.training.loop import FitConfig, Objective, accelerator_of, fit
 from distill.training.stage import Stage, TrainingOptions
-from engine.files import whole_file, write_json
-from engine.model.tiny_vae import TinyVAE, TinyVAEConfig
+from engine.files import read_json, whole_file, write_json
+from engine.model.tiny_vae import TinyVAE, TinyVAEConfig, expect_fit
 from engine.model.vae import VAE
 from engine.options import option
 from engine.stream import Pipeline
@@ -65,6 +65,8 @@ class TinyDecoderConfig(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.shard or self.recompute:
+            raise ValueError("got shard or recompute, expected neither: a decoder this small needs none")
         for name, least in (("frames", 2), ("crop", 0), ("streams", 0), ("held", 1), ("edges", 0), ("motion", 0),
                             ("clips", 0), ("remember", 0)):  # fmt: skip
             if getattr(self, name) < least:
@@ -80,10 +82,7 @@ class TinyDecoderConfig(FitConfig):
             z_dim=vae.config.z_dim, widths=self.widths, upsample_space=self.upsample_space,
             upsample_time=self.upsample_time, blocks=self.blocks, patch=self.patch, encoder_width=None,
         )  # fmt: skip
-        for side in ("spatial", "temporal"):
-            name = f"scale_factor_{side}"
-            if (got := getattr(shape, name)) != (expected := getattr(vae.config, name)):
-                raise ValueError(f"upsampling: got a {side} factor of {got}, expected the {expected} of {self.model}")
+        expect_fit(shape, vae.config, f"tiny_decoder for {self.model}")
         return shape
 
 
@@ -97,6 +96,13 @@ def stream_clips(
     pipeline: Pipeline, config: TinyDecoderConfig, data: Shards, out: Path, accelerator: Accelerator
 ) -> Shards:
     """Latents that the model streams under captions of the data, as shards. Processes take turns at shards."""
+    side = min(pipeline.height, pipeline.width) // pipeline.spatial
+    if config.crop > side:
+        raise ValueError(f"crop: got {config.crop}, expected at most the {side} of {config.model}'s streams")
+    made = {"model": config.model, "seed": config.seed, "frames": config.frames, "streams": config.streams}
+    if accelerator.is_main_process:
+        _expect_same(out / "made.json", made)
+    accelerator.wait_for_everyone()
     shards = -(-config.streams // SHARD)
     for number in range(accelerator.process_index, shards, accelerator.num_processes):
         if shard_path(out, number).is_file():
@@ -113,9 +119,17 @@ def stream_clips(
         print(f"{out.parent.name}: streamed {number + 1}/{shards}", flush=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_index(out, shards, {"model": config.model, "seed": config.seed})
+        write_index(out, shards, made)
     accelerator.wait_for_everyone()
     return Shards(out)
+
+
+def _expect_same(file: Path, made: dict[str, str | int]) -> None:
+    """Keep what makes the shards of a folder. ValueError where something else made those that are there."""
+    if not file.is_file():
+        write_json(file, made)
+    elif (kept := read_json(file)) != made:
+        raise ValueError(f"{file.parent}: got streams of {kept}, expected {made}; remove the folder, or choose another")
 
 
 class TinyDecoder(Objective):
@@ -220,7 +234,7 @@ def save_tiny(folder: Path, decoder: TinyVAE) -> None:
     weights = {name: value.detach().half().cpu().contiguous() for name, value in decoder.state_dict().items()}
     with whole_file(folder / "diffusion_pytorch_model.safetensors") as part:
         save_file(weights, part, {"format": "pt"})
-    write_json(folder / "config.json", asdict(decoder.config))
+    write_json(folder / "config.json", {"_class_name": "TinyVAE"} | asdict(decoder.config))
 
 
 def train(

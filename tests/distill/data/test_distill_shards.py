@@ -65,6 +65,22 @@ def test_missing_caption(folder: Path, captions: list[object]) -> None:
         write_index(folder, 3, {})
 
 
+@pytest.mark.parametrize(("metadata", "said"), [
+    ({"captions": ["a", "b"], "earlier": [["c", 1]]}, "got 1 earlier captions, expected 2"),
+    ({"captions": ["a", []]}, "got an empty entry among its captions"),
+    ({"captions": ["a", ["b", "c"]]}, "got damaged captions"),
+    ({"captions": ["a", ["b", 3, "c"]]}, "got damaged captions"),
+    ({"captions": 7}, "got damaged captions"),
+    ({"captions": ["a", "b"], "earlier": {"a": 1}}, "got damaged captions"),
+])  # fmt: skip
+def test_damaged_captions(folder: Path, metadata: dict[str, object], said: str) -> None:
+    """The message names the file."""
+    save_file({"latents": torch.zeros(2, 4, 3, 2, 2).half()}, shard_path(folder, 1),
+              {name: json.dumps(value) for name, value in metadata.items()})  # fmt: skip
+    with pytest.raises(ValueError, match=rf"00001\.safetensors: {said}"):
+        write_index(folder, 3, {})
+
+
 def test_unfinished_folder_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path, 0, torch.zeros(1, 4, 3, 2, 2), ["a"])
     with pytest.raises(FileNotFoundError, match="finished"):

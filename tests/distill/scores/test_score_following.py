@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from distill.__main__ import main
 from distill.data.scenes import Scene, Thing, render
 from distill.experiments.following import pairs
 from distill.scores.following import follows, has_followed
@@ -58,3 +59,16 @@ def test_pairs_differ_in_what_is_asked_for_alone():
             assert shown.other is None
             assert not shown.period
     assert all(a.direction != b.direction for a, b in pairs(8, 1, ("colour",), opposite=True))
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--clips", "0"], "--clips: got 0, expected at least 1"),
+    (["--frames", "6"], "--frames: got 6, expected whole chunks (5 or 9)"),
+    (["--frames", "0"], "--frames: got 0, expected whole chunks"),
+    (["--picture", "/dev/null/no/p.png"], "/dev/null/no"),
+])  # fmt: skip
+def test_bad_options(words, said, capsys):
+    assert main(["following", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

@@ -286,6 +286,7 @@ def test_bad_shapes_are_refused(small):
     ({"latents_mean": [0.0], "latents_std": [1.0]}, "latents_mean: got 1 entries, expected 16, one a latent channel"),
     ({"latents_mean": [0.0] * 16, "latents_std": [0.0] * 16}, "latents_std: got 0.0, expected positive numbers"),
     ({"blocks": 0}, "expected sizes of 1 to"),
+    ({"blocks": 9}, "and 1 to 8 blocks"),
     ({"z_dim": 1 << 40}, "expected sizes of 1 to"),
     ({"z_dim": True}, "tiny VAE config: z_dim: got True, expected a valid integer"),
     ({"colour": 3}, "tiny VAE config: got unknown keys ['colour'], expected ['z_dim'"),
