@@ -336,6 +336,7 @@ export.__main__.main(sys.argv[1:])
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_killed_export_leaves_no_bundle(model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"

@@ -148,6 +148,7 @@ def test_it_streams_with_torch(installed, tmp_path):
     assert program == module == hashlib.sha256(frames.tobytes()).hexdigest()
 
 
+@pytest.mark.thorough
 def test_it_streams_with_the_core(installed, aoti_bundle, pipeline, tmp_path):
     """`--backend native`, and greedy-host in an environment without variables: the same frames."""
     words = ["--prompt", PROMPT, "--frames", "33", "--seed", "1", "--out"]

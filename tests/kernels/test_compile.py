@@ -79,6 +79,7 @@ print(json.dumps([row["problems"] for row in rows if "d=128" in row["name"]]))
     assert any("shared_bytes" in problem for problems in json.loads(out.splitlines()[-1]) for problem in problems)
 
 
+@pytest.mark.thorough
 def test_a_variant_beyond_its_limits_is_red():
     rows = script("""
 from dataclasses import replace
