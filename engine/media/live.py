@@ -6,7 +6,6 @@ import re
 import threading
 import time
 from collections import deque
-from contextlib import suppress
 from math import ceil
 from pathlib import Path
 from typing import Any, Self
@@ -149,5 +148,4 @@ def _read(container: Any, stream: Any, render: Renderer, frames: LiveFrames) -> 
     except Exception as error:
         frames.fail(ValueError(f"source: got {reason(error)} from {render.name}, expected pictures"))
     finally:
-        with suppress(Exception):
-            container.close()
+        container.close()

@@ -5,6 +5,7 @@ Parameter names are those of diffusers' `AutoencoderKLWan`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
@@ -140,7 +141,7 @@ class Decoder(nn.Module):
         return self.conv_out(extended, past)
 
 
-class StreamingVAE(nn.Module):
+class StreamingVAE(nn.Module, ABC):
     """What VAEs of any layout share. Latents are normalised, (z - mean) / std; frames are in [-1, 1]."""
 
     def __init__(self, config: Any):
@@ -185,24 +186,25 @@ class StreamingVAE(nn.Module):
         """A whole video: latents [B, C, 1+k, h, w] -> frames [B, 3, 1+4k, H, W]."""
         return self.decode_chunk(latents)[0]
 
+    @abstractmethod
     def encode(self, video: Tensor) -> Tensor:
         """video [B, 3, 1+4k, H, W] in [-1, 1] -> the normalised mean [B, C, 1+k, h, w], float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_step(self, frames: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         """One latent frame [B, C, 1, h, w], float32, and the next cache; the first takes 1 frame, the others 4."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fuse(self) -> None:
         """From now on use what is faster on a GPU, for inference; call it when weights are final."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decode(self, latent: Tensor, cache: Cache | None, in_place: bool = False) -> tuple[Tensor, Cache]:
-        raise NotImplementedError
+        """`first` without a cache, else `steady`; the latent is checked."""
 
+    @abstractmethod
     def _cache_of(self, latent: Tensor) -> tuple[int, tuple[int, ...]]:
         """The number of caches, and the shape of the first one."""
-        raise NotImplementedError
 
     def _check_latent(self, latent: Tensor, single: bool = False) -> None:
         shape, channels = tuple(latent.shape), self.config.z_dim

@@ -249,7 +249,9 @@ def train(
     pipeline = engine.load(config.model, device=str(accelerator.device), precision=config.precision, eager=True)
     data = Shards(Path(config.data))
     torch.manual_seed(config.seed)  # every process starts from the same weights
-    objective = TinyDecoder(config, pipeline.stages.modules()["vae"], data)  # type: ignore[arg-type]
+    vae = pipeline.stages.modules()["vae"]
+    assert isinstance(vae, VAE)
+    objective = TinyDecoder(config, vae, data)
     if config.streams:
         objective.streams = stream_clips(pipeline, config, data, out / "streams", accelerator)
     averaged = fit(objective, config, out, accelerator, board, stop_at)
