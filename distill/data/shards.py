@@ -28,6 +28,7 @@ from engine.files import whole_file, write_json
 FORMAT = 1
 Earlier = tuple[str, int] | None  # an earlier caption, and the first latent frame at which it does not hold any more
 INDEX = "index.json"
+INPUTS, TARGETS = "inputs", "targets"  # folders of shards in a folder of pairs
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -190,3 +191,27 @@ class Shards:
             raise ValueError(f"{self.folder}: got clip {clip}, expected 0 to {len(self) - 1}")
         shard = bisect.bisect_right(self._ends, clip)
         return shard, clip - (self._ends[shard - 1] if shard else 0)
+
+
+class Pairs:
+    """Two folders of shards below one, inputs and targets: clip i of both has one motion and two looks."""
+
+    def __init__(self, folder: Path) -> None:
+        """ValueError unless both have the same clips, by number and shape."""
+        self.inputs, self.targets = Shards(folder / INPUTS), Shards(folder / TARGETS)
+        got, expected = ([len(side), *side.shape] for side in (self.inputs, self.targets))
+        if got != expected:
+            raise ValueError(f"{folder}: got {INPUTS} {got}, expected {TARGETS}' [n, C, F, h, w], {expected}")
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def frames(self) -> int:
+        """Latent frames per clip."""
+        return self.targets.frames
+
+    def read(self, clips: Sequence[int], frames: int | None = None) -> tuple[Tensor, Tensor, list[str]]:
+        """Inputs and targets, float32 [B, C, F, h, w], and the targets' captions."""
+        wanted, captions = self.targets.read(clips, frames)
+        return self.inputs.read(clips, frames)[0], wanted, captions

@@ -64,7 +64,7 @@ def draw_switch(
         names = tuple(changed) if changed is not None else _some_facts(generator)
         at = whole(FIRST, LAST, generator) if begins is None else begins
         wanted = later[whole(0, len(later) - 1, generator)]
-        earlier = replace(wanted, **{name: _another(name, getattr(wanted, name), generator) for name in names})
+        earlier = replace(wanted, **{name: another(name, getattr(wanted, name), generator) for name in names})
         if not hidden and held_out(earlier):
             continue
         before = draw_scene((earlier,), generator)
@@ -83,7 +83,7 @@ def _some_facts(generator: torch.Generator) -> tuple[str, ...]:
     return tuple(names[i] for i in sorted(order[:count]))
 
 
-def _another(name: str, value: str, generator: torch.Generator) -> str:
+def another(name: str, value: str, generator: torch.Generator) -> str:
     """Another value of a fact."""
     values = [other for other in FACTS[name] if other != value]
     return values[whole(0, len(values) - 1, generator)]

@@ -4,7 +4,6 @@ python -m distill following --clips 16 --strengths 1 --strengths 0.7 --picture d
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,8 +15,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import engine
-from distill.data.scenes import Scene, render, sample
-from distill.data.sprites import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES
+from distill.data.looks import LOOKS, Pair, draw_pair
+from distill.data.scenes import Scene, render
+from distill.data.sprites import DIRECTIONS
 from distill.scores.dimensions import mean_and_error
 from distill.scores.following import follows, has_followed
 from distill.scores.pixels import from_uint8
@@ -37,7 +37,7 @@ class FollowingOptions(Options):
     noise_scale: float | None = option(None, "how far motion lowers the noise")
     change: tuple[str, ...] = option(
         ("colour", "shape"), "what the prompt says otherwise than its input shows; may be repeated",
-        choices=("colour", "shape", "background"),
+        choices=LOOKS,
     )  # fmt: skip
     opposite: bool = option(False, "let prompts name the opposite direction of their input's")
     seed: int = option(1, "of the clips and of the noise")
@@ -45,31 +45,14 @@ class FollowingOptions(Options):
     picture: Path | None = option(None, "draw inputs and outputs at each strength", metavar="FILE.png")
 
 
-def pairs(count: int, seed: int, change: tuple[str, ...], opposite: bool = False) -> list[tuple[Scene, Scene]]:
-    """(what the input shows, what the prompt says): another look, with the input's motion or against it.
-
-    Inputs are held-out scenes of one object that is always seen.
-    """
-    draws, found = torch.Generator().manual_seed(seed), list[tuple[Scene, Scene]]()
+def pairs(count: int, seed: int, change: tuple[str, ...], opposite: bool = False) -> list[Pair]:
+    """Another look, with the input's motion or against it: held-out scenes of one object that is always seen."""
+    draws, found = torch.Generator().manual_seed(seed), list[Pair]()
     while len(found) < count:
-        (scene,) = sample(1, draws, hidden=True)
-        if scene.other is not None or scene.period:
-            continue
-        number, mover = len(found), scene.mover
-        look = replace(
-            mover, colour=_other(mover.colour, COLOURS, number, "colour" in change),
-            shape=_other(mover.shape, SHAPES, number // 4, "shape" in change),
-        )  # fmt: skip
-        ground = _other(scene.background, BACKGROUNDS, number, "background" in change)
-        direction = _opposite(scene) if opposite else scene.direction
-        found.append((scene, replace(scene, mover=look, background=ground, direction=direction)))
+        shown, wanted = draw_pair(change, draws, hidden=True)
+        if wanted.other is None and not wanted.period:
+            found.append(Pair(shown, replace(wanted, direction=_opposite(wanted)) if opposite else wanted))
     return found
-
-
-def _other(name: str, among: Iterable[str], number: int, changes: bool) -> str:
-    """Another one of the names, by number; the same one if it does not change."""
-    others = [other for other in among if other != name]
-    return others[number % len(others)] if changes else name
 
 
 def _opposite(scene: Scene) -> str:
@@ -83,9 +66,7 @@ def drawn(scene: Scene, frames: int) -> np.ndarray:
     return video.numpy()
 
 
-def outputs(
-    pipeline: Pipeline, made: list[tuple[Scene, Scene]], options: FollowingOptions, strength: float
-) -> list[np.ndarray]:
+def outputs(pipeline: Pipeline, made: list[Pair], options: FollowingOptions, strength: float) -> list[np.ndarray]:
     """The video of each pair, uint8 [T, 32, 32, 3]."""
     videos = []
     for number, (shown, wanted) in enumerate(made):
@@ -98,7 +79,7 @@ def outputs(
     return videos
 
 
-def scores_of(videos: list[np.ndarray], made: list[tuple[Scene, Scene]]) -> dict[str, Any]:
+def scores_of(videos: list[np.ndarray], made: list[Pair]) -> dict[str, Any]:
     """Mean, standard error and number of every score over the clips."""
     rows = []
     for video, (shown, wanted) in zip(videos, made, strict=True):

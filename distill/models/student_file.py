@@ -53,6 +53,8 @@ class NextChunkConfig(StudentConfig):
     teacher: str = option("runs/teacher/teacher", "pipeline directory of the teacher")
     start: str = option("", "student.pt to start from; empty: begin as the teacher")
     data: str = option("runs/bank/clips", "folder of captioned latents")
+    pairs: str = option("", "folder of inputs and targets, pairs of clips, to train video-to-video on; empty: not")
+    pair_share: float = option(0.5, "share of the steps that train on pairs, if there are any")
     family: str = option("greedy", "greedy; causal: one causal transformer, as in the Self-Forcing family")
     rank: int = option(64, "of the LoRA adapters")
     etm: bool = option(True, "false: a causal decoder that sees only chunk 0 and the last chunk")
@@ -91,6 +93,9 @@ class NextChunkConfig(StudentConfig):
         if self.unified and (self.schedule or self.target == "ode"):
             raise ValueError(f"unified: got {list(self.unified)}, expected none with a schedule or target 'ode'")
         self._check_causal()
+        if not 0 <= self.pair_share <= 1 or (self.pairs and self.target == "ode"):
+            got = f"{self.pair_share} of target {self.target!r}"
+            raise ValueError(f"pair_share: got {got}, expected 0 to 1, and no pairs for 'ode'")
         if self.first_batch % self.batch:
             raise ValueError(f"first_batch: got {self.first_batch}, expected a multiple of batch ({self.batch})")
 

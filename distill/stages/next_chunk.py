@@ -7,6 +7,8 @@ A step has two losses. Clips: flow matching on frames 1 .. F - 1. Their past is 
 steps, the student's own stream from the first frame of the clip. First frames have only the text. With
 `first = "guided"` their target is the teacher's classifier-free guidance, integrated over one sampling step. The
 student then needs neither guidance nor many steps. `first = "data"` is the plain Eq. 6.
+With `pairs`, `pair_share` of the steps train video-to-video instead (`pair_loss`): one clip noised is where the other's
+frames begin, as streams with a source do.
 With `target = "ode"` a causal student learns instead where the teacher's trajectories end (the initialisation of
 CausVid and Self-Forcing): its clean prediction from the latents on the way is regressed to the clip. Every chunk has a
 level of its own and sees the chunks before it at theirs.
@@ -21,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distill.data.shards import Shards
+from distill.data.shards import Pairs, Shards
 from distill.models.base import Base
 from distill.models.causal import CausalStudent
 from distill.models.fp8 import compute_in_fp8
@@ -48,6 +50,17 @@ def draw_sigmas(shape: tuple[int, ...], config: NextChunkConfig, draws: Draws) -
     picked = grid[draws.choice(len(grid), *shape)]
     free = shifted(torch.sigmoid(draws.normal(*shape)), config.shift)
     return torch.where(draws.uniform(*shape) < config.on_schedule, picked, free)
+
+
+def draw_path(shape: tuple[int, ...], config: NextChunkConfig, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Levels s at which streams with a source begin, and levels sigma on the way from there: [B, *shape] each.
+
+    Some s are those of the sampling steps, others lie between them. Half of the sigmas are s: the first step.
+    """
+    grid = noise_levels(config.preset)[:-1]
+    picked, free = grid[draws.choice(len(grid), *shape)], grid[-1] + (1 - grid[-1]) * draws.uniform(*shape)
+    begin = torch.where(draws.uniform(*shape) < config.on_schedule, picked, free)
+    return begin, begin * torch.where(draws.uniform(*shape) < 0.5, 1.0, draws.uniform(*shape))
 
 
 def error_from(difference: Tensor, begins: Tensor) -> Tensor:
@@ -120,7 +133,7 @@ class StudentObjective(Objective):
 class NextChunk(StudentObjective):
     """Eq. 6 on some samples of a step."""
 
-    def __init__(self, config: NextChunkConfig, base: Base, data: Shards) -> None:
+    def __init__(self, config: NextChunkConfig, base: Base, data: Shards, pairs: Pairs | None = None) -> None:
         if config.frames > data.frames:
             raise ValueError(f"frames: got {config.frames}, expected at most the {data.frames} of {data.folder}")
         if config.context != "clean":
@@ -132,8 +145,10 @@ class NextChunk(StudentObjective):
                     f"target: got {data.folder} with trajectories at levels {data.levels}, expected those of the "
                     f"sampling steps, {[round(level, 6) for level in expected.tolist()]} (sample_teacher with levels)"
                 )
+        if pairs is not None and config.frames > pairs.frames:
+            raise ValueError(f"frames: got {config.frames}, expected at most the {pairs.frames} of {config.pairs}")
         super().__init__(base, config.student(base), data)
-        self.config = config
+        self.config, self.pairs = config, pairs
 
     def forward(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
@@ -141,6 +156,9 @@ class NextChunk(StudentObjective):
             loss = self.ode_loss(draws)
             return loss, {"ode": loss}
         turn = float(torch.rand((), generator=draws.shared))
+        if self.pairs is not None and float(torch.rand((), generator=draws.shared)) < config.pair_share:
+            loss = self.pair_loss(draws)
+            return loss, {"pairs": loss}
         roll = draws.step >= config.roll_from * config.steps and turn < config.roll_share
         later = self.next_frame_loss(draws, roll=roll)
         many = config.first_batch // config.batch
@@ -158,6 +176,33 @@ class NextChunk(StudentObjective):
     def _dropped(self, captions: list[str], draws: Draws) -> list[str]:
         dropped = draws.uniform() < self.config.caption_dropout
         return ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
+
+    def _disturbed(self, context: Tensor, draws: Draws) -> Tensor:
+        """A past [B, C, F, h, w] with some noise in it, of one level per sample."""
+        if not self.config.context_noise:
+            return context
+        level = self.config.context_noise * draws.uniform(1, 1, 1, 1).to(context)
+        return (1 - level) * context + level * draws.normal(*context.shape[1:]).to(context)
+
+    def pair_loss(self, draws: Draws) -> Tensor:
+        """Flow matching from inputs x, noised to a level s at which streams with a source begin, to targets y.
+
+        A sampling step leads along y + sigma / s ((1 - s) x + s noise - y), sigma <= s: there the flow is the
+        difference over s. With x = y this is Eq. 6. The past is that of y, the caption too.
+        """
+        assert self.pairs is not None
+        config, chunk = self._drawn(draws), self.config.chunk
+        shown, wanted, captions = self.pairs.read(draws.clips(config.batch, len(self.pairs)), config.frames)
+        shown, wanted = shown.to(self.base.device), wanted.to(self.base.device)
+        text = self.student.stages.prepare_text(self.base.encode(captions))
+        context = self._disturbed(wanted[:, :, :-chunk], draws)
+        begin, sigma = (
+            level.to(wanted).repeat_interleave(chunk, 1)
+            for level in draw_path((config.frames // chunk,), config, draws)
+        )
+        start = noised(shown, draws.normal(*shown.shape[1:]).to(shown), begin)
+        flow = self.student.flow(context, noised(wanted, start, sigma / begin), sigma, text)
+        return (flow - (start - wanted) / begin[:, None, :, None, None]).square().mean()
 
     def ode_loss(self, draws: Draws) -> Tensor:
         """Mean square distance of the clean prediction, from trajectories at a drawn level per chunk, to their ends.
@@ -211,9 +256,7 @@ class NextChunk(StudentObjective):
             start, past = latent[:, :, :chunk], config.frames - chunk
             rolled = roll_out(self.student, emb, past, seeds, config.preset, size, start).to(latent)
             context = torch.where((begins > 0).view(-1, 1, 1, 1, 1), context, rolled)
-        if config.context_noise:
-            level = config.context_noise * draws.uniform(1, 1, 1, 1).to(latent)
-            context = (1 - level) * context + level * draws.normal(*context.shape[1:]).to(latent)
+        context = self._disturbed(context, draws)
         sigma = draw_sigmas((config.frames // chunk,), config, draws).to(latent).repeat_interleave(chunk, 1)
         noise = draws.normal(*latent.shape[1:]).to(latent)
         flow = self.student.flow(context, noised(latent, noise, sigma), sigma, text)
@@ -252,7 +295,8 @@ def train(
     accelerator = accelerator or accelerator_of(config)
     torch.manual_seed(config.seed)  # every process starts from the same adapters
     base = Base(Path(config.teacher), config.dtype, accelerator.device)
-    objective = NextChunk(config, base, Shards(Path(config.data)))
+    pairs = Pairs(Path(config.pairs)) if config.pairs else None
+    objective = NextChunk(config, base, Shards(Path(config.data)), pairs)
     if config.start:
         begin_from(objective.student, Path(config.start), config)
     return fit_student(objective, config, config, out, accelerator, board, stop_at)
