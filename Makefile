@@ -123,14 +123,16 @@ $(eval $(call stage,runs/switches/vae,train_vae,switches,runs/rich/vae))
 $(eval $(call stage,runs/switches/bank,latents,switches,runs/rich/vae))
 $(eval $(call stage,runs/switches/student,next_chunk,switches,runs/rich/student runs/switches/bank))
 $(eval $(call stage,runs/unified,next_chunk,unified,runs/switches/student))
+$(eval $(call stage,runs/following,next_chunk,following,runs/unified))
 
-embedded: runs/unified/.done runs/switches/vae/.done  ## train the embedded model from nothing to out/sprites: hours; goes on where it was stopped
+embedded: runs/following/.done runs/switches/vae/.done  ## train the embedded model from nothing to out/sprites: hours; goes on where it was stopped
 	$(BIN)/python -m distill assemble --teacher runs/rich/teacher/teacher --vae runs/switches/vae/vae \
-		--student runs/unified/student.pt --out out/sprites
+		--student runs/following/student.pt --out out/sprites
 	$(BIN)/python -m distill tiny_decoder --config $(CONFIGS)/tiny.toml --out runs/tiny_decoder
 	cp -r runs/tiny_decoder/tiny_vae out/sprites/
 	$(BIN)/python -m distill evaluate --model out/sprites --prompts 64 --seed 20
 	$(BIN)/python -m distill evaluate --model out/sprites --prompts 32 --seed 20 --switch
+	$(BIN)/python -m distill following --model out/sprites
 
 # The experiments start from the embedded model as it is.
 $(eval $(call stage,runs/experiments/bank,latents,rl))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_distill_training import as_toml, launch, losses
 
 import engine
@@ -112,6 +112,19 @@ def test_streams_of_another_run_are_refused(
     data, pipeline = Shards(Path(config.data)), engine.load(config.model)
     with pytest.raises(ValueError, match="got streams of"):
         stream_clips(pipeline, replace(config, **other), data, tmp_path / "streams", accelerator_of(config))
+
+
+def test_streams_belong_to_weights_not_to_a_path(config: TinyDecoderConfig, trained: Path, tmp_path: Path) -> None:
+    """The same model elsewhere, with a tiny decoder in it, goes on; other weights at that path are refused."""
+    shutil.copytree(trained / "streams", tmp_path / "streams")
+    data, model = Shards(Path(config.data)), Path(shutil.copytree(config.model, tmp_path / "model"))
+    shutil.copytree(trained / "tiny_vae", model / "tiny_vae")
+    pipeline, moved = engine.load(model), replace(config, model=str(model))
+    stream_clips(pipeline, moved, data, tmp_path / "streams", accelerator_of(config))
+    file = next((model / "transformer").glob("*.safetensors"))
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="got streams of"):
+        stream_clips(pipeline, moved, data, tmp_path / "streams", accelerator_of(config))
 
 
 def test_a_crop_fits_the_streams(config: TinyDecoderConfig, tmp_path: Path) -> None:

@@ -35,8 +35,10 @@ from engine.model.tiny_vae import TinyVAE, TinyVAEConfig, expect_fit
 from engine.model.vae import VAE
 from engine.options import option
 from engine.stream import Pipeline
+from engine.weights.adapters import base_hash
 
 SHARD = 8  # streamed clips per shard
+TINY_VAE = "tiny_vae"  # folder of the decoder, and in a model's folder
 PEAK = 2.0  # of frames, from -1 to 1
 
 
@@ -95,11 +97,15 @@ class TinyDecoderOptions(TrainingOptions):
 def stream_clips(
     pipeline: Pipeline, config: TinyDecoderConfig, data: Shards, out: Path, accelerator: Accelerator
 ) -> Shards:
-    """Latents that the model streams under captions of the data, as shards. Processes take turns at shards."""
+    """Latents that the model streams under captions of the data, as shards. Processes take turns at shards.
+
+    ValueError where those in the folder are of other weights or settings: another model may lie at the same path by now.
+    """
     side = min(pipeline.height, pipeline.width) // pipeline.spatial
     if config.crop > side:
         raise ValueError(f"crop: got {config.crop}, expected at most the {side} of {config.model}'s streams")
-    made = {"model": config.model, "seed": config.seed, "frames": config.frames, "streams": config.streams}
+    files = (file for file in Path(config.model).rglob("*.safetensors") if file.parent.name != TINY_VAE)
+    made = {"weights": base_hash(files), "seed": config.seed, "frames": config.frames, "streams": config.streams}
     if accelerator.is_main_process:
         _expect_same(out / "made.json", made)
     accelerator.wait_for_everyone()
@@ -257,7 +263,7 @@ def train(
     averaged = fit(objective, config, out, accelerator, board, stop_at)
     if accelerator.is_main_process and (stop_at is None or stop_at >= config.steps):
         objective.decoder.load_state_dict(averaged)
-        save_tiny(out / "tiny_vae", objective.decoder)
+        save_tiny(out / TINY_VAE, objective.decoder)
         report = objective.report()
         write_json(out / "report.json", report)
         print(json.dumps(report), flush=True)

@@ -29,7 +29,7 @@ def paths_in(value: Any) -> set[str]:
     return {value} if isinstance(value, str) and value.startswith("runs/") else set()
 
 
-@pytest.mark.parametrize(("target", "stages"), [("embedded", 15), ("ablation", 2), ("ablation-rl", 2)])
+@pytest.mark.parametrize(("target", "stages"), [("embedded", 17), ("ablation", 2), ("ablation-rl", 2)])
 def test_every_stage_finds_what_it_reads(target: str, stages: int) -> None:
     found, made = commands(target), list[str]()
     assert len(found) == stages
