@@ -184,13 +184,18 @@ def _delete(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary file name that the caller writes to; after the block that file replaces `path`."""
+def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """Yields a temporary file name that the caller writes to; after the block that file replaces `path`.
+
+    Others may read it as any new file, whatever its writer did (safetensors keeps it to the owner), unless `private`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A folder of its own: some writers replace the file that they are given, and its lock would be lost.
     part = Part(path, folder=True)
     try:
         yield part.path / part.target.name
+        allowed = part.path.stat().st_mode & 0o666  # by umask: the folder is new
+        (part.path / part.target.name).chmod(0o600 if private else allowed)
         os.replace(part.path / part.target.name, part.target)
     finally:
         part.drop()

@@ -14,7 +14,7 @@ then scores them, where it and its weights are installed.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from distill.scores.pixels import from_uint8
 from distill.scores.tasks import TASKS, Task, find_task
 from distill.training.stage import Options, Stage
 from engine.options import option
+from engine.stream import Pipeline
 from engine.weights.folders import check_index
 
 PARTS = ("first", "middle", "last")
@@ -46,6 +47,7 @@ class EvaluateOptions(Options):
     teacher: bool = option(False, "the teacher, through diffusers' WanPipeline")
     steps: int = option(20, "teacher: denoising steps")
     guidance: float = option(2.0, "teacher: guidance scale")
+    decoder: Literal["full", "tiny"] = option("full", "student, tiny: the model's own tiny VAE decodes")
     preset: str = option("{}", "student: preset fields to replace, as JSON", metavar="JSON")
     sheet: Path | None = option(None, "write a contact sheet of the first 12 clips", metavar="FILE")
     vbench: Path | None = option(None, "VBench_full_info.json: run VBench itself instead", metavar="INFO")
@@ -68,9 +70,12 @@ class EvaluateOptions(Options):
         return fields
 
 
-def student_videos(model: Path, specs: list[Any], frames: int, seed: int, preset: dict[str, Any]) -> list[Tensor]:
+def student_of(options: EvaluateOptions) -> Pipeline:
+    return engine.load(options.model, overrides=options.overrides, decoder=options.decoder, device="cpu")
+
+
+def student_videos(pipeline: Pipeline, specs: list[Any], frames: int, seed: int) -> list[Tensor]:
     """One stream per prompt; clip i has seed `seed + i`."""
-    pipeline = engine.load(model, overrides=preset, device="cpu")
     videos = []
     for i, spec in enumerate(specs):
         with pipeline.stream(spec.caption, seed=seed + i, frames=frames) as stream:
@@ -155,8 +160,7 @@ def run_vbench(model: Path, info: Path, out: Path, count: int, seed: int, frames
 
 def run_switches(options: EvaluateOptions) -> None:
     """Score streams whose prompt is switched, and print a table and a line of JSON."""
-    pipeline = engine.load(options.model, overrides=options.overrides, device="cpu")
-    found = switch_scores(pipeline, options.prompts, options.seed, hidden=not options.trained)
+    found = switch_scores(student_of(options), options.prompts, options.seed, hidden=not options.trained)
     if not options.json:
         print(f"{'switch of':>12}  " + "".join(f"{name:>17}" for name in next(iter(found.values()))))
         for name, scores in found.items():
@@ -177,7 +181,7 @@ def run(options: EvaluateOptions) -> None:
         steps, guidance = options.steps, options.guidance
         videos = teacher_videos(options.model, specs, options.frames, options.seed, steps, guidance)
     else:
-        videos = student_videos(options.model, specs, options.frames, options.seed, overrides)
+        videos = student_videos(student_of(options), specs, options.frames, options.seed)
     if options.sheet:
         contact_sheet(videos[:12], options.sheet)
     found = task.score(videos, specs)
@@ -192,6 +196,7 @@ def run(options: EvaluateOptions) -> None:
         "seed": options.seed,
         "held_out": not options.trained,
         "preset": overrides,
+        "decoder": options.decoder,
         **{name: found[name]["mean"] for name in HEADLINE},
         "dimensions": found,
     }

@@ -72,9 +72,8 @@ class KernelCache:
                 self.file.parent.chmod(0o700)  # kernels are code
                 if self.file.is_symlink():
                     self.file.unlink()
-                with whole_file(self.file) as part:
+                with whole_file(self.file, private=True) as part:
                     part.write_bytes(made)
-                    part.chmod(0o600)
             except OSError as error:
                 self._say(f"got {error.strerror}, expected a place to keep compiled kernels")
                 self.file = None  # said once

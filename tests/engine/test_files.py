@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from engine.files import left_over, whole_file, whole_folder, write_json
 
@@ -143,6 +145,16 @@ def test_a_writer_may_replace_the_file_that_it_is_given(tmp_path: Path) -> None:
         assert left_over(tmp_path / "a.safetensors") == []
     assert (tmp_path / "a.safetensors").read_bytes() == b"1"
     assert names(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_others_may_read_what_safetensors_writes(tmp_path: Path, private: bool) -> None:
+    """As any new file of this umask, or, if it is private, not at all."""
+    (tmp_path / "plain").touch()
+    with whole_file(tmp_path / "a.safetensors", private=private) as part:
+        save_file({"a": torch.zeros(1)}, part)
+    expected = 0o600 if private else (tmp_path / "plain").stat().st_mode & 0o777
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == expected
 
 
 def test_the_file_behind_a_link_is_written(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_the_wheel_has_packages_and_core(built, tracked):
     assert found == of_packages(tracked) | NATIVE | {host}
 
 
+@pytest.mark.thorough
 def test_it_streams_with_torch(installed, tmp_path):
     """As a program and as a module: the frames of this source tree."""
     words = ["--prompt", PROMPT, "--frames", "49", "--seed", "1", "--out", "checksum", "--json"]
@@ -165,6 +166,7 @@ def test_it_streams_with_the_core(installed, aoti_bundle, pipeline, tmp_path):
     assert np.abs(frames - expected).max() <= 2
 
 
+@pytest.mark.thorough
 def test_programs_help_and_say_which_extra_they_lack(installed, tmp_path):
     env = {"PATH": os.environ["PATH"]}
     commands = succeed(installed / "greedy-stream", "--help", env=env, cwd=tmp_path)

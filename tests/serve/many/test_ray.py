@@ -123,6 +123,7 @@ def same(chunks, expected):
         np.testing.assert_array_equal(np.frombuffer(chunk["data"], np.uint8).reshape(want.shape), want)
 
 
+@pytest.mark.thorough
 def test_new_sessions_go_to_the_freest_replica_and_stay_there(url):
     async def run():
         async with contextlib.AsyncExitStack() as stack:
@@ -158,6 +159,7 @@ def test_new_sessions_go_to_the_freest_replica_and_stay_there(url):
     asyncio.run(run())
 
 
+@pytest.mark.thorough
 def test_the_door_asks_for_the_token_and_tells_of_all_replicas(url):
     for path in ("/v1/models", "/metrics", "/v1/sessions/x", "/v1/videos"):
         refused = httpx.get(url + path)
@@ -176,6 +178,7 @@ def test_the_door_asks_for_the_token_and_tells_of_all_replicas(url):
     assert asyncio.run(socket()) == ("unauthorized", 1008)
 
 
+@pytest.mark.thorough
 def test_mjpeg_flows_and_ends_with_its_reader(url):
     with httpx.stream("GET", url + "/v1/mjpeg", params={"prompt": PROMPT, "seed": 1}, headers=HEADERS) as answer:
         assert answer.headers["content-type"].startswith("multipart/x-mixed-replace")
@@ -189,6 +192,7 @@ def test_mjpeg_flows_and_ends_with_its_reader(url):
     wait_for(lambda: sum(sessions(url).values()) == 0, "end of the session")
 
 
+@pytest.mark.thorough
 def test_webrtc_is_agreed_upon_through_the_door_and_flows_from_the_replica(url):
     async def run():
         caller = Caller(url, prompts=[{"text": PROMPT, "weight": 1.0}], seed=2)
@@ -209,6 +213,7 @@ def test_webrtc_is_agreed_upon_through_the_door_and_flows_from_the_replica(url):
     assert get(url, "/api/v1/webrtc/ice-servers").json() == {"iceServers": []}
 
 
+@pytest.mark.thorough
 def test_a_killed_replica_is_told_and_its_video_goes_on_elsewhere(url, pipeline):
     async def run():
         async with started(url, query=QUERY, seed=None, speed=2) as client:
