@@ -48,7 +48,7 @@ class Video:
     )  # fmt: skip
     strength: float | None = option(
         None, "how far the video may leave its source: chunks begin at the first step whose noise level (sigma) is at "
-        "most this; 1 is noise alone; default: 0.7", metavar="S",
+        "most this; 1 is noise alone; default: 0.5, or the last step's level where that is higher", metavar="S",
     )  # fmt: skip
     noise_scale: float | None = option(
         None, "lower that level by up to this much where the source moves fast; default: not at all", metavar="S"

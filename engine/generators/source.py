@@ -14,9 +14,15 @@ from engine.config import Preset
 from engine.runtime.streams import SourceEnded
 from engine.sampling.schedule import Schedule
 
-STRENGTH = 0.7
+_USUAL = 0.5  # strength; what the embedded model follows best
 _FASTEST = 0.2  # difference of two frames in [-1, 1], root of the mean square, from which motion counts in full
 _NEWEST = 0.9  # weight of the newest chunk in the moving average
+
+
+def usual_strength(schedule: Schedule) -> float:
+    """0.5, or the noise level of the schedule's last step where that is higher, as at shift 5."""
+    last = schedule.last_level
+    return max(_USUAL, last) if last < 0.99 else _USUAL  # refused: nothing is followed from noise alone
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Source:
 
     strength     Chunks begin at the first step of the preset's schedule whose noise level (sigma) is at most this:
                  x = (1 - sigma) latent + sigma noise. The remaining steps follow. 1 begins with noise alone, as without
-                 a source. The smaller it is, the closer the video stays to its source.
+                 a source. The smaller it is, the closer the video stays to its source. None: usual_strength.
     noise_scale  How far motion lowers that first level, in sigma; None: not at all. With s_max, the level of the first
                  step, and d, the largest root-mean-square difference of two successive frames in [-1, 1] up to the
                  chunk's end, the level is s = 0.9 (s_max - noise_scale min(d / 0.2, 1)) + 0.1 s_before. More motion
@@ -72,8 +78,9 @@ class Source:
 
         ValueError for frames that are no iterable, and for numbers that do not fit the preset's schedule.
         """
-        self.strength, self.noise_scale = STRENGTH if strength is None else strength, noise_scale
-        self.check(Schedule(preset))
+        schedule = Schedule(preset)
+        self.strength, self.noise_scale = usual_strength(schedule) if strength is None else strength, noise_scale
+        self.check(schedule)
         if not isinstance(frames, Iterable):
             raise ValueError(f"source: got {type(frames).__name__}, expected an iterator of frames")
         self._preset, self._temporal, self._shape = preset, temporal, (*size, 3)

@@ -13,7 +13,7 @@ from math import ceil
 from typing import Any
 
 from engine.bundles.native import NativePipeline
-from engine.generators.source import STRENGTH
+from engine.generators.source import usual_strength
 from engine.sampling.schedule import Schedule
 from engine.stream import Pipeline
 from serve.core.encoders import MIME
@@ -94,8 +94,9 @@ def _source(pipeline: Pipeline | NativePipeline) -> dict[str, float] | None:
     """Strengths with which the model follows frames: the least one, and the usual one; None where it follows none."""
     if not isinstance(pipeline, Pipeline):
         return None
-    least = ceil(100 * Schedule(pipeline.preset).last_level) / 100
-    return {"least": least, "strength": max(least, STRENGTH)}
+    schedule = Schedule(pipeline.preset)
+    least = ceil(100 * schedule.last_level) / 100
+    return {"least": least, "strength": max(least, usual_strength(schedule))}
 
 
 class Refused(Exception):

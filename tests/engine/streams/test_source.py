@@ -13,7 +13,7 @@ from tiny import HEIGHT, WIDTH
 
 import engine
 from engine.config import Preset
-from engine.generators.source import Intake, Source, Start
+from engine.generators.source import Intake, Source, Start, usual_strength
 from engine.presets import override
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.stages import TorchStages
@@ -441,9 +441,19 @@ def test_arguments_that_do_not_fit(greedy):
 def test_a_chunk_of_one_step_has_no_strength_but_1(model_dir):
     pipeline = engine.load(model_dir, preset="greedy")
     pipeline = replace(pipeline, preset=override(pipeline.preset, {"steps": ((1000, 500), (1000,))}))
-    with pytest.raises(ValueError, match=r"strength: got 0\.7, expected 1 to 1: the last step of this preset begins"):
+    with pytest.raises(ValueError, match=r"strength: got 0\.5, expected 1 to 1: the last step of this preset begins"):
         pipeline.stream(PROMPT, source=frames_of(5))
     assert len(taken(pipeline, source=frames_of(5), strength=1)) == 2
+
+
+@pytest.mark.parametrize(("shift", "usual", "level"), [(2, 0.5, 0.4), (5, 0.625, 0.625), (3, 0.5, 0.5)])
+def test_the_usual_strength_is_one_that_the_schedule_has(model_dir, shift, usual, level):
+    """A half, or the level of the last step: 1000, 750, 500, 250, of which only the last is left."""
+    pipeline = engine.load(model_dir, overrides={"shift": shift})
+    assert usual_strength(Schedule(pipeline.preset)) == pytest.approx(usual, abs=1e-3)
+    assert Schedule(pipeline.preset).level(1, usual) == pytest.approx(level, abs=1e-3)
+    left, usually = (taken(pipeline, source=frames_of(9), **given) for given in ({"strength": usual}, {}))
+    same(left, usually)
 
 
 def test_steps_that_the_strength_cannot_follow_are_refused(model_dir):
