@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill.data.shards import Shards, write_index, write_shard
+from distill.data.shards import INPUTS, TARGETS, Shards, write_index, write_shard
 from distill.data.sprites import sample
 from distill.models.student_file import NextChunkConfig
 from distill.stages import next_chunk
@@ -42,6 +42,9 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
             latents = torch.randn(8, 8, frames, 8, 8).half()
             write_shard(folder / name, shard, latents, captions[8 * shard : 8 * shard + 8])
         write_index(folder / name, 2, {})
+    for side in (INPUTS, TARGETS):
+        write_shard(folder / "pairs" / side, 0, torch.randn(4, 8, 4, 8, 8).half(), captions[:4])
+        write_index(folder / "pairs" / side, 1, {})
     return folder
 
 
@@ -61,6 +64,7 @@ def next_chunk_config(bank: Path, small_teacher: Path) -> NextChunkConfig:
     return NextChunkConfig(
         teacher=str(small_teacher),
         data=str(bank / "clips"),
+        pairs=str(bank / "pairs"),
         steps=4,
         batch=2,
         frames=3,

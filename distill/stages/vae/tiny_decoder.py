@@ -99,7 +99,7 @@ def stream_clips(
 ) -> Shards:
     """Latents that the model streams under captions of the data, as shards. Processes take turns at shards.
 
-    ValueError where those in the folder are of other weights or settings: another model may lie at the same path by now.
+    ValueError where those in the folder are of other weights or settings: another model may lie at that path by now.
     """
     side = min(pipeline.height, pipeline.width) // pipeline.spatial
     if config.crop > side:

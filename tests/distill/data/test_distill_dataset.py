@@ -27,7 +27,7 @@ from engine.loader import EMBEDDED
 from engine.media.clips import read_clip
 from engine.media.sinks import open_sink
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CAPTIONS = [f"a {colour} circle moving right slowly on a gray background" for colour in ("red", "blue", "green")]
 FRAMES = 9  # per clip: three latent frames
 
