@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from engine.media.decoding import Damaged, Decoder
+from engine.media.decoding import MOST_RATE, Damaged, Decoder
 from engine.media.frames import Renderer, size_of
 from engine.media.inputs import add_once, check_file, reason
 from engine.media.pictures import frames_of, kind_of, read_image, shown_size
@@ -93,13 +93,14 @@ def frames_at(
 
 
 def rate_of(path: Path) -> float:
-    """The frames per second of `stored_frames`, on average. Errors as in `frames_at`."""
+    """The frames per second of `stored_frames`, on average; 25 where the file does not tell. Errors as in theirs."""
     with _named(path):
         if _kind_of_video(path) == "animation":
             counts, length = _repeats(path)
             return float(sum(counts) / length)
         with Decoder(path, threads=False) as decoder:
-            return float(decoder.stream.average_rate or 1 / decoder.usual)
+            rate = decoder.stream.average_rate
+            return float(rate if rate and rate <= MOST_RATE else 1 / decoder.usual)
 
 
 def stored_frames(path: Path) -> Generator[np.ndarray, None, None]:
