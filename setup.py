@@ -137,7 +137,7 @@ setup(
         "bench": ["matplotlib>=3.8"],
         "distill": ["accelerate>=1.8", "diffusers>=0.40", "tensorboard>=2.17.1"],
         # Optical flow. The wheel without windows: the one with them would replace the same files.
-        "evaluate": ["opencv-python-headless>=4.12"],
+        "evaluate": ["opencv-python-headless>=4.13"],
         "gguf": ["gguf>=0.17"],
         "heic": ["pillow-heif>=1.7"],
         # Kernels: torch for CUDA brings Triton along; torch for processors does not, and its tests need it.

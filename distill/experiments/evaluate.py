@@ -15,7 +15,7 @@ then scores them, where it and its weights are installed.
 --videos scores any videos: those below a folder, or one. Temporal flickering, motion smoothness and dynamic degree
 follow VBench's rules, with OpenCV's optical flow in place of its networks (extra `evaluate`; docs/evaluation.md). Two
 folders are compared, clip by clip where names are equal. Videos that cannot be read or are too short are skipped and
-named. A table is printed, or with --json a line with a row for each clip; --out writes that line to a file.
+named. A table is printed, or with --json a line with a row for each clip; --out writes the same to a file.
 """
 
 import json
