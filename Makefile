@@ -17,7 +17,7 @@ setup: $(VENV)/.done  ## create .venv with the pinned versions
 $(VENV)/.done: constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[distill,onnx,kernels,bench,race,rtx,serve,ray,test]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[distill,evaluate,onnx,kernels,bench,race,rtx,serve,ray,test]'
 	touch $@
 
 demo: setup  ## stream 6 seconds of the embedded model to out/demo.mp4

@@ -136,6 +136,8 @@ setup(
         "onnx": ["onnx>=1.19", "onnxruntime>=1.30", "onnxscript>=0.7"],
         "bench": ["matplotlib>=3.8"],
         "distill": ["accelerate>=1.8", "diffusers>=0.40", "tensorboard>=2.17.1"],
+        # Optical flow. The wheel without windows: the one with them would replace the same files.
+        "evaluate": ["opencv-python-headless>=4.13"],
         "gguf": ["gguf>=0.17"],
         "heic": ["pillow-heif>=1.7"],
         # Kernels: torch for CUDA brings Triton along; torch for processors does not, and its tests need it.

@@ -34,7 +34,7 @@ STAGES = {
     "dmd": ("stages.dmd", "match distributions on the student's own clips (DMD, SiD)"),
     "tiny_decoder": ("stages.vae.tiny_decoder", "distil the VAE's decoder into a tiny one"),
     "assemble": ("stages.assemble", "write teacher, VAE and student as one pipeline directory"),
-    "evaluate": ("experiments.evaluate", "score clips of a model on held-out prompts"),
+    "evaluate": ("experiments.evaluate", "score clips of a model on held-out prompts, or any videos"),
     "ablation": ("experiments.ablation", "train and compare arms over seeds: tables and plots"),
     "gallery": ("experiments.gallery", "stream several prompts into one moving picture"),
     "following": ("experiments.following", "score how video-to-video follows its input"),

@@ -42,7 +42,7 @@ def find_videos(folder: Path, captions: Path | None) -> tuple[list[Video], list[
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"videos: got {folder}, expected a folder of videos")
-    present = list(_files(folder))
+    present = list(files_below(folder))
     videos, skipped, named = list[Video](), list[Skipped](), set[str]()
     for file, caption in [(file, None) for file in present] if captions is None else _listed(captions):
         try:
@@ -62,7 +62,7 @@ def find_videos(folder: Path, captions: Path | None) -> tuple[list[Video], list[
     return videos, skipped
 
 
-def _files(folder: Path) -> Iterator[str]:
+def files_below(folder: Path) -> Iterator[str]:
     """Every video below a folder, by its path in it; hidden ones are left out."""
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

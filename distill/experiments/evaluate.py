@@ -1,18 +1,25 @@
-"""Generate clips from held-out prompts and score them exactly, in VBench's vocabulary.
+"""Generate clips from held-out prompts and score them exactly, in VBench's vocabulary; or score videos by their motion.
 
     python -m distill evaluate --model engine/assets/sprites --prompts 64 --seed 0 --frames 33 --json
     python -m distill evaluate --model runs/sprites --task sprites --frames 81 --thirds
     python -m distill evaluate --model Wan2.1-student --vbench VBench_full_info.json --out runs/vbench
+    python -m distill evaluate --videos clips --out report.json
+    python -m distill evaluate --videos before --videos after
 
 The student streams through the engine's public API, one prompt after another, as in any user's program. --teacher runs
 the bidirectional teacher through the stock diffusers WanPipeline, with classifier-free guidance. The last line is JSON:
 semantic, quality, total, the shares of the clips that show every fact of their caption (all_right) and of those that
 blink, and every dimension with its standard error. --vbench writes clips of VBench's own prompts; the vbench package
 then scores them, where it and its weights are installed.
+
+--videos scores any videos: those below a folder, or one. Temporal flickering, motion smoothness and dynamic degree
+follow VBench's rules, with OpenCV's optical flow in place of its networks (extra `evaluate`; docs/evaluation.md). Two
+folders are compared, clip by clip where names are equal. Videos that cannot be read or are too short are skipped and
+named. A table is printed, or with --json a line with a row for each clip; --out writes the same to a file.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +29,7 @@ from torch import Tensor
 
 import engine
 from distill.experiments.switches import switch_scores
+from distill.experiments.videos import run_videos
 from distill.models.sampling import contact_sheet
 from distill.scores.pixels import from_uint8
 from distill.scores.tasks import TASKS, Task, find_task
@@ -31,6 +39,7 @@ from engine.stream import Pipeline
 from engine.weights.folders import check_index
 
 PARTS = ("first", "middle", "last")
+WITH_VIDEOS = ("videos", "out", "json", "threads", "debug")
 HEADLINE = ("semantic", "quality", "total", "all_right", "blink")
 
 
@@ -51,10 +60,17 @@ class EvaluateOptions(Options):
     preset: str = option("{}", "student: preset fields to replace, as JSON", metavar="JSON")
     sheet: Path | None = option(None, "write a contact sheet of the first 12 clips", metavar="FILE")
     vbench: Path | None = option(None, "VBench_full_info.json: run VBench itself instead", metavar="INFO")
-    out: Path = option(Path("runs/vbench"), "VBench: folder of clips and results", metavar="DIR")
-    json: bool = option(False, "print only the last line")
+    videos: tuple[Path, ...] = option((), "score these videos instead; given twice: compare them", metavar="DIR|FILE")
+    out: Path | None = option(None, "VBench: folder of clips and results (runs/vbench); --videos: file", metavar="PATH")
+    json: bool = option(False, "print only the line of JSON")
 
     def __post_init__(self) -> None:
+        if len(self.videos) > 2:
+            raise ValueError(f"videos: got {len(self.videos)} folders, expected one or two")
+        if self.videos:
+            others = [f.name for f in fields(self) if f.name not in WITH_VIDEOS and getattr(self, f.name) != f.default]
+            if others:
+                raise ValueError(f"videos: got --{others[0]} beside it, expected only --out, --json and --threads")
         if self.prompts < 1 or self.frames < 1:
             raise ValueError(f"got {self.prompts} prompts and {self.frames} frames, expected at least 1 of each")
 
@@ -171,8 +187,11 @@ def run_switches(options: EvaluateOptions) -> None:
 
 def run(options: EvaluateOptions) -> None:
     """Make the clips, score them, and print a table and a line of JSON."""
+    if options.videos:
+        return run_videos(options.videos, options.out, options.json, options.threads)
     if options.vbench:
-        return run_vbench(options.model, options.vbench, options.out, options.prompts, options.seed, options.frames)
+        out = options.out or Path("runs/vbench")
+        return run_vbench(options.model, options.vbench, out, options.prompts, options.seed, options.frames)
     if options.switch:
         return run_switches(options)
     overrides, task = options.overrides, find_task(options.task)

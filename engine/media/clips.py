@@ -4,15 +4,16 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from engine.media.decoding import Damaged, Decoder
-from engine.media.frames import Renderer
+from engine.media.decoding import MOST_RATE, Damaged, Decoder
+from engine.media.frames import Renderer, size_of
 from engine.media.inputs import add_once, check_file, reason
-from engine.media.pictures import frames_of, kind_of, read_image
+from engine.media.pictures import frames_of, kind_of, read_image, shown_size
 from engine.media.timeline import Clock, Grid, rounded_to, tolerance_of
 
 Progress = Callable[[float], None]  # receives the share of the work that is done, from 0 to 1
@@ -89,6 +90,65 @@ def frames_at(
                     raise ValueError("cut off, expected a whole file")
                 aspect = decoder.stream.sample_aspect_ratio
                 yield from _on_grid(decoder, Renderer(height, width, aspect, path.name, notes, crop), fps)
+
+
+def rate_of(path: Path) -> float:
+    """The frames per second of `stored_frames`, on average; 25 where the file does not tell. Errors as in theirs."""
+    with _named(path):
+        if _kind_of_video(path) == "animation":
+            counts, length = _repeats(path)
+            return float(sum(counts) / length)
+        with Decoder(path, threads=False) as decoder:
+            rate = decoder.stream.average_rate
+            return float(rate if rate and rate <= MOST_RATE else 1 / decoder.usual)
+
+
+def stored_frames(path: Path) -> Generator[np.ndarray, None, None]:
+    """The frames of a video one by one, in its own size: uint8 [H, W, 3]. Holds one of them.
+
+    Pixels are as in `read_clip`. Times do not count: each frame of the track comes once. Encoders of animations write
+    equal frames as a longer one, so a frame of an animation comes as often as the shortest one fits in its duration.
+    ValueError and FileNotFoundError as in `frames_at`, and for a picture.
+    """
+    with _named(path):
+        if _kind_of_video(path) == "animation":
+            counts, _ = _repeats(path)
+            for count, (_, _, pixels) in zip(counts, frames_of(path, *shown_size(path), [], False), strict=True):
+                yield from repeat(pixels, count)
+            return
+        with Decoder(path, threads=False) as decoder:
+            if decoder.is_cut_off(path):
+                raise ValueError("cut off, expected a whole file")
+            yield from _as_stored(decoder, path.name)
+
+
+def _kind_of_video(path: Path) -> str:
+    kind = kind_of(path)
+    if kind == "picture":
+        raise ValueError("a picture, expected a video")
+    return kind
+
+
+def _repeats(path: Path) -> tuple[list[int], Fraction]:
+    """How often each frame of an animation comes, and how many seconds all of them are shown."""
+    lengths = [length for length, _, _ in frames_of(path, 1, 1, [], False)]
+    usual = [length for length in lengths if length < Fraction(3, 2) * min(lengths)]
+    step = sum(usual, Fraction(0)) / len(usual)
+    return [max(1, round(length / step)) for length in lengths], sum(lengths, Fraction(0))
+
+
+def _as_stored(decoder: Decoder, name: str) -> Iterator[np.ndarray]:
+    """Every frame that a decoder has."""
+    render, clock = None, Clock(decoder.usual)
+    with _placed(clock):
+        for stamp, length, frame in decoder.frames(None, lambda share: None):
+            clock.at(stamp, length)
+            if render is None:
+                aspect = decoder.stream.sample_aspect_ratio or Fraction(1)
+                render = Renderer(*size_of(frame, aspect), aspect, name, [], crop=False)
+            yield render(frame)
+        if decoder.lost:
+            raise Damaged
 
 
 def piped_frames(

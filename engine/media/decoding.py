@@ -12,6 +12,7 @@ from engine.media.frames import MOST_PIXELS, Frame, too_large
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ones leave alpha out
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"[playlist]", b"v=0")  # what they name may be anywhere
 _INTRA = (0, 1)  # picture types: none told, I
+MOST_RATE = 240  # frames per second that are believed
 _GAP = 4096  # bytes between the packets of a Matroska file in which nothing but headers stands
 _TEXT = ("tty", "bin", "xbin", "adf", "idf")  # FFmpeg draws text as a video
 
@@ -62,7 +63,7 @@ class Decoder:
         self.lost = False
         self._lost_at: int | None = None
         rate = self.stream.average_rate
-        self.usual = 1 / rate if rate and 1 <= rate <= 240 else Fraction(1, 25)  # seconds per frame
+        self.usual = 1 / rate if rate and 1 <= rate <= MOST_RATE else Fraction(1, 25)  # seconds per frame
         self.time_base = self.stream.time_base or Fraction(1, 1000)
 
     def __enter__(self) -> Self:

@@ -85,6 +85,17 @@ def matrix_of(look: Look) -> str:
     return "bt709" if look.width >= 1280 or look.height >= 720 or look.primaries == BT709 else "bt601"
 
 
+def size_of(frame: Frame, aspect: Fraction) -> tuple[int, int]:
+    """Height and width of a frame on the display, with square pixels."""
+    return _on_display(look_of(frame), aspect)[::-1]
+
+
+def _on_display(look: Look, aspect: Fraction) -> tuple[int, int]:
+    """Width and height on the display."""
+    wide, high = max(round(look.width * aspect), 1), look.height
+    return (high, wide) if look.turn[0] == 0 else (wide, high)
+
+
 def crop_box(
     width: int, height: int, aspect: Fraction, across: int, down: int, raster: tuple[int, int]
 ) -> tuple[int, int, int, int]:
@@ -193,11 +204,9 @@ class Renderer:
         add_once(self.notes, [f"{self.name}: {text}" for text in found])
         if not self.crop:
             return
-        wide, high = max(look.width * self.aspect, Fraction(1)), Fraction(look.height)
         if self.aspect != 1:
             add_once(self.notes, [f"{self.name}: pixels of {self.aspect} made square"])
-        size = (round(high), round(wide)) if look.turn[0] == 0 else (round(wide), round(high))
-        note_crop(self.notes, self.name, size, self.width, self.height)
+        note_crop(self.notes, self.name, _on_display(look, self.aspect), self.width, self.height)
 
 
 def _turned(pixels: np.ndarray, turn: tuple[int, int, int, int]) -> np.ndarray:

@@ -95,6 +95,13 @@ def frames_of(
         raise ValueError(reason(error)) from None
 
 
+def shown_size(path: Path) -> tuple[int, int]:
+    """Height and width of an animation's frames."""
+    with warnings.catch_warnings(), _open(path) as image:
+        warnings.simplefilter("ignore")
+        return ImageOps.exif_transpose(image).size[::-1]
+
+
 def _opened(path: Path) -> Image.Image:
     """The picture, its pixels not yet decoded."""
     try:
