@@ -115,7 +115,7 @@ setup(
     zip_safe=False,
     package_data={
         "engine": ["assets/**/*"],
-        "distill": ["configs/*.toml"],
+        "distill": ["configs/*.toml", "raters/page/*"],
         "bench": ["report/published.toml"],
         "serve": ["page/*"],
     },

@@ -28,7 +28,7 @@ def test_help_lists_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, (_, about) in STAGES.items():
-        assert f"  {name:<16}{about}" in lines
+        assert f"  {name:<21}{about}" in lines
     assert main([]) == 2
 
 
@@ -37,7 +37,7 @@ def test_help_of_a_stage_names_every_entry(name: str, capsys: pytest.CaptureFixt
     """Every option and every field of the config has a line, and every field a help text."""
     stage = stage_of(name)
     with pytest.raises(SystemExit) as ended:
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert issubclass(stage.options, TableOptions if stage.config else Options)
@@ -142,7 +142,7 @@ def test_bad_numbers_of_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_former_command_has_a_shim() -> None:
-    never = {"consistency", "dataset", "dmd", "following", "tiny_decoder"}  # which had no commands of their own
+    never = {"consistency", "dataset", "dmd", "following", "tiny_decoder"} | {name for name in STAGES if " " in name}  # which had no commands of their own
     for name in set(STAGES) - never:
         assert f'former("{name}")' in (ROOT / "distill" / f"{name}.py").read_text()
 
