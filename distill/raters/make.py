@@ -15,6 +15,7 @@ Videos of one name, else of one prompt, are shown together. They are h264, vp9 o
 """
 
 import json
+import os
 import secrets
 import shutil
 from collections import Counter
@@ -81,6 +82,7 @@ def _copied(models: dict[str, dict[str, Source]], title: str, folder: Path) -> S
         for model, found in models.items():
             blinded = secrets.token_hex(6)
             measured = sources.copy(Path(found[name].file), folder / f"{blinded}.mp4")
+            os.utime(folder / f"{blinded}.mp4", (0, 0))  # times would tell the order of the models
             videos[blinded], seconds = model, max(seconds, found[name].seconds or measured)
         prompt = found[name].prompt
         prompts.append(Prompt(str(number), prompt, name, round(seconds, 3), videos))

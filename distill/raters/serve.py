@@ -96,17 +96,18 @@ class Handler(BaseHTTPRequestHandler):
             return
         with path.open("rb") as file:
             size = path.stat().st_size
-            first, last = asked = self._range(size)
-            if first > last:
+            asked = self._range(size)
+            if asked is not None and not asked:
                 self._head(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, 0, {"Content-Range": f"bytes */{size}"})
                 return
-            whole = asked == (0, size - 1) and "Range" not in self.headers
-            part = {} if whole else {"Content-Range": f"bytes {first}-{last}/{size}"}
-            kind = {"Content-Type": TYPES[path.suffix], "Accept-Ranges": "bytes"}
-            self._head(HTTPStatus.OK if whole else HTTPStatus.PARTIAL_CONTENT, last - first + 1, kind | part)
+            part = range(size) if asked is None else asked
+            more = {"Content-Type": TYPES[path.suffix], "Accept-Ranges": "bytes"}
+            if asked:
+                more["Content-Range"] = f"bytes {part[0]}-{part[-1]}/{size}"
+            self._head(HTTPStatus.PARTIAL_CONTENT if asked else HTTPStatus.OK, len(part), more)
             if self.command != "HEAD":
-                file.seek(first)
-                self._copy(file, last - first + 1)
+                file.seek(part.start)
+                self._copy(file, len(part))
 
     do_HEAD = do_GET
 
@@ -140,16 +141,15 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.BAD_REQUEST, f"answers: got {len(body)} of {length} bytes, expected all")
         return body
 
-    def _range(self, size: int) -> tuple[int, int]:
-        """First and last byte to send: all of them, or one range. (1, 0) for one beyond the end."""
+    def _range(self, size: int) -> range | None:
+        """The bytes that are asked for, none where they lie beyond the end; None for all, also after nonsense."""
         found = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", self.headers.get("Range", "").strip())
-        if not found or found.groups() == ("", ""):
-            return 0, size - 1
-        first, last = found.groups()
+        first, last = found.groups() if found else ("", "")
         if not first:
-            return max(0, size - int(last)), size - 1
-        end = min(int(last) if last else size, size - 1)
-        return (int(first), end) if int(first) <= end else (1, 0)
+            return range(max(0, size - int(last)), size) if last else None
+        if last and int(last) < int(first):
+            return None
+        return range(int(first), min(int(last) + 1 if last else size, size))
 
     def _head(self, status: HTTPStatus, length: int, more: dict[str, str]) -> None:
         self.send_response(status)

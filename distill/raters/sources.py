@@ -12,6 +12,7 @@ from engine.options import read
 
 MOST_MODELS = 9  # letters A to I; P plays
 CODECS = ("h264", "vp9", "av1")  # those that browsers play from an mp4
+DECODERS = (*CODECS, "libvpx-vp9", "libdav1d", "libaom-av1")  # FFmpeg's names for them
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ def copy(source: Path, target: Path) -> float:
     try:
         with av.open(str(source)) as given:
             videos = given.streams.video
-            codec = videos[0].codec.canonical_name if videos else "no video"
-            if codec not in CODECS:
+            codec = videos[0].codec_context.name if videos else "no video"
+            if codec not in DECODERS:
                 raise ValueError(f"video: got {source} with {codec}, expected one of {', '.join(CODECS)}")
             with av.open(str(target), "w", format="mp4", options={"movflags": "faststart"}) as made:
                 return _copy_packets(given, made)
@@ -114,7 +115,7 @@ def copy(source: Path, target: Path) -> float:
 
 def _copy_packets(given: Any, made: Any) -> float:
     stream, begin, end = given.streams.video[0], None, 0.0
-    out = made.add_stream_from_template(stream)
+    out = made.add_stream_from_template(stream, opaque=True)
     for packet in given.demux(stream):
         if packet.pts is None or packet.dts is None:
             continue  # the last one, which is empty

@@ -76,6 +76,7 @@ function answer(name, value) {
   const [first, second] = name.split("/");
   if (first === "best") given.best[second] = value;
   else (given.scores[second] ??= {})[first] = Number(value);
+  note("");
   keep();
   showProgress();
 }
