@@ -44,7 +44,7 @@ def figure(path: Path, width: float, height: float, columns: int = 1, projection
         yield axes[0]
         whole.tight_layout()
         with whole_file(path) as part:
-            whole.savefig(part, dpi=110, format="png")
+            whole.savefig(part, dpi=110, format="png", bbox_inches="tight")
     finally:
         pyplot.close(whole)
 

@@ -50,7 +50,7 @@ def parse(text: str | bytes, study: Study, what: str) -> Answers:
     if value.get("study") != study.id:
         raise ValueError(f"{what}: got study {shown(value.get('study'))}, expected {study.id!r}")
     rater, pages = value.get("rater"), _table(value.get("pages"), f"{what}: pages")
-    if not is_name(rater):
+    if not isinstance(rater, str) or not is_name(rater):
         raise ValueError(f"{what}: rater: got {shown(rater)}, expected {NAMES}")
     prompts = {prompt.id: prompt for prompt in study.prompts}
     if unknown := sorted(pages.keys() - prompts.keys()):
@@ -59,11 +59,10 @@ def parse(text: str | bytes, study: Study, what: str) -> Answers:
     return Answers(rater, found)
 
 
-def is_name(rater: Any) -> bool:
+def is_name(rater: str) -> bool:
     """Whether a rater's name can also name a file."""
-    if not isinstance(rater, str) or not 0 < len(rater) <= MOST_NAME or rater != rater.strip():
-        return False
-    return rater.isprintable() and not rater.startswith(".") and not set(rater) & set("/\\")
+    fits = 0 < len(rater) <= MOST_NAME and rater == rater.strip() and rater.isprintable()
+    return fits and not rater.startswith(".") and not set(rater) & set("/\\")
 
 
 def _page(value: Any, prompt: Prompt, what: str) -> Page:
