@@ -22,7 +22,7 @@ from engine.commands.stderr import say
 from engine.files import whole_file, write_json
 from engine.options import option
 
-MOST_DRAWS = 1_000_000
+MOST_DRAWS = 100_000
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Preference shares and mean scores, with intervals from a bootstrap over raters and prompts."""
 
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,18 +72,14 @@ class Bootstrap:
         """The means of values [raters, prompts, ...] over what is not NaN."""
         known = ~np.isnan(values)
         flat, there = (x.reshape(*values.shape[:2], -1) for x in (np.where(known, values, 0.0), known.astype(float)))
-        with np.errstate(invalid="ignore"):  # 0 / 0 where a draw knows nothing
+        with np.errstate(invalid="ignore"), warnings.catch_warnings():  # 0 / 0 where a draw, or all, know nothing
+            warnings.simplefilter("ignore", RuntimeWarning)
             mean = flat.sum((0, 1)) / there.sum((0, 1))
             drawn = self._sums(flat) / self._sums(there)
-            low, high = (_quantile(drawn, (1 + side * COVERED) / 2) for side in (-1, 1))
+            low, high = np.nanquantile(drawn, [(1 - COVERED) / 2, (1 + COVERED) / 2], axis=0)
         return Estimate(*(x.reshape(values.shape[2:]) for x in (mean, low, high)))
 
     def _sums(self, values: np.ndarray) -> np.ndarray:
         """[draws, values] of values [raters, prompts, values]."""
         columns = range(values.shape[2])
         return np.stack([((self.raters @ values[:, :, k]) * self.prompts).sum(1) for k in columns], 1)
-
-
-def _quantile(drawn: np.ndarray, share: float) -> np.ndarray:
-    quantile: Callable[..., np.ndarray] = np.nanquantile if not np.isnan(drawn).all(0).any() else np.quantile
-    return quantile(drawn, share, axis=0)

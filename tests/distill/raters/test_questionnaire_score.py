@@ -64,6 +64,15 @@ def test_an_interval_has_the_width_of_the_theory() -> None:
     assert float((turned.high - turned.low)[0]) == pytest.approx(expected, rel=0.05)
 
 
+def test_what_nobody_answered_has_no_numbers() -> None:
+    """And takes none from its neighbours, although some draws know nothing of those either."""
+    values = np.full((3, 2, 2), np.nan)
+    values[0, 0, 0] = 4
+    found = Bootstrap(3, 2, 200, 0).estimate(values)
+    assert (found.mean[0], found.low[0], found.high[0]) == (4, 4, 4)
+    assert np.isnan([found.mean[1], found.low[1], found.high[1]]).all()
+
+
 def test_fixed_answers_have_exact_numbers() -> None:
     """Scores by group and model; the first rater of four prefers the second model."""
     study = study_of(3, ("ours", "theirs"))
@@ -128,6 +137,7 @@ def score(made: Path, folder: Path, *words: str) -> int:
     return main(["questionnaire", "score", "--study", str(made), "--draws", "50", *out, *words])
 
 
+@pytest.mark.slow
 def test_tables_and_plots(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     study = read_key(made)
