@@ -25,7 +25,7 @@ def results_of(study: Study, found: Collected, draws: int, seed: int) -> Table:
     places       letter on the page -> share of the pages on which that video was chosen, overall
     """
     votes = votes_of(found.answers, study)
-    bootstrap = Bootstrap(*votes.best.shape[:2], draws, seed)
+    bootstrap = Bootstrap(len(found.answers), len(study.prompts), draws, seed)
     columns = [[item in group.items for item in ITEMS] for group in GROUPS]
     groups = np.stack([votes.scores[..., members].mean(-1) for members in columns], -1)
     everything = votes.scores.mean(-1)
