@@ -122,7 +122,7 @@ def test_lengths_are_those_of_their_prompts() -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder_of_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_study(tmp_path_factory.mktemp("scored"))
 
 
@@ -132,17 +132,17 @@ def unplotted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill.raters.score.plot", lambda *_: None)
 
 
-def score(made: Path, folder: Path, *words: str) -> int:
+def score(folder_of_study: Path, folder: Path, *words: str) -> int:
     out = ["--answers", str(folder / "answers"), "--out", str(folder / "results")]
-    return main(["questionnaire", "score", "--study", str(made), "--draws", "50", *out, *words])
+    return main(["questionnaire", "score", "--study", str(folder_of_study), "--draws", "50", *out, *words])
 
 
 @pytest.mark.slow
-def test_tables_and_plots(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_and_plots(folder_of_study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    study = read_key(made)
+    study = read_key(folder_of_study)
     write_answers(tmp_path / "answers", plain_answers(study, 1), plain_answers(study, 2))
-    assert score(made, tmp_path) == 0
+    assert score(folder_of_study, tmp_path) == 0
     text = (tmp_path / "results" / "scores.md").read_text()
     assert text in capsys.readouterr().out
     assert "| Overall | 100.0 (100.0 to 100.0) | 0.0 (0.0 to 0.0) |  |" in text.splitlines()
@@ -153,22 +153,22 @@ def test_tables_and_plots(made: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.usefixtures("unplotted")
-def test_the_same_seed_gives_the_same_numbers(made: Path, tmp_path: Path) -> None:
-    study = read_key(made)
+def test_the_same_seed_gives_the_same_numbers(folder_of_study: Path, tmp_path: Path) -> None:
+    study = read_key(folder_of_study)
     numbers = np.random.default_rng(0)
     given = [answers(study, r, lambda *_: [3] * 15, lambda *_: str(numbers.choice(study.models))) for r in range(5)]
     write_answers(tmp_path / "answers", *given)
     texts = []
     for seed in ("1", "1", "2"):
-        assert score(made, tmp_path, "--seed", seed) == 0
+        assert score(folder_of_study, tmp_path, "--seed", seed) == 0
         texts.append((tmp_path / "results" / "scores.json").read_text())
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
 
 
 @pytest.mark.usefixtures("unplotted")
-def test_what_does_not_count_is_told(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study, folder = read_key(made), tmp_path / "answers"
+def test_what_does_not_count_is_told(folder_of_study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, folder = read_key(folder_of_study), tmp_path / "answers"
     partial, foreign, unknown = (plain_answers(study, number) for number in (2, 3, 4))
     partial["pages"].pop("2")
     foreign["study"] = "another"
@@ -177,7 +177,7 @@ def test_what_does_not_count_is_told(made: Path, tmp_path: Path, capsys: pytest.
     (folder / "copy.json").write_text(json.dumps(plain_answers(study, 1)))
     (folder / "empty.json").write_text("")
     (folder / "notes.txt").write_text("no answers")
-    assert score(made, tmp_path) == 0
+    assert score(folder_of_study, tmp_path) == 0
     found = json.loads((tmp_path / "results" / "scores.json").read_text())
     assert (found["raters"], found["finished"]) == (1, 1)
     whys = {
@@ -196,30 +196,30 @@ def test_what_does_not_count_is_told(made: Path, tmp_path: Path, capsys: pytest.
         assert why in line
         assert why in found["skipped"][file]
         assert f"| {file} | " in text
-    assert score(made, tmp_path, "--incomplete") == 0
+    assert score(folder_of_study, tmp_path, "--incomplete") == 0
     found = json.loads((tmp_path / "results" / "scores.json").read_text())
     assert (found["raters"], found["finished"], "02.json" in found["skipped"]) == (2, 1, False)
 
 
 @pytest.mark.usefixtures("unplotted")
-def test_incomplete_raters_weigh_as_much_as_they_answered(made: Path, tmp_path: Path) -> None:
-    study = read_key(made)
+def test_incomplete_raters_weigh_as_much_as_they_answered(folder_of_study: Path, tmp_path: Path) -> None:
+    study = read_key(folder_of_study)
     first, second = study.models
     full = answers(study, 1, lambda *_: [5] * 15, lambda *_: first)
     part = answers(study, 2, lambda *_: [1] * 15, lambda *_: second)
     part["pages"] = {"3": part["pages"]["3"]}
     write_answers(tmp_path / "answers", full, part)
-    assert score(made, tmp_path, "--incomplete") == 0
+    assert score(folder_of_study, tmp_path, "--incomplete") == 0
     found = json.loads((tmp_path / "results" / "scores.json").read_text())
     assert found["preference"]["overall"][first][0] == 0.75
     assert found["mean"][first][0] == pytest.approx((3 * 5 + 1) / 4)
 
 
-def test_bad_input_of_score(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study, folder = read_key(made), tmp_path / "answers"
+def test_bad_input_of_score(folder_of_study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, folder = read_key(folder_of_study), tmp_path / "answers"
 
     def refused(message: str, *words: str) -> None:
-        assert score(made, tmp_path, *words) == 2
+        assert score(folder_of_study, tmp_path, *words) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
         assert message in line
