@@ -115,7 +115,7 @@ setup(
     zip_safe=False,
     package_data={
         "engine": ["assets/**/*"],
-        "distill": ["configs/*.toml"],
+        "distill": ["configs/*.toml", "raters/page/*"],
         "bench": ["report/published.toml"],
         "serve": ["page/*"],
     },
@@ -164,6 +164,8 @@ setup(
             "gguf>=0.17",
             "hypothesis>=6",
             "httpx>=0.27",
+            # GPL-3.0: it checks our own alpha in a test, and nothing else imports it.
+            "krippendorff>=0.8.1",
             "mypy>=1.14",
             "openai>=2.3",
             "pillow-heif>=1.7",

@@ -21,7 +21,7 @@ from engine.commands.stderr import is_bad_input, line_of, say
 from engine.options import Parser, add_options, option, options_of, pairs, read_table
 from engine.program import cleanly
 
-# Stage -> its module, and one line of help, in the order in which a model is made.
+# Stage -> its module, and one line of help, in the order in which a model is made. Some have a name of two words.
 STAGES = {
     "train_vae": ("stages.vae.train_vae", "embedded model: train the VAE"),
     "latents": ("stages.latents", "embedded model: draw clips and encode them, once"),
@@ -38,6 +38,9 @@ STAGES = {
     "ablation": ("experiments.ablation", "train and compare arms over seeds: tables and plots"),
     "gallery": ("experiments.gallery", "stream several prompts into one moving picture"),
     "following": ("experiments.following", "score how video-to-video follows its input"),
+    "questionnaire make": ("raters.make", "make a blinded page on which people compare models"),
+    "questionnaire serve": ("raters.serve", "serve that page, and keep what raters answer"),
+    "questionnaire score": ("raters.score", "preferences, mean scores and agreement of the raters"),
 }
 PLANNED = ("next_chunk", "consistency", "rl", "dmd")  # stages that --dry-run can plan
 
@@ -49,16 +52,19 @@ class PlanOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage. The exit status is 0, or 2 after bad input."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(overview(), end="")
-        return 0 if words else 2
-    name = words[0].replace("-", "_")
-    if name not in STAGES:
-        say(f"error: stage: got {words[0]!r}, expected one of {', '.join(STAGES)} (see --help)")
-        return 2
+    words, name, stages = list(sys.argv[1:] if argv is None else argv), "", list(STAGES)
+    while name not in stages:
+        if not words or words[0] in ("-h", "--help"):
+            print(overview(stages), end="")
+            return 0 if words else 2
+        name = f"{name} {words.pop(0).replace('-', '_')}".strip()
+        candidates = [stage for stage in stages if f"{stage} ".startswith(f"{name} ")]
+        if not candidates:
+            say(f"error: stage: got {name!r}, expected one of {', '.join(stages)} (see --help)")
+            return 2
+        stages = candidates
     stage: Stage = importlib.import_module(f"distill.{STAGES[name][0]}").STAGE
-    args = parser_of(name, stage).parse_args(words[1:])
+    args = parser_of(name, stage).parse_args(words)
     try:
         options = options_of(args, stage.options)
         torch.set_num_threads(options.threads)
@@ -88,9 +94,9 @@ def former(name: str) -> int:
     return main([name, *sys.argv[1:]])
 
 
-def overview() -> str:
+def overview(stages: Sequence[str]) -> str:
     """The help of the whole command: one line per stage."""
-    lines = [f"  {name:<16}{about}\n" for name, (_, about) in STAGES.items()]
+    lines = [f"  {name:<21}{STAGES[name][1]}\n" for name in stages]
     return f"usage: python -m distill STAGE [options]\n\n{__doc__}\nstages:\n{''.join(lines)}"
 
 

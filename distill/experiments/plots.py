@@ -12,12 +12,8 @@ from engine.files import whole_file
 
 def plot(scores: Scores, folder: Path) -> None:
     """ablation.png: arms with errors; differences.png; long.png: quality over time; trade_off.png: against passes."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("plots: left out, matplotlib is not installed")
+    if not can_plot():
         return
-    matplotlib.use("Agg")
     names = [clips_name(frames) for frames, _ in scores.plan.config.lengths]
     _plot_arms(scores, names[0], folder / "ablation.png")
     _plot_differences(scores, names, folder / "differences.png")
@@ -25,19 +21,32 @@ def plot(scores: Scores, folder: Path) -> None:
     _plot_steps(scores, names[:2], folder / "trade_off.png")
 
 
+def can_plot() -> bool:
+    """Whether matplotlib is installed; says so where it is not. Plots then go to files, not to a screen."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("plots: left out, matplotlib is not installed")
+        return False
+    matplotlib.use("Agg")
+    return True
+
+
 @contextmanager
-def _figure(path: Path, width: float, height: float, columns: int = 1) -> Iterator[Any]:
+def figure(path: Path, width: float, height: float, columns: int = 1, projection: str | None = None) -> Iterator[Any]:
     """Axes in a row; the picture is written at the end."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), sharey=columns > 1, squeeze=False)
+    whole, axes = pyplot.subplots(
+        1, columns, figsize=(width, height), sharey=columns > 1, squeeze=False, subplot_kw={"projection": projection}
+    )
     try:
         yield axes[0]
-        figure.tight_layout()
+        whole.tight_layout()
         with whole_file(path) as part:
-            figure.savefig(part, dpi=110, format="png")
+            whole.savefig(part, dpi=110, format="png", bbox_inches="tight")
     finally:
-        pyplot.close(figure)
+        pyplot.close(whole)
 
 
 def _height(rows: int) -> float:
@@ -51,7 +60,7 @@ def _error(found: Spread, width: float = 1.0) -> float:
 def _plot_arms(scores: Scores, clips: str, path: Path) -> None:
     """Totals of every arm at its first steps: mean and standard error in black, seeds in gray."""
     arms = scores.arms()
-    with _figure(path, 12, _height(len(arms)), 3) as axes:
+    with figure(path, 12, _height(len(arms)), 3) as axes:
         for axis, name in zip(axes, ("total", "quality", "semantic"), strict=True):
             for place, row in enumerate(arms):
                 values = scores.clips(*row, clips, name)
@@ -71,7 +80,7 @@ def _plot_differences(scores: Scores, names: list[str], path: Path) -> None:
     arms = [row for row in scores.arms() if any(scores.difference(*row, name) for name in names)]
     if not arms:
         return
-    with _figure(path, 9, _height(len(arms))) as (axis,):
+    with figure(path, 9, _height(len(arms))) as (axis,):
         for number, name in enumerate(names):
             found = [scores.difference(*row, name) for row in arms]
             known = [(place + 0.15 * number, gap) for place, gap in enumerate(found) if gap is not None]
@@ -92,7 +101,7 @@ def _plot_windows(scores: Scores, path: Path) -> None:
     found = [(arm, windows) for arm, steps in scores.arms() if (windows := scores.windows(arm, steps))]
     if not found:
         return
-    with _figure(path, 10, max(4.0, 0.17 * len(found) + 1)) as (axis,):
+    with figure(path, 10, max(4.0, 0.17 * len(found) + 1)) as (axis,):
         for number, (arm, (starts, values)) in enumerate(found):
             points = [spread(values[:, [i]]) for i in range(values.shape[1])]
             axis.errorbar(
@@ -110,7 +119,7 @@ def _plot_steps(scores: Scores, names: list[str], path: Path) -> None:
     arms = [arm for arm in scores.plan.arms if sum(row[0] == arm for row in scores.rows()) > 1]
     if not arms:
         return
-    with _figure(path, 5.5 * len(names) + 1, max(4.0, 0.2 * len(arms) + 1.5), len(names)) as axes:
+    with figure(path, 5.5 * len(names) + 1, max(4.0, 0.2 * len(arms) + 1.5), len(names)) as axes:
         for axis, name in zip(axes, names, strict=True):
             for number, arm in enumerate(arms):
                 _steps_of_an_arm(axis, scores, arm, name, ("-", "--", ":")[number // 10 % 3])
