@@ -4,13 +4,13 @@
     python -m distill attention --replace steady --replace constant --score 8 --out runs/attention
     python -m distill attention --model Wan2.1-T2V-1.3B-Diffusers --data runs/clips --frames 81 --queries 64
 
-M[t, layer, prompt, head, i, j] is the share of their attention that the queries of latent frame i give the keys of frame
-j. --out gets report.md, report.json, mass.safetensors (mean and deviation of M by layer and head) and plots. --replace
-runs the models again with a part of their attention replaced, and measures how far the velocity moves.
+M[t, layer, prompt, head, i, j] is the share of its attention that latent frame i gives the keys of frame j, the mean
+over its queries. --out gets report.md, report.json, mass.safetensors (mean and deviation of M by layer and head) and
+plots. --replace runs the models again with a part of their attention replaced: how far does the velocity move?
 
-Memory: one head and one frame of queries at a time, so the largest matrix has queries x keys numbers, twice. Wan2.1-1.3B
-at 832x480 has 1,560 tokens per frame and, with 21 frames, 32,760 keys: 17 MB for 64 queries, 409 MB for all of a frame.
-A replacement takes all queries of a frame. All queries of a clip would be 8.6 GB for one head.
+Memory: one head and one frame of queries at a time, so the largest matrices have queries x keys numbers: two for the
+probe, three for a replacement, which takes all queries of a frame. Wan2.1-1.3B at 832x480 has 1,560 tokens per frame
+and, with 21 frames, 32,760 keys: 17 MB for 64 queries, 409 MB for all queries of a frame, 613 MB for a replacement.
 """
 
 import platform
@@ -23,7 +23,7 @@ import torch
 
 import engine
 from distill.attention.measures import errors, replacements, scored, summary
-from distill.attention.replacements import KINDS, Table
+from distill.attention.replacements import KINDS, Replacement, Table
 from distill.attention.report import write_report
 from distill.attention.subjects import Clips, Student, Subject, Teacher
 from distill.data.shards import Shards
@@ -44,8 +44,7 @@ class AttentionOptions(Options):
     )
     checkpoint: Path | None = option(None, "weights of the student instead of the directory's", metavar="FILE")
     preset: str | None = option(None, "how the student streams; default: the model's own", metavar="NAME")
-    data: Path | None = option(None, "captioned latents to run on (stages dataset, sample_teacher); default: drawn clips",
-                               metavar="DIR")  # fmt: skip
+    data: Path | None = option(None, "captioned latents of dataset or sample_teacher; default: drawn clips", metavar="DIR")
     task: str = option("scenes", "kind of the drawn clips", choices=sorted(TASKS))
     prompts: int = option(8, "number of clips")
     frames: int = option(33, "pixel frames of each")
@@ -131,31 +130,25 @@ def run(options: AttentionOptions) -> None:
             tables[role] = Table.of(mass.flatten(0, 1))
             report["roles"][role] = found = summary(mass, subject.levels[role])
             print(f"{role}: mass by distance {found['by_distance']}", flush=True)
-        report["replacements"][subject.name] = replaced(options, subject, tables)
+        limits = report["limits"]
+        kinds = {kind: replacements(subject, kind, tables, **limits) for kind in dict.fromkeys(options.replace)}
+        report["replacements"][subject.name] = replaced(subject, kinds)
         if options.score:
-            watches = {kind: watches_of(options, subject, kind, tables) for kind in options.replace}
-            made = scored(subject, find_task(options.task), specs[: options.score], watches)
+            made = scored(subject, find_task(options.task), specs[: options.score], kinds)
             report["scores"][subject.name] = made
             print(f"{subject.name}: {made}", flush=True)
     write_report(options.out, report, tables)
     print(options.out / "report.md")
 
 
-def watches_of(options: AttentionOptions, subject: Subject, kind: str, tables: dict[str, Table]) -> dict[str, Any]:
-    return replacements(subject, kind, tables, threshold=options.threshold, near=options.near)
-
-
-def replaced(options: AttentionOptions, subject: Subject, tables: dict[str, Table]) -> dict[str, Any]:
+def replaced(subject: Subject, kinds: dict[str, dict[str, Replacement]]) -> dict[str, Any]:
     """Every kind that was asked for: how much it replaces, by role, and the errors of the velocity by noise level."""
-    found = {}
-    for kind in dict.fromkeys(options.replace):
-        watches = watches_of(options, subject, kind, tables)
-        found[kind] = {
-            "entries": {role: round(watch.share, 4) for role, watch in watches.items()},
-            "mass": {role: round(watch.mass, 4) for role, watch in watches.items()},
-            "errors": errors(subject, watches),
-        }
-        print(f"{subject.name}, {kind}: errors {found[kind]['errors']}", flush=True)
+    moved, found = errors(subject, kinds), dict[str, Any]()
+    for kind, watches in kinds.items():
+        shares = {role: round(watch.share, 4) for role, watch in watches.items()}
+        mass = {role: round(watch.mass, 4) for role, watch in watches.items()}
+        found[kind] = {"entries": shares, "mass": mass, "errors": moved[kind]}
+        print(f"{subject.name}, {kind}: errors {moved[kind]}", flush=True)
     return found
 
 

@@ -30,6 +30,11 @@ def on_others(mass: Tensor) -> list[float | None]:
     return [_mean(mass.diagonal(-d, -2, -1)[..., 1:]) for d in range(mass.shape[-1])]
 
 
+def received(mass: Tensor) -> list[float | None]:
+    """What every frame gets from the other frames that see it, on average."""
+    return [_mean(mass[..., torch.arange(mass.shape[-1]) != j, j]) for j in range(mass.shape[-1])]
+
+
 def far(values: Sequence[float | None], others: Sequence[float | None]) -> float | None:
     """Mean of the values from two frames away on, over the distances that both have."""
     found = [a for a, b in list(zip(values, others, strict=True))[2:] if a is not None and b is not None]
@@ -58,6 +63,7 @@ def summary(mass: Tensor, levels: Sequence[float]) -> dict[str, Any]:
         "on_other_frames": others,
         "far_on_frame_0": far(first, others),
         "far_on_other_frames": far(others, first),
+        "received": received(mass),
         "near_share_by_head": ((near * later).sum(-1) / later.sum(-1)).mul(1e4).round().div(1e4).tolist(),
         "entry_deviation_quartiles": _quartiles(table.std),
         "head_deviation": table.of_heads().mul(1e4).round().div(1e4).tolist(),
@@ -68,14 +74,19 @@ def _quartiles(values: Tensor) -> list[float]:
     return [round(float(values[~values.isnan()].quantile(share)), 4) for share in (0.25, 0.5, 0.75)]
 
 
-def errors(subject: Subject, watches: Mapping[str, Watch]) -> dict[str, float]:
-    """Relative error of the flow by noise level, |v' - v| / |v|: mean over the clips."""
-    found: dict[float, list[float]] = {}
+def errors(subject: Subject, kinds: Mapping[str, Mapping[str, Watch]]) -> dict[str, dict[str, float]]:
+    """Relative error of the flow by kind and noise level, |v' - v| / |v|: mean over the clips."""
+    found: dict[str, dict[float, list[float]]] = {kind: {} for kind in kinds}
     for number in range(len(subject.clips.captions)):
-        plain, changed = subject.flows(number, {}), subject.flows(number, watches)
-        for level, flow in plain.items():
-            found.setdefault(level, []).append(float((changed[level] - flow).norm() / flow.norm()))
-    return {str(level): round(sum(found[level]) / len(found[level]), 6) for level in sorted(found)}
+        plain = subject.flows(number, {})
+        for kind, watches in kinds.items():
+            changed = subject.flows(number, watches)
+            for level, flow in plain.items():
+                found[kind].setdefault(level, []).append(float((changed[level] - flow).norm() / flow.norm()))
+    return {
+        kind: {str(level): round(sum(row) / len(row), 6) for level, row in sorted(rows.items())}
+        for kind, rows in found.items()
+    }
 
 
 def replacements(subject: Subject, kind: str, tables: Mapping[str, Table], **limits: Any) -> dict[str, Replacement]:

@@ -22,7 +22,7 @@ from engine.model.transformer import WanTransformer
 from engine.model.vae import frames_to_uint8
 from engine.runtime.passes import Pass
 from engine.sampling.schedule import Schedule
-from engine.stream import Pipeline
+from engine.stream import Pipeline, PythonStream
 from engine.weights.checkpoint import load_transformer
 from engine.weights.folders import Given, find_parts
 
@@ -58,7 +58,7 @@ class Subject(ABC):
 
     @abstractmethod
     def video(self, number: int, watches: Mapping[str, Watch]) -> Tensor:
-        """A clip of caption `number` that the model makes, [3, T, H, W] in [-1, 1]; the noise is the same every time."""
+        """A clip that the model makes of caption `number`, [3, T, H, W] in [-1, 1]; its noise is always the same."""
 
     def mass(self, queries: int | None) -> dict[str, Tensor]:
         """M of every role, [prompts, levels, layers, heads, F, F]; NaN where no key was seen."""
@@ -146,8 +146,6 @@ class Student(Subject):
 
     def flows(self, number: int, watches: Mapping[str, Watch]) -> Flows:
         """The stream's own passes again: every chunk has the inputs and the past of the stream without watches."""
-        if number not in self._streamed:
-            self._streamed[number] = self._stream(number)
         pipeline, found = self.pipeline, defaultdict[float, list[Tensor]](list)
         generator, config = pipeline.generator, pipeline.config
         height, width = pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
@@ -155,31 +153,34 @@ class Student(Subject):
             text = pipeline.stages.prepare_text(self.text_emb(number))
             state = generator.open(Geometry.of(config, 1, height, width), text)
             with watching(self.models, watches, lambda: state.position):
-                for finished, passes in self._streamed[number]:
+                for finished, passes in self.passes(number):
                     for step in passes:
                         t = float(step.t[0])  # type: ignore[index]
                         found[level_of(t)].append(generator.denoise(step.latent, t, state))
                     generator.commit(finished, state)
         return {level: torch.cat(parts, 2) for level, parts in found.items()}
 
-    def _stream(self, number: int) -> list[tuple[Tensor, list[Pass]]]:
-        """Every chunk of a stream: its finished latent and its denoising passes."""
-        caption, schedule, made = self.clips.captions[number], Schedule(self.pipeline.preset), []
-        with timed_passes(self.pipeline.stages) as passes, self._open(number, caption) as stream:
-            for index in range(self.chunks):
-                finished = stream.next_latent()
-                made.append((finished, [step for step, _ in passes[-len(schedule.steps(index)) :]]))
-        return made
+    def passes(self, number: int) -> list[tuple[Tensor, list[Pass]]]:
+        """Every chunk of a stream without watches: its finished latent and its denoising passes."""
+        if number not in self._streamed:
+            schedule, made = Schedule(self.pipeline.preset), []
+            with self.open(number) as stream, timed_passes(self.pipeline.stages) as passes:
+                for index in range(self.chunks):
+                    finished = stream.next_latent()
+                    made.append((finished, [step for step, _ in passes[-len(schedule.steps(index)) :]]))
+            self._streamed[number] = made
+        return self._streamed[number]
 
     def video(self, number: int, watches: Mapping[str, Watch]) -> Tensor:
         with (
-            self._open(number, self.clips.captions[number]) as stream,
+            self.open(number) as stream,
             watching(self.models, watches, lambda: stream.state.position),
         ):
             return from_uint8(np.concatenate([stream.next_chunk() for _ in range(self.chunks)]))
 
-    def _open(self, number: int, caption: str):
-        return self.pipeline.stream(caption, seed=self.clips.seed + number)
+    def open(self, number: int) -> PythonStream:
+        """A stream of caption `number`, with its seed."""
+        return self.pipeline.stream(self.clips.captions[number], seed=self.clips.seed + number)
 
 
 def decoded(pipeline: Pipeline, latent: Tensor) -> Tensor:

@@ -142,7 +142,8 @@ def test_bad_numbers_of_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_former_command_has_a_shim() -> None:
-    never = {"attention", "consistency", "dataset", "dmd", "following", "tiny_decoder"}  # which had no commands of their own
+    # These had no commands of their own.
+    never = {"attention", "consistency", "dataset", "dmd", "following", "tiny_decoder"}
     for name in set(STAGES) - never:
         assert f'former("{name}")' in (ROOT / "distill" / f"{name}.py").read_text()
 
