@@ -44,7 +44,7 @@ class AttentionOptions(Options):
     )
     checkpoint: Path | None = option(None, "weights of the student instead of the directory's", metavar="FILE")
     preset: str | None = option(None, "how the student streams; default: the model's own", metavar="NAME")
-    data: Path | None = option(None, "captioned latents of dataset or sample_teacher; default: drawn clips", metavar="DIR")
+    data: Path | None = option(None, "latents of dataset or sample_teacher; default: drawn clips", metavar="DIR")
     task: str = option("scenes", "kind of the drawn clips", choices=sorted(TASKS))
     prompts: int = option(8, "number of clips")
     frames: int = option(33, "pixel frames of each")

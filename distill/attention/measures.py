@@ -91,7 +91,7 @@ def errors(subject: Subject, kinds: Mapping[str, Mapping[str, Watch]]) -> dict[s
 
 def replacements(subject: Subject, kind: str, tables: Mapping[str, Table], **limits: Any) -> dict[str, Replacement]:
     """The replacement of one kind for every role of a subject."""
-    return {role: Replacement(kind, tables[role], subject.levels[role], **limits) for role in subject.levels}
+    return {role: Replacement(kind, tables[role], subject.touched(role), **limits) for role in subject.levels}
 
 
 def scored(

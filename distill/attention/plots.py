@@ -61,18 +61,20 @@ def _plot_distance(roles: Mapping[str, Any], path: Path) -> None:
                 if len(levels) > 1:
                     axis.plot(*_known(values), color=colour, linewidth=1, label=f"noise level {level}")
             axis.plot(*_known(found["by_distance"]), "o-", color="black", label="mean of all pairs")
-            axis.plot(*_known(found["on_frame_0"]), "s--", color="tab:red", label="on frame 0, from frame |i - j|")
-            axis.plot(*_known(found["on_other_frames"]), "^:", color="tab:blue", label="on later frames, looking back")
+            axis.plot(*_known(found["on_frame_0"], 1), "s--", color="tab:red", label="looking back at frame 0")
+            axis.plot(*_known(found["on_other_frames"], 1), "^:", color="tab:blue", label="looking back at others")
             axis.set_title(TITLES.get(role, role), fontsize=10)
             axis.set_xlabel("distance |i - j| in latent frames")
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
         axes[0].set_ylabel("mean share of a query's attention")
 
 
-def _known(values: list[float | None]) -> tuple[list[int], list[float]]:
-    found = [(d, value) for d, value in enumerate(values) if value is not None]
+def _known(values: list[float | None], least: int = 0) -> tuple[list[int], list[float]]:
+    """Distances from `least` on, and the values that are known there."""
+    found = [(d, value) for d, value in enumerate(values) if value is not None and d >= least]
     return [d for d, _ in found], [value for _, value in found]
 
 
@@ -99,7 +101,8 @@ def _plot_heads(role: str, mean: Tensor, path: Path) -> None:
             axis.tick_params(axis="x", labelrotation=90)
         for side_of in axis.spines.values():
             side_of.set_visible(False)
-        axis.set_title(f"{TITLES.get(role, role)}\nrow: query frame i, column: key frame j, both from 0", fontsize=9)
+        about = "row: query frame i, column: key frame j, both from 0; white: not seen"
+        axis.set_title(f"{TITLES.get(role, role)}\n{about}", fontsize=9)
         axis.figure.colorbar(image, ax=axis, shrink=0.7, label="mean attention mass")
 
 

@@ -66,10 +66,10 @@ def replaced_entries(kind: str, table: Table, threshold: float, near: int) -> Te
 
 
 class Replacement:
-    """The watch that replaces. Only calls at the noise levels of its table are touched."""
+    """The watch that replaces. `levels`: the noise levels of the calls that it touches; None: all."""
 
     def __init__(
-        self, kind: str, table: Table, levels: tuple[float, ...], threshold: float = 0.02, near: int = 1
+        self, kind: str, table: Table, levels: tuple[float, ...] | None, threshold: float = 0.02, near: int = 1
     ) -> None:
         self.kind, self.table, self.levels = kind, table, levels
         self.entries = replaced_entries(kind, table, threshold, near)
@@ -86,7 +86,7 @@ class Replacement:
         return float(torch.where(self.entries, self.table.mean, 0).sum() / rows)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, seen: Seen) -> Tensor:
-        if seen.level not in self.levels:
+        if self.levels is not None and seen.level not in self.levels:
             return out
         tokens, keys = q.shape[1] // len(seen.queries), list(seen.keys)
         for place, frame in enumerate(seen.queries):

@@ -12,6 +12,7 @@ from distill.experiments.tables import table
 from engine.files import whole_file, write_json
 
 CLOSE = 0.1  # a replacement that changes the velocity by less than that is called close
+SINK = 1.5  # frame 0 is called a sink if it gets so many times the mass of a frame that is as far away
 READINGS = {
     "steady": "entries that hardly change (deviation at most {threshold:g}) become their mean",
     "varying": "entries that change (deviation above {threshold:g}) become their mean",
@@ -19,7 +20,7 @@ READINGS = {
     "constant": "literal: heads whose matrix has a deviation above {threshold:g} weigh all keys alike",
 }
 CAPTIONS = {
-    "distance.png": "Mass by distance. Red squares: on frame 0. Blue triangles: on any other frame that is as far back.",
+    "distance.png": "Mass by distance. Red: looking back at frame 0. Blue: looking back at another frame, as far away.",
     "errors.png": "How far each replacement moves the model's velocity.",
 }
 
@@ -55,9 +56,10 @@ def _made(report: Mapping[str, Any]) -> str:
     r = report
     drawn = f"{r['queries']} of {r['tokens']}" if r["queries"] < r["tokens"] else f"all {r['tokens']}"
     return (
-        f"{r['date']}. {r['prompts']} clips of {r['latent_frames']} latent frames, {drawn} queries of each frame, seed "
-        f"{r['seed']}, preset {r['preset']}. Largest attention matrix in memory: {r['probe_megabytes']:g} MB. `M[i, j]` is the "
-        "share of their attention that the queries of frame i give the keys of frame j. A row sums to 1."
+        f"{r['date']}. {r['prompts']} clips of {r['latent_frames']} latent frames, {drawn} queries of each frame, "
+        f"seed {r['seed']}, preset {r['preset']}. The probe held {r['probe_megabytes']:g} MB of attention at a time. "
+        "`M[i, j]` is the share of its attention that frame i gives the keys of frame j, the mean over its queries. "
+        "Below it is also the mean over layers, heads, noise levels and clips. A row sums to 1."
     )
 
 
@@ -73,26 +75,24 @@ def _distances(report: Mapping[str, Any]) -> str:
 def _first(role: str, found: Mapping[str, Any]) -> str:
     first, others = found["far_on_frame_0"], found["far_on_other_frames"]
     if first is None:
-        far_away = [value for value in found["on_frame_0"][2:] if value is not None]
-        if not far_away:
+        away = [value for value in found["on_frame_0"][2:] if value is not None]
+        if not away:
             return f"**{role}**: frame 0 is not seen from two frames away."
-        mean = sum(far_away) / len(far_away)
-        return f"**{role}**: from two frames away on, {mean:.3f} of the attention lies on frame 0. No other frame is seen from there."
-    said = "has a first-frame sink" if first > 1.5 * others else "has no first-frame sink"
+        mean = sum(away) / len(away)
+        return f"**{role}**: from two frames away on, {mean:.3f} of the attention lies on frame 0, the only one seen."
+    said = "has a first-frame sink" if first > SINK * others else "has no first-frame sink"
+    middle = found["received"][1:-1]
     return (
-        f"**{role}** {said}: looking back two frames or more, {first:.3f} of the attention lies on frame 0, and {others:.3f} on "
-        "another frame that is as far away."
+        f"**{role}** {said}: looking back two frames or more, {first:.3f} of the attention lies on frame 0, and "
+        f"{others:.3f} on another frame that is as far away. Of the attention of the other frames that see it, frame 0 "
+        f"gets {found['received'][0]:.3f}, a frame in the middle {sum(middle) / len(middle):.3f}."
     )
 
 
 def _readings(report: Mapping[str, Any]) -> str:
-    about = [
-        f"- `{kind}`: {text.format(**report['limits'])}." for kind, text in READINGS.items() if kind in _kinds(report)
-    ]
-    return (
-        "Deviations are over noise levels and prompts, of the mass of one head and one pair of frames.\n\n"
-        + "\n".join(about)
-    )
+    kinds = [kind for kind in READINGS if kind in _kinds(report)]
+    about = [f"- `{kind}`: {READINGS[kind].format(**report['limits'])}." for kind in kinds]
+    return "\n".join(["A deviation is that of a head's M[i, j] over noise levels and clips.", "", *about])
 
 
 def _kinds(report: Mapping[str, Any]) -> list[str]:
@@ -120,22 +120,18 @@ def _shares(found: Mapping[str, Any], what: str) -> str:
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
-    """Which reading leaves the teacher nearly as it is, in words that follow from the numbers."""
+    """Which readings leave the teacher nearly as it is, in words that follow from the numbers."""
     kinds = report["replacements"].get("teacher", {})
     worst = {kind: max(found["errors"].values()) for kind, found in kinds.items()}
-    close = [kind for kind, error in worst.items() if error <= CLOSE]
-    off = [f"`{kind}` (up to {error:.2f})" for kind, error in worst.items() if error > CLOSE]
-    found = (
-        f"Readings of the teacher that fit the claim, with errors up to {CLOSE:g}: "
-        + (", ".join(f"`{kind}` (up to {worst[kind]:.2f})" for kind in close) or "none")
-        + ". Readings that do not: "
-        + (", ".join(off) or "none")
-        + "."
-    )
+    named = {kind: f"`{kind}` (up to {error:.2f})" for kind, error in worst.items()}
+    close = ", ".join(named[kind] for kind, error in worst.items() if error <= CLOSE) or "none"
+    off = ", ".join(named[kind] for kind, error in worst.items() if error > CLOSE) or "none"
     return (
-        "The paper says that attention matrices whose deviation exceeds 0.02 were set to constants, and that the videos were "
-        f"nearly indistinguishable. {found} The deviation cannot be one of token weights: a softmax row over K keys "
-        "has a deviation of at most 1 / sqrt(K), which is 0.0055 for the 32,760 keys of Wan2.1 at 832x480."
+        "The paper says: attention matrices whose deviation exceeds 0.02 were set to constants, and the videos were "
+        f"nearly indistinguishable.\n\n- Readings that match this claim on the teacher, with errors up to {CLOSE:g}: "
+        f"{close}.\n- Readings that do not: {off}.\n"
+        "- The deviation cannot be one of token weights. A softmax row over K keys has a deviation of at most "
+        "1 / sqrt(K): 0.0055 for the 32,760 keys of Wan2.1 at 832x480."
     )
 
 
@@ -149,5 +145,8 @@ def _scores(report: Mapping[str, Any]) -> str:
         tables.append(table([name, "total", "all facts right", "difference of pixels, of 255"], rows))
     if not tables:
         return ""
-    about = f"Clips that the models make with replaced attention, {report['scored']} each, with the scorer of `distill evaluate`:"
+    about = (
+        f"The scores of `distill evaluate` for clips that are made with replaced attention, {report['scored']} each. "
+        f"The teacher takes {report['sampling_steps']} steps. A clip and its plain one have the same noise:"
+    )
     return "\n\n".join([about, *tables])

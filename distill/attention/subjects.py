@@ -60,6 +60,10 @@ class Subject(ABC):
     def video(self, number: int, watches: Mapping[str, Watch]) -> Tensor:
         """A clip that the model makes of caption `number`, [3, T, H, W] in [-1, 1]; its noise is always the same."""
 
+    def touched(self, role: str) -> tuple[float, ...] | None:
+        """The noise levels at which a replacement acts: not in a stream's context passes. None: all."""
+        return self.levels[role]
+
     def mass(self, queries: int | None) -> dict[str, Tensor]:
         """M of every role, [prompts, levels, layers, heads, F, F]; NaN where no key was seen."""
         found = defaultdict(list)
@@ -90,6 +94,10 @@ class Teacher(Subject):
         model = load_transformer(parts.config, parts.transformer, pipeline.dtype, pipeline.device).eval()
         self.model, self.steps, self.guidance = model, steps, guidance
         self.models, self.levels = {"teacher": model}, {"teacher": levels}
+
+    def touched(self, role: str) -> None:
+        """A clip that is sampled passes other levels than those that were measured."""
+        return None
 
     @torch.inference_mode()
     def flows(self, number: int, watches: Mapping[str, Watch]) -> Flows:

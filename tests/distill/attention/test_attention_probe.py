@@ -6,20 +6,14 @@ import pytest
 import torch
 from dense_streams import causal_sees, etm_sees, greedy, runs_of, sdd_flow
 from diffusers.models.transformers import transformer_wan
+from frames import FRAMES, TOKENS, normal, student_of
 from tiny import dense, latents_of, pipeline_of, text_of, transformer
 
 from distill.attention.probe import Probe, frame_mass, level_of, watching
-from distill.attention.subjects import Clips, Student
 from distill.models.causal import noisy_visible
 from distill.models.sampling import joint_flow
 from distill.models.student import sdd_visible
 from engine.config import Preset
-
-TOKENS, FRAMES = 6, 5
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @contextmanager
@@ -71,20 +65,11 @@ def test_the_teacher_on_a_clip(monkeypatch):
         assert_near(mass.sum(-1), torch.ones(2, 2, FRAMES))
 
 
-def student_of(preset, frames=6):
-    """A student under the probe that runs on one caption; without a text encoder the caption is an embedding."""
-    student = Student(pipeline_of(preset), Clips(["one"], latents_of(1, frames), 3))
-    student.text_emb = lambda number: text_of(seed=0)
-    student.open = lambda number: student.pipeline.stream(text_of(seed=0), seed=3)
-    return student
-
-
 def test_streams_of_etm_and_sdd(monkeypatch):
     """The keys of a stream are those of one pass over the whole clip, where frames see what the paper says."""
     preset = greedy(w=3, max_position=4)
     student, frames = student_of(preset), 6
     mass = {role: found[0] for role, found in student.mass(None).items()}
-    (finished, _), *_ = student.passes(0)
     latents = torch.cat([finished for finished, _ in student.passes(0)], 2)
     etm, sdd = student.models["etm"], student.models["sdd"]
 
@@ -96,7 +81,7 @@ def test_streams_of_etm_and_sdd(monkeypatch):
     assert_near(mass["etm"][0].nan_to_num(), expected)
     assert (mass["etm"][0].isnan() == unseen).all()
 
-    sees = {frame: sorted(seen[:-1] + [frame]) for frame, seen in enumerate(sdd_visible(frames)[frames - 1 :])}
+    sees = {frame: sorted([*seen[:-1], frame]) for frame, seen in enumerate(sdd_visible(frames)[frames - 1 :])}
     for frame, (_, steps) in enumerate(student.passes(0)):
         c_f = hidden[:, (frame - 1) * TOKENS : frame * TOKENS] if frame else None
         for step in steps:
@@ -169,8 +154,8 @@ def test_drawn_queries_estimate_without_bias():
 
 def test_a_seed_gives_the_same_draws():
     preset = greedy()
-    first, again = (student_of(preset).mass(2) for _ in range(2))
-    exact = student_of(preset).mass(TOKENS)
+    first, again = (student_of(preset, 3).mass(2) for _ in range(2))
+    exact = student_of(preset, 3).mass(TOKENS)
     for role in first:
         assert first[role].nan_to_num().equal(again[role].nan_to_num())
         assert not first[role].nan_to_num().equal(exact[role].nan_to_num())
