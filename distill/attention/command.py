@@ -122,8 +122,8 @@ def subjects_of(options: AttentionOptions, pipeline: Pipeline, clips: Clips) -> 
 def run(options: AttentionOptions) -> None:
     """Measure, replace, score, and write the report. A line per role and per replacement goes to stdout."""
     pipeline = load(options)
-    clips, specs = clips_of(options, pipeline)
     options.out.mkdir(parents=True, exist_ok=True)  # before minutes of passes
+    clips, specs = clips_of(options, pipeline)
     report, tables = about(options, pipeline, clips), dict[str, Table]()
     for subject in subjects_of(options, pipeline, clips):
         for role, mass in subject.mass(options.queries).items():

@@ -88,8 +88,7 @@ def _plot_heads(role: str, mean: Tensor, path: Path) -> None:
     picture = tiles.permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1)[:-gap, :-gap]
     side = min(1.6, 16 / max(layers, heads))
     with _figure(path, 1, side * heads + 1.6, side * layers + 1.1) as (axis,):
-        colours = pyplot.get_cmap("magma").copy()
-        colours.set_bad("white")
+        colours = pyplot.get_cmap("magma").with_extremes(bad="white")
         image = axis.imshow(picture, cmap=colours, vmin=0, interpolation="nearest")
         step, middle = frames + gap, (frames - 1) / 2
         axis.set_xticks([head * step + middle for head in range(heads)], [f"head {head}" for head in range(heads)])

@@ -27,6 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_of_any_size(model: Path, data: Path, tmp_path: Path) -> None:
     """Teacher, ETM and SDD on own latents, two of six queries; what is written holds together."""
     words = ["--model", str(model), "--data", str(data), "--prompts", "2", "--frames", "13", "--queries", "2"]
@@ -55,9 +56,10 @@ def test_a_model_of_any_size(model: Path, data: Path, tmp_path: Path) -> None:
     assert "| distant |" in text
 
 
+@pytest.mark.slow
 def test_the_embedded_model_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A replacement of nothing makes the same clips, of the same scores; one of everything does not."""
-    words = ["--prompts", "1", "--frames", "9", "--levels", "0.5", "--sampling-steps", "2", "--score", "1"]
+    words = ["--prompts", "1", "--frames", "9", "--levels", "0.5", "--sampling-steps", "1", "--score", "1"]
     words += ["--replace", "steady", "--replace", "constant", "--threshold", "-1"]
     assert main(["attention", *words, "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
