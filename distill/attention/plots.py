@@ -112,7 +112,7 @@ def _plot_errors(changed: Mapping[str, Any], path: Path) -> None:
             for kind, found in kinds.items():
                 levels = [float(level) for level in found["errors"]]
                 axis.plot(levels, list(found["errors"].values()), STYLES[kind], label=kind)
-            axis.set_yscale("symlog", linthresh=0.01)
+            axis.set_yscale("symlog", linthresh=0.001)
             axis.set_ylim(bottom=0)
             axis.set_title(f"{name} with a part of its attention replaced", fontsize=10)
             axis.set_xlabel("noise level (0 clean, 1 noise)")
