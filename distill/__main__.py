@@ -37,6 +37,7 @@ STAGES = {
     "evaluate": ("experiments.evaluate", "score clips of a model on held-out prompts, or any videos"),
     "ablation": ("experiments.ablation", "train and compare arms over seeds: tables and plots"),
     "gallery": ("experiments.gallery", "stream several prompts into one moving picture"),
+    "attention": ("attention.command", "where attention looks, frame by frame, and what replacing it changes"),
     "following": ("experiments.following", "score how video-to-video follows its input"),
     "questionnaire make": ("raters.make", "make a blinded page on which people compare models"),
     "questionnaire serve": ("raters.serve", "serve that page, and keep what raters answer"),

@@ -27,7 +27,7 @@ LEVELS = {
         "weights generators", "presets", "bundles", "memory", "shared", "control", "stream", "loader",
         "commands", "run", "cli",
     ],
-    "distill": ["training", "models", "data", "scores", "stages", "experiments", "raters", "__main__"],
+    "distill": ["training", "models", "data", "scores", "stages", "experiments", "attention", "raters", "__main__"],
     "bench": [
         "instruments", "adapters", "operations", "serving", "chaos", "report", "commands soak", "gpu", "__main__",
     ],

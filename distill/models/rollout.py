@@ -106,7 +106,7 @@ def _predicted(noisy: Tensor, flow: Tensor, level: Tensor) -> Tensor:
 
 
 @contextmanager
-def _timed(stages: Stages) -> Iterator[list[tuple[Pass, Tensor]]]:
+def timed_passes(stages: Stages) -> Iterator[list[tuple[Pass, Tensor]]]:
     """A list to which streams add their passes with a timestep, and the flows, while they run."""
     plain, made = stages.run, list[tuple[Pass, Tensor]]()
 
@@ -146,7 +146,7 @@ def roll_exits(
     past: list[tuple[Tensor, Tensor]] = []
     if preset.context_timestep:
         _commit_from(past, pipeline)
-    with _timed(student.stages) as passes, pipeline.stream(first_emb.detach(), noise=noise) as stream:
+    with timed_passes(student.stages) as passes, pipeline.stream(first_emb.detach(), noise=noise) as stream:
         for number in range(count):
             if number == switch > 0:
                 stream.set_prompt(text_emb.detach())
