@@ -24,6 +24,7 @@ import engine
 from engine.bundles.manifest import read_manifest
 
 PROMPT = "a red circle moving right slowly on a gray background"
+HERE = ("--no-isolation", "--skip-dependency-check")  # with what is installed, which is quick
 PACKAGES = ("engine", "export", "distill", "bench", "serve", "kernels")
 NATIVE = {
     f"engine/_C{sysconfig.get_config_var('EXT_SUFFIX')}", "engine/bin/greedy-host",
@@ -89,13 +90,13 @@ def ignored() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def built(tree, tmp_path_factory) -> tuple[Path, Path]:
-    """A source distribution, and the wheel that is built from it in an isolated environment."""
+def built(tree, tmp_path_factory) -> Path:
+    """The wheel that is built from a source distribution in an isolated environment."""
     folder = tmp_path_factory.mktemp("built") / "dist"
     ran = build(tree, folder)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
-    (sources,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
-    return sources, wheel
+    (wheel,) = folder.glob("*.whl")
+    return wheel
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def installed(built, tmp_path_factory) -> Path:
     python, pinned = folder / "bin" / "python", ROOT / "constraints.txt"
     pip = [python, "-I", "-m", "pip", "install", "--quiet", "--no-compile", "-c", pinned]
     succeed(*pip, f"torch=={pins()['torch']}")
-    succeed(*pip, built[1])
+    succeed(*pip, built)
     return folder / "bin"
 
 
@@ -124,15 +125,19 @@ def of_packages(tracked: set[str]) -> set[str]:
     return {name for name in tracked if name.split("/")[0] in PACKAGES and not name.startswith("bench/results/")}
 
 
-def test_the_source_distribution_is_the_repository(built, tracked):
-    with tarfile.open(built[0]) as archive:
+def test_the_source_distribution_is_the_repository(tree, tracked, tmp_path):
+    ran = build(tree, tmp_path / "dist", "--sdist", *HERE)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
+    (sources,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(sources) as archive:
         names = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
     described = {name for name in names if re.fullmatch(r"PKG-INFO|setup\.cfg|greedy_stream\.egg-info/.*", name)}
     assert names - described == tracked
 
 
+@pytest.mark.thorough
 def test_the_wheel_has_packages_and_core(built, tracked):
-    found = {name for name in members(built[1]) if "libgreedy_tensorrt" not in name}  # built where CUDA is
+    found = {name for name in members(built) if "libgreedy_tensorrt" not in name}  # built where CUDA is
     host = f"greedy_stream-{engine.__version__}.data/scripts/greedy-host"
     assert found == of_packages(tracked) | NATIVE | {host}
 
@@ -181,7 +186,7 @@ def test_programs_help_and_say_which_extra_they_lack(installed, tmp_path):
 
 def test_a_wheel_without_the_core_says_so(tree, tracked, tmp_path):
     """In its name, which pip shows when it installs it, and when the core is asked for."""
-    ran = build(tree, tmp_path / "dist", "--wheel", "--no-isolation", "--skip-dependency-check", GREEDY_NATIVE="0")
+    ran = build(tree, tmp_path / "dist", "--wheel", *HERE, GREEDY_NATIVE="0")
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
     (wheel,) = (tmp_path / "dist").iterdir()
     assert wheel.name == f"greedy_stream-{engine.__version__}+without.core-py3-none-any.whl"
@@ -201,7 +206,7 @@ def test_a_core_that_cannot_be_built_ends_the_build(tree, tmp_path, broken):
         tree = shutil.copytree(tree, tmp_path / "tree")
         (tree / "CMakeLists.txt").unlink()
     native = {"compiler": {"CXX": "false"}, "sources": {"GREEDY_NATIVE": "1"}}[broken]
-    ran = build(tree, tmp_path / "dist", "--wheel", "--no-isolation", "--skip-dependency-check", **native)
+    ran = build(tree, tmp_path / "dist", "--wheel", *HERE, **native)
     assert ran.returncode != 0
     assert "GREEDY_NATIVE=0" in ran.stdout + ran.stderr
     assert not list(tmp_path.glob("dist/*.whl"))
