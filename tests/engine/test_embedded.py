@@ -8,12 +8,15 @@ from torch import Tensor
 
 import engine
 from distill.data.scenes import Scene
+from distill.experiments.following import drawn, pairs
+from distill.scores.following import follows
 from distill.scores.pixels import from_uint8
 from distill.scores.tasks import find_task
 from engine.loader import EMBEDDED
 from engine.stream import Pipeline
 
 TASK = find_task("scenes")
+CAPTION = "a red circle moving right quickly on a gray background"
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +66,33 @@ def test_a_long_stream_keeps_its_objects(sprites: Pipeline) -> None:
     scores = means([video[:, -33:] for video in videos], specs, begins=False)
     bars = {"scene": 0.95, "quality": 0.75, "multiple_objects": 0.6}
     assert {name: scores[name] for name, bar in bars.items() if scores[name] < bar} == {}
+
+
+@pytest.mark.slow
+def test_it_follows_clips_of_another_look(sprites: Pipeline) -> None:
+    """At the usual strength, with another colour, shape and background; without their input they are elsewhere."""
+    made, found = pairs(6, 3, ("colour", "shape", "background")), dict[bool, dict[str, float]]()
+    for follows_input in (True, False):
+        rows = []
+        for seed, (shown, wanted) in enumerate(made):
+            source = {"source": drawn(shown, 25)} if follows_input else {}
+            with sprites.stream(wanted.caption, seed=seed, frames=25, **source) as stream:
+                rows.append(follows(from_uint8(np.stack(list(stream))), shown, wanted))
+        found[follows_input] = {name: float(np.nanmean([row[name] for row in rows])) for name in rows[0]}
+    bars = {"direction": 0.8, "place": 0.9, "colour": 0.8, "shape": 0.8, "background": 0.95}
+    assert {name: found[True][name] for name, bar in bars.items() if found[True][name] < bar} == {}
+    assert found[False]["place"] < 0.6
+
+
+@pytest.mark.slow
+def test_its_tiny_decoder_makes_nearly_the_same_frames(sprites: Pipeline) -> None:
+    """At least 30 dB from the full one, of which other frames of the same clip are far."""
+    tiny = engine.load(decoder="tiny")
+    one, other = (np.stack(list(p.stream(CAPTION, seed=5, frames=33))).astype(float) for p in (sprites, tiny))
+    assert decibel(one, other) >= 30
+    assert decibel(one[4:], other[:-4]) < 27
+    assert sum(file.stat().st_size for file in (EMBEDDED / "tiny_vae").iterdir()) <= 1.5e6
+
+
+def decibel(one: np.ndarray, other: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / ((one - other) ** 2).mean()))
