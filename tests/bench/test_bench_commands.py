@@ -94,6 +94,7 @@ def test_stream_saves_what_it_says(model_dir, capsys, limits, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_compare_races_an_adapter(model_dir, capsys, toy, tmp_path):
     command = ["compare", "--model", str(model_dir), "--presets", "greedy,self-forcing-framewise", "--frames", "17",
                "--rounds", "2", "--pairs", "3", "--adapter", f"toy={' '.join(toy)}", "--json"]  # fmt: skip

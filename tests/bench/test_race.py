@@ -290,7 +290,7 @@ def test_weights_are_named_in_full(weights):
 
 @wheel
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.thorough)])
 def test_the_race_itself(capsys, precision, tmp_path):
     """Both engines on a processor: in bf16 their latents only agree where ours rounds timesteps as the peer does."""
     line = ["race", "--peer", "flashdreams", "--device", "cpu", "--precision", precision, "--rounds", "2"]

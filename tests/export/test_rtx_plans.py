@@ -168,8 +168,10 @@ PRESETS = ["greedy", "self-forcing", "self-forcing-framewise", "causvid", "causa
 
 
 @pytest.mark.parametrize(
-    ("preset", "gpus"), [("greedy", ADA), ("greedy", BLACKWELL), *((preset, ADA_ON) for preset in PRESETS)]
-)
+    ("preset", "gpus"),
+    [("greedy", ADA), *(pytest.param(*case, marks=pytest.mark.thorough)
+                        for case in (("greedy", BLACKWELL), *((preset, ADA_ON) for preset in PRESETS)))],
+)  # fmt: skip
 def test_attention_reads_caches_where_they_lie(preset: str, gpus: tuple[int, ...], passes: Any, log: Log) -> None:
     """Each cache is read by the kernel that writes a chunk's rows into it, and by attention; nothing copies it."""
     for graph in passes(preset).values():

@@ -279,6 +279,7 @@ class Mixed(GraphStages):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_fp8_caches_in_the_loop(fp8: Pipeline, stand_in: dict[str, int], tmp_path: Path) -> None:
     """RingCache in e4m3, V transposed, written by the plugins' nodes: 12 chunks, the rings gone round."""
     options, plans = BuildOptions("plugin_fp8"), {}

@@ -29,7 +29,7 @@ def test_bodies_compute_the_stage(name: str, precision: str, made: Made) -> None
         assert max(relative(a, b) for a, b in zip(got, expected, strict=True)) <= 1e-5
 
 
-@pytest.mark.parametrize("attention", ["native", "native_fp8"])
+@pytest.mark.parametrize("attention", ["native", pytest.param("native_fp8", marks=pytest.mark.thorough)])
 def test_grouped_queries_compute_the_same(attention: str) -> None:
     """In 16 bits each head's queries enter as several heads. e4m3 operands: within their rounding, of 2^-4."""
     half = engine.load(precision="fp16")

@@ -313,7 +313,9 @@ def test_what_a_killed_run_left_empty_is_cleared(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", VIDEOS)
+@pytest.mark.parametrize(
+    "target", [VIDEOS[0], *(pytest.param(target, marks=pytest.mark.thorough) for target in VIDEOS[1:])]
+)
 def test_two_runs_with_one_name_are_both_whole(tmp_path, target):
     """The last one to end wins; neither disturbs the other."""
     one, two = start(tmp_path / target, 30, level=40), start(tmp_path / target, 60, level=200)

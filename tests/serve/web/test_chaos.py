@@ -105,6 +105,7 @@ def test_a_refused_session_leaves_nothing_open(server):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_others_do_not_notice_and_a_killed_server_is_continued():
     rows, checks = all_of_it([], PROMPT, Size(attempts=30, seconds=3.0, megabytes=40))
     assert [row["misbehaviour"] for row in rows] == list(ATTACKS)
