@@ -41,7 +41,7 @@ bundle: setup  ## compile the embedded model for C++ to out/sprites.bundle: 3 mi
 	$(BIN)/python -m export --backend aoti --out out/new.bundle $(if $(wildcard out/sprites.bundle),--reuse out/sprites.bundle)
 	@rm -rf out/sprites.bundle && mv out/new.bundle out/sprites.bundle
 
-test: setup  ## run the tests, every feature: under half an hour on two cores, less when compiled artefacts are there
+test: setup  ## run the tests, every feature: about half an hour on two cores, less when compiled artefacts are there
 	$(PYTEST) -m "not thorough" --durations=25
 
 test-fast: setup  ## run the tests that take no more than two seconds each: about 2 minutes

@@ -193,8 +193,4 @@ class Student(Subject):
 
 def decoded(pipeline: Pipeline, latent: Tensor) -> Tensor:
     """The pixels of a clip's latents [1, C, F, h, w], as a stream would show them: [3, T, H, W] in [-1, 1]."""
-    frames, cache, stages = [], None, pipeline.stages
-    for one in latent.split(1, 2):
-        shown, cache = stages.vae_first(one) if cache is None else stages.vae_steady(one, cache)
-        frames.append(frames_to_uint8(shown)[0].cpu().numpy())
-    return from_uint8(np.concatenate(frames))
+    return from_uint8(frames_to_uint8(pipeline.stages.modules()["vae"].decode(latent))[0].cpu().numpy())
