@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import BARE
 from safetensors.torch import save_file
 
 from engine.files import left_over, whole_file, whole_folder, write_json
@@ -93,7 +94,7 @@ def writer(kind: str, path: Path, text: str) -> subprocess.Popen:
     """A process that has written all of `text`, and waits for a line before it gives the path its name."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", WRITER, kind, str(path), text], env=environment, **pipes)
+    process = subprocess.Popen([sys.executable, "-c", BARE + WRITER, kind, str(path), text], env=environment, **pipes)
     assert process.stdout.readline() == "writing\n"
     return process
 

@@ -124,11 +124,14 @@ CASES = {
                                                                 "text_encoder_device": "release"}),
     "causal, bf16, low memory": ("bf16", CAUSAL | SMALL | {"precision": "bf16", "low_memory": True}),
 }  # fmt: skip
+LONGEST = ("greedy, fp32", "greedy, bf16, released")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.thorough) if case in LONGEST else case for case in CASES]
+)
 def test_a_process_needs_what_was_planned(folders, case):
     stored, options = CASES[case]
     window = {"window": 6} if options["preset"] != "greedy" else {}

@@ -216,7 +216,7 @@ def test_caches_are_updated_in_place(passes: Any, log: Log) -> None:
             assert {x.get_output(0).name: x.get_input(0).name for x in updates} == graph.aliases
 
 
-@pytest.mark.parametrize("gpus", [ADA, BLACKWELL, ADA_ON])
+@pytest.mark.parametrize("gpus", [ADA, pytest.param(BLACKWELL, marks=pytest.mark.thorough), ADA_ON])
 def test_fp8_products_and_attention(gpus: tuple[int, ...], passes: Any, log: Log) -> None:
     """Every large product of a block reads e4m3; native_fp8 reads each cache once, rounds it, and attends on e4m3."""
     graph = passes("greedy", True)["sdd"]

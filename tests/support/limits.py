@@ -1,11 +1,19 @@
 """Limits of tests: time, which only a hang reaches (a shorter one would fail on a busy machine), and memory."""
 
 import weakref
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HANG = 3600  # seconds
+# First lines of a script that uses modules without torch. The package itself would import it, which takes ten times as
+# long as the rest.
+BARE = f"""
+import sys, types
+sys.modules["engine"] = types.ModuleType("engine")
+sys.modules["engine"].__path__ = [{str(Path(__file__).parents[2] / "engine")!r}]
+"""
 
 
 class Allocations(TorchDispatchMode):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from limits import HANG
+from limits import BARE, HANG
 from PIL import Image
 from videos import decode, files_in, grey_steps, is_grey_steps, is_ordinary_mp4, moving_square
 
@@ -201,7 +201,7 @@ with open_sink(target, 16, (48, 64)) as sink:
 
 
 def start(target, count, limit=0, level="steps"):
-    words = [sys.executable, "-c", WRITER, str(target), str(count), str(limit), str(level)]
+    words = [sys.executable, "-c", BARE + WRITER, str(target), str(count), str(limit), str(level)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(words, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
 
@@ -387,7 +387,7 @@ for limit in (0, 100, 3000, 30000):
 def test_a_limit_names_the_output_that_was_asked_for(tmp_path):
     """As a full disk does. The temporary name says nothing to the user, who cannot see the file."""
     targets = [*FILES, "CLIP2.Y4M"]
-    ran = subprocess.run([sys.executable, "-c", LIMITED, *targets], cwd=tmp_path, capture_output=True, text=True,
+    ran = subprocess.run([sys.executable, "-c", BARE + LIMITED, *targets], cwd=tmp_path, capture_output=True, text=True,
                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=HANG)  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     lines = [line.split("|") for line in ran.stdout.splitlines()]

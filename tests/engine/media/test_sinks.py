@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from limits import HANG
+from limits import BARE, HANG
 from PIL import Image, ImageSequence
 from videos import decode, files_in, moving_square
 
@@ -141,7 +141,7 @@ except OutputClosed:
 
 def start(*arguments, **pipes):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", WRITER, *map(str, arguments)]
+    command = [sys.executable, "-c", BARE + WRITER, *map(str, arguments)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, **pipes)
 
 
