@@ -168,7 +168,9 @@ WAYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[] if way in ("script", "stdin closed") else pytest.mark.thorough) for way in WAYS]
+)
 def test_a_host_that_imports_the_package_stays_as_it_is(tmp_path, way):
     """Its handlers and its closed streams; a run inside it leaves the handlers as well."""
     (tmp_path / "a.py").write_text("""
