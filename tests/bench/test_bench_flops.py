@@ -56,10 +56,16 @@ def counted(call) -> float:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", [*PRESETS])
-@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
+@pytest.mark.parametrize(
+    ("joined", "name"),
+    [
+        pytest.param(joined, name, id=f"{'joined' if joined else 'alone'}-{name}",
+                     marks=pytest.mark.thorough if joined and name not in ("greedy", "self-forcing") else ())
+        for joined in (False, True) for name in PRESETS
+    ],
+)  # fmt: skip
 @pytest.mark.slow
-def test_chunks_of_every_preset(name, joined):
+def test_chunks_of_every_preset(joined, name):
     pipeline = meta_pipeline(name, joined)
     stream = PythonStream(pipeline, torch.empty(1, ROWS, CONFIG.text_dim, device=META), MetaNoise(), None, None)
     for cost in stream_costs(pipeline, 5, ROWS):
