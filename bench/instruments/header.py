@@ -107,6 +107,7 @@ def stream_header(pipeline: Pipeline, model: str) -> dict[str, Any]:
         "chunk": preset.chunk,
         "window": preset.window,
         "steps": [list(steps[: preset.stop_after or None]) for steps in preset.steps],
+        **({} if preset.reuse is None else {"reuse": asdict(preset.reuse)}),
         "backend": pipeline.stages.name,
         "precision": precision_of(pipeline),
         "height": pipeline.height,

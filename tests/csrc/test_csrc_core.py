@@ -35,7 +35,7 @@ def double_bits(value: float) -> int:
 
 
 def as_json(preset: Preset) -> dict:
-    return dataclasses.asdict(preset)
+    return preset.table()
 
 
 def schedule_case(preset: Preset) -> dict:
