@@ -283,11 +283,12 @@ def _fitted(hint: Any, value: Any) -> Any:
     if type(None) in parts:
         return None if value is None else _fitted(next(p for p in parts if p is not type(None)), value)
     if origin is dict or is_dataclass(hint):
-        if is_dataclass(hint) and isinstance(value, cast(type, hint)):
+        kind = cast(type, hint)
+        if is_dataclass(hint) and isinstance(value, kind):
             return value
         if not isinstance(value, dict):
             raise _Unfit("a table")
-        return read(cast(type, hint), value, hint.__name__.lower()) if is_dataclass(hint) else dict(value)
+        return read(kind, value, kind.__name__.lower()) if is_dataclass(hint) else dict(value)
     if not isinstance(value, list | tuple):
         raise _Unfit("a list")
     kinds_of = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
