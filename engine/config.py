@@ -191,8 +191,8 @@ class Preset:
     context_timestep: float = option(0.0, "timestep of the pass that commits a chunk")
     stop_after: int = option(0, "leave a chunk's loop after so many steps; 0 means all (step-unified students)")
     reuse: Annotated[Reuse | None, Convert(_reuse)] = option(
-        None, "at these steps of every chunk run the first and the last blocks only (3 means 3:1:1), and reuse what the "
-        "others added; none is the default (docs/experiments.md)", metavar="STEP,..[:FIRST:LAST]",
+        None, "at these steps of every chunk run the first and the last blocks only (3 means 3:1:1), and reuse what "
+        "the others added; none is the default (docs/experiments.md)", metavar="STEP,..[:FIRST:LAST]",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine
-from distill.experiments.evaluate import student_videos
 from distill.experiments.measure import by_score
 from distill.experiments.pairs import Spread, difference, spread
 from distill.experiments.plots import can_plot, figure
 from distill.experiments.tables import cell, table
+from distill.models.rollout import SampleNoise
 from distill.scores.dimensions import with_totals
+from distill.scores.pixels import from_uint8
 from distill.scores.tasks import find_task
 from distill.training.stage import Stage, TableOptions
 from engine.config import TransformerConfig
@@ -35,6 +36,7 @@ from engine.generators import family_of
 from engine.loader import assemble
 from engine.model.cache import RingCache
 from engine.model.transformer import TextKV, WanTransformer
+from engine.model.vae import frames_to_uint8
 from engine.options import option
 from engine.presets import PRESETS, override
 from engine.runtime.passes import Pass
@@ -45,6 +47,7 @@ META = torch.device("meta")
 TEXT_ROWS = 512  # of Wan2.1's prompts
 SHOWN = ("quality", "semantic", "all_right")
 WARM = 5  # chunks until the caches are full
+BATCH = 16  # clips streamed at once
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class ReuseConfig:
     steps: tuple[int, ...] = option((1000, 750, 500, 250), "timesteps of all full steps")
     patterns: tuple[str, ...] = option(("3:1:1",), "STEP,..:FIRST:LAST as --reuse takes it, then a solver, if another")
     trained: tuple[tuple[int, ...], ...] = option((), "timesteps of fewer steps that the student was trained for")
-    rounds: int = option(9, "of CPU times, each with all ways in turn")
+    rounds: int = option(5, "of CPU times, each with all ways in turn")
 
     def __post_init__(self) -> None:
         for name, least in (("prompts", 2), ("frames", 1), ("rounds", 1)):
@@ -125,7 +128,7 @@ def scores_of(config: ReuseConfig, pipeline: Pipeline, way: Way, out: Path) -> d
         return found
     task = find_task(config.task)
     specs = task.draw(config.prompts, config.seed, hidden=True)
-    videos = student_videos(streamed(pipeline, way), specs, config.frames, config.seed)
+    videos = clips_of(streamed(pipeline, way), specs, config.frames, config.seed)
     scores = by_score([with_totals(task.dimensions(video, spec)) for video, spec in zip(videos, specs, strict=True)])
     clips, reference = torch.stack(videos).half().numpy(), out / f"{re.sub('[^a-z0-9]+', '-', way.full)}.npy"
     if way.full:
@@ -136,6 +139,23 @@ def scores_of(config: ReuseConfig, pipeline: Pipeline, way: Way, out: Path) -> d
     found = {"settings": settings, "scores": scores}
     write_json(path, found, indent=0)
     return found
+
+
+@torch.inference_mode()
+def clips_of(pipeline: Pipeline, specs: list[Any], frames: int, seed: int) -> list[Tensor]:
+    """One video [3, T, H, W] per prompt, several streamed as one batch; clip i has the noise of `seed + i`."""
+    videos, stages = list[Tensor](), pipeline.stages
+    for first in range(0, len(specs), BATCH):
+        part = specs[first : first + BATCH]
+        text = torch.cat([pipeline.encode_prompt(spec.caption) for spec in part])
+        noise, shown, cache = SampleNoise([seed + first + i for i in range(len(part))]), list[Tensor](), None
+        with pipeline.stream(text, noise=noise) as stream:
+            while sum(frame.shape[2] for frame in shown) < frames:
+                for latent in stream.next_latent().split(1, dim=2):
+                    more, cache = stages.vae_first(latent) if cache is None else stages.vae_steady(latent, cache)
+                    shown.append(more)
+        videos += [from_uint8(clip.numpy()) for clip in frames_to_uint8(torch.cat(shown, 2)[:, :, :frames])]
+    return videos
 
 
 def psnr(clips: np.ndarray, reference: np.ndarray) -> list[float | None]:
@@ -245,8 +265,8 @@ def report(config: ReuseConfig, rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]  # fmt: skip
     about = (
-        f"`python -m distill reuse`: {config.prompts} held-out prompts (seed {config.seed}), {config.frames} frames, the "
-        "same prompts and noise for all. Scores and differences in percent, with standard errors over prompts; "
+        f"`python -m distill reuse`: {config.prompts} held-out prompts (seed {config.seed}), {config.frames} frames, "
+        "the same prompts and noise for all. Scores and differences in percent, with standard errors over prompts; "
         "differences are paired. `reuse 3:1:1`: at step 3 only the first and the last block run. Its control has the "
         "same steps without that one. PSNR is to the clips of all full steps, in dB. FLOPs: of the transformers on "
         "Wan2.1-1.3B's shape (30 blocks, 832x480), counted. CPU: time of a latent on this model (4 blocks), measured "
