@@ -8,6 +8,7 @@ model's) has a control: the same steps without those at which it reuses. FLOPs a
 end and start again at any time.
 """
 
+import json
 import re
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -120,7 +121,7 @@ def scores_of(config: ReuseConfig, pipeline: Pipeline, way: Way, out: Path) -> d
     """Scores of every clip, and its PSNR to that of the full steps; from the folder where it has them."""
     path = out / f"{re.sub('[^a-z0-9]+', '-', way.name)}.json"
     settings = {name: v for name, v in asdict(config).items() if name in ("model", "task", "prompts", "frames", "seed")}
-    settings["preset"] = way.fields
+    settings = json.loads(json.dumps(settings | {"preset": way.fields}))  # as a file has them
     if path.is_file():
         found: dict[str, Any] = read_json(path)
         if found["settings"] != settings:

@@ -1,5 +1,6 @@
 """Static reuse: at some steps the middle blocks add what they added at the chunk's last full step."""
 
+import re
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -323,9 +324,8 @@ def test_without_first_and_last_blocks_a_short_step_adds_what_the_input_changed(
     ],
 )
 def test_refused_patterns(changes, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
         override(Preset("greedy"), changes)
-    assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
 
 
