@@ -180,7 +180,7 @@ def cpu_times(pipeline: Pipeline, ways: list[Way], rounds: int) -> dict[str, flo
                 for _ in range(WARM):
                     stream.next_latent()
                 begun = time.process_time()
-                for _ in range(2 * WARM):
+                for _ in range(WARM):
                     stream.next_latent()
                 found[way.name].append(time.process_time() - begun)
     times = {name: torch.tensor(values[1:]) for name, values in found.items()}  # the first round warms up
