@@ -13,7 +13,6 @@ import re
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -171,10 +170,10 @@ def streamed(pipeline: Pipeline, way: Way) -> Pipeline:
 
 @torch.inference_mode()
 def cpu_times(pipeline: Pipeline, ways: list[Way], rounds: int) -> dict[str, float]:
-    """CPU seconds of a chunk's latent as a share of the full steps', the median over rounds of all ways in turn."""
+    """CPU seconds of a chunk's latent as a share of the full steps', each the least of several rounds in turn."""
     found: dict[str, list[float]] = {way.name: [] for way in ways}
     prompt = torch.zeros(1, pipeline.tokenizer.rows if pipeline.tokenizer else 1, pipeline.config.text_dim)
-    for number in range(rounds + 1):
+    for number in range(rounds + 1):  # the first one warms up
         for way in ways:
             with streamed(pipeline, way).stream(prompt, seed=number) as stream:
                 for _ in range(WARM):
@@ -183,8 +182,8 @@ def cpu_times(pipeline: Pipeline, ways: list[Way], rounds: int) -> dict[str, flo
                 for _ in range(WARM):
                     stream.next_latent()
                 found[way.name].append(time.process_time() - begun)
-    times = {name: torch.tensor(values[1:]) for name, values in found.items()}  # the first round warms up
-    return {name: median((value / times[ways[0].name]).tolist()) for name, value in times.items()}
+    least = {name: min(values) for name, values in found.items()}
+    return {name: value / least[ways[0].name] for name, value in least.items()}
 
 
 class _Counting(TorchStages):
@@ -271,45 +270,45 @@ def report(config: ReuseConfig, rows: list[dict[str, Any]]) -> str:
         "differences are paired. `reuse 3:1:1`: at step 3 only the first and the last block run. Its control has the "
         "same steps without that one. PSNR is to the clips of all full steps, in dB. FLOPs: of the transformers on "
         "Wan2.1-1.3B's shape (30 blocks, 832x480), counted. CPU: time of a latent on this model (4 blocks), measured "
-        "in turns, median."
+        "in turns, the least of some rounds."
     )
     return "\n\n".join(["# Reuse of block residuals against dropping the step", about, table(heads, lines)]) + "\n"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Difference to the full steps against FLOPs; a line joins a reuse and its control."""
-    at = {row["name"]: row for row in rows}
-    looks = {
-        "full": ("s", "black"),
-        "reuse": ("o", "tab:blue"),
-        "dropped": ("o", "tab:orange"),
-        "trained": ("*", "tab:green"),
-    }
-    with figure(path, 13, 5.5, 2, share=False) as axes:
-        for axis, score, scale in ((axes[0], "to_full", 100.0), (axes[1], "psnr", 1.0)):
-            place = {name: 100 * row["flops"] / rows[0]["flops"] for name, row in at.items()}
-            for kind, (marker, colour) in looks.items():
-                shown = [row for row in rows if row["kind"] == kind and row[score] is not None]
-                if shown:
-                    axis.errorbar(
-                        [place[row["name"]] for row in shown], [scale * row[score].mean for row in shown],
-                        yerr=[scale * row[score].error for row in shown], fmt=marker, color=colour, capsize=2,
-                        markersize=9 if marker == "*" else 5, alpha=0.8, label=kind,
-                    )  # fmt: skip
-            for row in rows:
-                if row[score] is not None:
-                    ends = (place[row["name"]], scale * row[score].mean)
-                    axis.annotate(row["name"], ends, xytext=(5, 3), textcoords="offset points", fontsize=7)
-                if row["control"]:
-                    both = (row, at[row["control"]])
-                    axis.plot([place[one["name"]] for one in both], [scale * one[score].mean for one in both],
-                              color="gray", linewidth=0.7, zorder=0)  # fmt: skip
-            axis.set_xlabel("FLOPs of the transformers, percent of the full steps (Wan2.1-1.3B's shape)")
+    """Differences to the controls; and PSNR against FLOPs, where a line joins a reuse and its control."""
+    at, tried = {row["name"]: row for row in rows}, [row for row in rows if row["control"]]
+    looks = {"reuse": ("o", "tab:blue", 6), "dropped": ("o", "tab:orange", -6), "trained": ("*", "tab:green", -8)}
+    with figure(path, 13, 5.5, 2, share=False) as (left, right):
+        left.errorbar([100 * row["to_control"].mean for row in tried], range(len(tried)), fmt="o", capsize=3,
+                      xerr=[200 * row["to_control"].error for row in tried])  # fmt: skip
+        left.set_yticks(range(len(tried)), [f"{row['name']}\nagainst {row['control']}" for row in tried], fontsize=8)
+        left.axvline(0, color="black", linewidth=0.8)
+        left.invert_yaxis()
+        left.set_xlabel("total: paired difference to the control, points, with 2 standard errors")
+        place = {name: 100 * row["flops"] / rows[0]["flops"] for name, row in at.items()}
+        for kind, (marker, colour, aside) in looks.items():
+            shown = sorted((row for row in rows if row["kind"] == kind and row["psnr"]), key=lambda r: r["psnr"].mean)
+            spots = [(place[row["name"]], row["psnr"].mean) for row in shown]
+            if not shown:
+                continue
+            right.errorbar(*zip(*spots, strict=True), yerr=[row["psnr"].error for row in shown], fmt=marker,
+                           color=colour, capsize=2, label=kind)  # fmt: skip
+            lowest = -np.inf
+            for row, spot in zip(shown, spots, strict=True):
+                lowest = max(spot[1], lowest + 0.55)  # labels stand apart
+                right.annotate(row["name"], (spot[0], lowest), xytext=(aside, 0), textcoords="offset points",
+                               fontsize=7, ha="left" if aside > 0 else "right", va="center")  # fmt: skip
+        for row in tried:
+            both = (row, at[row["control"]])
+            right.plot([place[one["name"]] for one in both], [one["psnr"].mean for one in both], color="gray",
+                       linewidth=0.7, zorder=0)  # fmt: skip
+        right.set_xlim(40, 100)
+        right.set_xlabel("FLOPs of the transformers, percent of all full steps (Wan2.1-1.3B's shape)")
+        right.set_ylabel("PSNR to the clips of all full steps, dB")
+        right.legend(fontsize=8, loc="upper left")
+        for axis in (left, right):
             axis.grid(alpha=0.3)
-        axes[0].axhline(0, color="black", linewidth=0.8)
-        axes[0].set_ylabel("total: paired difference to the full steps, points")
-        axes[1].set_ylabel("PSNR to the clips of the full steps, dB")
-        axes[0].legend(fontsize=8, loc="lower right")
 
 
 def _plain(value: Any) -> Any:
