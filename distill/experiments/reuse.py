@@ -62,7 +62,7 @@ class ReuseConfig:
     steps: tuple[int, ...] = option((1000, 750, 500, 250), "timesteps of all full steps")
     patterns: tuple[str, ...] = option(("3:1:1",), "STEP,..:FIRST:LAST as --reuse takes it, then a solver, if another")
     trained: tuple[tuple[int, ...], ...] = option((), "timesteps of fewer steps that the student was trained for")
-    rounds: int = option(5, "of CPU times, each with all ways in turn")
+    rounds: int = option(4, "of CPU times, each with all ways in turn")
 
     def __post_init__(self) -> None:
         for name, least in (("prompts", 2), ("frames", 1), ("rounds", 1)):
