@@ -36,6 +36,7 @@ STAGES = {
     "assemble": ("stages.assemble", "write teacher, VAE and student as one pipeline directory"),
     "evaluate": ("experiments.evaluate", "score clips of a model on held-out prompts, or any videos"),
     "ablation": ("experiments.ablation", "train and compare arms over seeds: tables and plots"),
+    "reuse": ("experiments.reuse", "reuse of block residuals against dropping the step: table and plot"),
     "gallery": ("experiments.gallery", "stream several prompts into one moving picture"),
     "attention": ("attention.command", "where attention looks, frame by frame, and what replacing it changes"),
     "following": ("experiments.following", "score how video-to-video follows its input"),

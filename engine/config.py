@@ -1,10 +1,10 @@
 """Configuration as frozen dataclasses: the transformer's shape, the streaming preset, and the runtime."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from engine.options import Convert, FieldError, option, read, real_number, shown
+from engine.options import Convert, FieldError, option, read, real_number, shown, whole_number
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 Commit = Literal["clean", "noisy", "none"]
@@ -126,6 +126,45 @@ Steps = Annotated[tuple[tuple[float, ...], ...], Convert(_rows)]
 
 
 @dataclass(frozen=True)
+class Reuse:
+    """Denoising steps of every chunk at which only the first and the last blocks run.
+
+    The blocks between them add what they added at the chunk's last full step. ValueError for an invalid field.
+    """
+
+    steps: tuple[int, ...] = option(help="steps, counted from 1; step 1 is always full")
+    first: int = option(1, "blocks that run before those that are left out")
+    last: int = option(1, "blocks that run after them")
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in pairwise(self.steps))
+        ok = bool(self.steps) and rising and 2 <= self.steps[0] <= self.steps[-1] <= MOST
+        expect_field("reuse", self, "steps", ok, "rising step numbers from 2 on: step 1 is always full")
+        for name in ("first", "last"):
+            expect_field("reuse", self, name, 0 <= getattr(self, name) <= MOST_LAYERS, f"0 to {MOST_LAYERS}")
+
+    def check(self, layers: int) -> None:
+        """ValueError unless a transformer with so many layers has blocks to leave out."""
+        if self.first + self.last >= layers:
+            raise ValueError(f"reuse: got first {self.first} and last {self.last} of {layers} layers, "
+                             "expected at least one between them")  # fmt: skip
+
+
+def _reuse(value: Any) -> Any:
+    """Parse '3', '2,4' and '3:1:1' (steps, first, last); 'none' is no reuse. Leaves other values as they are."""
+    if not isinstance(value, str) or value == "none":
+        return None if value == "none" else value
+    steps, *rest = value.split(":")
+    try:
+        return Reuse(tuple(map(whole_number, steps.split(","))), *map(whole_number, rest))
+    except FieldError:
+        raise
+    except (TypeError, ValueError):
+        expected = "steps as in 3 or 2,4, also with the first and last blocks that run as in 3:1:1, or none"
+        raise FieldError(f"reuse: got {value!r}, expected {expected}", "reuse", repr(value), expected) from None
+
+
+@dataclass(frozen=True)
 class Preset:
     """How a stream is generated. Lengths count latent frames. ValueError for an invalid field.
 
@@ -151,6 +190,10 @@ class Preset:
     )  # fmt: skip
     context_timestep: float = option(0.0, "timestep of the pass that commits a chunk")
     stop_after: int = option(0, "leave a chunk's loop after so many steps; 0 means all (step-unified students)")
+    reuse: Annotated[Reuse | None, Convert(_reuse)] = option(
+        None, "at these steps of every chunk run the first and the last blocks only (3 means 3:1:1), and reuse what "
+        "the others added; none is the default (docs/experiments.md)", metavar="STEP,..[:FIRST:LAST]",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         self.expect("commit", self.commit in get_args(Commit), "one of " + ", ".join(get_args(Commit)))
@@ -168,6 +211,21 @@ class Preset:
             self.expect("steps", falling and steps[-1] > 0 and steps[0] <= 1000, "falling numbers in (0, 1000]")
             whole = all(float(step).is_integer() for step in steps)
             self.expect("steps", whole or not self.warped, "whole numbers where warped")
+        if self.reuse is not None:
+            self._check_reuse(self.reuse)
+
+    def _check_reuse(self, reuse: Reuse) -> None:
+        fewest = min(len(steps[: self.stop_after or None]) for steps in self.steps)
+        if reuse.steps[-1] > fewest:
+            raise FieldError(f"preset: got reuse at step {reuse.steps[-1]}, expected at most {fewest}, the fewest that "
+                             "a chunk has", "reuse", str(reuse.steps[-1]), f"at most {fewest}")  # fmt: skip
+        # Noisy keys and values are those of the last step, and a short one writes only those of its own blocks.
+        self.expect("commit", self.commit != "noisy", "clean or none with reuse")
+
+    def table(self) -> dict[str, Any]:
+        """All fields as a manifest has them: without reuse where there is none, as before there was any."""
+        values = asdict(self) | {"steps": [list(steps) for steps in self.steps]}
+        return values if self.reuse is not None else {name: v for name, v in values.items() if name != "reuse"}
 
     def expect(self, name: str, ok: bool, expected: str) -> None:
         """Raise FieldError with the field's value and the expected one unless `ok`."""

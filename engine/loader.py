@@ -143,6 +143,8 @@ def load(
     dtype = dtype_of(runtime.precision, device)
     parts = find_parts(folder, replace(given, prefer=states_of(name), dtype=dtype))
     config, vae_config = parts.config, parts.vae_config
+    if style.reuse is not None:
+        style.reuse.check(config.num_layers)
     height = settings.height if height is None else height
     width = settings.width if width is None else width
     fps = settings.fps if fps is None else fps

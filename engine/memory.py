@@ -145,6 +145,8 @@ def _needs(case: Case) -> Iterator[Need]:
     chunk = preset.chunk * tokens
     yield Need("rotary tables, features", place, PREPARED * chunk * config.attention_head_dim * 4
                + chunk * config.dim * size, during=STREAMING)  # fmt: skip
+    if preset.reuse is not None:
+        yield Need("residual of skipped blocks", place, chunk * config.dim * size, during=STREAMING)
     join = case.runtime.join_context
     joined = (graphs if join == "auto" else join == "on") + 1
     most = max(ring.slots for ring in rings.values()) * tokens

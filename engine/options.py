@@ -19,10 +19,10 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from engine.files import MOST_DEPTH, is_shallow, read_text
 
@@ -241,6 +241,8 @@ def _typed(hint: Any, value: Any, what: str, name: str) -> Any:
         return _fitted(hint, value)
     except _Unfit as expected:
         raise _refused(what, name, shown(value), str(expected)) from None
+    except FieldError as error:  # of a table inside, which the message names
+        raise FieldError(f"{what}: {error}", name, error.got, error.expected) from None
     except ValueError as error:  # of the field's own converter, whose message is complete
         raise FieldError(f"{what}: {name}: {error}", name, shown(value), "another") from None
 
@@ -280,10 +282,13 @@ def _fitted(hint: Any, value: Any) -> Any:
         return value
     if type(None) in parts:
         return None if value is None else _fitted(next(p for p in parts if p is not type(None)), value)
-    if origin is dict:
+    if origin is dict or is_dataclass(hint):
+        kind = cast(type, hint)
+        if is_dataclass(hint) and isinstance(value, kind):
+            return value
         if not isinstance(value, dict):
             raise _Unfit("a table")
-        return dict(value)
+        return read(kind, value, kind.__name__.lower()) if is_dataclass(hint) else dict(value)
     if not isinstance(value, list | tuple):
         raise _Unfit("a list")
     kinds_of = parts[:1] * len(value) if parts[-1] is Ellipsis else parts

@@ -176,6 +176,7 @@ class PythonStream(Steered, HandsOverChunks):
         if now.supplied:
             return now.supplied[0]
         state.joined = False  # a chunk that is made again takes the context pass along again
+        state.kept = False  # and begins with a full step
         index = state.index
         begun = self._begun = self._start(index, pipeline)
         solver = make_solver(self.pipeline.preset.solver, self.schedule)
@@ -185,7 +186,7 @@ class PythonStream(Steered, HandsOverChunks):
         x = begun.noised(x)
         for (t, t_next), new in zip_longest(begun.steps, fresh[: len(begun.steps) - 1]):
             self._go_on()
-            flow = generator.denoise(x, t, state)
+            flow = generator.denoise(x, t, state, short=self.schedule.is_short(index, t))
             x = solver.step(x, flow, t, t_next, new)
         return x
 

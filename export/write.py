@@ -108,6 +108,8 @@ def write_bundle(
     Compiled graphs of the bundle `reuse` are copied where they would come out the same. plans are TensorRT's build
     options. Raises ValueError where `out` exists.
     """
+    if pipeline.preset.reuse is not None:
+        raise ValueError("export: got a preset with reuse, expected one without: a bundle has one graph per pass")
     if out.exists():
         raise ValueError(f"export: got {out}, which exists, expected a new directory")
     if not out.parent.is_dir():
@@ -140,7 +142,7 @@ def _write(
 
     golden = {"frames": torch.from_numpy(golden_frames(pipeline, prompt, seed))}
     save_file(golden, part / _GOLDEN)
-    preset = asdict(pipeline.preset) | {"steps": [list(steps) for steps in pipeline.preset.steps]}
+    preset = pipeline.preset.table()
     transformer = asdict(pipeline.config) | {"patch_size": list(pipeline.config.patch_size)}
     content = {
         "format": "greedy-bundle", "version": VERSION, "preset_name": pipeline.preset_name, "preset": preset,

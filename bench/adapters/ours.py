@@ -43,8 +43,8 @@ class Rounded:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._generator, name)
 
-    def denoise(self, x: Tensor, t: float, state: Any) -> Tensor:
-        return self._generator.denoise(x, float(torch.tensor(t, dtype=self._dtype)), state)
+    def denoise(self, x: Tensor, t: float, state: Any, short: bool = False) -> Tensor:
+        return self._generator.denoise(x, float(torch.tensor(t, dtype=self._dtype)), state, short)
 
 
 @dataclass(frozen=True)

@@ -45,12 +45,12 @@ def total(costs: dict[str, Cost]) -> Cost:
     return sum(costs.values(), Cost())
 
 
-def weights_per_token(config: TransformerConfig, head: bool, c_f: bool) -> int:
-    """Weights that every token of a pass meets: patch embedding, blocks, W_c, proj_out."""
+def weights_per_token(config: TransformerConfig, head: bool, c_f: bool, layers: int) -> int:
+    """Weights that every token of a pass meets: patch embedding, the `layers` blocks that run, W_c, proj_out."""
     d, patch = config.dim, config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
     linear = 6 * d * d + 2 * d * config.ffn_dim  # self q k v o, cross q o, feed-forward: weights per layer
     embed, out = patch * config.in_channels * d, patch * config.out_channels * d if head else 0
-    return config.num_layers * linear + embed + out + (d * d if c_f else 0)
+    return layers * linear + embed + out + (d * d if c_f else 0)
 
 
 def time_weights(config: TransformerConfig) -> int:
@@ -61,6 +61,7 @@ def time_weights(config: TransformerConfig) -> int:
 def transformer_cost(
     config: TransformerConfig, frames: int, tokens: int, keys: int, rows: int, itemsize: int, *,
     batch: int = 1, timesteps: int | None = None, head: bool = True, c_f: bool = False, cached: bool = True,
+    layers: int | None = None,
 ) -> Cost:  # fmt: skip
     """One pass over `frames` frames of `tokens` tokens. Self-attention sees `keys` keys; the text has `rows` rows.
 
@@ -68,10 +69,11 @@ def transformer_cost(
     head       whether norm_out and proj_out run (a pass that only writes caches ends before them)
     c_f        whether the temporal feature is an input, which W_c projects
     cached     whether keys and values go through a cache: written once, read once per layer
+    layers     blocks that run (all by default)
     """
-    n, d, layers = frames * tokens, config.dim, config.num_layers
+    n, d, layers = frames * tokens, config.dim, config.num_layers if layers is None else layers
     patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-    per_token, time = weights_per_token(config, head, c_f), time_weights(config)
+    per_token, time = weights_per_token(config, head, c_f, layers), time_weights(config)
     attention = 4.0 * layers * n * keys * d
     when = frames if timesteps is None else timesteps
     flops = 2.0 * n * per_token + 2.0 * when * time + attention + 4.0 * layers * n * rows * d
@@ -154,17 +156,21 @@ class CountingStages:
         cost = self._cost(step, cache, text_kv, not kind.hidden, c_f)
         if step.context is not None:  # one head, W_c on all tokens, and weights that move once
             name, context = joined_of(name), self._cost(step.context, cache, text_kv, False, c_f)
-            again = weights_per_token(self.config, False, c_f) + time_weights(self.config)
+            again = weights_per_token(self.config, False, c_f, self.config.num_layers) + time_weights(self.config)
             cost += replace(context, bytes=context.bytes - self.itemsize * again)
         self.calls.append((name, cost))
         width = self.config.dim
         return latent.new_empty(latent.shape[0], len(step.cos), width) if kind.hidden else latent
 
     def _cost(self, step: Pass, cache: RingCache, rows: int, head: bool, c_f: bool) -> Cost:
-        return transformer_cost(
+        reuse, batch = step.reuse, step.latent.shape[0]
+        outer = reuse.first + reuse.last if reuse is not None and step.short else None
+        cost = transformer_cost(
             self.config, step.frames, cache.tokens, int(step.valid) * cache.tokens, rows, self.itemsize,
-            batch=step.latent.shape[0], head=head, c_f=c_f,
+            batch=batch, head=head, c_f=c_f, layers=outer,
         )  # fmt: skip
+        residual = 0 if reuse is None else batch * len(step.cos) * self.config.dim  # written, or read
+        return cost + Cost(bytes=self.itemsize * residual)
 
 
 class EmptyNoise:

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -107,6 +108,7 @@ def stream_header(pipeline: Pipeline, model: str) -> dict[str, Any]:
         "chunk": preset.chunk,
         "window": preset.window,
         "steps": [list(steps[: preset.stop_after or None]) for steps in preset.steps],
+        **({} if preset.reuse is None else {"reuse": asdict(preset.reuse)}),
         "backend": pipeline.stages.name,
         "precision": precision_of(pipeline),
         "height": pipeline.height,

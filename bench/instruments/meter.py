@@ -146,9 +146,9 @@ class MeteredGenerator:
     def open(self, geometry: Geometry, text_kv: Any) -> Any:
         return self._generator.open(geometry, text_kv)
 
-    def denoise(self, x: Tensor, t: float, state: Any) -> Tensor:
+    def denoise(self, x: Tensor, t: float, state: Any, short: bool = False) -> Tensor:
         with self._meter.span("denoise", "other"):
-            return self._generator.denoise(x, t, state)
+            return self._generator.denoise(x, t, state, short)
 
     def commit(self, x: Tensor, state: Any, supplied: bool = False) -> None:
         with self._meter.span("commit", "cache"):

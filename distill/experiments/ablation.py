@@ -156,7 +156,9 @@ def _settings(plan: Plan) -> dict[str, Any]:
         arms[name] = {"stage": arm.stage, "parent": arm.parent, "guidance": arm.guidance,
                       "settings": changed(made, parents) if made else {}}  # fmt: skip
     scored = {name: value for name, value in asdict(plan.config).items() if name not in FREE}
-    return {"ablation": scored, "samplings": plan.samplings, "arms": arms}
+    samplings = {name: {"rows": rows, "reuse": plan.reuse[name]} if name in plan.reuse else rows
+                 for name, rows in plan.samplings.items()}  # fmt: skip
+    return {"ablation": scored, "samplings": samplings, "arms": arms}
 
 
 def saved_scores(plan: Plan, out: Path) -> Scores:

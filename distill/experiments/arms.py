@@ -4,6 +4,7 @@
     [next_chunk]                # and [rl], [dmd], ...: a stage's settings in all arms
     [samplings]                 # denoising steps by name. "4" is 1000, 750, 500, 250; "own" are the student's
     ffe = [[1000, 750, 500, 250], [1000]]
+    reuse-3 = { rows = [[1000, 750, 500, 250]], reuse = "3:1:1" }   # the preset's `reuse` as well
 
     [arms.greedy]
     stage = "next_chunk"
@@ -37,6 +38,7 @@ from distill.stages.dmd import DmdConfig, even_steps
 from distill.stages.rl import RlConfig
 from distill.training.loop import FitConfig
 from engine.options import option, read, read_toml
+from engine.presets import PRESETS, override
 
 Rows = tuple[tuple[float, ...], ...]  # timesteps of the first chunks; the last row is of all others; none: its own
 
@@ -95,6 +97,7 @@ class Plan:
     arms: dict[str, Arm]
     settings: dict[str, FitConfig]  # of every arm that is trained
     samplings: dict[str, Rows]
+    reuse: dict[str, str] = field(default_factory=dict)  # the preset's `reuse` of samplings that have it
 
     @cached_property
     def made(self) -> NextChunkConfig:
@@ -172,7 +175,9 @@ def read_plan(path: Path, config: AblationConfig) -> Plan:
                 raise ValueError(f"{what}: got a second arm {name}, expected one")
             arms[name] = arm
             _settle(name, tables, arms, made, sets, what)
-    plan = Plan(config, arms, made, _samplings(path, tables.get("samplings", {}), config, arms))
+    found = _samplings(path, tables.get("samplings", {}), config, arms)
+    reuse = {name: sampling.reuse for name, sampling in found.items() if sampling.reuse}
+    plan = Plan(config, arms, made, {name: sampling.rows or () for name, sampling in found.items()}, reuse)
     _check(plan, path)
     return plan
 
@@ -240,16 +245,17 @@ def start_field(kind: type | None) -> str:
     return "student" if any(f.name == "student" for f in fields(kind)) else ""
 
 
-def _samplings(path: Path, table: Any, config: AblationConfig, arms: dict[str, Arm]) -> dict[str, Rows]:
-    """The denoising steps of every name in use."""
-    found: dict[str, Rows] = {}
+def _samplings(path: Path, table: Any, config: AblationConfig, arms: dict[str, Arm]) -> "dict[str, _Sampling]":
+    """The sampling of every name in use."""
+    found: dict[str, _Sampling] = {}
     for name in dict.fromkeys([*config.steps, *(step for arm in arms.values() for step in arm.steps)]):
         if name in table:
-            found[name] = read(_Sampling, {"rows": table[name]}, f"{path} [samplings] {name}").rows
+            given = table[name] if isinstance(table[name], dict) else {"rows": table[name]}
+            found[name] = read(_Sampling, given, f"{path} [samplings] {name}")
         elif name == "own":
-            found[name] = ()
+            found[name] = _Sampling()
         elif name.isdecimal() and int(name) and 1000 % int(name) == 0:
-            found[name] = (even_steps(int(name)),)
+            found[name] = _Sampling((even_steps(int(name)),))
         else:
             raise ValueError(f"{path}: steps: got {name!r}, expected a divisor of 1000, own, or a name in [samplings]")
     return found
@@ -257,11 +263,14 @@ def _samplings(path: Path, table: Any, config: AblationConfig, arms: dict[str, A
 
 @dataclass(frozen=True)
 class _Sampling:
-    rows: Rows
+    rows: Rows | None = None  # none: the student's own
+    reuse: str = ""  # as --reuse takes it
 
     def __post_init__(self) -> None:
-        if not self.rows or not all(self.rows):
+        if self.rows is not None and (not self.rows or not all(self.rows)):
             raise ValueError(f"samplings: got {list(self.rows)}, expected lists of timesteps")
+        if self.reuse:  # refuses a wrong one now
+            override(PRESETS["greedy"], {"reuse": self.reuse} | ({"steps": self.rows} if self.rows else {}))
 
 
 def _check(plan: Plan, path: Path) -> None:

@@ -1,7 +1,6 @@
 """What an ablation measures on a student: clips of held-out prompts and their scores, and the loss of Eq. 6."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,6 +23,7 @@ from distill.scores.tasks import find_task
 from distill.stages.next_chunk import draw_sigmas
 from distill.training.draws import Draws
 from engine.config import Preset
+from engine.presets import override
 
 BATCH = 16  # clips streamed at once
 
@@ -42,8 +42,9 @@ class Measure:
     def scores(self, arm: str, seed: int, steps: str, path: Path) -> dict[str, Any]:
         """Scores of every clip that the student at `path` streams as the arm does with these steps."""
         student, made, _ = load_student(path, self.base)
-        rows = self.plan.samplings[steps]
-        preset = replace(made.preset, steps=rows) if rows else made.preset
+        rows, reuse = self.plan.samplings[steps], self.plan.reuse.get(steps)
+        asked = ({"steps": rows} if rows else {}) | ({"reuse": reuse} if reuse else {})
+        preset = override(made.preset, asked)
         guidance, lengths = self.plan.arms[arm].guidance, self.config.lengths
         videos = self._videos(student, preset, guidance)
         clips = {}
@@ -59,7 +60,7 @@ class Measure:
             "steps": steps,
             "seed": seed,
             "trained": sum(p.numel() for p in student.trained().values()),
-            "passes": passes(preset) * (1 + (guidance != 1)),
+            "passes": passes(preset, self.base.transformer.config.num_layers) * (1 + (guidance != 1)),
             "clips": clips,
             "windows": self._windows(videos[: lengths[-1][1]]),
         }
@@ -141,7 +142,12 @@ def by_score(rows: list[dict[str, float]]) -> dict[str, list[float | None]]:
     return {name: [None if math.isnan(row[name]) else round(row[name], 5) for row in rows] for name in rows[0]}
 
 
-def passes(preset: Preset) -> float:
-    """Transformer passes per latent frame, once a video runs: denoising steps, and those that read a finished chunk."""
+def passes(preset: Preset, layers: int) -> float:
+    """Transformer passes per latent frame, once a video runs: denoising steps, and those that read a finished chunk.
+
+    A step that runs some of the `layers` blocks is that part of a pass.
+    """
     context = 2 if preset.family == "greedy" else int(preset.commit == "clean")
-    return (len(preset.steps[-1]) + context) / preset.chunk
+    reuse = preset.reuse
+    saved = 0.0 if reuse is None else len(reuse.steps) * (1 - (reuse.first + reuse.last) / layers)
+    return (len(preset.steps[-1]) - saved + context) / preset.chunk

@@ -33,12 +33,19 @@ def can_plot() -> bool:
 
 
 @contextmanager
-def figure(path: Path, width: float, height: float, columns: int = 1, projection: str | None = None) -> Iterator[Any]:
-    """Axes in a row; the picture is written at the end."""
+def figure(
+    path: Path, width: float, height: float, columns: int = 1, projection: str | None = None, share: bool = True
+) -> Iterator[Any]:
+    """Axes in a row, with one vertical scale if they `share` it; the picture is written at the end."""
     from matplotlib import pyplot
 
     whole, axes = pyplot.subplots(
-        1, columns, figsize=(width, height), sharey=columns > 1, squeeze=False, subplot_kw={"projection": projection}
+        1,
+        columns,
+        figsize=(width, height),
+        sharey=share and columns > 1,
+        squeeze=False,
+        subplot_kw={"projection": projection},
     )
     try:
         yield axes[0]

@@ -220,7 +220,7 @@ def roll_into(
         shape = (batch, channels, preset.chunk, *size)
         x, *fresh = noise.draw(number, len(levels) if solver.renoises else 1, shape).to(pipeline.device, pipeline.dtype)
         for step, (t, t_next) in enumerate(levels[:steps]):
-            flow = generator.denoise(x, t, stream.state)
+            flow = generator.denoise(x, t, stream.state, short=schedule.is_short(number, t))
             x = solver.step(x, flow, t, t_next, fresh[step] if step < len(fresh) else None)
     past = torch.cat(latents, 2) if latents else x[:, :, :0]
     return past.clone(), x.clone()

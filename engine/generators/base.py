@@ -84,6 +84,7 @@ class State:
     stale: bool = False  # the caches belong to an earlier prompt, or an interrupted call has spoiled them
     pending: Pass | None = None  # the last chunk's context pass, if the next chunk's first denoising call is to run it
     joined: bool = False  # that call has run it; false again if the chunk is made again
+    kept: bool = False  # the cache holds the residual of a full step of the current chunk, for the preset's `reuse`
     text_emb: Tensor | None = None  # [B, rows, text_dim], from which text_kv was made
     prompt: tuple[int, int] = (0, 0)  # which embedding that is: Course.key
     strengths: Mapping[str, float] = field(default_factory=dict)  # of the adapters in the weights of text_kv
@@ -115,6 +116,8 @@ class Generator(ABC):
         self, stages: Stages, config: TransformerConfig, preset: Preset, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.check(preset)
+        if preset.reuse is not None:
+            preset.reuse.check(config.num_layers)
         self.stages, self.config, self.preset = stages, config, preset
         self.dtype, self.device = dtype, device  # of the cached keys and values
 
@@ -154,7 +157,9 @@ class Generator(ABC):
 
     def restart(self, state: Any) -> None:
         """Forget every chunk. The prompt, the strengths and the caches' memory stay."""
-        state.publish(index=0, position=0, held=0, stale=False, pending=None, joined=False, **self._nothing(state))
+        state.publish(
+            index=0, position=0, held=0, stale=False, pending=None, joined=False, kept=False, **self._nothing(state)
+        )
 
     @abstractmethod
     def _nothing(self, state: Any) -> dict[str, Any]:
@@ -172,8 +177,11 @@ class Generator(ABC):
         """The fields of a state whose caches are to be written again from the window's latents."""
 
     @abstractmethod
-    def denoise(self, x: Tensor, t: float, state: Any) -> Tensor:
-        """Flow of the noisy chunk x at timestep t in [0, 1000], both [B, C, F, h, w]. Publishes nothing."""
+    def denoise(self, x: Tensor, t: float, state: Any, short: bool = False) -> Tensor:
+        """Flow of the noisy chunk x at timestep t in [0, 1000], both [B, C, F, h, w]. Publishes nothing.
+
+        short  run only the blocks that the preset's `reuse` names; a chunk's first call is full all the same
+        """
 
     @abstractmethod
     def commit(self, x: Tensor, state: Any, supplied: bool = False) -> None:
@@ -193,11 +201,24 @@ class Generator(ABC):
         self.stages.run(step, cache, state.text_kv)
         return None
 
-    def _run_denoising(self, step: Pass, cache: RingCache, state: State, overwrites: bool = False) -> Tensor:
+    def _run_denoising(
+        self, step: Pass, cache: RingCache, state: State, short: bool, overwrites: bool = False
+    ) -> Tensor:
         """Run a denoising pass, and with it the context pass that is pending.
 
+        short       as `denoise` has it
         overwrites  the step writes over rows that the context reads, so both cannot be repeated
         """
+        if self.preset.reuse is None:
+            return self._run_whole(step, cache, state, overwrites)
+        if short and state.kept:
+            return self.stages.run(replace(step, reuse=self.preset.reuse, short=True), cache, state.text_kv)
+        state.kept = False  # until the residual is whole
+        flow = self._run_whole(replace(step, reuse=self.preset.reuse), cache, state, overwrites)
+        state.kept = True
+        return flow
+
+    def _run_whole(self, step: Pass, cache: RingCache, state: State, overwrites: bool) -> Tensor:
         if state.pending is None or state.joined:
             return self.stages.run(step, cache, state.text_kv)
         step = replace(step, context=state.pending)
@@ -217,9 +238,11 @@ class Generator(ABC):
 
     def _cache(self, role: str, geometry: Geometry) -> RingCache:
         config, ring = self.config, self.rings(self.preset)[role]
+        denoises = any(kind.timed for kind in self.passes if kind.role == role)
+        residual = self.preset.chunk * geometry.tokens if denoises and self.preset.reuse is not None else 0
         return self.stages.make_cache(
             config.num_layers, geometry.batch, ring.slots, geometry.tokens, config.num_attention_heads,
-            config.attention_head_dim, ring.attn_sink, self.dtype, self.device,
+            config.attention_head_dim, ring.attn_sink, self.dtype, self.device, residual,
         )  # fmt: skip
 
     def _rope(self, geometry: Geometry) -> RopeTables:

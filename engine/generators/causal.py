@@ -56,12 +56,12 @@ class CausalGenerator(Generator):
     def _rewritten(self, state: CausalState) -> dict[str, Any]:
         return {"stale": state.index > 0, "staged": False}
 
-    def denoise(self, x: Tensor, t: float, state: CausalState) -> Tensor:
+    def denoise(self, x: Tensor, t: float, state: CausalState, short: bool = False) -> Tensor:
         self._refresh(state)
         step = self._pass(x, t, state.position, state)
         # In a full ring the step writes over the oldest chunk, which the context pass reads.
         overwrites = state.held + x.shape[2] > state.cache.slots
-        flow = self._run_denoising(step, state.cache, state, overwrites)
+        flow = self._run_denoising(step, state.cache, state, short, overwrites)
         state.staged = True
         return flow
 
@@ -69,7 +69,7 @@ class CausalGenerator(Generator):
         self._refresh(state)
         self._run_pending(state.cache, state)
         frames, cache = x.shape[2], state.cache
-        changes: dict[str, Any] = {"pending": None, "joined": False, "staged": False, "index": state.index + 1}
+        changes: dict[str, Any] = {"pending": None, "joined": False, "kept": False, "staged": False}
         # After a prompt switch the last denoising call's keys belong to the old prompt, or are overwritten.
         lost = self.preset.commit == "noisy" and not state.staged
         if supplied or lost or self.preset.commit == "clean":
@@ -82,7 +82,7 @@ class CausalGenerator(Generator):
             changes["attn_sink"] = [*state.attn_sink, *new[:room]]
             changes["window"] = deque([*state.window, *new[room:]], state.window.maxlen)
             changes["held"] = state.held + frames
-        state.publish(**changes, position=state.position + frames)
+        state.publish(**changes, position=state.position + frames, index=state.index + 1)
         cache.rewind(state.held)
 
     def set_text(self, text_kv: TextKV, state: CausalState, recommit: bool = True, **also: Any) -> None:

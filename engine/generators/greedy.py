@@ -70,13 +70,13 @@ class GreedyGenerator(Generator):
     def _rewritten(self, state: GreedyState) -> dict[str, Any]:
         return {"stale": state.stale or state.index > 0}
 
-    def denoise(self, x: Tensor, t: float, state: GreedyState) -> Tensor:
+    def denoise(self, x: Tensor, t: float, state: GreedyState, short: bool = False) -> Tensor:
         self._refresh(state)
         chunk = self.preset.chunk
         rope = state.rope.at(min(state.position, self.preset.max_position), chunk)
         slot = min(state.index, 2) * chunk
         step = Pass(SDD, x, *rope, slot, slot + chunk, timesteps(x, t), state.c_f)
-        return self._run_denoising(step, state.sdd, state)
+        return self._run_denoising(step, state.sdd, state, short)
 
     def commit(self, x: Tensor, state: GreedyState, supplied: bool = False) -> None:
         chunk = self.preset.chunk
@@ -87,7 +87,7 @@ class GreedyGenerator(Generator):
         c_f = self._temporal(x, state.position, state)
         pending = self._run_context(self._context(x, state.position, state), state.sdd, state)
         state.publish(
-            c_f=c_f, first=x if state.index == 0 else state.first, pending=pending, joined=False,
+            c_f=c_f, first=x if state.index == 0 else state.first, pending=pending, joined=False, kept=False,
             recent=deque([*state.recent, (state.position, x)], state.recent.maxlen),
             held=state.held + chunk, position=state.position + chunk, index=state.index + 1,
         )  # fmt: skip

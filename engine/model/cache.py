@@ -30,12 +30,15 @@ class RingCache:
     `write` stages a chunk in the slots that the next commit will own; only `commit` publishes them. So a chunk
     that is written twice, or never committed, changes nothing that a later chunk reads.
 
+    `residual` [batch, residual, heads * head_dim] is what a preset's `reuse` keeps of the current chunk's last full
+    step; without `reuse` it is None.
+
     The constructor raises ValueError unless 0 <= attn_sink < slots.
     """
 
     def __init__(
         self, layers: int, batch: int, slots: int, tokens: int, heads: int, head_dim: int,
-        attn_sink: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+        attn_sink: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", residual: int = 0,
     ) -> None:  # fmt: skip
         if not 0 <= attn_sink < slots:
             raise ValueError(f"cache: got attn_sink {attn_sink} of {slots} slots, expected at least one slot beside it")
@@ -48,6 +51,8 @@ class RingCache:
         self.committed = 0  # latent frames published since the last reset
         # FP8 attention uses a static scale of 1 per head: normalised q and k fit e4m3 unscaled, and so does v.
         self.unit = torch.ones(heads, device=device) if self.fp8 else None
+        kept, hidden = (batch, residual, heads * head_dim), torch.bfloat16 if self.fp8 else dtype
+        self.residual = torch.zeros(kept, dtype=hidden, device=device) if residual else None
 
     def limit(self, slots: int) -> None:
         """Use the first `slots` slots alone, at most as many as there is memory for. What they hold stays as it is."""

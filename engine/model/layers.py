@@ -5,6 +5,7 @@ rotations are float32.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,20 @@ from kernels.rms_norm import rms_norm
 QKV = Tensor | tuple[Tensor, Tensor, Tensor]  # one tensor [B, n, 3 * dim], or three [B, n, dim]
 # (layer, q, k, v) -> out, each [B, tokens, heads, head_dim]: how a block's self-attention finds its keys.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Middle:
+    """The blocks between the `first` and the `last` ones of a transformer.
+
+    residual  [B, tokens, dim]: what they add to the hidden state of the last tokens. They write it; if they are
+              `skipped`, it is added in their place
+    """
+
+    first: int
+    last: int
+    residual: Tensor
+    skipped: bool
 
 
 def dense_attention(mask: Tensor | None = None) -> Attend:

@@ -20,6 +20,7 @@ from engine.model.layers import (
     Attention,
     Block,
     ConditionEmbedder,
+    Middle,
     modulation_table,
     rms_unit,
     total,
@@ -93,26 +94,42 @@ class WanTransformer(nn.Module):
 
     def encode(
         self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: Attend,
-        c_f: Tensor | None = None,
+        c_f: Tensor | None = None, middle: Middle | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Run the blocks.
 
         latent [B, C, F, h, w]; t [B] or [B, F] in [0, 1000]; cos, sin [tokens, head_dim / 2] with
-        tokens = F * (h / ph) * (w / pw); c_f [B, tokens, dim] (zero where None).
+        tokens = F * (h / ph) * (w / pw); c_f [B, tokens, dim] (zero where None); middle: the blocks whose residual is
+        written, or added in their place.
         Returns the last hidden state before norm_out [B, tokens, dim] and the time embedding [B, F, dim].
         """
         x, embedding, modulation = self.embed(latent, t, c_f)
-        hidden: Hidden = x
         # One sum for all blocks where they stream; elsewhere each adds its own table, which may be sharded or traced.
         tables = self._tables if isinstance(attend, Streaming) else None
         added = None if tables is None else tables + modulation  # [layers, B, F, 6, dim]
-        for layer, block in enumerate(self.blocks):
-            own = modulation if added is None else added[layer]
-            text = text_kv[0][layer], text_kv[1][layer]
-            hidden = block(hidden, own, *text, cos, sin, attend, layer, added is not None)
-            if added is None:  # a block that is checkpointed or sharded takes tensors
-                hidden = total(hidden)
-        return total(hidden), embedding
+
+        def through(hidden: Hidden, layers: range) -> Tensor:
+            for layer in layers:
+                own = modulation if added is None else added[layer]
+                text = text_kv[0][layer], text_kv[1][layer]
+                hidden = self.blocks[layer](hidden, own, *text, cos, sin, attend, layer, added is not None)
+                if added is None:  # a block that is checkpointed or sharded takes tensors
+                    hidden = total(hidden)
+            return total(hidden)
+
+        layers = range(len(self.blocks))
+        if middle is None:
+            return through(x, layers), embedding
+        end = len(layers) - middle.last
+        x = through(x, layers[: middle.first])
+        if middle.skipped:
+            x = x + middle.residual
+        else:
+            own = slice(x.shape[1] - middle.residual.shape[1], None)  # the tokens of a context come first
+            middle.residual.copy_(x[:, own])
+            x = through(x, layers[middle.first : end])
+            torch.sub(x[:, own], middle.residual, out=middle.residual)
+        return through(x, layers[end:]), embedding
 
     def embed(self, latent: Tensor, t: Tensor, c_f: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The blocks' inputs: hidden state [B, tokens, dim], time embedding [B, F, dim], modulation [B, F, 6, dim]."""
@@ -127,10 +144,10 @@ class WanTransformer(nn.Module):
 
     def forward(
         self, latent: Tensor, t: Tensor, text_kv: TextKV, cos: Tensor, sin: Tensor, attend: Attend,
-        c_f: Tensor | None = None,
+        c_f: Tensor | None = None, middle: Middle | None = None,
     ) -> Tensor:  # fmt: skip
         """Arguments as `encode`; returns the flow (noise - x), [B, C, F, h, w]."""
-        hidden, embedding = self.encode(latent, t, text_kv, cos, sin, attend, c_f)
+        hidden, embedding = self.encode(latent, t, text_kv, cos, sin, attend, c_f, middle)
         return self.head(hidden, embedding, latent)
 
     def head(self, hidden: Tensor, embedding: Tensor, latent: Tensor) -> Tensor:

@@ -155,13 +155,14 @@ class GraphedStages:
         changing = [_changing(p) for p in passes]
         with self._lock, self._capture.in_turn():
             text = self._static_text(role, text_kv[role])
-            what = [(p.kind.graph, p.latent.shape) for p in passes]
+            what = [(p.kind.graph, p.latent.shape, p.reuse, p.short) for p in passes]
             key = *what, cache.k.data_ptr(), text[0].data_ptr()
 
             def again(*static: Any) -> Tensor:
                 values, again = iter(static), None
                 for p, names in zip(passes, changing, strict=True):
-                    again = Pass(p.kind, **{name: next(values) for name in names}, context=again)
+                    fixed: dict[str, Any] = {name: getattr(p, name) for name in _FIXED} | {"context": again}
+                    again = Pass(p.kind, **{name: next(values) for name in names}, **fixed)
                 return self._stages.run(cast(Pass, again), whole, {role: text})
 
             args = tuple(value for names in changing for value in names.values())
@@ -213,9 +214,12 @@ class GraphedStages:
             return self._graph(key, run, (latent,), static, self._capture_vae), cache
 
 
+_FIXED = ("reuse", "short")  # fields of a pass that its graph is made for; the cache holds the residual
+
+
 def _changing(step: Pass) -> dict[str, Tensor | int]:
     """The fields of a pass that differ between two runs of its graph."""
-    values = {f.name: getattr(step, f.name) for f in fields(step) if f.name not in ("kind", "context")}
+    values = {f.name: getattr(step, f.name) for f in fields(step) if f.name not in ("kind", "context", *_FIXED)}
     return {name: value for name, value in values.items() if value is not None}
 
 

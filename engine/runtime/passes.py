@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from engine.config import Reuse
 from engine.model.cache import RingCache
 
 TextKV = Any  # result of the backend's prepare_text; generators only pass it back
@@ -41,6 +42,8 @@ class Pass:
     c_f       [B, tokens, dim], if the kind is conditioned; None means zero, as for chunk 0
     context   a pass of the same role that comes first, of whose result only the keys and values are used: it runs
               together with this one, where the backend joins passes
+    reuse     the preset's: the pass keeps what the blocks between the first and the last ones add, in the cache
+    short     with `reuse`: those blocks do not run, what was kept is added
     """
 
     kind: PassKind
@@ -52,6 +55,8 @@ class Pass:
     t: Tensor | None = None
     c_f: Tensor | None = None
     context: "Pass | None" = None
+    reuse: Reuse | None = None
+    short: bool = False
 
     @property
     def frames(self) -> int:

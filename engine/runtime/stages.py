@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.model.cache import CachedAttention, JoinedAttention, RingCache
+from engine.model.layers import Middle
 from engine.model.text import ReadAgain, encode_text
 from engine.model.transformer import TextKV, WanTransformer
 from engine.model.vae import StreamingVAE
@@ -64,7 +65,7 @@ class TorchStages:
         model = self.models[role]
         arguments = step.latent, _time_of(step), text_kv[role], step.cos, step.sin, attend, step.c_f
         with self._operations():
-            return model.encode(*arguments)[0] if step.kind.hidden else model(*arguments)
+            return model.encode(*arguments)[0] if step.kind.hidden else model(*arguments, _middle_of(step, cache))
 
     def _joined(self, context: Pass, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
         """Both passes as one over the tokens of both chunks; in each layer the context comes first."""
@@ -76,7 +77,8 @@ class TorchStages:
         tokens = len(context.cos)
         c_f = None if step.c_f is None else F.pad(step.c_f, (0, 0, tokens, 0))  # zero adds nothing
         with self._operations():
-            hidden, embedding = model.encode(latent, t, text_kv[step.kind.role], cos, sin, attend, c_f)
+            text, middle = text_kv[step.kind.role], _middle_of(step, cache)
+            hidden, embedding = model.encode(latent, t, text, cos, sin, attend, c_f, middle)
             return model.head(hidden[:, tokens:], embedding[:, context.frames :], step.latent)
 
     def _operations(self) -> AbstractContextManager[None]:
@@ -96,6 +98,13 @@ class TorchStages:
 def _time_of(step: Pass) -> Tensor:
     """[B], float32; 0 where the kind is not timed."""
     return step.latent.new_zeros(len(step.latent), dtype=torch.float32) if step.t is None else step.t
+
+
+def _middle_of(step: Pass, cache: RingCache) -> Middle | None:
+    """The blocks whose residual a pass keeps or takes, with its place in the cache."""
+    if step.reuse is None or cache.residual is None:
+        return None
+    return Middle(step.reuse.first, step.reuse.last, cache.residual[:, : len(step.cos)], step.short)
 
 
 def place_of(encoder: nn.Module, default: torch.device) -> torch.device:

@@ -20,6 +20,7 @@ class Schedule:
         self.sigmas = preset.shift * s / (1 + (preset.shift - 1) * s)
         self.timesteps = self.sigmas * GRID
         self._chunks = [self._resolve(steps, preset) for steps in preset.steps]
+        self._short = set(preset.reuse.steps) if preset.reuse is not None else set[int]()
         # The reference compares float64 timesteps. Tabulate all steps here, so that the frame loop does not search.
         self._sigma_of = {t: self._nearest(t) for steps in self._chunks for t in steps}
 
@@ -52,6 +53,13 @@ class Schedule:
             start = float(self.timesteps[int((self.sigmas.double() - level).abs().argmin())])
             ts = [start, *(t for t in ts[1:] if t < start)]
         return list(zip(ts, [*ts[1:], None], strict=True))
+
+    def is_short(self, chunk: int, t: float) -> bool:
+        """Whether the preset's `reuse` names the step of a chunk at this timestep."""
+        if not self._short:
+            return False
+        ts = self._chunks[min(chunk, len(self._chunks) - 1)]
+        return t in ts and ts.index(t) + 1 in self._short
 
     @property
     def rows(self) -> int:

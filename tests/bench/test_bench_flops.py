@@ -20,7 +20,7 @@ from bench.instruments.flops import (
     transformer_cost,
     vae_cost,
 )
-from engine.config import TransformerConfig
+from engine.config import Reuse, TransformerConfig
 from engine.generators import family_of
 from engine.loader import assemble
 from engine.model.transformer import WanTransformer
@@ -72,7 +72,11 @@ def test_chunks_of_every_preset(joined, name):
         assert total(cost).flops == counted(stream.next_latent)
 
 
-@pytest.mark.parametrize("changes", [{"chunk": 2}, {"window": 1}, {"window": 8}, {"stop_after": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"chunk": 2}, {"window": 1}, {"window": 8}, {"stop_after": 2}, {"reuse": Reuse((3,), 1, 0)},
+     {"reuse": Reuse((2, 4), 0, 0)}],
+)  # fmt: skip
 @pytest.mark.slow
 def test_chunks_of_changed_presets(changes):
     pipeline = meta_pipeline("greedy", **changes)
@@ -94,6 +98,15 @@ def test_a_cache_pass_has_its_own_line():
     costs = chunk_cost(meta_pipeline("self-forcing"), ROWS)
     assert costs["dit"] == costs["dit_context"] * 4
     assert "dit_context" not in chunk_cost(meta_pipeline("diagonal"), ROWS)
+
+
+def test_a_short_step_lacks_the_blocks_that_it_leaves_out():
+    full, short = (chunk_cost(meta_pipeline("self-forcing", reuse=reuse), ROWS) for reuse in (None, Reuse((3,), 1, 0)))
+    blocks = meta_pipeline("self-forcing").stages.models["dit"].blocks
+    assert short["dit_context"] == full["dit_context"]
+    saved = full["dit"].bytes - short["dit"].bytes
+    assert saved > 4 * 0.9 * sum(p.numel() for p in blocks[1].parameters() if p.ndim > 1)  # and its keys and values
+    assert short["dit"].attention / full["dit"].attention == 7 / 8
 
 
 def test_a_joined_pass_saves_the_weights_of_one_pass_and_a_head():

@@ -3,7 +3,6 @@
 `python tests/csrc/test_csrc_core.py` writes csrc/tests/core_vectors.jsonl, the vectors for where there is no Python.
 """
 
-import dataclasses
 import json
 import subprocess
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ def double_bits(value: float) -> int:
 
 
 def as_json(preset: Preset) -> dict:
-    return dataclasses.asdict(preset)
+    return preset.table()
 
 
 def schedule_case(preset: Preset) -> dict:

@@ -27,6 +27,7 @@ from engine.config import MOST, Runtime, TransformerConfig
 from engine.memory import Case, plan_memory
 from engine.model import fp8
 from engine.model.activations import umt5_activations
+from engine.model.cache import RingCache
 from engine.model.transformer import WanTransformer
 from engine.model.umt5 import UMT5Config, UMT5Encoder
 from engine.model.vae import VAE, VAEConfig
@@ -332,6 +333,24 @@ def test_a_plan_without_loading(model_dir, monkeypatch):
     assert plan.peak("cpu") > plan_bytes(model_dir)
     with pytest.raises(ValueError, match="height"):
         engine.plan_of(model_dir, height=33)
+
+
+@pytest.mark.parametrize(("preset", "chunk"), [("greedy", 1), ("self-forcing", 3)])
+def test_the_residual_of_reuse_is_counted(model_dir, preset, chunk):
+    given = {"preset": preset, "device": "cpu"}
+    plain = {need.what: need.bytes for need in engine.plan_of(model_dir, **given).needs}
+    reused = {need.what: need.bytes for need in engine.plan_of(model_dir, **given, overrides={"reuse": "3:1:0"}).needs}
+    pipeline = engine.load(model_dir, **given, overrides={"reuse": "3:1:0"})
+    state = pipeline.stream("a red circle").state
+    kept = [
+        part.residual.nbytes
+        for part in vars(state).values()
+        if isinstance(part, RingCache) and part.residual is not None
+    ]
+    assert reused == plain | {"residual of skipped blocks": sum(kept)}
+    assert kept == [4 * chunk * 6 * 32]
+    with pytest.raises(ValueError, match=r"^reuse: got first 1 and last 1 of 2 layers, expected at least one between"):
+        engine.plan_of(model_dir, **given, overrides={"reuse": "3"})
 
 
 def plan_bytes(folder):

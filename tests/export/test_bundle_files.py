@@ -318,6 +318,15 @@ def test_weights_for_which_there_is_no_room(tmp_path: Path) -> None:
         export.write.save_file({"w": torch.zeros(1000)}, tmp_path / "w.safetensors")
 
 
+def test_a_preset_with_reuse_is_refused(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preset = tmp_path / "mine.toml"
+    preset.write_text("reuse = { steps = [3], first = 1, last = 0 }")
+    assert export_main(["--model", str(model_dir), "--preset", str(preset), "--out", str(tmp_path / "bundle")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "error: export: got a preset with reuse, expected one without: a bundle has one graph per pass"
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_place_that_cannot_be_written(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export_main(["--model", str(model_dir), "--out", "/sys/bundle"]) in (1, 2)  # by the file system
     assert "/sys/.bundle." in (said := capsys.readouterr().err.splitlines()[-1])

@@ -151,7 +151,7 @@ def _graphs(preset: Preset, rows: int, version: int) -> dict[str, tuple[list, li
 def _fields(preset: Preset, version: int) -> dict[str, Any]:
     """The preset's fields in a manifest. Version 1 counts a greedy window in chunks, without the current one."""
     chunks = version == 1 and preset.family == "greedy"
-    return dataclasses.asdict(preset) | ({"window": preset.window // preset.chunk - 1} if chunks else {})
+    return preset.table() | ({"window": preset.window // preset.chunk - 1} if chunks else {})
 
 
 def write_fake_bundle(folder: Path, preset: Preset, version: int = 2) -> Path:

@@ -8,10 +8,12 @@ import pytest
 from distill.__main__ import main
 from distill.experiments.ablation import jobs_of
 from distill.experiments.arms import AblationConfig, Plan, frames_with_gradient, read_plan
+from distill.experiments.measure import passes
 from distill.models.student_file import NextChunkConfig
 from distill.stages.dmd import Dmd, DmdConfig
 from distill.stages.rl import RlConfig
 from engine.options import read_table
+from engine.presets import PRESETS, override
 
 CONFIGS = Path(__file__).parents[3] / "distill" / "configs"
 ARMS = """
@@ -215,3 +217,19 @@ def test_unknown_arms_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([*options, "--jobs", "0"]) == 2
     assert main([*options, "--report"]) == 2
     assert "scores: got none" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_sampling_may_reuse_and_counts_as_part_of_a_pass(tmp_path: Path) -> None:
+    arms = (
+        ROOT + "steps = ['4', 'short', 'own-short']\n[samplings]\nshort = { rows = [[1000, 750, 250]], reuse = '3' }\n"
+    )
+    found = plan_of(arms + "own-short = { reuse = '2:1:0' }\n", tmp_path)
+    assert found.reuse == {"short": "3", "own-short": "2:1:0"}
+    assert found.samplings["short"] == ((1000, 750, 250),)
+    assert found.samplings["own-short"] == ()
+    with pytest.raises(ValueError, match="got reuse at step 4, expected at most 3"):
+        plan_of(arms.replace("'3'", "'4'") + "own-short = { reuse = '2:1:0' }\n", tmp_path)
+    greedy = PRESETS["greedy"]
+    assert passes(greedy, 4) == 6
+    assert passes(override(greedy, {"reuse": "2,4:1:1"}), 4) == 5
+    assert passes(override(PRESETS["self-forcing"], {"reuse": "3:1:0"}), 4) == (4 + 1 - 3 / 4) / 3

@@ -58,6 +58,24 @@ def test_nothing_is_captured_once_warm(request, family, joined, changes):
     assert pipeline.stages.captured == captured
 
 
+@FAMILIES
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
+def test_full_and_short_steps_are_graphs_of_their_own(request, family, joined):
+    plain = request.getfixturevalue(family)
+    preset = override(plain.preset, {"steps": "1000,750,500,250", "reuse": "2,4:1:0"})
+    expected = frames(replace(plain, stages=fused(plain, joined), preset=preset)).astype(int)
+    pipeline = replace(graphed(plain, joined), preset=preset)
+    pipeline.warm()
+    captured = pipeline.stages.captured
+    assert captured == (5 if family == "pipeline" else 4) + joined
+    for _ in range(2):  # the second time on leased caches that hold another stream's residual
+        assert np.abs(frames(pipeline) - expected).max() <= 1
+    assert pipeline.stages.captured == captured
+    streams = [pipeline.stream(PROMPT, frames=40) for _ in range(2)]
+    for got in zip(*streams, expected, strict=True):  # one stream's residual is not the other's
+        assert max(np.abs(one - got[-1]).max() for one in got[:-1]) <= 1
+
+
 @pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
 def test_a_first_chunk_of_another_size_is_captured_as_well(causal, joined):
     preset = override(causal.preset, {"first_chunk": 1, "window": 13, "attn_sink": 1})

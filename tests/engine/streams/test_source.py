@@ -122,9 +122,9 @@ def test_a_chunk_begins_as_in_diffusers(model_dir, solver, shift, strength):
     pipeline = engine.load(model_dir, preset="greedy", overrides=fields)
     begun, frames = [], frames_of(13)
 
-    def denoise(x, t, state, inner=pipeline.generator.denoise):
+    def denoise(x, t, state, short=False, inner=pipeline.generator.denoise):
         begun.append((x, t))
-        return inner(x, t, state)
+        return inner(x, t, state, short)
 
     pipeline.generator.denoise = denoise
     with pipeline.stream(PROMPT, seed=3, source=frames, strength=strength) as stream:
