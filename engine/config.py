@@ -1,9 +1,11 @@
 """Configuration as frozen dataclasses: the transformer's shape, the streaming preset, and the runtime."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+from engine.files import read_json
 from engine.options import Convert, FieldError, option, read, real_number, shown
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
@@ -126,6 +128,55 @@ Steps = Annotated[tuple[tuple[float, ...], ...], Convert(_rows)]
 
 
 @dataclass(frozen=True)
+class LocalHeads:
+    """The heads of self-attention that keep the keys of few frames; all others keep the preset's window.
+
+    `python -m distill attention --heads FILE` measures which heads lose little by that (docs/heads.md).
+    """
+
+    window: int = option(help="latent frames that a local head keeps, the current chunk included")
+    attn_sink: int = option(help="first latent frames that stay among them for good")
+    layers: tuple[tuple[int, ...], ...] = option(help="numbers of the local heads of every layer")
+
+    def __post_init__(self) -> None:
+        self.expect("window", 1 <= self.window <= MOST, f"1 to {MOST}")
+        self.expect("attn_sink", 0 <= self.attn_sink < self.window, f"0 to window - 1 ({self.window - 1})")
+        self.expect("layers", 1 <= len(self.layers) <= MOST_LAYERS, f"1 to {MOST_LAYERS} layers")
+        for heads in self.layers:
+            rising = all(a < b for a, b in pairwise((-1, *heads)))
+            self.expect("layers", rising, "rising numbers from 0 in every layer")
+
+    def expect(self, name: str, ok: bool, expected: str) -> None:
+        """Raise FieldError with the field's value and the expected one unless `ok`."""
+        if not ok:
+            got = shown(getattr(self, name))
+            raise FieldError(f"heads: got {name} {got}, expected {expected}", f"heads.{name}", got, expected)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of local heads of every layer."""
+        return tuple(map(len, self.layers))
+
+    def fit(self, config: TransformerConfig) -> None:
+        """FieldError unless the transformer has these layers and heads."""
+        layers, heads = config.num_layers, config.num_attention_heads
+        got = f"a table of {len(self.layers)} layers"
+        fits = len(self.layers) == layers
+        if fits and (numbers := [number for row in self.layers for number in row if number >= heads]):
+            got, fits = f"head {numbers[0]}", False
+        if not fits:
+            expected = f"one of {layers} layers of {heads} heads, numbered from 0"
+            raise FieldError(f"heads: got {got}, expected {expected}", "heads.layers", got, expected)
+
+
+def _head_table(value: Any) -> Any:
+    """A head table from its fields, or from a JSON file that holds them."""
+    if isinstance(value, str | Path):
+        return read(LocalHeads, read_json(Path(value)), str(value))
+    return read(LocalHeads, value, "heads") if isinstance(value, dict) else value
+
+
+@dataclass(frozen=True)
 class Preset:
     """How a stream is generated. Lengths count latent frames. ValueError for an invalid field.
 
@@ -151,6 +202,9 @@ class Preset:
     )  # fmt: skip
     context_timestep: float = option(0.0, "timestep of the pass that commits a chunk")
     stop_after: int = option(0, "leave a chunk's loop after so many steps; 0 means all (step-unified students)")
+    heads: Annotated[LocalHeads | None, Convert(_head_table)] = option(
+        None, "causal: a table of the heads that keep few frames (docs/heads.md)", metavar="FILE"
+    )
 
     def __post_init__(self) -> None:
         self.expect("commit", self.commit in get_args(Commit), "one of " + ", ".join(get_args(Commit)))
@@ -172,6 +226,13 @@ class Preset:
     def expect(self, name: str, ok: bool, expected: str) -> None:
         """Raise FieldError with the field's value and the expected one unless `ok`."""
         expect_field("preset", self, name, ok, expected)
+
+    @property
+    def local_heads(self) -> LocalHeads | None:
+        """The table of local heads, which keep no more frames than the others; None where it names none."""
+        if self.heads is None or not any(self.heads.layers):
+            return None
+        return replace(self.heads, window=min(self.heads.window, self.window))
 
     def chunk_frames(self, index: int) -> int:
         """Latent frames of chunk `index`."""

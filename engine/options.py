@@ -19,7 +19,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -284,6 +284,10 @@ def _fitted(hint: Any, value: Any) -> Any:
         if not isinstance(value, dict):
             raise _Unfit("a table")
         return dict(value)
+    if is_dataclass(hint):
+        if not isinstance(value, hint):  # a field of such a type has a Convert, which takes tables
+            raise _Unfit("a table")
+        return value
     if not isinstance(value, list | tuple):
         raise _Unfit("a list")
     kinds_of = parts[:1] * len(value) if parts[-1] is Ellipsis else parts

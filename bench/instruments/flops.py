@@ -59,7 +59,7 @@ def time_weights(config: TransformerConfig) -> int:
 
 
 def transformer_cost(
-    config: TransformerConfig, frames: int, tokens: int, keys: int, rows: int, itemsize: int, *,
+    config: TransformerConfig, frames: int, tokens: int, keys: float, rows: int, itemsize: int, *,
     batch: int = 1, timesteps: int | None = None, head: bool = True, c_f: bool = False, cached: bool = True,
 ) -> Cost:  # fmt: skip
     """One pass over `frames` frames of `tokens` tokens. Self-attention sees `keys` keys; the text has `rows` rows.
@@ -162,9 +162,15 @@ class CountingStages:
 
     def _cost(self, step: Pass, cache: RingCache, rows: int, head: bool, c_f: bool) -> Cost:
         return transformer_cost(
-            self.config, step.frames, cache.tokens, int(step.valid) * cache.tokens, rows, self.itemsize,
+            self.config, step.frames, cache.tokens, self._keys(step, cache), rows, self.itemsize,
             batch=step.latent.shape[0], head=head, c_f=c_f,
         )  # fmt: skip
+
+    def _keys(self, step: Pass, cache: RingCache) -> float:
+        """Keys that a query sees: the mean over all heads of all layers."""
+        slots = zip(cache.rings, (step.valid, step.local_valid), strict=False)
+        seen = sum(int(valid) * sum(ring.heads) for ring, valid in slots if valid is not None)
+        return seen * cache.tokens / (self.config.num_layers * self.config.num_attention_heads)
 
 
 class EmptyNoise:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from engine.config import Preset, TransformerConfig
+from engine.config import LocalHeads, Preset, TransformerConfig
 from engine.model.cache import RingCache
 from engine.model.rope import rope_tables
 from engine.runtime.passes import Pass, PassKind, Stages, TextKV
@@ -95,10 +95,20 @@ class State:
 
 @dataclass(frozen=True)
 class Ring:
-    """Size of one role's cache in slots (latent frames). The first `attn_sink` slots are never overwritten."""
+    """Size of one role's cache in slots (latent frames). The first `attn_sink` slots are never overwritten.
+
+    local: the heads that keep fewer frames, in a ring of their own.
+    """
 
     slots: int
     attn_sink: int = 0
+    local: LocalHeads | None = None
+
+    def heads_slots(self, config: TransformerConfig) -> int:
+        """Slots of all heads of all layers: a slot of one head holds tokens * head_dim keys, and as many values."""
+        few = sum(self.local.counts) if self.local else 0
+        narrow = self.local.window * few if self.local else 0
+        return self.slots * (config.num_layers * config.num_attention_heads - few) + narrow
 
 
 class Generator(ABC):
@@ -115,6 +125,12 @@ class Generator(ABC):
         self, stages: Stages, config: TransformerConfig, preset: Preset, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.check(preset)
+        if preset.heads is not None:
+            preset.heads.fit(config)
+        parts, local = stages.modules(), preset.local_heads
+        order = local.layers if local else None
+        if any(getattr(parts[role], "local_heads", None) != order for role in self.roles() if role in parts):
+            raise ValueError("heads: got transformers that were loaded with another table, expected this preset's")
         self.stages, self.config, self.preset = stages, config, preset
         self.dtype, self.device = dtype, device  # of the cached keys and values
 
@@ -219,7 +235,7 @@ class Generator(ABC):
         config, ring = self.config, self.rings(self.preset)[role]
         return self.stages.make_cache(
             config.num_layers, geometry.batch, ring.slots, geometry.tokens, config.num_attention_heads,
-            config.attention_head_dim, ring.attn_sink, self.dtype, self.device,
+            config.attention_head_dim, ring.attn_sink, self.dtype, self.device, ring.local,
         )  # fmt: skip
 
     def _rope(self, geometry: Geometry) -> RopeTables:
