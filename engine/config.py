@@ -164,16 +164,25 @@ class LocalHeads:
         fits = len(self.layers) == layers
         if fits and (numbers := [number for row in self.layers for number in row if number >= heads]):
             got, fits = f"head {numbers[0]}", False
+        if fits and all(count == heads for count in self.counts):
+            got, fits = "local heads alone", False
         if not fits:
-            expected = f"one of {layers} layers of {heads} heads, numbered from 0"
+            expected = f"one of {layers} layers of {heads} heads, numbered from 0, not all of them local"
             raise FieldError(f"heads: got {got}, expected {expected}", "heads.layers", got, expected)
 
 
 def _head_table(value: Any) -> Any:
     """A head table from its fields, or from a JSON file that holds them."""
+    what = "heads"
     if isinstance(value, str | Path):
-        return read(LocalHeads, read_json(Path(value)), str(value))
-    return read(LocalHeads, value, "heads") if isinstance(value, dict) else value
+        what, value = str(value), read_json(Path(value))
+    if not isinstance(value, dict):
+        return value
+    try:
+        return read(LocalHeads, value, what)
+    except FieldError as error:
+        field = f"heads.{error.field.removeprefix('heads.')}".rstrip(".")
+        raise FieldError(str(error), field, error.got, error.expected) from None
 
 
 @dataclass(frozen=True)

@@ -378,7 +378,8 @@ def load_bundle(
             raise ValueError(f"{folder / manifest.tokenizer}: got token {tokenizer.tokens - 1}, expected "
                              f"0 to {rows - 1}, the rows of the text encoder's table")  # fmt: skip
         graph = spec.graphs[family_of(preset).passes[0].graph]
-        latent, keys = (next(spec for spec in graph.inputs if spec.name == name) for name in ("latent", "k_0"))
+        named = {tensor.name: tensor for tensor in graph.inputs}
+        latent, keys = named["latent"], named.get("k_0") or named["local_k_0"]
         return Pipeline(
             stages, tokenizer, manifest.transformer_value(), preset, manifest.preset_name,
             TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,

@@ -241,6 +241,8 @@ def _typed(hint: Any, value: Any, what: str, name: str) -> Any:
         return _fitted(hint, value)
     except _Unfit as expected:
         raise _refused(what, name, shown(value), str(expected)) from None
+    except FieldError:  # of a table in this field, whose message is complete
+        raise
     except ValueError as error:  # of the field's own converter, whose message is complete
         raise FieldError(f"{what}: {name}: {error}", name, shown(value), "another") from None
 
@@ -284,7 +286,7 @@ def _fitted(hint: Any, value: Any) -> Any:
         if not isinstance(value, dict):
             raise _Unfit("a table")
         return dict(value)
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         if not isinstance(value, hint):  # a field of such a type has a Convert, which takes tables
             raise _Unfit("a table")
         return value

@@ -141,6 +141,8 @@ def _write(
     golden = {"frames": torch.from_numpy(golden_frames(pipeline, prompt, seed))}
     save_file(golden, part / _GOLDEN)
     preset = asdict(pipeline.preset) | {"steps": [list(steps) for steps in pipeline.preset.steps]}
+    if pipeline.preset.local_heads is None:  # as older bundles have it
+        del preset["heads"]
     transformer = asdict(pipeline.config) | {"patch_size": list(pipeline.config.patch_size)}
     content = {
         "format": "greedy-bundle", "version": VERSION, "preset_name": pipeline.preset_name, "preset": preset,

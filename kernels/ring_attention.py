@@ -42,8 +42,8 @@ def ring_attention(
     q [B, n, heads, d]; k, v [B, rows, heads, d]; returns [B, n, heads, d] in q's dtype. With return_lse it also
     returns the natural logarithm of the softmax's denominators, [B, heads, n] float32. valid_rows may be an int32
     tensor: the host does not read it and no launch depends on it. The caller must keep it in [1, rows]. The result is
-    written to `out`, contiguous or heads of a contiguous tensor, if given. Raises ValueError where shapes, dtypes or, for the Triton kernel, strides do
-    not fit.
+    written to `out`, contiguous or heads of a contiguous tensor, if given. Raises ValueError where shapes, dtypes or,
+    for the Triton kernel, strides do not fit.
     """
     if autocasts(q):
         result, lse = _sdpa(q, k, v, valid_rows, return_lse, out)

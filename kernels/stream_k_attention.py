@@ -71,8 +71,8 @@ def attend_kernel(
 ):  # fmt: skip
     """Program c of batch entry b does tiles c, c + programs, ... and a run of the (tile, key block) pairs that remain.
 
-    Q, OUT [B, queries, HEADS, d], a query every ROW elements; K [B, rows, HEADS, d]; V as K, or e4m3 [B, HEADS, d, pitch];
-    LSE [B, HEADS, queries]; PARTIAL [B, programs, 2, BLOCK_M, d] and STATS [B, programs, 2, 2, BLOCK_M] float32:
+    Q, OUT [B, queries, HEADS, d], a query every ROW elements; K [B, rows, HEADS, d]; V as K, or e4m3
+    [B, HEADS, d, pitch]; LSE [B, HEADS, queries]; PARTIAL [B, programs, 2, BLOCK_M, d] and STATS [B, programs, 2, 2, BLOCK_M] float32:
     entry 0 for a tile that an earlier program began, entry 1 for a tile that a later program continues.
     """
     program = tl.program_id(0)
@@ -228,13 +228,8 @@ def attend(
     stats = q.new_empty((batch, programs, 2, 2, QUERIES), dtype=torch.float32)
     on_hopper = q.dtype == k.dtype and head_dim in hopper.HEAD_DIMS and runs_on(q.device)
     keys = hopper.KEYS if on_hopper else KEYS
-    cut = {
-        "HEADS": heads,
-        "HEAD_DIM": head_dim,
-        "ROW": row_of(out),
-        "BLOCK_N": keys,
-        "ON_DEVICE": isinstance(valid_rows, Tensor),
-    }
+    on_device = isinstance(valid_rows, Tensor)
+    cut = {"HEADS": heads, "HEAD_DIM": head_dim, "ROW": row_of(out), "BLOCK_N": keys, "ON_DEVICE": on_device}
     arguments = (
         q, k, v, valid_rows, *(scales or (lse, lse, lse)), out, lse, partial, stats, queries, k.shape[1], v.shape[-1],
         programs,

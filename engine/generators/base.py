@@ -94,6 +94,19 @@ class State:
 
 
 @dataclass(frozen=True)
+class HeadGroup:
+    """Heads whose keys and values lie in one cache of so many slots.
+
+    prefix  of the group's tensors in a bundle's graphs: k_0, local_k_0, local_start_row, ...
+    heads   how many of every layer; the groups stand in their order in q, k and v
+    """
+
+    prefix: str
+    heads: tuple[int, ...]
+    slots: int
+
+
+@dataclass(frozen=True)
 class Ring:
     """Size of one role's cache in slots (latent frames). The first `attn_sink` slots are never overwritten.
 
@@ -104,11 +117,15 @@ class Ring:
     attn_sink: int = 0
     local: LocalHeads | None = None
 
+    def groups(self, config: TransformerConfig) -> "list[HeadGroup]":
+        """The groups of heads, each with a cache of its own: all but the local heads, then these."""
+        few = self.local.counts if self.local else (0,) * config.num_layers
+        wide = tuple(config.num_attention_heads - count for count in few)
+        return [HeadGroup("", wide, self.slots)] + ([HeadGroup("local_", few, self.local.window)] if self.local else [])
+
     def heads_slots(self, config: TransformerConfig) -> int:
         """Slots of all heads of all layers: a slot of one head holds tokens * head_dim keys, and as many values."""
-        few = sum(self.local.counts) if self.local else 0
-        narrow = self.local.window * few if self.local else 0
-        return self.slots * (config.num_layers * config.num_attention_heads - few) + narrow
+        return sum(group.slots * sum(group.heads) for group in self.groups(config))
 
 
 class Generator(ABC):

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -101,10 +101,10 @@ class CausalGenerator(Generator):
         """A pass over the chunk x [B, C, F, h, w] that stands next in the ring."""
         cache, frames = state.cache, x.shape[2]
         rope = state.rope.at(position, frames)
-        own = {"slot": cache.next_slot, "valid": cache.valid(frames)}
-        if (few := cache.local) is not None:
-            own |= {"local_slot": few.next_slot, "local_valid": few.valid(frames)}
-        return Pass(DIT, x, *rope, t=timesteps(x, t), **own)
+        step = Pass(DIT, x, *rope, cache.next_slot, cache.valid(frames), timesteps(x, t))
+        if (few := cache.local) is None:
+            return step
+        return replace(step, local_slot=few.next_slot, local_valid=few.valid(frames))
 
     def _refresh(self, state: CausalState) -> None:
         """After a switch of prompt or window, run one clean pass over the cached latents, at their own positions.
