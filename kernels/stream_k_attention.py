@@ -72,8 +72,8 @@ def attend_kernel(
     """Program c of batch entry b does tiles c, c + programs, ... and a run of the (tile, key block) pairs that remain.
 
     Q, OUT [B, queries, HEADS, d], a query every ROW elements; K [B, rows, HEADS, d]; V as K, or e4m3
-    [B, HEADS, d, pitch]; LSE [B, HEADS, queries]; PARTIAL [B, programs, 2, BLOCK_M, d] and STATS [B, programs, 2, 2, BLOCK_M] float32:
-    entry 0 for a tile that an earlier program began, entry 1 for a tile that a later program continues.
+    [B, HEADS, d, pitch]; LSE [B, HEADS, queries]; float32 PARTIAL [B, programs, 2, BLOCK_M, d] and STATS [B, programs,
+    2, 2, BLOCK_M]: entry 0 for a tile that an earlier program began, entry 1 for a tile that a later program continues.
     """
     program = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)

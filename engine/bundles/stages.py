@@ -65,11 +65,14 @@ def check_inputs(graph: str, specs: list[TensorSpec], inputs: Mapping[str, Tenso
             raise ValueError(f"{graph}: {spec.name}: got {got}, expected {device.type} {spec.dtype} {spec.shape}")
 
 
-def check_room(step: Pass, ring: RingCache, slot: int | Tensor | None, valid: int | Tensor | None) -> None:
-    """ValueError unless the chunk fits into the ring without wrapping: a compiled graph does not check bounds."""
+def checked(
+    step: Pass, ring: RingCache, slot: int | Tensor | None, valid: int | Tensor | None
+) -> tuple[int | Tensor, int | Tensor]:
+    """slot and valid. ValueError unless the chunk fits into the ring without wrapping: no compiled graph checks that."""
     if slot is None or valid is None or not 0 <= slot <= ring.slots - step.frames or not 0 < valid <= ring.slots:
         raise ValueError(f"{step.kind.graph}: got slot {slot} and {valid} valid ones for "
                          f"{step.frames} frames, expected room in {ring.slots} slots")  # fmt: skip
+    return slot, valid
 
 
 class GraphStages(ABC):
@@ -159,10 +162,9 @@ class GraphStages(ABC):
 
     def run(self, step: Pass, cache: RingCache, text_kv: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         kind = step.kind
-        groups = list(zip(("", "local_"), cache.rings, ((step.slot, step.valid), (step.local_slot, step.local_valid)),
-                          strict=False))  # fmt: skip
-        for _, ring, (slot, valid) in groups:
-            check_room(step, ring, slot, valid)
+        slots = (step.slot, step.valid), (step.local_slot, step.local_valid)
+        groups = [(prefix, ring, checked(step, ring, *own))
+                  for prefix, ring, own in zip(("", "local_"), cache.rings, slots, strict=False)]  # fmt: skip
         inputs = {"latent": step.latent, "rope_cos": step.cos, "rope_sin": step.sin}
         if step.t is not None:
             inputs["t"] = step.t
@@ -170,8 +172,8 @@ class GraphStages(ABC):
             inputs["c_f"] = self._zero_of(kind.graph, "c_f") if step.c_f is None else step.c_f
         for side, whole in zip("kv", text_kv[kind.role], strict=True):
             inputs |= {f"text_{side}_{layer}": whole[layer] for layer in range(self.layers)}
-        for prefix, ring, slots in groups:
-            for name, slot in zip(self.manifest.row_inputs, slots, strict=True):
+        for prefix, ring, own in groups:
+            for name, slot in zip(self.manifest.row_inputs, own, strict=True):
                 inputs[prefix + name] = torch.tensor([slot * ring.tokens], device=self.device)
             for layer in (layer for layer, heads in enumerate(ring.heads) if heads):
                 for side, past in zip("kv", ring.view(layer), strict=True):
