@@ -190,7 +190,7 @@ def _in_place_attention(groups: list[HeadGroup], past: dict[str, Tensor], named:
     lengths = {}
     for group in groups:
         rows = cast(int, named[_rows_of(group)[1]].item())  # stays symbolic for a tracer; int() would need its value
-        held = next(cache.shape[1] for name, cache in past.items() if name.startswith((f"{group.prefix}k_")))
+        held = next(cache.shape[1] for name, cache in past.items() if name.startswith(f"{group.prefix}k_"))
         torch._check(rows > 0)
         torch._check(rows <= held)
         lengths[group.prefix] = rows

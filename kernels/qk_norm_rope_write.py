@@ -183,11 +183,11 @@ def _write(
     """Launch for q and k, and for v unless it is transposed; fills q [B, n, H, d]."""
     (batch, tokens, heads, dim), rows = q.shape, k_cache.shape[1]
     q_scale, k_scale = scales or (cos, cos)  # not read
-    k_local, v_local, local_row = local or (cos, cos, start_row)  # nor these
+    k_local, v_local, local_row = local or (None, None, 0)
     launch(
         _qk_norm_rope_write, (tokens, batch), qkv, q_weight, k_weight, cos, sin, q, k_cache, v_cache, q_scale, k_scale,
-        start_row, k_local, v_local, local_row, tokens, rows, k_local.shape[1], k_cache.stride(0), v_cache.stride(0),
-        eps, k_cache.shape[2], heads, power_of_two(heads), dim, power_of_two(dim), scales is not None,
+        start_row, k_local, v_local, local_row, tokens, rows, 0 if k_local is None else k_local.shape[1],
+        k_cache.stride(0), v_cache.stride(0), eps, k_cache.shape[2], heads, power_of_two(heads), dim, power_of_two(dim), scales is not None,
         isinstance(start_row, Tensor), num_warps=4,
     )  # fmt: skip
 

@@ -68,7 +68,7 @@ def check_inputs(graph: str, specs: list[TensorSpec], inputs: Mapping[str, Tenso
 def checked(
     step: Pass, ring: RingCache, slot: int | Tensor | None, valid: int | Tensor | None
 ) -> tuple[int | Tensor, int | Tensor]:
-    """slot and valid. ValueError unless the chunk fits into the ring without wrapping: no compiled graph checks that."""
+    """slot and valid. ValueError unless the chunk fits into the ring without wrapping, which no graph checks."""
     if slot is None or valid is None or not 0 <= slot <= ring.slots - step.frames or not 0 < valid <= ring.slots:
         raise ValueError(f"{step.kind.graph}: got slot {slot} and {valid} valid ones for "
                          f"{step.frames} frames, expected room in {ring.slots} slots")  # fmt: skip

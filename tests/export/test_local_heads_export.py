@@ -101,7 +101,7 @@ def test_a_manifest_is_compared_with_its_graphs(
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="manifest.json") as caught:
+    with pytest.raises(ValueError, match=r"manifest\.json") as caught:
         read_manifest(folder)
     assert said in str(caught.value)
 

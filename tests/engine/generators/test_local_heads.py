@@ -179,9 +179,9 @@ def test_a_table_is_for_one_shape_of_the_causal_family(tmp_path):
     toml.write_text('base = "self-forcing-framewise"\nwindow = 7\n[heads]\nwindow = 3\nattn_sink = 0\n'
                     "layers = [[0], [], [1]]\n")  # fmt: skip
     assert find_preset(str(toml)).heads == preset.heads
-    with pytest.raises(ValueError, match="^heads: got a table of 3 layers, expected one of 2 layers"):
+    with pytest.raises(ValueError, match=r"^heads: got a table of 3 layers, expected one of 2 layers"):
         preset.heads.fit(TransformerConfig(num_layers=2))
-    with pytest.raises(ValueError, match="^heads: got head 1, expected one of 3 layers of 1 heads"):
+    with pytest.raises(ValueError, match=r"^heads: got head 1, expected one of 3 layers of 1 heads"):
         preset.heads.fit(TransformerConfig(num_layers=3, num_attention_heads=1))
     with pytest.raises(ValueError, match="expected none for the greedy family"):
         check_preset(replace(find_preset("greedy"), heads=preset.heads))
