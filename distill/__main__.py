@@ -39,6 +39,7 @@ STAGES = {
     "reuse": ("experiments.reuse", "reuse of block residuals against dropping the step: table and plot"),
     "gallery": ("experiments.gallery", "stream several prompts into one moving picture"),
     "attention": ("attention.command", "where attention looks, frame by frame, and what replacing it changes"),
+    "heads": ("attention.pruning", "how much a causal student loses where some heads keep few frames"),
     "following": ("experiments.following", "score how video-to-video follows its input"),
     "questionnaire make": ("raters.make", "make a blinded page on which people compare models"),
     "questionnaire serve": ("raters.serve", "serve that page, and keep what raters answer"),

@@ -1,9 +1,11 @@
 """Configuration as frozen dataclasses: the transformer's shape, the streaming preset, and the runtime."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+from engine.files import read_json
 from engine.options import Convert, FieldError, option, read, real_number, shown, whole_number
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
@@ -165,6 +167,64 @@ def _reuse(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class LocalHeads:
+    """The heads of self-attention that keep the keys of few frames; all others keep the preset's window.
+
+    `python -m distill attention --heads FILE` measures which heads lose little by that (docs/heads.md).
+    """
+
+    window: int = option(help="latent frames that a local head keeps, the current chunk included")
+    attn_sink: int = option(help="first latent frames that stay among them for good")
+    layers: tuple[tuple[int, ...], ...] = option(help="numbers of the local heads of every layer")
+
+    def __post_init__(self) -> None:
+        self.expect("window", 1 <= self.window <= MOST, f"1 to {MOST}")
+        self.expect("attn_sink", 0 <= self.attn_sink < self.window, f"0 to window - 1 ({self.window - 1})")
+        self.expect("layers", 1 <= len(self.layers) <= MOST_LAYERS, f"1 to {MOST_LAYERS} layers")
+        for heads in self.layers:
+            rising = all(a < b for a, b in pairwise((-1, *heads)))
+            self.expect("layers", rising, "rising numbers from 0 in every layer")
+
+    def expect(self, name: str, ok: bool, expected: str) -> None:
+        """Raise FieldError with the field's value and the expected one unless `ok`."""
+        if not ok:
+            got = shown(getattr(self, name))
+            raise FieldError(f"heads: got {name} {got}, expected {expected}", f"heads.{name}", got, expected)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of local heads of every layer."""
+        return tuple(map(len, self.layers))
+
+    def fit(self, config: TransformerConfig) -> None:
+        """FieldError unless the transformer has these layers and heads."""
+        layers, heads = config.num_layers, config.num_attention_heads
+        got = f"a table of {len(self.layers)} layers"
+        fits = len(self.layers) == layers
+        if fits and (numbers := [number for row in self.layers for number in row if number >= heads]):
+            got, fits = f"head {numbers[0]}", False
+        if fits and all(count == heads for count in self.counts):
+            got, fits = "local heads alone", False
+        if not fits:
+            expected = f"one of {layers} layers of {heads} heads, numbered from 0, not all of them local"
+            raise FieldError(f"heads: got {got}, expected {expected}", "heads.layers", got, expected)
+
+
+def _head_table(value: Any) -> Any:
+    """A head table from its fields, or from a JSON file that holds them."""
+    what = "heads"
+    if isinstance(value, str | Path):
+        what, value = str(value), read_json(Path(value))
+    if not isinstance(value, dict):
+        return value
+    try:
+        return read(LocalHeads, value, what)
+    except FieldError as error:
+        field = f"heads.{error.field.removeprefix('heads.')}".rstrip(".")
+        raise FieldError(str(error), field, error.got, error.expected) from None
+
+
+@dataclass(frozen=True)
 class Preset:
     """How a stream is generated. Lengths count latent frames. ValueError for an invalid field.
 
@@ -194,6 +254,9 @@ class Preset:
         None, "at these steps of every chunk run the first and the last blocks only (3 means 3:1:1), and reuse what "
         "the others added; none is the default (docs/experiments.md)", metavar="STEP,..[:FIRST:LAST]",
     )  # fmt: skip
+    heads: Annotated[LocalHeads | None, Convert(_head_table)] = option(
+        None, "causal: a table of the heads that keep few frames (docs/heads.md)", metavar="FILE"
+    )
 
     def __post_init__(self) -> None:
         self.expect("commit", self.commit in get_args(Commit), "one of " + ", ".join(get_args(Commit)))
@@ -223,13 +286,21 @@ class Preset:
         self.expect("commit", self.commit != "noisy", "clean or none with reuse")
 
     def table(self) -> dict[str, Any]:
-        """All fields as a manifest has them: without reuse where there is none, as before there was any."""
+        """All fields as a manifest has them: without reuse and heads where there are none, as older ones have it."""
         values = asdict(self) | {"steps": [list(steps) for steps in self.steps]}
-        return values if self.reuse is not None else {name: v for name, v in values.items() if name != "reuse"}
+        absent = {"reuse": self.reuse is None, "heads": self.local_heads is None}
+        return {name: value for name, value in values.items() if not absent.get(name)}
 
     def expect(self, name: str, ok: bool, expected: str) -> None:
         """Raise FieldError with the field's value and the expected one unless `ok`."""
         expect_field("preset", self, name, ok, expected)
+
+    @property
+    def local_heads(self) -> LocalHeads | None:
+        """The table of local heads, which keep no more frames than the others; None where it names none."""
+        if self.heads is None or not any(self.heads.layers):
+            return None
+        return replace(self.heads, window=min(self.heads.window, self.window))
 
     def chunk_frames(self, index: int) -> int:
         """Latent frames of chunk `index`."""

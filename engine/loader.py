@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from engine.config import Preset, Runtime, TransformerConfig
+from engine.config import LocalHeads, Preset, Runtime, TransformerConfig
 from engine.files import plain_file, read_json
 from engine.generators import family_of
 from engine.generators.base import Generator, Geometry
@@ -21,7 +21,7 @@ from engine.model.tiny_vae import TinyVAE
 from engine.model.transformer import WanTransformer
 from engine.model.umt5 import UMT5Encoder
 from engine.model.vae import VAE, SplitVAE, StreamingVAE, VAEConfig
-from engine.options import read, replaced
+from engine.options import read, replaced, shown
 from engine.presets import PRESETS, find_preset, states_of
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.device import check_fp8, device_of, dtype_of, keep_no_heap
@@ -70,6 +70,8 @@ def settings_of(folder: Path) -> Settings:
     settings = read(Settings, read_json(file) if plain_file(file) else {}, str(file))
     if settings.preset not in PRESETS:  # a model does not choose a file of this machine
         raise ValueError(f"{file}: got preset {settings.preset!r}, expected one of {', '.join(PRESETS)}")
+    if not isinstance(heads := settings.overrides.get("heads", {}), dict):  # nor another one here
+        raise ValueError(f"{file}: got overrides.heads {shown(heads)}, expected a table")
     return settings
 
 
@@ -149,6 +151,10 @@ def load(
     width = settings.width if width is None else width
     fps = settings.fps if fps is None else fps
     check_size(config, vae_config, height, width)
+    if style.heads is not None:
+        style.heads.fit(config)
+        if runtime.fp8_attention:
+            raise ValueError("fp8 attention: got a preset with local heads, expected one without")
     if not fps > 0:
         raise ValueError(f"fps: got {fps}, expected a positive number")
 
@@ -172,7 +178,8 @@ def load(
         keep_no_heap()
     models = {}
     for role in roles:  # one after the other, so that only one of them is in memory before it is quantised
-        arguments = folder, config, parts.transformer, role, family.conditioned(role), adapted, dtype, device, notes
+        own = role, family.conditioned(role), adapted, family.rings(style)[role].local
+        arguments = folder, config, parts.transformer, *own, dtype, device, notes
         # No name here holds the model: to_fp8 lets each weight go when it has its e4m3 one.
         models[role] = to_fp8(_transformer(*arguments), settings.fp8_keep, role) if fp8 else _transformer(*arguments)
     whole_vae = _vae(empty_vae, parts, dtype, device)
@@ -373,7 +380,8 @@ def load_bundle(
             raise ValueError(f"{folder / manifest.tokenizer}: got token {tokenizer.tokens - 1}, expected "
                              f"0 to {rows - 1}, the rows of the text encoder's table")  # fmt: skip
         graph = spec.graphs[family_of(preset).passes[0].graph]
-        latent, keys = (next(spec for spec in graph.inputs if spec.name == name) for name in ("latent", "k_0"))
+        named = {tensor.name: tensor for tensor in graph.inputs}
+        latent, keys = named["latent"], named.get("k_0") or named["local_k_0"]
         return Pipeline(
             stages, tokenizer, manifest.transformer_value(), preset, manifest.preset_name,
             TENSOR_DTYPES[latent.dtype], device, manifest.height, manifest.width, manifest.fps,
@@ -409,7 +417,7 @@ def training_note(
 
 def _transformer(
     folder: Path, config: TransformerConfig, source: TensorSource, role: str, conditioned: bool,
-    adapted: Adapters | None, dtype: torch.dtype, device: torch.device, notes: list[str],
+    adapted: Adapters | None, local: LocalHeads | None, dtype: torch.dtype, device: torch.device, notes: list[str],
 ) -> WanTransformer:  # fmt: skip
     """The transformer of a role with its adapters merged: those that belong to it, then the user's. Adds notes."""
     model = load_transformer(config, source, dtype, device, conditioned)
@@ -418,6 +426,8 @@ def _transformer(
         notes += merge_adapter(model, adapter, source.files)
     if adapted is not None:
         adapted.merge(role, model)
+    if local is not None:
+        model.order_heads(local.layers)
     model.fuse()
     return model
 

@@ -135,9 +135,8 @@ def _needs(case: Case) -> Iterator[Need]:
     geometry = Geometry.of(config, 1, high, wide)
     tokens, rings = geometry.tokens, family.rings(preset)
     kv = FP8 if case.runtime.fp8_attention else case.dtype
-    slots = sum(ring.slots for ring in rings.values())
-    yield Need("K/V caches", place, 2 * config.num_layers * slots * tokens * config.dim * kv.itemsize,
-               during=STREAMING)  # fmt: skip
+    slots = sum(ring.heads_slots(config) for ring in rings.values())
+    yield Need("K/V caches", place, 2 * slots * tokens * config.attention_head_dim * kv.itemsize, during=STREAMING)
     graphs = case.fused and not case.runtime.low_memory
     text = 2 * config.num_layers * case.rows * config.dim * size
     yield Need("text K/V", place, len(rings) * text * (2 if graphs else 1), during=STREAMING)  # graphs have a copy

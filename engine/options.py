@@ -242,7 +242,8 @@ def _typed(hint: Any, value: Any, what: str, name: str) -> Any:
     except _Unfit as expected:
         raise _refused(what, name, shown(value), str(expected)) from None
     except FieldError as error:  # of a table inside, which the message names
-        raise FieldError(f"{what}: {error}", name, error.got, error.expected) from None
+        field = error.field if error.field.startswith(f"{name}.") else name
+        raise FieldError(f"{what}: {error}", field, error.got, error.expected) from None
     except ValueError as error:  # of the field's own converter, whose message is complete
         raise FieldError(f"{what}: {name}: {error}", name, shown(value), "another") from None
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from engine.bundles.manifest import ROW_INPUTS, VERSION
 from engine.generators import family_of
+from engine.generators.base import HeadGroup, Ring
 from engine.model.layers import Attend
 from engine.model.scaled_linear import expanded
 from engine.model.text import ReadAgain, encode_text
@@ -88,6 +89,9 @@ def stage_graphs(pipeline: Pipeline, in_place: bool = False) -> list[Graph]:
                          f"expected the rest to be a multiple of chunk {preset.chunk}")  # fmt: skip
     if preset.first_chunk not in (0, preset.chunk) or preset.attn_sink % preset.chunk:
         raise ValueError("export: got a chunk 0 or attention sink of another size, expected whole chunks")
+    if (heads := preset.local_heads) is not None and (heads.window % preset.chunk or heads.attn_sink % preset.chunk):
+        raise ValueError(f"export: got local heads of window {heads.window} with attn_sink {heads.attn_sink}, "
+                         f"expected multiples of chunk {preset.chunk}")  # fmt: skip
     rows = pipeline.tokenizer.rows if pipeline.tokenizer else 0
     return [
         _encode_text(_whole(stages.text_encoder, pipeline), rows),
@@ -117,43 +121,43 @@ def _prepare_text(role: str, model: WanTransformer, rows: int) -> Graph:
 def _transformers(pipeline: Pipeline, models: dict[str, WanTransformer], in_place: bool) -> list[Graph]:
     family = family_of(pipeline.preset)
     rings = family.rings(pipeline.preset)
-    return [_transformer(kind, pipeline, models[kind.role], rings[kind.role].slots, in_place) for kind in family.passes]
+    return [_transformer(kind, pipeline, models[kind.role], rings[kind.role], in_place) for kind in family.passes]
 
 
-def _transformer(
-    kind: PassKind, pipeline: Pipeline, model: WanTransformer, slots: int, in_place: bool
-) -> Graph:  # fmt: skip
-    """A pass over one chunk; the ring has `slots` slots."""
+def _transformer(kind: PassKind, pipeline: Pipeline, model: WanTransformer, ring: Ring, in_place: bool) -> Graph:
+    """A pass over one chunk."""
     config, dtype, layers = model.config, model.proj_out.weight.dtype, model.config.num_layers
     high, wide = pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
     tokens = high // config.patch_size[1] * (wide // config.patch_size[2])
-    n, rows = tokens * pipeline.preset.chunk, slots * tokens
+    n, groups = tokens * pipeline.preset.chunk, ring.groups(config)
     latent = torch.randn(1, config.in_channels, pipeline.preset.chunk, high, wide, dtype=dtype)
     angles = torch.randn(n, config.attention_head_dim // 2)
     inputs = {"latent": latent}
     inputs |= {"t": torch.tensor([500.0])} if kind.timed else {}
     inputs |= {"c_f": torch.randn(1, n, config.dim, dtype=dtype)} if kind.conditioned else {}
     inputs |= {"rope_cos": angles.cos(), "rope_sin": angles.sin()}
-    start_row, valid_rows = ROW_INPUTS[VERSION]
-    inputs |= {start_row: torch.tensor([0]), valid_rows: torch.tensor([n])}
+    for group in groups:
+        inputs |= {name: torch.tensor([row]) for name, row in zip(_rows_of(group), (0, n), strict=True)}
     heads = (config.num_attention_heads, config.attention_head_dim)
     text_rows = pipeline.tokenizer.rows if pipeline.tokenizer else 0
     text = {f"text_{s}_{i}": torch.randn(1, text_rows, *heads, dtype=dtype) for s in "kv" for i in range(layers)}
-    caches = {f"{s}_{i}": torch.randn(1, rows, config.dim, dtype=dtype) for s in "kv" for i in range(layers)}
+    caches = {
+        f"{group.prefix}{side}_{layer}": torch.randn(1, group.slots * tokens, count * heads[1], dtype=dtype)
+        for group in groups for side in "kv" for layer, count in enumerate(group.heads) if count
+    }  # fmt: skip
     front = len(inputs)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(inputs, tensors[:front], strict=True))
-        past = tensors[front + 2 * layers :]
-        attention = _in_place_attention if in_place else _functional_attention
-        attend, updated = attention(model, past, named[start_row], named[valid_rows])
+        past = dict(zip(caches, tensors[front + 2 * layers :], strict=True))
+        attend = (_in_place_attention if in_place else _functional_attention)(groups, past, named)
         t = named["t"] if kind.timed else torch.zeros_like(named["latent"][:, 0, 0, 0, 0], dtype=torch.float32)
         text_kv = tensors[front : front + layers], tensors[front + layers : front + 2 * layers]
         if kind.hidden:
             out, _ = model.encode(named["latent"], t, text_kv, named["rope_cos"], named["rope_sin"], attend)
         else:
             out = model(named["latent"], t, text_kv, named["rope_cos"], named["rope_sin"], attend, named.get("c_f"))
-        return out, *updated
+        return (out,) if in_place else (out, *past.values())
 
     aliases = {} if in_place else {f"{key}_out": key for key in caches}
     mutates = list(caches) if in_place else []
@@ -161,40 +165,61 @@ def _transformer(
     return Graph(kind.graph, _Function(run, model=model), inputs | text | caches, [first, *aliases], aliases, mutates)
 
 
-def _functional_attention(
-    model: WanTransformer, past: tuple[Tensor, ...], index: Tensor, length: Tensor
-) -> tuple[Attend, list[Tensor]]:
-    """Attention on caches [B, rows, dim] that returns updated caches; and the list of these."""
-    layers, heads = model.config.num_layers, model.config.num_attention_heads
-    updated = list(past)
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for at, new in ((layer, k), (layers + layer, v)):
-            updated[at] = kv_write(updated[at], new.flatten(2), index)
-        out = ring_attention(q.flatten(2), updated[layer], updated[layers + layer], length, heads)
-        return out.unflatten(-1, (heads, -1))
-
-    return attend, updated
+def _rows_of(group: HeadGroup) -> tuple[str, str]:
+    """The inputs of a group: the first row to write, and the number of rows to attend to."""
+    start_row, valid_rows = ROW_INPUTS[VERSION]
+    return group.prefix + start_row, group.prefix + valid_rows
 
 
-def _in_place_attention(
-    model: WanTransformer, past: tuple[Tensor, ...], index: Tensor, length: Tensor
-) -> tuple[Attend, list[Tensor]]:
+def _functional_attention(groups: list[HeadGroup], past: dict[str, Tensor], named: dict[str, Tensor]) -> Attend:
+    """Attention on caches [B, rows, dim], by name in `past`, which puts the updated ones in their place."""
+
+    def attend(group: HeadGroup, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        index, length = (named[name] for name in _rows_of(group))
+        keys, values = f"{group.prefix}k_{layer}", f"{group.prefix}v_{layer}"
+        for name, new in ((keys, k), (values, v)):
+            past[name] = kv_write(past[name], new.flatten(2), index)
+        out = ring_attention(q.flatten(2), past[keys], past[values], length, group.heads[layer])
+        return out.unflatten(-1, (group.heads[layer], -1))
+
+    return _by_group(groups, attend)
+
+
+def _in_place_attention(groups: list[HeadGroup], past: dict[str, Tensor], named: dict[str, Tensor]) -> Attend:
     """The same, but caches are written in place. Rows behind the valid ones are not read."""
-    layers, heads = model.config.num_layers, model.config.num_attention_heads
-    rows = cast(int, length.item())  # stays symbolic for a tracer; int() would need its value
-    torch._check(rows > 0)
-    torch._check(rows <= past[0].shape[1])
+    lengths = {}
+    for group in groups:
+        rows = cast(int, named[_rows_of(group)[1]].item())  # stays symbolic for a tracer; int() would need its value
+        held = next(cache.shape[1] for name, cache in past.items() if name.startswith(f"{group.prefix}k_"))
+        torch._check(rows > 0)
+        torch._check(rows <= held)
+        lengths[group.prefix] = rows
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        at = index + torch.arange(k.shape[1], device=k.device)
-        for cache, new in ((past[layer], k), (past[layers + layer], v)):
+    def attend(group: HeadGroup, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows, found = lengths[group.prefix], []
+        at = named[_rows_of(group)[0]] + torch.arange(k.shape[1], device=k.device)
+        for side, new in (("k", k), ("v", v)):
+            cache = past[f"{group.prefix}{side}_{layer}"]
             cache.index_copy_(1, at, new.flatten(2))
-        keys, values = (past[i][:, :rows].unflatten(-1, (heads, -1)) for i in (layer, layers + layer))
-        q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
+            found.append(cache[:, :rows].unflatten(-1, (group.heads[layer], -1)))
+        q, keys, values = (x.transpose(1, 2) for x in (q, *found))
         return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2)
 
-    return attend, []
+    return _by_group(groups, attend)
+
+
+def _by_group(groups: list[HeadGroup], attend: Callable[[HeadGroup, int, Tensor, Tensor, Tensor], Tensor]) -> Attend:
+    """Attention of all heads, group by group."""
+
+    def attend_all(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        own = [group for group in groups if group.heads[layer]]
+        if len(own) == 1:
+            return attend(own[0], layer, q, k, v)
+        counts = [group.heads[layer] for group in own]
+        parts = zip(own, *(x.split(counts, 2) for x in (q, k, v)), strict=True)
+        return torch.cat([attend(group, layer, *part) for group, *part in parts], dim=2)
+
+    return attend_all
 
 
 def _vae(pipeline: Pipeline, stages: TorchStages) -> list[Graph]:

@@ -92,8 +92,8 @@ def _values(tile, FP8: gl.constexpr):
 @gluon.jit
 def _multiply(
     WARPGROUP: gl.constexpr, buffers, Q_SCALE, K_SCALE, V_SCALE, OUT, LSE, PARTIAL, STATS, batch, cut, turns, queries,
-    valid_rows, tiles, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    SCALE: gl.constexpr, FP8: gl.constexpr,
+    valid_rows, tiles, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, ROW: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, SCALE: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: 64 queries of each tile."""
     q_tile, k_tiles, v_tiles, q_ready, q_free, k_ready, k_free, v_ready, v_free = buffers
@@ -166,7 +166,7 @@ def _multiply(
             head = tile // tiles
             query = tile % tiles * 2 * HALF + lane
             inside = query < queries
-            out = OUT + ((batch * queries + query) * HEADS + head)[:, None] * HEAD_DIM + element[None, :]
+            out = OUT + ((batch * queries + query) * ROW + head * HEAD_DIM)[:, None] + element[None, :]
             gl.store(out, (values / total[:, None]).to(OUT.dtype.element_ty), inside[:, None])
             lse = LSE + (batch * HEADS + head) * queries + query
             gl.store(lse, (largest + gl.log2(total)) * LOG_2, inside)
@@ -181,7 +181,7 @@ def _multiply(
 @gluon.jit(do_not_specialize=["VALID_ROWS", "queries", "rows", "pitch", "programs"])
 def attend_hopper(
     Q, K, V, VALID_ROWS, Q_SCALE, K_SCALE, V_SCALE, OUT, LSE, PARTIAL, STATS, queries, rows, pitch, programs,
-    HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, ON_DEVICE: gl.constexpr,
+    HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, ROW: gl.constexpr, BLOCK_N: gl.constexpr, ON_DEVICE: gl.constexpr,
     SCALE: gl.constexpr, STAGES: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
     """stream_k_attention.attend_kernel: the same arguments, results and cut, tiles of 128 queries."""
@@ -208,7 +208,7 @@ def attend_hopper(
     V_SHAPE: gl.constexpr = [HEAD_DIM, BLOCK_N] if FP8 else [BLOCK_N, HEAD_DIM]
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(V_SHAPE, dtype)
     q_rows = tma.make_tensor_descriptor(
-        Q + batch * queries * WIDTH, [queries, WIDTH], [WIDTH, 1], [HALF, HEAD_DIM], q_layout
+        Q + batch * queries * ROW, [queries, WIDTH], [ROW, 1], [HALF, HEAD_DIM], q_layout
     )
     k_rows = tma.make_tensor_descriptor(
         K + batch * rows * WIDTH, [valid_rows, WIDTH], [WIDTH, 1], [BLOCK_N, HEAD_DIM], k_layout
@@ -243,11 +243,11 @@ def attend_hopper(
         [
             (_multiply, (
                 0, buffers, Q_SCALE, K_SCALE, V_SCALE, OUT, LSE, PARTIAL, STATS, batch, cut, turns, queries, valid_rows,
-                tiles, HEADS, HEAD_DIM, BLOCK_N, STAGES, SCALE, FP8,
+                tiles, HEADS, HEAD_DIM, ROW, BLOCK_N, STAGES, SCALE, FP8,
             )),
             (_multiply, (
                 1, buffers, Q_SCALE, K_SCALE, V_SCALE, OUT, LSE, PARTIAL, STATS, batch, cut, turns, queries, valid_rows,
-                tiles, HEADS, HEAD_DIM, BLOCK_N, STAGES, SCALE, FP8,
+                tiles, HEADS, HEAD_DIM, ROW, BLOCK_N, STAGES, SCALE, FP8,
             )),
             (_load, ((q_rows, k_rows, v_rows), buffers, cut, turns, tiles, HEAD_DIM, BLOCK_N, STAGES, FP8)),
         ],

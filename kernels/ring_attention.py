@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import table
 from kernels.checks import autocasts, needs_gradient
-from kernels.stream_k_attention import ValidRows, attend
+from kernels.stream_k_attention import ValidRows, attend, row_of
 
 HEAD_DIMS = (16, 32, 64, 128)  # that the kernel supports; PyTorch computes the others
 
@@ -42,8 +42,8 @@ def ring_attention(
     q [B, n, heads, d]; k, v [B, rows, heads, d]; returns [B, n, heads, d] in q's dtype. With return_lse it also
     returns the natural logarithm of the softmax's denominators, [B, heads, n] float32. valid_rows may be an int32
     tensor: the host does not read it and no launch depends on it. The caller must keep it in [1, rows]. The result is
-    written to `out`, contiguous, if given. Raises ValueError where shapes, dtypes or, for the Triton kernel, strides do
-    not fit.
+    written to `out`, contiguous or heads of a contiguous tensor, if given. Raises ValueError where shapes, dtypes or,
+    for the Triton kernel, strides do not fit.
     """
     if autocasts(q):
         result, lse = _sdpa(q, k, v, valid_rows, return_lse, out)
@@ -77,9 +77,9 @@ def check_query_key_value(what: str, q: Tensor, k: Tensor, v: Tensor, valid_rows
 
 def check_out(what: str, out: Tensor | None, q: Tensor, dtype: torch.dtype) -> None:
     """Check the tensor that receives the result; raises ValueError."""
-    if out is not None and (out.shape != q.shape or out.dtype != dtype or not out.is_contiguous()):
+    if out is not None and (out.shape != q.shape or out.dtype != dtype or not row_of(out)):
         raise ValueError(f"{what}: got out {list(out.shape)} {out.dtype} with strides {out.stride()}, expected "
-                         f"{list(q.shape)} {dtype}, contiguous")  # fmt: skip
+                         f"{list(q.shape)} {dtype}, contiguous, or heads of such a tensor")  # fmt: skip
 
 
 def check_dense(what: str, **tensors: Tensor) -> None:
@@ -115,7 +115,7 @@ def _triton(
     q: Tensor, k: Tensor, v: Tensor, valid_rows: ValidRows, return_lse: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     check_dense("ring_attention", k=k, v=v)
-    return attend(q.contiguous(), k, v, valid_rows, None, out)
+    return attend(q if row_of(q) else q.contiguous(), k, v, valid_rows, None, out)
 
 
 def _variants() -> Iterator[table.Variant]:

@@ -66,14 +66,14 @@ def _weigh(
 )
 def attend_kernel(
     Q, K, V, VALID_ROWS, Q_SCALE, K_SCALE, V_SCALE, OUT, LSE, PARTIAL, STATS, queries, rows, pitch, programs,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ON_DEVICE: tl.constexpr, SCALE: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program c of batch entry b does tiles c, c + programs, ... and a run of the (tile, key block) pairs that remain.
 
-    Q, OUT [B, queries, HEADS, d]; K [B, rows, HEADS, d]; V as K, or e4m3 [B, HEADS, d, pitch];
-    LSE [B, HEADS, queries]; PARTIAL [B, programs, 2, BLOCK_M, d] and STATS [B, programs, 2, 2, BLOCK_M] float32:
-    entry 0 for a tile that an earlier program began, entry 1 for a tile that a later program continues.
+    Q, OUT [B, queries, HEADS, d], a query every ROW elements; K [B, rows, HEADS, d]; V as K, or e4m3
+    [B, HEADS, d, pitch]; LSE [B, HEADS, queries]; float32 PARTIAL [B, programs, 2, BLOCK_M, d] and STATS [B, programs,
+    2, 2, BLOCK_M]: entry 0 for a tile that an earlier program began, entry 1 for a tile that a later program continues.
     """
     program = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
@@ -84,7 +84,7 @@ def attend_kernel(
     tiles = tl.cdiv(queries, BLOCK_M)
 
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
-    q_rows = tl.make_tensor_descriptor(Q + batch * queries * WIDTH, [queries, WIDTH], [WIDTH, 1], [BLOCK_M, HEAD_DIM])
+    q_rows = tl.make_tensor_descriptor(Q + batch * queries * ROW, [queries, WIDTH], [ROW, 1], [BLOCK_M, HEAD_DIM])
     k_rows = tl.make_tensor_descriptor(K + batch * rows * WIDTH, [valid_rows, WIDTH], [WIDTH, 1], [BLOCK_N, HEAD_DIM])
     if FP8:
         V += batch * WIDTH * pitch
@@ -143,7 +143,7 @@ def attend_kernel(
             acc = acc * tl.load(V_SCALE + head)
         if end - begin == blocks:
             here = first_query + lane < queries
-            out = OUT + ((batch * queries + first_query + lane) * WIDTH + column)[:, None] + element[None, :]
+            out = OUT + ((batch * queries + first_query + lane) * ROW + column)[:, None] + element[None, :]
             tl.store(out, (acc / row_sum[:, None]).to(OUT.dtype.element_ty), here[:, None])
             lse = LSE + (batch * HEADS + head) * queries + first_query + lane
             tl.store(lse, (row_max + tl.math.log2(row_sum)) * 0.6931471805599453, here)
@@ -158,7 +158,7 @@ def attend_kernel(
 @triton.jit(do_not_specialize=["VALID_ROWS", "queries", "rows", "programs"])
 def merge_kernel(
     PARTIAL, STATS, VALID_ROWS, OUT, LSE, queries, rows, programs,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ON_DEVICE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Program (piece, stripe, b): merges LANES queries of a tile that several programs of attend_kernel shared."""
@@ -190,11 +190,21 @@ def merge_kernel(
     head = tile // tiles
     query = tile % tiles * BLOCK_M + lane
     here = query < queries
-    out = OUT + ((batch * queries + query) * HEADS + head)[:, None] * HEAD_DIM + element[None, :]
+    out = OUT + ((batch * queries + query) * ROW + head * HEAD_DIM)[:, None] + element[None, :]
     tl.store(out, (acc / row_sum[:, None]).to(OUT.dtype.element_ty), here[:, None])
     tl.store(
         LSE + (batch * HEADS + head) * queries + query, (row_max + tl.math.log2(row_sum)) * 0.6931471805599453, here
     )
+
+
+def row_of(x: Tensor) -> int:
+    """Elements from a token's heads to the next one's, x [B, n, H, d]; 0 unless nothing else lies between them."""
+    batch, tokens, heads, head_dim = x.shape
+    row = x.stride(1)
+    if tokens == 1:  # its stride says nothing
+        row = x.stride(0) if batch > 1 else heads * head_dim
+    dense = x.stride()[2:] == (head_dim, 1) or (heads == 1 and x.stride(3) == 1)
+    return row if dense and row >= heads * head_dim and (batch == 1 or x.stride(0) == tokens * row) else 0
 
 
 def attend(
@@ -203,17 +213,23 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Both launches: q [B, n, H, d], k [B, rows, H, d], v as k or (with scales: FP8) [B, H, d, pitch], all contiguous.
 
-    The scales of q, k, v are float32 [H]. Returns out [B, n, H, d], contiguous, and lse [B, H, n] float32.
+    q and out may be the same heads of wider tensors. The scales of q, k, v are float32 [H]. Returns out [B, n, H, d],
+    and lse [B, H, n] float32.
     """
     batch, queries, heads, head_dim = q.shape
     programs = multiprocessors(q.device)
-    out = torch.empty_like(q, dtype=torch.bfloat16 if scales else q.dtype) if out is None else out
+    if out is None:
+        out = q.new_empty(q.shape, dtype=torch.bfloat16 if scales else q.dtype)
+    if row_of(q) != row_of(out):  # the kernels know one distance between tokens
+        result, lse = attend(q.contiguous(), k, v, valid_rows, scales)
+        return out.copy_(result), lse
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     partial = q.new_empty((batch, programs, 2, QUERIES, head_dim), dtype=torch.float32)
     stats = q.new_empty((batch, programs, 2, 2, QUERIES), dtype=torch.float32)
     on_hopper = q.dtype == k.dtype and head_dim in hopper.HEAD_DIMS and runs_on(q.device)
     keys = hopper.KEYS if on_hopper else KEYS
-    cut = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_N": keys, "ON_DEVICE": isinstance(valid_rows, Tensor)}
+    on_device = isinstance(valid_rows, Tensor)
+    cut = {"HEADS": heads, "HEAD_DIM": head_dim, "ROW": row_of(out), "BLOCK_N": keys, "ON_DEVICE": on_device}
     arguments = (
         q, k, v, valid_rows, *(scales or (lse, lse, lse)), out, lse, partial, stats, queries, k.shape[1], v.shape[-1],
         programs,

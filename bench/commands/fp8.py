@@ -65,7 +65,7 @@ class _Beside:
             if step.kind.graph == "sdd_context":  # its result is not used
                 continue
             dtype, twin = other.dtype, copy.copy(cache)
-            twin.k, twin.v = cache.k.to(dtype, copy=True), cache.v.to(dtype, copy=True)
+            twin.k, twin.v = ([part.to(dtype, copy=True) for part in side] for side in (cache.k, cache.v))
             text = {role: tuple(x.to(dtype) for x in pair) for role, pair in text_kv.items()}
             c_f = None if step.c_f is None else step.c_f.to(dtype)
             made[key] = other.stages.run(replace(step, latent=step.latent.to(dtype), c_f=c_f), twin, text).float()

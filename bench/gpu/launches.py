@@ -93,6 +93,8 @@ def counted() -> Iterator[Counts]:
         # Descriptors stand for their tensors; two of one tensor fetch different parts of it.
         described = {id(value.base): value.base for value in names.values() if hasattr(value, "base")}
         written = [names.pop(ring) for ring in RINGS.get(kernel.__name__, ())]
+        for ring in ("K_LOCAL", "V_LOCAL"):  # which take a part of the same rows
+            names.pop(ring, None)
         # As many rows as the chunk has: a third of the product for each of K and V.
         rows = [names["QKV"].new_empty(names["QKV"].numel() // 3, dtype=ring.dtype) for ring in written]
         counts.add(kernel.__name__, (*names.values(), *described.values(), *rows))

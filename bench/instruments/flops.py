@@ -59,7 +59,7 @@ def time_weights(config: TransformerConfig) -> int:
 
 
 def transformer_cost(
-    config: TransformerConfig, frames: int, tokens: int, keys: int, rows: int, itemsize: int, *,
+    config: TransformerConfig, frames: int, tokens: int, keys: float, rows: int, itemsize: int, *,
     batch: int = 1, timesteps: int | None = None, head: bool = True, c_f: bool = False, cached: bool = True,
     layers: int | None = None,
 ) -> Cost:  # fmt: skip
@@ -166,11 +166,17 @@ class CountingStages:
         reuse, batch = step.reuse, step.latent.shape[0]
         outer = reuse.first + reuse.last if reuse is not None and step.short else None
         cost = transformer_cost(
-            self.config, step.frames, cache.tokens, int(step.valid) * cache.tokens, rows, self.itemsize,
+            self.config, step.frames, cache.tokens, self._keys(step, cache), rows, self.itemsize,
             batch=batch, head=head, c_f=c_f, layers=outer,
         )  # fmt: skip
         residual = 0 if reuse is None else batch * len(step.cos) * self.config.dim  # written, or read
         return cost + Cost(bytes=self.itemsize * residual)
+
+    def _keys(self, step: Pass, cache: RingCache) -> float:
+        """Keys that a query sees: the mean over all heads of all layers."""
+        slots = zip(cache.rings, (step.valid, step.local_valid), strict=False)
+        seen = sum(int(valid) * sum(ring.heads) for ring, valid in slots if valid is not None)
+        return seen * cache.tokens / (self.config.num_layers * self.config.num_attention_heads)
 
 
 class EmptyNoise:

@@ -57,7 +57,7 @@ def tensor_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, RingCache):
-        return value.k.nbytes + value.v.nbytes
+        return value.nbytes
     if is_dataclass(value) and not isinstance(value, type):
         return sum(tensor_bytes(getattr(value, f.name)) for f in fields(value))
     if isinstance(value, Mapping):

@@ -79,9 +79,19 @@ class CausalGenerator : public Generator {
 void check(const Preset& preset, const std::string& where) {
     if (preset.window < preset.attn_sink + preset.chunk)
         fail(GREEDY_BAD_BUNDLE, where + ".window", std::to_string(preset.window), "attn_sink + chunk or more");
+    const LocalHeads& heads = preset.heads;
+    if (heads.layers.empty()) return;
+    if (heads.window < heads.attn_sink + preset.chunk)
+        fail(GREEDY_BAD_BUNDLE, where + ".heads.window", std::to_string(heads.window), "attn_sink + chunk or more");
+    if (heads.attn_sink > preset.attn_sink)
+        fail(GREEDY_BAD_BUNDLE, where + ".heads.attn_sink", std::to_string(heads.attn_sink), "at most attn_sink");
 }
 
-Layout layout(const Preset& preset) { return {{{"dit", preset.window, preset.attn_sink}}, {kDit}}; }
+Layout layout(const Preset& preset) {
+    LocalHeads local = preset.heads;  // they keep no more frames than the others
+    local.window = std::min(local.window, preset.window);
+    return {{{"dit", preset.window, preset.attn_sink, std::move(local)}}, {kDit}};
+}
 
 std::unique_ptr<Generator> make(Stages& stages) { return std::make_unique<CausalGenerator>(stages); }
 

@@ -116,29 +116,38 @@ class Contract {
         out.inputs = {latent, {"rope_cos", {n, pairs}, DType::float32}, {"rope_sin", {n, pairs}, DType::float32}};
         if (kind.timed) out.inputs.push_back({"t", {1}, DType::float32});
         if (kind.conditioned) out.inputs.push_back({"c_f", hidden, dtype_});
-        for (const char* name : {m_.names.start_row, m_.names.valid_rows})
-            out.inputs.push_back({name, {1}, DType::int64});
-        out.outputs.push_back(kind.hidden ? TensorSpec{"hidden", hidden, dtype_}
-                                          : TensorSpec{"flow", latent.shape, dtype_});
         const auto ring = std::find_if(layout_.rings.begin(), layout_.rings.end(),
                                        [&](const RoleRing& r) { return r.role == std::string(kind.role); });
-        const std::int64_t rows = ring->slots * m_.tokens();
+        const std::vector<HeadGroup> groups = ring->groups(config_);
+        for (const HeadGroup& group : groups)
+            for (const char* name : {m_.names.start_row, m_.names.valid_rows})
+                out.inputs.push_back({group.prefix + name, {1}, DType::int64});
+        out.outputs.push_back(kind.hidden ? TensorSpec{"hidden", hidden, dtype_}
+                                          : TensorSpec{"flow", latent.shape, dtype_});
         const TensorSpec* keys = find(graph.inputs, "k_0");
-        const bool fp8 = keys && keys->dtype == DType::float8;
-        const Shape plain{1, rows, config_.dim()};
-        const Shape across{1, config_.heads, config_.head_dim, (rows + 15) / 16 * 16};  // V in FP8
+        const bool fp8 = groups.size() == 1 && keys && keys->dtype == DType::float8;
         const Shape text{1, m_.text_rows, config_.heads, config_.head_dim};
         for (const char* side : {"k", "v"})
             for (std::int64_t layer = 0; layer < config_.layers; ++layer) {
                 const std::string name = side + ("_" + std::to_string(layer));
                 out.inputs.push_back({"text_" + name, text, dtype_});
-                out.inputs.push_back(
-                    {name, fp8 && *side == 'v' ? across : plain, fp8 ? DType::float8 : dtype_});
-                out.caches.push_back(name);
-                for (const auto& [output, input] : graph.aliases)
-                    if (input == name) out.outputs.push_back({output, out.inputs.back().shape, out.inputs.back().dtype});
+                for (const HeadGroup& group : groups) add_cache(out, graph, group, side, layer, fp8);
             }
         return out;
+    }
+
+    // A layer's keys or values of a group of heads, which the graph writes. A layer without such heads has none.
+    void add_cache(Expected& out, const GraphSpec& graph, const HeadGroup& group, const std::string& side,
+                   std::int64_t layer, bool fp8) const {
+        const std::int64_t heads = group.heads[static_cast<std::size_t>(layer)], rows = group.slots * m_.tokens();
+        if (heads == 0) return;
+        const std::string name = group.prefix + side + "_" + std::to_string(layer);
+        const Shape plain{1, rows, heads * config_.head_dim};
+        const Shape across{1, heads, config_.head_dim, (rows + 15) / 16 * 16};  // V in FP8
+        out.inputs.push_back({name, fp8 && side == "v" ? across : plain, fp8 ? DType::float8 : dtype_});
+        out.caches.push_back(name);
+        for (const auto& [output, input] : graph.aliases)
+            if (input == name) out.outputs.push_back({output, out.inputs.back().shape, out.inputs.back().dtype});
     }
 
     // The caches of the following calls have the shapes that the first one gives.

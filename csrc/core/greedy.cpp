@@ -92,10 +92,12 @@ void check(const Preset& preset, const std::string& where) {
         fail(GREEDY_BAD_BUNDLE, where + ".max_position", std::to_string(preset.max_position), "two chunks or more");
     if (preset.commit != CommitPolicy::clean)
         fail(GREEDY_BAD_BUNDLE, where + ".commit", "another", "clean for the greedy family");
+    if (!preset.heads.layers.empty())
+        fail(GREEDY_BAD_BUNDLE, where + ".heads", "a table", "none for the greedy family");
 }
 
 Layout layout(const Preset& preset) {
-    return {{{"etm", preset.window, 0}, {"sdd", 3 * preset.chunk, 0}}, {kEtm, kSddContext, kSdd}};
+    return {{{"etm", preset.window, 0, {}}, {"sdd", 3 * preset.chunk, 0, {}}}, {kEtm, kSddContext, kSdd}};
 }
 
 std::unique_ptr<Generator> make(Stages& stages) { return std::make_unique<GreedyGenerator>(stages); }

@@ -21,6 +21,7 @@ std::shared_ptr<Bundle> open_bundle(const std::string& folder, const greedy_sett
     Manifest manifest = read_manifest(folder);
     const std::string path = manifest_path(folder);
     check_preset(manifest.preset, path + ".preset");
+    manifest.preset.heads.fit(manifest.transformer, path + ".preset.heads.layers");
     check_graphs(manifest, find_family(manifest.preset.family, path).layout(manifest.preset), path);
     return std::make_shared<Bundle>(folder, std::move(manifest), settings);
 }

@@ -40,7 +40,43 @@ std::vector<std::vector<double>> steps_from(const Json& value, const std::string
     return steps;
 }
 
+LocalHeads heads_from(const Json& value, const std::string& where) {
+    LocalHeads out;
+    for (const auto& item : value.object(where)) {
+        const std::string& key = item.first;
+        check(key == "window" || key == "attn_sink" || key == "layers", where, "unknown key " + key.substr(0, 60),
+              "one of a head table's");
+    }
+    out.window = value.at("window", where).integer(where + ".window", 1, kMost);
+    out.attn_sink = value.at("attn_sink", where).integer(where + ".attn_sink", 0, out.window - 1);
+    const std::string at = where + ".layers";
+    for (const Json& row : value.at("layers", where).array(at)) {
+        out.layers.emplace_back();
+        for (const Json& head : row.array(at)) {
+            const std::int64_t least = out.layers.back().empty() ? 0 : out.layers.back().back() + 1;
+            out.layers.back().push_back(head.integer(at, least, kMost));
+        }
+    }
+    check(!out.layers.empty(), at, "none", "a row for every layer");
+    return out;
+}
+
 }  // namespace
+
+void LocalHeads::fit(const TransformerConfig& config, const std::string& where) const {
+    if (layers.empty()) return;
+    const auto count = static_cast<std::int64_t>(layers.size());
+    check(count == config.layers, where, "a table of " + std::to_string(count) + " layers",
+          "one of " + std::to_string(config.layers) + " layers");
+    bool alone = true;
+    for (const std::vector<std::int64_t>& heads : layers) {
+        if (!heads.empty())
+            check(heads.back() < config.heads, where, "head " + std::to_string(heads.back()),
+                  "numbers below " + std::to_string(config.heads));
+        alone &= static_cast<std::int64_t>(heads.size()) == config.heads;
+    }
+    check(!alone, where, "local heads alone", "others too");
+}
 
 TransformerConfig TransformerConfig::from(const Json& values, const std::string& where) {
     TransformerConfig out;
@@ -102,7 +138,7 @@ void check_steps(const std::vector<std::vector<double>>& rows, const std::string
 
 Preset Preset::from(const Json& values, const std::string& where, std::int64_t version) {
     Preset out;
-    const Json* steps = nullptr;
+    const Json *steps = nullptr, *heads = nullptr;
     std::int64_t first_chunk = 0;
     out.family = values.at("family", where).string(where + ".family");
     // Version 1 counts the window of a greedy preset in chunks before the current one.
@@ -124,6 +160,8 @@ Preset Preset::from(const Json& values, const std::string& where, std::int64_t v
             out.stop_after = value.integer(at, 0, kMost);
         else if (key == "steps")
             steps = &value;
+        else if (key == "heads")
+            heads = &value;
         else if (key == "warped")
             out.warped = value.boolean(at);
         else if (key == "shift")
@@ -139,12 +177,15 @@ Preset Preset::from(const Json& values, const std::string& where, std::int64_t v
     }
     if (steps) out.steps = steps_from(*steps, where + ".steps", out.warped);
     if (chunks_before) out.window = (out.window + 1) * out.chunk;
+    if (heads && !heads->is_null()) out.heads = heads_from(*heads, where + ".heads");
     const auto text = [](std::int64_t value) { return std::to_string(value); };
     check(first_chunk == 0 || first_chunk == out.chunk, where + ".first_chunk", text(first_chunk), "0 or chunk");
     check(out.window >= out.chunk && out.window <= kMost, where + ".window", text(out.window) + " latent frames",
           "chunk to " + text(kMost));
     check(out.window % out.chunk == 0, where + ".window", text(out.window), "whole chunks");
     check(out.attn_sink % out.chunk == 0, where + ".attn_sink", text(out.attn_sink), "whole chunks");
+    check(out.heads.window % out.chunk == 0, where + ".heads.window", text(out.heads.window), "whole chunks");
+    check(out.heads.attn_sink % out.chunk == 0, where + ".heads.attn_sink", text(out.heads.attn_sink), "whole chunks");
     return out;
 }
 

@@ -24,6 +24,15 @@ enum class CommitPolicy { clean, noisy, none };
 // Throws Error(status) unless rows of timesteps are those of a preset.
 void check_steps(const std::vector<std::vector<double>>& rows, const std::string& where, bool warped, int status);
 
+// Heads of self-attention that keep the keys of few frames. None where `layers` is empty.
+struct LocalHeads {
+    std::int64_t window = 0, attn_sink = 0;         // latent frames
+    std::vector<std::vector<std::int64_t>> layers;  // numbers of the local heads of every layer
+
+    // Throws Error(GREEDY_BAD_BUNDLE) unless the transformer has these layers and heads.
+    void fit(const TransformerConfig& config, const std::string& where) const;
+};
+
 struct Preset {
     std::string family;       // a row of core/families.cpp
     std::int64_t chunk = 1;   // latent frames
@@ -34,6 +43,7 @@ struct Preset {
     double shift = 5.0, context_timestep = 0.0;
     std::string solver = "renoise";  // a row of core/schedule.cpp
     CommitPolicy commit = CommitPolicy::clean;
+    LocalHeads heads;
 
     // From a manifest of `version` 1 or 2. Throws Error(GREEDY_BAD_BUNDLE) where graphs of fixed shapes cannot run it:
     // a first chunk of another size, or a window that is not whole chunks. Family and solver are only looked up later.

@@ -51,8 +51,12 @@ Stages::Stages(Bundle& bundle, Layout layout, std::atomic<bool>& cancel)
     const TransformerConfig& config = manifest().transformer;
     latent_ = device_.allocate(frame_size() * manifest().preset.chunk * bytes_of(dtype_));
     t_ = device_.allocate(sizeof(float));
-    start_row_ = device_.allocate(sizeof(std::int64_t));
-    valid_rows_ = device_.allocate(sizeof(std::int64_t));
+    std::size_t groups = 0;
+    for (const RoleRing& ring : layout_.rings) groups = std::max(groups, ring.groups(config).size());
+    for (std::size_t i = 0; i < groups; ++i) {
+        start_rows_.push_back(device_.allocate(sizeof(std::int64_t)));
+        valid_rows_.push_back(device_.allocate(sizeof(std::int64_t)));
+    }
     if (conditioned)
         zero_ = device_.allocate(manifest().preset.chunk * manifest().tokens() * config.dim() * bytes_of(dtype_));
 }
@@ -70,28 +74,38 @@ const RoleRing& Stages::ring(const std::string& role) const {
 
 // core/contract.cpp has compared names and shapes.
 Stages::Transformer Stages::resolve(const PassKind& kind) const {
-    const std::pair<std::string, Feed> kSingle[] = {
-        {"latent", Feed::latent}, {"t", Feed::t}, {"c_f", Feed::c_f}, {"rope_cos", Feed::cos}, {"rope_sin", Feed::sin},
-        {manifest().names.start_row, Feed::start_row}, {manifest().names.valid_rows, Feed::valid_rows},
+    struct Known {
+        std::string name;
+        Feed feed;
+        std::size_t group;
     };
-    const std::pair<std::string, Feed> kLayered[] = {
-        {"text_k_", Feed::text_k}, {"text_v_", Feed::text_v}, {"k_", Feed::k}, {"v_", Feed::v}};
+    std::vector<Known> single = {{"latent", Feed::latent, 0}, {"t", Feed::t, 0}, {"c_f", Feed::c_f, 0},
+                                 {"rope_cos", Feed::cos, 0}, {"rope_sin", Feed::sin, 0}};
+    std::vector<Known> layered = {{"text_k_", Feed::text_k, 0}, {"text_v_", Feed::text_v, 0}};
+    const std::vector<HeadGroup> groups = ring(kind.role).groups(manifest().transformer);
+    for (std::size_t i = 0; i < groups.size(); ++i) {
+        const std::string& prefix = groups[i].prefix;
+        single.push_back({prefix + manifest().names.start_row, Feed::start_row, i});
+        single.push_back({prefix + manifest().names.valid_rows, Feed::valid_rows, i});
+        layered.push_back({prefix + "k_", Feed::k, i});
+        layered.push_back({prefix + "v_", Feed::v, i});
+    }
 
     const Graph& graph = bundle_.graph(kind.graph);
     Transformer out{&graph, {}};
     for (const TensorSpec& spec : graph.inputs()) {
         if (spec.dtype == DType::float8)
             fail(GREEDY_BAD_BUNDLE, graph.name() + ": " + spec.name, "a cache in FP8", "one in " + std::string(name_of(dtype_)));
-        const auto single =
-            std::find_if(std::begin(kSingle), std::end(kSingle), [&](const auto& k) { return spec.name == k.first; });
-        if (single != std::end(kSingle)) {
-            out.inputs.push_back({single->second, 0});
+        const auto one =
+            std::find_if(single.begin(), single.end(), [&](const Known& k) { return spec.name == k.name; });
+        if (one != single.end()) {
+            out.inputs.push_back({one->feed, 0, one->group});
             continue;
         }
         const std::size_t split = spec.name.rfind('_') + 1;
-        const auto layered = std::find_if(std::begin(kLayered), std::end(kLayered),
-                                          [&](const auto& k) { return spec.name.substr(0, split) == k.first; });
-        out.inputs.push_back({layered->second, std::stoll(spec.name.substr(split))});
+        const auto many = std::find_if(layered.begin(), layered.end(),
+                                       [&](const Known& k) { return spec.name.substr(0, split) == k.name; });
+        out.inputs.push_back({many->feed, std::stoll(spec.name.substr(split)), many->group});
     }
     return out;
 }
@@ -129,17 +143,23 @@ Buffer Stages::run(const Pass& pass, const Ring& cache, const TextKV& text) {
     const TextKV::Sides& sides = text.roles.at(pass.kind.role);
     const Rope& table = rope(pass.position);
     const float t = static_cast<float>(pass.t);
-    const std::int64_t start_row = pass.slot * manifest().tokens(), valid_rows = pass.valid * manifest().tokens();
     std::vector<char> latent(pass.latent.size() * bytes_of(dtype_));
     pack(pass.latent.data(), pass.latent.size(), dtype_, latent.data());
     device_.upload(latent_.data(), latent.data(), latent.size());
     device_.upload(t_.data(), &t, sizeof t);
-    device_.upload(start_row_.data(), &start_row, sizeof start_row);
-    device_.upload(valid_rows_.data(), &valid_rows, sizeof valid_rows);
+    for (std::size_t group = 0; group < cache.groups(); ++group) {
+        const bool local = group > 0;
+        const std::int64_t tokens = manifest().tokens();
+        const std::int64_t start = (local ? cache.next_slot(group) : pass.slot) * tokens;
+        const std::int64_t valid = (local ? cache.valid(manifest().preset.chunk, group) : pass.valid) * tokens;
+        device_.upload(start_rows_[group].data(), &start, sizeof start);
+        device_.upload(valid_rows_[group].data(), &valid, sizeof valid);
+    }
     std::vector<void*> inputs;
     inputs.reserve(transformer.inputs.size());
     for (std::size_t i = 0; i < transformer.inputs.size(); ++i) {
         const std::int64_t layer = transformer.inputs[i].layer;
+        const std::size_t group = transformer.inputs[i].group;
         const std::size_t offset = static_cast<std::size_t>(layer) * transformer.graph->inputs()[i].bytes();
         switch (transformer.inputs[i].feed) {
             case Feed::latent:
@@ -158,10 +178,10 @@ Buffer Stages::run(const Pass& pass, const Ring& cache, const TextKV& text) {
                 inputs.push_back(table.sin.data());
                 break;
             case Feed::start_row:
-                inputs.push_back(start_row_.data());
+                inputs.push_back(start_rows_[group].data());
                 break;
             case Feed::valid_rows:
-                inputs.push_back(valid_rows_.data());
+                inputs.push_back(valid_rows_[group].data());
                 break;
             case Feed::text_k:
                 inputs.push_back(sides.k.at(offset));
@@ -170,10 +190,10 @@ Buffer Stages::run(const Pass& pass, const Ring& cache, const TextKV& text) {
                 inputs.push_back(sides.v.at(offset));
                 break;
             case Feed::k:
-                inputs.push_back(cache.k(layer));
+                inputs.push_back(cache.k(layer, group));
                 break;
             case Feed::v:
-                inputs.push_back(cache.v(layer));
+                inputs.push_back(cache.v(layer, group));
                 break;
         }
     }
@@ -270,10 +290,23 @@ void Stages::need_finite(const std::vector<float>& values, const std::string& wh
 }
 
 Ring Stages::make_cache(const std::string& role) const {
-    const RoleRing& size = ring(role);
     const TransformerConfig& config = manifest().transformer;
-    const std::int64_t bytes = manifest().tokens() * config.dim() * static_cast<std::int64_t>(bytes_of(dtype_));
-    return Ring(device_, {config.layers, size.slots, size.attn_sink, bytes});
+    const std::int64_t bytes = manifest().tokens() * config.head_dim * static_cast<std::int64_t>(bytes_of(dtype_));
+    return Ring(device_, ring(role).groups(config), bytes);
+}
+
+std::vector<HeadGroup> RoleRing::groups(const TransformerConfig& config) const {
+    const auto layers = static_cast<std::size_t>(config.layers);
+    std::vector<HeadGroup> out = {{"", std::vector<std::int64_t>(layers, config.heads), slots, attn_sink}};
+    HeadGroup few = {"local_", std::vector<std::int64_t>(layers, 0), local.window, local.attn_sink};
+    bool any = false;
+    for (std::size_t layer = 0; layer < local.layers.size(); ++layer) {
+        few.heads[layer] = static_cast<std::int64_t>(local.layers[layer].size());
+        out[0].heads[layer] -= few.heads[layer];
+        any |= few.heads[layer] > 0;
+    }
+    if (any) out.push_back(std::move(few));
+    return out;
 }
 
 }  // namespace greedy::core

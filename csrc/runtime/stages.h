@@ -23,7 +23,7 @@ struct PassKind {
     bool hidden;        // the result is the last hidden state; else it is the flow
 };
 
-// One run of a transformer over one chunk.
+// One run of a transformer over one chunk. slot and valid are those of all heads but the local ones.
 struct Pass {
     const PassKind& kind;
     const Latent& latent;
@@ -32,10 +32,15 @@ struct Pass {
     const Buffer* c_f = nullptr;  // where the kind is conditioned; null is zero
 };
 
-// Size of one role's cache, in slots (latent frames); the first `attn_sink` are never evicted.
+// Size of one role's cache, in slots (latent frames); the first `attn_sink` are never evicted. Local heads have a cache
+// of their own.
 struct RoleRing {
     const char* role;
     std::int64_t slots, attn_sink;
+    LocalHeads local;
+
+    // The groups of heads that have caches: all but the local heads, then these.
+    std::vector<HeadGroup> groups(const TransformerConfig& config) const;
 };
 
 // What a family of generators runs.
@@ -91,6 +96,7 @@ class Stages {
     struct Input {
         Feed feed;
         std::int64_t layer;
+        std::size_t group;  // of heads
     };
     struct Transformer {
         const Graph* graph;
@@ -113,7 +119,8 @@ class Stages {
     std::atomic<bool>& cancel_;
     DType dtype_;
     std::map<std::string, Transformer> transformers_;
-    Buffer latent_, t_, start_row_, valid_rows_;  // on the device, refilled before every pass
+    Buffer latent_, t_;                           // on the device, refilled before every pass
+    std::vector<Buffer> start_rows_, valid_rows_;  // the same, of every group of heads
     Buffer zero_;                                 // c_f of chunk 0
     std::vector<Rope> ropes_;                     // the newest last
 };

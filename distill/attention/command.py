@@ -21,51 +21,40 @@ from typing import Any
 
 import torch
 
-import engine
+from distill.attention.heads import HeadOptions, head_table, write_table
+from distill.attention.inputs import ProbeOptions, clips_of, load
 from distill.attention.measures import errors, replacements, scored, summary
 from distill.attention.replacements import KINDS, Replacement, Table
 from distill.attention.report import write_report
 from distill.attention.subjects import Clips, Student, Subject, Teacher
-from distill.data.shards import Shards
-from distill.data.sprites import SIZE
-from distill.experiments.following import expect_whole_chunks
-from distill.scores.tasks import TASKS, find_task
-from distill.training.stage import Options, Stage
+from distill.scores.tasks import find_task
+from distill.training.stage import Stage
 from engine.loader import EMBEDDED
-from engine.model.vae import frames_to_uint8
 from engine.options import option
 from engine.stream import Pipeline
 
 
 @dataclass(frozen=True)
-class AttentionOptions(Options):
-    model: Path | None = option(
-        None, "pipeline directory of teacher and student; default: the embedded model", metavar="DIR"
-    )
-    checkpoint: Path | None = option(None, "weights of the student instead of the directory's", metavar="FILE")
-    preset: str | None = option(None, "how the student streams; default: the model's own", metavar="NAME")
-    data: Path | None = option(None, "latents of dataset or sample_teacher; default: drawn clips", metavar="DIR")
-    task: str = option("scenes", "kind of the drawn clips", choices=sorted(TASKS))
-    prompts: int = option(8, "number of clips")
-    frames: int = option(33, "pixel frames of each")
-    seed: int = option(0, "of the drawn clips and of the noise")
+class AttentionOptions(HeadOptions, ProbeOptions):
     levels: tuple[float, ...] = option(
         (0.2, 0.45, 0.7, 0.95), "teacher: a noise level; may be repeated", metavar="SIGMA"
     )
-    queries: int = option(64, "queries that are drawn from every latent frame; so many or fewer tokens: exact")
     replace: tuple[str, ...] = option((), "also replace a part of the attention; may be repeated", choices=KINDS)
     threshold: float = option(0.02, "steady, varying, constant: the deviation that divides")
     near: int = option(1, "distant: latent frames up to so far apart still see each other")
     score: int = option(0, "with so many of the drawn clips' captions: score clips made with each replacement")
     sampling_steps: int = option(20, "score: denoising steps of the teacher")
     guidance: float = option(2.0, "score: guidance scale of the teacher")
-    device: str = option("cpu", "cpu, cuda, auto")
+    heads: Path | None = option(
+        None, "also write a table of the student's local heads to this file, for the preset's `heads`", metavar="FILE"
+    )
+    above: float = option(0.5, "heads: a head is local whose score is at least this")
     out: Path = option(Path("runs/attention"), "folder of the report", metavar="DIR")
 
     def __post_init__(self) -> None:
-        for name, least in (("prompts", 1), ("queries", 1), ("near", 0), ("score", 0), ("sampling_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected at least {least}")
+        super().__post_init__()
+        self.expect_least("sampling_steps", least=1)
+        self.expect_least("near", "score", least=0)
         for level in self.levels:
             if not 0 < level <= 1:
                 raise ValueError(f"--levels: got {level:g}, expected more than 0 and at most 1")
@@ -77,42 +66,6 @@ class AttentionOptions(Options):
             raise ValueError("--score: got --data, expected drawn clips: only of these the scorer knows what they show")
 
 
-def load(options: AttentionOptions) -> Pipeline:
-    """The student, in plain PyTorch: its attention goes through the watch."""
-    pipeline = engine.load(
-        options.model, preset=options.preset, checkpoint=options.checkpoint, device=options.device, eager=True,
-        join_context="off",
-    )  # fmt: skip
-    expect_whole_chunks(pipeline, options.frames)
-    for note in pipeline.notes:
-        print(note)
-    return pipeline
-
-
-def clips_of(options: AttentionOptions, pipeline: Pipeline) -> tuple[Clips, list[Any]]:
-    """The clips to run on, and what they show where they are drawn."""
-    frames = (options.frames - 1) // pipeline.temporal + 1
-    size = pipeline.config.in_channels, pipeline.height // pipeline.spatial, pipeline.width // pipeline.spatial
-    if options.data is not None:
-        data = Shards(options.data)
-        channels, held, *sides = data.shape
-        if (channels, *sides) != size or held < frames or len(data) < options.prompts:
-            raise ValueError(
-                f"--data: got {len(data)} clips of {[channels, held, *sides]}, expected at least {options.prompts} of "
-                f"{[size[0], frames, *size[1:]]}"
-            )
-        latents, captions = data.read(range(options.prompts), frames)
-        return Clips(captions, latents, options.seed), []
-    if (pipeline.height, pipeline.width) != (SIZE, SIZE):
-        got = f"a model of {pipeline.height} x {pipeline.width} pixels"
-        raise ValueError(f"--data: got none for {got}, expected captioned latents: drawn clips have {SIZE} x {SIZE}")
-    task = find_task(options.task)
-    specs = task.draw(options.prompts, options.seed, hidden=True)
-    videos = frames_to_uint8(task.render(specs, options.frames)[0]).numpy()
-    latents = torch.cat([pipeline.encode_clip(video).float().cpu() for video in videos])
-    return Clips([spec.caption for spec in specs], latents, options.seed), specs
-
-
 def subjects_of(options: AttentionOptions, pipeline: Pipeline, clips: Clips) -> list[Subject]:
     folder, levels = options.model or EMBEDDED, tuple(sorted(set(options.levels)))
     teacher = Teacher(pipeline, clips, folder, levels, options.sampling_steps, options.guidance)
@@ -122,6 +75,10 @@ def subjects_of(options: AttentionOptions, pipeline: Pipeline, clips: Clips) -> 
 def run(options: AttentionOptions) -> None:
     """Measure, replace, score, and write the report. A line per role and per replacement goes to stdout."""
     pipeline = load(options)
+    for note in pipeline.notes:
+        print(note)
+    if options.heads is not None:
+        options.check_heads(pipeline, options.frames)
     options.out.mkdir(parents=True, exist_ok=True)  # before minutes of passes
     clips, specs = clips_of(options, pipeline)
     report, tables = about(options, pipeline, clips), dict[str, Table]()
@@ -130,6 +87,12 @@ def run(options: AttentionOptions) -> None:
             tables[role] = Table.of(mass.flatten(0, 1))
             report["roles"][role] = found = summary(mass, subject.levels[role])
             print(f"{role}: mass by distance {found['by_distance']}", flush=True)
+            if options.heads is not None and subject.name == Student.name:
+                scores = options.scores(mass, pipeline.preset)
+                table = head_table(scores >= options.above, options.local_window, options.local_sink)
+                table.fit(pipeline.config)
+                write_table(options.heads, table)
+                print(f"{role}: {sum(table.counts)} of {scores.numel()} heads are local: {options.heads}", flush=True)
         limits = report["limits"]
         kinds = {kind: replacements(subject, kind, tables, **limits) for kind in dict.fromkeys(options.replace)}
         report["replacements"][subject.name] = replaced(subject, kinds)

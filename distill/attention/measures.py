@@ -10,6 +10,7 @@ from torch import Tensor
 from distill.attention.probe import Watch
 from distill.attention.replacements import Replacement, Table
 from distill.attention.subjects import Subject
+from distill.scores.dimensions import mean_and_error, with_totals
 from distill.scores.tasks import Task
 
 SHOWN = ("total", "all_right")
@@ -113,3 +114,17 @@ def scored(
 def _totals(task: Task, videos: Sequence[Tensor], specs: Sequence[Any]) -> dict[str, float]:
     scores = task.score(videos, list(specs))
     return {name: scores[name]["mean"] for name in SHOWN}
+
+
+Rows = list[dict[str, float]]  # the scores of every clip
+
+
+def rows_of(task: Task, videos: Sequence[Tensor], specs: Sequence[Any]) -> Rows:
+    return [with_totals(task.dimensions(video, spec)) for video, spec in zip(videos, specs, strict=True)]
+
+
+def paired(rows: Rows, others: Rows) -> dict[str, float]:
+    """Means of SHOWN, and the mean difference in total to the other clips of the same captions, with its error."""
+    gaps = mean_and_error(row["total"] - other["total"] for row, other in zip(rows, others, strict=True))
+    means = {name: mean_and_error(row[name] for row in rows)["mean"] for name in SHOWN}
+    return means | {"difference": gaps["mean"], "error_of_difference": gaps["se"]}

@@ -21,12 +21,8 @@ STYLES = {"steady": "o-", "varying": "s--", "distant": "^-.", "constant": "x:"}
 
 def plot(report: Mapping[str, Any], means: Mapping[str, Tensor], folder: Path) -> list[str]:
     """distance.png, heads-ROLE.png and, with replacements, errors.png; returns their names, none without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("plots: left out, matplotlib is not installed")
+    if not _has_matplotlib():
         return []
-    matplotlib.use("Agg")
     _plot_distance(report["roles"], folder / "distance.png")
     for role, mean in means.items():
         _plot_heads(role, mean, folder / f"heads-{role}.png")
@@ -34,6 +30,17 @@ def plot(report: Mapping[str, Any], means: Mapping[str, Tensor], folder: Path) -
     if changed:
         _plot_errors(changed, folder / "errors.png")
     return ["distance.png", *(f"heads-{role}.png" for role in means), *(["errors.png"] if changed else [])]
+
+
+def _has_matplotlib() -> bool:
+    """Whether plots can be drawn; says so where not."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("plots: left out, matplotlib is not installed")
+        return False
+    matplotlib.use("Agg")
+    return True
 
 
 @contextmanager
@@ -119,3 +126,21 @@ def _plot_errors(changed: Mapping[str, Any], path: Path) -> None:
             axis.grid(alpha=0.3, which="both")
             axis.legend(fontsize=8)
         axes[0].set_ylabel("relative error of the velocity")
+
+
+def plot_heads_left(report: Mapping[str, Any], path: Path) -> list[str]:
+    """Velocity error, and the total where clips were scored, by the share of local heads; as `plot`."""
+    if not _has_matplotlib():
+        return []
+    values = {"error": "relative error of the velocity"} | ({"total": "total score"} if report["scored"] else {})
+    with _figure(path, len(values), 5 * len(values), 4) as axes:
+        for axis, (value, label) in zip(axes, values.items(), strict=True):
+            start = report["whole"]["total"] if value == "total" else 0.0
+            for kind, style in {"local": "o-", "random": "s", "reverse": "x:"}.items():
+                found = [(row["share"], row[value]) for row in report["tables"] if row["table"].startswith(kind)]
+                axis.plot(*zip(*([] if kind == "random" else [(0, start)]), *found, strict=True), style, label=kind)
+            axis.set_xlabel("share of heads that keep few frames")
+            axis.set_ylabel(label)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
+    return [path.name]

@@ -132,14 +132,15 @@ class Student(Subject):
 
     name = "student"
 
-    def __init__(self, pipeline: Pipeline, clips: Clips) -> None:
+    def __init__(self, pipeline: Pipeline, clips: Clips, inputs: "Student | None" = None) -> None:
+        """inputs: `flows` repeats the passes of this student's streams instead of its own."""
         super().__init__(pipeline, clips)
         self.models = pipeline.stages.models  # type: ignore[attr-defined]  # of the torch backend
         schedule = Schedule(pipeline.preset)
         timed = {level_of(t) for number in range(self.chunks) for t, _ in schedule.steps(number)}
         denoises = {kind.role for kind in pipeline.generator.passes if kind.timed}
         self.levels = {role: tuple(sorted(timed)) if role in denoises else (0.0,) for role in self.models}
-        self._streamed: dict[int, list[tuple[Tensor, list[Pass]]]] = {}
+        self._streamed: dict[int, list[tuple[Tensor, list[Pass]]]] = {} if inputs is None else inputs._streamed
 
     @cached_property
     def chunks(self) -> int:

@@ -92,6 +92,14 @@ def check_sizes(shapes: Shapes) -> None:
     for name in ("window", "attn_sink"):
         if (frames := getattr(preset, name)) % preset.chunk:
             _refuse(f"preset.{name}", str(frames), "whole chunks")
+    if (heads := preset.heads) is not None:
+        try:
+            heads.fit(shapes.config)
+        except FieldError as error:
+            _refuse(f"preset.{error.field}", error.got, error.expected)
+        for name in ("window", "attn_sink"):
+            if (frames := getattr(heads, name)) % preset.chunk:
+                _refuse(f"preset.heads.{name}", str(frames), "whole chunks")
 
 
 def check_graphs(shapes: Shapes, graphs: Mapping[str, Graph], where: str) -> None:
@@ -127,17 +135,22 @@ def _pass(shapes: Shapes, kind: PassKind, dtype: str, graph: Graph) -> _Expected
     inputs |= {"t": ("float32", [1])} if kind.timed else {}
     inputs |= {"c_f": hidden} if kind.conditioned else {}
     inputs |= {name: ("float32", [n, pairs]) for name in ("rope_cos", "rope_sin")}
-    inputs |= {name: ("int64", [1]) for name in shapes.row_inputs}
+    groups = family_of(shapes.preset).rings(shapes.preset)[kind.role].groups(config)
+    inputs |= {group.prefix + name: ("int64", [1]) for group in groups for name in shapes.row_inputs}
     text = (dtype, [1, shapes.text_rows, config.num_attention_heads, config.attention_head_dim])
-    rows = family_of(shapes.preset).rings(shapes.preset)[kind.role].slots * shapes.tokens
     keys = _named(graph.inputs).get("k_0")
-    fp8 = keys is not None and keys.dtype == FP8
-    across = [1, config.num_attention_heads, config.attention_head_dim, (rows + 15) // 16 * 16]  # V in FP8
+    fp8 = len(groups) == 1 and keys is not None and keys.dtype == FP8
+    inputs |= {f"text_{side}_{layer}": text for side in "kv" for layer in range(config.num_layers)}
     caches: Kinds = {}
-    for side, shape in (("k", [1, rows, config.dim]), ("v", across if fp8 else [1, rows, config.dim])):
-        for layer in range(config.num_layers):
-            inputs[f"text_{side}_{layer}"] = text
-            caches[f"{side}_{layer}"] = (FP8 if fp8 else dtype, shape)
+    for group in groups:
+        rows = group.slots * shapes.tokens
+        for side in "kv":
+            for layer, count in enumerate(group.heads):
+                plain = [1, rows, count * config.attention_head_dim]
+                across = [1, count, config.attention_head_dim, (rows + 15) // 16 * 16]  # V in FP8
+                if count:
+                    shape = across if fp8 and side == "v" else plain
+                    caches[f"{group.prefix}{side}_{layer}"] = FP8 if fp8 else dtype, shape
     result: Kinds = {"hidden": hidden} if kind.hidden else {"flow": latent}
     replaced = {output: caches[name] for output, name in graph.aliases.items() if name in caches}
     return _Expected(inputs | caches, result | replaced, tuple(caches))

@@ -203,6 +203,8 @@ class Manifest(_Strict):
             _refuse("preset.steps", repr(values["steps"])[:60], "a list")
         if "reuse" in values:
             _refuse("preset", "unknown key reuse", "a preset without it: a bundle has one graph per pass")
+        if isinstance(values.get("heads"), str):  # a manifest chooses no file of this machine
+            _refuse("preset.heads", repr(values["heads"])[:60], "a table")
         if self.version == 1 and values.get("family") == "greedy":
             window, chunk = values.get("window", 3), values.get("chunk", 1)
             if type(window) is int and type(chunk) is int:

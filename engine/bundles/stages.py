@@ -65,6 +65,16 @@ def check_inputs(graph: str, specs: list[TensorSpec], inputs: Mapping[str, Tenso
             raise ValueError(f"{graph}: {spec.name}: got {got}, expected {device.type} {spec.dtype} {spec.shape}")
 
 
+def checked(
+    step: Pass, ring: RingCache, slot: int | Tensor | None, valid: int | Tensor | None
+) -> tuple[int | Tensor, int | Tensor]:
+    """slot and valid. ValueError unless the chunk fits into the ring without wrapping, which no graph checks."""
+    if slot is None or valid is None or not 0 <= slot <= ring.slots - step.frames or not 0 < valid <= ring.slots:
+        raise ValueError(f"{step.kind.graph}: got slot {slot} and {valid} valid ones for "
+                         f"{step.frames} frames, expected room in {ring.slots} slots")  # fmt: skip
+    return slot, valid
+
+
 class GraphStages(ABC):
     """Stages of one backend of a bundle. The constructor opens every graph, except those that encode images."""
 
@@ -151,23 +161,24 @@ class GraphStages(ABC):
         return text
 
     def run(self, step: Pass, cache: RingCache, text_kv: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-        kind, rows, tokens = step.kind, cache.slots * cache.tokens, len(step.cos)
-        # A compiled graph does not check bounds, so check them here.
-        if not 0 <= step.slot * cache.tokens <= rows - tokens or not 0 < step.valid <= cache.slots:
-            raise ValueError(f"{kind.graph}: got slot {step.slot} and {step.valid} valid ones for "
-                             f"{step.frames} frames, expected room in {cache.slots} slots")  # fmt: skip
+        kind = step.kind
+        slots = (step.slot, step.valid), (step.local_slot, step.local_valid)
+        groups = [(prefix, ring, checked(step, ring, *own))
+                  for prefix, ring, own in zip(("", "local_"), cache.rings, slots, strict=False)]  # fmt: skip
         inputs = {"latent": step.latent, "rope_cos": step.cos, "rope_sin": step.sin}
         if step.t is not None:
             inputs["t"] = step.t
         if kind.conditioned:  # zero adds nothing: W_c rmsnorm(0) = 0
             inputs["c_f"] = self._zero_of(kind.graph, "c_f") if step.c_f is None else step.c_f
-        for name, slots in zip(self.manifest.row_inputs, (step.slot, step.valid), strict=True):
-            inputs[name] = torch.tensor([slots * cache.tokens], device=self.device)
-        for layer in range(self.layers):
-            for side, whole, past in zip("kv", text_kv[kind.role], cache.view(layer), strict=True):
-                inputs[f"text_{side}_{layer}"] = whole[layer]
-                # Graphs take rows [B, rows, dim]. Only V in FP8 keeps its layout, with rows as the last axis.
-                inputs[f"{side}_{layer}"] = past if cache.fp8 and side == "v" else past.flatten(2)
+        for side, whole in zip("kv", text_kv[kind.role], strict=True):
+            inputs |= {f"text_{side}_{layer}": whole[layer] for layer in range(self.layers)}
+        for prefix, ring, own in groups:
+            for name, slot in zip(self.manifest.row_inputs, own, strict=True):
+                inputs[prefix + name] = torch.tensor([slot * ring.tokens], device=self.device)
+            for layer in (layer for layer, heads in enumerate(ring.heads) if heads):
+                for side, past in zip("kv", ring.view(layer), strict=True):
+                    # Graphs take rows [B, rows, dim]. Only V in FP8 keeps its layout, with rows as the last axis.
+                    inputs[f"{prefix}{side}_{layer}"] = past if ring.fp8 and side == "v" else past.flatten(2)
         return self.run_graph(kind.graph, inputs)["hidden" if kind.hidden else "flow"]
 
     def _zero_of(self, graph: str, name: str) -> Tensor:

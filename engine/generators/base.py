@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from engine.config import Preset, TransformerConfig
+from engine.config import LocalHeads, Preset, TransformerConfig
 from engine.model.cache import RingCache
 from engine.model.rope import rope_tables
 from engine.runtime.passes import Pass, PassKind, Stages, TextKV
@@ -95,11 +95,38 @@ class State:
 
 
 @dataclass(frozen=True)
+class HeadGroup:
+    """Heads whose keys and values lie in one cache of so many slots.
+
+    prefix  of the group's tensors in a bundle's graphs: k_0, local_k_0, local_start_row, ...
+    heads   how many of every layer; the groups stand in their order in q, k and v
+    """
+
+    prefix: str
+    heads: tuple[int, ...]
+    slots: int
+
+
+@dataclass(frozen=True)
 class Ring:
-    """Size of one role's cache in slots (latent frames). The first `attn_sink` slots are never overwritten."""
+    """Size of one role's cache in slots (latent frames). The first `attn_sink` slots are never overwritten.
+
+    local: the heads that keep fewer frames, in a ring of their own.
+    """
 
     slots: int
     attn_sink: int = 0
+    local: LocalHeads | None = None
+
+    def groups(self, config: TransformerConfig) -> "list[HeadGroup]":
+        """The groups of heads, each with a cache of its own: all but the local heads, then these."""
+        few = self.local.counts if self.local else (0,) * config.num_layers
+        wide = tuple(config.num_attention_heads - count for count in few)
+        return [HeadGroup("", wide, self.slots)] + ([HeadGroup("local_", few, self.local.window)] if self.local else [])
+
+    def heads_slots(self, config: TransformerConfig) -> int:
+        """Slots of all heads of all layers: a slot of one head holds tokens * head_dim keys, and as many values."""
+        return sum(group.slots * sum(group.heads) for group in self.groups(config))
 
 
 class Generator(ABC):
@@ -118,6 +145,12 @@ class Generator(ABC):
         self.check(preset)
         if preset.reuse is not None:
             preset.reuse.check(config.num_layers)
+        if preset.heads is not None:
+            preset.heads.fit(config)
+        parts, local = stages.modules(), preset.local_heads
+        order = local.layers if local else None
+        if any(getattr(parts[role], "local_heads", None) != order for role in self.roles() if role in parts):
+            raise ValueError("heads: got transformers that were loaded with another table, expected this preset's")
         self.stages, self.config, self.preset = stages, config, preset
         self.dtype, self.device = dtype, device  # of the cached keys and values
 
@@ -242,7 +275,7 @@ class Generator(ABC):
         residual = self.preset.chunk * geometry.tokens if denoises and self.preset.reuse is not None else 0
         return self.stages.make_cache(
             config.num_layers, geometry.batch, ring.slots, geometry.tokens, config.num_attention_heads,
-            config.attention_head_dim, ring.attn_sink, self.dtype, self.device, residual,
+            config.attention_head_dim, ring.attn_sink, self.dtype, self.device, ring.local, residual,
         )  # fmt: skip
 
     def _rope(self, geometry: Geometry) -> RopeTables:

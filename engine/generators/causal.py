@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,10 +34,14 @@ class CausalGenerator(Generator):
     def check(preset: Preset) -> None:
         least = preset.attn_sink + preset.chunk
         preset.expect("window", preset.window >= least, f"at least attn_sink + chunk ({least})")
+        if (heads := preset.heads) is not None:
+            least = heads.attn_sink + preset.chunk
+            heads.expect("window", heads.window >= least, f"at least its attn_sink + chunk ({least})")
+            heads.expect("attn_sink", heads.attn_sink <= preset.attn_sink, f"at most attn_sink ({preset.attn_sink})")
 
     @staticmethod
     def rings(preset: Preset) -> Mapping[str, Ring]:
-        return {"dit": Ring(preset.window, preset.attn_sink)}
+        return {"dit": Ring(preset.window, preset.attn_sink, preset.local_heads)}
 
     @staticmethod
     def steady(preset: Preset) -> int:
@@ -60,8 +64,7 @@ class CausalGenerator(Generator):
         self._refresh(state)
         step = self._pass(x, t, state.position, state)
         # In a full ring the step writes over the oldest chunk, which the context pass reads.
-        overwrites = state.held + x.shape[2] > state.cache.slots
-        flow = self._run_denoising(step, state.cache, state, short, overwrites)
+        flow = self._run_denoising(step, state.cache, state, short, overwrites=state.cache.full(x.shape[2]))
         state.staged = True
         return flow
 
@@ -98,7 +101,10 @@ class CausalGenerator(Generator):
         """A pass over the chunk x [B, C, F, h, w] that stands next in the ring."""
         cache, frames = state.cache, x.shape[2]
         rope = state.rope.at(position, frames)
-        return Pass(DIT, x, *rope, cache.next_slot, cache.valid(frames), timesteps(x, t))
+        step = Pass(DIT, x, *rope, cache.next_slot, cache.valid(frames), timesteps(x, t))
+        if (few := cache.local) is None:
+            return step
+        return replace(step, local_slot=few.next_slot, local_valid=few.valid(frames))
 
     def _refresh(self, state: CausalState) -> None:
         """After a switch of prompt or window, run one clean pass over the cached latents, at their own positions.

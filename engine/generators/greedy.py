@@ -44,6 +44,7 @@ class GreedyGenerator(Generator):
         preset.expect("max_position", preset.max_position >= 2 * chunk, "at least two chunks")
         preset.expect("commit", preset.commit == "clean", "clean for the greedy family")
         preset.expect("first_chunk", preset.first_chunk in (0, chunk), "0 for the greedy family")
+        preset.expect("heads", preset.heads is None, "none for the greedy family")
 
     @staticmethod
     def rings(preset: Preset) -> Mapping[str, Ring]:

@@ -30,6 +30,10 @@ from kernels.norm_modulate import Hidden, norm_modulate
 # Cross-attention K and V of every layer: one tensor [layers, B, rows, heads, head_dim] each, or one per layer.
 TextKV = tuple[Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor]
 
+# Parameters of a block's self-attention that hold heads -> the axis of the heads.
+_HEADS_AXIS = {f"to_{x}.{part}": 0 for x in "qkv" for part in ("weight", "bias")}
+_HEADS_AXIS |= {"norm_q.weight": 0, "norm_k.weight": 0, "to_out.0.weight": 1}
+
 
 class WanTransformer(nn.Module):
     """The transformer, with the parameter names of diffusers' WanTransformer3DModel.
@@ -53,6 +57,7 @@ class WanTransformer(nn.Module):
         self.proj_out = nn.Linear(dim, config.out_channels * patch)
         self.scale_shift_table = modulation_table(2, dim)
         self.condition_proj = nn.Linear(dim, dim, bias=False) if conditioned else None
+        self.local_heads: Sequence[Sequence[int]] | None = None  # those of `order_heads`
         self._tables: Tensor | None = None  # the blocks' scale_shift_tables [layers, 1, 1, 6, dim], after `fuse`
         if self.condition_proj is not None:
             nn.init.zeros_(self.condition_proj.weight)
@@ -62,6 +67,28 @@ class WanTransformer(nn.Module):
         text = self.condition_embedder.text_embedder(text_emb)
         pairs = [cast(Block, block).attn2.key_value(text) for block in self.blocks]
         return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+
+    @torch.no_grad()
+    def order_heads(self, local: Sequence[Sequence[int]]) -> None:
+        """Let these heads of every layer stand after its others, so that both groups are slices of q, k and v.
+
+        The function that the transformer computes stays the same, up to rounding. Call it once, before `fuse`; `write`
+        still takes a parameter's value as it was.
+        """
+        self.local_heads = local
+        for name, parameter in self.named_parameters():
+            if (value := self._ordered(name, parameter)) is not parameter:
+                parameter.data = value
+
+    def _ordered(self, name: str, value: Tensor) -> Tensor:
+        """A parameter's value with its heads in the order of `order_heads`."""
+        axis = _HEADS_AXIS.get(name.partition(".attn1.")[2])
+        if self.local_heads is None or axis is None:
+            return value
+        few = self.local_heads[int(name.split(".")[1])]
+        wide = [head for head in range(self.config.num_attention_heads) if head not in few]
+        order = torch.tensor([*wide, *few], device=value.device)
+        return value.unflatten(axis, (len(order), -1)).index_select(axis, order).flatten(axis, axis + 1)
 
     def fuse(self) -> None:
         """Fuse what inference can compute as one product or one sum. Call it when the weights are final."""
@@ -76,6 +103,7 @@ class WanTransformer(nn.Module):
 
         `name` is its name before `fuse` and FP8. Captured graphs, which hold addresses, read the new value.
         """
+        value = self._ordered(name, value)
         path, _, leaf = name.rpartition(".")
         owner_path, _, own = path.rpartition(".")
         owner = self.get_submodule(owner_path)

@@ -143,7 +143,7 @@ class GraphedStages:
 
     def run(self, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
         passes = [p for p in (step.context, step) if p is not None]
-        if any(p.slot + p.frames > cache.slots for p in passes):  # it wraps: fused kernels cannot write it
+        if any(wraps(p, cache) for p in passes):  # fused kernels cannot write it
             if step.context is not None:
                 self.run(step.context, cache, text_kv)
                 return self.run(replace(step, context=None), cache, text_kv)
@@ -156,7 +156,7 @@ class GraphedStages:
         with self._lock, self._capture.in_turn():
             text = self._static_text(role, text_kv[role])
             what = [(p.kind.graph, p.latent.shape, p.reuse, p.short) for p in passes]
-            key = *what, cache.k.data_ptr(), text[0].data_ptr()
+            key = *what, cache.address, text[0].data_ptr()
 
             def again(*static: Any) -> Tensor:
                 values, again = iter(static), None
@@ -166,10 +166,7 @@ class GraphedStages:
                 return self._stages.run(cast(Pass, again), whole, {role: text})
 
             args = tuple(value for names in changing for value in names.values())
-            # In a full ring the step writes over rows that the context reads: a capture's runs must start alike.
-            overwrites = step.context is not None and step.slot < step.context.valid
-            lost = whole.slots_from(int(step.slot), step.frames) if overwrites else ()
-            return self._graph(key, again, args, lost, self._capture)
+            return self._graph(key, again, args, lost(step, whole), self._capture)
 
     def _graph(
         self, key: Any, function: Callable[..., Any], args: tuple[Tensor | int, ...], advances: Sequence[Tensor],
@@ -214,6 +211,22 @@ class GraphedStages:
             return self._graph(key, run, (latent,), static, self._capture_vae), cache
 
 
+def wraps(step: Pass, cache: RingCache) -> bool:
+    """Whether the pass writes beyond the end of a ring, and goes on after its attention sink."""
+    slots = zip((step.slot, step.local_slot), cache.rings, strict=False)
+    return any(slot is not None and slot + step.frames > ring.slots for slot, ring in slots)
+
+
+def lost(step: Pass, cache: RingCache) -> list[Tensor]:
+    """Rows of a full ring that the step writes over and its context reads: a capture's runs must start alike."""
+    context, found = step.context, list[Tensor]()
+    if context is None:
+        return found
+    slots = (step.slot, context.valid), (step.local_slot, context.local_valid)
+    for ring, (slot, valid) in zip(cache.rings, slots, strict=False):
+        if slot is not None and valid is not None and slot < valid:
+            found += ring.slots_from(int(slot), step.frames)
+    return found
 _FIXED = ("reuse", "short")  # fields of a pass that its graph is made for; the cache holds the residual
 
 

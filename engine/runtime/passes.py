@@ -40,6 +40,7 @@ class Pass:
     valid     number of slots to attend to after the write
     t         [B] in [0, 1000], if the kind is timed
     c_f       [B, tokens, dim], if the kind is conditioned; None means zero, as for chunk 0
+    local_slot, local_valid  the same in the ring of the local heads, where the cache has one
     context   a pass of the same role that comes first, of whose result only the keys and values are used: it runs
               together with this one, where the backend joins passes
     reuse     the preset's: the pass keeps what the blocks between the first and the last ones add, in the cache
@@ -54,6 +55,8 @@ class Pass:
     valid: int | Tensor
     t: Tensor | None = None
     c_f: Tensor | None = None
+    local_slot: int | Tensor | None = None
+    local_valid: int | Tensor | None = None
     context: "Pass | None" = None
     reuse: Reuse | None = None
     short: bool = False

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.model.cache import CachedAttention, JoinedAttention, RingCache
+from engine.model.cache import CachedAttention, GroupedAttention, JoinedAttention, RingCache
 from engine.model.layers import Middle
 from engine.model.text import ReadAgain, encode_text
 from engine.model.transformer import TextKV, WanTransformer
@@ -61,7 +61,7 @@ class TorchStages:
     def run(self, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
         if step.context is not None:
             return self._joined(step.context, step, cache, text_kv)
-        role, attend = step.kind.role, CachedAttention(cache, step.slot, step.valid)
+        role, attend = step.kind.role, attention(step, cache)
         model = self.models[role]
         arguments = step.latent, _time_of(step), text_kv[role], step.cos, step.sin, attend, step.c_f
         with self._operations():
@@ -70,7 +70,7 @@ class TorchStages:
     def _joined(self, context: Pass, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
         """Both passes as one over the tokens of both chunks; in each layer the context comes first."""
         passes, model = (context, step), self.models[step.kind.role]
-        attend = JoinedAttention(tuple((CachedAttention(cache, p.slot, p.valid), len(p.cos)) for p in passes))
+        attend = JoinedAttention(tuple((attention(p, cache), len(p.cos)) for p in passes))
         latent = torch.cat([p.latent for p in passes], dim=2)
         t = torch.cat([_time_of(p)[:, None].expand(-1, p.frames) for p in passes], dim=1)
         cos, sin = torch.cat([p.cos for p in passes]), torch.cat([p.sin for p in passes])
@@ -93,6 +93,14 @@ class TorchStages:
 
     def vae_encode_step(self, frames: Tensor, cache: Any) -> tuple[Tensor, Any]:
         return need(self.vae, "VAE").encode_step(frames, cache)
+
+
+def attention(step: Pass, cache: RingCache) -> CachedAttention | GroupedAttention:
+    """How a pass finds its keys in the cache."""
+    attend = CachedAttention(cache, step.slot, step.valid)
+    if cache.local is None or step.local_slot is None or step.local_valid is None:
+        return attend
+    return GroupedAttention(attend, CachedAttention(cache.local, step.local_slot, step.local_valid))
 
 
 def _time_of(step: Pass) -> Tensor:

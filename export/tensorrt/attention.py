@@ -70,16 +70,18 @@ class HeadCaches:
         self.model, self.fp8, self.attentions = model, fp8, 0
         reader = next(n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, "ring_attention"))
         kind = next(v.type.tensor_type for v in model.graph.value_info if v.name == reader.input[0])
-        self.heads, self.dtype = int(helper.get_node_attr_value(reader, "heads")), kind.elem_type
+        self.dtype, first = kind.elem_type, int(helper.get_node_attr_value(reader, "heads"))
         _, self.n, dim = (d.dim_value for d in kind.shape.dim)
-        self.d = dim // self.heads
+        self.d = dim // first
+        shapes = {v.name: v.type.tensor_type.shape.dim for v in model.graph.value_info}
+        self.widths = {name: shape[-1].dim_value for name, shape in shapes.items() if shape}
         self.groups = _smallest_divisor(self.n) if grouped and self.dtype != TensorProto.FLOAT else 1
-        declare_caches(model, lambda rows, dim: [1, self.heads, rows, self.d])
+        declare_caches(model, lambda rows, dim: [1, dim // self.d, rows, self.d])
 
     def write(self, node: NodeProto, casts: Casts) -> list[NodeProto]:
         """Write update [1, n, dim] into cache [1, heads, rows, d] from row index[0] on."""
         cache, update, index = node.input
-        out, split = node.output[0], self._shape("split", [1, self.n, self.heads, self.d])
+        out, split = node.output[0], self._shape("split", [1, self.n, self.widths[update] // self.d, self.d])
         return [
             helper.make_node("Reshape", [update, split], [f"{out}_split"]),
             helper.make_node("Transpose", [f"{out}_split"], [f"{out}_rows"], perm=[0, 2, 1, 3]),
@@ -93,12 +95,13 @@ class HeadCaches:
         """
         q, k, v, length = node.input
         out, g, each = node.output[0], self.groups, self.n // self.groups
-        by_tokens = self._shape("by_tokens", [1, g, each, self.heads, self.d])
-        by_heads = self._shape("by_heads", [1, self.heads, g, each, self.d])
-        queries = self._shape("queries", [1, self.heads * g, each, self.d])
-        merged = self._shape("merged", [1, self.n, self.heads * self.d])
+        heads = int(helper.get_node_attr_value(node, "heads"))
+        by_tokens = self._shape("by_tokens", [1, g, each, heads, self.d])
+        by_heads = self._shape("by_heads", [1, heads, g, each, self.d])
+        queries = self._shape("queries", [1, heads * g, each, self.d])
+        merged = self._shape("merged", [1, self.n, heads * self.d])
         scale = helper.make_tensor("trt_softmax_scale", self.dtype, [], [1 / math.sqrt(self.d)])
-        grouped = self._read_twice(f"{out}_grouped", [1, self.heads * g, each, self.d])
+        grouped = self._read_twice(f"{out}_grouped", [1, heads * g, each, self.d])
         return [
             helper.make_node("Reshape", [q, by_tokens], [f"{out}_q_tokens"]),
             helper.make_node("Transpose", [f"{out}_q_tokens"], [f"{out}_q_heads"], perm=[0, 3, 1, 2, 4]),
@@ -143,7 +146,8 @@ class HeadCaches:
         return [*nodes, helper.make_node("TRT_QuantizedAttention", inputs, [out], domain=TRT_DOMAIN, **QUANTISED)]
 
     def _shape(self, what: str, shape: list[int]) -> str:
-        return add_constant(self.model, helper.make_tensor(f"trt_{what}", TensorProto.INT64, [len(shape)], shape))
+        name = f"trt_{what}_{'x'.join(map(str, shape))}"  # groups of heads differ in their number
+        return add_constant(self.model, helper.make_tensor(name, TensorProto.INT64, [len(shape)], shape))
 
 
 def _smallest_divisor(n: int) -> int:

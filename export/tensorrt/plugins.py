@@ -48,8 +48,8 @@ def compile_attention(queries: int, rows: int, heads: int, head_dim: int, fp8: b
     scales = ("Q_SCALE", "K_SCALE", "V_SCALE")
     constants: dict[str, Any] = {
         "queries": queries, "rows": rows, "pitch": (rows + 15) // 16 * 16 if fp8 else head_dim, "programs": programs,
-        "HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_M": QUERIES, "BLOCK_N": KEYS, "ON_DEVICE": True,
-        "SCALE": head_dim**-0.5 * LOG2_E, "FP8": fp8, "STAGES": STAGES[fp8],
+        "HEADS": heads, "HEAD_DIM": head_dim, "ROW": heads * head_dim, "BLOCK_M": QUERIES, "BLOCK_N": KEYS,
+        "ON_DEVICE": True, "SCALE": head_dim**-0.5 * LOG2_E, "FP8": fp8, "STAGES": STAGES[fp8],
     }  # fmt: skip
     if fp8:
         pointers |= dict.fromkeys(scales, "*fp32")

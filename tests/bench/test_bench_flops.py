@@ -20,7 +20,7 @@ from bench.instruments.flops import (
     transformer_cost,
     vae_cost,
 )
-from engine.config import Reuse, TransformerConfig
+from engine.config import LocalHeads, Reuse, TransformerConfig
 from engine.generators import family_of
 from engine.loader import assemble
 from engine.model.transformer import WanTransformer
@@ -46,6 +46,8 @@ def meta_pipeline(name: str, joined: bool = False, **changes) -> Pipeline:
     family = family_of(preset)
     with META:
         models = {role: WanTransformer(CONFIG, family.conditioned(role)) for role in family.roles()}
+        for model in models.values() if preset.local_heads else ():
+            model.order_heads(preset.local_heads.layers)
     stages = TorchStages(models, None, None, join_context=joined)
     return assemble(stages, CONFIG, preset, torch.float32, META, height=64, width=96)
 
@@ -83,6 +85,21 @@ def test_chunks_of_changed_presets(changes):
     stream = PythonStream(pipeline, torch.empty(1, ROWS, CONFIG.text_dim, device=META), MetaNoise(), None, None)
     for cost in stream_costs(pipeline, 4, ROWS):
         assert total(cost).flops == counted(stream.next_latent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
+def test_chunks_with_local_heads(joined):
+    """Layers without, with some and with local heads alone; the ring goes round once."""
+    few = tuple(tuple(range(layer % (CONFIG.num_attention_heads + 1))) for layer in range(CONFIG.num_layers))
+    pipeline = meta_pipeline("longlive", joined, heads=LocalHeads(6, 3, few))
+    stream = PythonStream(pipeline, torch.empty(1, ROWS, CONFIG.text_dim, device=META), MetaNoise(), None, None)
+    whole = stream_costs(meta_pipeline("longlive", joined), 6, ROWS)
+    for cost, other in zip(stream_costs(pipeline, 6, ROWS), whole, strict=True):
+        assert total(cost).flops == pytest.approx(counted(stream.next_latent), rel=1e-12)
+        assert total(cost).flops <= total(other).flops
+    assert total(cost).bytes < total(other).bytes
+    assert total(cost).attention < total(other).attention
 
 
 @pytest.mark.parametrize("name", [*PRESETS])

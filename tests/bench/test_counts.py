@@ -59,6 +59,10 @@ def test_of_a_ring_only_the_rows_that_are_written_count():
     found = count(lambda: qk_norm_rope_write(qkv, meta(64), meta(64), table, table, ring, ring, 5))
     scales = 2 * table.nbytes  # arguments that are there and not read: tables stand for FP8's scales
     assert found.total == (1, qkv.nbytes + qkv.nbytes + 2 * 64 * 2 + 2 * table.nbytes + scales)
+    first = [meta(1, rows, 1, 32) for rows in (1000, 40)]
+    local = first[1], first[1], 5
+    both = count(lambda: qk_norm_rope_write(qkv, meta(64), meta(64), table, table, first[0], first[0], 5, 1e-6, local))
+    assert both.total == found.total
 
 
 @pytest.mark.parametrize(("preset", "joined", "parts"), [

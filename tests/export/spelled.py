@@ -68,5 +68,5 @@ def run_onnx(made: OnnxGraph, inputs: dict[str, Tensor], outputs: list[str]) -> 
     shapes = {value.name: value.shape for value in session.get_inputs()}
     given = {name: by_heads(value, shapes[name]).numpy() for name, value in inputs.items()}
     made_of = dict(zip(outputs, session.run(outputs, given), strict=True))
-    caches = {name for name in outputs if name[:2] in ("k_", "v_")}
+    caches = {name for name in outputs if name.removeprefix("local_")[:2] in ("k_", "v_")}
     return [by_rows(torch.from_numpy(x)) if name in caches else torch.from_numpy(x) for name, x in made_of.items()]

@@ -49,7 +49,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, valid_rows: int) -> tuple[Tensor, Te
     launch(
         attend_kernel, (programs, 1), q, k, v, on_device, lse, lse, lse,
         out, lse, partial, stats, queries=queries, rows=len(k), pitch=dim, programs=programs, HEADS=heads, HEAD_DIM=dim,
-        BLOCK_M=QUERIES, BLOCK_N=KEYS, ON_DEVICE=True, SCALE=dim**-0.5 * LOG2_E, FP8=False, STAGES=1, num_warps=WARPS,
+        ROW=heads * dim, BLOCK_M=QUERIES, BLOCK_N=KEYS, ON_DEVICE=True, SCALE=dim**-0.5 * LOG2_E, FP8=False, STAGES=1,
+        num_warps=WARPS,
     )  # fmt: skip
     return out, partial, stats
 

@@ -60,6 +60,29 @@ def test_against_float64(device, dtype, shape):
         assert torch.equal(outcome(qk_norm_rope_write, dtype, *tensors, row=row.to(device)), found)
 
 
+@pytest.mark.parametrize("setting", ["reference", "triton"])
+@pytest.mark.parametrize("row", ["host", "device"])
+@pytest.mark.parametrize("first", [0, 1, 3, 5])
+def test_the_last_heads_have_a_cache_of_their_own(device, setting, row, first):
+    """Both caches hold what one cache of all heads would, each from its own row on, and nothing else is touched."""
+    heads, dim, space, batch = 5, 32, (3, 2), 2
+    tensors = inputs(device, torch.bfloat16, batch, space, heads, dim)
+    k, v, _ = caches(device, torch.bfloat16, batch, heads, dim, 12)
+    wide, few = (caches(device, torch.bfloat16, batch, count, dim, rows)
+                 for count, rows in ((first, 18), (heads - first, 12)))  # fmt: skip
+    at, local_at = (n if row == "host" else torch.tensor(n, dtype=torch.int32, device=device) for n in (12, 4))
+    with table.use(setting):
+        q = qk_norm_rope_write(*tensors, k, v, 6)
+        found = qk_norm_rope_write(*tensors, *wide[:2], at, 1e-6, (*few[:2], local_at))
+    assert torch.equal(found, q)
+    for side, whole in enumerate((k, v)):
+        assert torch.equal(wide[side][:, 12:18], whole[:, 6:12, :first])
+        assert torch.equal(few[side][:, 4:10], whole[:, 6:12, first:])
+        wide[side][:, 12:18] = few[side][:, 4:10] = float("nan")
+    assert wide[2].isnan().all()
+    assert few[2].isnan().all()
+
+
 @pytest.mark.parametrize("row", ["host", "device"])
 def test_fp8(device, row):
     batch, space, heads, dim, rows, pitch, start_row = 2, (33, 2), 3, 32, 140, 144, 67
@@ -98,10 +121,18 @@ def test_rows_beyond_the_cache_are_dropped(device):
     tensors = inputs(device, torch.float32, 1, (4, 1), 2, 32)
     for start_row, written in ((4, slice(4, 6)), (-2, slice(0, 2))):
         k, v, ring = caches(device, torch.float32, 3, 2, 32, 6)
-        qk_norm_rope_write(*tensors, k[1:2], v[1:2], torch.tensor(start_row, dtype=torch.int32, device=device))
+        row = torch.tensor(start_row, dtype=torch.int32, device=device)
+        qk_norm_rope_write(*tensors, k[1:2], v[1:2], row)
         assert torch.cat([k[1, written], v[1, written]]).isfinite().all()
         k[1, written] = v[1, written] = float("nan")
         assert ring.isnan().all()
+        wide, few = (caches(device, torch.float32, 3, 1, 32, 6) for _ in "wf")
+        args = *(x[1:2] for x in wide[:2]), torch.zeros_like(row), 1e-6, (*(x[1:2] for x in few[:2]), row)
+        with table.use("triton"):
+            qk_norm_rope_write(*tensors, *args)
+        assert few[0][1, written].isfinite().all()
+        few[0][1, written] = few[1][1, written] = float("nan")
+        assert few[2].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,6 +172,18 @@ def test_bad_input(device):
         lambda: qk_norm_rope_write(qkv, q_weight, k_weight, cos[1:], sin, k, v, 0),
         lambda: qk_norm_rope_write(qkv, q_weight, k_weight, cos.double(), sin.double(), k, v, 0),
         lambda: qk_norm_rope_write(qkv.repeat(2, 1, 1)[::2, :, :], q_weight, k_weight, cos[:, ::2], sin, k, v, 0),
+        lambda: qk_norm_rope_write(*tensors, k, v, 0, 1e-6, (k, v, 0)),  # more heads than qkv has
+        lambda: qk_norm_rope_write(
+            *tensors,
+            k[:, :, :1].contiguous(),
+            v[:, :, :1].contiguous(),
+            0,
+            1e-6,
+            (k[:, :, 1:].contiguous(), v[:, :, 1:].contiguous(), 9),
+        ),
+        lambda: qk_norm_rope_write(
+            *tensors, k[:, :, :1].contiguous(), v[:, :, :1].contiguous(), 0, 1e-6, (k[:, :, 1:], v[:, :, 1:], 0)
+        ),
         lambda: qk_norm_rope_write_fp8(*tensors, k, v8, *scales, 0),
         lambda: qk_norm_rope_write_fp8(*tensors, k8, v8[..., :12], *scales, 0),
         lambda: qk_norm_rope_write_fp8(*tensors, k8, v8, *scales[:, :1], 0),

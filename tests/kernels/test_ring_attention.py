@@ -82,6 +82,22 @@ def test_the_result_goes_where_it_is_wanted(device, setting):
                     call(*case, 90, out=wrong)
 
 
+@pytest.mark.parametrize(("n", "heads", "head_dim", "batch"), [(37, 2, 32, 2), (150, 3, 64, 1), (1, 2, 128, 1)])
+def test_some_heads_of_wider_tensors(device, n, heads, head_dim, batch):
+    """q and out are slices of the heads of others, without a copy: the rest of `out` stays as it is."""
+    q, k, v = make(device, n, 200, heads, head_dim, 130, batch)
+    expected = ring_attention(q, k, v, 130)
+    wide, out = (torch.full((batch, n, heads + 3, head_dim), float("nan"), dtype=q.dtype, device=device) for _ in "qo")
+    own = slice(2, 2 + heads)
+    wide[:, :, own] = q
+    ring_attention(wide[:, :, own], k, v, 130, out=out[:, :, own])
+    assert torch.equal(out[:, :, own], expected)
+    assert out[:, :, :2].isnan().all()
+    assert out[:, :, own.stop :].isnan().all()
+    for x, where in ((wide[:, :, own], torch.empty_like(q)), (q, out[:, :, own])):  # one of them alone
+        assert torch.equal(ring_attention(x, k, v, 130, out=where), expected)
+
+
 @pytest.mark.parametrize("programs", [1, 3, 5, 40])
 def test_any_number_of_programs_gives_the_same(device, programs, monkeypatch):
     """Tiles done alone, begun or ended by another program, and shared by many; programs without work."""

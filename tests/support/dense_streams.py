@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from tiny import dense, pipeline_of, text_of
 
-from engine.config import Preset
+from engine.config import LocalHeads, Preset
 from engine.runtime.stages import TorchStages
 
 TEXT, OTHER = text_of(seed=0), text_of(seed=1)
@@ -45,9 +45,9 @@ def spied(preset, batch=1, joined=False):
 @torch.inference_mode()
 def poison(*caches):
     """NaN wherever nothing has been written yet: a slot that is read too early spoils everything after."""
-    for cache in caches:
-        cache.k.fill_(float("nan"))
-        cache.v.fill_(float("nan"))
+    for ring in (ring for cache in caches for ring in cache.rings):
+        for part in (*ring.k, *ring.v):
+            part.fill_(float("nan"))
 
 
 def kept(frames, slots, pinned):
@@ -124,6 +124,7 @@ FAMILIES = [
     Preset("causal", chunk=3, window=7, attn_sink=1, steps=SHORT),
     Preset("causal", chunk=2, window=4, attn_sink=2, steps=SHORT, commit="noisy"),
     Preset("causal", chunk=2, window=4, steps=SHORT, commit="none"),
+    Preset("causal", chunk=2, window=6, attn_sink=2, steps=SHORT, heads=LocalHeads(4, 2, ((0,), (0, 1)))),
 ]
 
 
@@ -134,7 +135,7 @@ def joined(pipeline):
 
 
 def title_of(preset):
-    return f"{preset.family}-{preset.commit}"
+    return f"{preset.family}-{preset.commit}{'-heads' if preset.heads else ''}"
 
 
 class Fault(RuntimeError):

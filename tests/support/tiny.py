@@ -104,19 +104,20 @@ class _Positions(nn.Module):
         return tables[0], tables[1]
 
 
-def frame_mask(sees: list[list[bool]], tokens: int) -> Tensor:
-    """sees [frames, frames] -> bool [frames * tokens, frames * tokens]."""
-    return torch.tensor(sees).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+def frame_mask(sees: list[Any], tokens: int) -> Tensor:
+    """sees [..., frames, frames] -> bool [..., frames * tokens, frames * tokens]."""
+    return torch.tensor(sees).repeat_interleave(tokens, -2).repeat_interleave(tokens, -1)
 
 
 @torch.no_grad()
 def dense(
     model: WanTransformer, latent: Tensor, t: list[float], text: Tensor, positions: list[int],
-    sees: list[list[bool]] | None = None, condition: Tensor | None = None,
+    sees: list[Any] | None = None, condition: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Flow [B, C, F, h, w] and last hidden state [B, F * n, dim] of diffusers' transformer on all frames at once.
 
-    latent [B, C, F, h, w]; t and positions, one per frame; sees[query frame][key frame]; condition [B, F * n, dim], the
+    latent [B, C, F, h, w]; t and positions, one per frame; sees[query frame][key frame] of all heads, or one such for
+    every head of every layer, sees[layer][head]; condition [B, F * n, dim], the
     product of W_c.
     """
     reference = reference_of(model)
@@ -130,8 +131,8 @@ def dense(
         )
     if sees is not None:
         mask = frame_mask(sees, tokens)
-        for block in reference.blocks:
-            block.attn1.set_processor(_Masked(mask))
+        for layer, block in enumerate(reference.blocks):
+            block.attn1.set_processor(_Masked(mask if mask.ndim == 2 else mask[layer][None]))
     timestep = torch.tensor(t).repeat_interleave(tokens)[None].expand(len(latent), -1)
     flow = reference(latent, timestep, text, return_dict=False)[0]
     return flow, hidden[0]
@@ -152,7 +153,11 @@ def models_of(preset: Preset, seed: int = 0) -> dict[str, WanTransformer]:
     """One transformer per role. Their weights differ, so that a test notices swapped roles."""
     family = family_of(preset)
     roles = family.roles()
-    return {role: transformer(seed + len(roles) - 1 + i, family.conditioned(role)) for i, role in enumerate(roles)}
+    found = {role: transformer(seed + len(roles) - 1 + i, family.conditioned(role)) for i, role in enumerate(roles)}
+    if preset.local_heads is not None:
+        for model in found.values():
+            model.order_heads(preset.local_heads.layers)
+    return found
 
 
 def pipeline_of(preset: Preset, models: dict[str, WanTransformer] | None = None) -> Pipeline:

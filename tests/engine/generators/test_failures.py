@@ -35,6 +35,7 @@ def published(state):
         *[(FAMILIES[1], "dit", call) for call in (1, 3, 5, 13, 14, 15)],
         *[(FAMILIES[2], "dit", call) for call in (2, 9, 10)],
         *[(FAMILIES[3], "dit", call) for call in (2, 7)],
+        *[(FAMILIES[4], "dit", call) for call in (3, 6, 13, 14)],
     ],
     ids=lambda value: title_of(value) if isinstance(value, Preset) else str(value),
 )

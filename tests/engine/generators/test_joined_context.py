@@ -20,6 +20,7 @@ PRESETS = [
     Preset("causal", chunk=1, window=3, attn_sink=1, steps=SHORT),
     Preset("causal", chunk=3, first_chunk=1, window=7, attn_sink=1, steps=SHORT),
     Preset("causal", chunk=2, window=6, steps=SHORT, context_timestep=40.0),
+    FAMILIES[4],
 ]
 EVERY = pytest.mark.parametrize("preset", PRESETS, ids=title_of)
 

@@ -9,7 +9,7 @@ from faults import plain, same, spread, stumbling
 from tiny import pipeline_of
 
 import engine
-from engine.config import Preset
+from engine.config import LocalHeads, Preset
 from engine.presets import override
 
 CASES = [  # a preset, and smaller windows
@@ -18,9 +18,12 @@ CASES = [  # a preset, and smaller windows
     (Preset("causal", chunk=1, window=5, attn_sink=1, steps=SHORT), (4, 2)),
     (Preset("causal", chunk=3, window=9, attn_sink=1, steps=SHORT), (7, 4)),  # chunks wrap
     (Preset("causal", chunk=2, window=8, attn_sink=2, steps=SHORT, commit="noisy"), (6, 4)),
+    (Preset("causal", chunk=1, window=6, attn_sink=1, steps=SHORT, heads=LocalHeads(4, 1, ((1,), (0, 1)))), (5, 2)),
 ]
 EVERY = pytest.mark.parametrize(
-    ("preset", "windows"), CASES, ids=[f"{p.family}-{p.chunk}-{p.commit}" for p, _ in CASES]
+    ("preset", "windows"),
+    CASES,
+    ids=[f"{p.family}-{p.chunk}-{p.commit}{'-heads' if p.heads else ''}" for p, _ in CASES],
 )
 
 
