@@ -15,8 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from engine.model.fp8 import twin
 from engine.model.layers import Block
+from engine.model.quantized import twin
 from engine.model.transformer import WanTransformer
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline

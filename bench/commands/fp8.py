@@ -24,7 +24,7 @@ from distill.scores.tasks import find_task
 from engine.config import TransformerConfig
 from engine.loader import FP8_KEEP, load
 from engine.model.cache import FP8, CachedAttention, RingCache
-from engine.model.fp8 import to_fp8
+from engine.model.quantized import quantized
 from engine.model.rope import rope_tables
 from engine.model.transformer import WanTransformer
 from engine.options import option
@@ -148,7 +148,7 @@ def block_errors(seeds: int, side: int = 16) -> dict[str, dict[str, float]]:
         narrow = model.to(torch.bfloat16)
         narrow.fuse()
         for name, keep in (keeps | {"fp8 all, attention": []}).items():
-            got = _added(to_fp8(narrow, keep, "sdd"), inputs, text, t, FP8 if "attention" in name else torch.bfloat16)
+            got = _added(quantized(narrow, "fp8", keep, "sdd"), inputs, text, t, FP8 if "attention" in name else torch.bfloat16)
             error = float((got - truth).square().mean().sqrt() / truth.square().mean().sqrt())
             found.setdefault(name, []).append(error)
     return {name: {"mean": float(np.mean(e)), "most": max(e)} for name, e in found.items()}

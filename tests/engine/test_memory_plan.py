@@ -25,7 +25,7 @@ import engine.run
 from bench.instruments.random_weights import write_tokenizer
 from engine.config import MOST, Runtime, TransformerConfig
 from engine.memory import Case, plan_memory
-from engine.model import fp8
+from engine.model import quantized
 from engine.model.activations import umt5_activations
 from engine.model.transformer import WanTransformer
 from engine.model.umt5 import UMT5Config, UMT5Encoder
@@ -231,18 +231,18 @@ def test_quantising_lets_every_weight_go_at_once(monkeypatch):
     """So a role never needs more than its weights in bf16."""
     given = [transformer(0)]
     given[0].fuse()
-    alive, most, before = weakref.WeakSet(), [], fp8.Fp8Linear.__init__
+    alive, most, before = weakref.WeakSet(), [], quantized.Fp8Linear.__init__
 
     def counted(self, weight, bias):
         before(self, weight, bias)
         alive.add(weight)
         most.append(len(alive))
 
-    monkeypatch.setattr(fp8.Fp8Linear, "__init__", counted)
-    quantised = fp8.to_fp8(given.pop(), (), "sdd")
+    monkeypatch.setattr(quantized.Fp8Linear, "__init__", counted)
+    quantised = quantized.quantized(given.pop(), "fp8", (), "sdd")
     assert len(most) == 6 * len(quantised.blocks)
     assert max(most) <= 2
-    again = fp8.to_fp8(quantised, (), "sdd")
+    again = quantized.quantized(quantised, "fp8", (), "sdd")
     assert len(most) == 6 * len(quantised.blocks)
     assert all(a is b for a, b in zip(again.buffers(), quantised.buffers(), strict=True))
 

@@ -12,7 +12,7 @@ from engine.config import Runtime
 from engine.loader import make_stages
 from engine.model import cache as cache_file
 from engine.model.cache import FP8, CachedAttention, RingCache
-from engine.model.fp8 import Fp8Linear, to_fp8
+from engine.model.quantized import Fp8Linear, quantized
 from engine.model.rope import rope_tables
 from engine.presets import override
 from engine.runtime.passes import Pass, PassKind
@@ -78,7 +78,7 @@ def test_fp8_products_are_near_and_the_kept_ones_untouched():
     plain = run(model, *inputs, torch.bfloat16).float()
 
     def error(keep):
-        flow = run(to_fp8(model, keep, "sdd"), *inputs, torch.bfloat16).float()
+        flow = run(quantized(model, "fp8", keep, "sdd"), *inputs, torch.bfloat16).float()
         return float((flow - plain).square().mean().sqrt() / plain.square().mean().sqrt())
 
     none, some, every = error(["*"]), error(["blocks.0.*", "*.ffn.*"]), error([])
@@ -94,14 +94,14 @@ def test_which_products_are_kept():
         products = (block.attn1.joint, block.attn1.to_out[0], block.attn2.to_q, block.ffn.net[0].proj, block.ffn.net[2])
         return [isinstance(product, Fp8Linear) for product in products]
 
-    blocks = to_fp8(model, keep, "sdd").blocks
+    blocks = quantized(model, "fp8", keep, "sdd").blocks
     assert [quantized(block) for block in blocks] == [[False, False, True, True, False], [True] * 4 + [False]]
     assert not any(quantized(model.blocks[0]))  # the original is as it was
 
 
 def test_fp8_holds_its_weights_once():
     model, *_ = case(torch.bfloat16)
-    small = to_fp8(model, (), "sdd")
+    small = quantized(model, "fp8", (), "sdd")
     products = [n for n, p in model.blocks.named_parameters() if n.endswith("weight") and p.ndim == 2]
     products = [n for n in products if ".attn2.to_k." not in n and ".attn2.to_v." not in n]  # made once per prompt
     whole = sum(model.blocks.get_parameter(name).numel() for name in products)

@@ -19,7 +19,7 @@ import engine
 from bench.instruments.ways import StandIn
 from engine.config import Preset
 from engine.loader import assemble
-from engine.model.fp8 import to_fp8
+from engine.model.quantized import quantized
 from engine.run import main
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.stages import TorchStages
@@ -73,7 +73,7 @@ def adapted(preset, files, strengths, fp8=False, join=False):
         adapters.merge(role, model)
         model.fuse()
     if fp8:
-        models = {role: to_fp8(model, ("*.attn2.to_out.0",), role) for role, model in models.items()}
+        models = {role: quantized(model, "fp8", ("*.attn2.to_out.0",), role) for role, model in models.items()}
     stages = TorchStages(models, None, None)
     made = assemble(stages, config, preset, dtype, CPU, height=32, width=48, adapters=adapters)
     return joined(made) if join else made
