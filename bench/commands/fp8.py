@@ -32,7 +32,7 @@ from engine.runtime.passes import Pass
 from engine.stream import Pipeline
 from engine.weights.checkpoint import fill
 from export.calibrate import calibrate
-from export.fp8 import GRANULARITIES, Recipe, quantizable, quantize
+from export.quantize import GRANULARITIES, Recipe, quantizable, quantize
 
 SCORES = ("semantic", "quality", "total", "object_class", "direction", "speed")
 CALIBRATION = {"prompts": 12, "seed": 7, "chunks": 9}
@@ -148,7 +148,9 @@ def block_errors(seeds: int, side: int = 16) -> dict[str, dict[str, float]]:
         narrow = model.to(torch.bfloat16)
         narrow.fuse()
         for name, keep in (keeps | {"fp8 all, attention": []}).items():
-            got = _added(quantized(narrow, "fp8", keep, "sdd"), inputs, text, t, FP8 if "attention" in name else torch.bfloat16)
+            got = _added(
+                quantized(narrow, "fp8", keep, "sdd"), inputs, text, t, FP8 if "attention" in name else torch.bfloat16
+            )
             error = float((got - truth).square().mean().sqrt() / truth.square().mean().sqrt())
             found.setdefault(name, []).append(error)
     return {name: {"mean": float(np.mean(e)), "most": max(e)} for name, e in found.items()}

@@ -19,9 +19,9 @@ from engine.stream import Pipeline
 from export import calibrate
 from export.__main__ import main as export_main
 from export.calibrate import read_calibration, write_calibration
-from export.fp8 import LinearFP8, Recipe, is_quantized, linear_fp8, quantizable, quantize
 from export.graphs import Graph, stage_graphs
 from export.onnx_graph import OnnxGraph, to_onnx
+from export.quantize import LinearFP8, Recipe, quantized_as, linear_fp8, quantizable, quantize
 from kernels.quantize import quantize_per_channel
 
 PROMPT = "a red circle moving right on a gray background"
@@ -139,8 +139,8 @@ def test_shapes_and_dtypes_are_known_without_running() -> None:
 
 def test_quantising_leaves_the_pipeline_alone(pipeline: Pipeline) -> None:
     twin = quantize(pipeline, TOKEN)
-    assert is_quantized(twin)
-    assert not is_quantized(pipeline)
+    assert quantized_as(twin)
+    assert not quantized_as(pipeline)
     ours, theirs = (dict(p.stages.models["sdd"].named_parameters()) for p in (pipeline, twin))
     assert "blocks.0.ffn.net.2.weight" in ours.keys() - theirs.keys()
     assert all(ours[name] is theirs[name] for name in theirs)
@@ -172,7 +172,7 @@ def test_recipes_that_make_no_sense(pipeline: Pipeline, amax: dict[str, float]) 
         with pytest.raises(ValueError, match=match):
             call()
     without_role = {name.partition(".")[2]: value for name, value in amax.items()}
-    assert is_quantized(quantize(pipeline, TENSOR, without_role))
+    assert quantized_as(quantize(pipeline, TENSOR, without_role))
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
@@ -295,7 +295,7 @@ def test_modelopt_state_dicts(pipeline: Pipeline, amax: dict[str, float], tmp_pa
     for file in ("amax.safetensors", "amax.pt"):
         found = read_calibration(tmp_path / file)
         assert found == pytest.approx(names)
-        assert is_quantized(quantize(pipeline, TENSOR, found))
+        assert quantized_as(quantize(pipeline, TENSOR, found))
 
 
 class _Unwanted:
