@@ -55,8 +55,8 @@ class Options(Source):
     )
     precision: str = option("fp32", "of the graphs; int8 for onnx alone", choices=PRECISIONS)
     activations: str | None = option(
-        None, "of fp8 and int8: one calibrated scale per tensor (default of fp8, and with --calibration), or one scale per "
-        "token found at run time (default of int8; not for tensorrt)", choices=GRANULARITIES,
+        None, "of fp8 and int8: one calibrated scale per tensor (default of fp8, and with --calibration), or one scale "
+        "per token found at run time (default of int8; not for tensorrt)", choices=GRANULARITIES,
     )  # fmt: skip
     calibration: Path | None = option(None, "from export.calibrate, or ModelOpt's amax", metavar="FILE")
     device: Literal["cpu", "cuda"] = option("cpu", "what aoti compiles for")

@@ -200,12 +200,14 @@ def _integer_linear(node: NodeProto, model: ModelProto) -> list[NodeProto]:
         factors = [f"{out}_column", weight_scale]
     nodes += [
         helper.make_node("MatMulInteger", integers, [f"{out}_integers"]),
-        helper.make_node("Cast", [f"{out}_integers"], [f"{out}_0"], to=dtype),
+        helper.make_node("Cast", [f"{out}_integers"], [f"{out}_times_0"], to=dtype),
     ]
     for number, factor in enumerate(factors, start=1):
         last = number == len(factors) and not bias
-        nodes.append(helper.make_node("Mul", [f"{out}_{number - 1}", factor], [out if last else f"{out}_{number}"]))
-    return nodes + ([helper.make_node("Add", [f"{out}_{len(factors)}", bias], [out])] if bias else [])
+        nodes.append(
+            helper.make_node("Mul", [f"{out}_times_{number - 1}", factor], [out if last else f"{out}_times_{number}"])
+        )
+    return nodes + ([helper.make_node("Add", [f"{out}_times_{len(factors)}", bias], [out])] if bias else [])
 
 
 def _row_scale(x: str, scale: str, model: ModelProto, dtype: int, largest: float) -> list[NodeProto]:
