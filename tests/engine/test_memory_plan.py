@@ -118,6 +118,7 @@ TINY, SMALL = {"height": 64, "width": 96}, {"height": 96, "width": 160}
 LARGE = {"height": 160, "width": 256}
 CASES = {
     "greedy, fp32": ("fp32", GREEDY | SMALL | {"precision": "fp32"}),
+    "greedy, int8": ("fp32", GREEDY | SMALL | {"precision": "int8"}),
     "greedy, bf16, released": ("bf16", GREEDY | LARGE | {"precision": "bf16", "text_encoder_device": "release"}),
     "greedy, bf16 of fp32": ("fp32", GREEDY | SMALL | {"precision": "bf16"}),
     "causal, fp32 of bf16, released": ("bf16", CAUSAL | TINY | {"precision": "fp32",
