@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kernels.checks import described
 
-INT8_MAX = 127  # symmetric: -128 is not used
+INT8_MIN, INT8_MAX = -128, 127  # only a given scale can lead to -128
 SMALLEST = 1e-12  # lower bound for max|x| of a row, so that the scale of zeros is not zero
-MOST_DEPTH = (2**31 - 1) // INT8_MAX**2  # longest sum that surely fits int32
+MOST_DEPTH = (2**31 - 1) // (-INT8_MIN * INT8_MAX)  # longest sum that surely fits int32
 LEAST_ROWS = 17  # cuBLASLt's limits: more than 16 rows, and multiples of 8 on the other two sides
 UNIT = 8
 
@@ -27,7 +27,7 @@ def quantize_int8(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tenso
         scale = rows.abs().amax(-1, keepdim=True).clamp_min_(SMALLEST).div_(INT8_MAX)
         return rows.div(scale).round_().to(torch.int8), scale
     scale = scale.float().expand(len(rows), 1)
-    return rows.div(scale).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale
+    return rows.div(scale).round_().clamp_(INT8_MIN, INT8_MAX).to(torch.int8), scale
 
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from tiny import randomize, transformer
 from torch import nn
 
 from engine.model.quantized import FORMATS, Int8Linear, quantized
-from kernels.int8_linear import INT8_MAX, MOST_DEPTH, int8_linear, int8_product, quantize_int8
+from kernels.int8_linear import MOST_DEPTH, int8_linear, int8_product, quantize_int8
 
 SHAPE = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 96, "text_dim": 24}
 # rows, columns, depth: all fit cuBLASLt; one row; 16 rows, which is one too few there; odd columns; odd depth; all odd
@@ -28,9 +28,10 @@ def test_the_product_is_exact(sizes):
 
 def test_the_largest_sums_fit():
     """Of the longest depth that is allowed, all factors the largest."""
-    x = torch.full((1, MOST_DEPTH), INT8_MAX, dtype=torch.int8)
-    found = int8_product(x, torch.cat([x, -x]))
-    assert found.tolist() == [[MOST_DEPTH * INT8_MAX**2, -MOST_DEPTH * INT8_MAX**2]]
+    x = torch.full((1, MOST_DEPTH), -128, dtype=torch.int8)
+    weight = torch.tensor([[127], [-127]], dtype=torch.int8).expand(2, MOST_DEPTH).contiguous()
+    found = int8_product(x, weight)
+    assert found.tolist() == [[-MOST_DEPTH * 128 * 127, MOST_DEPTH * 128 * 127]]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -71,7 +72,7 @@ def test_rows_are_rounded_as_pytorch_rounds(dtype):
 
 def test_a_given_scale_clamps():
     values, scale = quantize_int8(torch.tensor([[1.0, -300.0], [2.0, 300.0]]), torch.tensor(2.0))
-    assert values.tolist() == [[0, -127], [1, 127]]
+    assert values.tolist() == [[0, -128], [1, 127]]
     assert scale.tolist() == [[2], [2]]
 
 
