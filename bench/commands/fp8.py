@@ -2,7 +2,7 @@
 
 python -m bench fp8 [--prompts 32] [--sensitivity]     FP8: errors and scores
 python -m bench fp8 --int8                             INT8 beside it
-python -m bench fp8 --speed 0 --speed 768              a pass in torch and ONNX Runtime, of the embedded model and others
+python -m bench fp8 --speed 0 --speed 768              a pass, of the embedded model and of others
 
 Each pass runs in fp32 and in FP8 on the inputs of one fp32 stream, so errors do not accumulate over passes. An error is
 relative to the fp32 output. Scores are the exact evaluator's, on the embedded model; all rows have the same prompts and
@@ -35,7 +35,7 @@ from engine.runtime.passes import Pass
 from engine.stream import Pipeline
 from engine.weights.checkpoint import fill
 from export.calibrate import calibrate
-from export.quantize import GRANULARITIES, Recipe, quantizable, quantize
+from export.quantize import GRANULARITIES, Calibration, Recipe, quantizable, quantize
 
 SCORES = ("semantic", "quality", "total", "object_class", "direction", "speed")
 CALIBRATION = {"prompts": 12, "seed": 7, "chunks": 9}
@@ -112,9 +112,7 @@ def clips(pipeline: Pipeline, prompts: list[str], seed: int, frames: int) -> lis
     return videos
 
 
-def sensitivity(
-    reference: Pipeline, amax: dict[str, float], prompts: list[str], chunks: int
-) -> dict[str, dict[str, float]]:
+def sensitivity(reference: Pipeline, amax: Calibration, prompts: list[str], chunks: int) -> dict[str, dict[str, float]]:
     """{ROLE.blocks.N: errors} with that block alone in FP8, {ROLE.*.NAME: errors} with that linear of every block."""
     names = quantizable(reference)
     parts = [name.split(".", 3) for name in names]  # role, blocks, N, linear
@@ -156,9 +154,8 @@ def block_errors(seeds: int, side: int = 16) -> dict[str, dict[str, float]]:
         narrow = model.to(torch.bfloat16)
         narrow.fuse()
         for name, keep in (keeps | {"fp8 all, attention": []}).items():
-            got = _added(
-                quantized(narrow, "fp8", keep, "sdd"), inputs, text, t, FP8 if "attention" in name else torch.bfloat16
-            )
+            kv = FP8 if "attention" in name else torch.bfloat16
+            got = _added(quantized(narrow, "fp8", keep, "sdd"), inputs, text, t, kv)
             error = float((got - truth).square().mean().sqrt() / truth.square().mean().sqrt())
             found.setdefault(name, []).append(error)
     return {name: {"mean": float(np.mean(e)), "most": max(e)} for name, e in found.items()}
@@ -192,9 +189,9 @@ def run(options: Options) -> int:
     seen = [spec.caption for spec in task.draw(CALIBRATION["prompts"], CALIBRATION["seed"])]
     amax = calibrate(reference, seen, chunks=CALIBRATION["chunks"])
     # "engine fp8" is what --precision fp8 streams on; the others are what an export holds.
-    kinds: dict[str, Precision] = {"bf16": "bf16", "engine fp8": "fp8"} | (
-        {"engine int8": "int8"} if options.int8 else {}
-    )
+    kinds: dict[str, Precision] = {"bf16": "bf16", "engine fp8": "fp8"}
+    if options.int8:
+        kinds["engine int8"] = "int8"
     others = {name: load(device="cpu", precision=kind) for name, kind in kinds.items()}
     for granularity in GRANULARITIES:
         if options.int8:
