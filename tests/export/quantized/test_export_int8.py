@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import engine.run
+from bench.commands.fp8 import _apart as clips_apart
+from bench.operations import passes
 from engine.bundles.manifest import read_manifest
 from engine.loader import load
 from engine.model.quantized import Int8Linear, quantized
@@ -270,3 +272,28 @@ def test_int8_bundles(model_dir: Path, activations: str, tmp_path: Path, capsys:
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (report["backend"], report["precision"]) == ("torch", "int8")
     assert load(model_dir, device="cpu", precision="int8").dtype == torch.float32
+
+
+@pytest.mark.thorough
+def test_passes_that_are_timed_are_right(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stream's inputs torch and ONNX Runtime agree in every precision, before any speed is told."""
+    monkeypatch.setattr(passes, "pipeline_of", lambda width: pipeline)
+    found = passes.pass_speeds(0, 2)
+    rows = found["rows"]
+    assert rows.keys() == {f"{runtime} {name}" for runtime in ("torch", "onnx") for name in ("fp32", *passes.RECIPES)}
+    assert rows["onnx fp32"]["error"] < 1e-5
+    for name in passes.RECIPES:
+        assert rows[f"torch {name}"]["error"] == pytest.approx(rows[f"onnx {name}"]["error"], rel=0.5)
+    errors = [rows[f"onnx {name}"]["error"] for name in ("int8 token", "int8 tensor", "fp8 tensor")]
+    assert 0 < errors[0] < errors[1] < errors[2] < 0.1
+
+
+def test_clips_are_compared_in_grey_levels() -> None:
+    a, b = torch.zeros(3, 2, 4, 4), torch.full((3, 2, 4, 4), 2 / 127.5)
+    assert clips_apart([a], [a]) == {"grey_levels": 0}
+    found = clips_apart([a, b], [a, a])
+    assert found["grey_levels"] == pytest.approx(1)
+    assert found["psnr"] == pytest.approx(10 * np.log10(255**2 / 2))
+    for width in (100, 63):
+        with pytest.raises(ValueError, match=f"fp8: got width {width}, expected a multiple of 64"):
+            passes.pipeline_of(width)
