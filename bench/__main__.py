@@ -29,7 +29,10 @@ COMMANDS = {
     "serve": ("bench.commands.serve", "the server under viewers: first chunk, gaps, deadlines, prompt switches, CPU"),
     "counts": ("bench.gpu.counts", "launches, bytes and FLOPs of a steady chunk on a GPU, from shapes"),
     "kernels": ("bench.commands.kernels", "each operation against its reference and the best library call"),
-    "fp8": ("bench.commands.fp8", "quality of FP8 on the embedded model: errors of each pass, evaluator's scores"),
+    "fp8": (
+        "bench.commands.fp8",
+        "FP8 and INT8: errors of each pass, evaluator's scores, a pass's speed",
+    ),
     "diff": ("bench.report.diff", "two saved results: what got slower beyond noise; exit 1 if anything did"),
     "report": ("bench.report.page", "docs/performance.md from the saved results"),
     "all": ("bench.commands.everything", "stream, compare, scaling, load, kernels; with --save also the page"),

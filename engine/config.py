@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from engine.files import read_json
 from engine.options import Convert, FieldError, option, read, real_number, shown, whole_number
 
-Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8"]
 Commit = Literal["clean", "noisy", "none"]
 Switch = Literal["auto", "on", "off"]
 EncoderDevice = Literal["auto", "cuda", "cpu", "release"]
@@ -82,8 +82,9 @@ class Runtime:
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: Precision = option(
-        "auto", "auto is bf16 on a GPU, else fp32; fp8 puts the large products on e4m3 and is made for H100 and later"
-    )
+        "auto", "auto is bf16 on a GPU, else fp32; fp8 puts the large products on e4m3 and is made for H100 and later; "
+        "int8 puts them on integers and is made for processors",
+    )  # fmt: skip
     fp8_attention: bool = option(False, "run self-attention on e4m3 as well")
     eager: bool = option(False, "run plain PyTorch on a GPU: no fused kernels, no CUDA graphs")
     join_context: Switch = option(

@@ -15,7 +15,7 @@ from engine.generators import family_of
 from engine.generators.base import Generator, Geometry
 from engine.memory import Case, place_encoder, plan_memory
 from engine.model.cache import FP8
-from engine.model.fp8 import to_fp8
+from engine.model.quantized import FORMATS, quantized
 from engine.model.text import Tokenizer
 from engine.model.tiny_vae import TinyVAE
 from engine.model.transformer import WanTransformer
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT_PRESET = "self-forcing"  # of a checkpoint, where none is named
 EMBEDDED = Path(__file__).parent / "assets" / "sprites"
-# Cross-attention's output product stays in bf16. No gate scales its rounding error down, so in FP8 it adds the largest
+# Cross-attention's output product stays as it is. No gate scales its rounding error down, so in FP8 it adds the largest
 # error of all products (docs/fp8.md). It has only 6% of the operations.
 FP8_KEEP = ("*.attn2.to_out.0",)
 
@@ -57,7 +57,7 @@ class Settings:
     fps: float = 16.0
     preset: str = "greedy"
     overrides: dict[str, Any] = field(default_factory=dict)  # fields of that preset that the model was trained with
-    fp8_keep: tuple[str, ...] = FP8_KEEP  # patterns of products that FP8 leaves as they are
+    fp8_keep: tuple[str, ...] = FP8_KEEP  # patterns of products that fp8 and int8 leave as they are
 
 
 def settings_of(folder: Path) -> Settings:
@@ -123,9 +123,10 @@ def load(
     planned           is called with the memory plan before weights are read; what it raises ends the call
     options           fields of the runtime by name, such as load(precision="fp8")
 
-    In fp8 the model's engine.json may list products to keep in bf16 (fp8_keep: patterns such as "sdd.blocks.0.*",
-    "*.ffn.net.2"). Before any weight is read, invalid arguments raise ValueError or FileNotFoundError (got and
-    expected), and too little memory raises MemoryError. `Pipeline.notes` tells what is lossy, and what was chosen.
+    In fp8 and int8 the model's engine.json may list products to keep as they are (fp8_keep: patterns such as
+    "sdd.blocks.0.*", "*.ffn.net.2"). Before any weight is read, invalid arguments raise ValueError or FileNotFoundError
+    (got and expected), and too little memory raises MemoryError. `Pipeline.notes` tells what is lossy, and what was
+    chosen.
     """
     runtime = replaced(runtime or Runtime(), options, "load")
     folder = Path(model) if model is not None else EMBEDDED
@@ -138,10 +139,8 @@ def load(
     given = Given(paths[0], checkpoint_state, STATES, paths[1], paths[2], paths[3], tiny, decoder)
     settings = settings_for(Path(model) if model is not None else None, *paths)
     name, style = choose_preset(settings, preset, overrides or {}, given.checkpoint)
-    family, fp8 = family_of(style), runtime.precision == "fp8"
-    device = device_of(runtime.device)
-    if fp8 or runtime.fp8_attention:
-        check_fp8(device)
+    family, device = family_of(style), device_of(runtime.device)
+    _check_fp8(runtime, device)
     dtype = dtype_of(runtime.precision, device)
     parts = find_parts(folder, replace(given, prefer=states_of(name), dtype=dtype))
     config, vae_config = parts.config, parts.vae_config
@@ -180,8 +179,8 @@ def load(
     for role in roles:  # one after the other, so that only one of them is in memory before it is quantised
         own = role, family.conditioned(role), adapted, family.rings(style)[role].local
         arguments = folder, config, parts.transformer, *own, dtype, device, notes
-        # No name here holds the model: to_fp8 lets each weight go when it has its e4m3 one.
-        models[role] = to_fp8(_transformer(*arguments), settings.fp8_keep, role) if fp8 else _transformer(*arguments)
+        # No name here holds the model: `quantized` lets each weight go when it has its 8 bits.
+        models[role] = _in_precision(_transformer(*arguments), runtime.precision, settings.fp8_keep, role)
     whole_vae = _vae(empty_vae, parts, dtype, device)
     encoder = _text_encoder(case)
     stages = make_stages(models, whole_vae, encoder, device, runtime, settings.fp8_keep)
@@ -273,20 +272,17 @@ def make_stages(
 ) -> Stages:  # fmt: skip
     """The torch backend. On a GPU it uses kernels and CUDA graphs, unless the runtime is eager.
 
-    In FP8 it replaces the large products and keeps no bf16 weights of them. ValueError for FP8 with eager, or FP8
-    attention on a model in another dtype than bf16.
+    In fp8 and int8 it replaces the large products and keeps no other weights of them. ValueError for FP8 with eager, or
+    FP8 attention on a model in another dtype than bf16.
     """
     runtime = runtime or Runtime()
-    fp8 = runtime.precision == "fp8"
-    if runtime.eager and (fp8 or runtime.fp8_attention):
+    if runtime.eager and (runtime.precision == "fp8" or runtime.fp8_attention):
         raise ValueError("precision: got fp8 for plain PyTorch, expected it without eager: FP8 needs the kernels")
-    if fp8 or runtime.fp8_attention:
-        check_fp8(device)
+    _check_fp8(runtime, device)
     dtype = next(iter(models.values())).proj_out.weight.dtype
     if runtime.fp8_attention and dtype != torch.bfloat16:
         raise ValueError(f"fp8 attention: got {dtype}, expected a model in bf16 or fp8")
-    if fp8:
-        models = {role: to_fp8(model, keep, role) for role, model in models.items()}
+    models = {role: _in_precision(model, runtime.precision, keep, role) for role, model in models.items()}
     fast = device.type == "cuda" and not runtime.eager
     graphs = fast and not runtime.low_memory  # graphs keep the memory of their passes
     if vae is not None and fast:
@@ -294,6 +290,16 @@ def make_stages(
     joined = graphs if runtime.join_context == "auto" else runtime.join_context == "on"
     stages = TorchStages(models, vae, encoder, runtime.eager, joined, runtime.low_memory)
     return GraphedStages(stages) if graphs else stages
+
+
+def _check_fp8(runtime: Runtime, device: torch.device) -> None:
+    if runtime.precision == "fp8" or runtime.fp8_attention:
+        check_fp8(device)
+
+
+def _in_precision(model: WanTransformer, precision: str, keep: Sequence[str], role: str) -> WanTransformer:
+    """The model itself, or in fp8 and int8 its quantised twin."""
+    return quantized(model, precision, keep, role) if precision in FORMATS else model
 
 
 def assemble(

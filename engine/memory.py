@@ -23,7 +23,7 @@ from engine.model.activations import (
     vae_encoding,
 )
 from engine.model.cache import FP8
-from engine.model.fp8 import products, wanted
+from engine.model.quantized import FORMATS, products, wanted
 from engine.model.scaled_linear import EIGHT_BITS
 from engine.model.vae import VAE
 from engine.runtime.device import check_fp8, dtype_of, free_memory
@@ -68,7 +68,7 @@ class Case:
     device: torch.device
     runtime: Runtime
     rows: int  # of the text embedding
-    keep: Sequence[str] = ()  # products that FP8 leaves, see to_fp8
+    keep: Sequence[str] = ()  # products that stay as they are, see `quantized`
     adapted: bool = False  # adapters are merged: no weight of a block stays mapped
     encoder: Place = "kept"
     free: dict[str, int] = field(default_factory=dict)  # what was measured, so that variants are compared with the same
@@ -78,8 +78,9 @@ class Case:
         return dtype_of(self.runtime.precision, self.device)
 
     @property
-    def fp8(self) -> bool:
-        return self.runtime.precision == "fp8"
+    def quantizes(self) -> bool:
+        """Whether the large products are in 8 bits."""
+        return self.runtime.precision in FORMATS
 
     @property
     def fused(self) -> bool:
@@ -149,7 +150,8 @@ def _needs(case: Case) -> Iterator[Need]:
     join = case.runtime.join_context
     joined = (graphs if join == "auto" else join == "on") + 1
     most = max(ring.slots for ring in rings.values()) * tokens
-    work = transformer_activations(config, joined * chunk, most, case.dtype, fused=case.fused, fp8=case.fp8)
+    work = transformer_activations(config, joined * chunk, most, case.dtype, fused=case.fused,
+                                 precision=case.runtime.precision)  # fmt: skip
     in_place = graphs or case.runtime.low_memory
     how = {"fused": case.fused, "in_place": in_place}
     if parts.tiny_config is None:
@@ -187,10 +189,10 @@ def _weights(case: Case) -> Iterator[Need]:
         whole = size * (sum(shapes.values()) + extra + 6 * config.num_layers * config.dim)
         there = size * sum(shapes[n] for n in mapped)
         own = whole - size * sum(shapes[n] for n in mapped - copied)
-        saved = _saved_by_fp8(case, role) if case.fp8 else 0
-        yield Need(f"weights of {role}", place, own - saved, 0 if case.fp8 else there, again=number > 0)
+        saved = _saved(case, role) if case.quantizes else 0
+        yield Need(f"weights of {role}", place, own - saved, 0 if case.quantizes else there, again=number > 0)
         last = number == len(family.roles()) - 1
-        if case.fp8 and last:  # the role that is read last waits in full, beside the others in FP8
+        if case.quantizes and last:  # the role that is read last waits in full, beside the others in 8 bits
             yield Need("weights to quantise", place, saved, there, during=(TRANSFORMERS,))
     after = tuple(phase for phase in PHASES if phase != TRANSFORMERS)
     vaes = [parts.vae, *filter(None, [parts.tiny_vae])]
@@ -206,8 +208,8 @@ def _weights(case: Case) -> Iterator[Need]:
     yield Need("reading files", "cpu", expansion, pages, during=(TRANSFORMERS, LOADING))
 
 
-def _saved_by_fp8(case: Case, role: str) -> int:
-    """Bytes that a role's products lose when they become e4m3 with one scale per output."""
+def _saved(case: Case, role: str) -> int:
+    """Bytes that a role's products lose when they get 8 bits, and one scale per output."""
     shapes, saved = case.parts.transformer.shapes(), 0
     for number in range(case.parts.config.num_layers):
         for names in products(number):
@@ -300,9 +302,9 @@ def _encoders(case: Case) -> Iterator[Lever]:
 
 def _precisions(case: Case) -> Iterator[Lever]:
     if case.device.type == "cpu":
-        if case.dtype == torch.float32:
+        if case.dtype == torch.float32 and not case.quantizes:
             yield "--precision bf16", _with(case, precision="bf16")
-    elif not case.fp8 and not case.runtime.eager and _runs_fp8(case):
+    elif not case.quantizes and not case.runtime.eager and _runs_fp8(case):
         yield "--precision fp8", _with(case, precision="fp8")
 
 

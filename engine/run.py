@@ -29,6 +29,7 @@ from engine.media.base import shown
 from engine.media.clips import read_clip
 from engine.media.pictures import read_image
 from engine.media.sinks import ChecksumSink, Encoding, OutputClosed, open_sink
+from engine.model.quantized import FORMATS
 from engine.options import Parser, add_options
 from engine.presets import PRESETS
 from engine.program import drop_stdout
@@ -180,7 +181,7 @@ def _run(job: Job, interrupt: Interrupt) -> int:
             source.close()
             notes.take(source.notes)
     notes.take(sink.notes)
-    fp8 = job.runtime.precision == "fp8"
+    quantized = job.runtime.precision in FORMATS
     report |= {
         "load_ms": 1e3 * (start - begun),
         "peak_memory_mb": _peak_memory_mb(pipeline.device),
@@ -188,7 +189,7 @@ def _run(job: Job, interrupt: Interrupt) -> int:
         "backend": pipeline.stages.name,
         "device": str(pipeline.device),
         "threads": torch.get_num_threads(),
-        "precision": "fp8" if fp8 else str(pipeline.dtype).removeprefix("torch."),
+        "precision": job.runtime.precision if quantized else str(pipeline.dtype).removeprefix("torch."),
         "seed": video.seed,
         "height": pipeline.height,
         "width": pipeline.width,

@@ -29,7 +29,7 @@ from engine.program import cleanly
 from engine.runtime.device import PRECISIONS
 from engine.stream import Pipeline
 from export.calibrate import DEFAULT_PROMPT, Source, calibrate, read_calibration
-from export.fp8 import GRANULARITIES, Recipe, quantize
+from export.quantize import GRANULARITIES, LINEARS, Recipe, quantize
 from export.tensorrt.build import BuildOptions
 
 
@@ -53,10 +53,10 @@ class Options(Source):
     backend: tuple[str, ...] = option(
         (), "may be repeated: one bundle for several, the first is its default (onnx)", choices=BACKENDS
     )
-    precision: str = option("fp32", "of the graphs", choices=PRECISIONS)
-    fp8_activations: str = option(
-        "tensor", "one calibrated scale per tensor, or one scale per token found at run time (not for tensorrt)",
-        choices=GRANULARITIES,
+    precision: str = option("fp32", "of the graphs; int8 for onnx alone", choices=PRECISIONS)
+    activations: str | None = option(
+        None, "of fp8 and int8: one calibrated scale per tensor (default of fp8, and with --calibration), or one scale "
+        "per token found at run time (default of int8; not for tensorrt)", choices=GRANULARITIES,
     )  # fmt: skip
     calibration: Path | None = option(None, "from export.calibrate, or ModelOpt's amax", metavar="FILE")
     device: Literal["cpu", "cuda"] = option("cpu", "what aoti compiles for")
@@ -121,12 +121,15 @@ def _export(options: Options, plans: BuildOptions) -> int:
         raise ValueError("export: got no --out, expected a new directory")
     write = _needs_onnx()
     backends = options.backend or ("onnx",)
-    fp8, around = options.precision == "fp8", "fp32" if "onnx" in backends else "bf16"  # around: all that is not FP8
+    fp8, quantizes = options.precision == "fp8", options.precision in LINEARS
+    around = "fp32" if "onnx" in backends else "bf16"  # all that is not quantised
+    if options.precision == "int8" and (others := [backend for backend in backends if backend != "onnx"]):
+        raise ValueError(f"--precision: got int8 for {others[0]}, expected --backend onnx alone with it")
     pipeline = load(
         options.model, preset=options.preset, checkpoint=options.checkpoint, adapters=options.adapter,
         checkpoint_state=options.checkpoint_state, vae=options.vae, text_encoder=options.text_encoder,
         tokenizer=options.tokenizer, vae_decoder=options.vae_decoder, decoder=options.decoder,
-        device=options.device, precision=around if fp8 else options.precision, height=options.height,
+        device=options.device, precision=around if quantizes else options.precision, height=options.height,
         width=options.width,
     )  # fmt: skip
     for note in pipeline.notes:
@@ -134,7 +137,7 @@ def _export(options: Options, plans: BuildOptions) -> int:
     keep = settings_for(
         options.model, options.checkpoint, options.vae, options.text_encoder, options.tokenizer
     ).fp8_keep
-    pipeline = _quantized(pipeline, options, keep) if fp8 else pipeline
+    pipeline = _quantized(pipeline, options, keep) if quantizes else pipeline
     assert pipeline.tokenizer is not None
     if plans.attention.endswith("fp8") and not fp8:
         got = f"{plans.attention} with --precision {options.precision}"
@@ -153,13 +156,19 @@ def _export(options: Options, plans: BuildOptions) -> int:
 
 
 def _quantized(pipeline: Pipeline, options: Options, keep: tuple[str, ...]) -> Pipeline:
-    recipe, amax = Recipe(options.fp8_activations, tuple(keep)), None
+    static = options.precision == "fp8" or options.calibration is not None
+    activations = options.activations or ("tensor" if static else "token")
+    if activations == "token" and options.calibration is not None:
+        raise ValueError(f"--calibration: got {options.calibration} and --activations token, expected tensor with it")
+    recipe, calibration = Recipe(activations, tuple(keep), options.precision), None
     if options.calibration is not None:
-        amax = read_calibration(options.calibration)
-    elif recipe.activations == "tensor":
+        calibration = read_calibration(options.calibration)
+    elif activations == "tensor":
         say("calibrating on --prompt alone (export.calibrate takes more)")
-        amax = calibrate(pipeline, [options.prompt], seeds=(0, 1))
-    return quantize(pipeline, recipe, amax)
+        calibration = calibrate(pipeline, [options.prompt], seeds=(0, 1))
+    if calibration is not None:
+        say(calibration.summary())
+    return quantize(pipeline, recipe, calibration)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Graph -> ONNX (opset 24): native Attention, TensorScatter and FP8 Q/DQ, large constants outside the file."""
+"""Graph -> ONNX (opset 24): native Attention, TensorScatter, products in 8 bits, large constants outside the file."""
 
 import logging
 import warnings
@@ -14,8 +14,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.defs import OpSchema
 from onnxscript import values
 
-from export.fp8 import E4M3_MAX, SMALLEST
 from export.graphs import Graph
+from export.quantize import E4M3_MAX, SMALLEST
+from kernels.int8_linear import INT8_MAX
 
 OPSET = 24
 INLINE_BYTES = 1024  # constants up to this size stay in the graph
@@ -35,18 +36,22 @@ class OnnxGraph:
 def _register() -> values.Opset:
     """Register schemas that keep our operators whole through the exporter. Native spellings replace them later."""
     optional = OpSchema.FormalParameterOption.Optional
-    index, weight = "tensor(int64)", "tensor(float8e4m3fn)"
+    index = "tensor(int64)"
 
     def formal(name: str, kind: str = "T", **more: Any) -> OpSchema.FormalParameter:
         return OpSchema.FormalParameter(name, kind, **more)
 
     heads = [OpSchema.Attribute("heads", OpSchema.AttrType.INT, "number of heads")]
-    linear = [formal("x"), formal("weight", weight), formal("weight_scale")]
-    linear += [formal(name, param_option=optional) for name in ("input_scale", "bias")]
+
+    def linear(weight: str) -> list[OpSchema.FormalParameter]:
+        required = [formal("x"), formal("weight", weight), formal("weight_scale")]
+        return required + [formal(name, param_option=optional) for name in ("input_scale", "bias")]
+
     for name, inputs, attributes in (
         ("kv_write", [formal("cache"), formal("update"), formal("index", index)], []),
         ("ring_attention", [formal("q"), formal("k"), formal("v"), formal("length", index)], heads),
-        ("linear_fp8", linear, []),
+        ("linear_fp8", linear("tensor(float8e4m3fn)"), []),
+        ("linear_int8", linear("tensor(int8)"), []),
     ):
         if not onnx.defs.has(name, DOMAIN):
             onnx.defs.register_schema(
@@ -73,8 +78,11 @@ def exported(graph: Graph) -> OnnxGraph:
     def attend(q: Any, k: Any, v: Any, length: Any, heads: int) -> Any:
         return ops.ring_attention(q, k, v, length, heads=heads)
 
-    def linear(x: Any, weight: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
+    def linear_fp8(x: Any, weight: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
         return ops.linear_fp8(x, weight, weight_scale, input_scale, bias)
+
+    def linear_int8(x: Any, weight: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
+        return ops.linear_int8(x, weight, weight_scale, input_scale, bias)
 
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporter warns of every optional library that is missing
@@ -87,7 +95,8 @@ def exported(graph: Graph) -> OnnxGraph:
                 custom_translation_table={
                     torch.ops.greedy.kv_write.default: write,
                     torch.ops.greedy.ring_attention.default: attend,
-                    torch.ops.greedy.linear_fp8.default: linear,
+                    torch.ops.greedy.linear_fp8.default: linear_fp8,
+                    torch.ops.greedy.linear_int8.default: linear_int8,
                 },
             )  # fmt: skip
     finally:
@@ -108,8 +117,9 @@ def spelled(graph: OnnxGraph, spell: Callable[[ModelProto], None] | None = None)
 
 
 def spell_natively(model: ModelProto) -> None:
-    """kv_write -> TensorScatter, ring_attention -> Attention with its number of valid keys, linear_fp8 -> Q/DQ."""
-    rewrite(model, {"kv_write": _tensor_scatter, "ring_attention": _attention, "linear_fp8": qdq_linear})
+    """kv_write -> TensorScatter, ring_attention -> Attention with its number of valid keys; linears in 8 bits."""
+    linears = {"linear_fp8": qdq_linear, "linear_int8": _integer_linear}
+    rewrite(model, {"kv_write": _tensor_scatter, "ring_attention": _attention, **linears})
 
 
 def rewrite(model: ModelProto, spellings: Mapping[str, Spelling]) -> None:
@@ -147,7 +157,7 @@ def qdq_linear(node: NodeProto, model: ModelProto) -> list[NodeProto]:
     axis: dict[str, Any] = {}
     if not scale:
         scale, axis = f"{out}_scale", {"axis": 0}
-        nodes = _row_scale(x, scale, model, _dtype_of(model, weight_scale))
+        nodes = _row_scale(x, scale, model, _dtype_of(model, weight_scale), E4M3_MAX)
     nodes += [
         helper.make_node("QuantizeLinear", [x, scale], [f"{out}_q"], output_dtype=TensorProto.FLOAT8E4M3FN, **axis),
         helper.make_node("DequantizeLinear", [f"{out}_q", scale], [f"{out}_x"], **axis),
@@ -157,19 +167,66 @@ def qdq_linear(node: NodeProto, model: ModelProto) -> list[NodeProto]:
     return nodes + ([helper.make_node("Add", [f"{out}_product", bias], [out])] if bias else [])
 
 
-def _row_scale(x: str, scale: str, model: ModelProto, dtype: int) -> list[NodeProto]:
-    """max(|x| over a row, SMALLEST) / 448."""
-    constants = {"fp8_smallest": SMALLEST, "fp8_max": E4M3_MAX}
+def _integer_linear(node: NodeProto, model: ModelProto) -> list[NodeProto]:
+    """linear_int8 as QuantizeLinear -> MatMulInteger -> Cast -> Mul by both scales.
+
+    Activations are uint8 with the zero point 128: the same products, for which ONNX Runtime has fast kernels. From
+    DequantizeLinear -> MatMul -> Add it makes a product of floats (1.31), so nothing is dequantised here.
+    """
+    x, weight, weight_scale, scale, bias = [*node.input, "", ""][:5]
+    out, dtype = node.output[0], _dtype_of(model, weight_scale)
+    middle, integers = f"{out}_middle", [f"{out}_q", weight, "int8_middle"]
+    _add_constants(model, [helper.make_tensor("int8_middle", TensorProto.UINT8, [], [128])])
+    if scale:  # one, a constant: both scales become one factor
+        nodes = [
+            helper.make_node("QuantizeLinear", [x, scale, "int8_middle"], [f"{out}_q"]),
+            helper.make_node("Mul", [weight_scale, scale], [f"{out}_factor"]),
+        ]
+        factors = [f"{out}_factor"]
+    else:  # one per row
+        scale = f"{out}_scale"
+        nodes = [
+            *_row_scale(x, scale, model, dtype, INT8_MAX),
+            helper.make_node("Shape", [scale], [f"{middle}_shape"]),
+            helper.make_node(
+                "ConstantOfShape",
+                [f"{middle}_shape"],
+                [middle],
+                value=helper.make_tensor("value", TensorProto.UINT8, [1], [128]),
+            ),
+            helper.make_node("QuantizeLinear", [x, scale, middle], [f"{out}_q"], axis=0),
+            helper.make_node("Unsqueeze", [scale, "row_axis"], [f"{out}_column"]),
+        ]
+        factors = [f"{out}_column", weight_scale]
+    nodes += [
+        helper.make_node("MatMulInteger", integers, [f"{out}_integers"]),
+        helper.make_node("Cast", [f"{out}_integers"], [f"{out}_times_0"], to=dtype),
+    ]
+    for number, factor in enumerate(factors, start=1):
+        last = number == len(factors) and not bias
+        nodes.append(
+            helper.make_node("Mul", [f"{out}_times_{number - 1}", factor], [out if last else f"{out}_times_{number}"])
+        )
+    return nodes + ([helper.make_node("Add", [f"{out}_times_{len(factors)}", bias], [out])] if bias else [])
+
+
+def _row_scale(x: str, scale: str, model: ModelProto, dtype: int, largest: float) -> list[NodeProto]:
+    """max(|x| over a row, SMALLEST) / largest."""
+    constants = {"row_smallest": SMALLEST, "row_largest": largest}
     tensors = [helper.make_tensor(name, dtype, [], [value]) for name, value in constants.items()]
-    tensors.append(helper.make_tensor("fp8_last_axis", TensorProto.INT64, [1], [-1]))
-    present = {tensor.name for tensor in model.graph.initializer}
-    model.graph.initializer.extend(tensor for tensor in tensors if tensor.name not in present)
+    _add_constants(model, [*tensors, helper.make_tensor("row_axis", TensorProto.INT64, [1], [-1])])
     return [
         helper.make_node("Abs", [x], [f"{scale}_abs"]),
-        helper.make_node("ReduceMax", [f"{scale}_abs", "fp8_last_axis"], [f"{scale}_amax"], keepdims=0),
-        helper.make_node("Max", [f"{scale}_amax", "fp8_smallest"], [f"{scale}_floor"]),
-        helper.make_node("Div", [f"{scale}_floor", "fp8_max"], [scale]),
+        helper.make_node("ReduceMax", [f"{scale}_abs", "row_axis"], [f"{scale}_amax"], keepdims=0),
+        helper.make_node("Max", [f"{scale}_amax", "row_smallest"], [f"{scale}_floor"]),
+        helper.make_node("Div", [f"{scale}_floor", "row_largest"], [scale]),
     ]
+
+
+def _add_constants(model: ModelProto, tensors: list[TensorProto]) -> None:
+    """Each once, by its name."""
+    present = {tensor.name for tensor in model.graph.initializer}
+    model.graph.initializer.extend(tensor for tensor in tensors if tensor.name not in present)
 
 
 def _dtype_of(model: ModelProto, constant: str) -> int:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import safetensors.torch
@@ -32,19 +32,20 @@ from engine.files import read_json, whole_folder, write_json
 from engine.loader import load_bundle
 from engine.model.text import Tokenizer, clean_prompt, fold_prompt
 from engine.model.vae import SplitVAE
+from engine.runtime.device import DTYPES
 from engine.stream import Pipeline
 from export.compilers import Compiler, compilers_of
-from export.fp8 import is_quantized
 from export.graphs import stage_graphs
 from export.program import trace
+from export.quantize import quantized_as
 from export.tensorrt.build import BuildOptions
 
 GOLDEN_CHUNKS = 3
 # Allowed difference, in grey levels, of golden frames from torch's frames of the same precision, and of replayed frames
-# from the stored ones. It is the largest difference; for bf16 and fp8 the mean, because one other rounding there
+# from the stored ones. It is the largest difference; for bf16, fp8 and int8 the mean, because one other rounding there
 # changes all later values.
-TOLERANCE = {"fp32": 2, "fp16": 4, "bf16": 2, "fp8": 2}
-COUNTED = {"fp32": "at most", "fp16": "at most", "bf16": "on average", "fp8": "on average"}
+TOLERANCE = {"fp32": 2, "fp16": 4, "bf16": 2, "fp8": 2, "int8": 2}
+COUNTED = {"fp32": "at most", "fp16": "at most"} | dict.fromkeys(("bf16", "fp8", "int8"), "on average")
 _GOLDEN = "golden.safetensors"
 
 
@@ -118,7 +119,10 @@ def write_bundle(
         raise FileNotFoundError(f"export: got no tokenizer in {tokenizer}, expected a directory")
     if not backends or len(set(backends)) != len(backends):
         raise ValueError(f"export: got backends {', '.join(backends) or 'none'}, expected each once")
-    fp8 = is_quantized(pipeline)
+    quantized = quantized_as(pipeline)
+    if quantized == "int8" and (others := [backend for backend in backends if backend != "onnx"]):
+        raise ValueError(f"export: got int8 for {others[0]}, expected it for onnx alone")
+    fp8 = quantized == "fp8"
     compilers = [one for backend in backends for one in compilers_of(backend, pipeline.device, plans, fp8)]
     with whole_folder(out) as part:
         yield from _write(pipeline, part, tokenizer, prompt, seed, compilers, Reusable(reuse))
@@ -233,10 +237,9 @@ def _save_manifest(manifest: Manifest, part: Path) -> None:
     (part / "manifest.json").write_text(f"{text}\n", encoding="utf-8")
 
 
-def _precision(pipeline: Pipeline) -> Literal["fp32", "fp16", "bf16", "fp8"]:
-    names: dict[torch.dtype, Literal["fp32", "fp16", "bf16"]]
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    return "fp8" if is_quantized(pipeline) else names[pipeline.dtype]
+def _precision(pipeline: Pipeline) -> str:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return quantized_as(pipeline) or names[pipeline.dtype]
 
 
 def _replayed(folder: Path, manifest: Manifest, backend: str) -> np.ndarray:

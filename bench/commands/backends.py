@@ -21,8 +21,8 @@ from bench.instruments.spread import interleaved, paired_ratio, quartiles, table
 from bench.report import saved
 from engine.loader import FP8_KEEP, make_stages
 from engine.model.cache import FP8
-from engine.model.fp8 import to_fp8
 from engine.model.layers import Attend, Block
+from engine.model.quantized import quantized
 from engine.model.transformer import TextKV, WanTransformer
 from engine.options import option
 from engine.presets import find_preset
@@ -96,7 +96,9 @@ def variants(pipeline: Pipeline) -> dict[str, Pipeline]:
         return GraphedStages(stages) if gpu else stages
 
     def fast(fp8: bool) -> TorchStages:
-        models = {role: to_fp8(model, FP8_KEEP, role) if fp8 else model for role, model in eager.models.items()}
+        models = eager.models
+        if fp8:
+            models = {role: quantized(model, "fp8", FP8_KEEP, role) for role, model in models.items()}
         return TorchStages(models, vae, eager.text_encoder, join_context=gpu)
 
     compiled = cast(dict[str, WanTransformer], {role: _Compiled(model) for role, model in eager.models.items()})

@@ -1,6 +1,8 @@
-"""The loss of quality by FP8: the error of each pass against fp32, and the scores of the clips that come out.
+"""The loss of quality by FP8 and INT8: each pass against fp32, and the clips that come out; the speed of a pass.
 
-python -m bench fp8 [--prompts 32] [--sensitivity]
+python -m bench fp8 [--prompts 32] [--sensitivity]     FP8: errors and scores
+python -m bench fp8 --int8                             INT8 beside it
+python -m bench fp8 --speed 0 --speed 768              a pass, of the embedded model and of others
 
 Each pass runs in fp32 and in FP8 on the inputs of one fp32 stream, so errors do not accumulate over passes. An error is
 relative to the fp32 output. Scores are the exact evaluator's, on the embedded model; all rows have the same prompts and
@@ -18,13 +20,14 @@ from torch import Tensor
 
 from bench.instruments.header import machine
 from bench.instruments.random_weights import RandomSource
+from bench.operations.passes import pass_speeds
 from bench.report import saved
 from distill.scores.pixels import from_uint8
 from distill.scores.tasks import find_task
-from engine.config import TransformerConfig
+from engine.config import Precision, TransformerConfig
 from engine.loader import FP8_KEEP, load
 from engine.model.cache import FP8, CachedAttention, RingCache
-from engine.model.fp8 import to_fp8
+from engine.model.quantized import quantized
 from engine.model.rope import rope_tables
 from engine.model.transformer import WanTransformer
 from engine.options import option
@@ -32,7 +35,7 @@ from engine.runtime.passes import Pass
 from engine.stream import Pipeline
 from engine.weights.checkpoint import fill
 from export.calibrate import calibrate
-from export.fp8 import GRANULARITIES, Recipe, quantizable, quantize
+from export.quantize import GRANULARITIES, Calibration, Recipe, quantizable, quantize
 
 SCORES = ("semantic", "quality", "total", "object_class", "direction", "speed")
 CALIBRATION = {"prompts": 12, "seed": 7, "chunks": 9}
@@ -45,6 +48,11 @@ class Options(saved.Reported):
     seed: int = option(20, "of the first clip")
     sensitivity: bool = option(False, "also one block, and one kind of linear, at a time")
     blocks: int = option(0, "instead: N random full-width blocks, a product at a time", metavar="N")
+    int8: bool = option(False, "INT8 in the place of FP8's graphs")
+    speed: tuple[int, ...] = option(
+        (), "instead: time of a pass, of the embedded model for 0, else of a random one of that width", metavar="WIDTH"
+    )
+    rounds: int = option(15, "passes of each variant, for --speed")
 
 
 class _Beside:
@@ -104,9 +112,7 @@ def clips(pipeline: Pipeline, prompts: list[str], seed: int, frames: int) -> lis
     return videos
 
 
-def sensitivity(
-    reference: Pipeline, amax: dict[str, float], prompts: list[str], chunks: int
-) -> dict[str, dict[str, float]]:
+def sensitivity(reference: Pipeline, amax: Calibration, prompts: list[str], chunks: int) -> dict[str, dict[str, float]]:
     """{ROLE.blocks.N: errors} with that block alone in FP8, {ROLE.*.NAME: errors} with that linear of every block."""
     names = quantizable(reference)
     parts = [name.split(".", 3) for name in names]  # role, blocks, N, linear
@@ -148,7 +154,8 @@ def block_errors(seeds: int, side: int = 16) -> dict[str, dict[str, float]]:
         narrow = model.to(torch.bfloat16)
         narrow.fuse()
         for name, keep in (keeps | {"fp8 all, attention": []}).items():
-            got = _added(to_fp8(narrow, keep, "sdd"), inputs, text, t, FP8 if "attention" in name else torch.bfloat16)
+            kv = FP8 if "attention" in name else torch.bfloat16
+            got = _added(quantized(narrow, "fp8", keep, "sdd"), inputs, text, t, kv)
             error = float((got - truth).square().mean().sqrt() / truth.square().mean().sqrt())
             found.setdefault(name, []).append(error)
     return {name: {"mean": float(np.mean(e)), "most": max(e)} for name, e in found.items()}
@@ -170,6 +177,8 @@ def _added(model: WanTransformer, inputs: list[Tensor], text: Any, t: Tensor, kv
 
 
 def run(options: Options) -> int:
+    if options.speed:
+        return _run_speed(options)
     if options.blocks:
         return _run_blocks(options)
     if options.prompts < 1 or options.frames < 2:
@@ -180,8 +189,15 @@ def run(options: Options) -> int:
     seen = [spec.caption for spec in task.draw(CALIBRATION["prompts"], CALIBRATION["seed"])]
     amax = calibrate(reference, seen, chunks=CALIBRATION["chunks"])
     # "engine fp8" is what --precision fp8 streams on; the others are what an export holds.
-    others = {name: load(device="cpu", precision=kind) for name, kind in (("bf16", "bf16"), ("engine fp8", "fp8"))}
+    kinds: dict[str, Precision] = {"bf16": "bf16", "engine fp8": "fp8"}
+    if options.int8:
+        kinds["engine int8"] = "int8"
+    others = {name: load(device="cpu", precision=kind) for name, kind in kinds.items()}
     for granularity in GRANULARITIES:
+        if options.int8:
+            recipe = Recipe(granularity, FP8_KEEP, "int8")
+            others[f"int8 {granularity}"] = quantize(reference, recipe, amax)
+            continue
         others[f"fp8 {granularity}"] = quantize(reference, Recipe(granularity), amax)
         last = f"blocks.{reference.config.num_layers - 1}.*"
         others[f"fp8 {granularity}, {last} kept"] = quantize(reference, Recipe(granularity, (last,)), amax)
@@ -189,9 +205,11 @@ def run(options: Options) -> int:
     prompts = [spec.caption for spec in specs]
     errors = pass_errors(reference, others, prompts[:8], CALIBRATION["chunks"])
     rows: dict[str, Any] = {}
+    plain: list[Tensor] = []
     for name, pipeline in {"fp32": reference, **others}.items():
         made = clips(pipeline, prompts, options.seed, options.frames)
-        rows[name] = {"errors": errors.get(name, {}), "scores": task.score(made, specs)}
+        plain = plain or made
+        rows[name] = {"errors": errors.get(name, {}), "scores": task.score(made, specs), **_apart(made, plain)}
         if not options.json:
             print(_row(name, rows[name]), flush=True)
     result: dict[str, Any] = {
@@ -205,7 +223,30 @@ def run(options: Options) -> int:
         if not options.json:
             for group, found in result["sensitivity"].items():
                 print(f"{group:28} " + "  ".join(f"{name} {error:.2e}" for name, error in found.items() if error))
-    saved.emit(options, "fp8", result)
+    result |= {"steps": amax.summary(), "ratios": amax.ratios()}
+    saved.emit(options, "fp8", result, "int8" if options.int8 else "")
+    return 0
+
+
+def _apart(made: list[Tensor], plain: list[Tensor]) -> dict[str, float]:
+    """Grey levels on average, and PSNR in dB, of clips in [-1, 1] against those of fp32."""
+    off = [(a - b) * 127.5 for a, b in zip(made, plain, strict=True)]
+    levels = float(np.mean([float(x.abs().mean()) for x in off]))
+    square = float(np.mean([float(x.square().mean()) for x in off]))
+    return {"grey_levels": levels, "psnr": 10 * float(np.log10(255**2 / square))} if square else {"grey_levels": 0.0}
+
+
+def _run_speed(options: Options) -> int:
+    torch.set_num_threads(1)
+    passes = [pass_speeds(width, options.rounds) for width in options.speed]
+    if not options.json:
+        for found in passes:
+            print(f"width {found['width']}, {found['layers']} layers, {found['tokens']} tokens")
+            for name, row in found["rows"].items():
+                ratio = f"{row['ratio']['median']:.2f} [{row['ratio']['low']:.2f}, {row['ratio']['high']:.2f}]"
+                print(f"  {name:20} {row['ms']['median']:9.2f} ms  of fp32 {ratio}  error {row['error']:.2e}")
+    result = {"machine": machine(torch.device("cpu")), "passes": passes}
+    saved.emit(options, "fp8", result, "speed")
     return 0
 
 
@@ -222,4 +263,5 @@ def _run_blocks(options: Options) -> int:
 def _row(name: str, row: dict[str, Any]) -> str:
     errors = "  ".join(f"{name} {error:.2e}" for name, error in row["errors"].items())
     scores = "  ".join(f"{key} {row['scores'][key]['mean']:.3f} ± {row['scores'][key]['se']:.3f}" for key in SCORES)
-    return f"{name:30} {errors:30}  {scores}"
+    apart = f"{row['grey_levels']:.2f} levels, {row.get('psnr', float('inf')):.1f} dB"
+    return f"{name:30} {errors:30}  {apart}  {scores}"

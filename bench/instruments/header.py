@@ -14,7 +14,7 @@ import torch
 
 import engine
 from engine.model.cache import FP8
-from engine.model.fp8 import Fp8Linear
+from engine.model.quantized import FORMATS
 from engine.stream import Pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -89,10 +89,10 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def precision_of(pipeline: Pipeline) -> str:
-    """The precision of the blocks: float32, bfloat16 or fp8, and whether attention is FP8 as well."""
-    parts = (part for module in pipeline.stages.modules().values() for part in module.modules())
-    fp8 = any(isinstance(part, Fp8Linear) for part in parts)
-    products = "fp8" if fp8 else str(pipeline.dtype).removeprefix("torch.")
+    """The precision of the blocks: float32, bfloat16, fp8 or int8, and whether attention is FP8 as well."""
+    kinds = {type(part) for module in pipeline.stages.modules().values() for part in module.modules()}
+    quantized = [name for name, kind in FORMATS.items() if kind in kinds]
+    products = quantized[0] if quantized else str(pipeline.dtype).removeprefix("torch.")
     return products + (", fp8 attention" if pipeline.kv_dtype == FP8 else "")
 
 

@@ -71,7 +71,7 @@ class Contract {
         const std::string at = where_ + "." + first + ".inputs.latent";
         for (const auto& [precision, dtype] : kFloats)
             if (m_.precision == precision) dtype_ = dtype;
-        if (m_.precision == "fp8") {  // any around it
+        if (m_.precision == "fp8" || m_.precision == "int8") {  // any around them
             if (!latent) refuse(at, "none", "floats");
             dtype_ = latent->dtype;
             const auto same = [&](const auto& row) { return row.second == dtype_; };

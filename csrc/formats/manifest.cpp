@@ -245,8 +245,8 @@ Manifest Manifest::parse(std::string_view text, const std::string& where) {
     out.transformer = TransformerConfig::from(fields["transformer"], fields.at("transformer"));
     out.precision = fields.name("precision");
     const bool known = out.precision == "fp32" || out.precision == "fp16" || out.precision == "bf16";
-    expect(known || out.precision == "fp8", fields.at("precision"), "'" + out.precision.substr(0, 60) + "'",
-           "fp32, fp16, bf16 or fp8");
+    expect(known || out.precision == "fp8" || out.precision == "int8", fields.at("precision"), "'" + out.precision.substr(0, 60) + "'",
+           "fp32, fp16, bf16, fp8 or int8");
     out.height = fields.size("height"), out.width = fields.size("width");
     out.spatial = fields.size("spatial"), out.temporal = fields.size("temporal");
     out.text_rows = fields.size("text_rows");

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from distill.models.student import Adapted
-from engine.model.fp8 import Fp8Linear, products, wanted
+from engine.model.quantized import Fp8Linear, products, wanted
 from engine.weights.lora.form import Change
 from engine.weights.lora.merge import merged
 

@@ -13,7 +13,11 @@ from engine.generators import family_of
 from engine.options import FieldError
 from engine.runtime.passes import PassKind
 
-FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of each precision; FP8 has any around it
+FLOATS = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+}  # of each precision; fp8 and int8 have any around them
 FP8 = "float8_e4m3fn"
 
 

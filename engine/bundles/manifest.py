@@ -161,7 +161,7 @@ class Manifest(_Strict):
     preset_name: _Name
     preset: dict[str, object]
     transformer: dict[str, object]
-    precision: Literal["fp32", "fp16", "bf16", "fp8"]
+    precision: Literal["fp32", "fp16", "bf16", "fp8", "int8"]
     height: _Size
     width: _Size
     fps: Annotated[float, Field(gt=0, le=1000)]

@@ -54,6 +54,8 @@ class OnnxGraph:
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         # ONNX Runtime's fusions of quantised products handle only integers and break graphs with FP8 Q/DQ.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+        # Processors without VNNI would add up pairs of int8 products in 16 bits, which overflow.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         content = file.read_bytes()
         check_external_data(file, content, weights)
         outside = [_ort_value(ort, value) for value in weights.values()]

@@ -17,17 +17,20 @@ from engine.model.vae_layers import STACK_LIMIT
 
 
 def transformer_activations(
-    config: TransformerConfig, tokens: int, keys: int, dtype: torch.dtype, *, fused: bool, fp8: bool = False
+    config: TransformerConfig, tokens: int, keys: int, dtype: torch.dtype, *, fused: bool, precision: str = ""
 ) -> int:
     """One pass over `tokens` tokens whose self-attention sees `keys` rows.
 
-    fused  kernels run (a GPU); else PyTorch's operations, whose rotation and GELU keep several copies
+    fused      kernels run (a GPU); else PyTorch's operations, whose rotation and GELU keep several copies
+    precision  fp8: a kernel rounds an activation to 8 bits. int8: PyTorch's operations do so, by way of float32
     """
     size, inner = dtype.itemsize, config.ffn_dim / config.dim
+    rounded = inner * (5 + size + (4 if size < 4 else 0)) / size  # int8: quotient, integers, itself and as float32
     if fused:  # hidden state, residual, normalised input, result, and q, k, v or the feed-forward's inner rows
-        widest = 4 + max(4, inner + (inner + 1) / size if fp8 else inner)
+        inside = {"fp8": inner + (inner + 1) / size, "int8": rounded}.get(precision, inner)
+        widest = 4 + max(4, inside)
         return round(tokens * config.dim * size * widest)
-    feed_forward = 12 + 2 * inner
+    feed_forward = 12 + (max(2 * inner, rounded) if precision == "int8" else 2 * inner)
     rotation = 11 + 16 / size + (8 / size if size < 4 else 0)  # in float32: two halves of q and k, before and after
     packed = 2 * keys * config.dim * size if size < 4 else 0
     return round(tokens * config.dim * size * max(feed_forward, rotation)) + packed

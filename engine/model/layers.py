@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.model.cache import Streaming
-from engine.model.fp8 import Fp8Linear, linear_of, same
+from engine.model.quantized import Fp8Linear, linear_of, same
 from engine.model.rope import apply_rope
 from kernels.gate_residual import Residual
 from kernels.gelu_quantize import gelu, gelu_quantize
@@ -200,7 +200,7 @@ class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward under per-frame modulation.
 
     Operations of kernels/ run a kernel on a GPU. Elsewhere, and where a gradient is needed, they run their PyTorch
-    definition. LoRA or FP8 modules may replace Linears; the kernel before an FP8 product quantises its activation.
+    definition. LoRA and 8 bits may replace Linears. The kernel before an FP8 product quantises its activation.
     """
 
     def __init__(self, dim: int, heads: int, ffn_dim: int, eps: float, cross_attn_norm: bool) -> None:

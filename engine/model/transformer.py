@@ -13,7 +13,6 @@ from torch import Tensor
 
 from engine.config import TransformerConfig
 from engine.model.cache import Streaming
-from engine.model.fp8 import Fp8Linear
 from engine.model.layers import (
     PROJECTIONS,
     Attend,
@@ -25,6 +24,7 @@ from engine.model.layers import (
     rms_unit,
     total,
 )
+from engine.model.quantized import QuantizedLinear
 from kernels.norm_modulate import Hidden, norm_modulate
 
 # Cross-attention K and V of every layer: one tensor [layers, B, rows, heads, head_dim] each, or one per layer.
@@ -99,21 +99,21 @@ class WanTransformer(nn.Module):
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
-        """Overwrite a parameter in place, wherever the forward pass reads it: fused, or quantised again to FP8.
+        """Overwrite a parameter in place, wherever the forward pass reads it: fused, or quantised again.
 
-        `name` is its name before `fuse` and FP8. Captured graphs, which hold addresses, read the new value.
+        `name` is its name before `fuse` and `quantized`. Captured graphs, which hold addresses, read the new value.
         """
         value = self._ordered(name, value)
         path, _, leaf = name.rpartition(".")
         owner_path, _, own = path.rpartition(".")
         owner = self.get_submodule(owner_path)
-        if isinstance(owner, Attention) and isinstance(owner.joint, Fp8Linear) and own in PROJECTIONS:
+        if isinstance(owner, Attention) and isinstance(owner.joint, QuantizedLinear) and own in PROJECTIONS:
             rows = len(value)
             start = PROJECTIONS.index(own) * rows
             owner.joint.write(leaf, value, slice(start, start + rows))
             return
         module = self.get_submodule(path)
-        if isinstance(module, Fp8Linear):
+        if isinstance(module, QuantizedLinear):
             module.write(leaf, value)
             return
         self.get_parameter(name).copy_(value)

@@ -227,6 +227,8 @@ def lost(step: Pass, cache: RingCache) -> list[Tensor]:
         if slot is not None and valid is not None and slot < valid:
             found += ring.slots_from(int(slot), step.frames)
     return found
+
+
 _FIXED = ("reuse", "short")  # fields of a pass that its graph is made for; the cache holds the residual
 
 

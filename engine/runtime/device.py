@@ -31,8 +31,8 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
-    """The working dtype of a precision: bf16 for fp8; auto is bf16 on a GPU, else fp32."""
-    if precision == "auto":
+    """The working dtype of a precision: bf16 for fp8; auto and int8 have bf16 on a GPU, else fp32."""
+    if precision in ("auto", "int8"):
         precision = "fp32" if device.type == "cpu" else "bf16"
     return DTYPES["bf16" if precision == "fp8" else precision]
 

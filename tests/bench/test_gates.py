@@ -14,7 +14,7 @@ from bench.instruments.ways import WAYS, stages_through
 from engine.config import Runtime, TransformerConfig
 from engine.loader import FP8_KEEP
 from engine.model.cache import FP8
-from engine.model.fp8 import to_fp8
+from engine.model.quantized import quantized
 from engine.model.vae import VAEConfig
 
 CASES = Path(__file__).parents[1] / "data" / "causal"
@@ -36,7 +36,7 @@ def streamed(request):
 def in_precision(pipeline, precision):
     parts = pipeline.stages.models
     if precision != "bf16":
-        parts = {role: to_fp8(model, FP8_KEEP, role) for role, model in parts.items()}
+        parts = {role: quantized(model, "fp8", FP8_KEEP, role) for role, model in parts.items()}
     kv = FP8 if precision == "fp8-attention" else None
     return replace(pipeline, stages=stages_through("graphs", parts), kv_dtype=kv)
 

@@ -32,7 +32,7 @@ from engine.config import TransformerConfig
 from engine.generators.base import Generator, Geometry
 from engine.generators.greedy import GreedyGenerator
 from engine.loader import EMBEDDED, FP8_KEEP
-from engine.model.fp8 import Fp8Linear, to_fp8
+from engine.model.quantized import Fp8Linear, quantized
 from engine.model.transformer import WanTransformer
 from engine.weights.lora.form import Change
 from engine.weights.lora.merge import merged
@@ -119,7 +119,7 @@ def test_layers_weights_and_scales_are_the_engines(keep: tuple[str, ...]) -> Non
             own.weight.copy_(merge(layer))
             own.bias.copy_(weights[name].bias)
         plain.fuse()
-        quantised = to_fp8(plain, keep, role)
+        quantised = quantized(plain, "fp8", keep, role)
         for name, layer in adapted(model).items():
             path, _, leaf = name.rpartition(".")
             owner = quantised.get_submodule(path)

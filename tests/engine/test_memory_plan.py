@@ -25,7 +25,7 @@ import engine.run
 from bench.instruments.random_weights import write_tokenizer
 from engine.config import MOST, Runtime, TransformerConfig
 from engine.memory import Case, plan_memory
-from engine.model import fp8
+from engine.model import quantized
 from engine.model.activations import umt5_activations
 from engine.model.cache import RingCache
 from engine.model.transformer import WanTransformer
@@ -119,6 +119,7 @@ TINY, SMALL = {"height": 64, "width": 96}, {"height": 96, "width": 160}
 LARGE = {"height": 160, "width": 256}
 CASES = {
     "greedy, fp32": ("fp32", GREEDY | SMALL | {"precision": "fp32"}),
+    "greedy, int8": ("fp32", GREEDY | SMALL | {"precision": "int8"}),
     "greedy, bf16, released": ("bf16", GREEDY | LARGE | {"precision": "bf16", "text_encoder_device": "release"}),
     "greedy, bf16 of fp32": ("fp32", GREEDY | SMALL | {"precision": "bf16"}),
     "causal, fp32 of bf16, released": ("bf16", CAUSAL | TINY | {"precision": "fp32",
@@ -235,18 +236,18 @@ def test_quantising_lets_every_weight_go_at_once(monkeypatch):
     """So a role never needs more than its weights in bf16."""
     given = [transformer(0)]
     given[0].fuse()
-    alive, most, before = weakref.WeakSet(), [], fp8.Fp8Linear.__init__
+    alive, most, before = weakref.WeakSet(), [], quantized.Fp8Linear.__init__
 
     def counted(self, weight, bias):
         before(self, weight, bias)
         alive.add(weight)
         most.append(len(alive))
 
-    monkeypatch.setattr(fp8.Fp8Linear, "__init__", counted)
-    quantised = fp8.to_fp8(given.pop(), (), "sdd")
+    monkeypatch.setattr(quantized.Fp8Linear, "__init__", counted)
+    quantised = quantized.quantized(given.pop(), "fp8", (), "sdd")
     assert len(most) == 6 * len(quantised.blocks)
     assert max(most) <= 2
-    again = fp8.to_fp8(quantised, (), "sdd")
+    again = quantized.quantized(quantised, "fp8", (), "sdd")
     assert len(most) == 6 * len(quantised.blocks)
     assert all(a is b for a, b in zip(again.buffers(), quantised.buffers(), strict=True))
 

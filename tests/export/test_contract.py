@@ -13,9 +13,9 @@ from engine.bundles.manifest import ROW_INPUTS, VERSION, GraphSpec
 from engine.stream import Pipeline
 from export.calibrate import calibrate
 from export.compilers import AotiCompiler, Compiler, OnnxCompiler, TensorrtCompiler
-from export.fp8 import Recipe, quantize
 from export.graphs import stage_graphs
 from export.program import trace
+from export.quantize import LINEARS, Recipe, quantize
 from export.tensorrt.build import BuildOptions
 
 BF16: dict[str, Any] = {"precision": "bf16"}
@@ -24,6 +24,7 @@ CASES: dict[str, tuple[str, Callable[[], Compiler], dict[str, Any]]] = {  # prec
     "aoti": ("bf16", lambda: AotiCompiler(torch.device("cpu")), BF16),
     "causal": ("bf16", TensorrtCompiler, BF16 | {"preset": "self-forcing", "overrides": {"window": 6}}),
     "fp8": ("fp8", TensorrtCompiler, BF16),
+    "int8": ("int8", OnnxCompiler, {"precision": "fp32"}),
     "fp8 caches": ("fp8", lambda: TensorrtCompiler(BuildOptions(attention="plugin_fp8")), BF16),
 }
 
@@ -45,8 +46,9 @@ def test_exported_graphs_keep_the_contract(model_dir: Path, monkeypatch: pytest.
         monkeypatch.setattr(f"export.compilers.{needed}", lambda *_: "cuda-sm90")
     precision, compiler, options = CASES[case]
     pipeline = engine.load(model_dir, device="cpu", **options)
-    if precision == "fp8":
-        pipeline = quantize(pipeline, Recipe("tensor"), calibrate(pipeline, ["a red circle"], chunks=2))
+    if precision in LINEARS:
+        recipe = Recipe("tensor", precision=precision)
+        pipeline = quantize(pipeline, recipe, calibrate(pipeline, ["a red circle"], chunks=2))
     assert pipeline.tokenizer is not None
     shapes = Shapes(
         pipeline.preset, pipeline.config, pipeline.height, pipeline.width, pipeline.spatial, pipeline.temporal,

@@ -12,7 +12,7 @@ CODE = """
 from kernels import launch
 from engine.model.cache import FP8, CachedAttention, RingCache
 from engine.config import TransformerConfig
-from engine.model.fp8 import to_fp8
+from engine.model.quantized import quantized
 from engine.model.transformer import WanTransformer
 
 def chunk(fp8, kv, frames):
@@ -26,7 +26,7 @@ def chunk(fp8, kv, frames):
     slot = torch.empty((), dtype=torch.int32)
     attend = CachedAttention(cache, slot, slot)
     c_f = torch.empty(1, n, 1536, dtype=torch.bfloat16)
-    model = to_fp8(model, (), 'sdd') if fp8 else model
+    model = quantized(model, 'fp8', (), 'sdd') if fp8 else model
     return model(latent, torch.empty(1), text, cos, cos, attend, c_f)
 
 found, checked = [], {}  # a kernel's machine code is read once

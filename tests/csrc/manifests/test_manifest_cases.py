@@ -97,7 +97,7 @@ def test_a_graph_of_many_tensors_is_read_soon(bundles):
 FLOAT32 = {"t", "rope_cos", "rope_sin"}
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8", "int8"])
 @pytest.mark.parametrize("family", PRESETS)
 def test_lower_precisions(core, bundles, family, precision):
     """All but times, positions and what the encoder gives is in the stream's dtype."""

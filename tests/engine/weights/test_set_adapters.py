@@ -19,7 +19,7 @@ import engine
 from bench.instruments.ways import StandIn
 from engine.config import Preset
 from engine.loader import assemble
-from engine.model.fp8 import to_fp8
+from engine.model.quantized import quantized
 from engine.run import main
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.stages import TorchStages
@@ -62,9 +62,9 @@ def files(tmp_path_factory):
     return lora_file(folder / "a.safetensors", 1), lora_file(folder / "b.safetensors", 2, wide=False)
 
 
-def adapted(preset, files, strengths, fp8=False, join=False):
+def adapted(preset, files, strengths, precision="fp32", join=False):
     """A pipeline of parts in memory, as loader.load assembles it."""
-    models, dtype = models_of(preset), torch.bfloat16 if fp8 else torch.float32
+    models, dtype = models_of(preset), torch.bfloat16 if precision == "fp8" else torch.float32
     config = next(iter(models.values())).config
     chosen = [Adapter(file, strength) for file, strength in zip(files, strengths, strict=True)]
     adapters = read_adapters(chosen, [], config)
@@ -72,8 +72,8 @@ def adapted(preset, files, strengths, fp8=False, join=False):
         model.to(dtype)
         adapters.merge(role, model)
         model.fuse()
-    if fp8:
-        models = {role: to_fp8(model, ("*.attn2.to_out.0",), role) for role, model in models.items()}
+    if precision != "fp32":
+        models = {role: quantized(model, precision, ("*.attn2.to_out.0",), role) for role, model in models.items()}
     stages = TorchStages(models, None, None)
     made = assemble(stages, config, preset, dtype, CPU, height=32, width=48, adapters=adapters)
     return joined(made) if join else made
@@ -106,15 +106,15 @@ STRENGTHS = [(0.0, 0.0), (1.0, 0.0), (0.0, 0.5), (-0.7, 1.3)]
 
 
 @pytest.mark.parametrize("preset", FAMILIES[:2], ids=name_of)
-@pytest.mark.parametrize("fp8", [False, True])
-def test_merging_again_gives_the_bits_of_loading_in_place(preset, files, fp8):
-    pipeline = adapted(preset, files, (1.0, 1.0), fp8)
+@pytest.mark.parametrize("precision", ["fp32", "fp8", "int8"])
+def test_merging_again_gives_the_bits_of_loading_in_place(preset, files, precision):
+    pipeline = adapted(preset, files, (1.0, 1.0), precision)
     addresses = {name: tensor.data_ptr() for name, tensor in weights(pipeline).items()}
     stream = pipeline.stream(TEXT, seed=3)
     before = {name: tensor.clone() for name, tensor in weights(pipeline).items()}
     for strengths in [*STRENGTHS, (1.0, 1.0)]:
         stream.set_adapters(dict(zip("ab", strengths, strict=True)))
-        fresh = adapted(preset, files, strengths, fp8)
+        fresh = adapted(preset, files, strengths, precision)
         same(weights(pipeline), weights(fresh))
         other = pipeline.stream(TEXT, seed=5)
         other.set_adapters(dict(zip("ab", strengths, strict=True)))

@@ -1,4 +1,4 @@
-"""FP8 for the blocks' large products: e4m3, one scale per output channel of a weight and per token of an activation."""
+"""8 bits for the blocks' large products: one scale per output channel of a weight and per token of an activation."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -8,21 +8,33 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 
 from kernels.fp8_linear import fp8_linear
+from kernels.int8_linear import int8_linear, quantize_int8
 from kernels.quantize import quantize_per_channel, quantize_per_token
 
 M = TypeVar("M", bound=nn.Module)
+Quantizer = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-class Fp8Linear(nn.Module):
-    """Replaces a Linear: y = x W^T + b with weight e4m3 [N, K], scale float32 [N, 1] and the original bias [N]."""
+class QuantizedLinear(nn.Module):
+    """Replaces a Linear: y = x W^T + b with weight in 8 bits [N, K], scale float32 [N, 1] and the original bias [N].
+
+    A subclass is a format:
+    stored    weight [N, K] -> values in 8 bits [N, K] and scales [N, 1]
+    rounded   activation x [B, n, K] -> values in 8 bits [B * n, K] and scales [B * n, 1]
+    multiply  the product of both, see kernels/
+    """
 
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
+    stored: Quantizer
+    rounded: Quantizer
+    multiply: Callable[..., Tensor]
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        values, scale = quantize_per_channel(weight.detach())
+        self.dtype = weight.dtype  # of the result
+        values, scale = self.stored(weight.detach())
         self.register_buffer("weight", values)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -31,23 +43,37 @@ class Fp8Linear(nn.Module):
         """x [B, n, K] -> [B, n, N]"""
         return self.product(*self.rounded(x), len(x))
 
-    @staticmethod
-    def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-        """An activation x [B, n, K] -> values e4m3 [B * n, K] and scales [B * n, 1]."""
-        return quantize_per_token(x)
-
     def write(self, leaf: str, value: Tensor, rows: slice = slice(None)) -> None:
         """Overwrite rows of the weight [N, K], which is quantised again, or of the bias [N], in the same storage."""
         if leaf == "weight":
-            values, scale = quantize_per_channel(value)
+            values, scale = self.stored(value)
             self.weight[rows].copy_(values)
             self.scale[rows].copy_(scale)
         elif self.bias is not None:
             self.bias[rows].copy_(value)
 
     def product(self, values: Tensor, scales: Tensor, batch: int) -> Tensor:
-        """Multiply a quantised activation: values e4m3 [B * n, K] and scales [B * n, 1] -> [B, n, N]."""
-        return fp8_linear(values, scales, self.weight, self.scale, self.bias).unflatten(0, (batch, -1))
+        """Multiply a quantised activation: values [B * n, K] and scales [B * n, 1] -> [B, n, N]."""
+        out = self.multiply(values, scales, self.weight, self.scale, self.bias, self.dtype)
+        return out.unflatten(0, (batch, -1))
+
+
+class Fp8Linear(QuantizedLinear):
+    """e4m3. Kernels before the product quantise its activation, see `linear_of`."""
+
+    stored = staticmethod(quantize_per_channel)
+    rounded = staticmethod(quantize_per_token)
+    multiply = staticmethod(fp8_linear)
+
+
+class Int8Linear(QuantizedLinear):
+    """int8, symmetric; the integer product is exact."""
+
+    stored = rounded = staticmethod(quantize_int8)
+    multiply = staticmethod(int8_linear)
+
+
+FORMATS: dict[str, type[QuantizedLinear]] = {"fp8": Fp8Linear, "int8": Int8Linear}  # by precision
 
 
 def linear_of(linear: nn.Module, plain: Callable[..., Tensor], quantize: Callable[..., Any], *args: Any) -> Tensor:
@@ -63,24 +89,24 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
-def to_fp8(model: M, keep: Sequence[str], role: str) -> M:
-    """A twin of a WanTransformer with FP8 products. It shares all other weights and keeps no bf16 copy of these.
+def quantized(model: M, precision: str, keep: Sequence[str], role: str) -> M:
+    """A twin of a WanTransformer with products in fp8 or int8. It shares all other weights and keeps no copy of these.
 
     Products whose name matches a pattern of `keep`, with role (`sdd.blocks.3.ffn.net.2`) or without, stay unchanged.
-    q, k and v of self-attention are one product. Products that are FP8 already stay.
+    q, k and v of self-attention are one product. Products that are quantised already stay.
     """
-    model = twin(model)
+    model, make = twin(model), FORMATS[precision]
     for number, block in enumerate(cast(Any, model).blocks):
         joint, *others = products(number)
         if wanted(joint, keep, role) and block.attn1.joint is None:
-            block.attn1.join(Fp8Linear(*block.attn1.joined_weights()))
+            block.attn1.join(make(*block.attn1.joined_weights()))
         for (name,) in others:
             path, _, leaf = name.rpartition(".")
             owner = model.get_submodule(path)
             linear: Any = getattr(owner, leaf)
-            if wanted([name], keep, role) and not isinstance(linear, Fp8Linear):
-                setattr(owner, leaf, Fp8Linear(linear.weight, linear.bias))
-            del linear  # it would keep one weight in bf16 while the next is quantised
+            if wanted([name], keep, role) and not isinstance(linear, QuantizedLinear):
+                setattr(owner, leaf, make(linear.weight, linear.bias))
+            del linear  # it would keep one weight in full while the next is quantised
     return model
 
 
@@ -91,7 +117,7 @@ def products(number: int) -> list[list[str]]:
 
 
 def wanted(names: Sequence[str], keep: Sequence[str], role: str) -> bool:
-    """Whether FP8 replaces a product: no pattern of `keep` matches its names."""
+    """Whether a product is quantised: no pattern of `keep` matches its names."""
     return not any(fnmatchcase(n, p) or fnmatchcase(f"{role}.{n}", p) for n in names for p in keep)
 
 

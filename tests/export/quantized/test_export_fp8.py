@@ -4,24 +4,22 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
+from in_runtime import dims, random_inputs, relative, session
 from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import engine.run
 from bench.commands.fp8 import pass_errors, sensitivity
-from engine.bundles.manifest import GraphSpec
-from engine.bundles.onnx import OnnxGraph as Session
 from engine.stream import Pipeline
 from export import calibrate
 from export.__main__ import main as export_main
 from export.calibrate import read_calibration, write_calibration
-from export.fp8 import LinearFP8, Recipe, is_quantized, linear_fp8, quantizable, quantize
 from export.graphs import Graph, stage_graphs
 from export.onnx_graph import OnnxGraph, to_onnx
+from export.quantize import Calibration, LinearFP8, Recipe, linear_fp8, quantizable, quantize, quantized_as
 from kernels.quantize import quantize_per_channel
 
 PROMPT = "a red circle moving right on a gray background"
@@ -30,12 +28,12 @@ TENSOR, TOKEN = Recipe("tensor"), Recipe("token")
 
 
 @pytest.fixture(scope="module")
-def amax(pipeline: Pipeline) -> dict[str, float]:
+def amax(pipeline: Pipeline) -> Calibration:
     return calibrate.calibrate(pipeline, [PROMPT], seeds=(0, 1), chunks=6)
 
 
 @pytest.fixture(scope="module")
-def graphs(pipeline: Pipeline, amax: dict[str, float]) -> Graphs:
+def graphs(pipeline: Pipeline, amax: Calibration) -> Graphs:
     """(granularity, stage) -> the stage and its graph, for both models."""
     made = {}
     for recipe in (TENSOR, TOKEN):
@@ -43,49 +41,6 @@ def graphs(pipeline: Pipeline, amax: dict[str, float]) -> Graphs:
             if graph.name in ("etm", "sdd"):
                 made[recipe.activations, graph.name] = graph, to_onnx(graph)
     return made
-
-
-def session(graph: Graph, made: OnnxGraph, folder: Path, extra: dict[str, Tensor] | None = None) -> Session:
-    """Opened as the onnx backend opens it; `extra` names further tensors to return, with examples."""
-    model = onnx.ModelProto()
-    model.CopyFrom(made.model)
-    with torch.no_grad():
-        results = dict(zip(graph.outputs, graph.module(*graph.inputs.values()), strict=True)) | (extra or {})
-    for name, value in (extra or {}).items():
-        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, list(value.shape)))
-    file = folder / "graph.onnx"
-    file.write_bytes(model.SerializeToString())
-
-    def specs(tensors: dict[str, Tensor]) -> list[dict]:
-        return [
-            {"name": name, "shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")}
-            for name, x in tensors.items()
-        ]
-
-    spec = GraphSpec.model_validate(
-        {"file": file.name, "inputs": specs(graph.inputs), "outputs": specs(results), "weights": {}, "aliases": {}}
-    )
-    weights = {name: to_torch(value) for name, value in made.weights.items()}
-    return Session("sdd", file, spec, weights, 1)
-
-
-def to_torch(value: np.ndarray) -> Tensor:
-    if value.dtype.name == "float8_e4m3fn":
-        return torch.from_numpy(np.ascontiguousarray(value).view(np.uint8)).view(torch.float8_e4m3fn)
-    return torch.from_numpy(np.ascontiguousarray(value))
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    got, expected = got.detach().double(), expected.detach().double()
-    return float((got - expected).norm() / expected.norm())
-
-
-def random_inputs(graph: Graph, seed: int) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
-    return {
-        name: torch.randn_like(x) if x.is_floating_point() and x.ndim > 2 else x.clone()
-        for name, x in graph.inputs.items()
-    }
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
@@ -139,8 +94,8 @@ def test_shapes_and_dtypes_are_known_without_running() -> None:
 
 def test_quantising_leaves_the_pipeline_alone(pipeline: Pipeline) -> None:
     twin = quantize(pipeline, TOKEN)
-    assert is_quantized(twin)
-    assert not is_quantized(pipeline)
+    assert quantized_as(twin) == "fp8"
+    assert quantized_as(pipeline) is None
     ours, theirs = (dict(p.stages.models["sdd"].named_parameters()) for p in (pipeline, twin))
     assert "blocks.0.ffn.net.2.weight" in ours.keys() - theirs.keys()
     assert all(ours[name] is theirs[name] for name in theirs)
@@ -162,17 +117,17 @@ def test_patterns_hold_for_every_role_or_one(pipeline: Pipeline, pattern: str, l
     assert sum(isinstance(m, LinearFP8) for model in models.values() for m in model.modules()) == left
 
 
-def test_recipes_that_make_no_sense(pipeline: Pipeline, amax: dict[str, float]) -> None:
+def test_recipes_that_make_no_sense(pipeline: Pipeline, amax: Calibration) -> None:
     for match, call in {
         "got activations 'row'": lambda: Recipe("row"),
         "matches no linear": lambda: quantize(pipeline, Recipe("token", ("sdd.blocks.7.*",))),
         "leaves nothing": lambda: quantize(pipeline, Recipe("token", ("*",))),
-        "no calibrated amax of etm.blocks.0.attn1.to_q": lambda: quantize(pipeline, TENSOR, {}),
+        "no calibrated amax of etm.blocks.0.attn1.to_q": lambda: quantize(pipeline, TENSOR, Calibration({})),
     }.items():
         with pytest.raises(ValueError, match=match):
             call()
-    without_role = {name.partition(".")[2]: value for name, value in amax.items()}
-    assert is_quantized(quantize(pipeline, TENSOR, without_role))
+    without_role = {name.partition(".")[2]: value for name, value in amax.amax.items()}
+    assert quantized_as(quantize(pipeline, TENSOR, Calibration(without_role))) == "fp8"
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
@@ -238,11 +193,7 @@ def test_stages_in_onnx_runtime(name: str, granularity: str, graphs: Graphs, tmp
         assert max(relative(got[output], expected[output]) for output in expected) <= 1e-5
 
 
-def dims(model: onnx.ModelProto, name: str) -> tuple[int, ...]:
-    return tuple(next(t.dims for t in model.graph.initializer if t.name == name))
-
-
-def test_calibration_sees_the_largest_input(pipeline: Pipeline, amax: dict[str, float]) -> None:
+def test_calibration_sees_the_largest_input(pipeline: Pipeline, amax: Calibration) -> None:
     """Beside plain hooks on the same streams: q, k and v get one input, so each has one maximum."""
     seen: dict[str, float] = {}
 
@@ -264,38 +215,39 @@ def test_calibration_sees_the_largest_input(pipeline: Pipeline, amax: dict[str, 
                 stream.next_latent()
     for handle in handles:
         handle.remove()
-    assert seen.keys() < amax.keys() == set(quantizable(pipeline))
-    assert all(amax[name] == pytest.approx(value, rel=1e-5) for name, value in seen.items())
-    for name in amax:
+    found = amax.amax
+    assert seen.keys() < found.keys() == set(quantizable(pipeline))
+    assert all(found[name] == pytest.approx(value, rel=1e-5) for name, value in seen.items())
+    for name in found:
         if name.endswith("attn1.to_q"):
-            assert amax[name] == amax[name.replace("to_q", "to_k")] == amax[name.replace("to_q", "to_v")]
+            assert found[name] == found[name.replace("to_q", "to_k")] == found[name.replace("to_q", "to_v")]
 
 
-def test_percentiles_leave_outliers_out(pipeline: Pipeline, amax: dict[str, float]) -> None:
+def test_percentiles_leave_outliers_out(pipeline: Pipeline, amax: Calibration) -> None:
     clipped = calibrate.calibrate(pipeline, [PROMPT], seeds=(0, 1), chunks=6, percentile=99.0)
-    assert all(clipped[name] < amax[name] for name in amax)
+    assert all(clipped.amax[name] < value for name, value in amax.amax.items())
     for bad in ({"percentile": 0.0}, {"percentile": 101.0}, {"chunks": 1}, {"seeds": ()}):
         with pytest.raises(ValueError, match="calibrate: got"):
             calibrate.calibrate(pipeline, [PROMPT], **bad)
 
 
-def test_calibrations_on_disk(amax: dict[str, float], tmp_path: Path) -> None:
+def test_calibrations_on_disk(amax: Calibration, tmp_path: Path) -> None:
     write_calibration(amax, tmp_path / "amax.json")
     assert read_calibration(tmp_path / "amax.json") == amax
     assert [file.name for file in tmp_path.iterdir()] == ["amax.json"]
 
 
-def test_modelopt_state_dicts(pipeline: Pipeline, amax: dict[str, float], tmp_path: Path) -> None:
+def test_modelopt_state_dicts(pipeline: Pipeline, amax: Calibration, tmp_path: Path) -> None:
     """Names are one transformer's, so they hold for every role; weight quantizers and other tensors are not read."""
-    names = {name.partition(".")[2]: value for name, value in amax.items()}
+    names = {name.partition(".")[2]: value for name, value in amax.amax.items()}
     state = {f"{name}.input_quantizer._amax": torch.tensor(value) for name, value in names.items()}
     state |= {f"{name}.weight_quantizer._amax": torch.ones(4) for name in names} | {"proj_out.bias": torch.ones(2)}
     save_file(state, tmp_path / "amax.safetensors")
     torch.save(state, tmp_path / "amax.pt")
     for file in ("amax.safetensors", "amax.pt"):
         found = read_calibration(tmp_path / file)
-        assert found == pytest.approx(names)
-        assert is_quantized(quantize(pipeline, TENSOR, found))
+        assert (found.amax, found.steps) == (pytest.approx(names), {})
+        assert quantized_as(quantize(pipeline, TENSOR, found))
 
 
 class _Unwanted:
@@ -308,6 +260,9 @@ def test_calibrations_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixtur
         "a.json": b"{",
         "b.json": b'{"amax": {}}',
         "c.json": json.dumps({"format": "greedy-amax", "amax": {"x": -1.0}}).encode(),
+        "c2.json": json.dumps({"format": "greedy-amax", "amax": {"x": 1.0}, "steps": {"y": {"sdd": 1.0}}}).encode(),
+        "c3.json": json.dumps({"format": "greedy-amax", "amax": {"x": 1.0}, "steps": {"x": {"sdd": "1"}}}).encode(),
+        "c4.json": json.dumps({"format": "greedy-amax", "amax": {"x": 1.0}, "steps": {"x": {}}}).encode(),
         "d.json": json.dumps({"format": "greedy-amax", "amax": {"x": None}}).encode(),
         "e.pt": b"no archive",
     }
@@ -329,13 +284,14 @@ def test_calibrate_cli(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFi
     prompts.write_text(f"{PROMPT}\n\na blue square moving left\n")
     given = ["--model", str(model_dir), "--prompts", str(prompts), "--chunks", "2", "--seeds", "1", "--out", str(out)]
     assert calibrate.main(given) == 0
-    assert len(read_calibration(out)) == 32
+    assert len(read_calibration(out).amax) == len(read_calibration(out).steps) == 32
+    assert "largest inputs by step" in capsys.readouterr().err
     prompts.write_text("\n")
     assert calibrate.main(given) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_pass_errors_are_measured_on_one_stream(pipeline: Pipeline, amax: dict[str, float]) -> None:
+def test_pass_errors_are_measured_on_one_stream(pipeline: Pipeline, amax: Calibration) -> None:
     same = quantize(pipeline, Recipe("token", tuple(quantizable(pipeline)[1:])))  # one linear of the ETM
     others = {"one": same, "all": quantize(pipeline, TOKEN)}
     errors = pass_errors(pipeline, others, [PROMPT], 4)
@@ -344,16 +300,14 @@ def test_pass_errors_are_measured_on_one_stream(pipeline: Pipeline, amax: dict[s
     assert 0 < errors["all"]["sdd"] < 0.2
 
 
-def test_sensitivity_names_blocks_and_kinds(pipeline: Pipeline, amax: dict[str, float]) -> None:
+def test_sensitivity_names_blocks_and_kinds(pipeline: Pipeline, amax: Calibration) -> None:
     found = sensitivity(pipeline, amax, [PROMPT], 2)
     assert {name for name in found if name.startswith("sdd.blocks")} == {"sdd.blocks.0", "sdd.blocks.1"}
     assert found["sdd.*.ffn.net.2"]["sdd"] > 0 == found["sdd.*.ffn.net.2"]["etm"]
 
 
 @pytest.mark.thorough
-def test_fp8_bundles(
-    model_dir: Path, amax: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fp8_bundles(model_dir: Path, amax: Calibration, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the command line: exported, verified, streamed. Both transformers are one here, stored once."""
     write_calibration(amax, tmp_path / "amax.json")
     out = tmp_path / "bundle"
