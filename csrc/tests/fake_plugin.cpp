@@ -78,32 +78,40 @@ void prepare_text(const Call& call) {
 void transform(const Call& call) {
     const Spec& latent = call.spec("latent");  // [1, C, F, h, w]; a token is one latent pixel
     const int64_t channels = latent.shape[1], tokens = latent.shape[2] * latent.shape[3] * latent.shape[4];
-    const int64_t dim = call.spec("k_0").shape[2], pairs = call.spec("rope_cos").shape[1];
+    const Spec& text = call.spec("text_k_0");  // [1, rows, heads, head_dim]
+    const int64_t dim = text.shape[2] * text.shape[3], pairs = call.spec("rope_cos").shape[1];
     const bool old = call.has("write_idx");  // version 1 of a manifest
-    const int64_t first = call.index(old ? "write_idx" : "start_row");
-    const int64_t length = call.index(old ? "kv_len" : "valid_rows");
     std::vector<double> level(static_cast<size_t>(tokens)), seen(static_cast<size_t>(dim));
     for (int64_t n = 0; n < tokens; ++n)
         for (int64_t c = 0; c < channels; ++c)
             level[static_cast<size_t>(n)] += call.at("latent")[c * tokens + n] / static_cast<double>(channels);
-    for (int64_t l = 0; call.has("k_" + std::to_string(l)); ++l) {
+    for (int64_t l = 0; call.has("text_k_" + std::to_string(l)); ++l) {
         const std::string layer = std::to_string(l);
-        float *k = call.at("k_" + layer), *v = call.at("v_" + layer);
         const double text_k = mean(call.at("text_k_" + layer), call.spec("text_k_" + layer).count());
         const double text_v = mean(call.at("text_v_" + layer), call.spec("text_v_" + layer).count());
-        for (int64_t n = 0; n < tokens; ++n)
-            for (int64_t d = 0; d < dim; ++d) {
-                const int64_t at = (first + n) * dim + d, pair = n * pairs + d % pairs;
-                double key = 0.5 * level[static_cast<size_t>(n)] + 0.25 * call.at("rope_cos")[pair] + 4 * text_k;
-                double value = 0.25 * level[static_cast<size_t>(n)] + 0.25 * call.at("rope_sin")[pair] + 4 * text_v;
-                if (call.has("c_f")) value += 0.1 * call.at("c_f")[n * dim + d];
-                if (call.has("t")) value += 1e-4 * call.at("t")[0];
-                k[at] = static_cast<float>(key + 0.01 * static_cast<double>(l));
-                v[at] = static_cast<float>(value);
-            }
-        for (int64_t row = 0; row < length; ++row)
-            for (int64_t d = 0; d < dim; ++d)
-                seen[static_cast<size_t>(d)] += (k[row * dim + d] + v[row * dim + d]) / static_cast<double>(length);
+        int64_t begin = 0;
+        for (const std::string prefix : {"", "local_"}) {  // groups of heads, each with its rows
+            if (!call.has(prefix + "k_" + layer)) continue;
+            const int64_t first = call.index(prefix + (old ? "write_idx" : "start_row"));
+            const int64_t length = call.index(prefix + (old ? "kv_len" : "valid_rows"));
+            const int64_t width = call.spec(prefix + "k_" + layer).shape[2];
+            float *k = call.at(prefix + "k_" + layer), *v = call.at(prefix + "v_" + layer);
+            for (int64_t n = 0; n < tokens; ++n)
+                for (int64_t own = 0; own < width; ++own) {
+                    const int64_t d = begin + own, at = (first + n) * width + own, pair = n * pairs + d % pairs;
+                    double key = 0.5 * level[static_cast<size_t>(n)] + 0.25 * call.at("rope_cos")[pair] + 4 * text_k;
+                    double value = 0.25 * level[static_cast<size_t>(n)] + 0.25 * call.at("rope_sin")[pair] + 4 * text_v;
+                    if (call.has("c_f")) value += 0.1 * call.at("c_f")[n * dim + d];
+                    if (call.has("t")) value += 1e-4 * call.at("t")[0];
+                    k[at] = static_cast<float>(key + 0.01 * static_cast<double>(l));
+                    v[at] = static_cast<float>(value);
+                }
+            for (int64_t row = 0; row < length; ++row)
+                for (int64_t own = 0; own < width; ++own)
+                    seen[static_cast<size_t>(begin + own)] +=
+                        (k[row * width + own] + v[row * width + own]) / static_cast<double>(length);
+            begin += width;
+        }
     }
     if (call.has("hidden"))
         for (int64_t n = 0; n < tokens; ++n)

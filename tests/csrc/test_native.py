@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 import engine.run
 from engine.bundles.manifest import read_manifest
 from engine.bundles.native import NativePipeline, NativeStream
-from engine.config import Preset
+from engine.config import LocalHeads, Preset
 from engine.loader import load_bundle
 from engine.model.text import PromptWarning
 from engine.runtime.streams import Stream
@@ -50,6 +50,8 @@ PRESETS = {
                                     steps=((1000, 933, 357), (1000, 357.142857))),
     "uncommitted": dataclasses.replace(CAUSAL, commit="none"),
     "noisy-context": dataclasses.replace(CAUSAL, context_timestep=100.0),
+    "local-heads": dataclasses.replace(CAUSAL, window=12, attn_sink=3, heads=LocalHeads(6, 3, ((0, 1), (1,)))),
+    "local-heads-framewise": dataclasses.replace(CAUSAL, chunk=1, window=3, heads=LocalHeads(9, 0, ((), (0,)))),
 }  # fmt: skip
 
 

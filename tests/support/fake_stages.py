@@ -21,6 +21,7 @@ from torch import Tensor
 from engine.bundles.manifest import ROW_INPUTS
 from engine.config import Preset, TransformerConfig
 from engine.generators import FAMILIES
+from engine.generators.base import Ring
 from engine.model.cache import RingCache
 from engine.model.text import Tokenizer
 from engine.runtime.passes import Capabilities, Pass
@@ -49,6 +50,9 @@ class FakeStages:
         values = (ids[..., None] * 31 + torch.arange(CONFIG.text_dim) * 7) % 97
         return torch.where(mask[..., None] > 0, values.float() / 97 - 0.5, 0)
 
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {}
+
     def named_weights(self) -> list[tuple[str, Tensor]]:
         return []
 
@@ -74,9 +78,15 @@ class FakeStages:
             if t is not None:
                 v = v + 1e-4 * t.double()
             heads = (1, -1, CONFIG.num_attention_heads, CONFIG.attention_head_dim)
-            cache.write(layer, step.slot, k.float().reshape(heads), v.float().reshape(heads))
-            for side in cache.view(layer):
-                seen += side[0, : step.valid * cache.tokens].flatten(1).double().mean(0)
+            k, v, first = k.float().reshape(heads), v.float().reshape(heads), 0
+            slots = (step.slot, step.valid), (step.local_slot, step.local_valid)
+            for ring, (slot, valid) in zip(cache.rings, slots, strict=False):
+                own, width = slice(first, first + ring.heads[layer]), CONFIG.attention_head_dim
+                ring.write(layer, slot, k[:, :, own], v[:, :, own])
+                for side in ring.view(layer):
+                    mean = side[0, : valid * ring.tokens].flatten(1).double().mean(0)
+                    seen[own.start * width : own.stop * width] += mean
+                first = own.stop
         return level, seen
 
     def run(self, step: Pass, cache: RingCache, text_kv: list[tuple[float, float]]) -> Tensor:
@@ -113,7 +123,8 @@ def fake_pipeline(preset: Preset) -> Pipeline:
 
 def _tensors(**shapes: list[int]) -> list[dict[str, Any]]:
     whole = {"ids", "mask", *ROW_INPUTS[1], *ROW_INPUTS[2]}
-    return [{"name": n, "shape": s, "dtype": "int64" if n in whole else "float32"} for n, s in shapes.items()]
+    return [{"name": n, "shape": s, "dtype": "int64" if n.removeprefix("local_") in whole else "float32"}
+            for n, s in shapes.items()]  # fmt: skip
 
 
 def _graphs(preset: Preset, rows: int, version: int) -> dict[str, tuple[list, list]]:
@@ -123,11 +134,13 @@ def _graphs(preset: Preset, rows: int, version: int) -> dict[str, tuple[list, li
     emb, text_kv = [1, rows, CONFIG.text_dim], [CONFIG.num_layers, 1, rows, *heads]
     hidden = [1, n, CONFIG.dim]
 
-    def transformer(slots: int, **more: list[int]) -> list[dict[str, Any]]:
+    def transformer(ring: Ring, **more: list[int]) -> list[dict[str, Any]]:
         angles = {f"rope_{side}": [n, CONFIG.attention_head_dim // 2] for side in ("cos", "sin")}
         text = {f"text_{side}_{i}": [1, rows, *heads] for side in "kv" for i in layers}
-        caches = {f"{side}_{i}": [1, slots * TOKENS, CONFIG.dim] for side in "kv" for i in layers}
-        integers = {name: [1] for name in ROW_INPUTS[version]}
+        groups = ring.groups(CONFIG)
+        caches = {f"{group.prefix}{side}_{i}": [1, group.slots * TOKENS, group.heads[i] * heads[1]]
+                  for group in groups for side in "kv" for i in layers if group.heads[i]}  # fmt: skip
+        integers = {group.prefix + name: [1] for group in groups for name in ROW_INPUTS[version]}
         return _tensors(latent=latent, **more, **angles, **integers, **text, **caches)
 
     def vae(frames: int) -> list[int]:
@@ -140,7 +153,7 @@ def _graphs(preset: Preset, rows: int, version: int) -> dict[str, tuple[list, li
     for kind in family.passes:
         more = ({"t": [1]} if kind.timed else {}) | ({"c_f": hidden} if kind.conditioned else {})
         result = _tensors(hidden=hidden) if kind.hidden else _tensors(flow=latent)
-        graphs[kind.graph] = transformer(family.rings(preset)[kind.role].slots, **more), result
+        graphs[kind.graph] = transformer(family.rings(preset)[kind.role], **more), result
     graphs["vae_first"] = _tensors(latent=one), _tensors(frames=vae(1), cache_0_out=one)
     graphs["vae_steady"] = _tensors(latent=one, cache_0=one), _tensors(frames=vae(TEMPORAL), cache_0_out=one)
     graphs["vae_encode_first"] = _tensors(frames=vae(1)), _tensors(latent=one, cache_0_out=one)
@@ -164,7 +177,7 @@ def write_fake_bundle(folder: Path, preset: Preset, version: int = 2) -> Path:
         file = folder / "graphs" / "aoti-cpu" / f"{name}.so"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{name}\n")
-        mutates = [t["name"] for t in inputs if t["name"][:2] in ("k_", "v_")]
+        mutates = [t["name"] for t in inputs if t["name"].removeprefix("local_")[:2] in ("k_", "v_")]
         graphs[name] = {"file": str(file.relative_to(folder)), "inputs": inputs, "outputs": outputs, "weights": {},
                         "aliases": {}, "mutates": mutates}  # fmt: skip
     written = [file for file in sorted(folder.rglob("*")) if file.is_file()]
