@@ -141,8 +141,9 @@ def markdown(report: dict[str, Any]) -> str:
         [f"{row['share']:g}", f"{row['heads']} of {count}", row["table"], f"{row['error']:.3f}", *_scores(row, scored)]
         for row in r["tables"]
     ]
-    lines = [f"layer {number}: " + ", ".join(f"{value:.2f}" for value in row) for number, row in enumerate(r["scores"])]
-    parts = [f"# Heads that keep few frames: {r['model']}", said, table(heads, rows), "## Scores of the heads", *lines]
+    lines = [[f"layer {number}", *(f"{value:.2f}" for value in row)] for number, row in enumerate(r["scores"])]
+    by_head = table(["", *(f"head {number}" for number in range(len(r["scores"][0])))], lines)
+    parts = [f"# Heads that keep few frames: {r['model']}", said, table(heads, rows), "## Scores of the heads", by_head]
     return "\n\n".join(parts + [f"![{name}]({name})" for name in r["plots"]]) + "\n"
 
 
