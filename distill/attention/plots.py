@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.experiments.plots import can_plot
 from engine.files import whole_file
 
 TITLES = {
@@ -21,7 +22,7 @@ STYLES = {"steady": "o-", "varying": "s--", "distant": "^-.", "constant": "x:"}
 
 def plot(report: Mapping[str, Any], means: Mapping[str, Tensor], folder: Path) -> list[str]:
     """distance.png, heads-ROLE.png and, with replacements, errors.png; returns their names, none without matplotlib."""
-    if not _has_matplotlib():
+    if not can_plot():
         return []
     _plot_distance(report["roles"], folder / "distance.png")
     for role, mean in means.items():
@@ -30,17 +31,6 @@ def plot(report: Mapping[str, Any], means: Mapping[str, Tensor], folder: Path) -
     if changed:
         _plot_errors(changed, folder / "errors.png")
     return ["distance.png", *(f"heads-{role}.png" for role in means), *(["errors.png"] if changed else [])]
-
-
-def _has_matplotlib() -> bool:
-    """Whether plots can be drawn; says so where not."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("plots: left out, matplotlib is not installed")
-        return False
-    matplotlib.use("Agg")
-    return True
 
 
 @contextmanager
@@ -130,7 +120,7 @@ def _plot_errors(changed: Mapping[str, Any], path: Path) -> None:
 
 def plot_heads_left(report: Mapping[str, Any], path: Path) -> list[str]:
     """Velocity error, and the total where clips were scored, by the share of local heads; as `plot`."""
-    if not _has_matplotlib():
+    if not can_plot():
         return []
     values = {"error": "relative error of the velocity"} | ({"total": "total score"} if report["scored"] else {})
     with _figure(path, len(values), 5 * len(values), 4) as axes:

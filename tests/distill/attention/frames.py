@@ -1,9 +1,12 @@
 """What the tests of the attention probe share."""
 
+from pathlib import Path
+
 import torch
-from tiny import latents_of, pipeline_of, text_of
+from tiny import HEIGHT, WIDTH, latents_of, pipeline_of, text_of
 
 from distill.attention.subjects import Clips, Student
+from distill.data.shards import write_index, write_shard
 
 TOKENS, FRAMES = 6, 5  # tokens of a latent frame of the tiny models, latent frames of a clip
 
@@ -18,3 +21,11 @@ def student_of(preset, frames=6):
     student.text_emb = lambda number: text_of(seed=0)
     student.open = lambda number: student.pipeline.stream(text_of(seed=0), seed=3)
     return student
+
+
+def write_clips(folder: Path, frames: int) -> Path:
+    """Two captioned clips of so many latent frames, for the model that tiny.write_pipeline writes."""
+    latents = latents_of(2, frames, height=HEIGHT // 4, width=WIDTH // 4)
+    write_shard(folder, 0, latents, ["a red circle", "a blue square"])
+    write_index(folder, 1, {})
+    return folder

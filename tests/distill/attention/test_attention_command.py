@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from frames import write_clips
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import HEIGHT, WIDTH, latents_of, write_pipeline
+from tiny import write_pipeline
 
 from distill.__main__ import main
 from distill.attention.report import markdown
-from distill.data.shards import write_index, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_shard(folder, 0, latents_of(2, 4, height=HEIGHT // 4, width=WIDTH // 4), ["a red circle", "a blue square"])
-    write_index(folder, 1, {})
-    return folder
+    return write_clips(tmp_path_factory.mktemp("data"), 4)
 
 
 @pytest.mark.slow

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import HEIGHT, WIDTH, latents_of, write_pipeline
+from frames import write_clips
+from tiny import write_pipeline
 
 import engine
 from distill.__main__ import main
 from distill.attention.heads import HeadOptions, drawn, head_table, largest
-from distill.data.shards import write_index, write_shard
 from engine.config import LocalHeads, Preset
 from engine.presets import find_preset
 
@@ -63,10 +63,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_shard(folder, 0, latents_of(2, 6, height=HEIGHT // 4, width=WIDTH // 4), ["a red circle", "a blue square"])
-    write_index(folder, 1, {})
-    return folder
+    return write_clips(tmp_path_factory.mktemp("data"), 6)
 
 
 @pytest.mark.slow
