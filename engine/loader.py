@@ -432,8 +432,7 @@ def _transformer(
         notes += merge_adapter(model, adapter, source.files)
     if adapted is not None:
         adapted.merge(role, model)
-    if local is not None:
-        model.order_heads(local.layers)
+    model.order_heads(local)
     model.fuse()
     return model
 

@@ -181,6 +181,8 @@ def _weights(case: Case) -> Iterator[Need]:
     shapes, mapped = _counts(parts.transformer), _mapped(case, parts.transformer)
     joint = {name for number in range(config.num_layers) for name in products(number)[0]}
     copied = {n for n in mapped if n.removesuffix(".weight").removesuffix(".bias") in joint}
+    if case.preset.local_heads is not None:  # their order is another one
+        copied |= {n for n in mapped if n.endswith("attn1.to_out.0.weight")}
     if case.adapted:
         copied |= {n for n in mapped if n.startswith("blocks.")}
     whole = 0

@@ -90,8 +90,7 @@ def steady_chunk(
         transformers = {role: WanTransformer(config, family.conditioned(role)).to(dtype) for role in family.roles()}
         vae = (VAE(vae_config) if decoder == "full" else TinyVAE(_tiny(vae_config, shape))).to(dtype)
         for model in transformers.values():
-            if style.local_heads is not None:
-                model.order_heads(style.local_heads.layers)
+            model.order_heads(style.local_heads)
             model.fuse()
         vae.fuse()
     stages = CountedStages(transformers, vae, joined, style.commit == "clean")

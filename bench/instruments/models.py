@@ -144,6 +144,7 @@ def random_pipeline(
     for number, module in enumerate((*models.values(), vae, encoder), start=seed):
         fill(module, RandomSource(module, f"random {shape}", number, place, attention_gain), dtype, place)
     for model in models.values():
+        model.order_heads(style.local_heads)
         model.fuse()
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from engine.config import TransformerConfig
+from engine.config import LocalHeads, TransformerConfig
 from engine.model.cache import Streaming
 from engine.model.layers import (
     PROJECTIONS,
@@ -69,13 +69,13 @@ class WanTransformer(nn.Module):
         return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
     @torch.no_grad()
-    def order_heads(self, local: Sequence[Sequence[int]]) -> None:
-        """Let these heads of every layer stand after its others, so that both groups are slices of q, k and v.
+    def order_heads(self, local: LocalHeads | None) -> None:
+        """Let the local heads of every layer stand after its others, so that both groups are slices of q, k and v.
 
         The function that the transformer computes stays the same, up to rounding. Call it once, before `fuse`; `write`
         still takes a parameter's value as it was.
         """
-        self.local_heads = local
+        self.local_heads = None if local is None else local.layers
         for name, parameter in self.named_parameters():
             if (value := self._ordered(name, parameter)) is not parameter:
                 parameter.data = value

@@ -46,8 +46,8 @@ def meta_pipeline(name: str, joined: bool = False, **changes) -> Pipeline:
     family = family_of(preset)
     with META:
         models = {role: WanTransformer(CONFIG, family.conditioned(role)) for role in family.roles()}
-        for model in models.values() if preset.local_heads else ():
-            model.order_heads(preset.local_heads.layers)
+        for model in models.values():
+            model.order_heads(preset.local_heads)
     stages = TorchStages(models, None, None, join_context=joined)
     return assemble(stages, CONFIG, preset, torch.float32, META, height=64, width=96)
 

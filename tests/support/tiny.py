@@ -154,9 +154,8 @@ def models_of(preset: Preset, seed: int = 0) -> dict[str, WanTransformer]:
     family = family_of(preset)
     roles = family.roles()
     found = {role: transformer(seed + len(roles) - 1 + i, family.conditioned(role)) for i, role in enumerate(roles)}
-    if preset.local_heads is not None:
-        for model in found.values():
-            model.order_heads(preset.local_heads.layers)
+    for model in found.values():
+        model.order_heads(preset.local_heads)
     return found
 
 

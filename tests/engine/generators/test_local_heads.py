@@ -38,7 +38,7 @@ def pipelines(preset, **stages):
     """A pipeline with the preset's heads in order, and its transformer as it was."""
     plain = transformer(num_attention_heads=HEADS)
     model = copy.deepcopy(plain)
-    model.order_heads(preset.heads.layers)
+    model.order_heads(preset.heads)
     spy = Spy({"dit": model}, **stages)
     return assemble(spy, model.config, preset, torch.float32, CPU, height=32, width=48), plain, spy
 
@@ -119,7 +119,7 @@ def test_local_heads_take_less_memory():
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_parameter_is_written_in_the_order_of_the_heads(fused):
     """As an adapter's new strength writes it."""
-    local = PRESETS["chunk1"].heads.layers
+    local = PRESETS["chunk1"].heads
     first, other = (transformer(seed, num_attention_heads=HEADS) for seed in (0, 1))
     expected = copy.deepcopy(other)
     values = dict(other.named_parameters())
