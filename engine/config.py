@@ -212,8 +212,10 @@ class LocalHeads:
 
 
 def _head_table(value: Any) -> Any:
-    """A head table from its fields, or from a JSON file that holds them."""
+    """A head table from its fields, or from a JSON file that holds them; "none" is no table."""
     what = "heads"
+    if value == "none":
+        return None
     if isinstance(value, str | Path):
         what, value = str(value), read_json(Path(value))
     if not isinstance(value, dict):
@@ -256,7 +258,7 @@ class Preset:
         "the others added; none is the default (docs/experiments.md)", metavar="STEP,..[:FIRST:LAST]",
     )  # fmt: skip
     heads: Annotated[LocalHeads | None, Convert(_head_table)] = option(
-        None, "causal: a table of the heads that keep few frames (docs/heads.md)", metavar="FILE"
+        None, "causal: a table of the heads that keep few frames, or none (docs/heads.md)", metavar="FILE"
     )
 
     def __post_init__(self) -> None:
@@ -289,8 +291,8 @@ class Preset:
     def table(self) -> dict[str, Any]:
         """All fields as a manifest has them: without reuse and heads where there are none, as older ones have it."""
         values = asdict(self) | {"steps": [list(steps) for steps in self.steps]}
-        absent = {"reuse": self.reuse is None, "heads": self.local_heads is None}
-        return {name: value for name, value in values.items() if not absent.get(name)}
+        values["heads"] = None if self.local_heads is None else asdict(self.local_heads)
+        return {name: value for name, value in values.items() if value is not None or name not in ("reuse", "heads")}
 
     def expect(self, name: str, ok: bool, expected: str) -> None:
         """Raise FieldError with the field's value and the expected one unless `ok`."""

@@ -152,8 +152,8 @@ def load(
     check_size(config, vae_config, height, width)
     if style.heads is not None:
         style.heads.fit(config)
-        if runtime.fp8_attention:
-            raise ValueError("fp8 attention: got a preset with local heads, expected one without")
+    if style.local_heads is not None and runtime.fp8_attention:
+        raise ValueError("fp8 attention: got a preset with local heads, expected one without")
     if not fps > 0:
         raise ValueError(f"fps: got {fps}, expected a positive number")
 

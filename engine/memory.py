@@ -312,6 +312,7 @@ def _precisions(case: Case) -> Iterator[Lever]:
 
 def _attention(case: Case) -> Iterator[Lever]:
     able = case.device.type != "cpu" and not case.runtime.eager and case.dtype == torch.bfloat16 and _runs_fp8(case)
+    able = able and case.preset.local_heads is None
     if able and not case.runtime.fp8_attention:
         yield "--fp8-attention", _with(case, fp8_attention=True)
 

@@ -29,7 +29,7 @@ from engine.program import cleanly
 from engine.runtime.device import PRECISIONS
 from engine.stream import Pipeline
 from export.calibrate import DEFAULT_PROMPT, Source, calibrate, read_calibration
-from export.quantize import GRANULARITIES, LINEARS, Recipe, quantize
+from export.eight_bits import GRANULARITIES, LINEARS, Recipe, quantize
 from export.tensorrt.build import BuildOptions
 
 

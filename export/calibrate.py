@@ -23,7 +23,7 @@ from engine.program import cleanly
 from engine.runtime.device import DTYPES
 from engine.runtime.passes import Pass, Stages
 from engine.stream import Pipeline
-from export.quantize import Calibration, quantizable, replace_linears
+from export.eight_bits import Calibration, quantizable, replace_linears
 
 DEFAULT_PROMPT = "a red circle moving right slowly on a gray background"
 

@@ -14,8 +14,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.defs import OpSchema
 from onnxscript import values
 
+from export.eight_bits import E4M3_MAX, SMALLEST
 from export.graphs import Graph
-from export.quantize import E4M3_MAX, SMALLEST
 from kernels.int8_linear import INT8_MAX
 
 OPSET = 24

@@ -35,9 +35,9 @@ from engine.model.vae import SplitVAE
 from engine.runtime.device import DTYPES
 from engine.stream import Pipeline
 from export.compilers import Compiler, compilers_of
+from export.eight_bits import quantized_as
 from export.graphs import stage_graphs
 from export.program import trace
-from export.quantize import quantized_as
 from export.tensorrt.build import BuildOptions
 
 GOLDEN_CHUNKS = 3
@@ -111,6 +111,8 @@ def write_bundle(
     """
     if pipeline.preset.reuse is not None:
         raise ValueError("export: got a preset with reuse, expected one without: a bundle has one graph per pass")
+    if pipeline.preset.local_heads is not None and plans is not None and plans.attention.endswith("fp8"):
+        raise ValueError(f"export: got attention {plans.attention} for a preset with local heads, expected another")
     if out.exists():
         raise ValueError(f"export: got {out}, which exists, expected a new directory")
     if not out.parent.is_dir():

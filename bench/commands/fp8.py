@@ -35,7 +35,7 @@ from engine.runtime.passes import Pass
 from engine.stream import Pipeline
 from engine.weights.checkpoint import fill
 from export.calibrate import calibrate
-from export.quantize import GRANULARITIES, Calibration, Recipe, quantizable, quantize
+from export.eight_bits import GRANULARITIES, Calibration, Recipe, quantizable, quantize
 
 SCORES = ("semantic", "quality", "total", "object_class", "direction", "speed")
 CALIBRATION = {"prompts": 12, "seed": 7, "chunks": 9}

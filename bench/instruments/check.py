@@ -173,8 +173,13 @@ def _dense_greedy(pipeline: Pipeline, chunks: list[Tensor], t: float, text_kv: A
     return _pass(pipeline, "sdd", chunks, clamped, [0.0] * len(past) + [t], sees, text_kv, c_f=c_f)
 
 
+def _shortest(preset: Preset) -> int:
+    """Latent frames that every head keeps."""
+    return preset.local_heads.window if preset.local_heads else preset.window
+
+
 # Family -> its dense pass, and how many finished chunks that pass can stand for.
 DENSE: dict[str, Callable[[Preset], tuple[Callable[..., Tensor], int]]] = {
     "greedy": lambda preset: (_dense_greedy, 2),
-    "causal": lambda preset: (_dense_causal, min(2, preset.window // preset.chunk - 1)),
+    "causal": lambda preset: (_dense_causal, min(2, _shortest(preset) // preset.chunk - 1)),
 }

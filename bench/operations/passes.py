@@ -21,9 +21,9 @@ from engine.stream import Pipeline
 from engine.weights.checkpoint import fill
 from export.calibrate import calibrate
 from export.compilers import OnnxCompiler
+from export.eight_bits import Recipe, quantize
 from export.graphs import Graph, stage_graphs
 from export.program import trace
-from export.quantize import Recipe, quantize
 
 PROMPT = "a red circle moving right slowly on a gray background"
 HEAD, LAYERS, SIDE = 64, 2, 24  # of a random transformer; SIDE latent pixels, one token each

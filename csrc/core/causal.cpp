@@ -85,6 +85,10 @@ void check(const Preset& preset, const std::string& where) {
         fail(GREEDY_BAD_BUNDLE, where + ".heads.window", std::to_string(heads.window), "attn_sink + chunk or more");
     if (heads.attn_sink > preset.attn_sink)
         fail(GREEDY_BAD_BUNDLE, where + ".heads.attn_sink", std::to_string(heads.attn_sink), "at most attn_sink");
+    // A window that is written again has the sink and the newest frames, and no others between them.
+    if (std::min(heads.window, preset.window) > preset.window - preset.attn_sink + preset.chunk + heads.attn_sink)
+        fail(GREEDY_BAD_BUNDLE, where + ".heads.window", std::to_string(heads.window),
+             "window - attn_sink + chunk + its attn_sink or less");
 }
 
 Layout layout(const Preset& preset) {

@@ -42,7 +42,6 @@ class AttentionOptions(HeadOptions, ProbeOptions):
     replace: tuple[str, ...] = option((), "also replace a part of the attention; may be repeated", choices=KINDS)
     threshold: float = option(0.02, "steady, varying, constant: the deviation that divides")
     near: int = option(1, "distant: latent frames up to so far apart still see each other")
-    score: int = option(0, "with so many of the drawn clips' captions: score clips made with each replacement")
     sampling_steps: int = option(20, "score: denoising steps of the teacher")
     guidance: float = option(2.0, "score: guidance scale of the teacher")
     heads: Path | None = option(
@@ -54,16 +53,12 @@ class AttentionOptions(HeadOptions, ProbeOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.expect_least("sampling_steps", least=1)
-        self.expect_least("near", "score", least=0)
+        self.expect_least("near", least=0)
         for level in self.levels:
             if not 0 < level <= 1:
                 raise ValueError(f"--levels: got {level:g}, expected more than 0 and at most 1")
-        if self.score > self.prompts:
-            raise ValueError(f"--score: got {self.score}, expected at most the number of --prompts ({self.prompts})")
         if self.score and not self.replace:
             raise ValueError("--score: got no replacement to score, expected --replace")
-        if self.score and self.data is not None:
-            raise ValueError("--score: got --data, expected drawn clips: only of these the scorer knows what they show")
 
 
 def subjects_of(options: AttentionOptions, pipeline: Pipeline, clips: Clips) -> list[Subject]:

@@ -1,8 +1,8 @@
 """Which heads of a causal student look at near frames alone: scores, and the table that a preset takes.
 
-A head's score is the share of its attention on the frames that a local head would keep, frame 0 and the rest of the
-attention sink left out of both. It is Forcing-KV's (arXiv 2605.09681), which keeps 4 frames and calls a head local from
-a score of one half on.
+A head's score is the share of its attention on the newest frames that a local head would keep; the sink that it would
+keep as well is left out of both. It is Forcing-KV's (arXiv 2605.09681), whose local heads keep frame 0 and 4 others,
+and which calls a head local from a score of one half on.
 """
 
 import json
@@ -29,8 +29,8 @@ class HeadOptions:
         preset, latent = pipeline.preset, (frames - 1) // pipeline.temporal + 1
         if preset.family != "causal":
             raise ValueError(f"heads: got a student of the {preset.family} family, expected a causal one")
-        if preset.heads is not None:
-            raise ValueError("heads: got a student that has local heads, expected one without")
+        if preset.first_chunk not in (0, preset.chunk):
+            raise ValueError(f"heads: got a first chunk of {preset.first_chunk}, expected all of {preset.chunk}")
         least = self.local_sink + preset.chunk
         if not least <= self.local_window < preset.window or not 0 <= self.local_sink <= preset.attn_sink:
             raise ValueError(

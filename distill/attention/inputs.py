@@ -32,9 +32,15 @@ class ProbeOptions(Options):
     seed: int = option(0, "of the drawn clips and of the noise")
     queries: int = option(64, "queries that are drawn from every latent frame; so many or fewer tokens: exact")
     device: str = option("cpu", "cpu, cuda, auto")
+    score: int = option(0, "also make and score clips of so many of the drawn clips' captions")
 
     def __post_init__(self) -> None:
         self.expect_least("prompts", "queries", least=1)
+        self.expect_least("score", least=0)
+        if self.score > self.prompts:
+            raise ValueError(f"--score: got {self.score}, expected at most the number of --prompts ({self.prompts})")
+        if self.score and self.data is not None:
+            raise ValueError("--score: got --data, expected drawn clips: only of these the scorer knows what they show")
 
     def expect_least(self, *names: str, least: int) -> None:
         """ValueError for a field that is smaller."""
@@ -44,12 +50,15 @@ class ProbeOptions(Options):
 
 
 def load(options: ProbeOptions, overrides: dict[str, Any] | None = None) -> Pipeline:
-    """The student, in plain PyTorch: its attention goes through the watch."""
+    """The student, in plain PyTorch: its attention goes through the watch. With overrides it is another one."""
     pipeline = engine.load(
         options.model, preset=options.preset, overrides=overrides, checkpoint=options.checkpoint,
         device=options.device, eager=True, join_context="off",
     )  # fmt: skip
     expect_whole_chunks(pipeline, options.frames)
+    if overrides is None and (pipeline.preset.local_heads is not None or pipeline.preset.reuse is not None):
+        raise ValueError("attention: got a student with local heads or reuse, expected one whose heads see the window "
+                         "at every step (--preset FILE.toml with heads = \"none\", reuse = \"none\")")  # fmt: skip
     return pipeline
 
 

@@ -20,7 +20,7 @@ from distill.attention.heads import HeadOptions, drawn, head_table, largest, wri
 from distill.attention.inputs import ProbeOptions, clips_of, load
 from distill.attention.measures import SHOWN, Rows, paired, rows_of
 from distill.attention.plots import plot_heads_left
-from distill.attention.subjects import Student
+from distill.attention.subjects import Flows, Student
 from distill.experiments.tables import table
 from distill.scores.tasks import find_task
 from distill.training.stage import Stage
@@ -33,20 +33,14 @@ from engine.options import option
 class PruningOptions(HeadOptions, ProbeOptions):
     share: tuple[float, ...] = option((0.25, 0.5, 0.75), "a share of the heads to make local; may be repeated")
     random: int = option(3, "random tables of every share")
-    score: int = option(0, "with so many of the drawn clips' captions: score the clips that every table streams")
     out: Path = option(Path("runs/heads"), "folder of the report", metavar="DIR")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.expect_least("random", least=1)
-        self.expect_least("score", least=0)
         for share in self.share:
             if not 0 < share < 1:
                 raise ValueError(f"--share: got {share:g}, expected more than 0 and less than 1")
-        if self.score and self.data is not None:
-            raise ValueError("--score: got --data, expected drawn clips: only of these the scorer knows what they show")
-        if self.score > self.prompts:
-            raise ValueError(f"--score: got {self.score}, expected at most the number of --prompts ({self.prompts})")
 
 
 def tables_of(scores: Tensor, share: float, options: PruningOptions) -> dict[str, LocalHeads]:
@@ -69,12 +63,12 @@ def run(options: PruningOptions) -> None:
     (mass,) = whole.mass(options.queries).values()
     scores = options.scores(mass, pipeline.preset)
     report: dict[str, Any] = about(options, whole, scores)
-    best = scored(whole, options, specs)
+    best, flows = scored(whole, options, specs), [whole.flows(number, {}) for number in range(options.prompts)]
     report["whole"] = paired(best, best)
     for share in options.share:
         for name, heads in tables_of(scores, share, options).items():
             pruned = Student(load(options, {"heads": asdict(heads)}), clips, inputs=whole)
-            row = {"share": share, "heads": sum(heads.counts), "table": name, "error": error(pruned, whole)}
+            row = {"share": share, "heads": sum(heads.counts), "table": name, "error": error(pruned, flows)}
             row |= paired(scored(pruned, options, specs), best)
             report["tables"].append(row)
             print(row, flush=True)
@@ -93,11 +87,11 @@ def scored(student: Student, options: PruningOptions, specs: Sequence[Any]) -> R
     return rows_of(find_task(options.task), videos, specs[: options.score])
 
 
-def error(pruned: Student, whole: Student) -> float:
-    """|v' - v| / |v| over all clips and noise levels, the mean."""
+def error(pruned: Student, flows: Sequence[Flows]) -> float:
+    """|v' - v| / |v| over all clips and noise levels, the mean; flows: those of all heads, of every clip."""
     found = []
-    for number in range(len(whole.clips.captions)):
-        plain, other = whole.flows(number, {}), pruned.flows(number, {})
+    for number, plain in enumerate(flows):
+        other = pruned.flows(number, {})
         found += [float((other[level] - flow).norm() / flow.norm()) for level, flow in plain.items()]
     return round(sum(found) / len(found), 5)
 

@@ -38,6 +38,10 @@ class CausalGenerator(Generator):
             least = heads.attn_sink + preset.chunk
             heads.expect("window", heads.window >= least, f"at least its attn_sink + chunk ({least})")
             heads.expect("attn_sink", heads.attn_sink <= preset.attn_sink, f"at most attn_sink ({preset.attn_sink})")
+            # A window that is written again has the sink and the newest frames, and no others between them.
+            most = preset.window - preset.attn_sink + preset.chunk + heads.attn_sink
+            heads.expect("window", min(heads.window, preset.window) <= most,
+                         f"at most window - attn_sink + chunk + its attn_sink ({most})")  # fmt: skip
 
     @staticmethod
     def rings(preset: Preset) -> Mapping[str, Ring]:

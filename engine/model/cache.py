@@ -70,6 +70,8 @@ class RingCache:
             own = batch, local.window, tokens, narrow, head_dim, local.attn_sink, dtype, device
             self.local = RingCache(layers, *own)
         self.capacity = slots
+        # Tells caches apart that are in memory at one time; a layer without heads has no address of its own.
+        self.address = max(part.data_ptr() for ring in self.rings for part in ring.k)
         self.committed = 0  # latent frames published since the last reset
         # FP8 attention uses a static scale of 1 per head: normalised q and k fit e4m3 unscaled, and so does v.
         self.unit = torch.ones(self.heads[0], device=device) if self.fp8 else None
@@ -86,11 +88,6 @@ class RingCache:
         """Bytes of all keys and values, and of the residual."""
         kept = 0 if self.residual is None else self.residual.nbytes
         return kept + sum(part.nbytes for ring in self.rings for side in (ring.k, ring.v) for part in side)
-
-    @property
-    def address(self) -> int:
-        """Tells caches apart that are in memory at one time."""
-        return max(part.data_ptr() for ring in self.rings for part in ring.k)
 
     def limit(self, slots: int) -> None:
         """Use the first `slots` slots alone, at most as many as there is memory for. What they hold stays as it is."""

@@ -166,11 +166,11 @@ class GraphedStages:
                 return self._stages.run(cast(Pass, again), whole, {role: text})
 
             args = tuple(value for names in changing for value in names.values())
-            return self._graph(key, again, args, lost(step, whole), self._capture)
+            return self._graph(key, again, args, lambda: lost(step, whole), self._capture)
 
     def _graph(
-        self, key: Any, function: Callable[..., Any], args: tuple[Tensor | int, ...], advances: Sequence[Tensor],
-        capture: Capture,
+        self, key: Any, function: Callable[..., Any], args: tuple[Tensor | int, ...],
+        advances: Callable[[], Sequence[Tensor]], capture: Capture,
     ) -> Any:  # fmt: skip
         """Run function(*args): eagerly on the first call; capture on the second, then replay."""
         if key not in self._graphs:
@@ -178,7 +178,7 @@ class GraphedStages:
             return function(*args)
         graph = self._graphs[key]
         if graph is None:
-            graph = self._graphs[key] = _Graph(function, args, advances, capture)
+            graph = self._graphs[key] = _Graph(function, args, advances(), capture)
         return graph(*args)
 
     def _static_text(self, role: str, text: Any) -> tuple[Tensor, Tensor]:
@@ -208,7 +208,7 @@ class GraphedStages:
         key = "vae_steady", cache[0].data_ptr(), latent.shape
         run = lambda latent: vae.steady(latent, tuple(static), in_place=True)[0]  # noqa: E731
         with self._lock, self._capture_vae.in_turn(), _best_convolutions():
-            return self._graph(key, run, (latent,), static, self._capture_vae), cache
+            return self._graph(key, run, (latent,), lambda: static, self._capture_vae), cache
 
 
 def wraps(step: Pass, cache: RingCache) -> bool:

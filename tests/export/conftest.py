@@ -8,9 +8,9 @@ from spelled import PROMPT, Made, stage
 
 from engine.stream import Pipeline
 from export.calibrate import calibrate
+from export.eight_bits import Recipe, quantize
 from export.graphs import Graph
 from export.onnx_graph import OnnxGraph, to_onnx
-from export.quantize import Recipe, quantize
 from export.tensorrt.spelling import spell_for_tensorrt
 
 

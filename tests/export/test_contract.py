@@ -13,9 +13,9 @@ from engine.bundles.manifest import ROW_INPUTS, VERSION, GraphSpec
 from engine.stream import Pipeline
 from export.calibrate import calibrate
 from export.compilers import AotiCompiler, Compiler, OnnxCompiler, TensorrtCompiler
+from export.eight_bits import LINEARS, Recipe, quantize
 from export.graphs import stage_graphs
 from export.program import trace
-from export.quantize import LINEARS, Recipe, quantize
 from export.tensorrt.build import BuildOptions
 
 BF16: dict[str, Any] = {"precision": "bf16"}

@@ -21,7 +21,9 @@ from engine.stream import Pipeline
 from export.graphs import stage_graphs
 from export.onnx_graph import to_onnx
 from export.program import trace
+from export.tensorrt.build import BuildOptions
 from export.tensorrt.spelling import spell_for_tensorrt
+from export.write import write_bundle
 
 PROMPTS = "a red circle moving right", "a blue square on gray"
 # The first layer has only local heads, the second one of two.
@@ -133,6 +135,15 @@ def test_tensorrts_graphs(local: Pipeline, attention: str) -> None:
     made = to_onnx(graph, partial(spell_for_tensorrt, attention=attention))
     for got, wanted in zip(run_onnx(made, inputs, graph.outputs), expected, strict=True):
         assert torch.allclose(got, wanted, atol=1e-4)
+
+
+def test_fp8_attention_is_refused(local: Pipeline, model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="export: got attention plugin_fp8 for a preset with local heads"):
+        list(
+            write_bundle(
+                local, tmp_path / "b", model_dir / "tokenizer", PROMPTS[0], plans=BuildOptions(attention="plugin_fp8")
+            )
+        )
 
 
 def test_windows_of_local_heads_are_whole_chunks(local: Pipeline) -> None:

@@ -29,10 +29,10 @@ from engine.presets import find_preset
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
 from export import compilers
+from export.eight_bits import Recipe, quantize
 from export.graphs import Graph, _transformers, stage_graphs
 from export.onnx_graph import OnnxGraph, to_onnx
 from export.program import trace
-from export.quantize import Recipe, quantize
 from export.tensorrt import build as build_module
 from export.tensorrt.build import ADA_ON, AMPERE, BuildOptions, build_plan
 from export.tensorrt.spelling import spell_for_tensorrt

@@ -11,8 +11,8 @@ from spelled import Made, inputs_of, relative, run_onnx, stage
 import engine
 from engine.bundles.tensorrt import UNREAD
 from engine.stream import Pipeline
+from export.eight_bits import Recipe, quantize
 from export.onnx_graph import OnnxGraph, to_onnx
-from export.quantize import Recipe, quantize
 from export.tensorrt.spelling import spell_for_tensorrt
 
 

@@ -92,6 +92,10 @@ def test_the_commands_on_a_model_of_any_size(model: Path, data: Path, tmp_path: 
     words += ["--heads", str(table), "--above", str(limit), "--levels", "0.5", "--out", str(tmp_path / "attention")]
     assert main(["attention", *words]) == 0
     assert json.loads(table.read_text())["layers"] == [list(heads) for heads in chosen.layers]
+    narrow = tmp_path / "narrow.toml"
+    narrow.write_text(f'base = "self-forcing-framewise"\nwindow = 4\nattn_sink = 1\nheads = "{table}"\n')
+    for command in ("heads", "attention"):
+        assert main([command, *words[: 2 * 6], "--preset", str(narrow), "--out", str(tmp_path / "none")]) == 2
     pipeline = engine.load(model, overrides={"heads": str(table)})
     with pipeline.stream("a red circle", seed=1, frames=21) as stream:
         assert len(list(stream)) == 21

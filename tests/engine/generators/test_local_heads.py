@@ -11,9 +11,10 @@ from dense_streams import SHORT, TEXT, Spy, causal_sees, near, poison, runs_of
 from tiny import CPU, dense, models_of, pipeline_of, text_of, transformer
 
 from bench.instruments.ways import StandIn
-from engine.config import LocalHeads, Preset, TransformerConfig
+from engine.config import LocalHeads, Preset, Reuse, TransformerConfig
 from engine.loader import assemble, load
 from engine.model.cache import RingCache
+from engine.model.quantized import quantized
 from engine.presets import check_preset, find_preset
 from engine.runtime.cuda_graphs import GraphedStages
 from engine.runtime.stages import TorchStages
@@ -84,6 +85,31 @@ def test_graphs_stream_the_same(preset):
     for _ in range(2):  # the second stream leases the caches of the first
         near(streamed(graphed), expected)
     assert graphed.stages.captured > 0
+
+
+def test_with_reuse_and_in_int8():
+    """A block is left out at step 2: the same latents however passes run. Integers move them by their rounding."""
+    preset = replace(PRESETS["context"], steps=((1000, 750, 500),), reuse=Reuse((2,), 0, 1))
+    pipeline, _, _ = pipelines(preset)
+    expected, models = streamed(pipeline), pipeline.stages.models
+    joint = TorchStages(models, None, None, join_context=True)
+    for stages in (joint, GraphedStages(joint, StandIn)):
+        near(streamed(replace(pipeline, stages=stages)), expected)
+    assert not torch.equal(streamed(pipelines(replace(preset, reuse=None))[0]), expected)
+    model = copy.deepcopy(models["dit"])
+    model.fuse()
+    narrow = TorchStages({"dit": quantized(model, "int8", (), "dit")}, None, None)
+    found, plain = (streamed(replace(pipeline, stages=stages), 2) for stages in (narrow, pipeline.stages))
+    assert 0 < (found - plain).norm() < 0.1 * plain.norm()
+
+
+def test_a_window_that_is_written_again_has_all_frames_of_local_heads():
+    """Sink frames must not pass for the newest ones of a ring without a sink."""
+    fits = Preset("causal", window=6, attn_sink=4, heads=LocalHeads(3, 0, ((0,),)))
+    assert check_preset(fits) == fits
+    for changes in ({"heads": LocalHeads(4, 0, ((0,),))}, {"heads": LocalHeads(6, 0, ((0,),))}, {"window": 5}):
+        with pytest.raises(ValueError, match=r"heads: got window \d, expected at most window - attn_sink \+ chunk"):
+            check_preset(replace(fits, **changes))
 
 
 def test_a_table_without_local_heads_changes_no_bit():
@@ -185,6 +211,8 @@ def test_a_table_is_for_one_shape_of_the_causal_family(tmp_path):
         preset.heads.fit(TransformerConfig(num_layers=3, num_attention_heads=1))
     with pytest.raises(ValueError, match="expected none for the greedy family"):
         check_preset(replace(find_preset("greedy"), heads=preset.heads))
+    assert find_preset(str(toml), {"heads": "none"}).heads is None
+    assert replace(preset, window=2).table()["heads"]["window"] == 2  # no more than the others keep
     with pytest.raises(FileNotFoundError):
         find_preset("self-forcing-framewise", {"heads": str(tmp_path / "none.json")})
 

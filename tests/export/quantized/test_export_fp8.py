@@ -17,9 +17,9 @@ from engine.stream import Pipeline
 from export import calibrate
 from export.__main__ import main as export_main
 from export.calibrate import read_calibration, write_calibration
+from export.eight_bits import Calibration, LinearFP8, Recipe, linear_fp8, quantizable, quantize, quantized_as
 from export.graphs import Graph, stage_graphs
 from export.onnx_graph import OnnxGraph, to_onnx
-from export.quantize import Calibration, LinearFP8, Recipe, linear_fp8, quantizable, quantize, quantized_as
 from kernels.quantize import quantize_per_channel
 
 PROMPT = "a red circle moving right on a gray background"

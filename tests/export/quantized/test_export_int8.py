@@ -23,9 +23,9 @@ from engine.stream import Pipeline
 from export import calibrate
 from export.__main__ import main as export_main
 from export.calibrate import read_calibration, write_calibration
+from export.eight_bits import STEADY, Calibration, LinearInt8, Recipe, linear_int8, quantizable, quantize, quantized_as
 from export.graphs import Graph, stage_graphs
 from export.onnx_graph import OnnxGraph, to_onnx
-from export.quantize import STEADY, Calibration, LinearInt8, Recipe, linear_int8, quantizable, quantize, quantized_as
 
 PROMPT = "a red circle moving right on a gray background"
 TENSOR, TOKEN = Recipe("tensor", precision="int8"), Recipe("token", precision="int8")
@@ -163,7 +163,7 @@ def test_ratios_and_their_summary() -> None:
 
 
 def test_calibration_keeps_steps_apart(pipeline: Pipeline, tmp_path: Path) -> None:
-    """A model whose modulation makes one linear's input five times as large at one step: found, and beside hooks."""
+    """The largest inputs of every step are those that a hook sees."""
     seen: dict[str, dict[str, float]] = {}
     model = pipeline.stages.models["sdd"]
     steps = pipeline.preset.steps[-1]

@@ -21,11 +21,10 @@ from engine.model.quantized import twin
 from engine.model.transformer import WanTransformer
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
-from kernels.int8_linear import INT8_MAX, int8_linear, quantize_int8
+from kernels.int8_linear import INT8_MAX, SMALLEST, int8_linear, quantize_int8
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
-SMALLEST = 1e-12  # least max|x| of a row, so that the scale of zeros is not zero
 GRANULARITIES = ("tensor", "token")
 STEADY = 1.5  # up to here an int8 linear's largest inputs of two steps may be apart for one scale to serve both
 _ONCE = ("attn2.to_k", "attn2.to_v")  # run once per prompt
@@ -74,7 +73,7 @@ class Calibration:
 
     def of(self, name: str) -> float:
         """A linear's amax. ValueError where there is none."""
-        value = self.amax.get(name, self.amax.get(name.partition(".")[2]))
+        value = _known(self.amax, name)
         if value is None:
             expected = "one (calibrate, or activations 'token')"
             raise ValueError(f"quantize: got no calibrated amax of {name}, expected {expected}")
@@ -91,6 +90,11 @@ class Calibration:
             f"largest inputs by step, largest over smallest: median {statistics.median(ratios.values()):.2f}, most "
             f"{ratios[worst]:.2f} ({worst}); {unsteady} of {len(ratios)} linears at {STEADY} or more"
         )
+
+
+def _known(values: Mapping[str, float], name: str) -> float | None:
+    """A linear's value: under its full name, or without ROLE for all roles alike."""
+    return values.get(name, values.get(name.partition(".")[2]))
 
 
 def scale_of(amax: Tensor, largest: float = E4M3_MAX) -> Tensor:
@@ -128,7 +132,7 @@ def _(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | Non
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-class QuantizedLinear(nn.Module):
+class EightBitLinear(nn.Module):
     """Replaces a Linear: its weight in 8 bits [in, out] with one scale per output channel; its bias stays as it is.
 
     A subclass is a format: its largest number, its rounding (x, scale -> values), and the operator of its graph.
@@ -158,19 +162,19 @@ class QuantizedLinear(nn.Module):
         return out.unflatten(0, x.shape[:-1])
 
 
-class LinearFP8(QuantizedLinear):
+class LinearFP8(EightBitLinear):
     largest = E4M3_MAX
     rounded = staticmethod(to_e4m3)
     operator = staticmethod(linear_fp8)
 
 
-class LinearInt8(QuantizedLinear):
+class LinearInt8(EightBitLinear):
     largest = INT8_MAX
     rounded = staticmethod(lambda x, scale: quantize_int8(x, scale)[0])
     operator = staticmethod(linear_int8)
 
 
-LINEARS: dict[str, type[QuantizedLinear]] = {"fp8": LinearFP8, "int8": LinearInt8}  # by precision
+LINEARS: dict[str, type[EightBitLinear]] = {"fp8": LinearFP8, "int8": LinearInt8}  # by precision
 
 
 def quantizable(pipeline: Pipeline) -> list[str]:
@@ -202,7 +206,7 @@ def quantize(pipeline: Pipeline, recipe: Recipe, calibration: Calibration | None
     ratios = known.ratios() if recipe.precision == "int8" else {}
 
     def make(name: str, linear: nn.Linear) -> nn.Module:
-        per_token = recipe.activations == "token" or ratios.get(name, 1.0) >= STEADY
+        per_token = recipe.activations == "token" or (_known(ratios, name) or 1.0) >= STEADY
         return LINEARS[recipe.precision](linear, None if per_token else known.of(name))
 
     return replace_linears(pipeline, chosen, make)
