@@ -81,7 +81,8 @@ def pass_speeds(width: int, rounds: int) -> dict[str, Any]:
         error = float((flows[name] - flows["torch fp32"]).norm() / flows["torch fp32"].norm())
         ratio = paired_ratio(times[name], times[plain])
         rows[name] = {"ms": quartiles([1e3 * t for t in times[name]]), "ratio": ratio, "error": error}
-    tokens = base.height // base.spatial * (base.width // base.spatial)
+    _, ph, pw = base.config.patch_size
+    tokens = base.height // base.spatial // ph * (base.width // base.spatial // pw)
     return {"width": base.config.dim, "layers": base.config.num_layers, "tokens": tokens, "rows": rows}
 
 
@@ -105,7 +106,7 @@ def _streamed(pipeline: Pipeline, graph: Graph) -> dict[str, Tensor]:
         seen = len(found)
         stream.next_latent()
     step, caches, text = found[seen]
-    rows = step.latent.shape[3] * step.latent.shape[4]
+    rows = len(step.cos) // step.frames  # of a slot
     made = {"latent": step.latent, "t": step.t, "c_f": step.c_f, "rope_cos": step.cos, "rope_sin": step.sin,
             "start_row": torch.tensor([step.slot * rows]), "valid_rows": torch.tensor([step.valid * rows])}  # fmt: skip
     for layer in range(pipeline.config.num_layers):
