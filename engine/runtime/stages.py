@@ -63,9 +63,11 @@ class TorchStages:
             return self._joined(step.context, step, cache, text_kv)
         role, attend = step.kind.role, attention(step, cache)
         model = self.models[role]
-        arguments = step.latent, _time_of(step), text_kv[role], step.cos, step.sin, attend, step.c_f
+        arguments: tuple[Any, ...] = step.latent, _time_of(step), text_kv[role], step.cos, step.sin, attend, step.c_f
+        if (middle := _middle_of(step, cache)) is not None:
+            arguments = *arguments, middle
         with self._operations():
-            return model.encode(*arguments)[0] if step.kind.hidden else model(*arguments, _middle_of(step, cache))
+            return model.encode(*arguments)[0] if step.kind.hidden else model(*arguments)
 
     def _joined(self, context: Pass, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
         """Both passes as one over the tokens of both chunks; in each layer the context comes first."""

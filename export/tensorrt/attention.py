@@ -73,7 +73,7 @@ class HeadCaches:
         self.dtype, first = kind.elem_type, int(helper.get_node_attr_value(reader, "heads"))
         _, self.n, dim = (d.dim_value for d in kind.shape.dim)
         self.d = dim // first
-        shapes = {v.name: v.type.tensor_type.shape.dim for v in model.graph.value_info}
+        shapes = {v.name: v.type.tensor_type.shape.dim for v in (*model.graph.input, *model.graph.value_info)}
         self.widths = {name: shape[-1].dim_value for name, shape in shapes.items() if shape}
         self.groups = _smallest_divisor(self.n) if grouped and self.dtype != TensorProto.FLOAT else 1
         declare_caches(model, lambda rows, dim: [1, dim // self.d, rows, self.d])

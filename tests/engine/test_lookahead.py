@@ -73,7 +73,7 @@ def test_a_chunk_that_fails_ahead_fails_in_its_own_call_and_can_be_made_again(re
     frames = list(islice(stream, 14))
     real = type(pipeline.generator).denoise
 
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("out of something")
 
     monkeypatch.setattr(type(pipeline.generator), "denoise", fail)

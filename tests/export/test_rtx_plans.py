@@ -29,7 +29,7 @@ from engine.presets import find_preset
 from engine.runtime.stages import TorchStages
 from engine.stream import Pipeline
 from export import compilers
-from export.eight_bits import Recipe, quantize
+from export.eight_bits import Calibration, Recipe, quantize
 from export.graphs import Graph, _transformers, stage_graphs
 from export.onnx_graph import OnnxGraph, to_onnx
 from export.program import trace
@@ -143,7 +143,7 @@ def wide(preset: str, fp8: bool = False) -> Pipeline:
     if not fp8:
         return made
     names = [f"{role}.{name}" for role, model in models.items() for name in linears(model)]
-    return quantize(made, Recipe("tensor"), dict.fromkeys(names, 4.0))
+    return quantize(made, Recipe("tensor"), Calibration(dict.fromkeys(names, 4.0)))
 
 
 def linears(model: nn.Module) -> list[str]:

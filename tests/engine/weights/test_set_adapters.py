@@ -64,13 +64,15 @@ def files(tmp_path_factory):
 
 def adapted(preset, files, strengths, precision="fp32", join=False):
     """A pipeline of parts in memory, as loader.load assembles it."""
-    models, dtype = models_of(preset), torch.bfloat16 if precision == "fp8" else torch.float32
+    plain, dtype = replace(preset, heads=None), torch.bfloat16 if precision == "fp8" else torch.float32
+    models = models_of(plain)  # adapters know the heads in their own order
     config = next(iter(models.values())).config
     chosen = [Adapter(file, strength) for file, strength in zip(files, strengths, strict=True)]
     adapters = read_adapters(chosen, [], config)
     for role, model in models.items():
         model.to(dtype)
         adapters.merge(role, model)
+        model.order_heads(preset.local_heads)
         model.fuse()
     if precision != "fp32":
         models = {role: quantized(model, precision, ("*.attn2.to_out.0",), role) for role, model in models.items()}
