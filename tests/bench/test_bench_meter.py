@@ -12,6 +12,7 @@ from bench.__main__ import main
 from bench.commands import stream
 from bench.instruments import check
 from bench.instruments.meter import Meter, MeteredPipeline, metered, metered_chunks
+from engine.loader import load
 from engine.runtime.stages import TorchStages
 
 PROMPT = "a red circle"
@@ -111,6 +112,14 @@ def test_checks_pass(request, family):
     found = check.run(request.getfixturevalue(family), PROMPT)
     assert [c.passed for c in found] == [True] * len(found)
     assert len(found) == 2 + check.CASES.is_dir()
+
+
+@pytest.mark.parametrize("window", [2, 3, 5])
+def test_streams_with_local_heads_equal_a_dense_pass(model_dir, window):
+    """Of as many chunks as every head keeps."""
+    heads = {"window": window, "attn_sink": 0, "layers": [[0, 1], [1]]}
+    made = load(model_dir, preset="self-forcing-framewise", overrides={"window": 5, "heads": heads})
+    assert check.streaming_equals_dense(made).passed
 
 
 def test_a_wrong_cache_is_red(pipeline, causal):
