@@ -56,7 +56,7 @@ def test_a_stream_that_stays_the_same(pipeline):
     assert result["resident_mb"] > 50
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_stream_that_grows_is_seen(pipeline):
     result = result_of(replace(pipeline, stages=Leaking(pipeline.stages, 0.002, 1)), 60)
     assert result["time_ratio"] > 1.3

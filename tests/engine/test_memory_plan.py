@@ -126,7 +126,7 @@ CASES = {
                                                                 "text_encoder_device": "release"}),
     "causal, bf16, low memory": ("bf16", CAUSAL | SMALL | {"precision": "bf16", "low_memory": True}),
 }  # fmt: skip
-LONGEST = ("greedy, fp32", "greedy, bf16, released")
+LONGEST = ("greedy, fp32", "greedy, int8", "greedy, bf16, released")
 
 
 @pytest.mark.slow
