@@ -70,8 +70,6 @@ class RingCache:
             own = batch, local.window, tokens, narrow, head_dim, local.attn_sink, dtype, device
             self.local = RingCache(layers, *own)
         self.capacity = slots
-        # Tells caches apart that are in memory at one time; a layer without heads has no address of its own.
-        self.address = max(part.data_ptr() for ring in self.rings for part in ring.k)
         self.committed = 0  # latent frames published since the last reset
         # FP8 attention uses a static scale of 1 per head: normalised q and k fit e4m3 unscaled, and so does v.
         self.unit = torch.ones(self.heads[0], device=device) if self.fp8 else None
@@ -82,6 +80,11 @@ class RingCache:
     def rings(self) -> "tuple[RingCache, ...]":
         """This ring, and that of the local heads."""
         return (self,) if self.local is None else (self, self.local)
+
+    @cached_property
+    def address(self) -> int:
+        """Tells caches apart that are in memory at one time; a layer without heads has no address of its own."""
+        return max(part.data_ptr() for ring in self.rings for part in ring.k)
 
     @property
     def nbytes(self) -> int:
