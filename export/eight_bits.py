@@ -228,7 +228,7 @@ def replace_linears(pipeline: Pipeline, names: Iterable[str], make: Callable[[st
         role, _, path = name.partition(".")
         parent, _, leaf = path.rpartition(".")
         owner = models[role].get_submodule(parent)
-        setattr(owner, leaf, make(name, owner.get_submodule(leaf)))  # type: ignore[arg-type]
+        setattr(owner, leaf, make(name, cast(nn.Linear, owner.get_submodule(leaf))))
     stages = pipeline.stages
     assert isinstance(stages, TorchStages)
     stages = TorchStages(models, stages.vae, stages.text_encoder)

@@ -319,7 +319,8 @@ def run(config: ReuseConfig, options: ReuseOptions) -> None:
     """Score what is missing, measure, count, and write reuse.md, reuse.json and reuse.png."""
     ways, pipeline = ways_of(config), engine.load(config.model, device="cpu", threads=options.threads)
     for way in ways:
-        streamed(pipeline, way).generator  # noqa: B018 - refuses a pattern of more blocks than there are, before minutes
+        if (reuse := streamed(pipeline, way).preset.reuse) is not None:
+            reuse.check(pipeline.config.num_layers)  # before minutes of clips
     found = {}
     for number, way in enumerate(ways, 1):
         found[way.name] = scores_of(config, pipeline, way, options.out)

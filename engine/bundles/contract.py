@@ -13,11 +13,8 @@ from engine.generators import family_of
 from engine.options import FieldError
 from engine.runtime.passes import PassKind
 
-FLOATS = {
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-}  # of each precision; fp8 and int8 have any around them
+# Of each precision; fp8 and int8 have any around them.
+FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FP8 = "float8_e4m3fn"
 
 

@@ -65,10 +65,10 @@ def check_inputs(graph: str, specs: list[TensorSpec], inputs: Mapping[str, Tenso
             raise ValueError(f"{graph}: {spec.name}: got {got}, expected {device.type} {spec.dtype} {spec.shape}")
 
 
-def checked(
+def slots_in(
     step: Pass, ring: RingCache, slot: int | Tensor | None, valid: int | Tensor | None
 ) -> tuple[int | Tensor, int | Tensor]:
-    """slot and valid. ValueError unless the chunk fits into the ring without wrapping, which no graph checks."""
+    """slot and valid in a ring. ValueError unless the chunk fits without wrapping, which no graph checks."""
     if slot is None or valid is None or not 0 <= slot <= ring.slots - step.frames or not 0 < valid <= ring.slots:
         raise ValueError(f"{step.kind.graph}: got slot {slot} and {valid} valid ones for "
                          f"{step.frames} frames, expected room in {ring.slots} slots")  # fmt: skip
@@ -163,7 +163,7 @@ class GraphStages(ABC):
     def run(self, step: Pass, cache: RingCache, text_kv: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         kind = step.kind
         slots = (step.slot, step.valid), (step.local_slot, step.local_valid)
-        groups = [(prefix, ring, checked(step, ring, *own))
+        groups = [(prefix, ring, slots_in(step, ring, *own))
                   for prefix, ring, own in zip(("", "local_"), cache.rings, slots, strict=False)]  # fmt: skip
         inputs = {"latent": step.latent, "rope_cos": step.cos, "rope_sin": step.sin}
         if step.t is not None:

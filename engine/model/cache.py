@@ -69,7 +69,7 @@ class RingCache:
         if local is not None:
             own = batch, local.window, tokens, narrow, head_dim, local.attn_sink, dtype, device
             self.local = RingCache(layers, *own)
-        self.capacity = slots
+        self.capacity, self.device = slots, self.k[0].device
         self.committed = 0  # latent frames published since the last reset
         # FP8 attention uses a static scale of 1 per head: normalised q and k fit e4m3 unscaled, and so does v.
         self.unit = torch.ones(self.heads[0], device=device) if self.fp8 else None
@@ -194,7 +194,7 @@ class CachedAttention:
         if isinstance(self.slot, Tensor):
             return True
         wraps = self.slot + tokens // self.cache.tokens > self.cache.slots
-        return not wraps and (self.cache.fp8 or has_kernel("qk_norm_rope_write", self.cache.k[0].device))
+        return not wraps and (self.cache.fp8 or has_kernel("qk_norm_rope_write", self.cache.device))
 
     def fused(
         self, layer: int, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
@@ -208,14 +208,10 @@ class CachedAttention:
         norms = q_weight, k_weight, cos, sin, k, v
         if not self.cache.fp8:
             q = qk_norm_rope_write(qkv, *norms, self.start_row, eps)
-            return self.attend(layer, q, out)
+            return ring_attention(q, k, v, self.valid_rows, out=out)
         one = cast(Tensor, self.cache.unit)
         q = qk_norm_rope_write_fp8(qkv, *norms, one, one, one, self.start_row, eps)
         return ring_attention_fp8(q, k, v, one, one, one, self.valid_rows, out=out)
-
-    def attend(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
-        """Attend from q [B, n, heads, d], normalised and rotated, to what the ring holds; in `out` if given."""
-        return ring_attention(q, *self.cache.view(layer), self.valid_rows, out=out)
 
     @cached_property
     def start_row(self) -> int | Tensor:
@@ -261,12 +257,14 @@ class GroupedAttention:
         out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As CachedAttention's."""
-        k, v = self.wide.cache.view(layer)
-        local = *self.local.cache.view(layer), self.local.start_row
-        q = qk_norm_rope_write(qkv, q_weight, k_weight, cos, sin, k, v, self.wide.start_row, eps, local)
+        wide, local = self.wide.cache.view(layer), self.local.cache.view(layer)
+        q = qk_norm_rope_write(
+            qkv, q_weight, k_weight, cos, sin, *wide, self.wide.start_row, eps, (*local, self.local.start_row)
+        )
         out = torch.empty_like(q) if out is None else out
         for attend, heads in self._groups(layer):
-            attend.attend(layer, q[:, :, heads], out[:, :, heads])
+            keys = wide if attend is self.wide else local
+            ring_attention(q[:, :, heads], *keys, attend.valid_rows, out=out[:, :, heads])
         return out
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -75,7 +75,9 @@ class WanTransformer(nn.Module):
         The function that the transformer computes stays the same, up to rounding. Call it once, before `fuse`; `write`
         still takes a parameter's value as it was.
         """
-        self.local_heads = None if local is None else local.layers
+        if local is None:
+            return
+        self.local_heads = local.layers
         for name, parameter in self.named_parameters():
             if (value := self._ordered(name, parameter)) is not parameter:
                 parameter.data = value

@@ -24,6 +24,8 @@ from engine.model.transformer import TextKV
 from engine.runtime.passes import Pass
 from engine.runtime.stages import TorchStages, need
 
+_FIXED = ("reuse", "short")  # fields of a pass that its graph is made for; the cache holds the residual
+
 
 class Capture(Protocol):
     """Captures functions of static tensors."""
@@ -143,7 +145,7 @@ class GraphedStages:
 
     def run(self, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
         passes = [p for p in (step.context, step) if p is not None]
-        if any(wraps(p, cache) for p in passes):  # fused kernels cannot write it
+        if any(_wraps(p, cache) for p in passes):  # fused kernels cannot write it
             if step.context is not None:
                 self.run(step.context, cache, text_kv)
                 return self.run(replace(step, context=None), cache, text_kv)
@@ -166,7 +168,7 @@ class GraphedStages:
                 return self._stages.run(cast(Pass, again), whole, {role: text})
 
             args = tuple(value for names in changing for value in names.values())
-            return self._graph(key, again, args, lambda: lost(step, whole), self._capture)
+            return self._graph(key, again, args, lambda: _lost(step, whole), self._capture)
 
     def _graph(
         self, key: Any, function: Callable[..., Any], args: tuple[Tensor | int, ...],
@@ -211,13 +213,13 @@ class GraphedStages:
             return self._graph(key, run, (latent,), lambda: static, self._capture_vae), cache
 
 
-def wraps(step: Pass, cache: RingCache) -> bool:
+def _wraps(step: Pass, cache: RingCache) -> bool:
     """Whether the pass writes beyond the end of a ring, and goes on after its attention sink."""
     slots = zip((step.slot, step.local_slot), cache.rings, strict=False)
     return any(slot is not None and slot + step.frames > ring.slots for slot, ring in slots)
 
 
-def lost(step: Pass, cache: RingCache) -> list[Tensor]:
+def _lost(step: Pass, cache: RingCache) -> list[Tensor]:
     """Rows of a full ring that the step writes over and its context reads: a capture's runs must start alike."""
     context, found = step.context, list[Tensor]()
     if context is None:
@@ -227,9 +229,6 @@ def lost(step: Pass, cache: RingCache) -> list[Tensor]:
         if slot is not None and valid is not None and slot < valid:
             found += ring.slots_from(int(slot), step.frames)
     return found
-
-
-_FIXED = ("reuse", "short")  # fields of a pass that its graph is made for; the cache holds the residual
 
 
 def _changing(step: Pass) -> dict[str, Tensor | int]:

@@ -61,7 +61,7 @@ class TorchStages:
     def run(self, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
         if step.context is not None:
             return self._joined(step.context, step, cache, text_kv)
-        role, attend = step.kind.role, attention(step, cache)
+        role, attend = step.kind.role, _attention_of(step, cache)
         model = self.models[role]
         arguments: tuple[Any, ...] = step.latent, _time_of(step), text_kv[role], step.cos, step.sin, attend, step.c_f
         if (middle := _middle_of(step, cache)) is not None:
@@ -72,7 +72,7 @@ class TorchStages:
     def _joined(self, context: Pass, step: Pass, cache: RingCache, text_kv: dict[str, TextKV]) -> Tensor:
         """Both passes as one over the tokens of both chunks; in each layer the context comes first."""
         passes, model = (context, step), self.models[step.kind.role]
-        attend = JoinedAttention(tuple((attention(p, cache), len(p.cos)) for p in passes))
+        attend = JoinedAttention(tuple((_attention_of(p, cache), len(p.cos)) for p in passes))
         latent = torch.cat([p.latent for p in passes], dim=2)
         t = torch.cat([_time_of(p)[:, None].expand(-1, p.frames) for p in passes], dim=1)
         cos, sin = torch.cat([p.cos for p in passes]), torch.cat([p.sin for p in passes])
@@ -97,7 +97,7 @@ class TorchStages:
         return need(self.vae, "VAE").encode_step(frames, cache)
 
 
-def attention(step: Pass, cache: RingCache) -> CachedAttention | GroupedAttention:
+def _attention_of(step: Pass, cache: RingCache) -> CachedAttention | GroupedAttention:
     """How a pass finds its keys in the cache."""
     attend = CachedAttention(cache, step.slot, step.valid)
     if cache.local is None or step.local_slot is None or step.local_valid is None:

@@ -3,6 +3,7 @@
 import re
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -171,7 +172,7 @@ class FailingPass(Failing):
         model = self.models[step.kind.role]
         counts = step.reuse is not None and step.short == self.short
         module = model.proj_out if step.short else model.blocks[self._layer]
-        work = lambda: TorchStages.run(self, step, cache, text_kv)  # noqa: E731
+        work = partial(TorchStages.run, self, step, cache, text_kv)
         return self._run(step.kind.graph, module, work) if counts else work()
 
 
@@ -202,7 +203,7 @@ def test_a_call_of_the_generator_can_be_repeated(preset):
         for chunk in range(3):
             x = latents_of(1, preset.chunk_frames(chunk), seed=chunk)
             for number, t in enumerate((900.0, 700.0, 400.0, 200.0), 1):
-                call = lambda: generator.denoise(x, t, state, short=number in preset.reuse.steps)  # noqa: B023, E731
+                call = partial(generator.denoise, x, t, state, short=number in preset.reuse.steps)
                 if interrupt:
                     handle = last.register_forward_hook(_fail)
                     with suppress(Fault):
